@@ -1,0 +1,33 @@
+# `make demo` and `make test` work on a fresh machine; the README shows the plain commands behind them.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/.megalite: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "megalite needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e .
+	touch $@
+
+$(BIN)/.megalite-test: $(BIN)/.megalite
+	$(BIN)/pip install -e '.[test]'
+	touch $@
+
+demo: $(BIN)/.megalite  ## Install, then generate with the demo model split over two processes
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/infer.py --config configs/infer/demo.yaml parallel.tp=2
+
+test: $(BIN)/.megalite-test  ## Install the test extra and run the tests
+	$(BIN)/pytest -q
+
+lint: $(BIN)/.megalite-test  ## Check style and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/check_imports.py
+
+clean:  ## Remove the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,18 @@
+"""Train a model: `python`, `deepspeed` or `torchrun` launch/train.py --config FILE [section.key=value ...]."""
+
+from __future__ import annotations
+
+import sys
+
+from megalite.cli import main
+from megalite.config.load import Loaded
+
+
+def run(loaded: Loaded) -> int:
+    from megalite.train import job  # imports torch, so only once everything has been checked
+
+    return job.run(loaded)
+
+
+if __name__ == "__main__":
+    sys.exit(main("train", run))

@@ -1,0 +1,25 @@
+"""megalite: run and train large language models over many accelerators from one config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megalite.config.schema import SamplingParams as SamplingParams
+    from megalite.inference.llm import LLM as LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams"]
+
+
+def __getattr__(name: str):
+    """Import on first use, so that `import megalite` stays light (no torch, deepspeed or tokenizers)."""
+    if name == "LLM":
+        from megalite.inference.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from megalite.config.schema import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'megalite' has no attribute {name!r}")

@@ -1,0 +1,312 @@
+"""What the launch scripts share: arguments, checks, messages and exit codes. Imports no torch.
+
+Plain `python` is the door: it resolves and checks everything, then runs in this process, or starts `deepspeed` with
+the ranks that the layout needs. Under `deepspeed` or `torchrun` the same script is a rank: it checks that it was
+started as the config asks, and runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.config.explain import explain, table
+from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
+from megalite.config.schema import InferConfig
+from megalite.config.validate import world_size_problem
+from megalite.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_SIGINT,
+    ConfigError,
+    MegaliteError,
+    Problem,
+    ResourceError,
+    Stopped,
+)
+from megalite.monitor.processes import die_with_parent
+from megalite.preflight import check
+
+Run = Callable[[Loaded], int]
+
+FLAGS = {
+    "--check": "stop after the checks",
+    "--print-config": "print every value and where it came from, then stop",
+    "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",
+    "--debug": "show tracebacks for errors of all kinds",
+    "--help": "show this",
+}
+VALUED = ("--config", "--resolved-sha256", "--stdin", "--local_rank", "--local-rank")
+"""Options with a value; all but the first are for the ranks, from a launcher or the door."""
+LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}
+"""Launchers by a variable that only they set."""
+MOST_RANKS_PER_CORE = 8
+QUIET_WAIT = 3.0
+"""Seconds that ranks wait which leave the message to another: a launcher kills the rest when the first one ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """The command line, read."""
+
+    config: str = ""
+    overrides: tuple[str, ...] = ()
+    flags: frozenset[str] = frozenset()
+    sha256: str = ""
+    """Of the resolved config, when the door started this rank."""
+    stdin: str = ""
+    """File that stands in for standard input, which the ranks behind the door don't have."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """This process among those that a launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    launcher: str
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str]) -> Place | None:
+        """From the launcher's variables; None if there is no launcher."""
+        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+            return None
+
+        def number(*names: str, default: int) -> int:
+            name = next((one for one in names if one in environment), "")
+            text = environment.get(name, str(default))
+            if not (text.isascii() and text.isdecimal()):
+                fix = f"Unset it, or start the ranks with deepspeed or torchrun, which set {name}."
+                raise ConfigError(Problem(key=name, rule="must be a whole number", value=text, fix=fix))
+            return int(text)
+
+        rank, world_size = number("RANK", default=0), number("WORLD_SIZE", default=1)
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=number("LOCAL_RANK", default=rank),
+            local_size=max(1, number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size)),
+            launcher=next((name for mark, name in LAUNCHERS.items() if mark in environment), "the launcher"),
+        )
+
+
+def main(kind: Kind, run: Run, argv: Sequence[str] | None = None) -> int:
+    """The whole of a launch script; gives its exit code. `run` does the work and may import torch."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    place = None
+    running = False
+
+    def run_here(loaded: Loaded) -> int:
+        nonlocal running
+        running = True
+        return run(loaded)
+
+    try:
+        place = Place.here(os.environ)
+        return _main(kind, run_here, arguments, place)
+    except KeyboardInterrupt:
+        return EXIT_SIGINT
+    except MegaliteError as error:
+        # Before the work begins all ranks of a host find the same: one of them speaks. Later each has its own story.
+        if running or place is None or place.local_rank == 0:
+            _report(error, place, debug)
+        else:
+            time.sleep(QUIET_WAIT)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
+
+
+def _main(kind: Kind, run: Run, argv: list[str], place: Place | None) -> int:
+    options = read_arguments(argv)
+    if "--help" in options.flags:
+        _say(usage(kind))
+        return EXIT_DONE
+    loaded, problems = resolve(kind, options.config, options.overrides)
+    speaks = place is None or place.rank == 0
+    if "--print-config" in options.flags and speaks:
+        _say(table(loaded))
+    model = check(loaded, problems, _misplaced(loaded, place, argv, options.sha256), read_headers=place is None)
+    if "--dry-run" in options.flags and speaks:
+        from megalite.dry_run import describe
+
+        _say(describe(loaded.config, model))
+    elif "--check" in options.flags and speaks:
+        _say(f"{options.config}: no problem found; {_ranks(loaded)}, config sha256 {loaded.sha256[:16]}")
+    if options.flags & {"--print-config", "--dry-run", "--check"}:
+        return EXIT_DONE
+    if options.stdin:
+        with open(options.stdin, "rb") as file:
+            os.dup2(file.fileno(), sys.stdin.fileno())
+    if place is not None:
+        die_with_parent()  # the watch over launcher and peers begins only once torch is imported
+    if place is not None or num_ranks(loaded) == 1:
+        return run(loaded)
+    return _start_ranks(loaded, "--debug" in options.flags)
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def read_arguments(argv: Sequence[str]) -> Options:
+    """Options apart from overrides; ConfigError for options that don't exist or lack their value."""
+    values: dict[str, str] = {}
+    flags, overrides, problems = set(), [], []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.partition("=")
+        if name == "-h":
+            name = "--help"
+        if not name.startswith("-") or "." in name:
+            overrides.append(token)
+        elif name in FLAGS and not equals:
+            flags.add(name)
+        elif name in FLAGS:
+            problems.append(_usage_problem(name, "takes no value", f"Write {name}."))
+        elif name not in VALUED:
+            close = difflib.get_close_matches(name, [*FLAGS, "--config"], n=1)
+            fix = f"Did you mean {close[0]}?" if close else "--help lists all options."
+            problems.append(_usage_problem(name, "unknown option", fix))
+        elif not equals and (not rest or rest[0].startswith("-")):
+            problems.append(_usage_problem(name, "needs a value", f"Write {name} VALUE."))
+        elif values.setdefault(name, text := value if equals else rest.pop(0)) != text:
+            problems.append(_usage_problem(name, "is given twice", "Keep one."))
+    if "--help" in flags:
+        return Options(flags=frozenset(flags))
+    if not values.get("--config"):
+        stray = next((one for one in overrides if one.endswith((".yaml", ".yml"))), "")
+        overrides = [one for one in overrides if one != stray]
+        fix = f"Write --config {stray or 'configs/infer/demo.yaml'}."
+        problems.append(_usage_problem("--config", "is needed: the config file", fix))
+    if problems:
+        raise ConfigError(*problems)
+    return Options(
+        config=values["--config"],
+        overrides=tuple(overrides),
+        flags=frozenset(flags),
+        sha256=values.get("--resolved-sha256", ""),
+        stdin=values.get("--stdin", ""),
+    )
+
+
+def _usage_problem(key: str, rule: str, fix: str) -> Problem:
+    return Problem(key=key, rule=rule, fix=fix, origin=COMMAND_LINE)
+
+
+def usage(kind: Kind) -> str:
+    """What `--help` prints."""
+    script = f"launch/{kind}.py"
+    lines = [
+        f"usage: python {script} --config FILE [section.key=value ...] [options]",
+        f"       deepspeed --num_gpus N {script} --config FILE [section.key=value ...] [options]",
+        f"       torchrun --nproc_per_node N {script} --config FILE [section.key=value ...] [options]",
+        "",
+        "python starts the tp * pp * dp ranks that the config asks for; under deepspeed or torchrun N must be that.",
+        "",
+        "options:",
+        *(f"  {name:16}{meaning}" for name, meaning in {"--config FILE": "the config, YAML", **FLAGS}.items()),
+        "",
+        "keys of the config, by section; each can be overridden as section.key=value:",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + explain(kind)
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------
+
+
+def num_ranks(loaded: Loaded) -> int:
+    parallel = loaded.config.parallel
+    return parallel.tp * parallel.pp * parallel.dp
+
+
+def _ranks(loaded: Loaded) -> str:
+    parallel, count = loaded.config.parallel, num_ranks(loaded)
+    return f"tp={parallel.tp}, pp={parallel.pp}, dp={parallel.dp}: {count} rank{'s' if count != 1 else ''}"
+
+
+def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], sha256: str) -> list[Problem]:
+    """What is wrong with how this rank was started, if it is one."""
+    found: list[Problem | None] = []
+    if place is not None:
+        started, command = _launched(place, num_ranks(loaded), argv)
+        found.append(world_size_problem(loaded.config.parallel, place.world_size, started, command))
+    if sha256 and sha256 != loaded.sha256:
+        rule = f"config differs from the one the run was started with (sha256 {loaded.sha256[:16]}, not {sha256[:16]})"
+        found.append(Problem(key=f"host {socket.gethostname()}", rule=rule, fix="Start the run again."))
+    return [problem for problem in found if problem is not None]
+
+
+def _launched(place: Place, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
+    """How this rank was started, and the command that starts `wanted` ranks instead."""
+    hosts = max(1, place.world_size // place.local_size)
+    each = -(-wanted // hosts)
+    started = f"{place.launcher} started {place.world_size} rank{'s' if place.world_size != 1 else ''}"
+    if place.launcher == "torchrun":
+        command = f"torchrun {f'--nnodes {hosts} ' if hosts > 1 else ''}--nproc_per_node {each}"
+    else:
+        command = f"deepspeed --num_nodes {hosts} --num_gpus {each}" if hosts > 1 else f"deepspeed --num_gpus {each}"
+    kept = [one for one in argv if not one.startswith(("--local_rank", "--local-rank"))]
+    return started, shlex.join([*command.split(), sys.argv[0], *kept])
+
+
+def _start_ranks(loaded: Loaded, debug: bool) -> int:
+    """Start deepspeed on this host with the resolved config in a file of its own; gives the run's exit code."""
+    from megalite.core.launcher import run_under_deepspeed, spool_stdin
+
+    ranks, cores = num_ranks(loaded), os.cpu_count() or 1
+    if ranks > max(64, MOST_RANKS_PER_CORE * cores):
+        raise ResourceError(
+            f"parallel: {_ranks(loaded)} on this host, which has {cores} cores. Use several hosts "
+            "(deepspeed --hostfile), or lower parallel.tp, pp or dp."
+        )
+    folder = tempfile.mkdtemp(prefix="megalite-")
+    try:
+        resolved, stdin = Path(folder) / "config.yaml", Path(folder) / "stdin"
+        resolved.write_text(loaded.text, encoding="utf-8")
+        extra = []
+        if isinstance(loaded.config, InferConfig) and loaded.config.input.file == "-":
+            spool_stdin(stdin)
+            extra = ["--stdin", str(stdin)]
+        script = os.path.abspath(sys.argv[0])
+        return run_under_deepspeed(script, resolved, loaded.sha256, ranks, debug, extra)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _report(error: MegaliteError, place: Place | None, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, Stopped):
+        lines = [str(error)]
+    elif isinstance(error, ConfigError):
+        lines = [f"error: {problem}" for problem in error.problems]
+    else:
+        lines = [f"error: {error}"]
+    where = ""
+    if place is not None and place.rank != 0:
+        where = f"[rank {place.rank} on {socket.gethostname()}] "
+    sys.stderr.write("".join(f"{where}{line}\n" for line in lines))
+    sys.stderr.flush()

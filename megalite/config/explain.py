@@ -1,0 +1,85 @@
+"""`--help` and `--print-config`: every key of the schema in words, and every value of a config with its origin."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from megalite.config import document, schema
+from megalite.config.load import SCHEMAS, Kind, Loaded
+from megalite.config.shape import hints, sections
+
+_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null", Any: "any"}
+_WIDTH = 110
+
+
+def explain(kind: Kind) -> str:
+    """The sections and keys of a config: type, default and meaning, as the schema's docstrings say."""
+    root = SCHEMAS[kind]
+    classes = sections(root)
+    notes = _notes()
+    blocks = []
+    for field in fields(root):
+        section = classes.get(field.name)
+        if section is None:
+            blocks.append(_explain_key(field, field.name, hints(root)[field.name], notes[root.__name__][field.name]))
+            continue
+        own = notes[section.__name__]
+        title = textwrap.fill(own.get("", ""), _WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+        keys = [
+            textwrap.indent(_explain_key(one, one.name, hints(section)[one.name], own.get(one.name, "")), "  ")
+            for one in fields(section)
+        ]
+        blocks.append("\n".join([f"{field.name}:", *([title] if title.strip() else []), *keys]))
+    return "\n\n".join(blocks)
+
+
+def _explain_key(field: Field, name: str, hint: Any, note: str) -> str:
+    default = field.default_factory() if field.default is MISSING else field.default
+    head = f"{name}  ({_words(hint)}; default {document.write_inline(default)})"
+    return "\n".join([head, *textwrap.wrap(note, _WIDTH, initial_indent="    ", subsequent_indent="    ")])
+
+
+def _words(hint: Any) -> str:
+    if hint in _WORDS:
+        return _WORDS[hint]
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, inner))
+    if get_origin(hint) is list:
+        return "list" if inner[0] is Any else f"list of {_words(inner[0])}s"
+    if get_origin(hint) is dict:
+        return "mapping"
+    return " or ".join(_words(one) for one in inner)
+
+
+@cache
+def _notes() -> dict[str, dict[str, str]]:
+    """For each class of the schema the strings under its fields; its own docstring under an empty name."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(inspect.getsource(schema)).body:
+        if isinstance(node, ast.ClassDef):
+            own = found[node.name] = {"": inspect.cleandoc(ast.get_docstring(node) or "")}
+            for before, after in zip(node.body, node.body[1:], strict=False):
+                if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    own[before.target.id] = inspect.cleandoc(after.value.value).replace("\n", " ")
+    return found
+
+
+def table(loaded: Loaded) -> str:
+    """Every value and where it came from, one line a key."""
+    rows = []
+    for key in hints(type(loaded.config)):
+        value: Any = loaded.config
+        for name in key.split("."):
+            value = getattr(value, name)
+        assert not is_dataclass(value), key
+        rows.append((key, document.write_inline(value), loaded.origins[key]))
+    keys = max(len(key) for key, _, _ in rows)
+    values = max(len(text) for _, text, _ in rows if len(text) <= 40)
+    return "\n".join(f"{key:{keys}}  {text:{values}}  {origin}" for key, text, origin in rows)

@@ -1,0 +1,314 @@
+"""From a config file and overrides to a frozen config, the origin of every value, and one canonical text of it all.
+
+The file and each `section.key=value` become settings; settings are checked one by one, so that every problem is found
+at once; OmegaConf builds the dataclasses. Nothing in a value is expanded: no `${...}`, no environment variable, no `~`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from megalite.config import document
+from megalite.config.sampling import token_key
+from megalite.config.schema import InferConfig, TrainConfig
+from megalite.config.shape import (
+    hints,
+    is_free,
+    is_mapping,
+    is_text,
+    misfit,
+    nearest_path,
+    printable,
+    problem,
+    sections,
+    unknown_key,
+    with_floats,
+)
+from megalite.errors import ConfigError, Problem
+
+Kind = Literal["infer", "train"]
+SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig}
+COMMAND_LINE = "the command line"
+DEFAULT = "default"
+_KEY = re.compile(r"-*[a-z_]+\.[a-z_]|.*=")
+LITERAL_KEYS = ("input.prompts", "sampling.stop", "train.sample_prompts")
+"""Text for the model, in which `${...}` is ordinary text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """A config as it will run."""
+
+    config: InferConfig | TrainConfig
+    origins: dict[str, str]
+    """For every `section.key`: `FILE:LINE`, `the command line` or `default`."""
+    text: str
+    """Every value, as YAML; read again it gives an equal config."""
+    sha256: str
+    """Of `text`: equal configs have equal digests, however they were written."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    key: str
+    """`section.key` in the schema."""
+    inside: tuple[str | int, ...]
+    """Path within the value, for a mapping set piece by piece; empty: the whole value."""
+    value: Any
+    origin: str
+
+
+def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read the config file at `path` and apply `section.key=value` overrides.
+
+    Raises ConfigError with every unknown key, wrong type and unreadable value found, not only the first. What values
+    mean together is for `validate`.
+    """
+    loaded, problems = resolve(kind, path, overrides)
+    if problems:
+        raise ConfigError(*problems)
+    return loaded
+
+
+def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded, list[Problem]]:
+    """As `load_config`, but give the problems back and leave the values that have one at their defaults."""
+    schema = SCHEMAS[kind]
+    settings, problems = _from_file(schema, path)
+    for setting in _from_command_line(schema, overrides):
+        (problems if isinstance(setting, Problem) else settings).append(setting)
+    good = []
+    for setting in settings:
+        wrong = _check(schema, setting)
+        if wrong:
+            problems.append(wrong)
+        else:
+            good.append(setting)
+    values, origins = _merge(schema, good)
+    return loaded_from(_build(schema, values), origins), problems
+
+
+def loaded_from(config: InferConfig | TrainConfig, origins: dict[str, str] | None = None) -> Loaded:
+    """A config object, e.g. one made in Python, with its canonical text and digest."""
+    tree = asdict(config)
+    for key, hint in hints(type(config)).items():
+        section, _, name = key.rpartition(".")
+        inner = tree[section] if section else tree
+        inner[name] = with_floats(hint, inner[name])
+    text = document.write(tree)
+    origins = dict.fromkeys(hints(type(config)), DEFAULT) | (origins or {})
+    return Loaded(config=config, origins=origins, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def with_origins(problems: Iterable[Problem], origins: dict[str, str]) -> list[Problem]:
+    """The problems, each with the origin of the value it is about, where it has a key and no origin yet."""
+    found = []
+    for one in problems:
+        key = one.key.partition("[")[0]
+        origin = next((origins[k] for k in (key, key.rpartition(".")[0]) if k in origins), "")
+        if one.origin or (origin == DEFAULT and one.value is None):
+            found.append(one)
+        else:
+            found.append(replace(one, origin=origin))
+    return found
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+def _from_file(schema: type, path: str | Path) -> tuple[list[_Setting], list[Problem]]:
+    name = str(path)
+    root = document.read(_read_text(Path(path)), printable(name)).value
+    if not isinstance(root, dict):
+        raise ConfigError(Problem(key=name, rule=f"must hold sections, e.g. `{next(iter(sections(schema)))}:`"))
+    settings, problems = [], []
+    for section, entry in root.items():
+        at = f"{printable(name)}:{entry.line}"
+        if section in hints(schema):
+            settings.append(_Setting(section, (), entry.plain(), at))
+        elif section not in sections(schema):
+            problems.append(unknown_key(str(section), schema, at))
+        elif isinstance(entry.value, dict):
+            for key, inner in entry.value.items():
+                full, at = f"{section}.{key}", f"{printable(name)}:{inner.line}"
+                if full in hints(schema):
+                    settings.append(_Setting(full, (), inner.plain(), at))
+                else:
+                    problems.append(unknown_key(full, schema, at))
+        elif entry.value is not None:
+            example = next(key for key in hints(schema) if key.startswith(f"{section}."))
+            fix = f"Write `{section}: {{{example.partition('.')[2]}: ...}}`."
+            problems.append(problem(section, "is a section and must hold keys", entry.value, fix, at))
+    return settings, problems
+
+
+def _read_text(path: Path) -> str:
+    name = printable(path)
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(Problem(key=name, rule="no such file", fix=nearest_path(path))) from error
+    except IsADirectoryError as error:
+        raise ConfigError(Problem(key=name, rule="is a folder, not a config file")) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(Problem(key=f"{name}:{line}", rule="is not UTF-8 text")) from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(Problem(key=name, rule=f"can't be read: {reason}")) from error
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def _from_command_line(schema: type, overrides: Sequence[str]) -> list[_Setting | Problem]:
+    found: list[_Setting | Problem] = []
+    seen: dict[tuple, str] = {}
+    for token in _split(overrides):
+        setting = token if isinstance(token, Problem) else _override(schema, *token)
+        if isinstance(setting, _Setting):
+            path = (setting.key, *setting.inside)
+            typed = "=".join(token)
+            twin = next((seen[p] for p in seen if p[: len(path)] == path[: len(p)]), None)
+            if twin:
+                setting = _line(".".join(map(str, path)), "is set twice", f"Keep one of {twin} and {typed}.")
+            seen.setdefault(path, typed)
+        found.append(setting)
+    return found
+
+
+def _split(overrides: Sequence[str]) -> Iterable[tuple[str, str] | Problem]:
+    """Each override as (key, text of the value)."""
+    rest = list(overrides)
+    while rest:
+        token = rest.pop(0).removeprefix("--")
+        parts = [token]
+        # The shell cuts `a = b`, `a= b` and `a =b` into several words.
+        if "=" not in token and rest and rest[0].startswith("="):
+            parts.append(rest.pop(0))
+        if parts[-1].endswith("=") and rest and "=" not in rest[0]:
+            parts.append(rest.pop(0))
+        if "=" not in token and len(parts) == 1 and "." in token and rest and not _KEY.match(rest[0]):
+            yield _line(printable(token), "needs an `=`", f"Write {printable(f'{token}={rest.pop(0)}')}.")
+            continue
+        key, equals, value = " ".join(parts).partition("=")
+        tidy = f"{key.strip()}={value.strip()}"
+        if not equals:
+            yield _line(printable(key), "needs a value", f"Write {printable(key)}=VALUE.")
+        elif not key.strip():
+            yield _line(
+                "", f"an override needs a key before the `=`, got {printable(token)!r}", "Write section.key=VALUE."
+            )
+        elif not value.strip():
+            yield _line(printable(key), "needs a value after the `=`", f"Write {printable(key)}=VALUE.")
+        elif (key, value) != (key.strip(), value.strip()):
+            yield _line(printable(key.strip()), "has spaces round its `=`", f"Write {printable(tidy)}.")
+        else:
+            yield key, value
+
+
+def _override(schema: type, typed: str, text: str) -> _Setting | Problem:
+    known = hints(schema)
+    if typed in sections(schema):
+        example = next(key for key in known if key.startswith(f"{typed}."))
+        return _line(typed, "is a section", f"Set one of its keys, e.g. {example}=VALUE.")
+    parts = typed.split(".")
+    key = next((".".join(parts[:n]) for n in (1, 2) if ".".join(parts[:n]) in known), None)
+    if key is None:
+        return unknown_key(typed, schema, COMMAND_LINE)
+    inside: tuple[str | int, ...] = tuple(parts[key.count(".") + 1 :])
+    if inside and not (is_mapping(known[key]) and all(inside)):
+        return _line(printable(typed), f"unknown key: {key} has no keys of its own", f"Did you mean {key}?")
+    try:
+        value = _typed_value(typed, known[key], bool(inside), text)
+    except ConfigError as error:
+        return replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE)
+    if inside and key == "sampling.logit_bias":
+        inside = tuple(token_key(part) for part in inside)
+    return _Setting(key, inside, value, COMMAND_LINE)
+
+
+def _typed_value(key: str, hint: Any, inside: bool, text: str) -> Any:
+    """The value typed after `=`. For text it is taken as it stands, so that a colon or a number needs no quotes."""
+    literal = not inside and (is_text(hint) or (hint is Any and text[0] not in "[{"))
+    if literal and text not in ("null", "~") and text[0] not in "\"'":
+        return text
+    return document.read(text, key).plain()
+
+
+def _line(key: str, rule: str, fix: str = "") -> Problem:
+    return Problem(key=key, rule=rule, fix=fix, origin=COMMAND_LINE)
+
+
+# ---- settings to a config ----------------------------------------------------------------------------------------
+
+
+def _check(schema: type, setting: _Setting) -> Problem | None:
+    key, hint = setting.key, hints(schema)[setting.key]
+    value: Any = setting.value
+    for part in reversed(setting.inside):
+        value = {part: value}
+    if key not in LITERAL_KEYS:
+        for text in _texts(value):
+            if "${" in text or text.strip("\\") == "???":
+                fix = "Write the value itself; `${...}` and `???` are not expanded."
+                return problem(key, "must be a plain value", text, fix, setting.origin)
+    if is_text(hint) and isinstance(value, str):
+        if not value.strip():
+            return problem(key, "must not be empty", value, "Leave it out, or write null.", setting.origin)
+        if not value.isprintable():
+            return problem(key, "must be printable text on one line", value, "", setting.origin)
+    return misfit(key, hint, value, setting.origin)
+
+
+def _texts(value: Any) -> Iterable[str]:
+    """Every text in a value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield from _texts(name)
+            yield from _texts(one)
+
+
+def _merge(schema: type, settings: list[_Setting]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The last value of each key and where it came from; pieces of a mapping are put into the mapping so far."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for setting in settings:
+        if not setting.inside:
+            values[setting.key], origins[setting.key] = setting.value, setting.origin
+            continue
+        target = values[setting.key] = dict(values.get(setting.key) or {})
+        for part in setting.inside[:-1]:
+            inner = target.get(part)
+            target[part] = dict(inner) if isinstance(inner, dict) else {}
+            target = target[part]
+        target[setting.inside[-1]] = setting.value
+        before = origins.get(setting.key, setting.origin)
+        origins[setting.key] = before if before.endswith(setting.origin) else f"{before} and {setting.origin}"
+    return values, origins
+
+
+def _build(schema: type, values: dict[str, Any]) -> Any:
+    """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it."""
+    free = {key: value for key, value in values.items() if is_free(hints(schema)[key]) or key in LITERAL_KEYS}
+    settled: dict[str, dict[str, Any]] = {}
+    for key in values.keys() - free.keys():
+        section, _, name = key.partition(".")
+        settled.setdefault(section, {})[name] = values[key]
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settled))
+    for key, value in free.items():
+        section, _, name = key.rpartition(".")
+        inner = replace(getattr(config, section), **{name: value}) if section else value
+        config = replace(config, **{section or name: inner})
+    return config

@@ -1,0 +1,304 @@
+"""Every key of every config file: its type, default, meaning and unit. Imports no runtime.
+
+`null` means "decide for me"; what was decided is printed. Names inside `engine` and `sampling` are vLLM's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """Which model, and in which numbers."""
+
+    path: str | None = None
+    """Folder in Hugging Face layout, folder of rank shards, or hub id (`owner/name`). Required."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """Folder with tokenizer.json; null: the model's own. A model without one runs on token ids."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Numbers of weights and activations; auto: as the checkpoint says, float32 where the CPU has no fast bfloat16."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """auto: read the weights; dummy: random weights from config.json alone, for benchmarks."""
+    quantization: str | None = None
+    """Must be null: no quantized format is supported yet."""
+    trust_remote_code: bool = False
+    """Must be false: code from a model folder is never run; see `family_module`."""
+    family_module: str | None = None
+    """Python module of your own (importable name) that registers a model family when imported."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSection:
+    """How the model is laid out; tp * pp * dp is the number of ranks."""
+
+    tp: int = 1
+    """Tensor parallel ranks: each holds a slice of every layer."""
+    pp: int = 1
+    """Pipeline stages: each holds some of the layers."""
+    dp: int = 1
+    """Replicas: each holds the whole model and takes other prompts."""
+    dp_mode: Literal["sync", "async"] = "sync"
+    """sync: prompts are dealt out by predicted tokens up front; async: replicas take from a shared queue when they have
+    room."""
+    sequence_parallel: bool = False
+    """Cut activations between the parallel layers by token over tp; training only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSection:
+    """Memory and batching of the inference engine."""
+
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; null: the largest that fits, at most the model's own."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory that weights, activations and KV cache may take; on CPU, of the memory
+    available at start."""
+    num_kv_blocks: int | None = None
+    """KV blocks per rank; null: from real memory, never more than the work needs."""
+    swap_space: float = 0.0
+    """Host memory per rank for swapped-out KV blocks, GiB; 0: preempted requests are recomputed."""
+    block_size: int = 16
+    """Tokens in one KV block."""
+    max_num_seqs: int = 256
+    """Most sequences in one step."""
+    max_num_batched_tokens: int = 8192
+    """Most tokens in one step; longer prompts are prefilled in chunks."""
+    enforce_eager: bool = False
+    """true: no CUDA graphs for decoding."""
+    enable_prefix_caching: bool = True
+    """Keep the KV blocks of finished prompts for later prompts that begin alike."""
+    seed: int = 0
+    """Seed of requests that have none of their own."""
+    check_lockstep: bool = False
+    """Compare a hash of the scheduler over the ranks every step; for debugging."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it ends. The same class as the `sampling` section and the Python API."""
+
+    n: int = 1
+    """Completions returned for a prompt."""
+    best_of: int | None = None
+    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens whose probabilities reach this."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0 or -1: all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest."""
+    max_tokens: int | None = 16
+    """Most tokens generated; null: up to max_model_len."""
+    min_tokens: int = 0
+    """No end-of-sequence, stop token or stop string before this many."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token generated so far; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it was generated; -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858);
+    > 0."""
+    seed: int | None = None
+    """Seed of this request; null: engine.seed and the request's place in the input."""
+    stop: Any = None
+    """A string or list of strings that end the output; not part of the text unless include_stop_str_in_output."""
+    stop_token_ids: list[int] | None = None
+    """Token ids that end the output."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string that ended the output in its text."""
+    ignore_eos: bool = False
+    """Go on after the end-of-sequence token."""
+    logprobs: int | None = None
+    """For each generated token, log-probabilities of the token and of this many likeliest; of the model's full
+    distribution."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids; -100 to 100."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputSection:
+    """What to generate from: `prompts` or `file`."""
+
+    prompts: list[Any] | None = None
+    """Texts, lists of token ids, or chats (lists of {role, content})."""
+    file: str | None = None
+    """JSON lines with `prompt` (text or token ids) or `messages`, optional `id` and `sampling`; `-`: standard input."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputSection:
+    """Where results go."""
+
+    file: str | None = None
+    """JSON lines, appended as prompts finish; run again, it goes on where it stopped. null: text on the terminal."""
+    overwrite: bool = False
+    """Start the file anew instead of going on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MonitorSection:
+    """What is told about the run."""
+
+    report: bool = True
+    """Print memory, speed and where the time went, for each rank, at the end."""
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+    status_file: str | None = None
+    """Where the run's state is kept, as JSON; null: beside the output file, or in a temporary folder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributedSection:
+    """The processes of a run and how they find and watch each other."""
+
+    start_timeout: float = 60.0
+    """Seconds within which every rank must have come."""
+    peer_timeout: float = 6.0
+    """Seconds without a sign of life after which a rank counts as lost."""
+    backend: Literal["nccl", "gloo"] | None = None
+    """null: nccl where each rank has a GPU of its own, else gloo."""
+    device: Literal["cpu", "cuda"] | None = None
+    """null: cuda where there is one."""
+    interface: str | None = None
+    """Network interface for gloo and nccl; null: the one that routes to MASTER_ADDR."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferConfig:
+    """`launch/infer.py`: generate text."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    input: InputSection = field(default_factory=InputSection)
+    output: OutputSection = field(default_factory=OutputSection)
+    monitor: MonitorSection = field(default_factory=MonitorSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewModelSection:
+    """The model to train: a new one of this shape, or `path` to go on from."""
+
+    path: str | None = None
+    """Folder in Hugging Face layout whose weights are the start; null: new weights of the shape below."""
+    config: dict[str, Any] | None = None
+    """A Hugging Face config.json as a mapping, e.g. {model_type: qwen3, hidden_size: 256, ...}; used when path is
+    null."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Numbers of the forward and backward pass; optimizer state is float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerSection:
+    """A byte-level BPE tokenizer, trained on the training files when `path` is null."""
+
+    path: str | None = None
+    """Folder with a tokenizer.json to use as it is; null: train one."""
+    vocab_size: int = 4096
+    """Tokens, the special ones included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSection:
+    """Text to train on."""
+
+    source: str = "stdlib"
+    """`stdlib`: the Python standard library's source of this interpreter; else a folder or a glob of text files."""
+    pattern: str = "**/*.py"
+    """Files taken from a folder."""
+    exclude: list[str] = field(default_factory=list)
+    """Globs of relative names to leave out; `*` goes across folders."""
+    held_out: float = 0.03
+    """Share of the files kept for evaluation, chosen by a hash of their names."""
+    sequence_length: int = 512
+    """Tokens in one training sequence."""
+    seed: int = 0
+    """Seed of the order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSection:
+    """AdamW, with warm-up and a cosine."""
+
+    learning_rate: float = 1e-3
+    """Peak, after warm-up."""
+    min_learning_rate: float = 1e-4
+    """At the end of the cosine."""
+    warmup_steps: int = 100
+    """Steps over which the rate rises from 0 to its peak."""
+    weight_decay: float = 0.1
+    """Decoupled (arXiv 1711.05101)."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the running means of gradients and of their squares, a step."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    gradient_clipping: float = 1.0
+    """Largest global gradient norm; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    """How long, in what batches, and what happens in between."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    micro_batch_size: int = 8
+    """Sequences a rank computes at once."""
+    gradient_accumulation_steps: int = 1
+    """Micro batches that make one optimizer step, on each rank."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage over dp."""
+    eval_every: int = 200
+    """Steps between held-out evaluations."""
+    eval_batches: int = 50
+    """Micro batches of one evaluation, over all replicas; fewer when the held-out files are fewer."""
+    patience: int | None = None
+    """Stop after this many evaluations without a lower held-out loss; null: run all steps."""
+    max_seconds: float | None = None
+    """Stop after this long in one go, with an evaluation and a checkpoint; null: run all steps."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between log lines."""
+    seed: int = 0
+    """Of new weights."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Texts that the model card shows the model's completions of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOutputSection:
+    """Where the model goes."""
+
+    folder: str | None = None
+    """Where the model (Hugging Face layout), the log and the training state go. Required."""
+    resume: bool = True
+    """Go on from the last training state in the folder, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """`launch/train.py`: train a model with DeepSpeed."""
+
+    model: NewModelSection = field(default_factory=NewModelSection)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys for DeepSpeed's own config; keys that megalite sets itself are refused."""
+    output: TrainOutputSection = field(default_factory=TrainOutputSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)

@@ -1,0 +1,122 @@
+"""`--dry-run`: what each rank of a layout would hold, in layers, heads, rows and bytes; arithmetic only."""
+
+from __future__ import annotations
+
+from megalite.config.schema import InferConfig, TrainConfig
+from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
+from megalite.errors import ConfigError, Problem
+from megalite.inference.memory import activation_bytes, kv_block_bytes
+from megalite.model.config import ModelConfig
+from megalite.weights.mapping import local_elements
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MOST_ROWS = 256
+"""Ranks listed one by one; with more, the first replica stands for the others, which hold the same."""
+
+
+def describe(config: InferConfig | TrainConfig, model: ModelConfig | None) -> str:
+    """The table of ranks, with its title and notes. ConfigError if the model's shape is not known here."""
+    if model is None:
+        fix = "Download the model (hf download) and give the folder."
+        value = config.model.path
+        raise ConfigError(
+            Problem(key="model.path", rule="--dry-run needs the model's config.json on this disk", value=value, fix=fix)
+        )
+    layout = Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
+    shown = layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp
+    if isinstance(config, TrainConfig):
+        columns, notes = _training_columns(config, model, layout, shown)
+    else:
+        columns, notes = _engine_columns(config, model, layout, shown)
+    table = _place_columns(model, layout, shown) | columns
+    total = local_elements(model, Layout(), 0)
+    title = f"{model.family}, {model.num_layers} layers, {total:,} parameters, on {layout}: {layout.size} ranks"
+    if shown < layout.size:
+        notes.append(f"the other {layout.dp - 1} replicas hold the same as the first")
+    return "\n".join([title, "", *_lines(table), "", *notes])
+
+
+def _lines(columns: dict[str, list[str]]) -> list[str]:
+    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
+    rows = zip(*columns.values(), strict=True)
+    head = "  ".join(f"{name:>{width}}" for name, width in widths.items())
+    return [head, *("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths.values(), strict=True)) for row in rows)]
+
+
+def _place_columns(model: ModelConfig, layout: Layout, shown: int) -> dict[str, list[str]]:
+    """Where each rank is, and which parts of the model are on it."""
+    names = ("rank", "dp", "pp", "tp", "layers", "query heads", "kv heads", "vocab rows")
+    columns: dict[str, list[str]] = {name: [] for name in names}
+    queries, keys = QueryHeads(model.num_heads, model.num_kv_heads, 1), KVHeads(model.num_kv_heads, 1)
+    for rank in range(shown):
+        place = layout.coord(rank)
+        layers = layout.layers(place.pp, model.layer_costs())
+        has_vocab = place.pp in (0, layout.pp - 1)
+        cells = (
+            *map(str, (rank, place.dp, place.pp, place.tp)),
+            _range(layers.start, layers.stop),
+            _range(*queries.range(layout.tp, place.tp)),
+            _range(*keys.range(layout.tp, place.tp)),
+            _range(*Even(model.vocab_size).range(layout.tp, place.tp)) if has_vocab else "-",
+        )
+        for name, cell in zip(names, cells, strict=True):
+            columns[name].append(cell)
+    return columns
+
+
+def _engine_columns(config: InferConfig, model: ModelConfig, layout: Layout, shown: int):
+    """Bytes of an inference engine on each rank."""
+    engine = config.engine
+    dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
+    item = ITEM_BYTES[dtype]
+    length = engine.max_model_len or model.max_position_embeddings
+    full = f"kv of {engine.max_num_seqs} x {length}"
+    columns: dict[str, list[str]] = {"weights": [], "kv a token": [], full: [], "activations": []}
+    for rank in range(shown):
+        token = kv_block_bytes(model, layout, rank, block_size=1, itemsize=item)
+        batch = {"max_tokens": engine.max_num_batched_tokens, "max_rows": engine.max_num_seqs, "itemsize": item}
+        columns["weights"].append(size(local_elements(model, layout, rank) * item))
+        columns["kv a token"].append(size(token))
+        columns[full].append(size(token * length * engine.max_num_seqs))
+        columns["activations"].append(size(activation_bytes(model, layout, rank, **batch)))
+    said = " (as the checkpoint says)" if config.model.dtype == "auto" else ""
+    notes = [
+        f"numbers are {dtype}{said}; weights are exact, activations an upper estimate for "
+        f"{engine.max_num_batched_tokens} tokens a step",
+        "the KV cache takes what is left of the memory, and never more than the work needs",
+    ]
+    return columns, notes
+
+
+def _training_columns(config: TrainConfig, model: ModelConfig, layout: Layout, shown: int):
+    """Bytes of weights, gradients and optimizer state on each rank, by ZeRO stage (arXiv 1910.02054, table 1)."""
+    item, dp, stage = ITEM_BYTES[config.model.dtype], layout.dp, config.train.zero_stage
+    columns: dict[str, list[str]] = {"weights": [], "gradients": [], "optimizer": []}
+    for rank in range(shown):
+        count = local_elements(model, layout, rank)
+        columns["weights"].append(size(count * item // (dp if stage == 3 else 1)))
+        columns["gradients"].append(size(count * item // (dp if stage >= 2 else 1)))
+        columns["optimizer"].append(size(count * 12 // dp))
+    notes = [
+        f"numbers are {config.model.dtype}; the optimizer keeps float32 weights and two moments, cut over dp",
+        "activations are not counted",
+    ]
+    return columns, notes
+
+
+def _range(lo: int, hi: int) -> str:
+    if hi <= lo:
+        return "-"
+    return str(lo) if hi == lo + 1 else f"{lo}-{hi - 1}"
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that suits them."""
+    if count < 1024:
+        return f"{count} B"
+    value, unit = count / 1024, "KiB"
+    for larger in ("MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.1f} {unit}"

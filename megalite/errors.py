@@ -1,0 +1,117 @@
+"""Errors that a user can act on, the exit code of each, and the one point where tests inject faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_CONFIG = 2
+EXIT_CHECKPOINT = 3
+EXIT_RESOURCES = 4
+EXIT_RANK_LOST = 70
+EXIT_SIGINT = 128 + signal.SIGINT
+EXIT_SIGTERM = 128 + signal.SIGTERM
+
+
+class MegaliteError(Exception):
+    """A failure whose message is meant for the user: one to three lines, no traceback unless `--debug`."""
+
+    exit_code = EXIT_CRASH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing wrong with the configuration: the key, its value, the rule it breaks and how to mend it."""
+
+    key: str
+    """Dotted path, e.g. `parallel.tp`; empty for a problem of the whole command."""
+    rule: str
+    value: object = None
+    fix: str = ""
+    origin: str = ""
+    """Where the value came from: `file.yaml:3`, `the command line`, `default`."""
+
+    def __str__(self) -> str:
+        head = f"{self.key}: " if self.key else ""
+        got = f", got {self.value!r}" if self.value is not None else ""
+        origin = f" (from {self.origin})" if self.origin else ""
+        fix = f" {self.fix}" if self.fix else ""
+        return f"{head}{self.rule}{got}.{fix}{origin}"
+
+
+class ConfigError(MegaliteError):
+    """The configuration or the command line can't be used; carries every problem found, not just the first."""
+
+    exit_code = EXIT_CONFIG
+
+    def __init__(self, *problems: Problem | str):
+        self.problems = tuple(Problem(key="", rule=p.rstrip(".")) if isinstance(p, str) else p for p in problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class CheckpointError(MegaliteError):
+    """A model folder, weight file or training checkpoint is missing, damaged or does not fit the model."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class ResourceError(MegaliteError):
+    """The job does not fit: memory, disk space or KV cache."""
+
+    exit_code = EXIT_RESOURCES
+
+
+class RankLost(MegaliteError):
+    """A rank of this run died, was killed or never came; the message names it."""
+
+    exit_code = EXIT_RANK_LOST
+
+
+class Stopped(MegaliteError):
+    """A signal asked the run to stop and it drained cleanly."""
+
+    def __init__(self, signum: int):
+        self.exit_code = 128 + signum
+        super().__init__(f"stopped by {signal.Signals(signum).name}; finished work is kept")
+
+
+FAULT_VARIABLE = "MEGALITE_FAULT"
+
+
+def maybe_fault(point: str, rank: int = 0) -> None:
+    """Fail here if the environment asks for it; otherwise do nothing.
+
+    `MEGALITE_FAULT="POINT[@RANK][#N]=ACTION"` acts on the Nth passage (from 1) of POINT on RANK (default: any).
+    ACTION is `raise` (RuntimeError), `kill` (SIGKILL to this process), `exit` (status 1) or `hang`.
+    Every fault test uses this one point of entry instead of patching code.
+    """
+    spec = os.environ.get(FAULT_VARIABLE)
+    if spec:
+        _fault(spec, point, rank)
+
+
+_passages: dict[str, int] = {}
+
+
+def _fault(spec: str, point: str, rank: int) -> None:
+    where, _, action = spec.partition("=")
+    where, _, nth = where.partition("#")
+    where, _, only_rank = where.partition("@")
+    if where != point or (only_rank and int(only_rank) != rank):
+        return
+    _passages[point] = _passages.get(point, 0) + 1
+    if _passages[point] != int(nth or 1):
+        return
+    if action == "raise":
+        raise RuntimeError(f"injected fault at {point} on rank {rank}")
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "exit":
+        os._exit(EXIT_CRASH)
+    if action == "hang":
+        while True:
+            signal.pause()
+    raise ConfigError(f"{FAULT_VARIABLE}={spec!r}: the action must be raise, kill, exit or hang")

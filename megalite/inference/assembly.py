@@ -1,0 +1,215 @@
+"""Builds what one rank needs to generate: model, weights, KV cache, engine; every rank of the run calls it alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.schema import InferConfig, ModelSection
+from megalite.core.distributed import Runtime
+from megalite.core.layers import store_by_input
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.inference import memory
+from megalite.inference.engine import Engine
+from megalite.inference.outputs import OutputProcessor
+from megalite.inference.runner import Runner
+from megalite.inference.sampler import Sampler
+from megalite.inference.scheduler import Scheduler
+from megalite.model import families
+from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
+from megalite.model.device_attention import DeviceCache
+from megalite.model.host_attention import HostCache
+from megalite.model.kernels import free_memory, ranks_on_device
+from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
+from megalite.tokenizer import Tokenizer
+from megalite.weights import shards
+from megalite.weights.hf import open_checkpoint, resolve
+from megalite.weights.mapping import owned
+from megalite.weights.transfer import DTYPES, build, check_names, initialise, load
+
+
+class Replica:
+    """This rank's part of a replica, ready to generate once `engine` was called.
+
+    Collective: every rank of the run constructs it with the same config.
+    """
+
+    def __init__(self, config: InferConfig, runtime: Runtime):
+        self.config = config
+        self.runtime = runtime
+        parallel = config.parallel
+        self.layout = Layout(parallel.tp, parallel.pp, parallel.dp)
+        self.meter = Meter()
+        self.state = ParallelState(self.layout, meter=self.meter)
+        self.folder = fetch(config.model, runtime)
+        self.model = families.read(self.folder)
+        self.tokenizer = Tokenizer.load(Path(config.model.tokenizer or self.folder))
+        self.dtype = choose_dtype(config.model.dtype, self.model, runtime.device)
+        before = reset_peak_memory()
+        self.decoder = self._load()
+        self.load_peak_bytes = peak_memory() - before
+        self._fit()
+
+    def _load(self) -> Decoder:
+        """Allocate this rank's stage and fill it."""
+        section, device = self.config.model, self.runtime.device
+        asked = self.config.engine.max_model_len
+        decoder = build(self.model, self.state, dtype=self.dtype, device=device, max_length=asked)
+        if section.load_format == "dummy":
+            initialise(decoder, self.config.engine.seed)
+        elif shards.is_sharded(self.folder):
+            shards.load(decoder, self.folder)
+        else:
+            prefix = families.weight_names(self.model).prefix
+            with open_checkpoint(self.folder, prefix=prefix) as checkpoint:
+                check_names(self.model, checkpoint, str(self.folder))
+                load(decoder, checkpoint)
+        if device.type == "cpu":
+            store_by_input(decoder)
+        return decoder.requires_grad_(False)
+
+    def _fit(self) -> None:
+        """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
+        engine = self.config.engine
+        if dist.is_initialized():
+            dist.barrier()
+        place = {"config": self.model, "layout": self.layout, "rank": self.state.rank}
+        self.block_bytes = memory.kv_block_bytes(**place, block_size=engine.block_size, itemsize=self.dtype.itemsize)
+        budget = self._memory() * engine.gpu_memory_utilization
+        budget -= memory.activation_bytes(
+            **place,
+            max_tokens=engine.max_num_batched_tokens,
+            max_rows=engine.max_num_seqs,
+            itemsize=self.dtype.itemsize,
+        )
+        mine = engine.num_kv_blocks or max(0, int(budget // self.block_bytes))
+        self.fitting_blocks = _least(mine, self.state.replica.group, self.state.replica.size)
+        fitting_everywhere = _least(mine, None, self.runtime.world_size)
+        self.host_blocks = _least(
+            int(engine.swap_space * memory.GIB // self.block_bytes), self.state.replica.group, self.state.replica.size
+        )
+        self.max_model_len = memory.settle_length(
+            fitting_blocks=fitting_everywhere,
+            block_size=engine.block_size,
+            asked=engine.max_model_len,
+            model=self.model.max_position_embeddings,
+            block_bytes=self.block_bytes,
+        )
+
+    def _memory(self) -> int:
+        """Bytes that this rank may still take: its share of what is free on its host or device."""
+        if self.runtime.device.type == "cpu":
+            return memory.host_memory_available() // self.runtime.local_world_size
+        return free_memory(self.runtime.device) // ranks_on_device(self.runtime.local_world_size)
+
+    def engine(self, *, longest: int | None = None, sequences: int | None = None) -> Engine:
+        """Make the KV cache and the engine. `longest` and `sequences` say what the work needs, where that is known."""
+        settings = self.config.engine
+        concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
+        run_blocks = memory.blocks_for(min(longest or self.max_model_len, self.max_model_len), settings.block_size)
+        blocks, on_device = self.fitting_blocks, self.runtime.device.type != "cpu"
+        if not on_device and settings.num_kv_blocks is None:
+            blocks = min(blocks, concurrent * run_blocks)
+        self.num_blocks = blocks
+        place = (self.decoder.layer_range, memory.kv_heads_on(self.model, self.layout, self.state.rank))
+        shape = {"head_dim": self.model.head_dim, "block_size": settings.block_size, "dtype": self.dtype}
+        host = HostCache(*place, self.host_blocks, **shape) if self.host_blocks else None
+        if on_device:
+            cache = DeviceCache(*place, blocks, **shape, device=self.runtime.device)
+        else:
+            cache = HostCache(*place, blocks, **shape)
+        self.kv_bytes = cache.nbytes
+        scheduler = Scheduler(
+            num_blocks=blocks,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            cohorts=self.layout.pp,
+            prefix_caching=settings.enable_prefix_caching,
+            host_blocks=self.host_blocks,
+            contiguous=not on_device,
+        )
+        runner = Runner(
+            self.decoder,
+            cache,
+            host,
+            meter=self.meter,
+            max_blocks=memory.blocks_for(self.max_model_len, settings.block_size),
+            use_graphs=on_device and not settings.enforce_eager and self._capturable(),
+        )
+        outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
+        sampler = Sampler(self.model.vocab_size)
+        return Engine(
+            self.state, runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank's stage."""
+        return sum(param.nbytes for param in self.decoder.parameters())
+
+    def report(self, engine: Engine, *, failed: int = 0) -> RankReport:
+        """What this rank did between `meter.start` and `meter.stop`. `failed`: prompts of the run that were refused."""
+        place, stats, layers = self.state.coord, engine.scheduler.stats, self.decoder.layer_range
+        return self.meter.report(
+            rank=self.state.rank,
+            tp=place.tp,
+            pp=place.pp,
+            dp=place.dp,
+            layers=(layers.start, layers.stop),
+            weight_bytes=self.weight_bytes,
+            kv_bytes=self.kv_bytes,
+            kv_blocks=self.num_blocks,
+            load_peak_bytes=self.load_peak_bytes,
+            load_bound_bytes=self.weight_bytes + largest_read(self.model, self.layout, self.state.rank, self.dtype),
+            prompts=engine.finished + failed,
+            failed_prompts=failed,
+            output_tokens=engine.output_tokens,
+            prompt_tokens=engine.prompt_tokens,
+            cached_tokens=stats.prefix_hit_tokens,
+            preemptions=stats.preemptions,
+        )
+
+    def _capturable(self) -> bool:
+        """Collectives inside a stage can be captured only when they run on the device."""
+        return self.state.tp.size == 1 or self.runtime.backend == "nccl"
+
+
+def fetch(section: ModelSection, runtime: Runtime) -> Path:
+    """The model's folder; a hub id is downloaded by the first rank of each host while the others wait."""
+    weights = section.load_format != "dummy"
+    if Path(section.path).is_dir() or runtime.world_size == 1:
+        return resolve(section.path, section.revision, weights=weights)
+    if runtime.local_rank == 0:
+        resolve(section.path, section.revision, weights=weights)
+    dist.barrier()
+    return resolve(section.path, section.revision, weights=weights)
+
+
+def choose_dtype(asked: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The numbers to compute in: as asked, or the checkpoint's where this device is fast in them."""
+    if asked != "auto":
+        return DTYPES[asked]
+    if device.type != "cpu":
+        return DTYPES[model.dtype]
+    fast = model.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _least(value: int, group: dist.ProcessGroup | None, size: int) -> int:
+    """The least of the ranks' values."""
+    if size == 1:
+        return value
+    tensor = torch.tensor([value])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
+    return int(tensor)
+
+
+def largest_read(model: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype) -> int:
+    """Bytes of the largest range that a rank reads at once."""
+    return max(part.elements for part in owned(model, layout, rank)) * dtype.itemsize

@@ -1,0 +1,172 @@
+"""What the control rank of a replica tells the others each step, and where new work comes from.
+
+Every rank of a replica runs the same scheduler. All it cannot know by itself travels in one small broadcast a step: the
+sampled token ids, which stop strings completed, how much new work the replica took on, whether to stop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from megalite.core.parallel_state import ParallelState
+from megalite.inference.request import Request, Sampled
+
+_STOP, _EXHAUSTED = 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One step's news. Everything in it is a number; nothing received is ever run."""
+
+    results: tuple[Sampled, ...] = ()
+    """For the sampled rows of the plan that this message answers, in order."""
+    arrivals: tuple[int, int] = (0, 0)
+    """Half-open range of places in the feed's order: the requests that the replica takes on now."""
+    exhausted: bool = False
+    """No more arrivals will follow."""
+    stop: bool = False
+    """Leave off now; unfinished requests are dropped."""
+    state_hash: int = 0
+    """Of the control rank's scheduler when it had made the plan that this message answers; debug mode only."""
+
+
+class ReplicaChannel:
+    """Messages from the control rank to every rank of its replica (itself included), in order.
+
+    A broadcast is started when a message is sent and completed when it is received, up to `pp` steps later, so the
+    control rank never waits for a slower stage.
+    """
+
+    def __init__(self, state: ParallelState):
+        self.state = state
+        self.sent: deque[tuple[Message, dist.Work | None, torch.Tensor | None]] = deque()
+
+    def send(self, message: Message) -> None:
+        """Control rank only."""
+        work = buffer = None
+        if self.state.replica.size > 1:
+            flags = _STOP * message.stop | _EXHAUSTED * message.exhausted
+            tokens = [result.token_id * 2 + result.stopped for result in message.results]
+            buffer = torch.tensor([flags, *message.arrivals, message.state_hash, *tokens])
+            work = dist.broadcast(buffer, self.state.rank, group=self.state.replica.group, async_op=True)
+        self.sent.append((message, work, buffer))
+
+    @property
+    def num_arriving(self) -> int:
+        """Requests that messages on their way announce; known on the control rank."""
+        return sum(hi - lo for lo, hi in (message.arrivals for message, _, _ in self.sent))
+
+    def receive(self, num_results: int) -> Message:
+        """The next message; `num_results` is the number of sampled rows in the plan it answers."""
+        if self.state.is_control:
+            message, work, _ = self.sent.popleft()
+            if work is not None:
+                work.wait()
+            return message
+        buffer = torch.empty(4 + num_results, dtype=torch.int64)
+        dist.broadcast(buffer, self.state.control_rank, group=self.state.replica.group)
+        flags, lo, hi, state_hash, *tokens = buffer.tolist()
+        results = tuple(Sampled(token // 2, bool(token % 2)) for token in tokens)
+        exhausted, stop = bool(flags & _EXHAUSTED), bool(flags & _STOP)
+        return Message(results, (lo, hi), exhausted=exhausted, stop=stop, state_hash=state_hash)
+
+
+class Feed(Protocol):
+    """Where a replica's requests come from. `order` is the same on every rank; `take` is asked on the control rank."""
+
+    order: Sequence[int]
+    """Indices into the run's requests, in the order in which they are handed out."""
+
+    def take(self, room: int) -> tuple[int, int]:
+        """Claim about `room` places of `order` for this replica; an empty range when none is left."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Nothing is left to take."""
+
+
+class Share:
+    """Synchronous data parallelism: the replica's share is fixed before the start."""
+
+    def __init__(self, order: Sequence[int]):
+        self.order = order
+        self.taken = 0
+
+    def take(self, room: int) -> tuple[int, int]:
+        start, self.taken = self.taken, len(self.order)
+        return start, self.taken
+
+    @property
+    def exhausted(self) -> bool:
+        return self.taken == len(self.order)
+
+
+class SharedQueue:
+    """Asynchronous data parallelism: replicas take places from one counter in the run's store as they have room.
+
+    A claim is at most half of an even share of what is left, so that early claims are large, late ones small, and the
+    replicas end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    """
+
+    def __init__(self, order: Sequence[int], store: dist.Store, key: str, replicas: int):
+        self.order = order
+        self.store = store
+        self.key = key
+        self.replicas = replicas
+        self.next = 0
+        """Places known to be taken, by any replica."""
+
+    def take(self, room: int) -> tuple[int, int]:
+        left = len(self.order) - self.next
+        claim = min(room, max(1, left // (2 * self.replicas)))
+        if left <= 0 or claim <= 0:
+            return 0, 0
+        self.next = self.store.add(self.key, claim)
+        end = min(self.next, len(self.order))
+        start = self.next - claim
+        return (start, end) if start < end else (0, 0)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.next >= len(self.order)
+
+
+def predicted_tokens(request: Request) -> int:
+    """Tokens a request costs if every sample runs to its limit."""
+    return len(request.prompt_token_ids) + request.num_samples * request.max_tokens
+
+
+def deal(requests: Sequence[Request], replicas: int) -> list[list[int]]:
+    """Split requests over replicas by predicted tokens: longest first, each to the least loaded (Graham 1969).
+
+    Within a share the input order is kept, so that results appear about in that order.
+    """
+    shares: list[list[int]] = [[] for _ in range(replicas)]
+    load = [0] * replicas
+    longest_first = sorted(range(len(requests)), key=lambda index: (-predicted_tokens(requests[index]), index))
+    for index in longest_first:
+        target = min(range(replicas), key=lambda replica: (load[replica], replica))
+        shares[target].append(index)
+        load[target] += predicted_tokens(requests[index])
+    return [sorted(share) for share in shares]
+
+
+def broadcast_bytes(data: bytes | None, source: int) -> bytes:
+    """Give every rank of the world what global rank `source` has; the others pass None."""
+    if not dist.is_initialized():
+        assert data is not None
+        return data
+    size = torch.tensor([0 if data is None else len(data)])
+    dist.broadcast(size, source)
+    buffer = torch.empty(int(size), dtype=torch.uint8)
+    if data:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if buffer.numel():
+        dist.broadcast(buffer, source)
+    return buffer.numpy().tobytes()

@@ -1,0 +1,200 @@
+"""The inference engine of one rank: schedule, execute, sample, tell, finish, again.
+
+Lockstep: every rank of a replica calls `run` with the same requests and makes the same plans. Step t works on cohort
+t mod pp; its results enter the scheduler right before step t + pp is planned, so with pipeline stages pp disjoint
+cohorts are in flight and no stage waits for another's sampling.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import MegaliteError
+from megalite.inference.control import Feed, Message, ReplicaChannel
+from megalite.inference.outputs import OutputProcessor, RequestOutput
+from megalite.inference.request import Request, Sampled, StepPlan
+from megalite.inference.request import Sequence as Sampling
+from megalite.inference.runner import Runner
+from megalite.inference.sampler import Sampler
+from megalite.inference.scheduler import Scheduler
+from megalite.monitor.metrics import Meter
+
+LOOKAHEAD = 2
+"""Requests beyond the running ones that a replica claims from a shared queue, so that a place is refilled at once."""
+
+
+@dataclass(kw_only=True)
+class Hooks:
+    """What the caller wants to hear of while a run goes on; only the control rank calls these."""
+
+    on_output: Callable[[RequestOutput], None] = field(default=lambda output: None)
+    """A request finished."""
+    on_step: Callable[[int], None] = field(default=lambda num_tokens: None)
+    """A step generated this many tokens."""
+    stop_requested: Callable[[], bool] = field(default=lambda: False)
+    """Asked every step: should the run leave off?"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """A plan that a message will answer."""
+
+    plan: StepPlan
+    state_hash: int
+    """Of the scheduler that made it; 0 unless lockstep is checked."""
+
+
+_HASH_BITS = 2**62 - 1
+
+
+class Engine:
+    """Generates for one replica; every rank of the replica holds one and calls it alike."""
+
+    def __init__(
+        self,
+        state: ParallelState,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        outputs: OutputProcessor,
+        meter: Meter,
+        *,
+        check_lockstep: bool = False,
+    ):
+        self.state = state
+        self.runner = runner
+        self.scheduler = scheduler
+        self.sampler = sampler
+        self.outputs = outputs
+        self.meter = meter
+        self.check_lockstep = check_lockstep
+        self.channel = ReplicaChannel(state)
+        # Of all runs; counted on the control rank.
+        self.finished = 0
+        """Requests."""
+        self.prompt_tokens = 0
+        """Of the requests taken on."""
+        self.output_tokens = 0
+
+    def run(self, requests: Sequence[Request], feed: Feed, hooks: Hooks) -> bool:
+        """Generate for what `feed` gives this replica; False if it was stopped before the end.
+
+        Finished outputs go to `hooks.on_output` on the control rank. Whatever happens, nothing unfinished is left: an
+        engine of one rank can be used again even after an exception.
+        """
+        try:
+            return self._run(requests, feed, hooks)
+        except BaseException:
+            self.channel.sent.clear()
+            self._drop(self.scheduler.clear())
+            raise
+
+    def _run(self, requests: Sequence[Request], feed: Feed, hooks: Hooks) -> bool:
+        depth = self.state.pp.size
+        answered: deque[_Answered | None] = deque([None] * depth)  # what the messages on their way answer
+        if self.state.is_control:
+            for _ in range(depth):
+                self.channel.send(self._message(None, (), feed, hooks))
+        step = 0
+        while True:
+            message = self._receive(answered.popleft(), hooks)
+            if message.stop:
+                break
+            for place in range(*message.arrivals):
+                request = requests[feed.order[place]]
+                self.prompt_tokens += len(request.prompt_token_ids)
+                self.scheduler.add(request)
+            if message.exhausted and not self.scheduler.has_work():
+                break
+            with self.meter.phase("scheduling"):
+                plan = self.scheduler.schedule(step % depth)
+            made = _Answered(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
+            logits = self.runner.execute(plan)
+            if self.state.is_control:
+                self.channel.send(self._message(made, self._sample(plan, logits, hooks), feed, hooks))
+            answered.append(made)
+            step += 1
+            decoded = sum(row.count for row in plan.rows if row.count == 1)
+            self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
+        for made in answered:
+            self._receive(made, hooks)
+        self.runner.close()
+        if message.stop:
+            self._drop([seq for request_id in self.scheduler.unfinished for seq in self.scheduler.abort(request_id)])
+        return not message.stop
+
+    def _drop(self, sequences: Sequence[Sampling]) -> None:
+        """Forget sequences that the scheduler has ended before their time."""
+        for sequence in sequences:
+            self.sampler.forget(sequence)
+        self.outputs.clear()
+
+    def _receive(self, made: _Answered | None, hooks: Hooks) -> Message:
+        """Take the next message and finish the plan that it answers."""
+        with self.meter.phase("waiting"):
+            message = self.channel.receive(len(made.plan.sampled) if made else 0)
+        if made is None:
+            return message
+        if message.state_hash != made.state_hash:
+            raise MegaliteError(
+                f"the scheduler of rank {self.state.rank} differs from that of its control rank "
+                f"{self.state.control_rank} at step {made.plan.step}; this is a bug, please report it"
+            )
+        finished = self.scheduler.finish(made.plan, list(message.results))
+        if self.state.is_control:
+            for sequence in finished:
+                self.sampler.forget(sequence)
+                output = self.outputs.finish(sequence)
+                if output is not None:
+                    self.finished += 1
+                    hooks.on_output(output)
+        return message
+
+    def _message(self, made: _Answered | None, results: tuple[Sampled, ...], feed: Feed, hooks: Hooks) -> Message:
+        stop = hooks.stop_requested()
+        room = self.scheduler.max_num_seqs + LOOKAHEAD - self.scheduler.num_running - self.scheduler.num_waiting
+        room -= self.channel.num_arriving
+        arrivals = (0, 0) if stop else feed.take(room)
+        state_hash = made.state_hash if made else 0
+        return Message(results, arrivals, exhausted=feed.exhausted, stop=stop, state_hash=state_hash)
+
+    def _sample(self, plan: StepPlan, logits: Tensor | None, hooks: Hooks) -> tuple[Sampled, ...]:
+        """Sample a plan's rows and record what was sampled; control rank only."""
+        if logits is None:
+            return ()
+        with self.meter.phase("sampling"), torch.inference_mode():
+            rows = plan.sampled
+            self._record_prompts(plan, logits[len(rows) :])
+            if not rows:
+                return ()
+            sampled = self.sampler.sample(logits[: len(rows)], rows)
+            results = tuple(
+                Sampled(token_id, self.outputs.append(row.sequence, token_id, logprob, top))
+                for row, token_id, logprob, top in zip(
+                    rows, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
+                )
+            )
+        self.output_tokens += len(results)
+        hooks.on_step(len(results))
+        return results
+
+    def _record_prompts(self, plan: StepPlan, logits: Tensor) -> None:
+        """Log-probabilities of prompt tokens: row p's logits score token p + 1."""
+        offset = 0
+        for row in plan.rows:
+            lo, hi = row.prompt_logits
+            if lo == hi:
+                continue
+            next_ids = row.sequence.token_ids[lo + 1 : hi + 1]
+            request = row.sequence.request
+            scores = self.sampler.prompt_logprobs(
+                logits[offset : offset + hi - lo], next_ids, request.params.prompt_logprobs or 0, request_id=request.id
+            )
+            self.outputs.append_prompt(row.sequence, lo, scores)
+            offset += hi - lo

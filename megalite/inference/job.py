@@ -1,0 +1,221 @@
+"""The inference job: prompts in, results out, over every rank of the run. `launch/infer.py` runs it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+
+from megalite.config.load import Loaded
+from megalite.config.schema import InferConfig
+from megalite.core import distributed
+from megalite.core.distributed import Runtime
+from megalite.inference.assembly import Replica
+from megalite.inference.control import broadcast_bytes
+from megalite.inference.engine import Hooks
+from megalite.inference.inputs import InputBatch, read_inputs
+from megalite.inference.llm import agree_on_end, make_feed, serve
+from megalite.inference.output_file import OutputFile, fingerprint, print_output
+from megalite.inference.outputs import RequestOutput
+from megalite.monitor.metrics import RankReport
+from megalite.monitor.progress import Progress
+from megalite.monitor.report import format_bytes, format_report
+
+MAIL_INTERVAL = 0.05
+"""Seconds between looks into the mailbox."""
+_MAIL = "results"
+_END = b"end"
+"""A replica's last letter."""
+
+
+def run(loaded: Loaded) -> int:
+    """Generate for the whole input; every rank calls it. Errors leave by exception, see core/distributed.py."""
+    config = loaded.config
+    beside = f"{config.output.file}.status.json" if config.output.file else None
+    with distributed.start(
+        config.distributed,
+        sha256=loaded.sha256,
+        config_text=loaded.text,
+        status_file=config.monitor.status_file or beside,
+    ) as runtime:
+        _generate(config, runtime)
+    return 0
+
+
+def _generate(config: InferConfig, runtime: Runtime) -> None:
+    replica = Replica(config, runtime)
+    batch = read_inputs(config.input, config.sampling, serve(replica), stdin=_stdin(config, runtime))
+    writer_rank = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=0)
+    with ExitStack() as stack:
+        writer = None
+        if runtime.rank == writer_rank:
+            writer = stack.enter_context(Writer(config, replica, batch))
+        done = broadcast_bytes(json.dumps(sorted(writer.finished)).encode() if writer else None, writer_rank)
+        left = batch.without(json.loads(done))
+        engine = replica.engine(
+            longest=max((len(request.prompt_token_ids) + request.max_tokens for request in left.requests), default=1),
+            sequences=sum(request.num_samples for request in left.requests) or 1,
+        )
+        if writer:
+            _announce(replica)
+            writer.fail(left)
+        engine.outputs.texts.update(left.texts)
+        mail = Mailbox(replica)
+        hooks = Hooks(
+            on_output=writer.write if writer else mail.post,
+            on_step=(lambda tokens: (writer.advance(tokens), writer.collect(mail))) if writer else lambda tokens: None,
+            stop_requested=lambda: runtime.signal_received() is not None,
+        )
+        replica.meter.start()
+        completed = engine.run(left.requests, make_feed(replica, left.requests, _MAIL + "/next"), hooks)
+        replica.meter.stop()
+        mail.finish(writer)
+        reports = _gather(replica.report(engine, failed=len(left.failures) if writer else 0), runtime)
+        agree_on_end(replica, completed)
+    if writer and config.monitor.report:
+        print(format_report(reports), file=sys.stderr)
+
+
+def _stdin(config: InferConfig, runtime: Runtime) -> BytesIO | None:
+    """Standard input belongs to rank 0, which gives it to the others."""
+    if config.input.file != "-":
+        return None
+    return BytesIO(broadcast_bytes(sys.stdin.buffer.read() if runtime.rank == 0 else None, 0))
+
+
+def _gather(own: RankReport, runtime: Runtime) -> list[RankReport]:
+    """Every rank's report, on every rank."""
+    mine = json.dumps(own.as_dict()).encode()
+    each = (broadcast_bytes(mine if runtime.rank == rank else None, rank) for rank in range(runtime.world_size))
+    return [RankReport.from_dict(json.loads(report)) for report in each]
+
+
+def _announce(replica: Replica) -> None:
+    """What was decided for the user."""
+    own = replica.model.max_position_embeddings
+    why = "as asked" if replica.config.engine.max_model_len else "the model's own"
+    if not replica.config.engine.max_model_len and replica.max_model_len < own:
+        why = f"the largest that fits; the model's own is {own}"
+    block = replica.config.engine.block_size
+    print(
+        f"{replica.config.model.path}: {replica.model.family}, {str(replica.dtype).removeprefix('torch.')} on "
+        f"{replica.runtime.device.type}, {replica.layout}; max_model_len {replica.max_model_len} ({why}); "
+        f"{replica.num_blocks} KV blocks of {block} tokens, {format_bytes(replica.kv_bytes)} a rank",
+        file=sys.stderr,
+    )
+
+
+class Writer:
+    """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
+
+    def __init__(self, config: InferConfig, replica: Replica, batch: InputBatch):
+        self.file = None
+        self.dp = replica.layout.dp
+        if config.output.file:
+            decided = fingerprint(config, weights=weights_identity(replica.folder), inputs=batch.digest)
+            self.file = OutputFile.open(config.output.file, decided, batch.order, overwrite=config.output.overwrite)
+        self.progress = Progress(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
+        self.last_look = 0.0
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Ids that an earlier run has finished."""
+        return self.file.finished if self.file else frozenset()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.close()
+        if self.file:
+            self.file.close()
+
+    def fail(self, batch: InputBatch) -> None:
+        """Write the prompts that can't run."""
+        for failure in batch.failures:
+            print(f"error: {failure.error}", file=sys.stderr)
+            self.write(failure.output())
+
+    def write(self, output: RequestOutput) -> None:
+        if self.file:
+            self.file.write(output)
+        else:
+            with self.progress.aside():
+                print_output(output, sys.stdout)
+        self.progress.advance(prompts=1)
+
+    def advance(self, tokens: int) -> None:
+        self.progress.advance(tokens=tokens * self.dp)  # the other replicas' tokens are guessed from this one's
+
+    def collect(self, mail: Mailbox) -> None:
+        """Write what the other replicas have sent, if it is time to look."""
+        if mail.senders and time.monotonic() - self.last_look > MAIL_INTERVAL:
+            self.last_look = time.monotonic()
+            for output in mail.take():
+                self.write(output)
+
+
+class Mailbox:
+    """Results on their way from other replicas' control ranks to the writer, through the run's store."""
+
+    def __init__(self, replica: Replica):
+        self.replica = replica
+        self.store = replica.runtime.store
+        self.senders: Sequence[int] = range(1, replica.layout.dp)
+        """Replicas that may still send."""
+        self.posted = 0
+        self.taken = dict.fromkeys(self.senders, 0)
+
+    def post(self, output: RequestOutput) -> None:
+        self._put(output.to_line())
+
+    def _put(self, line: str) -> None:
+        self.store.set(self._key(self.replica.state.coord.dp, self.posted), line)
+        self.posted += 1
+
+    def _key(self, sender: int, number: int) -> str:
+        return f"{_MAIL}/{sender}/{number}"
+
+    def take(self) -> list[RequestOutput]:
+        """All that has come since the last look."""
+        outputs = []
+        for sender in self.senders:
+            while self.store.check([self._key(sender, self.taken[sender])]):
+                key = self._key(sender, self.taken[sender])
+                line = self.store.get(key)
+                self.taken[sender] += 1
+                self.store.delete_key(key)
+                if line == _END:
+                    self.senders = [other for other in self.senders if other != sender]
+                    break
+                outputs.append(RequestOutput.from_line(line))
+        return outputs
+
+    def finish(self, writer: Writer | None) -> None:
+        """Every rank: wait until the writer has everything. The watch ends the wait should a rank be lost."""
+        if self.replica.layout.dp == 1:
+            return
+        if writer is None:
+            if self.replica.state.is_control:
+                self._put(_END.decode())
+            while not self.store.check([f"{_MAIL}/all"]):
+                time.sleep(MAIL_INTERVAL)
+            return
+        while self.senders:
+            writer.collect(self)
+            time.sleep(MAIL_INTERVAL)
+        self.store.set(f"{_MAIL}/all", "1")
+
+
+def weights_identity(folder: Path) -> str:
+    """Changes when the weight files do: a digest of their names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

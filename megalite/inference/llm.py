@@ -1,0 +1,290 @@
+"""Generation from Python, in vLLM's spelling: `LLM(model=...).generate(prompts, SamplingParams(...))`.
+
+In a plain process the model has one rank. Under `deepspeed` or `torchrun` every rank runs the same script and makes the
+same calls, and every rank gets all results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.load import load_config, loaded_from
+from megalite.config.sampling import sampling_problems
+from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
+from megalite.config.shape import hints, misfit, sections
+from megalite.config.validate import engine_problems, world_size_problem
+from megalite.core import distributed
+from megalite.core.rendezvous import Place
+from megalite.errors import ConfigError, Problem, Stopped
+from megalite.inference.assembly import Replica
+from megalite.inference.control import Feed, Share, SharedQueue, broadcast_bytes, deal
+from megalite.inference.engine import Engine, Hooks
+from megalite.inference.inputs import Prompt, Served, make_request
+from megalite.inference.outputs import RequestOutput
+from megalite.inference.request import Request
+from megalite.preflight import read_model
+
+
+class LLM:
+    """A model ready to generate. Use it as a context manager, or call `close` when done."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        quantization: str | None = None,
+        trust_remote_code: bool = False,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        **engine: Any,
+    ):
+        """`engine` takes the keys of the config's engine section: max_model_len, gpu_memory_utilization, swap_space...
+
+        Raises ConfigError with every problem found, CheckpointError or ResourceError.
+        """
+        known = EngineSection.__dataclass_fields__
+        for name in engine:
+            if name not in known:
+                close = get_close_matches(name, [*known, *LLM.__init__.__kwdefaults__], n=1)
+                fix = f"Did you mean {close[0]}?" if close else f"The engine's are {', '.join(known)}."
+                raise ConfigError(Problem(key="LLM", rule="unknown argument", value=name, fix=fix))
+        config = InferConfig(
+            model=ModelSection(
+                path=str(model),
+                tokenizer=tokenizer,
+                revision=revision,
+                dtype=dtype,
+                load_format=load_format,
+                quantization=quantization,
+                trust_remote_code=trust_remote_code,
+            ),
+            parallel=ParallelSection(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size),
+            engine=EngineSection(**engine),
+        )
+        self._start(config)
+
+    @classmethod
+    def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
+        """The model, layout, engine and default sampling of a config file; `overrides` as on the command line."""
+        llm = cls.__new__(cls)
+        llm._start(load_config("infer", path, overrides).config)
+        return llm
+
+    def _start(self, config: InferConfig) -> None:
+        place = Place.of(os.environ)
+        _check(config, place.world_size if place else 1)
+        loaded = loaded_from(config)
+        self.config = config
+        self._launched = place is not None
+        self._closed = False
+        self.runtime = distributed.start(
+            config.distributed,
+            sha256=loaded.sha256,
+            config_text=loaded.text,
+            # in a program of the user's own, Ctrl-C is the user's; under a launcher all ranks stop together
+            handle_signals=self._launched,
+        )
+        try:
+            self.replica = Replica(config, self.runtime)
+        except BaseException as error:
+            self._leave(error)
+            raise
+        self._engine: Engine | None = None
+        self._served = serve(self.replica)
+        self._calls = 0
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._leave(error)
+
+    def close(self) -> None:
+        """Leave the run; under a launcher every rank must. Idempotent."""
+        self._leave(None)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Ranks end together, with the error of one as everyone's; a plain process goes on after an error."""
+        self._closed = True
+        self.runtime.stop(error if self._launched else None)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete each prompt (text or token ids); results in input order, on every rank.
+
+        `sampling_params`: one for all prompts or one for each; None: the config's. A prompt that can't run raises
+        ConfigError before anything is computed.
+        """
+        return self._run(_as_list(prompts), sampling_params)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **chat_variables: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several, through the model's chat template; `chat_variables` reach the template."""
+        alone = isinstance(messages, str) or (len(messages) > 0 and isinstance(messages[0], dict))
+        chats = [messages] if alone else list(messages)
+        for index, chat in enumerate(chats):
+            if not isinstance(chat, list | tuple) or not all(isinstance(message, dict) for message in chat):
+                raise ConfigError(f"chats[{index}]: a chat is a list of {{role, content}}, got {chat!r:.80}")
+        return self._run(chats, sampling_params, chat_variables)
+
+    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
+        """Log-probability of each token of each prompt after the first, by the model's full distribution."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        outputs = self._run(_as_list(prompts), params, checked=True)
+        return [
+            [
+                entry[token].logprob
+                for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True)
+            ]
+            for out in outputs
+        ]
+
+    def _run(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        chat_variables: dict[str, Any] | None = None,
+        *,
+        checked: bool = False,
+    ) -> list[RequestOutput]:
+        if self._closed:
+            raise ConfigError("this LLM is closed; make another one")
+        params = params if params is not None else self.config.sampling
+        each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ConfigError(f"generate: {len(prompts)} prompts but {len(each)} sampling params")
+        if not checked:
+            self._check_sampling(each)
+        requests, texts = [], {}
+        for index, (prompt, sampling) in enumerate(zip(prompts, each, strict=True)):
+            request, text = make_request(
+                prompt,
+                sampling,
+                self._served,
+                id=str(index),
+                index=index,
+                where=f"prompts[{index}]",
+                chat_variables=chat_variables,
+            )
+            requests.append(request)
+            if text is not None:
+                texts[request.id] = text
+        if self._engine is None:
+            self._engine = self.replica.engine()
+        self._calls += 1
+        return run_everywhere(
+            self.replica,
+            self._engine,
+            requests,
+            texts,
+            key=f"generate/{self._calls}",
+            stop_requested=lambda: self._launched and self.runtime.signal_received() is not None,
+        )
+
+    def _check_sampling(self, each: Sequence[SamplingParams]) -> None:
+        problems = []
+        for params in {id(one): one for one in each}.values():
+            if not isinstance(params, SamplingParams):
+                raise ConfigError(f"generate: sampling params must be SamplingParams, got {params!r:.80}")
+            problems += sampling_problems(params, prefix="", vocab_size=self._served.vocab_size)
+        if problems:
+            raise ConfigError(*problems)
+
+
+def _check(config: InferConfig, world_size: int) -> None:
+    """ConfigError with every wrong type or broken rule of a config that was made in Python."""
+    problems = [
+        misfit(f"{name}.{key}", hint, getattr(getattr(config, name), key))
+        for name, schema in sections(InferConfig).items()
+        for key, hint in hints(schema).items()
+    ]
+    problems = [problem for problem in problems if problem is not None]
+    if not problems:
+        parallel = config.parallel
+        command = f"deepspeed --num_gpus {parallel.tp * parallel.pp * parallel.dp} SCRIPT"
+        problems = engine_problems(config, read_model(config))
+        problems += filter(None, [world_size_problem(parallel, world_size, command=command)])
+    if problems:
+        raise ConfigError(*problems)
+
+
+def serve(replica: Replica) -> Served:
+    """What making requests needs to know of a replica."""
+    return Served(
+        tokenizer=replica.tokenizer,
+        vocab_size=replica.model.vocab_size,
+        max_model_len=replica.max_model_len,
+        eos_token_ids=replica.model.eos_token_ids,
+        seed=replica.config.engine.seed,
+    )
+
+
+def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
+    """Where this replica's work comes from; every rank calls it with the same requests."""
+    parallel = replica.config.parallel
+    if parallel.dp_mode == "async" and parallel.dp > 1:
+        return SharedQueue(range(len(requests)), replica.runtime.store, key, parallel.dp)
+    return Share(deal(requests, parallel.dp)[replica.state.coord.dp])
+
+
+def agree_on_end(replica: Replica, completed: bool) -> None:
+    """Raise Stopped on every rank if a replica has left off for a signal. Collective over the run.
+
+    A rank may not have heard of the signal yet that another's control rank acted on.
+    """
+    signum = torch.tensor([0 if completed else replica.runtime.signal_received() or 0])
+    if dist.is_initialized():
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+    if signum:
+        raise Stopped(int(signum))
+
+
+def run_everywhere(
+    replica: Replica,
+    engine: Engine,
+    requests: Sequence[Request],
+    texts: dict[str, str],
+    *,
+    key: str,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> list[RequestOutput]:
+    """Generate and give every rank all outputs, in the order of `requests`. Collective; Stopped if it was stopped."""
+    mine: list[RequestOutput] = []
+    engine.outputs.texts.update(texts)
+    feed = make_feed(replica, requests, key)
+    completed = engine.run(requests, feed, Hooks(on_output=mine.append, stop_requested=stop_requested))
+    engine.outputs.clear()  # the texts of what other ranks have finished
+    agree_on_end(replica, completed)
+    found: dict[str, RequestOutput] = {}
+    for index in range(replica.layout.dp):
+        source = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=index)
+        lines = "\n".join(output.to_line() for output in mine).encode() if replica.state.rank == source else None
+        for line in broadcast_bytes(lines, source).splitlines():
+            output = RequestOutput.from_line(line)
+            found[output.request_id] = output
+    return [found[request.id] for request in requests]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt alone (a text or a list of token ids) or several."""
+    alone = not isinstance(prompts, list | tuple) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return [prompts] if alone else list(prompts)

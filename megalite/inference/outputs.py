@@ -1,0 +1,338 @@
+"""From sampled tokens to results: text, stop strings, log-probabilities, the best of several samples. Torch-free.
+
+`OutputProcessor` lives on the control rank of a replica. Fields have vLLM's names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from megalite.inference.request import FinishReason, Request
+from megalite.inference.request import Sequence as Sampling
+from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
+from megalite.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from megalite.inference.sampler import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """A token's log-probability at one position, by the model's full distribution."""
+
+    logprob: float
+    rank: int | None = None
+    """1 for the likeliest token of the position."""
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]
+"""By token id; the token that is there comes first, then the likeliest ones."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CompletionOutput:
+    """One completion of a prompt."""
+
+    index: int
+    """Place among the prompt's completions, from 0."""
+    text: str
+    """Without the stop string or stop token that ended it, unless include_stop_str_in_output; empty without a
+    tokenizer."""
+    token_ids: list[int]
+    """All that were sampled, a stop token or the tokens of a stop string included."""
+    cumulative_logprob: float
+    """Sum over the tokens, by the model's full distribution."""
+    logprobs: list[Logprobs] | None = None
+    """One entry a token, if asked for."""
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string, or the id among stop_token_ids, that ended it; None for end-of-sequence and length."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestOutput:
+    """What came of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    """None if it was given as token ids."""
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[Logprobs | None] | None = None
+    """One entry a token, None for the first; if asked for."""
+    outputs: list[CompletionOutput] = field(default_factory=list)
+    finished: bool = True
+    replica: int | None = None
+    """The replica that ran it."""
+    error: str | None = None
+    """Why it could not run; there are no outputs then."""
+
+    def to_line(self) -> str:
+        """One line of JSON, without its newline; `from_line` reads it back. What is not there is left out."""
+        value: dict[str, Any] = {"id": self.request_id, "prompt": self.prompt}
+        value["prompt_token_ids"] = self.prompt_token_ids
+        if self.prompt_logprobs is not None:
+            value["prompt_logprobs"] = [_plain(entry) for entry in self.prompt_logprobs]
+        value["outputs"] = [_completion_value(output) for output in self.outputs]
+        value["replica"] = self.replica
+        if self.error is not None:
+            value["error"] = self.error
+        line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        # Half a surrogate pair, which only a refused prompt can hold, exists in JSON but not in UTF-8.
+        return line if _is_unicode(line) else json.dumps(value, allow_nan=False)
+
+    @classmethod
+    def from_line(cls, line: str | bytes) -> RequestOutput:
+        """The inverse of `to_line`. ValueError, KeyError or TypeError: it is no such line."""
+        value = json.loads(line)
+        prompt_logprobs = value.get("prompt_logprobs")
+        return cls(
+            request_id=value["id"],
+            prompt=value["prompt"],
+            prompt_token_ids=value["prompt_token_ids"],
+            prompt_logprobs=prompt_logprobs and [_logprobs(entry) for entry in prompt_logprobs],
+            outputs=[_completion(output) for output in value["outputs"]],
+            replica=value["replica"],
+            error=value.get("error"),
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _plain(logprobs: Logprobs | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    return {
+        str(token_id): {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": entry.decoded_token}
+        for token_id, entry in logprobs.items()
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: an impossible token's log-probability becomes null."""
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+def _logprobs(value: dict[str, Any] | None) -> Logprobs | None:
+    if value is None:
+        return None
+    return {
+        int(token_id): Logprob(_number(entry["logprob"]), entry["rank"], entry["decoded_token"])
+        for token_id, entry in value.items()
+    }
+
+
+def _completion_value(output: CompletionOutput) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "index": output.index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "cumulative_logprob": _finite(output.cumulative_logprob),
+        "logprobs": output.logprobs and [_plain(entry) for entry in output.logprobs],
+        "finish_reason": output.finish_reason,
+    }
+    if output.stop_reason is not None:
+        value["stop_reason"] = output.stop_reason
+    return value
+
+
+def _completion(value: dict[str, Any]) -> CompletionOutput:
+    logprobs = value["logprobs"]
+    return CompletionOutput(
+        index=value["index"],
+        text=value["text"],
+        token_ids=value["token_ids"],
+        cumulative_logprob=_number(value["cumulative_logprob"]),
+        logprobs=logprobs and [_logprobs(entry) or {} for entry in logprobs],
+        finish_reason=value["finish_reason"],
+        stop_reason=value.get("stop_reason"),
+    )
+
+
+# ---- tokens of running requests
+
+
+class _Sample:
+    """One completion as it grows."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        params = request.params
+        self.request = request
+        self.detokenizer = _detokenizer(request, tokenizer)
+        self.checker = StopChecker(stop_strings(params))
+        self.match: StopMatch | None = None
+        self.pieces: list[str] = []
+        self.token_ids: list[int] = []
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
+        self.final_token: int | None = None
+        """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
+        self.finish_reason: FinishReason | None = None
+
+    def append(self, token_id: int, logprob: float, entry: Logprobs | None) -> bool:
+        """Add a token; True when it completes a stop string."""
+        self.token_ids.append(token_id)
+        self.cumulative_logprob += logprob
+        if self.logprobs is not None and entry is not None:
+            self.logprobs.append(entry)
+        text = self._release()
+        if token_id in self.request.stop_token_ids:
+            self.final_token = token_id
+        elif self.detokenizer is not None:
+            text += self.detokenizer.feed(token_id)
+        self._add(text)
+        return self.match is not None
+
+    def _release(self) -> str:
+        """The text of a stop token that did not end the output."""
+        token_id, self.final_token = self.final_token, None
+        return self.detokenizer.feed(token_id) if token_id is not None and self.detokenizer is not None else ""
+
+    def _add(self, text: str) -> None:
+        self.pieces.append(text)
+        if not self.checker.stops or self.match is not None:
+            return
+        if len(self.token_ids) > self.request.params.min_tokens:
+            self.match = self.checker.feed(text)
+        else:
+            self.checker.skip(text)
+
+    def finish(self, reason: FinishReason | None) -> None:
+        """No more tokens will come."""
+        if self.detokenizer is not None and self.match is None:
+            kept = self._release() if self.request.params.include_stop_str_in_output else ""
+            self._add(kept + self.detokenizer.flush())
+        # Text that was certain only at the end may hold a stop string too.
+        self.finish_reason = "stop" if self.match is not None else reason
+
+    @property
+    def text(self) -> str:
+        text = "".join(self.pieces)
+        if self.match is None:
+            return text
+        return text[: self.match.end if self.request.params.include_stop_str_in_output else self.match.start]
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        if self.match is not None:
+            return self.match.stop
+        ended_by_token = self.finish_reason == "stop" and bool(self.token_ids)
+        if ended_by_token and self.token_ids[-1] in (self.request.params.stop_token_ids or ()):
+            return self.token_ids[-1]
+        return None
+
+    def output(self, index: int) -> CompletionOutput:
+        return CompletionOutput(
+            index=index,
+            text=self.text,
+            token_ids=self.token_ids,
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=self.logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+def _detokenizer(request: Request, tokenizer: Tokenizer | None) -> Detokenizer | None:
+    if tokenizer is None:
+        return None
+    return tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens)
+
+
+class _Running:
+    """What has come of one request so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        self.request = request
+        self.samples = [_Sample(request, tokenizer) for _ in range(request.num_samples)]
+        self.unfinished = request.num_samples
+        count = len(request.prompt_token_ids)
+        self.prompt_logprobs = None if request.params.prompt_logprobs is None else [None] * count
+
+    def best(self) -> list[_Sample]:
+        """The n samples with the highest cumulative log-probability, best first; all in order if best_of is n."""
+        wanted = self.request.params.n
+        if wanted == len(self.samples):
+            return self.samples
+        return sorted(self.samples, key=lambda sample: -sample.cumulative_logprob)[:wanted]
+
+
+class OutputProcessor:
+    """Collects the tokens of a replica's requests and assembles their results."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, replica: int = 0):
+        self.tokenizer = tokenizer
+        self.replica = replica
+        self.texts: dict[str, str] = {}
+        """Prompts as text, by request id; who has them puts them here, each leaves with its result."""
+        self._running: dict[str, _Running] = {}
+
+    def append(self, sequence: Sampling, token_id: int, logprob: float, details: TokenLogprobs | None = None) -> bool:
+        """Record a sampled token; True when it completes a stop string.
+
+        `logprob` is by the model's full distribution; `details` where params.logprobs asks for them.
+        """
+        entry = None if details is None else self._entry(details)
+        return self._state(sequence).samples[sequence.index].append(token_id, logprob, entry)
+
+    def append_prompt(self, sequence: Sampling, start: int, scores: Iterable[TokenLogprobs]) -> None:
+        """Record prompt log-probabilities: `scores` are of the tokens at positions start + 1 and on."""
+        logprobs = self._state(sequence).prompt_logprobs
+        assert logprobs is not None, "nobody asked for prompt log-probabilities"
+        for position, details in enumerate(scores, start + 1):
+            logprobs[position] = self._entry(details)
+
+    def finish(self, sequence: Sampling) -> RequestOutput | None:
+        """End a sample, for its finish_reason; the request's result when it was the last one."""
+        state = self._state(sequence)
+        state.samples[sequence.index].finish(sequence.finish_reason)
+        state.unfinished -= 1
+        if state.unfinished:
+            return None
+        request = state.request
+        del self._running[request.id]
+        return RequestOutput(
+            request_id=request.id,
+            prompt=self.texts.pop(request.id, None),
+            prompt_token_ids=list(request.prompt_token_ids),
+            prompt_logprobs=state.prompt_logprobs,
+            outputs=[sample.output(index) for index, sample in enumerate(state.best())],
+            replica=self.replica,
+        )
+
+    def clear(self) -> None:
+        """Forget requests that will not be finished."""
+        self._running.clear()
+        self.texts.clear()
+
+    def _state(self, sequence: Sampling) -> _Running:
+        request = sequence.request
+        state = self._running.get(request.id)
+        if state is None:
+            state = self._running[request.id] = _Running(request, self.tokenizer)
+        return state
+
+    def _entry(self, details: TokenLogprobs) -> Logprobs:
+        """vLLM's form: the token itself, then the likeliest by rank."""
+        entry = {details.token_id: self._logprob(details.token_id, details.logprob, details.rank)}
+        for rank, (token_id, logprob) in enumerate(details.top, 1):
+            if token_id != details.token_id:
+                entry[token_id] = self._logprob(token_id, logprob, rank)
+        return entry
+
+    def _logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
+        return Logprob(logprob, rank, None if self.tokenizer is None else self.tokenizer.token_text(token_id))

@@ -1,0 +1,82 @@
+"""Executes step plans on this rank's stage: block copies, forward pass, logits. It decides nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalite.core.collectives import gather_columns
+from megalite.core.pipeline import StageLink
+from megalite.errors import maybe_fault
+from megalite.inference.batch import Batch, is_decode, pack
+from megalite.inference.graphs import DecodeGraphs
+from megalite.inference.request import StepPlan
+from megalite.model.decoder import Decoder
+from megalite.model.device_attention import DeviceCache
+from megalite.model.host_attention import HostCache
+from megalite.monitor.metrics import Meter
+
+
+class Runner:
+    """One stage of one replica. `execute` is collective over the replica: every rank runs the same plans in order."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: HostCache | DeviceCache,
+        host: HostCache | None,
+        *,
+        meter: Meter,
+        max_blocks: int,
+        use_graphs: bool,
+    ):
+        self.decoder = decoder
+        self.state = decoder.state
+        self.cache = cache
+        self.host = host
+        """Host memory for swapped-out blocks."""
+        self.meter = meter
+        weight = next(decoder.parameters())
+        self.link = StageLink(
+            self.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device
+        )
+        self.graphs = DecodeGraphs(self._forward, cache, max_blocks=max_blocks) if use_graphs else None
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> Tensor | None:
+        """Run this stage. On the last stage: logits [R, vocab], sampled rows first, then prompt rows; else None."""
+        self._copy_blocks(plan)
+        if not plan.rows:
+            return None
+        maybe_fault("decode.step", self.state.rank)
+        batch = pack(plan, self.cache)
+        x = batch.token_ids
+        if not self.state.is_first_stage:
+            with self.meter.phase("waiting"):
+                x = self.link.receive(batch.token_ids.shape[0])
+        with self.meter.phase("compute"):
+            decode = self.graphs is not None and is_decode(plan)
+            out = self.graphs.run(batch, x) if decode else self._forward(batch, x)
+        if not self.state.is_last_stage:
+            with self.meter.phase("communication"):
+                self.link.send(out)
+            return None
+        rows = batch.logit_rows.shape[0]
+        return gather_columns(out[:rows], self.decoder.vocab_widths, self.state.tp) if rows else None
+
+    def _forward(self, batch: Batch, x: Tensor) -> Tensor:
+        """Token ids or hidden states -> hidden states, or this rank's slice of the wanted logits on the last stage."""
+        hidden = self.decoder(x, batch.context)
+        return self.decoder.logits(hidden[batch.logit_rows]) if self.state.is_last_stage else hidden
+
+    def _copy_blocks(self, plan: StepPlan) -> None:
+        for copy in plan.copies:
+            source, target = (self.cache, self.host) if copy.kind == "out" else (self.host, self.cache)
+            size = self.cache.block_size
+            for layer, values in source.layers.items():
+                block = values[:, :, copy.source * size : (copy.source + 1) * size]
+                target.layers[layer][:, :, copy.target * size : (copy.target + 1) * size].copy_(block)
+
+    def close(self) -> None:
+        """Wait for the sends in flight."""
+        self.link.drain()

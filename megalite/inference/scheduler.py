@@ -1,0 +1,419 @@
+"""Which sequences compute which tokens in which step: continuous batching over a paged KV cache. Torch-free.
+
+Every rank of a replica runs the same scheduler on the same history and so makes the same plans: nothing here reads a
+clock, a device or a random number.
+
+Plans run in the order in which they were made, and within a plan every row's keys and values are written before any
+row attends. A block is therefore known to the prefix cache from the moment its last token is scheduled, and a sequence
+in the same plan may share it already.
+
+With a pipeline of p stages, p cohorts take turns. The result of a cohort's plan comes back (`finish`) right before its
+next `schedule`; what it holds is not touched while its plan is in flight.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from zlib import crc32
+
+from megalite.errors import MegaliteError, ResourceError
+from megalite.inference.blocks import BlockPool, block_key
+from megalite.inference.request import BlockCopy, FinishReason, Request, Row, Sampled, Sequence, StepPlan
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Counts since the scheduler was made."""
+
+    preemptions: int = 0
+    swapped_blocks: int = 0
+    """Blocks copied to host memory."""
+    prefix_hit_tokens: int = 0
+    """Tokens whose keys and values were found in the cache instead of being computed."""
+
+
+def _arrival(seq: Sequence) -> int:
+    return seq.arrival
+
+
+class Scheduler:
+    """Decides first come, first served; see `schedule` for the policy.
+
+    Args:
+        num_blocks, block_size: the KV cache of every rank, in blocks and tokens a block.
+        max_num_seqs: most sequences running; each cohort gets an equal part, at least one.
+        max_num_batched_tokens: most tokens in one plan; longer prompts are computed in chunks.
+        max_model_len: longest prompt + output.
+        cohorts: disjoint sets of sequences in flight, one for each pipeline stage.
+        prefix_caching: share prompts between requests; without it only the samples of one request share.
+        host_blocks: blocks of host memory to swap preempted sequences to; one that finds no room is recomputed.
+        contiguous: prefer neighbouring blocks for a sequence (worth it on CPU).
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        cohorts: int = 1,
+        prefix_caching: bool = True,
+        host_blocks: int = 0,
+        contiguous: bool = True,
+    ):
+        self.pool = BlockPool(num_blocks, block_size, contiguous=contiguous)
+        self.stats = SchedulerStats()
+        self._block_size = block_size
+        self._max_tokens = max_num_batched_tokens
+        # Each running sequence decodes one token a step, so more of them than tokens could starve the last ones.
+        self._cohort_seqs = min(max(1, max_num_seqs // cohorts), max_num_batched_tokens)
+        self.max_num_seqs = self._cohort_seqs * cohorts
+        """Most sequences running at once, over all cohorts."""
+        self._max_model_len = max_model_len
+        self._prefix_caching = prefix_caching
+        self._host_free = list(reversed(range(host_blocks)))
+        self._waiting: deque[Sequence] = deque()  # by arrival
+        self._running: list[list[Sequence]] = [[] for _ in range(cohorts)]  # each by arrival
+        self._in_flight: list[StepPlan | None] = [None] * cohorts
+        self._unfinished: dict[str, list[Sequence]] = {}
+        self._copies: list[BlockCopy] = []  # for the next plan that has rows
+        self._step = 0
+        self._arrivals = 0
+        self._cache_age = 0
+
+    # ---- what comes in
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue `request` and return its sequences, one a sample.
+
+        Raises:
+            MegaliteError: the id is in use, the prompt is empty, or prompt and output exceed `max_model_len`.
+            ResourceError: prompt and output can never be in the KV cache at once.
+        """
+        prompt, pool = request.prompt_token_ids, self.pool
+        limit = len(prompt) + request.max_tokens
+        if request.id in self._unfinished:
+            raise MegaliteError(f"request {request.id}: a request of this id is unfinished")
+        if not prompt:
+            raise MegaliteError(f"request {request.id}: the prompt is empty")
+        if limit > self._max_model_len:
+            raise MegaliteError(
+                f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) exceed "
+                f"max_model_len ({self._max_model_len})"
+            )
+        if self._blocks_for(max(len(prompt), limit - 1)) > pool.num_blocks:  # the last token is never an input
+            raise ResourceError(
+                f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) do not fit "
+                f"into the KV cache of {pool.num_blocks} blocks of {pool.block_size} tokens"
+            )
+        salt = self._salt(self._arrivals)
+        sequences = []
+        for index in range(request.num_samples):
+            seq = Sequence(request, index, list(prompt), arrival=self._arrivals, limit=limit, chain=[salt])
+            if index == 0 and request.params.prompt_logprobs is not None:
+                seq.score_end = len(prompt) - 1
+            self._arrivals += 1
+            sequences.append(seq)
+        self._unfinished[request.id] = list(sequences)
+        self._waiting.extend(sequences)
+        return sequences
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """End what is left of a request and return the sequences that ended at once.
+
+        Those whose cohort is in flight end, and are returned, when its plan is finished. An unknown id is no error: the
+        request may just have ended.
+        """
+        ended = []
+        for seq in list(self._unfinished.get(request_id, ())):
+            if seq.cohort is None:
+                self._waiting.remove(seq)
+            elif self._in_flight[seq.cohort] is None:
+                self._running[seq.cohort].remove(seq)
+            else:
+                seq.aborted = True
+                continue
+            self._end(seq, "abort")
+            ended.append(seq)
+        return ended
+
+    def clear(self) -> list[Sequence]:
+        """End every request at once, in flight or not, and forget every cached prefix; the sequences that ended.
+
+        For after an exception, when it is not known which plans have run.
+        """
+        self._in_flight = [None] * len(self._in_flight)
+        ended = [seq for request_id in self.unfinished for seq in self.abort(request_id)]
+        self._copies.clear()
+        self.reset_cache()
+        return ended
+
+    def reset_cache(self) -> None:
+        """Forget every cached prefix; needed when the weights change. Sequences that have begun keep what they hold."""
+        self.pool.reset_cache()
+        self._cache_age += 1
+        for seq in self._waiting:
+            if not seq.host_blocks:
+                seq.chain = [self._salt(seq.arrival - seq.index)]
+
+    # ---- one step
+
+    def schedule(self, cohort: int = 0) -> StepPlan:
+        """The next step of `cohort`; its last plan, if that had rows, must have been finished.
+
+        Sequences that decode come first; one that finds no free block preempts the latest arrival of its cohort, in the
+        end itself. Then prompts that are partly computed, then waiting sequences in order of arrival, preempted ones
+        among them.
+        """
+        assert self._in_flight[cohort] is None, f"cohort {cohort} is in flight"
+        running = self._running[cohort]
+        rows: list[Row] = []
+        prefills: list[Sequence] = []
+        for seq in running:  # gets shorter, from its end, when sequences are preempted
+            start = seq.num_computed
+            if len(seq.token_ids) - start > 1:
+                prefills.append(seq)
+            elif start < len(seq.blocks) * self._block_size or self._grow(seq):
+                rows.append(self._row(seq, 1))
+        budget = self._max_tokens - len(rows)
+        for seq in prefills:
+            if budget:  # none of these was preempted: victims arrived later than the one that decodes
+                count = min(len(seq.token_ids) - seq.num_computed, budget)
+                rows.append(self._row(seq, count))
+                budget -= count
+        if budget and self._waiting:
+            self._admit(cohort, rows, budget)
+        plan = StepPlan(self._step, cohort, tuple(rows), tuple(self._copies) if rows else ())
+        self._step += 1
+        if rows:
+            self._copies.clear()
+            self._in_flight[cohort] = plan
+        return plan
+
+    def finish(self, plan: StepPlan, results: Items[Sampled]) -> list[Sequence]:
+        """Take the results of `plan.sampled`, in order; return the sequences that ended, their finish_reason set."""
+        if not plan.rows:
+            return []
+        assert self._in_flight[plan.cohort] is plan, f"plan {plan.step} is not the one in flight"
+        self._in_flight[plan.cohort] = None
+        assert len(results) == len(plan.sampled), f"{len(results)} results for {len(plan.sampled)} sampled rows"
+        ended = []
+        remaining = iter(results)
+        for row in plan.rows:
+            seq = row.sequence
+            if row.sample:
+                result = next(remaining)
+                if seq.aborted:
+                    continue
+                seq.token_ids.append(result.token_id)
+                reason = self._reason(seq, result)
+            else:
+                reason = "length" if row.start + row.count == seq.limit and not seq.aborted else None
+            if reason is not None:
+                self._end(seq, reason)
+                ended.append(seq)
+        running = self._running[plan.cohort]
+        for seq in running:
+            if seq.aborted:
+                self._end(seq, "abort")
+                ended.append(seq)
+        if ended:
+            running[:] = [seq for seq in running if seq.finish_reason is None]
+        return ended
+
+    # ---- looking at it
+
+    def has_work(self, cohort: int | None = None) -> bool:
+        """Whether any sequence is unfinished; with `cohort`, whether one runs there or may be admitted."""
+        if cohort is None:
+            return bool(self._unfinished)
+        return bool(self._running[cohort] or self._waiting)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Ids of the requests that have not ended, in order of arrival."""
+        return list(self._unfinished)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks, in all cohorts."""
+        return sum(len(running) for running in self._running)
+
+    def state_hash(self) -> int:
+        """32 bits of everything that decides the next plans, to compare over ranks; made anew at each call."""
+        numbers = [self._step, self._arrivals, self.pool.digest(), self._cache_age, len(self._waiting)]
+        numbers += [seq.arrival for seq in self._waiting]
+        numbers += self._host_free
+        for running in self._running:
+            numbers.append(len(running))
+            for seq in running:
+                numbers += (seq.arrival, seq.num_computed, seq.aborted, len(seq.token_ids), seq.token_ids[-1])
+                numbers += (len(seq.blocks), seq.blocks[-1])
+        return crc32(array("q", numbers).tobytes())
+
+    # ---- inside
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_size)
+
+    def _salt(self, first_arrival: int) -> bytes:
+        """Start of a request's chain of content keys; `first_arrival` is its first sample's, so unlike any other's."""
+        return array("q", (self._cache_age, -1 if self._prefix_caching else first_arrival)).tobytes()
+
+    def _row(self, seq: Sequence, count: int) -> Row:
+        """Schedule the next `count` tokens of a sequence that has the blocks for them."""
+        start = seq.num_computed
+        end = seq.num_computed = start + count
+        if start // self._block_size != end // self._block_size:
+            self._register(seq, start // self._block_size)
+        wanted = (0, 0)
+        if seq.score_from < seq.score_end:
+            wanted_end = min(end, seq.score_end)
+            if seq.score_from < wanted_end:
+                wanted = (max(start, seq.score_from), wanted_end)
+                seq.score_from = wanted_end
+        return Row(seq, start, count, end == len(seq.token_ids) < seq.limit, wanted)
+
+    def _register(self, seq: Sequence, first: int) -> None:
+        """Make the full computed blocks from index `first` known to the prefix cache."""
+        chain = self._chain(seq, seq.num_computed // self._block_size)
+        for index in range(first, seq.num_computed // self._block_size):
+            self.pool.register(seq.blocks[index], chain[index + 1])
+
+    def _chain(self, seq: Sequence, full: int) -> list[bytes]:
+        """The sequence's chain of content keys, known for at least `full` blocks."""
+        chain, size = seq.chain, self._block_size
+        if len(chain) == 1 and seq.index:  # samples share the prompt, so also the work of hashing it
+            first = self._unfinished[seq.request.id][0]
+            if first.chain[0] == chain[0]:
+                chain += first.chain[1 : 1 + seq.num_prompt // size]
+        for index in range(len(chain) - 1, full):
+            chain.append(block_key(chain[-1], seq.token_ids[index * size : (index + 1) * size]))
+        return chain
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Give a running sequence one more block; False: it was preempted itself."""
+        while self.pool.num_free == 0:
+            if self._preempt(seq.cohort) is seq:
+                return False
+        blocks = seq.blocks
+        self.pool.extend(seq.arrival, blocks, 1)
+        seq.contiguous = seq.contiguous and blocks[-1] == blocks[-2] + 1
+        return True
+
+    def _preempt(self, cohort: int) -> Sequence:
+        """Move the latest arrival of a cohort, which this step has not scheduled yet, back to the queue."""
+        seq = self._running[cohort].pop()
+        used = self._blocks_for(seq.num_computed)
+        if used <= len(self._host_free):
+            seq.host_blocks = [self._host_free.pop() for _ in range(used)]
+            self._copies += map(BlockCopy, ("out",) * used, seq.blocks, seq.host_blocks)
+            self.stats.swapped_blocks += used
+        else:
+            seq.num_computed = 0
+        self.stats.preemptions += 1
+        self._release(seq)
+        place = next((i for i, other in enumerate(self._waiting) if other.arrival > seq.arrival), len(self._waiting))
+        self._waiting.insert(place, seq)
+        return seq
+
+    def _admit(self, cohort: int, rows: list[Row], budget: int) -> None:
+        """Move waiting sequences to `cohort` and schedule them while there is room, in order, none overtaking another.
+
+        A sequence gets the blocks of all its known tokens at once, so that a prompt which is partly computed never has
+        to preempt, and one free block is left for each running sequence that may grow.
+        """
+        running, size = self._running[cohort], self._block_size
+        share = -(-(self.num_running + len(self._waiting)) // len(self._running))
+        room = min(self._cohort_seqs, share) - len(running)
+        if room <= 0:
+            return
+        growing = sum(1 for each in self._running for seq in each if len(seq.blocks) * size < seq.limit - 1)
+        place = 0
+        while room and budget and place < len(self._waiting):
+            seq = self._waiting[place]
+            if self._awaits_first_sample(seq):
+                place += 1
+                continue
+            if not self._place(seq, growing):
+                break
+            del self._waiting[place]
+            seq.cohort = cohort
+            insort(running, seq, key=_arrival)
+            growing += len(seq.blocks) * size < seq.limit - 1
+            count = min(len(seq.token_ids) - seq.num_computed, budget)
+            rows.append(self._row(seq, count))
+            room -= 1
+            budget -= count
+
+    def _awaits_first_sample(self, seq: Sequence) -> bool:
+        """Whether the prompt of `seq` is still being computed by the first sample of its request."""
+        if seq.index == 0 or seq.num_computed or seq.host_blocks:
+            return False
+        first = self._unfinished[seq.request.id][0]
+        return first.index == 0 and first.num_computed < seq.num_prompt // self._block_size * self._block_size
+
+    def _place(self, seq: Sequence, growing: int) -> bool:
+        """Give a waiting sequence the blocks of all its known tokens, if that leaves `growing` free; False if not."""
+        pool, size, known = self.pool, self._block_size, len(seq.token_ids)
+        if seq.host_blocks:
+            usable = seq.num_computed // size
+        else:
+            usable = (known - 1) // size  # the last token's logits are wanted, so it is computed in any case
+            if seq.score_from < seq.score_end:
+                usable = min(usable, seq.score_from // size)
+        blocks = pool.match(self._chain(seq, usable)[1 : 1 + usable])
+        hits = len(blocks)
+        count = self._blocks_for(known) - hits
+        if pool.num_free - (hits - pool.num_held(blocks)) - count < growing:
+            return False
+        pool.share(blocks)
+        pool.claim(seq.arrival, blocks, count, self._blocks_for(max(known, seq.limit - 1)))
+        pool.extend(seq.arrival, blocks, count)
+        seq.blocks = blocks
+        seq.contiguous = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+        if seq.host_blocks:
+            self._copies += map(BlockCopy, ("in",) * len(seq.host_blocks[hits:]), seq.host_blocks[hits:], blocks[hits:])
+            self._host_free += reversed(seq.host_blocks)
+            seq.host_blocks = []
+            self._register(seq, hits)
+        else:
+            seq.num_computed = hits * size
+            self.stats.prefix_hit_tokens += hits * size
+        return True
+
+    def _reason(self, seq: Sequence, result: Sampled) -> FinishReason | None:
+        request = seq.request
+        stops = result.token_id in request.stop_token_ids and seq.num_output >= request.params.min_tokens
+        if stops or result.stopped:
+            return "stop"
+        return "length" if len(seq.token_ids) == seq.limit else None
+
+    def _release(self, seq: Sequence) -> None:
+        self.pool.release(seq.arrival, seq.blocks)
+        seq.blocks = []
+        seq.contiguous = True
+        seq.cohort = None
+
+    def _end(self, seq: Sequence, reason: FinishReason) -> None:
+        """Give back what a sequence holds; the caller takes it off its queue."""
+        siblings = self._unfinished[seq.request.id]
+        siblings.remove(seq)
+        if not siblings:
+            del self._unfinished[seq.request.id]
+        self._release(seq)
+        self._host_free += reversed(seq.host_blocks)
+        seq.host_blocks = []
+        seq.chain = []
+        seq.finish_reason = reason

@@ -1,0 +1,327 @@
+"""What an entry of the family table says, and what follows from it; importable without torch.
+
+`model_config` makes a `ModelConfig` of a config.json by an entry; `names_of` says where the model's weights lie in
+a checkpoint. The entries themselves are in families.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megalite.errors import ConfigError, Problem
+from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
+from megalite.model.hf_config import REQUIRED, HFConfig, read_rope
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a weight lies in a checkpoint."""
+
+    hf: str
+    """Tensor name with `{layer}` and `{expert}` to be filled in."""
+    start: int = 0
+    """First element along the output dimension that belongs to this weight; not 0 only in fused tensors."""
+    transpose: bool = False
+    """Stored [in, out] instead of [out, in]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightNames:
+    """The tensors of a model. None: this model has no such weight. Linear weights are [out, in]."""
+
+    prefix: str
+    """What every name but the head's begins with; checkpoints of the bare model leave it out."""
+    ignored: tuple[str, ...]
+    """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
+    embed: Source
+    final_norm: Source
+    attn_norm: Source
+    q: Source
+    k: Source
+    v: Source
+    attn_out: Source
+    mlp_norm: Source
+    positions: Source | None = None
+    final_norm_bias: Source | None = None
+    lm_head: Source | None = None
+    """None: tied to the embedding."""
+    attn_norm_bias: Source | None = None
+    q_bias: Source | None = None
+    k_bias: Source | None = None
+    v_bias: Source | None = None
+    attn_out_bias: Source | None = None
+    q_norm: Source | None = None
+    k_norm: Source | None = None
+    post_attn_norm: Source | None = None
+    mlp_norm_bias: Source | None = None
+    post_mlp_norm: Source | None = None
+    gate: Source | None = None
+    """Dense layers; the MLP of a mixture of experts is in `router` and `expert_*`."""
+    up: Source | None = None
+    down: Source | None = None
+    gate_bias: Source | None = None
+    up_bias: Source | None = None
+    down_bias: Source | None = None
+    router: Source | None = None
+    expert_gate: Source | None = None
+    expert_up: Source | None = None
+    expert_down: Source | None = None
+
+
+WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
+MoERule = Callable[[HFConfig, int], tuple[MoESpec | None, ...]]
+ScaleRule = Callable[[HFConfig, int, int], float]
+
+
+def no_windows(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    return (None,) * layers
+
+
+def window_everywhere(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    return (config.optional_size("sliding_window"),) * layers
+
+
+def window_if_used(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    return window_everywhere(config, layers) if config.flag("use_sliding_window") else no_windows(config, layers)
+
+
+def window_by_layer_types(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`; without them alternating, the first layer windowed."""
+    window = config.optional_size("sliding_window")
+    kinds = config.raw("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`; without them on the layers from `max_window_layers` up."""
+    if not config.flag("use_sliding_window"):
+        return no_windows(config, layers)
+    if config.raw("layer_types"):
+        return window_by_layer_types(config, layers)
+    window, first = config.optional_size("sliding_window"), config.size("max_window_layers", low=0)
+    return tuple(window if layer >= first else None for layer in range(layers))
+
+
+def dense(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
+    return (None,) * layers
+
+
+def experts_everywhere(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
+    return (_experts(config, "intermediate_size", normalize=True),) * layers
+
+
+def experts_by_step(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
+    """Every `decoder_sparse_step`-th layer, `mlp_only_layers` excepted."""
+    if config.size("num_experts", low=0) == 0:
+        return dense(config, layers)
+    spec = _experts(config, "moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
+    step, dense_layers = config.size("decoder_sparse_step"), config.indices("mlp_only_layers", layers)
+    return tuple(spec if (i + 1) % step == 0 and i not in dense_layers else None for i in range(layers))
+
+
+def _experts(config: HFConfig, width: str, *, normalize: bool) -> MoESpec:
+    experts, top_k = config.size("num_experts"), config.size("num_experts_per_tok")
+    if top_k > experts:
+        raise config.problem("num_experts_per_tok", f"must be at most the number of experts ({experts})", top_k)
+    return MoESpec(num_experts=experts, top_k=top_k, intermediate_size=config.size(width), normalize_top_k=normalize)
+
+
+def scale_by_head_dim(config: HFConfig, head_dim: int, layer: int) -> float:
+    return head_dim**-0.5
+
+
+def scale_by_scalar(config: HFConfig, head_dim: int, layer: int) -> float:
+    return config.number("query_pre_attn_scalar") ** -0.5
+
+
+def gpt2_scale(config: HFConfig, head_dim: int, layer: int) -> float:
+    scale = head_dim**-0.5 if config.flag("scale_attn_weights", True) else 1.0
+    return scale / (layer + 1) if config.flag("scale_attn_by_inverse_layer_idx") else scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """What distinguishes one architecture from the others."""
+
+    architecture: str
+    """The class name in config.json's `architectures`."""
+    weights: Mapping[str, str]
+    """`WeightNames` field -> tensor name. Biases are not listed: a bias is named as its weight, with `.bias`. Where
+    q, k, v (or gate, up) have one name, the tensor is fused in that order."""
+    prefix: str = "model."
+    """See WeightNames."""
+    ignored: tuple[str, ...] = ()
+    """See WeightNames; besides those that any family may have."""
+    transposed: bool = False
+    """Linear weights are stored [in, out]."""
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names in config.json, where they differ from Llama's."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What an absent key means, as in transformers."""
+    fixed: Mapping[str, object] = field(default_factory=dict)
+    """`ModelConfig` fields that are the same in every checkpoint."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """`ModelConfig` field -> boolean key in config.json."""
+    scaled_embedding: bool = False
+    """Multiply the embedding by sqrt(hidden_size)."""
+    softcaps: bool = False
+    """Reads `attn_logit_softcapping` and `final_logit_softcapping`."""
+    wide_mlp_by_default: bool = False
+    """An absent intermediate size means four times the hidden size."""
+    rotary: bool = True
+    """Has rotary embeddings."""
+    partial_rotary: bool = False
+    """Reads `partial_rotary_factor`."""
+    rope_kinds: Mapping[str, str] = field(default_factory=dict)
+    """The family's own names for rope scalings."""
+    windows: WindowRule = no_windows
+    moe: MoERule = dense
+    scale: ScaleRule = scale_by_head_dim
+
+
+COMMON_DEFAULTS = {
+    "hidden_act": "silu",
+    "norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+}
+COMMON_KEYS = {"norm_eps": ("rms_norm_eps",)}
+COMMON_IGNORED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", r"^model\.rotary_emb\.inv_freq$")
+"""Tables that older transformers saved along with the weights."""
+
+LINEAR = ("q", "k", "v", "attn_out", "gate", "up", "down", "router", "expert_gate", "expert_up", "expert_down")
+FUSED = (("q", "k", "v"), ("gate", "up"), ("expert_gate", "expert_up"))
+"""Weights that a checkpoint may hold in one tensor, in this order."""
+
+
+def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFConfig:
+    """The values of a config.json under this family's names and defaults."""
+    return HFConfig(path, values, {**COMMON_KEYS, **family.keys}, {**COMMON_DEFAULTS, **family.defaults})
+
+
+def model_config(name: str, family: Family, config: HFConfig, generation: HFConfig) -> ModelConfig:
+    """What a config.json describes; CheckpointError if it contradicts itself or needs what no family here has.
+
+    End-of-sequence ids come from generation_config.json, where that has any. Ids beyond the vocabulary are left out:
+    they can't be generated.
+    """
+    config.refuse_unsupported()
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    layers, vocab = config.size("num_hidden_layers"), config.size("vocab_size")
+    kv_heads = config.optional_size("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise config.problem("num_key_value_heads", f"must divide num_attention_heads ({heads})", kv_heads)
+    head_dim = config.optional_size("head_dim")
+    if head_dim is None and hidden % heads:
+        raise config.problem("hidden_size", f"must be a multiple of num_attention_heads ({heads})", hidden)
+    head_dim = head_dim or hidden // heads
+    rope = None
+    if family.rotary:
+        rope = read_rope(config, head_dim, partial=family.partial_rotary, kinds=family.rope_kinds)
+    end = generation.token_ids("eos_token_id") or config.token_ids("eos_token_id") or ()
+    begin = config.token_ids("bos_token_id") or generation.token_ids("bos_token_id") or ()
+    return ModelConfig(
+        family=name,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=config.size("intermediate_size", 4 * hidden if family.wide_mlp_by_default else REQUIRED),
+        max_position_embeddings=config.size("max_position_embeddings"),
+        attention=_attention(family, config, head_dim, layers),
+        moe=family.moe(config, layers),
+        tie_embeddings=config.flag("tie_word_embeddings"),
+        norm_eps=config.number("norm_eps"),
+        activation=config.choice("hidden_act", ACTIVATIONS),
+        rope=rope,
+        embedding_scale=hidden**0.5 if family.scaled_embedding else None,
+        final_softcap=config.optional_number("final_logit_softcapping") if family.softcaps else None,
+        dtype=config.dtype(),
+        bos_token_id=next((token for token in begin if token < vocab), None),
+        eos_token_ids=tuple(token for token in end if token < vocab),
+        **family.fixed,
+        **{field_name: config.flag(key) for field_name, key in family.flags.items()},
+    )
+
+
+def _attention(family: Family, config: HFConfig, head_dim: int, layers: int) -> tuple[AttentionSpec, ...]:
+    kinds = config.raw("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        raise config.problem("layer_types", f"must be a list of {layers} entries, one a layer", kinds)
+    windows = family.windows(config, layers)
+    for layer, kind in enumerate(kinds or ()):
+        if kind != ("full_attention" if windows[layer] is None else "sliding_attention"):
+            at = f"{layer} must say how this family attends there, with window {windows[layer]}"
+            raise config.problem("layer_types", f"of layer {at}", kind)
+    softcap = config.optional_number("attn_logit_softcapping") if family.softcaps else None
+    return tuple(
+        AttentionSpec(layer=layer, scale=family.scale(config, head_dim, layer), window=windows[layer], softcap=softcap)
+        for layer in range(layers)
+    )
+
+
+def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
+    """The tensors that a checkpoint of this model must hold. ConfigError if the entry leaves one out."""
+    sources = {}
+    for weight in _weights_of(config):
+        base = weight.removesuffix("_bias")
+        hf = family.weights.get(base)
+        if hf is None:
+            raise ConfigError(Problem(key=f"family {name}", rule=f"has no tensor name for {base!r}"))
+        start = _start(family, config, base)
+        if weight != base:
+            sources[weight] = Source(hf.removesuffix(".weight") + ".bias", start)
+        else:
+            sources[weight] = Source(hf, start, transpose=family.transposed and base in LINEAR)
+    tied = (f"^{re.escape(family.weights['lm_head'])}$",) if config.tie_embeddings else ()
+    return WeightNames(prefix=family.prefix, ignored=(*COMMON_IGNORED, *family.ignored, *tied), **sources)
+
+
+def _weights_of(config: ModelConfig) -> list[str]:
+    """The `WeightNames` fields that a model of this shape has."""
+    has_dense, has_experts = None in config.moe, any(config.moe)
+    biased_mlp = config.mlp_bias and has_dense
+    groups = {
+        ("embed", "final_norm", "attn_norm", "q", "k", "v", "attn_out", "mlp_norm"): True,
+        ("lm_head",): not config.tie_embeddings,
+        ("positions",): config.learned_positions,
+        ("final_norm_bias", "attn_norm_bias", "mlp_norm_bias"): config.norm == "layer",
+        ("q_bias", "k_bias", "v_bias"): config.qkv_bias,
+        ("attn_out_bias",): config.attention_out_bias,
+        ("q_norm", "k_norm"): config.qk_norm,
+        ("post_attn_norm", "post_mlp_norm"): config.post_norms,
+        ("up", "down"): has_dense,
+        ("gate",): has_dense and config.gated_mlp,
+        ("up_bias", "down_bias"): biased_mlp,
+        ("gate_bias",): biased_mlp and config.gated_mlp,
+        ("router", "expert_gate", "expert_up", "expert_down"): has_experts,
+    }
+    return [weight for group, present in groups.items() if present for weight in group]
+
+
+def _start(family: Family, config: ModelConfig, weight: str) -> int:
+    """Outputs of the weights that come before this one in the same tensor."""
+    expert_width = max((moe.intermediate_size for moe in config.moe if moe is not None), default=0)
+    outputs = {
+        "q": config.num_heads * config.head_dim,
+        "k": config.num_kv_heads * config.head_dim,
+        "gate": config.intermediate_size,
+        "expert_gate": expert_width,
+    }
+    group = next((group for group in FUSED if weight in group), (weight,))
+    before = group[: group.index(weight)]
+    return sum(outputs[other] for other in before if family.weights.get(other) == family.weights[weight])

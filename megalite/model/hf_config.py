@@ -1,0 +1,298 @@
+"""Reads a Hugging Face config.json key by key, believing nothing; importable without torch.
+
+Every error is a `CheckpointError` that names the file and the key. The formats of transformers 4 (`torch_dtype`,
+`rope_theta`, `rope_scaling`) and 5 (`dtype`, `rope_parameters`) read the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import CheckpointError
+from megalite.model.config import Rope, RopeScaling
+
+MAX_CONFIG_BYTES = 16 << 20
+SIZE_LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "moe_intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "num_experts": 1 << 14,
+    "max_position_embeddings": 1 << 30,
+}
+"""Above these a number is a damaged file, not a model."""
+
+UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
+    "quantization_config": ((None,), "quantized weights are not supported; use the model's unquantized weights"),
+    "compression_config": ((None,), "compressed weights are not supported; use the model's unquantized weights"),
+    "is_encoder_decoder": ((None, False), "only decoders are supported"),
+    "add_cross_attention": ((None, False), "cross attention is not supported"),
+    "use_bidirectional_attention": ((None, False), "only causal attention is supported"),
+    "attention_sinks": ((None, False, 0), "attention sinks are not supported"),
+    "use_attention_sinks": ((None, False), "attention sinks are not supported"),
+    "add_full_attention_sink_bias": ((None, False), "attention sinks are not supported"),
+    "add_swa_attention_sink_bias": ((None, False), "attention sinks are not supported"),
+    "no_rope_layers": ((None, []), "layers without rotary embedding are not supported"),
+    "num_nextn_predict_layers": ((None, 0), "multi-token prediction layers are not supported"),
+}
+"""Keys that change what a model computes in ways no family here does: harmless values, why others are refused."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder; CheckpointError if there is none."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise CheckpointError(f"{path.parent}: no such model folder") from None
+        raise CheckpointError(f"{path}: missing. A model folder needs it; is this a model folder?") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not what it should be")
+    try:
+        values = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(values).__name__}")
+    return values
+
+
+REQUIRED: Any = object()
+"""Stands for a default where there is none."""
+
+
+class HFConfig:
+    """The values of one config.json under a family's names for them.
+
+    `keys` says where a family keeps a value (first name present wins), `defaults` what an absent key means. A key set
+    to null counts as given for `optional_*`, as absent for the others.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        values: Mapping[str, Any],
+        keys: Mapping[str, tuple[str, ...]] | None = None,
+        defaults: Mapping[str, object] | None = None,
+    ):
+        self.path = path
+        self.values = values
+        self.keys = keys or {}
+        self.defaults = defaults or {}
+
+    def spelling(self, key: str) -> str:
+        """The name under which this file has, or should have, `key`."""
+        names = self.keys.get(key, (key,))
+        return next((name for name in names if name in self.values), names[0])
+
+    def problem(self, key: str, rule: str, value: object = None) -> CheckpointError:
+        got = (
+            "" if value is None else f", got {str(value)[:80]!r}" if isinstance(value, str) else f", got {value!r:.80}"
+        )
+        return CheckpointError(f"{self.path}: {self.spelling(key)} {rule}{got}")
+
+    def has(self, key: str) -> bool:
+        return self.spelling(key) in self.values
+
+    def raw(self, key: str) -> Any:
+        """The value, the family's default for it when the key is absent, or None."""
+        return self.values.get(self.spelling(key), self.defaults.get(key))
+
+    def _given(self, key: str, default: object) -> Any:
+        value = self.values.get(self.spelling(key))
+        if value is None:
+            value = self.defaults.get(key) if default is REQUIRED else default
+        if value is None and default is REQUIRED:
+            raise self.problem(key, "is missing")
+        return value
+
+    def _checked_size(self, key: str, value: object, low: int) -> int:
+        if type(value) is not int:
+            raise self.problem(key, "must be a whole number", value)
+        high = SIZE_LIMITS.get(key, 1 << 31)
+        if not low <= value <= high:
+            raise self.problem(key, f"must be between {low} and {high}", value)
+        return value
+
+    def size(self, key: str, default: Any = REQUIRED, *, low: int = 1) -> int:
+        """A count of something; `default` stands in for an absent or null key."""
+        return self._checked_size(key, self._given(key, default), low)
+
+    def optional_size(self, key: str) -> int | None:
+        value = self.raw(key)
+        return None if value is None else self._checked_size(key, value, 1)
+
+    def number(self, key: str, default: Any = REQUIRED) -> float:
+        """A positive finite number."""
+        return self.checked_number(key, self._given(key, default))
+
+    def optional_number(self, key: str) -> float | None:
+        value = self.raw(key)
+        return None if value is None else self.checked_number(key, value)
+
+    def checked_number(self, key: str, value: object) -> float:
+        if type(value) not in (int, float):
+            raise self.problem(key, "must be a number", value)
+        if not 0 < value < 1e300:  # NaN fails too; math.isfinite would overflow on a huge int
+            raise self.problem(key, "must be positive and finite", value)
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self._given(key, self.defaults.get(key, default))
+        if type(value) is not bool:
+            raise self.problem(key, "must be true or false", value)
+        return value
+
+    def choice(self, key: str, choices: Mapping[str, Any]) -> Any:
+        """The entry of `choices` that a string names."""
+        value = self._given(key, REQUIRED)
+        if not isinstance(value, str) or value not in choices:
+            raise self.problem(key, f"must be one of {', '.join(choices)}", value)
+        return choices[value]
+
+    def indices(self, key: str, count: int) -> tuple[int, ...]:
+        """A list of layer indices below `count`; empty when absent."""
+        value = self._given(key, [])
+        if not isinstance(value, list) or any(type(item) is not int or not 0 <= item < count for item in value):
+            raise self.problem(key, f"must be a list of layer indices below {count}", value)
+        return tuple(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...] | None:
+        """One token id or a list of them; None when absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        ids = value if isinstance(value, list) else [value]
+        if any(type(item) is not int or item < 0 for item in ids):
+            raise self.problem(key, "must be a token id or a list of token ids", value)
+        return tuple(ids)
+
+    def dtype(self) -> str:
+        key = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
+        value = self.values.get(key)
+        if value is None:
+            return "float32"
+        name = value.removeprefix("torch.") if isinstance(value, str) else value
+        if name not in DTYPES:
+            raise self.problem(key, f"must be one of {', '.join(DTYPES)}", value)
+        return name
+
+    def refuse_unsupported(self) -> None:
+        for key, (harmless, reason) in UNSUPPORTED.items():
+            value = self.values.get(key)
+            if not any(value is item or value == item for item in harmless):
+                raise CheckpointError(f"{self.path}: {key}: {reason}")
+
+
+def read_rope(config: HFConfig, head_dim: int, *, partial: bool, kinds: Mapping[str, str]) -> Rope:
+    """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
+
+    `partial`: the family rotates only a leading part of each head. `kinds`: the family's own names for a scaling.
+    """
+    key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
+    given = config.values.get(key) or {}
+    if not isinstance(given, dict):
+        raise config.problem(key, "must be an object", given)
+    if any(isinstance(value, dict) for value in given.values()):
+        raise config.problem(key, "differs by layer type, which is not supported for this family")
+    inner = HFConfig(config.path, {**config.values, **given}, defaults=config.defaults)
+    theta = inner.number("rope_theta", config.defaults.get("rope_theta", 10000.0))
+    if theta <= 1:
+        raise inner.problem("rope_theta", "must be above 1", theta)
+    factor = inner.number("partial_rotary_factor", 1.0)
+    if factor != 1.0 and not partial:
+        raise inner.problem("partial_rotary_factor", "must be 1 for this family", factor)
+    rotary_dim = int(head_dim * factor)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise inner.problem(
+            "partial_rotary_factor" if partial else "head_dim",
+            f"must give an even number of rotated channels, at most {head_dim}, gives {rotary_dim}",
+        )
+    kind = given.get("rope_type", given.get("type", "default"))
+    kind = kinds.get(kind, kind) if isinstance(kind, str) else kind
+    if kind == "default" and "factor" in given:
+        raise config.problem(key, "has a factor but no rope_type")
+    if kind == "default":
+        return Rope(theta=theta, rotary_dim=rotary_dim)
+    if kind not in ROPE_KINDS:
+        raise config.problem(key, f"has an unsupported rope_type (supported: default, {', '.join(ROPE_KINDS)})", kind)
+    return Rope(theta=theta, rotary_dim=rotary_dim, scaling=_scaling(config, inner, kind, rotary_dim))
+
+
+def _scaling(config: HFConfig, inner: HFConfig, kind: str, rotary_dim: int) -> RopeScaling:
+    """The stretch of the frequencies; `inner` holds the scaling's keys over those of the file."""
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=inner.number("factor"))
+    longest = config.size("max_position_embeddings")
+    # The key beside the scaling wins over the one in it, as in transformers (Phi-3 keeps it there).
+    original = config.optional_size("original_max_position_embeddings") or inner.size(
+        "original_max_position_embeddings", REQUIRED if kind == "longrope" else longest, low=2
+    )
+    if kind == "llama3":
+        low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+        if high <= low:
+            raise inner.problem("high_freq_factor", f"must be above low_freq_factor ({low})", high)
+        return RopeScaling(
+            kind="llama3",
+            factor=inner.number("factor"),
+            original_max_position=original,
+            low_freq_factor=low,
+            high_freq_factor=high,
+        )
+    factor = inner.optional_number("factor") or longest / original
+    attention_factor = inner.optional_number("attention_factor")
+    if kind == "yarn":
+        if inner.values.get("truncate") not in (None, True):
+            raise inner.problem("truncate", "must be true: another form of yarn is not supported")
+        return RopeScaling(
+            kind="yarn",
+            factor=factor,
+            original_max_position=original,
+            beta_fast=inner.optional_number("beta_fast") or 32.0,
+            beta_slow=inner.optional_number("beta_slow") or 1.0,
+            attention_factor=attention_factor or _yarn_attention_factor(inner, factor),
+        )
+    if attention_factor is None:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return RopeScaling(
+        kind="longrope",
+        factor=factor,
+        original_max_position=original,
+        attention_factor=attention_factor,
+        short_factor=_divisors(inner, "short_factor", rotary_dim // 2),
+        long_factor=_divisors(inner, "long_factor", rotary_dim // 2),
+    )
+
+
+def _yarn_attention_factor(inner: HFConfig, factor: float) -> float:
+    """YaRN's softmax temperature, arXiv 2309.00071 section 3.4, with DeepSeek's two scales when both are given."""
+
+    def temperature(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, mscale_all = inner.values.get("mscale"), inner.values.get("mscale_all_dim")
+    if mscale and mscale_all:
+        over = temperature(inner.number("mscale")), temperature(inner.number("mscale_all_dim"))
+        return over[0] / over[1]
+    return temperature(1.0)
+
+
+def _divisors(inner: HFConfig, key: str, count: int) -> tuple[float, ...]:
+    value = inner.raw(key)
+    if not isinstance(value, list) or len(value) != count:
+        raise inner.problem(key, f"must be a list of {count} numbers, one a rotated channel pair")
+    return tuple(inner.checked_number(key, item) for item in value)

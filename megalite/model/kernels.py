@@ -1,0 +1,420 @@
+"""Attention for CUDA tensors: Triton kernels over the paged KV cache, and torch's fused attention for whole sequences.
+
+`store_kv` and `paged_attention` serve generation. The cache of a layer is two tensors [kv_heads, slots, head_dim] with
+slot = block * block_size + offset; a row is one sequence of the step, its queries are its newest tokens. Every launch
+depends on shapes and on the arguments that are plain Python numbers, never on a tensor's values, so a decode step can
+be captured in a CUDA graph. The current CUDA device must be the one that holds the tensors. `packed_attention` serves
+training and scoring; it needs no Triton, works on any device and has gradients.
+
+The paged kernel is FlashAttention-2 (arXiv 2307.08691, algorithm 1) over block tables (PagedAttention, arXiv
+2309.06180), with the query heads that share a KV head stacked in one tile. A decode step of few rows is cut along the
+keys too (Flash-Decoding) and the parts are merged by their log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megalite.errors import ResourceError
+from megalite.model.config import AttentionSpec
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it; `_require_triton` speaks when it is needed
+    triton = None
+
+PROGRAMS = 512
+"""Programs a decode step is cut into when its rows alone are fewer: a few for each multiprocessor of a large GPU."""
+MAX_SPLITS = 32
+"""Parts that the keys of one row are cut into at most."""
+CHUNK = 512
+"""Queries whose scores exist at a time where no fused attention of torch can be used."""
+
+
+def _jit(kernel):
+    """Compile for the GPU at first use; lengths that change from step to step must not start another compilation."""
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["num_rows", "table_stride"])
+
+
+def _require_triton() -> None:
+    if triton is None:
+        raise ResourceError("generation on a GPU needs Triton, and it can't be imported. Try: pip install triton")
+
+
+@_jit
+def _store_kernel(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    cache_head_stride,
+    cache_slot_stride,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+):
+    """One program a token: its key and value go from [T, K, D] to its cache slot."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + token)
+    if slot < 0:
+        return
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    mask = (head < HEADS) & (dim < DIM)
+    target = head.to(tl.int64) * cache_head_stride + slot * cache_slot_stride + dim
+    key = tl.load(k + token * k_token_stride + head * k_head_stride + dim, mask=mask)
+    value = tl.load(v + token * v_token_stride + head * v_head_stride + dim, mask=mask)
+    tl.store(k_cache + target, key, mask=mask)
+    tl.store(v_cache + target, value, mask=mask)
+
+
+@_jit
+def _row_of_tile(query_start, num_rows, tile, TILE_QUERIES: tl.constexpr):
+    """The row that query tile `tile` belongs to: tiles of row b start at number query_start[b] // TILE_QUERIES + b."""
+    low = 0
+    high = num_rows
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start + middle) // TILE_QUERIES + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@_jit
+def _attention_kernel(
+    q,
+    k_cache,
+    v_cache,
+    out,
+    partial,
+    partial_lse,
+    query_start,
+    context_len,
+    block_table,
+    num_rows,
+    table_stride,
+    score_factor,
+    cap_factor,
+    q_token_stride,
+    q_head_stride,
+    cache_head_stride,
+    cache_slot_stride,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+):
+    """One program: a tile of a row's queries, all query heads of one KV head, one part of the keys.
+
+    Scores are kept as exponents of two: `score_factor` holds log2(e) (`cap_factor` does when CAPPED).
+    """
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    TILE_QUERIES: tl.constexpr = 1 if ONE_QUERY else TILE_ROWS // GROUP
+    if ONE_QUERY:
+        row = tile
+        first = 0
+    else:
+        row = _row_of_tile(query_start, num_rows, tile, TILE_QUERIES)
+        first = (tile - tl.load(query_start + row) // TILE_QUERIES - row) * TILE_QUERIES
+    row_start = tl.load(query_start + row)
+    num_queries = tl.load(query_start + row + 1) - row_start
+    if first >= num_queries:
+        return
+    start_position = tl.load(context_len + row) - num_queries  # of the row's first query; negative in a padding row
+
+    # Line m of the tile is query first + m // GROUP under query head m % GROUP of this KV head.
+    line = tl.arange(0, TILE_ROWS)
+    query = first + line // GROUP
+    used = (line < TILE_QUERIES * GROUP) & (query < num_queries)
+    position = start_position + query
+    head = kv_head * GROUP + line % GROUP
+    token = (row_start + query).to(tl.int64)
+    dim = tl.arange(0, BLOCK_DIM)
+    q_offset = token[:, None] * q_token_stride + head[:, None] * q_head_stride + dim[None, :]
+    q_tile = tl.load(q + q_offset, mask=used[:, None] & (dim[None, :] < DIM), other=0.0)
+
+    # Tiles of keys start at multiples of TILE_KEYS, so a query's sums do not depend on where its chunk begins.
+    last = tl.minimum(first + TILE_QUERIES, num_queries)
+    end = start_position + last
+    begin = 0
+    if WINDOW is not None:
+        begin = tl.maximum(start_position + first - WINDOW + 1, 0)
+    low = begin // TILE_KEYS * TILE_KEYS
+    high = end
+    if SPLITS > 1:
+        tiles = tl.cdiv(tl.maximum(end - low, 0), TILE_KEYS)
+        width = tl.cdiv(tiles, SPLITS) * TILE_KEYS
+        low += split * width
+        high = tl.minimum(low + width, end)
+
+    highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_ROWS], tl.float32)
+    mixed = tl.zeros([TILE_ROWS, BLOCK_DIM], tl.float32)
+    for start in range(low, high, TILE_KEYS):
+        key = start + tl.arange(0, TILE_KEYS)
+        present = (key >= begin) & (key < end)
+        block = tl.load(block_table + row.to(tl.int64) * table_stride + key // PAGE, mask=present, other=0)
+        slot = block.to(tl.int64) * PAGE + key % PAGE
+        offset = kv_head.to(tl.int64) * cache_head_stride + slot[:, None] * cache_slot_stride + dim[None, :]
+        mask = present[:, None] & (dim[None, :] < DIM)
+        k_tile = tl.load(k_cache + offset, mask=mask, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * score_factor
+        if CAPPED:
+            scores = (2 / (1 + tl.exp(-2 * scores)) - 1) * cap_factor  # tanh
+        seen = present[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW is not None:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing seen yet: all weights are 0
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(highest - shift)
+        total = total * decay + tl.sum(weights, 1)
+        v_tile = tl.load(v_cache + offset, mask=mask, other=0.0)
+        mixed = tl.dot(weights.to(v_tile.dtype), v_tile, mixed * decay[:, None], input_precision="ieee")
+        highest = new_highest
+
+    divisor = tl.where(total == 0, 1.0, total)  # 0: no key seen
+    mixed = mixed / divisor[:, None]
+    result = token * HEADS + head
+    mask = used[:, None] & (dim[None, :] < DIM)
+    if SPLITS == 1:
+        tl.store(out + result[:, None] * DIM + dim[None, :], mixed, mask=mask)
+    else:
+        part = result * SPLITS + split
+        lse = tl.where(total == 0, float("-inf"), highest + tl.log2(divisor))
+        tl.store(partial + part[:, None] * DIM + dim[None, :], mixed, mask=mask)
+        tl.store(partial_lse + part, lse, mask=used)
+
+
+@_jit
+def _merge_kernel(partial, partial_lse, out, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """One program a query head of a token: the parts, each weighed by its share of the softmax sum."""
+    result = tl.program_id(0).to(tl.int64)
+    part = result * SPLITS + tl.arange(0, SPLITS)
+    dim = tl.arange(0, BLOCK_DIM)
+    lse = tl.load(partial_lse + part)
+    highest = tl.max(lse, 0)
+    weights = tl.exp2(lse - tl.where(highest == float("-inf"), 0.0, highest))
+    total = tl.sum(weights, 0)
+    mask = (lse[:, None] > float("-inf")) & (dim[None, :] < DIM)
+    parts = tl.load(partial + part[:, None] * DIM + dim[None, :], mask=mask, other=0.0)
+    mixed = tl.sum(parts * weights[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(out + result * DIM + dim, mixed, mask=dim < DIM)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write keys and values [T, K, D] into the caches [K, slots, D] at `slots` (int64 [T]); slot -1 is not written.
+
+    The last dim of every tensor is contiguous and both caches have the same strides. Slots other than -1 are distinct.
+    """
+    tokens, heads, dim = k.shape
+    assert k_cache.stride() == v_cache.stride() and k.stride(-1) == v.stride(-1) == k_cache.stride(-1) == 1
+    if tokens == 0 or heads == 0:
+        return
+    _require_triton()
+    _store_kernel[(tokens,)](
+        k,
+        v,
+        k_cache,
+        v_cache,
+        slots,
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_cache.stride()[:2],
+        HEADS=heads,
+        DIM=dim,
+        BLOCK_HEADS=triton.next_power_of_2(heads),
+        BLOCK_DIM=triton.next_power_of_2(dim),
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    query_start: Tensor,
+    context_len: Tensor,
+    block_table: Tensor,
+    block_size: int,
+    spec: AttentionSpec,
+    max_query_len: int,
+    num_splits: int | None = None,
+) -> Tensor:
+    """Causal attention of each row's newest tokens over its cached keys: [T, H, D] -> [T, H, D], sums in float32.
+
+    q [T, H, D] and the caches [K, slots, D] share one dtype and have a contiguous last dim; H is a multiple of K, and
+    query head h attends to KV head h // (H / K). Row b has the tokens query_start[b]..query_start[b + 1] of q
+    (int32 [B + 1], from 0 to T), which are the last of its context_len[b] positions (int32 [B]); their keys are in the
+    cache already. block_table int32 [B, blocks] lists its blocks; entries outside what the row's queries see are not
+    read. A row with context_len 0 gives zeros: the padding of a captured batch.
+
+    `max_query_len` is the most queries of a row. When it is 1, `num_splits` (a power of two; null: chosen from B and K)
+    says into how many parts the keys of each row are cut; a row's result depends on that number and on the row only.
+    """
+    tokens, heads, dim = q.shape
+    rows, kv_heads = context_len.shape[0], k_cache.shape[0]
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    if tokens == 0 or heads == 0:
+        return out
+    assert heads % kv_heads == 0 and q.dtype == k_cache.dtype == v_cache.dtype, (q.shape, q.dtype, k_cache.dtype)
+    assert k_cache.stride() == v_cache.stride() and q.stride(-1) == k_cache.stride(-1) == block_table.stride(-1) == 1
+    _require_triton()
+    group = heads // kv_heads
+    one_query = max_query_len == 1
+    tile_rows, tile_keys, options = _tiles(group, dim, q.dtype, one_query)
+    tiles = rows if one_query else tokens // (tile_rows // group) + rows  # at least as many as the rows need
+    splits = (num_splits or _num_splits(rows, kv_heads)) if one_query else 1
+    partial, lse = out, out  # not used
+    if splits > 1:
+        partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
+    capped = spec.softcap is not None
+    block_dim = max(16, triton.next_power_of_2(dim))
+    _attention_kernel[(tiles, kv_heads, splits)](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        partial,
+        lse,
+        query_start,
+        context_len,
+        block_table,
+        rows,
+        block_table.stride(0),
+        spec.scale / spec.softcap if capped else spec.scale * math.log2(math.e),
+        spec.softcap * math.log2(math.e) if capped else 1.0,
+        *q.stride()[:2],
+        *k_cache.stride()[:2],
+        HEADS=heads,
+        GROUP=group,
+        DIM=dim,
+        BLOCK_DIM=block_dim,
+        PAGE=block_size,
+        WINDOW=spec.window,
+        CAPPED=capped,
+        ONE_QUERY=one_query,
+        SPLITS=splits,
+        TILE_ROWS=tile_rows,
+        TILE_KEYS=tile_keys,
+        **options,
+    )
+    if splits > 1:
+        _merge_kernel[(tokens * heads,)](partial, lse, out, DIM=dim, BLOCK_DIM=block_dim, SPLITS=splits)
+    return out
+
+
+def _tiles(group: int, dim: int, dtype: torch.dtype, one_query: bool) -> tuple[int, int, dict[str, int]]:
+    """Lines and keys of a tile, and how it is compiled. float32 has no tensor cores here, so its tiles are small."""
+    fewest = max(16, triton.next_power_of_2(group))  # 16: the least a matrix product takes
+    if dtype == torch.float32:
+        return fewest, 32 if dim <= 128 else 16, {"num_warps": 4, "num_stages": 1}
+    keys = 64 if dim <= 128 else 32
+    return fewest if one_query else max(64, fewest), keys, {"num_warps": 4, "num_stages": 3}
+
+
+def _num_splits(rows: int, kv_heads: int) -> int:
+    """Parts to cut the keys of each row into: a power of two that grows as rows and KV heads get fewer."""
+    wanted = min(MAX_SPLITS, max(1, PROGRAMS // (rows * kv_heads)))
+    return 1 << (wanted.bit_length() - 1)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_lengths: Tensor, max_len: int, spec: AttentionSpec) -> Tensor:
+    """Causal attention within each of the sequences laid end to end: [T, H, D], [T, K, D], [T, K, D] -> [T, H, D].
+
+    cu_lengths int [B + 1] holds where sequences start, and T last; `max_len` is the longest. Sequences of one length
+    are a view; others are padded on the right, where no real query can see. What runs then:
+
+    - no softcap, no window below max_len: torch's fused causal attention, on CUDA FlashAttention in half precision
+      and the memory-efficient kernel in float32;
+    - a window: the memory-efficient kernel with a mask [max_len, max_len];
+    - a softcap: the scores are written out, `CHUNK` queries at a time, and made again in the backward pass.
+    """
+    if q.shape[0] == 0 or q.shape[1] == 0:
+        return torch.empty_like(q)
+    batch = cu_lengths.shape[0] - 1
+    if q.shape[0] == batch * max_len:
+        q, k, v = (x.unflatten(0, (batch, max_len)).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
+        return _attend_batch(q, k, v, spec).transpose(1, 2).flatten(0, 1)
+    starts = cu_lengths.long()
+    sequence = torch.repeat_interleave(starts.diff(), output_size=q.shape[0])  # of each token
+    place = torch.arange(q.shape[0], device=q.device) - starts[sequence] + sequence * max_len
+
+    def pad(x: Tensor) -> Tensor:
+        padded = x.new_zeros((batch * max_len, *x.shape[1:])).index_copy(0, place, x)
+        return padded.unflatten(0, (batch, max_len)).transpose(1, 2)
+
+    attended = _attend_batch(pad(q), pad(k), pad(v), spec)
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, place)
+
+
+def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """q [B, H, L, D], k and v [B, K, L, D] -> [B, H, L, D]."""
+    length, group = q.shape[2], q.shape[1] // k.shape[1]
+    window = spec.window if spec.window is not None and spec.window < length else None
+    if spec.softcap is None and window is None and q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=group > 1)
+    if group > 1:  # only FlashAttention knows groups; without this the others would fall back to written-out scores
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    if spec.softcap is None and window is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
+    if spec.softcap is None:
+        mask = _seen(0, length, 0, length, window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
+    chunks = []
+    for first in range(0, length, CHUNK):
+        last = min(first + CHUNK, length)
+        low = 0 if window is None else max(0, first - window + 1)
+        mask = _seen(first, last, low, last, window, q.device)
+        parts = q[:, :, first:last], k[:, :, low:last], v[:, :, low:last]
+        chunks.append(checkpoint(_attend_capped, *parts, mask, spec, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(chunks, 2)
+
+
+def _seen(first: int, last: int, low: int, high: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [last - first, high - low]: which keys low..high the queries first..last see."""
+    query = torch.arange(first, last, device=device)[:, None]
+    key = torch.arange(low, high, device=device)[None]
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
+    scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that nobody holds."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def ranks_on_device(ranks_on_host: int) -> int:
+    """How many ranks share a CUDA device when they are dealt out over this host's."""
+    return -(-ranks_on_host // torch.cuda.device_count())

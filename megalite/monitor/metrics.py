@@ -1,0 +1,197 @@
+"""Where a rank's time and memory went: a stopwatch by phase, counters, and the record that ranks exchange."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Phase = Literal["compute", "communication", "waiting", "sampling", "scheduling"]
+
+PHASES: tuple[Phase, ...] = ("compute", "communication", "waiting", "sampling", "scheduling")
+"""compute: forward passes; communication: collectives and sends; waiting: for another rank's hidden states or news."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankReport:
+    """What one rank has to say at the end of a run. Times are seconds, memory is bytes."""
+
+    rank: int
+    tp: int
+    """Place on the tp axis; likewise pp (the stage) and dp (the replica)."""
+    pp: int
+    dp: int
+    layers: tuple[int, int]
+    """Half-open range of the layers it holds."""
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    kv_blocks: int = 0
+    load_peak_bytes: int | None = None
+    """Most memory taken while weights were loaded, beyond what the process had before; None: not measured."""
+    load_bound_bytes: int | None = None
+    """What it should have stayed under: the rank's weights and one tensor."""
+    peak_bytes: int = 0
+    """Most memory the process held, since it began or last reset its peak."""
+
+    seconds: float = 0.0
+    """From `Meter.start` to `Meter.stop`: this replica's run."""
+    compute: float = 0.0
+    """Seconds in this phase; likewise the next four. What no phase claims is the rest of `seconds`."""
+    communication: float = 0.0
+    waiting: float = 0.0
+    sampling: float = 0.0
+    scheduling: float = 0.0
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    # Of the replica; read from its control rank (tp rank 0 of the last stage), whatever the others say.
+    prompts: int = 0
+    """Finished, the failed ones included."""
+    failed_prompts: int = 0
+    output_tokens: int = 0
+    prompt_tokens: int = 0
+    """Looked up in the prefix cache."""
+    cached_tokens: int = 0
+    """Found there."""
+    preemptions: int = 0
+
+    def share(self, phase: Phase) -> float:
+        """Share of the rank's time in a phase, 0 to 1."""
+        return getattr(self, phase) / self.seconds if self.seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Numbers, None and one list: fit for JSON."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RankReport:
+        """The inverse of `as_dict`; TypeError for a key that is no field."""
+        return cls(**{**values, "layers": tuple(values["layers"])})
+
+
+class _Span:
+    """A phase as a context manager; one object serves every use."""
+
+    __slots__ = ("_meter", "_phase")
+
+    def __init__(self, meter: Meter, phase: Phase):
+        self._meter = meter
+        self._phase = phase
+
+    def __enter__(self) -> None:
+        self._meter._enter(self._phase)
+
+    def __exit__(self, *error: object) -> None:
+        self._meter._leave()
+
+
+class Meter:
+    """A rank's stopwatch. A phase within a phase stops the outer one's watch: every second counts once.
+
+    It sees the host's time: a GPU's work counts where the host waits for it. A phase costs under 1 us.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._open: list[Phase] = []
+        self._since = 0.0
+        self._spans: dict[Phase, _Span] = {phase: _Span(self, phase) for phase in PHASES}
+        self.start()
+
+    def start(self) -> None:
+        """The run starts now: forget what was measured before, e.g. while warming up. Not within a phase."""
+        assert not self._open
+        self._spent: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._began = self._step_began = self._clock()
+        self._ended: float | None = None
+        self._steps = self._prefill_tokens = self._decode_tokens = 0
+        self._prefill_seconds = self._decode_seconds = 0.0
+
+    def stop(self) -> None:
+        """The run ended: `report` says how long it took up to now."""
+        self._ended = self._clock()
+
+    def phase(self, phase: Phase) -> _Span:
+        """`with meter.phase("compute"): ...`"""
+        return self._spans[phase]
+
+    def _enter(self, phase: Phase) -> None:
+        now = self._clock()
+        if self._open:
+            self._spent[self._open[-1]] += now - self._since
+        self._open.append(phase)
+        self._since = now
+
+    def _leave(self) -> None:
+        now = self._clock()
+        self._spent[self._open.pop()] += now - self._since
+        self._since = now
+
+    def step(self, *, prefill_tokens: int, decode_tokens: int) -> None:
+        """A step ended. The time since the last one is divided between prefill and decode by their tokens.
+
+        A step without tokens (the pipeline fills or drains) belongs to neither.
+        """
+        now = self._clock()
+        tokens = prefill_tokens + decode_tokens
+        if tokens:
+            seconds = now - self._step_began
+            self._steps += 1
+            self._prefill_tokens += prefill_tokens
+            self._decode_tokens += decode_tokens
+            self._prefill_seconds += seconds * prefill_tokens / tokens
+            self._decode_seconds += seconds * decode_tokens / tokens
+        self._step_began = now
+
+    def report(self, **facts: Any) -> RankReport:
+        """What was measured from `start` to `stop` (or now), and the fields of RankReport that the caller knows."""
+        return RankReport(
+            **self._spent,
+            seconds=(self._clock() if self._ended is None else self._ended) - self._began,
+            steps=self._steps,
+            prefill_tokens=self._prefill_tokens,
+            decode_tokens=self._decode_tokens,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            peak_bytes=peak_memory(),
+            **facts,
+        )
+
+
+def peak_memory() -> int:
+    """Most bytes of memory this process held, file pages included, since it began or `reset_peak_memory`."""
+    status = _status()
+    if "VmHWM" in status:
+        return status["VmHWM"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> int:
+    """Begin a new peak; return what `peak_memory` starts from, so that the difference is what was taken since.
+
+    Where the system can't forget the old peak (proc(5), clear_refs), that is the old peak, and the difference a lower
+    bound.
+    """
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+            file.write("5")
+    except OSError:
+        return peak_memory()
+    return _status()["VmRSS"]
+
+
+def _status() -> dict[str, int]:
+    """The memory lines of /proc/self/status in bytes; empty on a system without it."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            lines = [line.split() for line in file if line.startswith("Vm")]
+    except FileNotFoundError:
+        return {}
+    return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in lines}

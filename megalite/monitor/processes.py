@@ -1,0 +1,158 @@
+"""Processes as /proc shows them: which one exactly, whether it lives, who its parents and children are. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+_LAUNCHER_MODULES = ("deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run")
+_LAUNCHER_SCRIPTS = ("deepspeed", "torchrun")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process; its start time (clock ticks since boot) tells it from a later one with the same id."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """The live process with this id, or None."""
+        stat = _stat(pid)
+        return cls(pid, stat.start) if stat and stat.state not in "ZX" else None
+
+    def alive(self) -> bool:
+        """False once it has ended, also while its parent has not collected it yet."""
+        return Process.of(self.pid) == self
+
+    def parent(self) -> Process | None:
+        stat = _stat(self.pid)
+        return Process.of(stat.parent) if stat and stat.start == self.start else None
+
+    def command(self) -> list[str]:
+        """Its command line; empty when it is gone or not ours to see."""
+        try:
+            return Path(f"/proc/{self.pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            return []
+
+    def environment(self) -> list[bytes]:
+        """The `NAME=VALUE`s it was started with; empty when it is gone or not ours to see."""
+        try:
+            return Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            return []
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send a signal if it still lives."""
+        if self.alive():
+            try:
+                os.kill(self.pid, signum)
+            except ProcessLookupError:
+                return  # ended by itself just now, which is all that was wanted
+
+    def __str__(self) -> str:
+        name = launcher_name(self) or " ".join(self.command()[:2]).strip() or "process"
+        return f"{name} (pid {self.pid})"
+
+
+@dataclass(frozen=True)
+class _Stat:
+    state: str
+    parent: int
+    start: int
+
+
+def _stat(pid: int) -> _Stat | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+    return _Stat(state=fields[0], parent=int(fields[1]), start=int(fields[19]))
+
+
+def launcher_name(process: Process) -> str:
+    """Which known launcher the process is: `deepspeed`, `deepspeed.launcher.launch`, `torchrun`...; '' if none."""
+    arguments = process.command()[1:8]
+    for place, first in enumerate(arguments):
+        if first == "-m" and arguments[place + 1 : place + 2] and arguments[place + 1] in _LAUNCHER_MODULES:
+            return arguments[place + 1]
+        if not first.startswith("-"):  # the script; what follows is its own business
+            return os.path.basename(first) if os.path.basename(first) in _LAUNCHER_SCRIPTS else ""
+    return ""
+
+
+def ancestors(process: Process) -> list[Process]:
+    """Parent, grandparent and so on up to the first process of the machine or container."""
+    line: list[Process] = []
+    above = process.parent()
+    while above is not None:
+        line.append(above)
+        above = above.parent()
+    return line
+
+
+def descendants(pid: int) -> list[Process]:
+    """All live children of `pid`, their children and so on; parents before children."""
+    children: dict[int, list[Process]] = {}
+    for name in os.listdir("/proc"):
+        stat = _stat(int(name)) if name.isdigit() else None
+        if stat and stat.state not in "ZX":
+            children.setdefault(stat.parent, []).append(Process(int(name), stat.start))
+    found: list[Process] = []
+    rest = list(children.get(pid, []))
+    while rest:
+        process = rest.pop(0)
+        found.append(process)
+        rest += children.get(process.pid, [])
+    return found
+
+
+def launchers(process: Process, door: int | None = None) -> list[Process]:
+    """The processes above a rank without which its run must not go on, nearest first; empty if it has no parent.
+
+    They reach from its parent to the topmost of the launchers over it (`deepspeed` is two processes); `door` is the id
+    of a process that started the launcher itself and is counted as one. On a host that was reached over ssh they
+    reach to the connection. Under nothing that is known as a launcher: the parent alone.
+    """
+    line = ancestors(process)
+    known = [bool(launcher_name(above)) or above.pid == door for above in line]
+    if True not in known:
+        return line[:1]
+    top = known.index(True)
+    while known[top + 1 : top + 2] == [True]:
+        top += 1
+    if launcher_name(line[top]) == "deepspeed.launcher.launch":  # its other half is on another host
+        names = [os.path.basename(above.command()[0]) if above.command() else "" for above in line]
+        top = next((i for i in range(top, len(line)) if names[i].startswith("sshd")), top)
+    return line[: top + 1]
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """From now on the kernel sends this process `signum` when its parent ends; 0 takes that back.
+
+    A rank calls it first thing, before the long imports during which nothing else can watch its launcher.
+    """
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, signum)
+    if signum and os.getppid() != parent:  # it ended in between, and no signal will come
+        os.kill(os.getpid(), signum)
+
+
+def adopt_orphans(adopt: bool = True) -> None:
+    """Orphaned descendants become children of this process instead of the machine's first one, so it can find them."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, int(adopt))

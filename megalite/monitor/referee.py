@@ -1,0 +1,121 @@
+"""Decides how a run ends, from what is known of its ranks: pure, the clock is an argument. Only rank 0 runs it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+LOST = 70
+"""Exit code when a rank or a launcher is lost."""
+
+_GATHER = 0.3
+"""Seconds after a rank is lost in which others may turn out to be lost with it: one dead host is one line."""
+_CRASH_WAIT = 1.0
+"""Seconds an unexpected exception waits for its cause: when a peer dies, collectives fail here before it is missed."""
+_DRAIN = 20.0
+"""Seconds from the first rank that stopped for a signal to the last."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rank as messages name it."""
+
+    rank: int
+    host: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """How the run ends, the same on every rank."""
+
+    code: int
+    """Exit code of every rank."""
+    speaker: int | None = None
+    """The rank whose own exception tells the user what happened."""
+    line: str = ""
+    """What the user is told when no rank can tell."""
+    lost: tuple[int, ...] = ()
+    """The ranks that were lost."""
+
+
+def lost_line(why: Mapping[int, str], peers: Sequence[Peer]) -> str:
+    """The line that names lost ranks; `why` gives each rank's reason."""
+    ranks = sorted(why)
+    hosts = sorted({peers[rank].host for rank in ranks})
+    if len(ranks) == 1:
+        who = f"{peers[ranks[0]]} was lost"
+    else:
+        who = f"ranks {', '.join(map(str, ranks))} on {', '.join(hosts)} were lost"
+    return f"error: {who}: {why[ranks[0]]}. The other ranks were stopped."
+
+
+class Referee:
+    """Collects reports; `verdict` is the end once one is certain."""
+
+    def __init__(self, peers: Sequence[Peer]):
+        self._peers = peers
+        self._finished: dict[int, int] = {}
+        self._lost: dict[int, str] = {}
+        self._lost_at = 0.0
+        self._failure: tuple[float, End] | None = None
+        self._stopped_at: float | None = None
+        self._final: End | None = None
+
+    def finished(self, rank: int, code: int, now: float) -> None:
+        """The rank is done with its work; `code` is 0, or 128 + a signal that it drained for."""
+        self._finished[rank] = code
+        if code and self._stopped_at is None:
+            self._stopped_at = now
+
+    def failed(self, rank: int, code: int, crash: bool, now: float) -> None:
+        """The rank has an exception to show; `crash`: one that nobody meant, so it may have a cause elsewhere."""
+        if self._failure is None or (not crash and now < self._failure[0]):
+            wait = _CRASH_WAIT if crash and len(self._peers) > 1 else 0
+            self._failure = (now + wait, End(code=code, speaker=rank))
+
+    def lost(self, rank: int, why: str, now: float) -> None:
+        """The rank is gone, or gives no sign of life."""
+        if not self._lost:
+            self._lost_at = now
+        self._lost.setdefault(rank, why)
+
+    def orphaned(self, line: str) -> None:
+        """A launcher is gone; `line` names it."""
+        self._final = self._final or End(code=LOST, line=line)
+
+    def aborted(self, signum: int) -> None:
+        """A rank was told twice to stop."""
+        name = signal.Signals(signum).name
+        line = f"stopped at once by a second {name}; unfinished work is given up"
+        self._final = self._final or End(code=128 + signum, line=line)
+
+    def verdict(self, now: float) -> End | None:
+        if self._final is None:
+            self._final = self._decide(now)
+        return self._final
+
+    def _decide(self, now: float) -> End | None:
+        if self._lost:  # also when an exception is known: it is the consequence
+            if now < self._lost_at + _GATHER:
+                return None
+            return End(code=LOST, line=lost_line(self._lost, self._peers), lost=tuple(sorted(self._lost)))
+        if self._failure is not None:
+            return self._failure[1] if now >= self._failure[0] else None
+        if len(self._finished) == len(self._peers):
+            speaker = min((rank for rank, code in self._finished.items() if code), default=None)
+            return End(code=0 if speaker is None else self._finished[speaker], speaker=speaker)
+        if self._stopped_at is not None and now >= self._stopped_at + _DRAIN:
+            return End(code=LOST, line=self._not_drained(self._rest()), lost=tuple(self._rest()))
+        return None
+
+    def _rest(self) -> list[int]:
+        return [peer.rank for peer in self._peers if peer.rank not in self._finished]
+
+    def _not_drained(self, ranks: Iterable[int]) -> str:
+        names = ", ".join(str(self._peers[rank]) for rank in ranks)
+        return f"error: still at work {_DRAIN:g} s after the first rank stopped for a signal: {names}. It was ended."

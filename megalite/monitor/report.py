@@ -1,0 +1,232 @@
+"""The report at the end of a run, as plain text: a table of the ranks, the totals, and what to do about slow parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megalite.monitor.metrics import RankReport
+
+WAITING_IS_MUCH = 0.5
+COMMUNICATION_IS_MUCH = 0.4
+PREEMPTIONS_ARE_MANY = 0.1
+"""For each prompt."""
+UNEVEN_REPLICAS = 0.7
+"""A replica that was done in less than this share of the slowest one's time."""
+LOADING_SLACK = 64 * 2**20
+"""Bytes a process may take for itself while it loads: imported code, buffers, threads."""
+
+_HEADER = (
+    "rank",
+    "dp/pp/tp",
+    "layers",
+    "weights",
+    "KV cache (blocks)",
+    "load peak / bound",
+    "prefill tok/s",
+    "decode tok/s",
+    "compute",
+    "comm",
+    "wait",
+    "other",
+)
+
+
+def format_report(reports: Iterable[RankReport]) -> str:
+    """The whole report for the ranks of a run, in any order; at least one. Several lines, no newline at the end."""
+    ranks = sorted(reports, key=lambda report: report.rank)
+    lines = _table([_HEADER, *map(_row, ranks)])
+    if max(report.pp for report in ranks) > 0:
+        lines.append(_pipeline_idle(ranks))
+    lines.append(_totals(ranks))
+    lines += [f"warning: {warning}" for warning in warnings(ranks)]
+    return "\n".join(lines)
+
+
+def warnings(ranks: list[RankReport]) -> list[str]:
+    """What cost speed, in plain words, and what to try."""
+    return [
+        *_waiting(ranks),
+        *_communicating(ranks),
+        *_preempted(ranks),
+        *_overloaded(ranks),
+        *_uneven_replicas(ranks),
+    ]
+
+
+def format_bytes(count: int) -> str:
+    """E.g. `640 KiB`, `12.5 MiB`, `3.2 GiB`."""
+    size = count / 1024
+    for unit in ("KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "KiB" else f"{size:.1f} {unit}"
+
+
+def _row(report: RankReport) -> tuple[str, ...]:
+    lo, hi = report.layers
+    loaded = "-" if report.load_peak_bytes is None else format_bytes(report.load_peak_bytes)
+    bound = "-" if report.load_bound_bytes is None else format_bytes(report.load_bound_bytes)
+    shares = [report.share(phase) for phase in ("compute", "communication", "waiting")]
+    return (
+        str(report.rank),
+        f"{report.dp}/{report.pp}/{report.tp}",
+        f"{lo}-{hi - 1}" if lo < hi else "none",
+        format_bytes(report.weight_bytes),
+        f"{format_bytes(report.kv_bytes)} ({report.kv_blocks:,})",
+        f"{loaded} / {bound}",
+        _rate(report.prefill_tokens, report.prefill_seconds),
+        _rate(report.decode_tokens, report.decode_seconds),
+        *(_percent(share) for share in shares),
+        _percent(max(0.0, 1 - sum(shares)) if report.seconds > 0 else 0.0),
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:,.0f}" if tokens and seconds > 0 else "-"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def _mean(shares: Iterable[float]) -> float:
+    values = list(shares)
+    return sum(values) / len(values)
+
+
+def _stages(ranks: list[RankReport]) -> dict[tuple[int, int], list[RankReport]]:
+    """(replica, stage): its ranks."""
+    stages: dict[tuple[int, int], list[RankReport]] = {}
+    for report in ranks:
+        stages.setdefault((report.dp, report.pp), []).append(report)
+    return dict(sorted(stages.items()))
+
+
+def _control_ranks(ranks: list[RankReport]) -> list[RankReport]:
+    """Of each replica, tp rank 0 of the last stage: what it counts, it counts for the replica."""
+    last = max(report.pp for report in ranks)
+    return [report for report in ranks if report.pp == last and report.tp == 0]
+
+
+def _pipeline_idle(ranks: list[RankReport]) -> str:
+    shares = []
+    for stage in range(max(report.pp for report in ranks) + 1):
+        idle = _mean(report.share("waiting") for report in ranks if report.pp == stage)
+        shares.append(f"stage {stage}: {_percent(idle)}")
+    return f"pipeline idle: {_percent(_mean(report.share('waiting') for report in ranks))} ({', '.join(shares)})"
+
+
+def _totals(ranks: list[RankReport]) -> str:
+    replicas = _control_ranks(ranks)
+    prompts, failed, tokens, looked_up, cached, preemptions = (
+        sum(getattr(report, name) for report in replicas)
+        for name in ("prompts", "failed_prompts", "output_tokens", "prompt_tokens", "cached_tokens", "preemptions")
+    )
+    seconds = max(report.seconds for report in ranks)
+    parts = [f"{_count(prompts, 'prompt')}{f' ({failed:,} failed)' if failed else ''}"]
+    parts.append(f"{_count(tokens, 'token')} in {seconds:.1f} s")
+    parts.append(f"{_rate(tokens, seconds)} tokens/s")
+    parts.append(f"{_percent(cached / looked_up if looked_up else 0.0)} of prompt tokens from the prefix cache")
+    parts.append(_count(preemptions, "preemption"))
+    return f"total: {', '.join(parts)}; most memory in one process {format_bytes(max(r.peak_bytes for r in ranks))}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _waiting(ranks: list[RankReport]) -> list[str]:
+    found = []
+    stages = _stages(ranks)
+    waited = {place: _mean(report.share("waiting") for report in stage) for place, stage in stages.items()}
+    for replica in sorted({dp for dp, _ in stages}):
+        mine = {pp: share for (dp, pp), share in waited.items() if dp == replica}
+        idle = [pp for pp, share in mine.items() if share > WAITING_IS_MUCH]
+        if len(mine) == 1:
+            found += _waiting_on_control(stages[replica, next(iter(mine))])
+        elif len(idle) == len(mine):
+            found.append(
+                f"all {len(mine)} stages of replica {replica} waited more than half of the time: too few prompts are "
+                "in flight to fill the pipeline. Give it more prompts at once, or use a smaller parallel.pp."
+            )
+        elif idle:
+            slow = min(mine, key=lambda pp: (mine[pp], pp))
+            lo, hi = stages[replica, slow][0].layers
+            names = ", ".join(f"{pp} ({_percent(mine[pp])})" for pp in idle)
+            found.append(
+                f"replica {replica}: stage {slow} is slow: it waited {_percent(mine[slow])} of the time, "
+                f"stage {names} waited for it. It holds {_count(hi - lo, 'layer')}; check that nothing else runs on "
+                "its machine, or use a smaller parallel.pp with a larger parallel.tp."
+            )
+    return found
+
+
+def _waiting_on_control(stage: list[RankReport]) -> list[str]:
+    """One stage: its ranks wait only for the control rank's sampling."""
+    idle = [report for report in stage if report.share("waiting") > WAITING_IS_MUCH]
+    if not idle:
+        return []
+    slow = min(stage, key=lambda report: (report.share("waiting"), report.rank))
+    return [
+        f"rank {_names(idle)} waited more than half of the time for rank {slow.rank}, "
+        f"which spent {_percent(slow.share('sampling'))} of it sampling."
+    ]
+
+
+def _communicating(ranks: list[RankReport]) -> list[str]:
+    busy = [report for report in ranks if report.share("communication") > COMMUNICATION_IS_MUCH]
+    if not busy:
+        return []
+    most = max(report.share("communication") for report in busy)
+    return [
+        f"rank {_names(busy)} spent up to {_percent(most)} of the time in communication: the model is cut finer than "
+        "the links carry. Try a smaller parallel.tp, with parallel.pp or parallel.dp for the other ranks."
+    ]
+
+
+def _preempted(ranks: list[RankReport]) -> list[str]:
+    found = []
+    for report in _control_ranks(ranks):
+        if report.preemptions > PREEMPTIONS_ARE_MANY * max(report.prompts, 1):
+            found.append(
+                f"replica {report.dp} ran out of KV cache: {_count(report.preemptions, 'preemption')} for "
+                f"{_count(report.prompts, 'prompt')}. Raise engine.gpu_memory_utilization or engine.num_kv_blocks, set "
+                "engine.swap_space, or lower engine.max_num_seqs."
+            )
+    return found
+
+
+def _overloaded(ranks: list[RankReport]) -> list[str]:
+    return [
+        f"rank {report.rank} took {format_bytes(report.load_peak_bytes)} while loading, more than its weights and one "
+        f"tensor ({format_bytes(report.load_bound_bytes)})."
+        for report in ranks
+        if report.load_peak_bytes is not None
+        and report.load_bound_bytes is not None
+        and report.load_peak_bytes > report.load_bound_bytes + LOADING_SLACK
+    ]
+
+
+def _uneven_replicas(ranks: list[RankReport]) -> list[str]:
+    seconds: dict[int, float] = {}
+    for report in ranks:
+        seconds[report.dp] = max(seconds.get(report.dp, 0.0), report.seconds)
+    slowest = max(seconds, key=lambda dp: (seconds[dp], -dp))
+    early = [dp for dp in sorted(seconds) if seconds[dp] < UNEVEN_REPLICAS * seconds[slowest]]
+    if not early:
+        return []
+    first = min(early, key=lambda dp: (seconds[dp], dp))
+    return [
+        f"replica {first} was done after {seconds[first]:.1f} s, replica {slowest} after {seconds[slowest]:.1f} s. "
+        "parallel.dp_mode=async lets a replica that is free take work from the others."
+    ]
+
+
+def _names(ranks: list[RankReport]) -> str:
+    return ", ".join(str(report.rank) for report in ranks)

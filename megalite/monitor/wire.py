@@ -1,0 +1,121 @@
+"""What the ranks' watchdogs say to each other: JSON lines over TCP, checked before anyone looks at them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from megalite.monitor.referee import End
+
+_LONGEST = 4096
+"""Bytes of one line; who sends more is not one of us."""
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "nonce": {"nonce": str},
+    "hello": {"rank": int, "proof": str},
+    "together": {},
+    "beat": {},
+    "signal": {"signum": int},
+    "finish": {"code": int},
+    "fail": {"code": int, "crash": bool},
+    "orphan": {"line": str},
+    "abort": {"signum": int},
+    "end": {"code": int, "speaker": int | None, "line": str, "lost": list},
+}
+"""The messages, and the fields of each."""
+
+
+@dataclass(frozen=True)
+class Message:
+    kind: str
+    fields: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.fields[name]
+
+
+def end_fields(end: End) -> dict[str, Any]:
+    """An `End` as the fields of a message, cut to what fits in one."""
+    return {"code": end.code, "speaker": end.speaker, "line": end.line[:500], "lost": list(end.lost[:100])}
+
+
+def end_of(message: Message) -> End:
+    """The inverse of `end_fields`."""
+    fields = {**message.fields, "lost": tuple(rank for rank in message["lost"] if type(rank) is int)}
+    return End(**fields)
+
+
+def parse(line: bytes) -> Message:
+    """One message; ValueError unless it is a known one with exactly its fields, of the right types."""
+    value = json.loads(line)
+    if not isinstance(value, dict) or value.get("kind") not in _FIELDS:
+        raise ValueError("not a message")
+    kind, wanted = value["kind"], _FIELDS[value.pop("kind")]
+    if value.keys() != wanted.keys():
+        raise ValueError(f"{kind}: wrong fields")
+    for name, field_type in wanted.items():
+        # bool is an int to isinstance, and a message that mixes them up is not ours
+        if not isinstance(value[name], field_type) or (isinstance(value[name], bool) and field_type is not bool):
+            raise ValueError(f"{kind}.{name}: wrong type")
+        if isinstance(value[name], int) and not 0 <= value[name] < 1 << 31:
+            raise ValueError(f"{kind}.{name}: out of range")
+        if isinstance(value[name], str):  # may end on a terminal, which must not take orders from it
+            value[name] = "".join(c if c.isprintable() else "?" for c in value[name])
+    return Message(kind, value)
+
+
+def proof(token: bytes, nonce: str, rank: int) -> str:
+    """Shows the hub that `rank` knows the run's token without sending it."""
+    return hmac.new(token, f"{nonce}/{rank}".encode(), hashlib.sha256).hexdigest()
+
+
+class Connection:
+    """One end of a connection between two watchdogs. Never blocks; a peer that breaks the rules is `closed`."""
+
+    def __init__(self, sock: socket.socket, *, now: float, rank: int | None = None):
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = sock
+        self.rank = rank
+        """The rank at the other end; None until it has proved itself."""
+        self.nonce = ""
+        self.heard = now
+        """When anything last came (monotonic seconds)."""
+        self.closed = False
+        self._rest = b""
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Send one message. A peer whose buffer is full has not read for minutes and is as good as gone."""
+        data = json.dumps({"kind": kind, **fields}).encode() + b"\n"
+        try:
+            self.closed |= self.socket.send(data) != len(data)
+        except OSError:
+            self.closed = True
+
+    def receive(self, now: float) -> list[Message]:
+        """What has come; sets `closed` at the end of the stream, on an error and on anything that is not a message."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        self.heard = now
+        self.closed |= not data
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        messages = []
+        try:
+            if max(map(len, [*lines, self._rest])) > _LONGEST:
+                raise ValueError("too long")
+            messages = [parse(line) for line in lines]
+        except (ValueError, RecursionError):
+            self.closed = True
+        return messages
+
+    def close(self) -> None:
+        self.closed = True
+        self.socket.close()

@@ -1,0 +1,104 @@
+"""Everything that can be found out about a run before torch is imported and before any rank is started."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from megalite.config.load import Loaded, with_origins
+from megalite.config.schema import InferConfig, TokenizerSection, TrainConfig
+from megalite.config.validate import model_location, validate
+from megalite.core.layout import Layout
+from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
+from megalite.model import families
+from megalite.model.config import ModelConfig
+from megalite.weights import shards
+from megalite.weights.hf import open_checkpoint
+
+
+def check(
+    loaded: Loaded, problems: list[Problem], more: list[Problem] | None = None, *, read_headers: bool
+) -> ModelConfig | None:
+    """Hold the config against the rules and the model folder; gives the model, where it is on this disk.
+
+    `problems`: found while the config was read; `more`: of its surroundings. `read_headers`: look at the headers of
+    the weight files too. Raises ConfigError with all problems at once, CheckpointError if only the folder is wrong.
+    """
+    config = loaded.config
+    model, damage = None, None
+    try:
+        model = read_model(config)
+    except CheckpointError as error:
+        damage = error
+    except ConfigError as error:
+        problems = [*problems, *error.problems]
+    rules = [*validate(config, model, None), *(more or [])]
+    found = with_origins([*problems, *_unforeseen(rules, problems)], loaded.origins)
+    if damage and found:
+        found += [Problem(key="", rule=line) for line in str(damage).rstrip(".").splitlines()]
+    if found:
+        raise ConfigError(*found)
+    if damage:
+        raise damage
+    if read_headers:
+        _check_weights(config, model)
+    return model
+
+
+def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:
+    """Those rules' problems that are not merely the consequence of a value that could not be taken."""
+    known = {problem.key for problem in problems}
+    known |= {problem.fix.removeprefix("Did you mean ").removesuffix("?") for problem in problems}
+    return [one for one in rules if not any(f"{key}.".startswith(f"{one.key}.") for key in known)]
+
+
+def read_model(config: InferConfig | TrainConfig) -> ModelConfig | None:
+    """The model that a config names, by its config.json; None if that is not on this disk (a hub id, a wrong path)."""
+    if isinstance(config, TrainConfig):
+        if config.model.path is None and config.model.config is not None:
+            return _new_model(config.model.config, config.tokenizer)
+    else:
+        _import_family(config.model.family_module)
+    path = config.model.path
+    if path is None or model_location(path) != "folder" or not Path(path).is_dir():
+        return None
+    return families.read(path)
+
+
+def _new_model(values: dict[str, Any], tokenizer: TokenizerSection) -> ModelConfig | None:
+    """The model that is to be trained anew; None if its size hangs on a tokenizer not read here."""
+    if "vocab_size" not in values:
+        if tokenizer.path is not None:
+            return None
+        values = {**values, "vocab_size": tokenizer.vocab_size}
+    try:
+        return families.from_values(Path("model.config"), values, {})
+    except CheckpointError as error:  # the values stand in the config, not in a checkpoint
+        raise ConfigError(str(error)) from error
+
+
+def _import_family(name: str | None) -> None:
+    if name is None or not all(part.isidentifier() for part in name.split(".")):
+        return
+    try:
+        importlib.import_module(name)
+    except MegaliteError:
+        raise
+    except Exception as error:  # the user's own module may raise anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fix = "Install it or add its folder to PYTHONPATH; --debug shows the traceback."
+        raise ConfigError(
+            Problem(key="model.family_module", rule=f"importing it failed: {reason}", value=name, fix=fix)
+        ) from error
+
+
+def _check_weights(config: InferConfig | TrainConfig, model: ModelConfig | None) -> None:
+    """The headers of local weight files, so that a damaged folder shows before any rank is started."""
+    dummy = isinstance(config, InferConfig) and config.model.load_format == "dummy"
+    if model is None or config.model.path is None or dummy:
+        return
+    if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks
+        shards.check_layout(config.model.path, Layout(config.parallel.tp, config.parallel.pp))
+    else:
+        open_checkpoint(config.model.path, prefix=families.weight_names(model).prefix)

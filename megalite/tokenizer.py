@@ -1,0 +1,366 @@
+"""Text to token ids and back: tokenizer.json with the special tokens and chat template beside it. Torch-free.
+
+The only file that imports `tokenizers`. What it does is what transformers does with the same folder, except that
+`clean_up_tokenization_spaces` is never applied: it removes spaces that the model wrote.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from tokenizers import AddedToken
+
+from megalite.chat_template import ChatTemplate, TemplateError
+from megalite.errors import CheckpointError
+
+_UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+"""Older forms of a tokenizer, from which tokenizer.json can be made."""
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_PAIRS_CACHED = 1 << 16
+
+
+class Detokenizer(Protocol):
+    """Turns the output of one sequence into text, token by token.
+
+    `feed` takes the next token id and returns the text that is certain by now; what later tokens could still change,
+    such as half a character, is held back. `flush` ends the sequence and returns what is left.
+
+    With `visible` the ids that are not skipped, and `head` the characters that the prompt's tokens complete, all pieces
+    together are decode(visible prompt + visible output) without decode(head): a space that the decoder would drop at
+    the start of a text is kept after a prompt, and a character begun by the prompt belongs to the output.
+    """
+
+    def feed(self, token_id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Tokenizer:
+    """A model's tokenizer; made by `load`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], templates: dict[str, str]):
+        self.backend = backend
+        self.names = {name: text for name in _NAMED if (text := _token_text(config.get(name)))}
+        """The special tokens that have a name, e.g. `bos_token`, as text."""
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        self._templates = templates
+        self._compiled: dict[str, ChatTemplate] = {}
+        self._decoding = _decoding(backend)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer | None:
+        """The tokenizer in `folder`, or None if there is none. CheckpointError: it is damaged or of an older form."""
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            found = [name for name in _UNCONVERTED if (folder / name).is_file()]
+            if not found:
+                return None
+            convert = f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')"
+            raise CheckpointError(
+                f"{folder}: has {found[0]} but no tokenizer.json. Where transformers is installed, this makes one:\n"
+                f'python -c "from transformers import AutoTokenizer; {convert}"'
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception, whatever is wrong
+            hint = " It is a Git LFS pointer; fetch the file itself with `git lfs pull`." if _is_pointer(path) else ""
+            raise CheckpointError(f"{path}: is not a tokenizer that can be read: {error}.{hint}") from error
+        config = {**_named_tokens(folder), **_read_json(folder / "tokenizer_config.json")}
+        try:
+            _apply_config(backend, config)
+            return cls(backend, config, _templates(folder, config))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder}/tokenizer_config.json: can't be used: {error}") from error
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; special tokens written in the text count as such. ValueError: it is not valid Unicode."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, as it reads inside a text; ids without a token are empty."""
+        return self._decoding.alone(token_id)
+
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A detokenizer for what follows `prompt_ids`."""
+        return self._decoding.start(prompt_ids, self.special_ids if skip_special_tokens else frozenset())
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._templates)
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt's text for a chat; encode it with `add_special_tokens=False`, the template writes them.
+
+        `variables` reach the template, e.g. `tools` (JSON schemas) or `enable_thinking`.
+        TemplateError: there is no template, or it can't make a prompt of these messages.
+        """
+        if not self._templates:
+            raise TemplateError("the model has no chat template; give a prompt instead of messages")
+        name = "tool_use" if variables.get("tools") is not None and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise TemplateError(f"the model has chat templates {sorted(self._templates)} and none named default")
+        if name not in self._compiled:
+            self._compiled[name] = ChatTemplate(self._templates[name], self.names)
+        return self._compiled[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def close(self) -> None:
+        """End the processes that render chats; a later chat starts them again."""
+        for template in self._compiled.values():
+            template.close()
+
+    def _named_id(self, name: str) -> int | None:
+        return self.backend.token_to_id(self.names[name]) if name in self.names else None
+
+
+# ---- reading the folder
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs.github.com/")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _named_tokens(folder: Path) -> dict[str, Any]:
+    """Named tokens from special_tokens_map.json, where older checkpoints keep them."""
+    return {name: token for name, token in _read_json(folder / "special_tokens_map.json").items() if name in _NAMED}
+
+
+def _token_text(token: Any) -> str:
+    """The text of a token that a config gives as a string or as a mapping; empty for null."""
+    if token is None:
+        return ""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ValueError(f"{token!r} is not a token")
+    return text
+
+
+def _added_token(entry: dict[str, Any], special: bool) -> AddedToken:
+    flags = {flag: entry[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized") if flag in entry}
+    return AddedToken(_token_text(entry), special=special, **flags)
+
+
+def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+    """What transformers changes in the tokenizer of tokenizer.json for the sake of tokenizer_config.json.
+
+    add_bos_token and add_eos_token are not obeyed: what `encode` adds is what tokenizer.json says.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    added = {int(token_id): entry for token_id, entry in config.get("added_tokens_decoder", {}).items()}
+    for token_id, entry in sorted(added.items()):
+        backend.add_tokens([_added_token(entry, bool(entry.get("special", False)))])
+        if backend.token_to_id(entry["content"]) != token_id:
+            got = backend.token_to_id(entry["content"])
+            raise ValueError(f"added_tokens_decoder says that {entry['content']!r} is {token_id}, tokenizer.json {got}")
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    listed = [_token_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    named = [_token_text(config.get(name)) for name in _NAMED]
+    for text in dict.fromkeys([*named, *listed]):
+        if text and text not in known:
+            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+
+
+def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Chat templates by name: from files if there are any, else from tokenizer_config.json."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    given = config.get("chat_template")
+    if found or given is None:
+        return found
+    named = {"default": given} if isinstance(given, str) else {entry["name"]: entry["template"] for entry in given}
+    if not all(isinstance(text, str) for text in named.values()):
+        raise ValueError("chat_template must be a text or a list of {name, template}")
+    return named
+
+
+# ---- from tokens to text
+
+
+class _Decoding(Protocol):
+    """How a tokenizer's decoder can be taken apart into tokens."""
+
+    def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer: ...
+
+    def alone(self, token_id: int) -> str: ...
+
+
+def _decoding(backend: tokenizers.Tokenizer) -> _Decoding:
+    decoder = json.loads(backend.to_str())["decoder"] or {"type": "none"}
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [step["type"] for step in steps]
+    if kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:
+        return _Bytes(backend)
+    return _Pairs(backend, byte_fallback="ByteFallback" in kinds)
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte (Radford et al. 2019): itself, or the next free one from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+class _Bytes:
+    """Byte-level tokens: each is some bytes, the text is all of them as UTF-8, U+FFFD for what is not."""
+
+    BYTES = _byte_of_character()
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        self._known: dict[int, bytes] = {}
+
+    def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer:
+        return _ByteDetokenizer(self, prompt_ids, skipped)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        found = self._known.get(token_id)
+        if found is None:
+            token = self._backend.id_to_token(token_id) or ""
+            spelled = [self.BYTES.get(character) for character in token]
+            found = token.encode() if None in spelled else bytes(spelled)
+            self._known[token_id] = found
+        return found
+
+    def alone(self, token_id: int) -> str:
+        return self.bytes_of(token_id).decode(errors="replace")
+
+
+class _ByteDetokenizer:
+    def __init__(self, table: _Bytes, prompt_ids: Sequence[int], skipped: frozenset[int]):
+        self._table = table
+        self._skipped = skipped
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        tail = b""
+        for token_id in reversed(prompt_ids):
+            if token_id not in skipped:
+                tail = table.bytes_of(token_id) + tail
+            if len(tail) >= 4:  # longer than any unfinished character
+                break
+        self._utf8.decode(tail)
+
+    def feed(self, token_id: int) -> str:
+        return "" if token_id in self._skipped else self._utf8.decode(self._table.bytes_of(token_id))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class _Pairs:
+    """Decoders in which a token's text depends on whether and which token stands before it, and not on later ones.
+
+    The exception is byte fallback: a run of tokens such as <0xE2> is UTF-8 as a whole or all U+FFFD, so it is certain
+    only when it ends.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, byte_fallback: bool):
+        self._backend = backend
+        vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        self.known = frozenset(token_id for token, token_id in vocabulary if token)
+        self.byte_ids = {i: byte for token, i in vocabulary if (byte := _fallback_byte(token)) is not None}
+        if not byte_fallback:
+            self.byte_ids = {}
+        self.neutral = next((i for token, i in vocabulary if token.isalnum() and i not in self.byte_ids), None)
+        """Some token that is a piece of a word."""
+        self.after = lru_cache(_PAIRS_CACHED)(self.after_run)
+        """`after_run` for one token, remembered: the same pairs come again and again."""
+
+    def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer:
+        return _PairDetokenizer(self, prompt_ids, skipped)
+
+    def after_run(self, before: int | None, *token_ids: int) -> str:
+        """The text of tokens that follow `before`; None: at the start of the text."""
+        if before is None:
+            return self._backend.decode(token_ids, skip_special_tokens=False)
+        head = self._backend.decode([before], skip_special_tokens=False)
+        text = self._backend.decode([before, *token_ids], skip_special_tokens=False)
+        return text[len(commonprefix((head, text))) :]
+
+    def alone(self, token_id: int) -> str:
+        return self.after(self.neutral, token_id)
+
+
+def _fallback_byte(token: str) -> int | None:
+    """0xE2 for `<0xE2>`."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return int(token[3:5], 16)
+        except ValueError:
+            return None
+    return None
+
+
+class _PairDetokenizer:
+    def __init__(self, pairs: _Pairs, prompt_ids: Sequence[int], skipped: frozenset[int]):
+        self._pairs = pairs
+        self._skipped = skipped
+        self._run: list[int] = []
+        """Byte tokens that no other token has followed yet."""
+        self._before: int | None = None
+        """The last token before the run that is no byte."""
+        seen = [i for i in reversed(prompt_ids) if i in pairs.known and i not in skipped]  # backwards
+        after = next((place for place, i in enumerate(seen) if i not in pairs.byte_ids), len(seen))
+        self._run = self._unfinished(seen[:after][::-1])
+        if seen:
+            self._before = seen[after] if after < len(seen) else pairs.neutral
+
+    def _unfinished(self, run: list[int]) -> list[int]:
+        """The last tokens of a run that begin a character and do not end it."""
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(bytes(self._pairs.byte_ids[token_id] for token_id in run))
+        pending, _ = utf8.getstate()
+        return run[len(run) - len(pending) :]
+
+    def feed(self, token_id: int) -> str:
+        if token_id in self._skipped or token_id not in self._pairs.known:
+            return ""
+        if token_id in self._pairs.byte_ids:
+            self._run.append(token_id)
+            return ""
+        if self._run:
+            text = self._pairs.after_run(self._before, *self._run, token_id)
+            self._run.clear()
+        else:
+            text = self._pairs.after(self._before, token_id)
+        self._before = token_id
+        return text
+
+    def flush(self) -> str:
+        text = self._pairs.after_run(self._before, *self._run) if self._run else ""
+        self._run.clear()
+        return text

@@ -1,0 +1,172 @@
+"""The model card of a trained model: what it is, what it has read, how well it predicts, and what it writes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megalite.config.schema import TrainConfig
+from megalite.core.collectives import gather_columns
+from megalite.model.attention import PackedAttention
+from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
+from megalite.train.data import Corpus
+from megalite.weights.mapping import hf_shapes
+
+SAMPLE_TOKENS = 160
+SAMPLE_TEMPERATURE = 0.5
+CURVE_ROWS = 12
+
+
+@torch.no_grad()
+def complete(decoder: Decoder, prompt: Sequence[int], count: int, *, temperature: float, seed: int) -> list[int]:
+    """Up to `count` tokens after `prompt`, sampled; the end-of-text token ends them and is left out.
+
+    Collective over tp, and the same on every rank. The whole text is computed anew for each token: a few samples for
+    a model card need no cache.
+    """
+    state, tokens = decoder.state, list(prompt)
+    device = next(decoder.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(min(count, decoder.config.max_position_embeddings - len(prompt))):
+        padding = -len(tokens) % state.tp.size  # sequence parallel cuts the text evenly; later tokens change nothing
+        ids = torch.tensor(tokens + [0] * padding, device=device)
+        logits = decoder.logits(decoder(ids, PackedAttention([len(ids)], device)))[len(tokens) - 1 :][:1]
+        scores = gather_columns(logits, decoder.vocab_widths, state.tp)[0].float().cpu()
+        token = int(torch.multinomial((scores / temperature).softmax(0), 1, generator=generator))
+        if token in decoder.config.eos_token_ids:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What the card reports of the exported model."""
+
+    step: int
+    """Optimizer step of its weights."""
+    steps_run: int
+    tokens: int
+    """Training tokens up to `step`."""
+    loss: float
+    """Held-out nats per token."""
+    evaluations: list[dict[str, Any]]
+    """step, loss and bits_per_byte of each evaluation."""
+    samples: list[tuple[str, str]]
+    """Prompt and completion."""
+
+
+def bits_per_byte(loss: float, corpus: Corpus) -> float:
+    """Held-out nats per token as bits per byte of held-out text: comparable between tokenizers."""
+    return loss / math.log(2) * corpus.held_out_tokens_per_byte
+
+
+def num_parameters(model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in hf_shapes(model).values())
+
+
+def write(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Result) -> str:
+    """The card, in Markdown."""
+    parts = [
+        _front_matter(config),
+        f"# {_title(model)}\n\n{_summary(config)}",
+        _shape(model),
+        _data(config, corpus),
+        _training(config, model, corpus, result),
+        _samples(result),
+    ]
+    return "\n".join(parts)
+
+
+def _title(model: ModelConfig) -> str:
+    return f"A {num_parameters(model) / 1e6:.1f}M-parameter {model.family} model trained with megalite"
+
+
+def _front_matter(config: TrainConfig) -> str:
+    stdlib = config.data.source == "stdlib"
+    name = "psf-2.0" if stdlib else "see-training-text"
+    language = "tags: [code, python]\n" if stdlib else ""
+    return (
+        f"---\nlicense: other\nlicense_name: {name}\nlibrary_name: transformers\n"
+        f"pipeline_tag: text-generation\n{language}---\n"
+    )
+
+
+def _summary(config: TrainConfig) -> str:
+    if config.data.source == "stdlib":
+        return (
+            "It has read nothing but the Python standard library and writes text that looks like it. It is small "
+            "enough to run on any computer, which is its purpose: to show and test megalite with a real model. Do not "
+            "expect the code it writes to be right, or instructions to be followed.\n"
+        )
+    return f"Trained from scratch on `{config.data.source}`.\n"
+
+
+def _shape(model: ModelConfig) -> str:
+    return (
+        "## Shape\n\n| | |\n| --- | --- |\n"
+        f"| parameters | {num_parameters(model):,} |\n| layers | {model.num_layers} |\n"
+        f"| hidden size | {model.hidden_size} |\n"
+        f"| heads | {model.num_heads} query, {model.num_kv_heads} key/value, {model.head_dim} wide |\n"
+        f"| MLP width | {model.intermediate_size} |\n| vocabulary | {model.vocab_size:,} |\n"
+        f"| context | {model.max_position_embeddings:,} tokens |\n"
+    )
+
+
+def _data(config: TrainConfig, corpus: Corpus) -> str:
+    train, held_out = (corpus.facts["splits"][name] for name in ("train", "held_out"))
+    if config.data.source == "stdlib":
+        what = (
+            f"The standard library's own source as it comes with {corpus.facts['python']}: `{config.data.pattern}`. It "
+            "is under the [PSF License Version 2](https://docs.python.org/3/license.html), and this model is given on "
+            "the same terms."
+        )
+    else:
+        what = f"The files of `{config.data.source}`. The licence of that text decides how this model may be used."
+    excluded = ", ".join(f"`{pattern}`" for pattern in config.data.exclude)
+    left_out = f" Left out: {excluded}." if excluded else ""
+    return (
+        f"## Text\n\n{what}{left_out} Files are kept for evaluation by a hash of their name.\n\n"
+        "| | files | bytes | tokens |\n| --- | --- | --- | --- |\n"
+        f"| training | {train['documents']:,} | {train['bytes']:,} | {train['tokens']:,} |\n"
+        f"| held out | {held_out['documents']:,} | {held_out['bytes']:,} | {held_out['tokens']:,} |\n\n"
+        "The tokenizer is a byte-level BPE trained on the training files. A document ends with `<|endoftext|>`.\n"
+    )
+
+
+def _training(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Result) -> str:
+    optimizer, epochs = config.optimizer, result.tokens / corpus.facts["splits"]["train"]["tokens"]
+    per_step = result.tokens // max(1, result.step)
+    return (
+        "## Training\n\n"
+        f"{result.step:,} steps of {per_step:,} tokens ({result.tokens:,} tokens, {epochs:.1f} times the training "
+        f"text), AdamW, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}, "
+        f"{config.model.dtype} with float32 optimizer state, DeepSpeed ZeRO-{config.train.zero_stage}. The run took "
+        f"{result.steps_run:,} steps; these are the weights with the lowest held-out loss.\n\n"
+        f"**Held-out loss: {result.loss:.4f} nats per token, {bits_per_byte(result.loss, corpus):.4f} bits per byte**, "
+        "of the weights as they are stored here.\n\n"
+        "| step | held-out loss | bits per byte |\n| --- | --- | --- |\n" + _curve(result.evaluations)
+    )
+
+
+def _curve(evaluations: list[dict[str, Any]]) -> str:
+    """At most CURVE_ROWS rows, evenly chosen, the last and the best among them."""
+    if not evaluations:
+        return ""
+    last = len(evaluations) - 1
+    chosen = {round(i * last / (CURVE_ROWS - 2)) for i in range(CURVE_ROWS - 1)}
+    chosen.add(min(range(len(evaluations)), key=lambda i: evaluations[i]["loss"]))
+    rows = [evaluations[i] for i in sorted(chosen)]
+    return "".join(f"| {row['step']} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |\n" for row in rows)
+
+
+def _samples(result: Result) -> str:
+    if not result.samples:
+        return ""
+    head = f"## Samples\n\nTemperature {SAMPLE_TEMPERATURE}, up to {SAMPLE_TOKENS} tokens, the first try of each.\n"
+    return head + "".join(f"\n~~~python\n{prompt}{completion}\n~~~\n" for prompt, completion in result.samples)

@@ -1,0 +1,112 @@
+"""Writes a decoder in training as a model in Hugging Face layout, one parameter in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import Axis
+from megalite.errors import maybe_fault
+from megalite.files import DurableFile
+from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
+from megalite.train.zero import WEIGHT, get_whole
+from megalite.weights.mapping import hf_shapes, pieces
+from megalite.weights.shards import expected
+from megalite.weights.tensor_file import new_header
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def export_model(decoder: Decoder, path: Path, dtype: torch.dtype) -> None:
+    """Write the float32 weights, rounded to `dtype`, as one safetensors file under Hugging Face names.
+
+    Collective: the tp ranks of the first replica send their slices to its first rank, which writes.
+    """
+    state = decoder.state
+    tensors = _whole_tensors(decoder, dtype)
+    if state.rank != state.layout.first_rank:
+        for _ in tensors:
+            raise AssertionError("only the first rank puts tensors together")
+        return
+    shapes = hf_shapes(decoder.config)
+    order = [name for names in _tensors_of_parameters(decoder.config).values() for name in names]
+    entries = {name: (DTYPE_NAMES[dtype], shapes[name]) for name in order}
+    with DurableFile(path) as file:
+        file.write(new_header(path, entries, {"format": "pt"})[0])
+        for _, tensor in tensors:
+            file.write(as_bytes(tensor))
+        maybe_fault("export.save", state.rank)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A CPU tensor's elements in row-major order."""
+    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def gather_to_first(local: Tensor, shapes: list[tuple[int, ...]], axis: Axis) -> list[Tensor]:
+    """On the axis' first rank the CPU tensors `local` of all its ranks, of which it knows the shapes; elsewhere [].
+
+    A rank whose shape has no elements sends nothing. CPU tensors, because gloo ends the process when it is asked to
+    send a CUDA one.
+    """
+    if axis.rank > 0:
+        if local.numel():
+            dist.send(local.contiguous(), axis.ranks[0], group=axis.group)
+        return []
+    parts = [local]
+    for host, shape in zip(axis.ranks[1:], shapes[1:], strict=True):
+        part = local.new_empty(shape)
+        if part.numel():
+            dist.recv(part, host, group=axis.group)
+        parts.append(part)
+    return parts
+
+
+def _tensors_of_parameters(config: ModelConfig) -> dict[str, list[str]]:
+    """The Hugging Face tensors behind each parameter, over all tp ranks."""
+    names: dict[str, list[str]] = {}
+    for piece in pieces(config):
+        if piece.param == "head.weight" and config.tie_embeddings:
+            continue
+        mine = names.setdefault(piece.param, [])
+        if piece.hf not in mine:
+            mine.append(piece.hf)
+    return names
+
+
+def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor on the first rank of the first replica; nothing elsewhere. Collective."""
+    config, state = decoder.config, decoder.state
+    layout = Layout(tp=state.layout.tp)
+    held = [expected(config, layout, rank) for rank in layout.ranks]
+    shapes = hf_shapes(config)
+    params = dict(decoder.named_parameters())
+    for name, tensors in _tensors_of_parameters(config).items():
+        local = get_whole(params[name], WEIGHT).to("cpu", dtype)
+        if state.dp.rank > 0:
+            continue
+        parts = gather_to_first(local, [ranges.get(name, ((0,), []))[0] for ranges in held], state.tp)
+        if not parts:
+            continue
+        whole = {hf: local.new_empty(shapes[hf]) for hf in tensors}
+        for part, ranges in zip(parts, held, strict=True):
+            for one in ranges.get(name, ((0,), []))[1]:
+                values = part.narrow(one.piece.dim, one.start, one.hi - one.lo)
+                target = whole[one.piece.hf].narrow(one.piece.hf_dim, one.lo, one.hi - one.lo)
+                target.copy_(values.t() if one.piece.transpose else values)
+        yield from whole.items()
+
+
+def model_files(config: dict[str, Any], model: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
+    """config.json and generation_config.json of the model with weights in `dtype`."""
+    ends = list(model.eos_token_ids)
+    end = ends[0] if len(ends) == 1 else ends
+    generation = {"eos_token_id": end, "pad_token_id": ends[0], "do_sample": True, "temperature": 0.7, "top_p": 0.95}
+    return {"config.json": {**config, "dtype": dtype}, "generation_config.json": generation}

@@ -1,0 +1,78 @@
+"""What DeepSpeed's ZeRO keeps of each parameter, read and set as whole float32 tensors whatever the stage.
+
+All that relies on DeepSpeed's insides is here. Stages 1 and 2 cut the flat float32 weights and moments of a parameter
+group over dp; stage 3 cuts every parameter by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, in PyTorch's names."""
+WEIGHT = "weight"
+
+
+def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None:
+    """Give AdamW its state now, as zeros, and tell DeepSpeed where it is.
+
+    PyTorch would make it at the first step. A state that is loaded before that step needs its place now.
+    """
+    flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    for partition in flat:
+        step = torch.zeros((), device=partition.device if optimizer.defaults["fused"] else "cpu")
+        optimizer.state[partition] = {"step": step, **{kind: torch.zeros_like(partition) for kind in MOMENTS}}
+    if stage < 3:
+        # Links each parameter to its part of the flat moments, which the public safe_get/safe_set functions need.
+        # DeepSpeed calls it only from inside its step, after the first group's, when later groups would have no state
+        # yet; there is no public way to have it done. It does nothing the second time.
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
+    """Shape of the whole local parameter; under stage 3 `param` itself is empty."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def get_whole(param: nn.Parameter, kind: str) -> Tensor:
+    """The weights that the optimizer updates (WEIGHT) or a moment, float32. Collective over dp."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if kind == WEIGHT:
+        return safe_get_full_fp32_param(param).view(whole_shape(param))
+    return safe_get_full_optimizer_state(param, kind).view(whole_shape(param))
+
+
+def set_whole(param: nn.Parameter, kind: str, value: Tensor) -> None:
+    """Put this rank's part of `value` where DeepSpeed keeps it; `finish_setting` follows when all are set."""
+    import deepspeed.utils as ds
+
+    if hasattr(param, "ds_id"):  # stage 3: equal parts, the last padded
+        size, rank = param.ds_tensor.ds_numel, dist.get_rank(param.ds_process_group)
+        part = value.new_zeros(size)
+        mine = value.flatten()[rank * size : (rank + 1) * size]
+        part[: len(mine)] = mine
+        if kind == WEIGHT:
+            ds.safe_set_local_fp32_param(param, part)
+        else:
+            ds.safe_set_local_optimizer_state(param, part, kind)
+    elif kind == WEIGHT:
+        ds.safe_set_full_fp32_param(param, value)
+    else:
+        ds.safe_set_full_optimizer_state(param, value, kind)
+
+
+def finish_setting(optimizer: torch.optim.AdamW, zero: Any, stage: int, step: int) -> None:
+    """Make the weights of the forward pass from the float32 ones, as after step `step`. Collective over dp."""
+    for partition in optimizer.state.values():
+        partition["step"].fill_(step)
+    if stage < 3:
+        zero.update_lp_params()
+        return
+    for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        zero.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
+        zero._unflatten_partitioned_parameters(group)  # what stage 3 itself does after its step

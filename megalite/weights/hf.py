@@ -1,0 +1,249 @@
+"""Opens a model in Hugging Face layout, from a folder or the hub, and gives byte ranges of its tensors.
+
+`resolve` turns a folder or a hub id (`owner/name`) into a folder; `open_checkpoint` checks the headers of all its
+weight files before anything is read. Only safetensors are read: other formats can hold code and are refused with the
+way to convert them. Importable without torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from megalite.errors import CheckpointError
+from megalite.model.config import ModelConfig
+from megalite.model.families import weight_names
+from megalite.model.hf_config import read_json
+from megalite.weights.mapping import hf_shapes
+from megalite.weights.tensor_file import TensorFiles, TensorInfo, read_header
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG_PATTERNS = ["*.json", "*.jinja"]
+"""What of a hub repository is needed besides weights: config, generation config, tokenizer.json, chat template."""
+WEIGHT_PATTERNS = ["*.safetensors"]
+UNUSED_PATTERNS = ["*/*", "consolidated*"]
+"""Other formats' folders, and Mistral's second copy of the weights."""
+HUB_TIMEOUT = 5.0
+"""Seconds the hub has to answer before a cached copy is used instead."""
+
+OTHER_FORMATS = {
+    ".bin": "PyTorch pickles",
+    ".pt": "PyTorch pickles",
+    ".pth": "PyTorch pickles",
+    ".ckpt": "PyTorch pickles",
+    ".gguf": "GGUF",
+    ".h5": "TensorFlow",
+    ".msgpack": "Flax",
+}
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint(TensorFiles):
+    """A model folder whose headers have been checked; nothing of its weights is read yet."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]):
+        super().__init__(tensors)
+        self.folder = folder
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(path: str | Path, revision: str | None = None, *, prefix: str = "") -> Checkpoint:
+    """The weights of a model folder or hub id.
+
+    `prefix`: what the family's tensor names begin with (`WeightNames.prefix`); a checkpoint of the bare model, saved
+    without it, is given the full names. CheckpointError names the file that is missing, damaged or refused.
+    """
+    folder = resolve(path, revision)
+    tensors = _read_headers(folder)
+    if prefix and not any(name.startswith(prefix) for name in tensors):
+        tensors = {name if name.startswith("lm_head.") else prefix + name: info for name, info in tensors.items()}
+    return Checkpoint(folder, tensors)
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() or single.is_symlink():
+        return read_header(inside(folder, SINGLE))
+    if not index.exists():
+        raise _no_weights(folder)
+    weight_map = _weight_map(index)
+    shards = sorted(set(weight_map.values()))
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of the {len(shards)} weight files that {INDEX} names are missing "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Was the download interrupted? "
+            "Download the model again."
+        )
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(inside(folder, shard)).items():
+            if name in tensors:
+                raise CheckpointError(f"{info.file}: tensor {name} is also in {tensors[name].file.name}")
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CheckpointError(f"{index}: tensor {name} is not in {shard}, where the index says it is")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is missing or empty")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.\-]*\.safetensors", shard) or ".." in shard:
+            raise CheckpointError(f"{index}: {str(shard)[:100]!r} is not the plain name of a safetensors file")
+    return weight_map
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder; CheckpointError if it links to somewhere else.
+
+    The hub's cache links its snapshots/COMMIT/NAME to ../../blobs/HASH, which is let pass.
+    """
+    root = folder.resolve()
+    real = (folder / name).resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append(root.parent.parent / "blobs")
+    if not any(real.is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{folder / name}: links to {real}, outside the model folder. Put the file itself there.")
+    return folder / name
+
+
+def check_names(config: ModelConfig, source: TensorFiles, where: str) -> None:
+    """CheckpointError unless the source has exactly the model's tensors, in the shapes the config implies.
+
+    Tensors that a family is known to store without using (rotary frequencies, masks) are passed over; all else counts.
+    """
+    expected = hf_shapes(config)
+    ignored = [re.compile(pattern) for pattern in weight_names(config).ignored]
+    missing = sorted(name for name in expected if name not in source.tensors)
+    unknown = sorted(
+        name for name in source.tensors if name not in expected and not any(p.search(name) for p in ignored)
+    )
+    wrong = [
+        f"{name} is {list(source.tensors[name].shape)}, config.json implies {list(shape)}"
+        for name, shape in expected.items()
+        if name in source.tensors and tuple(source.tensors[name].shape) != shape
+    ]
+    problems = [
+        f"{what}: {_some(names)}"
+        for what, names in (("missing tensors", missing), ("unknown tensors", unknown), ("wrong shapes", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{where}: the weights do not fit config.json; " + "; ".join(problems))
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """What to say of a folder that has neither model.safetensors nor its index."""
+    names = sorted(item.name for item in folder.iterdir())
+    stray = [name for name in names if name.endswith(".safetensors")]
+    if stray:
+        return CheckpointError(f"{folder}: has {stray[0]} but neither {SINGLE} nor {INDEX}. Download the index too.")
+    for name in names:
+        kind = OTHER_FORMATS.get(Path(name).suffix)
+        if kind == "GGUF":
+            return CheckpointError(f"{folder / name}: GGUF is not read. Use the model's safetensors version.")
+        if kind and name not in ("training_args.bin", "optimizer.pt", "scheduler.pt"):
+            return CheckpointError(
+                f"{folder / name}: {kind} can run code when read, so they are refused. If you trust it, convert it: "
+                f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}')"
+                ".save_pretrained('NEW_FOLDER')\""
+            )
+    return CheckpointError(f"{folder}: has no weights ({SINGLE}, or {INDEX} and its files)")
+
+
+def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a model: the path itself, or the cached snapshot of a hub id, downloaded if need be.
+
+    `weights=False` fetches only the configuration and tokenizer. With HF_HUB_OFFLINE=1, or when the hub does not
+    answer, a complete cached snapshot is used. CheckpointError if there is none.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_file():
+        raise CheckpointError(f"{path}: a model is a folder, this is a file")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", str(path)) or local.parent.is_dir():
+        raise CheckpointError(f"{path}: no such model folder (a model of the hub is written owner/name)")
+    return Path(_snapshot(str(path), revision, CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])))
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+    from huggingface_hub import snapshot_download
+
+    unreachable = _probe(repo, revision)
+    try:
+        return snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=UNUSED_PATTERNS,
+            local_files_only=unreachable is not None,
+            library_name="megalite",
+        )
+    except Exception as error:  # the HTTP library's errors are not part of huggingface_hub's interface
+        if unreachable is None:
+            raise CheckpointError(
+                f"{repo}: the download failed: {_first_line(error)}. Run it again to go on."
+            ) from error
+        partial = "only part of it is in the cache" if "incomplete" in str(error) else "it is not in the cache"
+        raise CheckpointError(
+            f"{repo}: no such folder, the hub can't be asked for it ({_first_line(unreachable)}) and {partial}. "
+            "Check the name and the network, or download it elsewhere and give the folder."
+        ) from error
+
+
+def _probe(repo: str, revision: str | None) -> Exception | None:
+    """Ask the hub for the model once: None if it answers, the reason if it can't be asked.
+
+    CheckpointError if it answers that there is no such model or revision, or that this user may not have it.
+    huggingface_hub's own first request has no time limit and its later ones are repeated for minutes.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+    except OfflineModeIsEnabled as error:
+        return error
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo}: its owner must grant access. Ask for it on its page, then log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{repo}: has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo}: neither a folder here nor a model of the hub that you may read. If it is private, log in with "
+            "`hf auth login`."
+        ) from error
+    except Exception as error:  # see _snapshot: no answer, whatever the reason
+        log.warning("%s: the hub can't be asked (%s); looking in the cache", repo, _first_line(error))
+        return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

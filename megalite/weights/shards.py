@@ -1,0 +1,180 @@
+"""A model cut for a layout: one safetensors file for each (tp, pp) rank, under local parameter names, and a manifest.
+
+    FOLDER/rank-000.safetensors ...     rank = pp * tp_size + tp; replicas (dp) share the files
+           manifest.json                written last: a folder without one is unfinished
+           config.json tokenizer.json   as in the Hugging Face folder
+
+A rank reads its file straight into its parameters. `expected` derives from the weight table what each file must hold,
+so that writing, loading, resharding and verifying agree. Importable without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megalite.core.layout import Layout
+from megalite.errors import CheckpointError, maybe_fault
+from megalite.model.config import ModelConfig
+from megalite.weights import manifest as manifests
+from megalite.weights.hf import INDEX, SINGLE, inside
+from megalite.weights.manifest import Manifest, StoredFile, file_name
+from megalite.weights.mapping import Owned, owned
+from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorFiles, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megalite.model.decoder import Decoder
+
+JOURNAL = ".unfinished.jsonl"
+"""Where a conversion notes what it has done, until the manifest takes its place."""
+READERS = 4
+"""Threads that read a rank's file."""
+READ_ROWS_BYTES = 16 << 20
+"""What is read at a time on the way to a device, or to another dtype."""
+
+
+def is_sharded(folder: str | Path) -> bool:
+    """Whether a folder holds rank shards, finished or not, rather than a model in Hugging Face layout."""
+    folder = Path(folder)
+    if (folder / SINGLE).exists() or (folder / INDEX).exists():
+        return False
+    return (folder / file_name(0)).exists() or (folder / JOURNAL).exists() or _has_manifest(folder)
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether manifest.json is one of ours: other formats use that name too."""
+    try:
+        with open(folder / manifests.NAME, "rb") as file:
+            return manifests.FORMAT.encode() in file.read(200)
+    except OSError:
+        return False
+
+
+def open_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a finished folder. CheckpointError if it is unfinished, damaged or lacks a file."""
+    folder = Path(folder)
+    if not (folder / manifests.NAME).exists():
+        raise CheckpointError(
+            f"{folder}: unfinished: it has no {manifests.NAME}, which is written last. "
+            "Run the command that was writing it again; it goes on where it stopped."
+        )
+    manifest = manifests.read(folder)
+    for name, file in manifest.files.items():
+        path = inside(folder, name)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; {manifests.NAME} lists it. Copy the folder again.")
+        size = path.stat().st_size
+        if size != file.nbytes:
+            raise CheckpointError(f"{path}: has {size} bytes, {manifests.NAME} says {file.nbytes}. Copy it again.")
+    return manifest
+
+
+def check_layout(folder: str | Path, layout: Layout) -> Manifest:
+    """The manifest, if the shards are cut for the tp and pp of `layout`; else CheckpointError with the way out."""
+    manifest = open_manifest(folder)
+    cut = manifest.layout
+    if (cut.tp, cut.pp) != (layout.tp, layout.pp):
+        wanted = f"tp={layout.tp},pp={layout.pp}"
+        out = f"{os.path.normpath(folder)}-tp{layout.tp}pp{layout.pp}"
+        command = ["python", "tools/reshard.py", "--from", str(folder), "--layout", wanted, "--out", out]
+        raise CheckpointError(
+            f"{folder}: cut for tp={cut.tp},pp={cut.pp}, this run has {wanted}. Cut it anew:\n  {shlex.join(command)}"
+        )
+    return manifest
+
+
+def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Owned]]]:
+    """Shape of each local parameter that `rank` stores, and the ranges it is made of, in the order they lie in it.
+
+    Parameters of which this rank has nothing are left out.
+    """
+    parts: dict[str, list[Owned]] = {}
+    for part in owned(config, layout, rank):
+        parts.setdefault(part.piece.param, []).append(part)
+    found = {}
+    for name, mine in parts.items():
+        mine.sort(key=lambda part: part.start)
+        dim, other = mine[0].piece.dim, mine[0].piece.other
+        end = 0
+        for part in mine:
+            same = (part.piece.dim, part.piece.other) == (dim, other)
+            assert part.start == end and same, f"the weight table leaves a gap in {name}"
+            end += part.hi - part.lo
+        assert dim == 0 or len(mine) == 1, f"{name}: ranges along dim 1 would not lie one after another"
+        shape = list(other)
+        shape.insert(dim, end)
+        found[name] = (tuple(shape), mine)
+    return found
+
+
+def check_file(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> dict[str, TensorInfo]:
+    """The tensors of a rank file, once its header, the manifest and the weight table agree; else CheckpointError."""
+    path = inside(folder, file.name)
+    wanted = expected(config, layout, file.rank)
+    if file.tensors.keys() != wanted.keys():
+        wrong = sorted(file.tensors.keys() ^ wanted.keys())[0]
+        what = "lacks" if wrong in wanted else "has the unknown"
+        raise CheckpointError(f"{folder / manifests.NAME}: {file.name} {what} tensor {wrong}")
+    for name, (shape, parts) in wanted.items():
+        stored = file.tensors[name]
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{folder / manifests.NAME}: {file.name}: {name} is {list(stored.shape)}, config.json implies "
+                f"{list(shape)}"
+            )
+        ranges = [(one.hf, one.dim, one.lo, one.hi) for one in stored.ranges]
+        if ranges != [(part.piece.hf, part.piece.hf_dim, part.lo, part.hi) for part in parts]:
+            raise CheckpointError(
+                f"{folder / manifests.NAME}: {file.name}: {name} is not made of the ranges that rank {file.rank} of "
+                f"tp={layout.tp},pp={layout.pp} holds"
+            )
+    tensors = read_header(path)
+    listed = {name: (stored.dtype, stored.shape) for name, stored in file.tensors.items()}
+    found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+    if found != listed:
+        wrong = next(name for name in {**listed, **found} if listed.get(name) != found.get(name))
+        raise CheckpointError(
+            f"{path}: its header does not say of {wrong} what {manifests.NAME} says. Is it the file of another rank?"
+        )
+    return tensors
+
+
+def load(decoder: Decoder, folder: str | Path) -> None:
+    """Fill a decoder from its rank's file. CheckpointError if the folder is unfinished, damaged or cut otherwise."""
+    import torch
+
+    folder, state = Path(folder), decoder.state
+    manifest = check_layout(folder, state.layout)
+    rank = manifest.layout.rank(tp=state.tp.rank, pp=state.pp.rank)
+    tensors = check_file(folder, manifest.files[file_name(rank)], decoder.config, manifest.layout)
+    params = {name: param for name, param in decoder.named_parameters() if param.numel()}
+    assert params.keys() == tensors.keys(), "the weight table and the decoder disagree"
+
+    def fill(name: str) -> None:
+        maybe_fault("weights.read", state.rank)
+        with torch.no_grad():
+            _fill(params[name].detach(), files, name)
+
+    with TensorFiles(tensors) as files, ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(fill, tensors):
+            pass
+
+
+def _fill(param: Tensor, files: TensorFiles, name: str) -> None:
+    import torch
+
+    info = files.tensors[name]
+    stored = getattr(torch, WEIGHT_DTYPES[info.dtype])
+    if param.device.type == "cpu" and param.dtype == stored and param.is_contiguous():
+        files.read_into(memoryview(param.view(-1).view(torch.uint8).numpy()), name)
+        return
+    row = max(1, info.nbytes // info.shape[0])
+    step = max(1, READ_ROWS_BYTES // row)
+    for lo in range(0, info.shape[0], step):
+        hi = min(lo + step, info.shape[0])
+        param[lo:hi].copy_(files.read(name, 0, lo, hi))

@@ -1,0 +1,135 @@
+"""What can be read: a model in Hugging Face layout, rank shards of any layout, or training state of ours.
+
+`open_source` finds out which, checks every header and says where each part of the model lies. Importable without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from megalite.core.layout import Layout
+from megalite.errors import CheckpointError
+from megalite.model import families
+from megalite.model.config import ModelConfig
+from megalite.model.hf_config import read_json
+from megalite.weights import manifest as manifests
+from megalite.weights.blocks import Blocks, hf_blocks, merged, rank_blocks
+from megalite.weights.companions import CONFIG
+from megalite.weights.hf import check_names, open_checkpoint, resolve
+from megalite.weights.manifest import Manifest
+from megalite.weights.mapping import hf_shapes
+from megalite.weights.shards import check_file, is_sharded, open_manifest
+from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint whose headers have been checked; nothing of its weights is read yet."""
+
+    folder: Path
+    form: Literal["hf", "shards"]
+    values: dict[str, Any]
+    """Of config.json."""
+    model: ModelConfig
+    layout: Layout
+    """tp=1,pp=1 for a Hugging Face folder."""
+    blocks: Blocks
+    files: dict[str, dict[str, TensorInfo]]
+    """Weight files by name, and their tensors by the names in the file."""
+    dtypes: dict[str, str]
+    """Of each Hugging Face tensor."""
+    identity: list[Any]
+    """Changes when the weights change, as far as that shows without reading them."""
+    bare: bool = False
+    left_out: tuple[str, ...] = ()
+    manifest: Manifest | None = None
+    notes: list[str] = field(default_factory=list)
+    """What the user should know of it."""
+
+    @property
+    def kinds(self) -> list[str]:
+        return self.manifest.kinds if self.manifest else [manifests.WEIGHT]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(info.nbytes for tensors in self.files.values() for info in tensors.values())
+
+
+def open_source(path: str | Path, revision: str | None = None) -> Source:
+    """The checkpoint at a path or under a hub id. CheckpointError if it is none, unfinished, damaged or hostile."""
+    folder = resolve(path, revision)
+    return _open_shards(folder) if is_sharded(folder) else _open_hf(folder)
+
+
+def _open_hf(folder: Path) -> Source:
+    values = read_json(folder / CONFIG)
+    model = families.read(folder)
+    with open_checkpoint(folder, prefix=families.weight_names(model).prefix) as checkpoint:
+        check_names(model, checkpoint, str(folder))
+        tensors = checkpoint.tensors
+    shapes = hf_shapes(model)
+    files: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if name in shapes and info.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} is {info.dtype}; weights must be {', '.join(WEIGHT_DTYPES)}"
+            )
+        files.setdefault(info.file.name, {})[info.name] = info
+    left_out = tuple(sorted(info.name for name, info in tensors.items() if name not in shapes))
+    notes = [f"left out, as the model does not use them: {', '.join(left_out[:4])}{', ...' * (len(left_out) > 4)}"]
+    return Source(
+        folder=folder,
+        form="hf",
+        values=values,
+        model=model,
+        layout=Layout(),
+        blocks=hf_blocks(model, tensors),
+        files=files,
+        dtypes={name: tensors[name].dtype for name in shapes},
+        identity=["hf", *_states(folder, files)],
+        bare=any(tensors[name].name != name for name in shapes),
+        left_out=left_out,
+        notes=notes if left_out else [],
+    )
+
+
+def _states(folder: Path, files: dict[str, dict[str, TensorInfo]]) -> Iterator[list[Any]]:
+    for name in sorted(files):
+        state = (folder / name).stat()
+        yield [name, state.st_size, state.st_mtime_ns]
+
+
+def _open_shards(folder: Path) -> Source:
+    manifest = open_manifest(folder)
+    model = families.read(folder)
+    files: dict[str, dict[str, TensorInfo]] = {}
+    blocks, dtypes = [], {}
+    for name, file in manifest.files.items():
+        files[name] = check_file(folder, file, model, manifest.layout)
+        digests = {key: [one.digest for one in tensor.ranges] for key, tensor in file.tensors.items()}
+        blocks.append(rank_blocks(model, manifest.layout, file.rank, files[name], digests, file.kind))
+        if file.kind == manifests.WEIGHT:
+            dtypes |= {one.hf: tensor.dtype for tensor in file.tensors.values() for one in tensor.ranges}
+    notes = []
+    config = manifest.copies.get(CONFIG)
+    if config is not None and manifests.digest_of((folder / CONFIG).read_bytes()) != config:
+        notes.append(f"{folder / CONFIG} was changed after the shards were written; it is used as it is now")
+    return Source(
+        folder=folder,
+        form="shards",
+        values=read_json(folder / CONFIG),
+        model=model,
+        layout=manifest.layout,
+        blocks=merged(blocks),
+        files=files,
+        dtypes=dtypes,
+        identity=["shards", manifests.digest_of((folder / manifests.NAME).read_bytes())],
+        bare=manifest.bare,
+        left_out=manifest.left_out,
+        manifest=manifest,
+        notes=notes,
+    )

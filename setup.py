@@ -1,0 +1,33 @@
+"""Packaging of megalite; the README's first commands install it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megalite",
+    version="0.1.0",
+    description="Run and train large language models over many accelerators from one config",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megalite", "megalite.*"]),
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "safetensors>=0.8",
+        "omegaconf>=2.4,<3",
+        "huggingface_hub>=1.0",
+        "tokenizers>=0.22",
+        "jinja2>=3.1.6",
+        "numpy>=2.0",
+        "tqdm>=4.66",
+        "xxhash>=3.4",
+        "psutil>=5.9",
+        "pyyaml>=6",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.17,<6", "ruff>=0.9"],
+    },
+)

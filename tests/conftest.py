@@ -1,0 +1,50 @@
+"""Fixtures that many tests share: ranks, tiny checkpoints and what transformers computes with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# The launchers of this environment are found also where it was not activated.
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+
+# One thread a process, before anything imports torch: several ranks share the cores, and forking needs it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+_pools = None
+
+
+def pytest_collection_finish(session):
+    """Fork the zygote while the test process is still clean, if any test will need ranks."""
+    global _pools
+    if not session.config.option.collectonly and any("ranks" in item.fixturenames for item in session.items):
+        from rank_pool import Pools
+
+        _pools = Pools()
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """`ranks(n)` is a pool of n gloo ranks: `ranks(2).run(function, *args)`."""
+    yield _pools
+    _pools.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(pytestconfig):
+    """`tiny(name)` is the folder of a tiny random checkpoint, see tiny_models.VARIANTS; kept between runs."""
+    from tiny_models import TinyModels
+
+    return TinyModels(pytestconfig.cache.mkdir("tiny_models"))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny):
+    """`reference(name, prompts, max_tokens)`: what transformers generates greedily, see reference.py."""
+    from reference import References
+
+    return References(tiny)

@@ -1,0 +1,67 @@
+"""How work is dealt out over replicas."""
+
+import threading
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalite.config.schema import SamplingParams
+from megalite.inference.control import Share, SharedQueue, deal, predicted_tokens
+from megalite.inference.request import Request
+
+
+def request(index: int, prompt: int, max_tokens: int, n: int = 1) -> Request:
+    return Request(
+        id=str(index),
+        prompt_token_ids=(1,) * prompt,
+        params=SamplingParams(n=n),
+        seed=0,
+        max_tokens=max_tokens,
+    )
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 50), st.integers(1, 3)), max_size=40), st.integers(1, 5))
+def test_deal_covers_everything_and_balances(shapes, replicas):
+    requests = [request(i, *shape) for i, shape in enumerate(shapes)]
+    shares = deal(requests, replicas)
+    assert sorted(index for share in shares for index in share) == list(range(len(requests)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(predicted_tokens(requests[index]) for index in share) for share in shares]
+    # Greedy: no replica is ahead of another by more than one request.
+    assert max(loads) - min(loads) <= max((predicted_tokens(r) for r in requests), default=0)
+
+
+def test_a_share_is_handed_out_once():
+    share = Share([4, 2, 7])
+    assert not share.exhausted
+    assert share.take(1) == (0, 3)
+    assert share.exhausted
+    assert share.take(1) == (3, 3)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_shared_queue_gives_each_place_once(tmp_path, replicas):
+    taken = [[] for _ in range(replicas)]
+
+    def replica(number: int) -> None:
+        queue = SharedQueue(range(50), dist.FileStore(str(tmp_path / "store"), replicas), "queue", replicas)
+        while not queue.exhausted:
+            taken[number].append(queue.take(room=4))
+
+    threads = [threading.Thread(target=replica, args=(number,)) for number in range(replicas)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    places = sorted(place for claims in taken for claim in claims for place in range(*claim))
+    assert places == list(range(50))
+    assert all(hi - lo <= 4 for claims in taken for lo, hi in claims)
+
+
+def test_shared_queue_respects_room(tmp_path):
+    queue = SharedQueue(range(3), dist.FileStore(str(tmp_path / "store"), 1), "queue", 1)
+    assert queue.take(room=0) == (0, 0)
+    assert queue.take(room=10) == (0, 1)
+    assert [queue.take(10), queue.take(10), queue.take(10)] == [(1, 2), (2, 3), (0, 0)]

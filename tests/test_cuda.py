@@ -1,0 +1,140 @@
+"""The engine on a GPU: right in float32, steady in bfloat16, with and without captured graphs, alone and in parallel.
+
+Run these on a machine with a GPU; they are skipped elsewhere.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megalite import LLM, SamplingParams
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(600),
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "checkpoints" / "demo"
+NEW = 24
+BFLOAT16_BOUND = {"demo": 0.25, "shaped": 0.25}
+"""Largest difference of a token's log-probability between bfloat16 and float32 that is let pass."""
+
+
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory) -> Path:
+    """Random weights in the shape of Qwen3-0.6B."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    folder = tmp_path_factory.mktemp("shaped")
+    with torch.device("cuda"):
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["demo", "shaped"])
+def model(request) -> tuple[str, Path]:
+    name = request.param
+    return name, DEMO if name == "demo" else request.getfixturevalue("shaped")
+
+
+def prompts(vocab: int) -> list[list[int]]:
+    """Lengths around the block size, one longer than a chunk of the prefill."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in (1, 5, 16, 17, 33, 64, 200)]
+
+
+def generate(folder: Path, dtype: str, **engine) -> list:
+    options = {"max_model_len": 512, "max_num_batched_tokens": 96, "max_num_seqs": 8, "gpu_memory_utilization": 0.3}
+    with LLM(folder, dtype=dtype, **{**options, **engine}) as llm:
+        vocab = min(llm.replica.model.vocab_size, 4096)
+        params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=0)
+        return [output.outputs[0] for output in llm.generate(prompts(vocab), params)]
+
+
+@torch.inference_mode()
+def reference(folder: Path, vocab: int) -> list[list[int]]:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    found = []
+    for prompt in prompts(vocab):
+        ids = torch.tensor([prompt], device="cuda")
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_float32_gives_the_tokens_of_transformers(model, eager):
+    name, folder = model
+    outputs = generate(folder, "float32", enforce_eager=eager)
+    assert [output.token_ids for output in outputs] == reference(folder, 4096)
+
+
+def test_bfloat16_graphs_change_nothing(model):
+    name, folder = model
+    eager = generate(folder, "bfloat16", enforce_eager=True)
+    graphs = generate(folder, "bfloat16", enforce_eager=False)
+    assert [output.token_ids for output in graphs] == [output.token_ids for output in eager]
+    assert [output.cumulative_logprob for output in graphs] == [output.cumulative_logprob for output in eager]
+
+
+def test_bfloat16_stays_near_float32(model):
+    name, folder = model
+    outputs = generate(folder, "bfloat16")
+    texts = [prompt + output.token_ids for prompt, output in zip(prompts(4096), outputs, strict=True)]
+    with LLM(folder, dtype="float32", max_model_len=512, gpu_memory_utilization=0.3) as llm:
+        exact = llm.score(texts)
+    differences = []
+    for output, scores in zip(outputs, exact, strict=True):
+        mine = [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+        differences += [abs(a - b) for a, b in zip(mine, scores[-NEW:], strict=True)]
+    print(
+        f"{name}: bfloat16 against float32: max {max(differences):.4f}, mean {sum(differences) / len(differences):.4f}"
+    )
+    assert max(differences) < BFLOAT16_BOUND[name]
+
+
+@pytest.mark.parametrize("layout", [["parallel.tp=2"], ["parallel.pp=2"], ["parallel.tp=2", "parallel.pp=2"]], ids=str)
+def test_ranks_share_a_gpu(tmp_path, layout):
+    """TP and PP code on CUDA tensors, over gloo, through the real door."""
+    texts = {}
+    for name, overrides in (("one", []), ("several", layout)):
+        file = tmp_path / f"{name}.jsonl"
+        command = [sys.executable, "launch/infer.py", "--config", "configs/infer/demo.yaml", f"output.file={file}"]
+        command += ["model.dtype=float32", "sampling.temperature=0", "sampling.max_tokens=24"]
+        command += ["engine.gpu_memory_utilization=0.1", "distributed.device=cuda", *overrides]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        texts[name] = [line["outputs"][0]["token_ids"] for line in lines]
+    assert texts["several"] == texts["one"]
+
+
+def test_swap_and_recompute_on_the_gpu():
+    roomy = generate(DEMO, "float32")
+    for extra in ({"swap_space": 0.01}, {}):
+        tight = generate(DEMO, "float32", num_kv_blocks=24, max_model_len=256, **extra)
+        assert [output.token_ids for output in tight] == [output.token_ids for output in roomy]

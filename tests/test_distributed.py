@@ -1,0 +1,407 @@
+"""How ranks find each other, what they tell the user when they don't, and one rank's whole life."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import FileStore
+
+from megalite.config.schema import DistributedSection
+from megalite.core import distributed, rendezvous
+from megalite.core.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
+from megalite.core.rendezvous import Card, Deadline, Place, claim, meet, open_store, run_folder
+from megalite.core.status import StatusFile, read_status
+from megalite.errors import ConfigError, RankLost, Stopped
+from megalite.monitor.processes import Process
+from megalite.monitor.referee import End, Peer
+
+CPU = DistributedSection(device="cpu")
+
+
+def a_card(rank: int, **changes) -> Card:
+    me = Process.of(os.getpid())
+    card = Card(
+        rank=rank,
+        host="hostA",
+        pid=me.pid,
+        start=me.start,
+        machine=machine_id(),
+        pids=pid_namespace(),
+        network=network_namespace(),
+        address="127.0.0.1",
+        device="cpu",
+        gpu="",
+        sha256="same",
+    )
+    return dataclasses.replace(card, **changes)
+
+
+def a_place(rank: int, world_size: int, **changes) -> Place:
+    place = Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        started_here=None,
+        master_addr="127.0.0.1",
+        master_port=1,
+        agent_store=False,
+        restart="0",
+    )
+    return dataclasses.replace(place, **changes)
+
+
+# ---- the launcher's variables
+
+UNDER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+def test_place_under_both_launchers():
+    assert Place.of({"WORLD_SIZE": "4"}) is None
+    assert Place.of({**UNDER, "LOCAL_SIZE": "2"}).started_here == 2
+    assert Place.of({**UNDER, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}) == Place(
+        rank=1,
+        world_size=4,
+        local_rank=1,
+        started_here=4,
+        master_addr="a",
+        master_port=29500,
+        agent_store=True,
+        restart="0",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "4"), ("RANK", "-1"), ("RANK", "x"), ("RANK", "١"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "65536")],
+)
+def test_senseless_variables_are_named(name, value):
+    with pytest.raises(ConfigError, match=f"{name}: must be a whole number .*got '{value}'"):
+        Place.of({**UNDER, name: value})
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_missing_variable_is_named(name):
+    with pytest.raises(ConfigError, match=f"{name}: is not set, but RANK is"):
+        Place.of({key: value for key, value in UNDER.items() if key != name})
+
+
+# ---- meeting
+
+
+def meet_all(folder: Path, cards: list[Card], world_size: int, seconds: float, texts: dict[int, str] | None = None):
+    """What each rank's `meet` gives or raises, by rank; ranks are threads over one file store."""
+
+    def one(card: Card):
+        store = FileStore(str(folder / "store"), world_size)
+        place = a_place(card.rank, world_size)
+        text = (texts or {}).get(card.rank, "tp: 1\n")
+        try:
+            return meet(place, store, card, text, Deadline(seconds), lambda here: {"token": len(here)})
+        except (Exception, SystemExit) as error:
+            return error
+
+    with ThreadPoolExecutor(len(cards)) as pool:
+        return dict(zip([card.rank for card in cards], pool.map(one, cards), strict=True))
+
+
+def test_ranks_that_agree_get_all_cards_and_one_plan(tmp_path):
+    cards = [a_card(rank, host=f"host{rank}") for rank in range(4)]
+    assert meet_all(tmp_path, cards, 4, 20) == {rank: (cards, {"token": 4}) for rank in range(4)}
+
+
+def test_ranks_that_never_came_are_named_by_rank_0_alone(tmp_path):
+    cards = [a_card(0), a_card(1), a_card(4, host="hostB")]
+    found = meet_all(tmp_path, cards, 5, 0.5)
+    assert isinstance(found[0], RankLost)
+    assert "ranks 2, 3 never came within 0.5 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
+    for rank in (1, 4):
+        assert isinstance(found[rank], SystemExit) and found[rank].code == 70
+
+
+def test_rank_0_that_never_came_is_named_by_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.2)
+    (error,) = meet_all(tmp_path, [a_card(1)], 3, 0.3).values()
+    assert isinstance(error, RankLost) and "ranks 0, 2 never came within 0.3 s" in str(error)
+
+
+def test_rank_that_died_while_starting_is_named_at_once(tmp_path):
+    child = subprocess.Popen(["sleep", "60"])
+    victim = Process.of(child.pid)
+    child.kill()
+    began = time.monotonic()
+    found = meet_all(tmp_path, [a_card(0), a_card(2, pid=victim.pid, start=victim.start)], 3, 30)
+    child.wait()
+    assert "rank 2 on hostA" in str(found[0]) and "died while the run started" in str(found[0])
+    assert time.monotonic() - began < 10
+
+
+def test_other_config_is_named_with_rank_and_key(tmp_path):
+    cards = [a_card(0), a_card(1), a_card(2, sha256="other", host="hostB")]
+    texts = {
+        0: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
+        1: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
+        2: "model: {path: a}\nparallel: {tp: 4, pp: 2}\n",
+    }
+    found = meet_all(tmp_path, cards, 3, 20, texts)
+    assert isinstance(found[0], ConfigError)
+    assert "rank 2 on hostB was given another config: parallel.tp is 4 there and 2 on rank 0 on hostA" in str(found[0])
+    assert [found[rank].code for rank in (1, 2)] == [2, 2]
+
+
+def test_problem_of_one_rank_is_the_problem_of_all(tmp_path):
+    found = meet_all(tmp_path, [a_card(0), a_card(1, problem="distributed.device: no GPU", code=2)], 2, 20)
+    assert str(found[0]) == "rank 1 on hostA: distributed.device: no GPU" and found[0].exit_code == 2
+    assert found[1].code == 2
+
+
+# ---- the plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend", "expected"),
+    [
+        ([{}, {}], None, "gloo"),
+        ([{}, {}], "gloo", "gloo"),
+        ([{}, {}], "nccl", "distributed.backend: nccl needs a GPU for each rank"),
+        ([{"device": "cuda:0", "gpu": "x"}, {"device": "cuda:0", "gpu": "x"}], None, "gloo"),
+        ([{"device": "cuda:0", "gpu": "x"}, {"device": "cuda:1", "gpu": "y"}], None, "nccl"),
+        ([{"device": "cuda:0", "gpu": "x"}, {"device": "cuda:0", "gpu": "x", "machine": "2"}], None, "nccl"),
+        ([{"device": "cuda:0", "gpu": "x"}, {"device": "cuda:1", "gpu": "y"}], "gloo", "gloo"),
+        ([{"device": "cuda:0", "gpu": "x"}, {"device": "cuda:0", "gpu": "x"}], "nccl", "needs a GPU for each rank"),
+        ([{"device": "cuda:0", "gpu": "x"}, {}], None, "rank 0 on hostA has a GPU, rank 1 on hostA sees none"),
+        ([{}, {"network": "2", "address": "10.0.0.2"}], None, "MASTER_ADDR: leads rank 0 on hostA to its own loopback"),
+        ([{"address": "10.0.0.1"}, {"network": "2", "address": "10.0.0.2"}], None, "gloo"),
+    ],
+)
+def test_plan(monkeypatch, changes, backend, expected):
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    cards = [a_card(rank, **change) for rank, change in enumerate(changes)]
+    section = DistributedSection(backend=backend)
+    if expected in ("gloo", "nccl"):
+        plan = distributed._plan(section, cards)
+        assert plan["backend"] == expected
+        assert len(bytes.fromhex(plan["token"])) == 32 and plan["token"] != distributed._plan(section, cards)["token"]
+    else:
+        with pytest.raises(ConfigError, match=expected):
+            distributed._plan(section, cards)
+
+
+# ---- the network and the stores
+
+
+def test_the_interface_that_leads_to_the_master():
+    assert route_to("127.0.0.1", 29500) == "127.0.0.1" and interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.7") is None
+    with pytest.raises(ConfigError, match="MASTER_ADDR: can't be reached .*'no.such.host.invalid'"):
+        route_to("no.such.host.invalid", 29500)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listening_addresses(port: int) -> set[str]:
+    found = set()
+    for line in [*Path("/proc/net/tcp").read_text().split("\n"), *Path("/proc/net/tcp6").read_text().split("\n")]:
+        fields = line.split()
+        if len(fields) > 3 and fields[3] == "0A" and fields[1].endswith(f":{port:04X}"):
+            found.add(fields[1].partition(":")[0])
+    return found
+
+
+def test_the_store_of_several_hosts_listens_on_one_address_only():
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        joining = pool.submit(open_store, a_place(1, 2, master_port=port), None, Deadline(20))
+        time.sleep(0.2)
+        store = open_store(a_place(0, 2, master_port=port), None, Deadline(20))
+        joining.result().set("key", "value")
+    assert store.get("key") == b"value"
+    assert listening_addresses(port) == {"0100007F"}
+
+
+def test_a_port_in_use_is_a_usage_error():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"MASTER_PORT: is taken on 127.0.0.1, got {port}.*--master_port"):
+            open_store(a_place(0, 2, master_port=port), None, Deadline(5))
+
+
+def test_nobody_at_the_masters_address():
+    with pytest.raises(RankLost, match="rank 0 of 2 never came within 0.3 s: nothing answers at 127.0.0.1:"):
+        open_store(a_place(1, 2, master_port=free_port()), None, Deadline(0.3))
+
+
+def test_one_host_meets_in_a_file(tmp_path):
+    stores = [open_store(a_place(rank, 2, started_here=2), tmp_path, Deadline(5)) for rank in range(2)]
+    stores[0].set("key", "value")
+    assert stores[1].get("key") == b"value" and (tmp_path / "store").exists()
+
+
+def test_the_folder_of_a_run_is_private_found_by_all_and_swept_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous.tempfile, "gettempdir", lambda: str(tmp_path))
+    child = subprocess.Popen(["sleep", "60"])
+    owner = Process.of(child.pid)
+    folder = run_folder(owner)
+    assert folder == run_folder(owner) != run_folder(owner, "1")
+    assert folder.stat().st_mode & 0o777 == 0o700 == folder.parent.stat().st_mode & 0o777
+    assert claim(folder) and not claim(folder)
+    child.kill()
+    child.wait()
+    mine = run_folder(Process.of(os.getpid()))
+    assert mine.exists() and not folder.exists()
+    os.chmod(mine.parent, 0o755)
+    with pytest.raises(ConfigError, match="must be a folder of yours that nobody else can open"):
+        run_folder(owner)
+
+
+# ---- the status file
+
+
+@pytest.mark.parametrize(
+    ("end", "state", "guilty"),
+    [
+        (End(code=0), "done", []),
+        (End(code=130, speaker=0), "stopped", [0]),
+        (End(code=70, lost=(1,), line="x"), "lost", [1]),
+        (End(code=3, speaker=1), "failed", [1]),
+    ],
+)
+def test_status_tells_the_state_and_keeps_the_first_end(tmp_path, end, state, guilty):
+    paths = [tmp_path / "a.json", tmp_path / "b" / "c.json"]
+    status = StatusFile([*paths, paths[0]])
+    assert read_status(paths[0]) == {}
+    status.peers = [Peer(0, "a", 10), Peer(1, "b", 11)]
+    status.running()
+    first = read_status(paths[1])
+    assert (first["state"], first["exit_code"]) == ("running", None)
+    assert first["ranks"] == [{"rank": 0, "host": "a", "pid": 10}, {"rank": 1, "host": "b", "pid": 11}]
+    status.ended(end)
+    status.running()
+    status.failed(1, "later")
+    found = read_status(paths[0])
+    assert (found["state"], found["exit_code"], found["guilty"]) == (state, end.code, guilty)
+    assert found["started"] == first["started"] <= found["updated"]
+
+
+def test_a_status_that_can_not_be_written_is_a_warning(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    StatusFile([tmp_path / "file" / "status.json"]).running()
+    assert "warning: the run's status was not written" in capsys.readouterr().err
+
+
+# ---- a run of one rank, in this process
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in [*UNDER, "LOCAL_SIZE", "LOCAL_WORLD_SIZE"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def start_alone(**options) -> distributed.Runtime:
+    return distributed.start(CPU, sha256="x", config_text="", **options)
+
+
+def test_one_rank_without_a_launcher(alone, tmp_path):
+    alarm = signal.signal(signal.SIGALRM, lambda *_: None)
+    handler, path = signal.getsignal(signal.SIGTERM), tmp_path / "status.json"
+    threads = threading.active_count()
+    with start_alone(status_file=path) as runtime:
+        assert (runtime.rank, runtime.world_size, runtime.local_rank, runtime.local_world_size) == (0, 1, 0, 1)
+        assert (str(runtime.device), runtime.backend, runtime.hostname) == ("cpu", "gloo", socket.gethostname())
+        assert runtime.signal_received() is None and read_status(path)["state"] == "running"
+        runtime.store.set("key", "value")
+        os.kill(os.getpid(), signal.SIGALRM)
+        time.sleep(0.1)
+        assert runtime.signal_received() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        until = time.monotonic() + 5
+        while runtime.signal_received() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        assert runtime.signal_received() == signal.SIGTERM
+    assert read_status(path)["state"] == "done" and signal.getsignal(signal.SIGTERM) == handler
+    runtime.stop()
+    signal.signal(signal.SIGALRM, alarm)
+    time.sleep(0.1)
+    assert threading.active_count() == threads
+
+
+def test_a_process_of_its_own_survives_the_failure_of_its_run(alone):
+    files = len(os.listdir("/proc/self/fd"))
+    for error in (KeyError("mine"), ConfigError("mine"), Stopped(2)):
+        with pytest.raises(type(error), match="mine|stopped by SIGINT"), start_alone():
+            raise error
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+ALONE = """
+import sys
+from megalite.config.schema import DistributedSection
+from megalite.core import distributed
+from megalite.errors import *
+section = DistributedSection(device="cpu")
+with distributed.start(section, sha256="x", config_text="", status_file=sys.argv[1]) as runtime:
+    raise eval(sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "last"),
+    [
+        ("Stopped(15)", "stopped", "megalite.errors.Stopped: stopped by SIGTERM; finished work is kept"),
+        ("RuntimeError('x')", "failed", "RuntimeError: x"),
+    ],
+)
+def test_an_exception_leaves_the_block_and_is_written_down(tmp_path, error, state, last):
+    path = tmp_path / "status.json"
+    done = subprocess.run([sys.executable, "-c", ALONE, path, error], capture_output=True, text=True, timeout=60)
+    assert done.stderr.strip().split("\n")[-1] == last and done.returncode == 1
+    assert read_status(path)["state"] == state
+
+
+def test_no_gpu_is_a_config_error(alone, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="distributed.device: no GPU can be seen on"):
+        distributed.start(DistributedSection(device="cuda"), sha256="x", config_text="")
+
+
+# ---- DeepSpeed
+
+TRAIN = """
+import os
+from megalite.config.schema import DistributedSection
+from megalite.core import distributed
+with distributed.start(DistributedSection(device="cpu"), sha256="x", config_text="") as runtime:
+    distributed.prepare_deepspeed(runtime)
+    import deepspeed, torch
+    model = torch.nn.Linear(4, 4)
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
+              "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    loss = engine(torch.ones(2, 4, dtype=torch.bfloat16)).float().pow(2).mean()
+    engine.backward(loss)
+    engine.step()
+print("trained")
+"""
+
+
+@pytest.mark.slow
+def test_deepspeed_compiles_nothing(tmp_path):
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, timeout=120, env=env)
+    assert "trained" in done.stdout, done.stderr
+    assert os.listdir(tmp_path) == []

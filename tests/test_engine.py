@@ -1,0 +1,477 @@
+"""The engine's promise: what a request gets depends on nothing but its prompt, its parameters and its seed.
+
+One list of requests uses every sampling option. What each should get is worked out by slow_generation.py. Then the list
+runs in every setting that could change it: layouts, chunks, preemptions, cached prefixes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from slow_generation import EOS, Ask, Completion, Expected, Slow
+from tiny_models import VOCAB
+from tiny_tokenizer import with_tokenizer
+
+from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
+from megalite.core.layout import Layout
+from megalite.inference.assembly import Replica
+from megalite.inference.control import broadcast_bytes
+from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
+from megalite.inference.inputs import make_request
+from megalite.inference.llm import make_feed, run_everywhere, serve
+from megalite.inference.outputs import RequestOutput
+from megalite.inference.request import Request
+from megalite.tokenizer import Tokenizer
+
+MODEL = "llama3"
+TOLERANCE = 1e-4
+MAX_MODEL_LEN = 96
+
+_random = random.Random(7)
+
+
+def tokens(count: int) -> tuple[int, ...]:
+    return tuple(_random.randrange(3, VOCAB) for _ in range(count))
+
+
+LONG, SHARED = tokens(45), tokens(24)
+SHORT = [tokens(6) for _ in range(24)]
+_ASKED = [
+    (tokens(1), {"temperature": 0, "max_tokens": 30}),
+    (LONG, {"temperature": 0, "prompt_logprobs": 2}),
+    (tokens(17), {"temperature": 0, "max_tokens": 1}),
+    (SHARED, {"n": 3, "prompt_logprobs": 0}),
+    (SHARED[:16] + tokens(3), {"temperature": 0.7, "top_p": 0.8, "seed": 5}),
+    (SHARED, {"temperature": 1.3, "top_k": 6, "seed": 2**62}),
+    (tokens(9), {"min_p": 0.1, "seed": 3, "logprobs": None}),
+    (tokens(12), {"temperature": 1.2, "n": 2, "best_of": 4, "seed": 11}),
+    (tokens(6) * 3, {"temperature": 0, "repetition_penalty": 1.4, "max_tokens": 25}),
+    (tokens(8), {"temperature": 0.9, "frequency_penalty": 0.7, "presence_penalty": 0.5, "max_tokens": 25}),
+    (tokens(5), {"logit_bias": {7: 6.0, 9: 5.5, 11: -100.0}, "top_p": 0.95}),
+    (tokens(7), {"ignore_eos": False, "min_tokens": 6, "logit_bias": {EOS: 12.0}}),  # ends as soon as it may
+    (tokens(10), {"temperature": 0.8, "stop_token_ids": list(range(3, 40)), "min_tokens": 3}),
+    (LONG[:32], {"temperature": 0, "prompt_logprobs": 1, "max_tokens": 4}),
+    (LONG[:32] + tokens(20), {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "seed": 1}),
+    (LONG[:40], {"max_tokens": 0, "prompt_logprobs": 0}),  # `score` asks so
+    (tokens(1), {"max_tokens": 0, "prompt_logprobs": 3}),
+]
+ASKS = [
+    Ask(place, prompt, replace(SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2), **changes))
+    for place, (prompt, changes) in enumerate(_ASKED)
+]
+
+
+# ---- engines in the pool
+
+
+@pytest.fixture(scope="module")
+def expected(tiny) -> list[Expected]:
+    """What every ask of ASKS should get."""
+    return [Slow(tiny(MODEL))(ask) for ask in ASKS]
+
+
+@dataclass(frozen=True)
+class PoolRuntime:
+    """What an engine asks of a `Runtime`, for ranks that the pool has joined already."""
+
+    rank: int
+    world_size: int
+    store: dist.Store
+    backend: str = "gloo"
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def local_rank(self) -> int:
+        return self.rank
+
+    @property
+    def local_world_size(self) -> int:
+        return self.world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Everything that must not change a result."""
+
+    layout: Layout = Layout()
+    dp_mode: str = "sync"
+    engine: dict = field(default_factory=dict)
+    rounds: int = 1
+    """How often the whole list runs on the same engine."""
+    alone: bool = False
+    """One request at a time."""
+
+
+@dataclass
+class Seen:
+    """What happened in one round on one rank."""
+
+    hits: int = 0
+    """Tokens found in the prefix cache."""
+    recomputed: int = 0
+    """Preemptions of one kind."""
+    swapped: int = 0
+    """And of the other."""
+    scattered: int = 0
+    """Rows whose blocks were no neighbours."""
+    chunks: int = 0
+    """Rows that ended before their prompt did."""
+
+
+def make_replica(rank: int, folder: Path, setting: Setting, store: str) -> Replica:
+    layout = setting.layout
+    config = InferConfig(
+        model=ModelSection(path=str(folder), dtype="float32"),
+        parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp, dp_mode=setting.dp_mode),
+        engine=EngineSection(**{"max_model_len": MAX_MODEL_LEN, "check_lockstep": True, **setting.engine}),
+    )
+    return Replica(config, PoolRuntime(rank, layout.size, dist.FileStore(store, layout.size)))
+
+
+def requests_for(replica: Replica, asks: Sequence[Ask]) -> list[Request]:
+    served = serve(replica)
+    return [make_request(ask.prompt, ask.params, served, id=str(ask.place), index=ask.place)[0] for ask in asks]
+
+
+def assert_idle(engine: Engine) -> None:
+    """Nothing is left of a run: no sequence, no block held, nothing remembered."""
+    scheduler = engine.scheduler
+    scheduler.pool.check([])
+    assert not scheduler.has_work() and scheduler.num_running == scheduler.num_waiting == 0
+    assert not engine.outputs._running and not engine.outputs.texts and not engine.sampler._seen
+    assert not engine.channel.sent and not engine.runner.link.sends
+
+
+class Spy:
+    """Counts what an engine does."""
+
+    def __init__(self, engine: Engine):
+        self.stats, self.seen, self.hits = engine.scheduler.stats, Seen(), 0
+        self.preempt, self.execute = engine.scheduler._preempt, engine.runner.execute
+        engine.scheduler._preempt, engine.runner.execute = self._on_preempt, self._on_execute
+
+    def _on_preempt(self, cohort: int):
+        victim = self.preempt(cohort)
+        self.seen.swapped += bool(victim.host_blocks)
+        self.seen.recomputed += not victim.host_blocks
+        return victim
+
+    def _on_execute(self, plan):
+        self.seen.scattered += sum(not row.sequence.contiguous for row in plan.rows)
+        self.seen.chunks += sum(row.start + row.count < row.sequence.num_prompt for row in plan.rows)
+        return self.execute(plan)
+
+    def take(self) -> Seen:
+        """What was seen since the last time."""
+        seen, self.seen = self.seen, Seen()
+        seen.hits, self.hits = self.stats.prefix_hit_tokens - self.hits, self.stats.prefix_hit_tokens
+        return seen
+
+
+def generate(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], store: str):
+    """What this rank gets and sees in each round: [(outputs in the order of `asks`, Seen), ...]."""
+    replica = make_replica(rank, folder, setting, store)
+    engine = replica.engine()
+    spy, requests = Spy(engine), requests_for(replica, asks)
+    calls = [[request] for request in requests] if setting.alone else [requests]
+    rounds = []
+    for number in range(setting.rounds):
+        outputs = []
+        for place, call in enumerate(calls):
+            outputs += run_everywhere(replica, engine, call, {}, key=f"{number}/{place}")
+        rounds.append((outputs, spy.take()))
+        assert_idle(engine)
+    return rounds
+
+
+def assert_as_expected(asks: Sequence[Ask], outputs: Sequence[RequestOutput], expected: Sequence[Expected]) -> None:
+    for ask, output, want in zip(asks, outputs, expected, strict=True):
+        assert output.request_id == str(ask.place) and output.prompt_token_ids == list(ask.prompt)
+        assert [one.token_ids for one in output.outputs] == [one.token_ids for one in want.completions], ask
+        for index, (one, wanted) in enumerate(zip(output.outputs, want.completions, strict=True)):
+            assert (one.index, one.finish_reason) == (index, wanted.reason)
+            assert one.cumulative_logprob == pytest.approx(sum(wanted.logprobs), abs=len(one.token_ids) * TOLERANCE)
+            assert (one.logprobs is None) == (ask.params.logprobs is None)
+            if one.logprobs is not None:
+                assert_logprobs(one.logprobs, one.token_ids, wanted.logprobs, ask.params.logprobs)
+        assert (output.prompt_logprobs is None) == (ask.params.prompt_logprobs is None)
+        if output.prompt_logprobs is not None:
+            assert output.prompt_logprobs[0] is None
+            assert_logprobs(output.prompt_logprobs[1:], ask.prompt[1:], want.prompt, ask.params.prompt_logprobs)
+
+
+def assert_logprobs(entries, token_ids, logprobs, most: int) -> None:
+    for entry, token, logprob in zip(entries, token_ids, logprobs, strict=True):
+        assert next(iter(entry)) == token and max(most, 1) <= len(entry) <= most + 1
+        assert entry[token].logprob == pytest.approx(logprob, abs=TOLERANCE)
+
+
+# ---- every setting gives the same
+
+
+SMALL = {"block_size": 4, "max_num_seqs": 13, "max_num_batched_tokens": 13}
+TIGHT = {**SMALL, "num_kv_blocks": 26}
+"""Room for two or three sequences."""
+GIB_A_BLOCK = 2 * 4 * 2 * 8 * 4 * 4 / 2**30
+"""A block of 4 tokens, 2 KV heads, 8 float32 each, in 4 layers, keys and values."""
+SWAP = {**TIGHT, "swap_space": 60 * GIB_A_BLOCK}
+SETTINGS = {
+    "together": Setting(),
+    "alone": Setting(alone=True, engine={"enable_prefix_caching": False}),
+    "chunks of 7": Setting(engine={"block_size": 4, "max_num_batched_tokens": 7, "max_num_seqs": 5}),
+    "blocks of 1": Setting(engine={"block_size": 1, "max_num_batched_tokens": 40, "max_num_seqs": 40}),
+    "one place": Setting(engine={"max_num_seqs": 1}),
+    "no prefix cache": Setting(engine={"enable_prefix_caching": False}),
+    "all cached": Setting(rounds=2, engine={"block_size": 4}),
+    "recomputed": Setting(rounds=2, engine=TIGHT),
+    "recomputed, no prefix cache": Setting(engine={**TIGHT, "enable_prefix_caching": False}),
+    "swapped": Setting(rounds=2, engine=SWAP),
+    "swapped and recomputed": Setting(engine={**TIGHT, "swap_space": 9 * GIB_A_BLOCK}),
+    "tp2": Setting(layout=Layout(2, 1, 1), engine=SMALL),
+    "pp2": Setting(layout=Layout(1, 2, 1), engine=SMALL, rounds=2),
+    "dp2": Setting(layout=Layout(1, 1, 2), engine=SMALL),
+    "dp2 async": Setting(layout=Layout(1, 1, 2), engine={**SMALL, "max_num_seqs": 3}, dp_mode="async", rounds=2),
+    "pp2 recomputed": Setting(layout=Layout(1, 2, 1), engine=TIGHT),
+    "pp2 swapped": Setting(layout=Layout(1, 2, 1), engine={**TIGHT, "swap_space": 120 * GIB_A_BLOCK}),
+    "pp3 swapped": Setting(layout=Layout(1, 3, 1), engine=SWAP),
+    "tp3 recomputed": Setting(layout=Layout(3, 1, 1), engine=TIGHT),
+    "tp2 pp2 swapped": Setting(layout=Layout(2, 2, 1), engine=SWAP),
+    "pp2 dp2 async": Setting(layout=Layout(1, 2, 2), engine=SMALL, dp_mode="async"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_else_changes_a_result(name, tiny, ranks, expected, tmp_path):
+    setting = SETTINGS[name]
+    answers = ranks(setting.layout.size).run(generate, tiny(MODEL), setting, ASKS, str(tmp_path / "store"))
+    for rounds in answers:
+        for (outputs, _), (same, _) in zip(rounds, answers[0], strict=True):
+            assert_as_expected(ASKS, outputs, expected)
+            assert outputs == same, "every rank gets the same"
+    seen = [[one for _, one in rounds] for rounds in answers]
+    assert_it_happened(name, setting, seen)
+    if setting.dp_mode == "sync":
+        assert {output.replica for outputs, _ in answers[0] for output in outputs} == set(range(setting.layout.dp))
+
+
+def assert_it_happened(name: str, setting: Setting, seen: list[list[Seen]]) -> None:
+    """The setting did what it is there for, on every rank, and the ranks of a replica in the same way."""
+    first = seen[0][0]
+    if setting.layout.dp == 1:
+        assert all(rounds == seen[0] for rounds in seen)
+    for rounds in seen:
+        assert all(one.recomputed > 0 for one in rounds) == ("recomputed" in name)
+        assert all(one.swapped > 0 for one in rounds) == ("swapped" in name)
+        assert all(one.chunks > 0 for one in rounds) == (setting.engine.get("max_num_batched_tokens", 256) < 45)
+        assert all(one.scattered > 0 for one in rounds) or "num_kv_blocks" not in setting.engine
+    if name in ("no prefix cache", "alone"):
+        assert first.hits == hits(16, siblings_only=True) > 0
+    if name == "all cached":
+        assert seen[0][1].hits == hits(4)
+    if name == "recomputed":
+        assert seen[0][1].hits > 0
+
+
+def hits(block_size: int, *, siblings_only: bool = False) -> int:
+    """Tokens that ASKS find in a cache that knows every prompt, or only what a request's first sample has computed.
+
+    The last token is computed in any case, and so is all of a prompt whose log-probabilities are wanted.
+    """
+    count = 0
+    for ask in ASKS:
+        known = (len(ask.prompt) - 1) // block_size * block_size
+        siblings = (ask.params.best_of or ask.params.n) - 1
+        count += known * (siblings + (not siblings_only and ask.params.prompt_logprobs is None))
+    return count
+
+
+# ---- windows and soft caps
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen2_window", "phi3"])
+def test_windows_slide_over_a_scattered_cache(family, tiny, reference, ranks, tmp_path):
+    """Every prompt and output is longer than the window, blocks are shared, scattered, lost and computed again."""
+    prompts = [SHARED, SHARED[:20] + LONG[:9], LONG[:3], LONG[:31]]
+    wanted = [
+        Expected([Completion(made.tokens, _picked(made.logprobs[len(made.prompt) - 1 :], made.tokens), "length")], [])
+        for made in reference(family, prompts, 24)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=1)
+    asks = [Ask(place, tuple(prompt), params) for place, prompt in enumerate(prompts)]
+    engine = {"block_size": 2, "max_num_seqs": 7, "max_num_batched_tokens": 7, "num_kv_blocks": 48}
+    for swap_space in (0.0, 1e-4):
+        setting = Setting(rounds=2, engine={**engine, "swap_space": swap_space})
+        [rounds] = ranks(1).run(generate, tiny(family), setting, asks, str(tmp_path / f"store{swap_space}"))
+        for outputs, seen in rounds:
+            assert_as_expected(asks, outputs, wanted)
+            assert seen.scattered and seen.chunks and (seen.swapped if swap_space else seen.recomputed)
+        assert rounds[1][1].hits > 0
+
+
+def _picked(logprobs: torch.Tensor, token_ids: Sequence[int]) -> list[float]:
+    return [logprobs[place, token].item() for place, token in enumerate(token_ids)]
+
+
+# ---- stop strings
+
+
+@pytest.fixture(scope="module")
+def talking(tiny, tmp_path_factory) -> Path:
+    """The model with a tokenizer."""
+    return with_tokenizer(tiny(MODEL), tmp_path_factory.mktemp("talking") / "model")
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 3, 1)], ids=str)
+def test_stop_strings_end_every_stage(layout, talking, ranks, tmp_path):
+    free = [Ask(place, SHORT[place], SamplingParams(max_tokens=40, ignore_eos=True, seed=place)) for place in range(6)]
+    setting = Setting(layout=layout, engine={**SMALL, "num_kv_blocks": 40})
+    run = ranks(layout.size).run
+    unstopped = [output.outputs[0] for output in run(generate, talking, setting, free, str(tmp_path / "free"))[0][0][0]]
+    text_of = Tokenizer.load(talking).decode
+    stopped, wanted = [], []
+    for ask, one in zip(free, unstopped, strict=True):
+        stop = one.text[8:11] if ask.place % 2 else one.text[9]
+        changes = {"stop": ["never written", stop], "min_tokens": 0}
+        # the output ends with the first token that completes the text
+        length = next(n for n in range(41) if stop in text_of(one.token_ids[:n]))
+        text = one.text[: one.text.index(stop)]
+        if ask.place > 3:
+            changes["include_stop_str_in_output"] = True
+            text += stop
+        stopped.append(replace(ask, params=replace(ask.params, **changes)))
+        wanted.append((one.token_ids[:length], text, "stop", stop))
+    for rounds in run(generate, talking, setting, stopped, str(tmp_path / "stopped")):
+        got = [output.outputs[0] for output in rounds[0][0]]
+        assert [(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in got] == wanted
+
+
+def test_no_stop_string_before_min_tokens(talking, ranks, tmp_path):
+    free = [Ask(0, SHORT[0], SamplingParams(max_tokens=60, ignore_eos=True, seed=4, logit_bias={50: 7.0}))]
+    run = ranks(1).run
+    [[([output], _)]] = run(generate, talking, Setting(), free, str(tmp_path / "free"))
+    ids, character = output.outputs[0].token_ids, Tokenizer.load(talking).decode([50])
+    first, *later = [place for place, token in enumerate(ids, 1) if token == 50]
+    assert later, "the character comes more than once"
+    params = replace(free[0].params, stop=character, min_tokens=first + 1)
+    [[([output], _)]] = run(generate, talking, Setting(), [replace(free[0], params=params)], str(tmp_path / "stopped"))
+    assert output.outputs[0].token_ids == ids[: later[0]] and output.outputs[0].stop_reason == character
+
+
+# ---- leaving off, and what comes after
+
+
+def leave_off(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], store: str, after: int):
+    """Run, stop after some steps, then run what is left on the same engine: (outputs before, outputs of the rest)."""
+    replica = make_replica(rank, folder, setting, store)
+    engine, requests = replica.engine(), requests_for(replica, asks)
+    before: list[RequestOutput] = []
+    steps = []
+    hooks = Hooks(on_output=before.append, on_step=steps.append, stop_requested=lambda: len(steps) >= after)
+    assert not engine.run(requests, make_feed(replica, requests, "first"), hooks)
+    assert_idle(engine)
+    state = replica.state
+    names = json.dumps([output.request_id for output in before]).encode() if state.is_control else None
+    done = json.loads(broadcast_bytes(names, state.control_rank))
+    rest = [request for request in requests if request.id not in done]
+    return before, run_everywhere(replica, engine, rest, {}, key="second")
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, 1)], ids=str)
+def test_a_stopped_engine_goes_on_with_the_rest(layout, tiny, ranks, expected, tmp_path):
+    setting = Setting(layout=layout, engine=SWAP)
+    answers = ranks(layout.size).run(leave_off, tiny(MODEL), setting, ASKS, str(tmp_path / "store"), 30)
+    [before] = [before for before, _ in answers if before]
+    assert 0 < len(before) < len(ASKS)
+    for _, rest in answers:
+        outputs = sorted([*before, *rest], key=lambda output: int(output.request_id))
+        assert_as_expected(ASKS, outputs, expected)
+
+
+def interrupt(rank: int, folder: Path, asks: Sequence[Ask], store: str):
+    """Ctrl-C in the middle of a run, then the whole run again."""
+    replica = make_replica(rank, folder, Setting(engine=SWAP), store)
+    engine, requests = replica.engine(), requests_for(replica, asks)
+    steps = []
+
+    def on_step(count: int) -> None:
+        steps.append(count)
+        if len(steps) == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(requests, make_feed(replica, requests, "first"), Hooks(on_step=on_step))
+    assert_idle(engine)
+    return run_everywhere(replica, engine, requests, {}, key="second")
+
+
+def test_an_interrupted_engine_can_be_used_again(tiny, ranks, expected, tmp_path):
+    [outputs] = ranks(1).run(interrupt, tiny(MODEL), ASKS, str(tmp_path / "store"))
+    assert_as_expected(ASKS, outputs, expected)
+
+
+def hurried(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> tuple[int, int]:
+    """Requests that this replica finished, and the most that it had at once, when replica 1 is slow."""
+    setting = Setting(layout=Layout(1, 2, 2), dp_mode="async", engine={"max_num_seqs": 2})
+    replica = make_replica(rank, folder, setting, store)
+    engine, requests = replica.engine(), requests_for(replica, asks)
+    feed, had = make_feed(replica, requests, "queue"), []
+
+    def on_step(count: int) -> None:
+        had.append(len(engine.scheduler.unfinished) + engine.channel.num_arriving)
+        time.sleep(0.02 * replica.state.coord.dp)
+
+    assert engine.run(requests, feed, Hooks(on_step=on_step))
+    return engine.finished, max(had, default=0)
+
+
+def test_a_free_replica_takes_more_work(tiny, ranks, tmp_path):
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    asks = [Ask(place, SHORT[place], params) for place in range(24)]
+    _, (fast, most), _, (slow, some) = ranks(4).run(hurried, tiny(MODEL), asks, str(tmp_path / "store"))
+    assert fast + slow == 24 and fast >= 2 * slow > 0
+    assert max(most, some) <= 2 + LOOKAHEAD, "no replica keeps work that another could do"
+
+
+def texts(rank: int, folder: Path, store: str) -> list[str | None]:
+    """Prompts as the results of a second call show them; the first call's were texts, the second's are token ids."""
+    replica = make_replica(rank, folder, Setting(layout=Layout(1, 1, 2)), store)
+    engine, served = replica.engine(), serve(replica)
+    params = [SamplingParams(max_tokens=length) for length in (3, 9)]
+    shown = []
+    for prompts, lengths in ((["ab", "cd"], params), ([[5, 6], [7, 8]], params[::-1])):
+        made = [
+            make_request(p, q, served, id=str(i), index=i)
+            for i, (p, q) in enumerate(zip(prompts, lengths, strict=True))
+        ]
+        named = {request.id: text for request, text in made if text is not None}
+        outputs = run_everywhere(replica, engine, [request for request, _ in made], named, key=str(len(shown)))
+        shown.append([(output.prompt, output.replica) for output in outputs])
+        assert_idle(engine)
+    return shown
+
+
+def test_texts_of_one_call_do_not_show_up_in_the_next(talking, ranks, tmp_path):
+    shown = ranks(2).run(texts, talking, str(tmp_path / "store"))
+    assert shown == [[[("ab", 1), ("cd", 0)], [(None, 0), (None, 1)]]] * 2
+
+
+def out_of_step(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> None:
+    replica = make_replica(rank, folder, Setting(layout=Layout(1, 2, 1)), store)
+    engine = replica.engine()
+    engine.scheduler._cache_age += rank == 0
+    run_everywhere(replica, engine, requests_for(replica, asks), {}, key="")
+
+
+def test_a_rank_out_of_step_is_noticed(tiny, ranks, tmp_path):
+    with pytest.raises(
+        AssertionError, match="the scheduler of rank 0 differs from that of its control rank 1 at step 0"
+    ):
+        ranks(2).run(out_of_step, tiny(MODEL), ASKS[:2], str(tmp_path / "store"))

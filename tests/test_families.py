@@ -1,0 +1,445 @@
+"""Reading config.json: both formats of it, all families, and files that lie."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalite.errors import CheckpointError, ConfigError
+from megalite.model import families
+from megalite.model.config import ModelConfig, MoESpec, Rope, RopeScaling
+from megalite.model.families import LLAMA_WEIGHTS, Family, Source
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 103,
+    "hidden_size": 48,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+MIXTRAL = {**LLAMA, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+QWEN3_MOE = {
+    **LLAMA,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+}
+GEMMA2 = {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 16}
+PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "num_key_value_heads": 6}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 103,
+    "n_embd": 48,
+    "n_layer": 4,
+    "n_head": 6,
+    "n_positions": 128,
+    "n_ctx": 128,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """`read(values)` writes them as config.json and reads the folder."""
+
+    def read(values: dict | str, generation: dict | None = None) -> ModelConfig:
+        text = values if isinstance(values, str) else json.dumps(values)
+        (tmp_path / "config.json").write_text(text)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        return families.read(tmp_path)
+
+    return read
+
+
+# ---- what is read
+
+
+def test_llama(read):
+    config = read(LLAMA)
+    assert (config.family, config.num_layers, config.head_dim, config.num_kv_heads) == ("llama", 4, 8, 2)
+    assert config.rope == Rope(theta=10000.0, rotary_dim=8)
+    assert config.attention[3].layer == 3 and config.attention[3].scale == 8**-0.5
+    assert config.attention[0].window is None and config.moe == (None,) * 4
+    assert (config.norm, config.norm_eps, config.activation) == ("rms", 1e-5, "silu")
+    assert not config.tie_embeddings and not config.qkv_bias and config.dtype == "float32"
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+
+
+def test_first_llama_configs_have_no_kv_heads(read):
+    values = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"}
+    assert read(values).num_kv_heads == 6
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"torch_dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "torch.float16"}, {"dtype": "float16"}),
+        ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ({"rope_scaling": None, "rope_theta": 10000}, {"rope_parameters": {"rope_theta": 10000.0}}),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+        ),
+        (
+            {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 2}},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}},
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        ),
+        ({}, {"head_dim": None}),
+        ({}, {"head_dim": 8}),
+    ],
+)
+def test_both_formats_read_the_same(read, old, new):
+    assert read({**LLAMA, **old}) == read({**LLAMA, **new})
+
+
+def test_llama3_scaling(read):
+    config = read({**LLAMA, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}})
+    assert config.rope == Rope(
+        theta=5e5,
+        rotary_dim=8,
+        scaling=RopeScaling(
+            kind="llama3", factor=8.0, original_max_position=16, low_freq_factor=1.0, high_freq_factor=4.0
+        ),
+    )
+
+
+def test_yarn_temperature_follows_the_paper_or_the_file(read):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert read({**LLAMA, "rope_scaling": yarn}).rope.scaling.attention_factor == pytest.approx(1.1386294)
+    given = {**yarn, "attention_factor": 1.5}
+    assert read({**LLAMA, "rope_scaling": given}).rope.scaling.attention_factor == 1.5
+    deepseek = {**yarn, "mscale": 1.0, "mscale_all_dim": 0.5}
+    assert read({**LLAMA, "rope_scaling": deepseek}).rope.scaling.attention_factor == pytest.approx(
+        1.1386294 / 1.0693147
+    )
+
+
+def test_phi3_longrope(read):
+    scaling = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+    values = {**PHI3, "rope_scaling": scaling, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5}
+    rope = read(values).rope
+    assert rope.rotary_dim == 4
+    assert (rope.scaling.kind, rope.scaling.factor, rope.scaling.original_max_position) == ("longrope", 4.0, 32)
+    assert rope.scaling.attention_factor == pytest.approx((1 + 2 / 5) ** 0.5)
+    assert rope.scaling.long_factor == (2.0, 3.0)
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [spec.window for spec in config.attention]
+
+
+def test_windows_of_each_family(read):
+    assert windows(read({**MISTRAL, "sliding_window": 8})) == [8] * 4
+    assert windows(read({**MISTRAL, "sliding_window": None})) == [None] * 4
+    assert windows(read(MISTRAL)) == [4096] * 4
+    assert windows(read({**QWEN2, "sliding_window": 8, "max_window_layers": 3})) == [None] * 4
+    used = {**QWEN2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}
+    assert windows(read(used)) == [None, None, None, 8]
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    assert windows(read({**used, "layer_types": kinds})) == [8, None, None, 8]
+    assert windows(read({**GEMMA2, "sliding_window": 6})) == [6, None, 6, None]
+    assert windows(read({**GEMMA2, "sliding_window": 6, "layer_types": kinds})) == [6, None, None, 6]
+    assert windows(read({**LLAMA, "sliding_window": 8})) == [None] * 4
+
+
+def test_gemma2(read):
+    config = read({**GEMMA2, "query_pre_attn_scalar": 24, "attn_logit_softcapping": None})
+    assert (config.norm, config.post_norms, config.activation) == ("rms_zero_centred", True, "gelu_tanh")
+    assert config.embedding_scale == 48**0.5 and config.attention[0].scale == 24**-0.5
+    assert config.final_softcap == 30.0 and config.attention[0].softcap is None
+    assert config.tie_embeddings
+
+
+def test_gpt2(read):
+    config = read({**GPT2, "scale_attn_by_inverse_layer_idx": True})
+    assert (config.norm, config.gated_mlp, config.learned_positions) == ("layer", False, True)
+    assert config.rope is None and config.intermediate_size == 192 and config.tie_embeddings
+    assert config.qkv_bias and config.attention_out_bias and config.mlp_bias
+    assert [spec.scale for spec in config.attention] == [8**-0.5 / n for n in (1, 2, 3, 4)]
+    assert read({**GPT2, "n_inner": 92}).intermediate_size == 92
+
+
+def test_experts(read):
+    expected = MoESpec(num_experts=8, top_k=2, intermediate_size=44, normalize_top_k=True)
+    assert read(MIXTRAL).moe == (expected,) * 4
+    sparse = MoESpec(num_experts=6, top_k=2, intermediate_size=20, normalize_top_k=False)
+    assert read({**QWEN3_MOE, "mlp_only_layers": [1]}).moe == (sparse, None, sparse, sparse)
+    assert read({**QWEN3_MOE, "decoder_sparse_step": 2}).moe == (None, sparse, None, sparse)
+    renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in QWEN3_MOE.items()}
+    assert read(renamed).moe == (sparse,) * 4
+    assert read({**QWEN3_MOE, "norm_topk_prob": True}).moe[0] == replace(sparse, normalize_top_k=True)
+
+
+@pytest.mark.parametrize(
+    "config, generation, expected",
+    [
+        (2, None, (2,)),
+        ([2, 5], None, (2, 5)),
+        (2, {"eos_token_id": [7, 2]}, (7, 2)),
+        (2, {"temperature": 0.5}, (2,)),
+        (2, {"eos_token_id": None}, (2,)),
+        (None, {}, ()),
+        ([2, 50256], None, (2,)),
+    ],
+)
+def test_end_of_sequence_tokens(read, config, generation, expected):
+    assert read({**LLAMA, "eos_token_id": config}, generation).eos_token_ids == expected
+
+
+def test_architecture_decides_and_model_type_stands_in_for_it(read):
+    assert read({**LLAMA, "model_type": "mystery"}).family == "llama"
+    assert read({key: value for key, value in LLAMA.items() if key != "architectures"}).family == "llama"
+
+
+def test_reading_needs_no_torch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    code = (
+        "import sys\nfrom megalite.model import families\n"
+        f"families.weight_names(families.read({str(tmp_path)!r}))\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+# ---- what is refused
+
+
+def without(values: dict, key: str) -> dict:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def scaled(**scaling) -> dict:
+    return {**LLAMA, "rope_scaling": scaling}
+
+
+DAMAGED = {
+    "not JSON": ("{", "not JSON"),
+    "deep nesting": ("[" * 100_000, "not JSON"),
+    "a list": ("[]", "must hold a JSON object"),
+    "no architecture": (without(without(LLAMA, "architectures"), "model_type"), "architectures is missing"),
+    "architectures a string": ({**LLAMA, "architectures": "LlamaForCausalLM"}, "architectures must be a list"),
+    "no hidden size": (without(LLAMA, "hidden_size"), "hidden_size is missing"),
+    "no vocabulary": (without(LLAMA, "vocab_size"), "vocab_size is missing"),
+    "no MLP width": (without(LLAMA, "intermediate_size"), "intermediate_size is missing"),
+    "gpt2 spelling": (without(GPT2, "n_embd"), "n_embd is missing"),
+    "negative": ({**LLAMA, "num_hidden_layers": -4}, "num_hidden_layers must be between 1 and 4096, got -4"),
+    "zero": ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads must be between"),
+    "absurd": ({**LLAMA, "hidden_size": 10**12}, "hidden_size must be between"),
+    "bool for int": ({**LLAMA, "vocab_size": True}, "vocab_size must be a whole number, got True"),
+    "float for int": ({**LLAMA, "hidden_size": 48.0}, "hidden_size must be a whole number"),
+    "string for int": ({**LLAMA, "hidden_size": "48"}, "hidden_size must be a whole number"),
+    "int for bool": ({**LLAMA, "tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
+    "heads do not divide hidden": (
+        {**LLAMA, "hidden_size": 50},
+        "hidden_size must be a multiple of",
+    ),
+    "kv heads do not divide heads": ({**LLAMA, "num_key_value_heads": 4}, "num_key_value_heads must divide"),
+    "odd head": ({**LLAMA, "head_dim": 7}, "head_dim must give an even number of rotated channels"),
+    "eps zero": ({**LLAMA, "rms_norm_eps": 0}, "rms_norm_eps must be positive"),
+    "eps NaN": ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps must be positive and finite"),
+    "activation": ({**LLAMA, "hidden_act": "relu6"}, "hidden_act must be one of silu"),
+    "dtype": ({**LLAMA, "torch_dtype": "int8"}, "torch_dtype must be one of float32"),
+    "token id": ({**LLAMA, "eos_token_id": "</s>"}, "eos_token_id must be a token id"),
+    "negative token id": ({**LLAMA, "eos_token_id": [-1]}, "eos_token_id must be a token id"),
+    "quantized": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config: quantized weights"),
+    "attention sinks": ({**LLAMA, "attention_sinks": 4}, "attention sinks are not supported"),
+    "encoder": ({**LLAMA, "is_encoder_decoder": True}, "is_encoder_decoder: only decoders"),
+    "cross attention": ({**GPT2, "add_cross_attention": True}, "add_cross_attention"),
+    "bidirectional": ({**GEMMA2, "use_bidirectional_attention": True}, "only causal attention"),
+    "theta": ({**LLAMA, "rope_theta": 0.5}, "rope_theta must be above 1"),
+    "theta of a thousand digits": ({**LLAMA, "rope_theta": 10**1000}, "rope_theta must be positive and finite"),
+    "theta a string": ({**LLAMA, "rope_theta": "10000"}, "rope_theta must be a number"),
+    "scaling a string": ({**LLAMA, "rope_scaling": "yarn"}, "rope_scaling must be an object"),
+    "unknown scaling": (scaled(rope_type="dynamic", factor=2.0), "rope_scaling has an unsupported rope_type"),
+    "scaling kind a number": (scaled(rope_type=3, factor=2.0), "rope_scaling has an unsupported rope_type"),
+    "scaling without a kind": (scaled(factor=2.0), "has a factor but no rope_type"),
+    "scaling without factor": (scaled(rope_type="linear"), "factor is missing"),
+    "scaling by layer type": (
+        {**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+        "rope_parameters differs by layer type",
+    ),
+    "llama3 frequencies": (
+        scaled(rope_type="llama3", **{**LLAMA3, "high_freq_factor": 1.0}),
+        "high_freq_factor must be above low_freq_factor",
+    ),
+    "untruncated yarn": (scaled(rope_type="yarn", factor=4.0, truncate=False), "truncate must be true"),
+    "partial rotation": ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+    "longrope factors": (
+        {
+            **PHI3,
+            "original_max_position_embeddings": 32,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4},
+        },
+        "short_factor must be a list of 4 numbers",
+    ),
+    "layer types short": ({**GEMMA2, "layer_types": ["full_attention"]}, "layer_types must be a list of 4 entries"),
+    "layer types unknown": ({**GEMMA2, "layer_types": ["linear_attention"] * 4}, "layer_types of layer 0"),
+    "layer types against the window": (
+        {**QWEN2, "layer_types": ["sliding_attention"] * 4},
+        "layer_types of layer 0 must say",
+    ),
+    "window zero": ({**MISTRAL, "sliding_window": 0}, "sliding_window must be between"),
+    "more experts chosen than there are": (
+        {**QWEN3_MOE, "num_experts_per_tok": 9},
+        "num_experts_per_tok must be",
+    ),
+    "dense layers": ({**QWEN3_MOE, "mlp_only_layers": [9]}, "mlp_only_layers must be a list of layer indices"),
+}
+
+
+@pytest.mark.parametrize("values, message", DAMAGED.values(), ids=DAMAGED)
+def test_a_config_that_lies_is_refused_by_file_and_key(read, tmp_path, values, message):
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
+        read(values)
+    text = str(caught.value)
+    assert text.startswith(str(tmp_path / "config.json")) and len(text.splitlines()) == 1 and len(text) < 600
+
+
+KEYS = sorted(
+    {key for values in (LLAMA, QWEN3_MOE, GEMMA2, GPT2, PHI3) for key in values}
+    | {"rope_scaling", "rope_parameters", "rope_theta", "layer_types", "sliding_window", "use_sliding_window", "dtype"}
+    | {"original_max_position_embeddings", "partial_rotary_factor", "mlp_only_layers", "query_pre_attn_scalar"}
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "yarn", "float32", "\ud800"])
+SCALING_KEYS = ["rope_type", "type", "factor", "rope_theta", "mscale", "short_factor", "long_factor", "beta_fast"]
+KINDS = st.sampled_from(["default", "linear", "llama3", "yarn", "longrope", "su", "dynamic"])
+VALUES = (
+    SCALARS
+    | st.lists(SCALARS, max_size=4)
+    | st.dictionaries(st.sampled_from([*SCALING_KEYS, *LLAMA3]), SCALARS | KINDS | st.lists(SCALARS, max_size=4))
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    base=st.sampled_from([LLAMA, QWEN2, QWEN3_MOE, MIXTRAL, GEMMA2, GPT2, PHI3, MISTRAL]),
+    changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),
+)
+def test_whatever_a_config_says_the_answer_is_a_model_or_a_message(base, changes):
+    try:
+        config = families.from_values(Path("config.json"), {**base, **changes}, {})
+    except (CheckpointError, ConfigError) as error:
+        assert len(str(error)) < 1000
+    else:
+        assert config.num_heads % config.num_kv_heads == 0 and config.hidden_size > 0
+        families.weight_names(config)
+
+
+def test_missing_folder_and_missing_config(tmp_path):
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        families.read(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        families.read(tmp_path)
+
+
+def test_a_damaged_generation_config_is_named(read):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id must be a token id"):
+        read(LLAMA, {"eos_token_id": 1.5})
+
+
+def test_unknown_architectures_are_refused_by_name_with_what_is_supported(read):
+    for values in ({**LLAMA, "architectures": ["MambaForCausalLM"]}, {"model_type": "MambaForCausalLM"}):
+        with pytest.raises(ConfigError, match="MambaForCausalLM is not supported") as caught:
+            read(values)
+        assert all(family.architecture in str(caught.value) for family in families.FAMILIES.values())
+
+
+# ---- names, and families of one's own
+
+
+def test_fused_tensors_have_offsets_and_plain_ones_do_not(read):
+    phi3 = families.weight_names(read({**PHI3, "num_key_value_heads": 2}))
+    assert [phi3.q.start, phi3.k.start, phi3.v.start] == [0, 48, 64]
+    assert [phi3.gate.start, phi3.up.start] == [0, 44]
+    gpt2 = families.weight_names(read(GPT2))
+    assert gpt2.v == Source("transformer.h.{layer}.attn.c_attn.weight", start=96, transpose=True)
+    assert gpt2.v_bias == Source("transformer.h.{layer}.attn.c_attn.bias", start=96)
+    assert gpt2.down.transpose and not gpt2.embed.transpose and gpt2.lm_head is None
+    llama = families.weight_names(read({**LLAMA, "attention_bias": True, "mlp_bias": True}))
+    assert llama.v == Source("model.layers.{layer}.self_attn.v_proj.weight")
+    assert llama.gate_bias == Source("model.layers.{layer}.mlp.gate_proj.bias")
+    assert llama.attn_norm_bias is None and llama.lm_head is not None
+
+
+def ignores(config: ModelConfig, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in families.weight_names(config).ignored)
+
+
+def test_only_known_leftovers_are_ignored(read):
+    untied, tied, gpt2 = read(LLAMA), read({**LLAMA, "tie_word_embeddings": True}), read(GPT2)
+    assert ignores(untied, "model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert not ignores(untied, "lm_head.weight") and ignores(tied, "lm_head.weight")
+    assert ignores(gpt2, "transformer.h.0.attn.bias") and ignores(gpt2, "transformer.h.0.attn.masked_bias")
+    assert not ignores(gpt2, "transformer.h.0.attn.c_attn.bias")
+    assert not ignores(tied, "model.lm_head.weight") and not ignores(untied, "model.layers.0.extra.weight")
+
+
+@pytest.fixture
+def registered():
+    before = dict(families.FAMILIES)
+    yield families.register
+    families.FAMILIES.clear()
+    families.FAMILIES.update(before)
+
+
+def test_a_family_of_ones_own(read, registered):
+    weights = {**LLAMA_WEIGHTS, "q_norm": "model.layers.{layer}.qn.weight", "k_norm": "model.layers.{layer}.kn.weight"}
+    registered("mine", Family(architecture="MineForCausalLM", weights=weights, fixed={"qk_norm": True}))
+    config = read({**LLAMA, "architectures": ["MineForCausalLM"]})
+    assert config.family == "mine" and config.qk_norm
+    assert families.weight_names(config).q_norm == Source("model.layers.{layer}.qn.weight")
+
+
+def test_registering_twice_or_leaving_a_name_out_is_refused(read, registered):
+    for name, architecture in (("llama", "OtherForCausalLM"), ("other", "LlamaForCausalLM")):
+        with pytest.raises(ConfigError, match="already registered, as llama"):
+            registered(name, Family(architecture=architecture, weights=LLAMA_WEIGHTS))
+    registered("mine", Family(architecture="MineForCausalLM", weights=LLAMA_WEIGHTS, fixed={"qk_norm": True}))
+    with pytest.raises(ConfigError, match="family mine: has no tensor name for 'q_norm'"):
+        families.weight_names(read({**LLAMA, "architectures": ["MineForCausalLM"]}))
+
+
+def test_transformers_saves_what_the_names_say(tiny):
+    """Every tensor that transformers writes is named, and nothing else is; shapes are the mapping's to check."""
+    from tiny_models import VARIANTS
+
+    from megalite.weights.hf import open_checkpoint
+    from megalite.weights.mapping import hf_shapes
+
+    for name in VARIANTS:
+        folder: Path = tiny(name)
+        with open_checkpoint(folder) as checkpoint:
+            stored = {tensor: info.shape for tensor, info in checkpoint.tensors.items()}
+        assert stored == hf_shapes(families.read(folder)), name

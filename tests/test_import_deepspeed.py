@@ -1,0 +1,173 @@
+"""DeepSpeed checkpoints of others: the right weights come out, and no pickle is read unasked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from random_models import Sizes, write_model
+
+from megalite.errors import CheckpointError, ConfigError
+from megalite.model import families
+from megalite.train.import_deepspeed import import_checkpoint
+from megalite.weights.hf import open_checkpoint
+from megalite.weights.mapping import hf_shapes
+
+
+def train_and_save(rank: int, model: Path, folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    """Two steps of a Hugging Face model in DeepSpeed; gives the float32 weights that DeepSpeed itself tells of."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {"DS_ACCELERATOR": "cpu", "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}.items():
+            patch.setenv(key, str(value))
+        return _train_and_save(model, rank, folder, stage)
+
+
+def _train_and_save(model: Path, rank: int, folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import safe_get_full_fp32_param
+    from transformers import AutoModelForCausalLM
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    net = AutoModelForCausalLM.from_pretrained(model)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": True},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 40,
+    }
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config, dist_init_required=False)
+    ids = torch.arange(3, 19)[None] + rank
+    for _ in range(2):
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss)
+        engine.step()
+    engine.save_checkpoint(str(folder), tag="global_step2")
+    return {name: safe_get_full_fp32_param(param).clone() for name, param in net.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_zero_checkpoints(stage, tiny, ranks, tmp_path):
+    truth, _ = ranks(2).run(train_and_save, tiny("llama_tied"), tmp_path / "ck", stage)
+    arguments = (tmp_path / "ck", tiny("llama_tied"))
+    import_checkpoint(*arguments, tmp_path / "hf", allow_pickle=True, max_shard_bytes=50_000)
+    with open_checkpoint(tmp_path / "hf") as after, open_checkpoint(tiny("llama_tied")) as before:
+        assert after.tensors.keys() == before.tensors.keys()
+        assert len({info.file for info in after.tensors.values()}) > 2
+        for name, values in truth.items():
+            assert torch.equal(after.read(name), values.view(after.tensors[name].shape))
+            assert not torch.equal(after.read(name), before.read(name))
+    import_checkpoint(*arguments, tmp_path / "bf16", allow_pickle=True, dtype="bfloat16")
+    assert families.read(tmp_path / "bf16").dtype == "bfloat16"
+    with open_checkpoint(tmp_path / "bf16") as small:
+        assert torch.equal(small.read("model.norm.weight"), truth["model.norm.weight"].bfloat16())
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model", Sizes("llama", layers=1, dtype="F32"))
+
+
+def universal(folder: Path, tensors: dict[str, object]) -> Path:
+    """A universal checkpoint as ds_to_universal lays it out."""
+    for name, values in tensors.items():
+        (folder / "zero" / name).mkdir(parents=True)
+        torch.save({"param": values, "cat_dim": 0}, folder / "zero" / name / "fp32.pt")
+    return folder
+
+
+def some_tensors(model: Path) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in hf_shapes(families.read(model)).items()}
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "module._orig_mod."])
+def test_universal_checkpoints(wrapper, model, tmp_path):
+    tensors = some_tensors(model)
+    folder = universal(tmp_path / "ck", {wrapper + name: values for name, values in tensors.items()})
+    import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=True)
+    with open_checkpoint(tmp_path / "hf") as after:
+        assert all(torch.equal(after.read(name), values) for name, values in tensors.items())
+
+
+def test_pickles_are_not_read_unasked(model, tmp_path):
+    folder = universal(tmp_path / "ck", some_tensors(model))
+    with pytest.raises(ConfigError, match="--allow-pickle: is needed: DeepSpeed's checkpoints are pickles"):
+        import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=False)
+    assert not (tmp_path / "hf").exists()
+
+
+class Evil:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def test_code_in_a_universal_checkpoint_does_not_run_even_so(model, tmp_path):
+    tensors = {**some_tensors(model), "model.norm.weight": Evil(tmp_path / "ran")}
+    folder = universal(tmp_path / "ck", tensors)
+    with pytest.raises(CheckpointError, match="model.norm.weight/fp32.pt: UnpicklingError"):
+        import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def rename(tensors, old, new):
+    tensors[new] = tensors.pop(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing tensors: model.norm.weight"),
+        (lambda t: t.update(extra=torch.ones(2)), "unknown tensors: extra"),
+        (lambda t: rename(t, "lm_head.weight", "head.weight"), "missing tensors: lm_head.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(48)}), r"\[48\], do not make up the \[24\]"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(change, reason, model, tmp_path):
+    tensors = some_tensors(model)
+    change(tensors)
+    with pytest.raises(CheckpointError, match=reason):
+        import_checkpoint(universal(tmp_path / "ck", tensors), model, tmp_path / "hf", allow_pickle=True)
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+
+
+def test_other_folders_are_refused(model, tmp_path):
+    with pytest.raises(CheckpointError, match="not a DeepSpeed checkpoint"):
+        import_checkpoint(model, model, tmp_path / "hf", allow_pickle=True)
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck" / "latest").write_text("../model")
+    with pytest.raises(CheckpointError, match="not the plain name of a folder"):
+        import_checkpoint(tmp_path / "ck", model, tmp_path / "hf", allow_pickle=True)
+    (tmp_path / "ck" / "latest").write_text("tag")
+    (tmp_path / "ck" / "tag").mkdir()
+    (tmp_path / "ck" / "tag" / "mp_rank_00_model_states.pt").write_bytes(b"no pickle")
+    with pytest.raises(CheckpointError, match="DeepSpeed can't read it"):
+        import_checkpoint(tmp_path / "ck", model, tmp_path / "hf", allow_pickle=True)
+    shutil.copytree(model, tmp_path / "hf")
+    with pytest.raises(ConfigError, match="--out.*already holds"):
+        import_checkpoint(tmp_path / "ck", model, tmp_path / "hf", allow_pickle=True)
+
+
+def test_tensor_parallel_slices_are_joined():
+    from megalite.train.import_deepspeed import _joined
+
+    whole = torch.randn(6, 4)
+    assert torch.equal(_joined("a", [whole[:2], whole[2:]], (6, 4), False), whole)
+    assert torch.equal(_joined("a", [whole[:, :3], whole[:, 3:]], (6, 4), False), whole)
+    assert torch.equal(_joined("a", [whole, whole.clone()], (6, 4), False), whole)
+    with pytest.raises(CheckpointError, match="copies of the tensor-parallel ranks differ"):
+        _joined("a", [whole, whole + 1], (6, 4), False)
+    with pytest.raises(CheckpointError, match="slices of a fused tensor"):
+        _joined("a", [whole[:2], whole[2:]], (6, 4), True)
+    with pytest.raises(CheckpointError, match="do not make up"):
+        _joined("a", [whole[:2], whole[3:]], (6, 4), False)

@@ -1,0 +1,42 @@
+"""The structure holds: imports point down, and the check that says so notices when they do not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from check_imports import check  # noqa: E402
+
+
+def test_imports_point_down():
+    assert check(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "reason"),
+    [
+        ("megalite/core/a.py", "from megalite.model import config", "must not know megalite.model"),
+        ("megalite/train/a.py", "import megalite.inference.engine", "must not know megalite.inference"),
+        ("megalite/monitor/a.py", "from megalite.errors import RankLost", "imports nothing of ours"),
+        ("megalite/inference/a.py", "import deepspeed", "deepspeed may be imported only in"),
+        ("megalite/config/a.py", "import torch", "importable without torch"),
+        ("megalite/model/a.py", "def f():\n    import transformers", "transformers may be imported only in"),
+    ],
+)
+def test_wrong_imports_are_found(tmp_path, file, line, reason):
+    target = tmp_path / file
+    target.parent.mkdir(parents=True)
+    target.write_text(line + "\n")
+    (found,) = check(tmp_path)
+    assert reason in found
+
+
+def test_importing_megalite_is_light():
+    heavy = "torch", "deepspeed", "transformers", "tokenizers", "fastapi", "omegaconf"
+    code = f"import sys, megalite; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

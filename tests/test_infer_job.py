@@ -1,0 +1,255 @@
+"""The inference job as a user runs it: real processes, input and output files, kills, stops and resumed runs.
+
+The runs of `runs` go on at the same time, because starting processes is most of the work; the tests look at what they
+left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import with_tokenizer
+
+ROOT = Path(__file__).parent.parent
+INFER = str(ROOT / "launch" / "infer.py")
+DOOR = [sys.executable, INFER]
+DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", INFER]
+CONFIG = """
+model: {{path: {model}, dtype: float32}}
+engine: {{max_num_seqs: 16, max_model_len: 100, block_size: 8, check_lockstep: true}}
+sampling: {{temperature: 0.9, max_tokens: 60, ignore_eos: true, seed: 4}}
+"""
+GOOD = [
+    *({"prompt": "x" * (1 + place % 7), "id": f"text {place}"} for place in range(60)),
+    *({"prompt": [5 + place, 6, 7], "sampling": {"max_tokens": 5 + 3 * place}} for place in range(12)),
+    {"messages": [{"role": "user", "content": "hi"}], "id": 100, "sampling": {"seed": 1, "n": 3}},
+    {"prompt": "é", "sampling": {"logprobs": 2, "prompt_logprobs": 1, "temperature": 0, "max_tokens": 3}},
+    {"prompt": "stop", "sampling": {"stop": ["a", "b", "c", "d"], "best_of": 3, "temperature": 1}},
+]
+BAD = {
+    3: ('{"prompt": "x", "promt": "y"}', "unknown key 'promt'; did you mean 'prompt'?"),
+    4: ("{'prompt': 'x'}", "is not valid JSON at column 2"),
+    20: (json.dumps({"prompt": "x" * 200}), "the prompt has 200 tokens, and with the output it must fit in 100"),
+    21: ('{"prompt": ""}', "an empty prompt"),
+    22: ('{"prompt": "x", "sampling": {"n": 3, "best_of": 2}}', "sampling.best_of: must be at least n = 3"),
+    23: ('{"prompt": "x", "id": "text 0"}', "the id 'text 0' is used by"),
+}
+"""By line number, from 1: the line and what is said of it."""
+
+
+def input_lines() -> list[str]:
+    lines = [json.dumps(value) for value in GOOD]
+    for number, (line, _) in BAD.items():
+        lines.insert(number - 1, line)
+    return lines
+
+
+@dataclass
+class Run:
+    """One process that has ended."""
+
+    code: int
+    out: str
+    err: str
+    results: list[dict]
+    """The lines of the output file, which must be whole."""
+
+
+class Jobs:
+    """Runs commands in a folder with a model, a config and an input file."""
+
+    def __init__(self, folder: Path, model: Path):
+        self.folder = folder
+        self.input = folder / "prompts.jsonl"
+        self.input.write_text("\n".join(input_lines()) + "\n")
+        self.config = folder / "job.yaml"
+        self.config.write_text(CONFIG.format(model=json.dumps(str(model))))
+
+    def start(self, name: str, *overrides: str, command: list[str] = DOOR, stdin: bool = False, fault: str = ""):
+        """`name` names the output file too."""
+        args = ["--config", str(self.config), f"output.file={self.folder / name}.jsonl"]
+        args += ["input.file=-" if stdin else f"input.file={self.input}", *overrides]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "MEGALITE_FAULT": fault}
+        return subprocess.Popen(
+            [*command, *args],
+            env=env,
+            stdin=self.input.open("rb") if stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ended(self, name: str, process: subprocess.Popen) -> Run:
+        try:
+            out, err = process.communicate(timeout=150)
+        finally:
+            process.kill()
+        text = (self.folder / f"{name}.jsonl").read_text()
+        assert text == "" or text.endswith("\n")
+        return Run(process.returncode, out, err, [json.loads(line) for line in text.splitlines()])
+
+    def run(self, name: str, *overrides: str, **options) -> Run:
+        return self.ended(name, self.start(name, *overrides, **options))
+
+    def stop(self, name: str, signum: int, after: int, *overrides: str) -> Run:
+        """Send a signal once the output has more than `after` lines. One prompt at a time: it shall take a while."""
+        process = self.start(name, "engine.max_num_seqs=1", *overrides)
+        output = self.folder / f"{name}.jsonl"
+        end = time.monotonic() + 120
+        while not output.exists() or output.read_bytes().count(b"\n") <= after:
+            assert process.poll() is None and time.monotonic() < end, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(signum)
+        return self.ended(name, process)
+
+
+def killed(jobs: Jobs) -> list[Run]:
+    """One rank of two is killed; the rest, on one rank, is killed while it puts the file in order; then once more."""
+    runs = [jobs.run("killed", "parallel.dp=2", "engine.max_num_seqs=3", fault="decode.step@1#160=kill")]
+    runs.append(jobs.run("killed", fault="output.order=kill"))
+    return [*runs, jobs.run("killed")]
+
+
+def stopped(jobs: Jobs) -> list[Run]:
+    """SIGTERM, SIGINT, a refusal of other sampling, and the rest."""
+    runs = [jobs.stop("stopped", signal.SIGTERM, len(BAD) + 2, "parallel.dp=2", "parallel.dp_mode=async")]
+    runs.append(jobs.stop("stopped", signal.SIGINT, len(runs[0].results) + 1))
+    runs.append(jobs.run("stopped", "sampling.temperature=0.8", "engine.seed=1"))
+    return [*runs, jobs.run("stopped")]
+
+
+CHAINS: dict[str, Callable[[Jobs], list[Run]]] = {
+    "undisturbed": lambda jobs: [jobs.run("undisturbed")],
+    "killed": killed,
+    "stopped": stopped,
+    "stdin through the door": lambda jobs: [jobs.run("stdin", "parallel.tp=2", stdin=True)],
+    "stdin under deepspeed": lambda jobs: [jobs.run("deepspeed", "parallel.pp=2", stdin=True, command=DEEPSPEED)],
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny, tmp_path_factory) -> Jobs:
+    folder = tmp_path_factory.mktemp("jobs")
+    return Jobs(folder, with_tokenizer(tiny("llama3"), folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def runs(jobs) -> dict[str, Future[list[Run]]]:
+    with ThreadPoolExecutor(max_workers=3) as pool:
+        yield {name: pool.submit(chain, jobs) for name, chain in CHAINS.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs) -> Run:
+    [run] = runs["undisturbed"].result()
+    return run
+
+
+def ids() -> list[str]:
+    """Of all prompts, in input order."""
+    given = [json.loads(line).get("id") if number not in BAD else None for number, line in enumerate(input_lines(), 1)]
+    names = [str(place) if name is None else str(name) for place, name in enumerate(given)]
+    names[22] = "prompts.jsonl:23"  # its own is taken
+    return names
+
+
+def assert_same(results: list[dict], wanted: list[dict]) -> None:
+    """Equal in every byte, but for the replica and the last digits of log-probabilities."""
+    for got, want in zip(results, wanted, strict=True):
+        assert _comparable(got, lambda value: value) == _comparable(want, lambda value: pytest.approx(value, abs=1e-3))
+
+
+def _comparable(value, number: Callable[[float], object]):
+    if isinstance(value, dict):
+        return {key: _comparable(inner, number) for key, inner in value.items() if key != "replica"}
+    if isinstance(value, list):
+        return [_comparable(inner, number) for inner in value]
+    return number(value) if isinstance(value, float) else value
+
+
+def test_a_job_from_file_to_file(undisturbed):
+    assert (undisturbed.code, undisturbed.out) == (0, "")
+    assert [result["id"] for result in undisturbed.results] == ids(), "each once, in input order"
+    for number, result in enumerate(undisturbed.results, 1):
+        assert ("error" in result) == (number in BAD) != bool(result["outputs"])
+    results = {result["id"]: result for result in undisturbed.results}
+    assert len(results["100"]["outputs"]) == 3 and results["100"]["prompt"] == "<s>user: hi\nassistant: "
+    assert len(results["text 59"]["outputs"][0]["token_ids"]) == 60
+
+
+def test_bad_lines_are_named(undisturbed):
+    errors = [line for line in undisturbed.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == len(BAD)
+    for (number, (_, says)), line in zip(BAD.items(), errors, strict=True):
+        assert line.startswith(f"error: prompts.jsonl:{number}: ") and says in line
+        assert undisturbed.results[number - 1]["error"] == line.removeprefix("error: ")
+    assert f"total: {len(ids())} prompts ({len(BAD)} failed), " in undisturbed.err
+    assert "\r" not in undisturbed.err, "no progress bar in a file"
+
+
+@pytest.mark.parametrize("chain", ["killed", "stopped", "stdin through the door", "stdin under deepspeed"])
+def test_the_end_is_the_same(chain, runs, undisturbed):
+    last = runs[chain].result()[-1]
+    assert (last.code, last.out if "deepspeed" not in chain else "") == (0, "")
+    for result in last.results if "stdin" in chain else ():  # what is read is called by another name
+        for key in {"id", "error"} & result.keys():
+            result[key] = result[key].replace("stdin:", "prompts.jsonl:")
+    assert_same(last.results, undisturbed.results)
+
+
+def test_a_killed_rank_keeps_what_was_finished(runs):
+    first, second, _ = runs["killed"].result()
+    assert first.code == 70 and "rank 1 (pid" in first.err and "was lost" in first.err
+    assert len(BAD) < len(first.results) < len(ids())
+    assert second.code == -signal.SIGKILL
+    names = [result["id"] for result in second.results]
+    assert sorted(names) == sorted(ids()) != ids() and names != ids(), "all there, not in order yet"
+    assert second.results[: len(first.results)] == first.results, "nothing ran twice"
+
+
+def test_stops_drain_and_leave_the_output_whole(runs):
+    first, second, refused, _ = runs["stopped"].result()
+    assert first.code == 143 and first.err.splitlines()[-1] == "stopped by SIGTERM; finished work is kept"
+    assert second.code == 130 and second.err.splitlines()[-1] == "stopped by SIGINT; finished work is kept"
+    assert {0, None} <= {result["replica"] for result in first.results} <= {0, 1, None}
+    assert len(BAD) < len(first.results) < len(second.results) < len(ids())
+    assert second.results[: len(first.results)] == first.results
+    assert refused.code == 2 and refused.results == second.results
+    [line] = refused.err.splitlines()
+    assert line.startswith("error: output.file: holds results of another run (engine.seed was 0, is 1; ")
+    assert "sampling.temperature was 0.9, is 0.8)" in line and "output.overwrite=true" in line
+
+
+def test_the_report_and_the_dry_run_agree(jobs, runs):
+    [run] = runs["stdin through the door"].result()
+    lines = run.err.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.split()[:1] == ["rank"])
+    header = [cell for cell in lines[at].split("  ") if cell]
+    columns = ["rank", "dp/pp/tp", "layers", "weights", "KV cache (blocks)", "load peak / bound"]
+    columns += ["prefill tok/s", "decode tok/s", "compute", "comm", "wait", "other"]
+    assert [cell.strip() for cell in header] == columns
+    rows = [[cell.strip() for cell in line.split("  ") if cell] for line in lines[at + 1 : at + 3]]
+    assert [row[:3] for row in rows] == [["0", "0/0/0", "0-3"], ["1", "0/0/1", "0-3"]]
+    assert lines[at + 3].startswith(f"total: {len(ids())} prompts ({len(BAD)} failed), ")
+    dry = subprocess.run(
+        [*DOOR, "--config", jobs.config, "--dry-run", "parallel.tp=2", "input.prompts=[x]"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    table = [line.split("  ") for line in dry.stdout.splitlines()[2:5]]
+    names, *ranks = [[cell.strip() for cell in row if cell.strip()] for row in table]
+    weights = [(dry_row[names.index("weights")], row[3]) for dry_row, row in zip(ranks, rows, strict=True)]
+    exact, rounded = ([float(cell.removesuffix(" KiB")) for cell in cells] for cells in zip(*weights, strict=True))
+    assert exact == [pytest.approx(size, abs=0.51) for size in rounded]

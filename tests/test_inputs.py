@@ -1,0 +1,367 @@
+"""Reading prompts: what a line may say, what is refused, and that one bad line costs no other."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from itertools import count
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from megalite.config.schema import InputSection, SamplingParams
+from megalite.errors import ConfigError
+from megalite.inference import inputs
+from megalite.inference.inputs import InputBatch, Served, derived_seed, make_request, read_inputs
+from megalite.tokenizer import Tokenizer
+
+CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ raise_exception('no') if x }}"
+DEFAULTS = SamplingParams(temperature=0.7, max_tokens=20)
+
+
+@cache
+def tokenizer(template: str = CHAT) -> Tokenizer:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([], trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    return Tokenizer(backend, names, {"default": template} if template else {})
+
+
+def served(**changes) -> Served:
+    base = Served(tokenizer=tokenizer(), vocab_size=258, max_model_len=64, eos_token_ids=(7,), seed=3)
+    return replace(base, **changes)
+
+
+def read(lines: list[object] | bytes, tmp_path=None, **changes) -> InputBatch:
+    """From standard input, or from a file in `tmp_path`; objects become JSON lines."""
+    if not isinstance(lines, bytes):
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        lines = "\n".join(texts).encode("utf-8", "surrogatepass")
+    if tmp_path is None:
+        return read_inputs(InputSection(file="-"), DEFAULTS, served(**changes), stdin=io.BytesIO(lines))
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(lines)
+    return read_inputs(InputSection(file=str(path)), DEFAULTS, served(**changes))
+
+
+def errors(batch: InputBatch) -> list[str]:
+    return [failure.error for failure in batch.failures]
+
+
+# ---- what is read
+
+
+def test_prompts_of_every_kind():
+    batch = read(
+        [
+            {"prompt": "ab"},
+            {"prompt": [5, 6, 7], "id": "mine"},
+            {"messages": [{"role": "user", "content": "hi"}], "id": 12},
+            {"prompt": "ab", "sampling": {"n": 2, "max_tokens": 3, "stop": "x", "logit_bias": {"5": 1.0}}},
+        ]
+    )
+    assert batch.failures == ()
+    first, second, third, fourth = batch.requests
+    text = tokenizer().encode("ab")
+    assert [request.id for request in batch.requests] == ["0", "mine", "12", "3"] == list(batch.order)
+    assert first.prompt_token_ids == tuple(text) and text[0] == 0
+    assert second.prompt_token_ids == (5, 6, 7)
+    assert batch.texts == {"0": "ab", "12": "<s>user:hi;", "3": "ab"}
+    assert third.prompt_token_ids.count(0) == 1  # the template writes the only <s>
+    assert (fourth.params.n, fourth.max_tokens, fourth.params.logit_bias) == (2, 3, {5: 1.0})
+    assert fourth.params.temperature == DEFAULTS.temperature
+    assert first.params is DEFAULTS
+
+
+def test_inline_prompts():
+    section = InputSection(prompts=["ab", [1, 2], [{"role": "user", "content": "x"}], "", [300], 5])
+    batch = read_inputs(section, DEFAULTS, served())
+    assert batch.order == ("0", "1", "2", "3", "4", "5")
+    assert [request.id for request in batch.requests] == ["0", "1", "2"]
+    for place, error in zip((3, 4, 5), errors(batch), strict=True):
+        assert error.startswith(f"input.prompts[{place}]")
+
+
+def test_a_file_and_standard_input_give_the_same(tmp_path):
+    lines = [{"prompt": "ab"}, "", "   ", {"prompt": "cd"}, {"prompt": ""}]
+    from_file, from_stdin = read(lines, tmp_path), read(lines)
+    assert from_file.requests == from_stdin.requests
+    assert from_file.digest == from_stdin.digest
+    assert errors(from_file)[0].startswith("prompts.jsonl:5:")
+    assert errors(from_stdin)[0].startswith("stdin:5:")
+
+
+def test_blank_lines_line_ends_and_a_byte_order_mark():
+    batch = read(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n \t \n{"prompt": "b"}\r\n{"prompt": "c"}')
+    assert batch.order == ("0", "1", "2")
+    assert list(batch.texts.values()) == ["a", "b", "c"]
+
+
+def test_the_digest_is_of_the_content():
+    base = read([{"prompt": "a"}, {"prompt": "b"}]).digest
+    assert read([{"prompt": "a"}, "", {"prompt": "b"}]).digest == base
+    assert read([{"prompt": "b"}, {"prompt": "a"}]).digest != base
+    assert read([{"prompt": "a"}]).digest != base
+
+
+# ---- what is refused, by line
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"', "stdin:2: is not valid JSON at column"),
+        ("prompt", "is not valid JSON at column 1"),
+        ('"text"', "must be a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"prompt": [1, NaN]}', "NaN is not a JSON number"),
+        ('{"prompt": [Infinity]}', "Infinity is not a JSON number"),
+        ('{"prompt": [%s]}' % ("9" * 5000), "4300 digits"),
+        ('{"prompt": "a", "prompt": "b"}', "'prompt' occurs twice"),
+        ("{}", "needs either a prompt or messages"),
+        ('{"prompt": "a", "messages": []}', "needs either a prompt or messages"),
+        ('{"promt": "a"}', "unknown key 'promt'; did you mean 'prompt'"),
+        ('{"prompt": "a", "zzzz": 1}', "the keys are prompt, messages, id, sampling"),
+        ('{"prompt": null}', "stdin:2"),
+        ('{"prompt": 5}', "stdin:2"),
+        ('{"prompt": ""}', "empty prompt"),
+        ('{"prompt": []}', "empty prompt"),
+        ('{"prompt": [258]}', "stdin:2[0]: the model's token ids are 0 to 257, got 258"),
+        ('{"prompt": [-1]}', "token ids are 0 to 257"),
+        ('{"prompt": [1.0]}', "token id"),
+        ('{"prompt": [true]}', "token id"),
+        ('{"prompt": ["a", "b"]}', "several prompts"),
+        ('{"prompt": "\\ud800"}', "half a surrogate pair"),
+        ('{"messages": []}', "messages must be a list"),
+        ('{"messages": "hi"}', "messages must be a list"),
+        ('{"messages": [1]}', "messages must be a list"),
+        ('{"messages": [{"role": "user"}]}', "stdin:2[0]: a chat message needs a content"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "content: must be text"),
+        ('{"prompt": "a", "id": ""}', "id: must be a text that is not empty"),
+        ('{"prompt": "a", "id": true}', "id: must be"),
+        ('{"prompt": "a", "id": [1]}', "id: must be"),
+        ('{"prompt": "a", "id": "\\udfff"}', "id: has half a surrogate pair"),
+        ('{"prompt": "a", "sampling": 3}', "sampling"),
+        ('{"prompt": "a", "sampling": {"temprature": 1}}', "temprature"),
+        ('{"prompt": "a", "sampling": {"temperature": "hot"}}', "stdin:2: sampling.temperature"),
+        ('{"prompt": "a", "sampling": {"temperature": -1}}', "stdin:2: sampling.temperature: must be >= 0, got -1"),
+        ('{"prompt": "a", "sampling": {"n": 3, "best_of": 2}}', "at least n = 3"),
+        ('{"prompt": "a", "sampling": {"stop_token_ids": [300]}}', "token ids are 0 to 257"),
+        ('{"prompt": "%s"}' % ("a" * 63), "the prompt has 64 tokens, and with the output it must fit in 64"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_bad_line(line, message):
+    batch = read(['{"prompt": "before"}', line, '{"prompt": "after"}'])
+    assert [request.id for request in batch.requests] == ["0", "2"]
+    (failure,) = batch.failures
+    assert failure.error.startswith("stdin:2")
+    assert message in failure.error
+    assert failure.id == "1"
+    assert batch.order == ("0", "1", "2")
+    output = failure.output()
+    assert output.error == failure.error and output.outputs == []
+    assert json.loads(output.to_line().encode())["id"] == "1"
+
+
+def test_bytes_that_are_not_utf8():
+    batch = read(b'{"prompt": "a"}\n{"prompt": "\xff"}\n{"prompt": "b"}\n')
+    assert errors(batch) == ["stdin:2: is not UTF-8 at byte 13."]
+    assert len(batch.requests) == 2
+
+
+def test_a_huge_line_is_skipped_without_being_kept(monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_LINE", 1 << 20)
+    huge = b'{"prompt": "' + b"a" * (5 << 20) + b'"}'
+    batch = read(b'{"prompt": "a"}\n' + huge + b'\n{"prompt": "b"}\n' + huge)
+    assert errors(batch) == ["stdin:2: the line is longer than 1 MiB.", "stdin:4: the line is longer than 1 MiB."]
+    assert batch.order == ("0", "1", "2", "3")
+    exactly = b'{"prompt": [5], "id": "' + b"a" * ((1 << 20) - 25) + b'"}'
+    assert len(exactly) == 1 << 20
+    assert read(exactly + b"\n").failures == () == read(exactly).failures
+
+
+def test_duplicate_ids_keep_the_first():
+    batch = read([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": "1"}, {"prompt": "d"}])
+    assert [request.id for request in batch.requests] == ["x", "1", "3"]
+    assert errors(batch) == ["stdin:2: the id 'x' is used by stdin:1 already."]
+    assert batch.order == ("x", "stdin:2", "1", "3")
+    taken = read([{"prompt": "a", "id": "1"}, {"prompt": "b"}])
+    assert errors(taken) == ["stdin:2: the id '1' is used by stdin:1 already."]
+
+
+def test_ids_stay_unique_whatever_they_are():
+    batch = read([{"prompt": "a", "id": "stdin:2"}, {"prompt": "b", "id": "stdin:2"}, {"prompt": "c", "id": 1}])
+    assert len(set(batch.order)) == 3 and len(batch.failures) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=30).map(lambda raw: raw.replace(b"\n", b"")),
+            st.builds(
+                lambda value: json.dumps(value).encode(),
+                st.fixed_dictionaries(
+                    {},
+                    optional={
+                        "prompt": st.one_of(st.text(max_size=8), st.lists(st.integers(-1, 300), max_size=4)),
+                        "id": st.one_of(st.none(), st.integers(0, 4), st.sampled_from(["a", "stdin:2", ""])),
+                        "sampling": st.sampled_from([None, {}, {"n": 0}, {"n": 2}, {"x": 1}]),
+                    },
+                ),
+            ),
+        ),
+        max_size=8,
+    )
+)
+def test_every_line_is_one_request_or_one_failure(lines):
+    raw = b"\n".join(lines)
+    kept = [line for line in lines if line.strip()]
+    if not kept:
+        with pytest.raises(ConfigError, match="has no prompts"):
+            read(raw)
+        return
+    batch = read(raw)
+    names = [*(request.id for request in batch.requests), *(failure.id for failure in batch.failures)]
+    assert sorted(names) == sorted(batch.order)
+    assert len(set(names)) == len(names) == len(kept)
+    for request in batch.requests:
+        assert request.prompt_token_ids and len(request.prompt_token_ids) + request.max_tokens <= 64
+    for failure in batch.failures:
+        assert failure.error.startswith("stdin:")
+        failure.output().to_line().encode()
+
+
+# ---- the input as a whole
+
+
+def test_missing_and_empty_input(tmp_path):
+    with pytest.raises(ConfigError, match=r"input.file: No such file or directory, got .*nothing.jsonl"):
+        read_inputs(InputSection(file=str(tmp_path / "nothing.jsonl")), DEFAULTS, served())
+    with pytest.raises(ConfigError, match="input.file: Is a directory"):
+        read_inputs(InputSection(file=str(tmp_path)), DEFAULTS, served())
+    with pytest.raises(ConfigError, match="input.file: has no prompts"):
+        read(b"\n\n")
+    with pytest.raises(ConfigError, match="input.prompts: has no prompts"):
+        read_inputs(InputSection(prompts=[]), DEFAULTS, served())
+
+
+def test_without_leaves_finished_ones_out():
+    batch = read([{"prompt": "a"}, {"prompt": ""}, {"prompt": "b"}])
+    rest = batch.without(["0", "1"])
+    assert [request.id for request in rest.requests] == ["2"]
+    assert rest.failures == () and rest.order == batch.order
+    assert rest.requests[0] == batch.requests[1]  # the seed is of its place in the whole input
+
+
+# ---- models without a tokenizer or a chat template
+
+
+def test_without_tokenizer():
+    lines = [{"prompt": [1, 2]}, {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+    batch = read([*lines, {"prompt": [1], "sampling": {"stop": "x"}}], tokenizer=None)
+    assert len(batch.requests) == 1 and batch.texts == {}
+    assert "Give the prompt as token ids" in errors(batch)[0] and "no tokenizer" in errors(batch)[1]
+    assert "stop strings need a tokenizer" in errors(batch)[2]
+
+
+def test_without_chat_template():
+    batch = read([{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a"}], tokenizer=tokenizer(""))
+    assert errors(batch) == ["stdin:1: the model has no chat template; give a prompt instead of messages."]
+    assert len(batch.requests) == 1
+
+
+def test_a_template_that_refuses():
+    refusing = tokenizer("{{ raise_exception('roles must alternate') }}")
+    batch = read([{"messages": [{"role": "user", "content": "a"}]}, {"prompt": "a"}], tokenizer=refusing)
+    assert errors(batch) == ["stdin:1: the chat template refuses: roles must alternate."]
+    assert len(batch.requests) == 1
+
+
+def test_no_process_is_left_after_reading():
+    read([{"messages": [{"role": "user", "content": "a"}]}])
+    assert all(template._child is None for template in tokenizer()._compiled.values())
+
+
+def test_a_tokenizer_of_another_model():
+    batch = read([{"prompt": "a"}, {"prompt": [1]}], vocab_size=40)
+    assert "The tokenizer is not this model's" in errors(batch)[0]
+    assert len(batch.requests) == 1
+
+
+# ---- one request
+
+
+def test_lengths_resolve():
+    def tokens(length: int, **params) -> int:
+        return make_request([1] * length, SamplingParams(**params), served(), id="x", index=0)[0].max_tokens
+
+    assert tokens(10, max_tokens=None) == 54
+    assert tokens(10, max_tokens=5) == 5
+    assert tokens(60, max_tokens=16) == 4
+    assert tokens(63, max_tokens=16) == 1
+    assert tokens(64, max_tokens=0) == 0
+    for length, wanted in ((64, 1), (65, 0), (64, None)):
+        with pytest.raises(ConfigError, match="prompt: the prompt has"):
+            tokens(length, max_tokens=wanted)
+
+
+def test_what_ends_the_output():
+    def stops(**params) -> set[int]:
+        request, _ = make_request([1], SamplingParams(**params), served(), id="x", index=0)
+        return set(request.stop_token_ids)
+
+    assert stops() == {7, 1}  # the model's configuration and the tokenizer
+    assert stops(ignore_eos=True) == set()
+    assert stops(stop_token_ids=[9], ignore_eos=True) == {9}
+    assert stops(stop_token_ids=[9]) == {9, 7, 1}
+
+
+def test_seeds():
+    def seed(index: int, engine: int = 3, **params) -> int:
+        return make_request([1], SamplingParams(**params), served(seed=engine), id="x", index=index)[0].seed
+
+    assert seed(0, seed=11) == 11
+    assert seed(0, seed=0) == 0
+    assert seed(4) == derived_seed(3, 4)
+    assert len({seed(index, engine) for index, engine in zip(count(), [0, 1] * 50, strict=False)}) == 100
+    assert 0 <= derived_seed(2**63 - 1, 10**9) < 2**63
+    # Fixed for good: a change would change everybody's results.
+    assert derived_seed(0, 0) == 6229992318841519305
+    assert derived_seed(1, 23) == 3103269449248094179
+
+
+def test_seed_is_of_the_place_in_the_input_not_among_the_valid():
+    batch = read([{"prompt": ""}, {"prompt": "a"}])
+    assert batch.requests[0].seed == derived_seed(3, 1)
+
+
+def test_chat_variables_reach_the_template():
+    request, text = make_request(
+        [{"role": "user", "content": "a"}],
+        SamplingParams(),
+        served(tokenizer=tokenizer("{{ mood }}{{ messages[0].content }}{{ tools | length }}")),
+        id="x",
+        index=0,
+        chat_variables={"mood": "calm", "tools": [{}, {}]},
+    )
+    assert text == "calma2"
+    assert tokenizer().decode(request.prompt_token_ids) == text
+
+
+def test_imports_are_light():
+    code = "import sys, megalite.inference.inputs; print([m for m in ('torch', 'jinja2') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -1,0 +1,439 @@
+"""Paged attention, the cache writer and packed attention against plain float64 torch.
+
+The Triton kernels run compiled where there is a CUDA device and under Triton's interpreter where there is none; without
+Triton their tests are skipped. Cache slots that no query may read hold NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported
+
+from megalite.errors import ResourceError  # noqa: E402
+from megalite.model import kernels  # noqa: E402
+from megalite.model.config import AttentionSpec  # noqa: E402
+
+DEVICE = "cuda" if CUDA else "cpu"
+interpreted = type(kernels._store_kernel).__name__ == "InterpretedFunction"
+old_numpy = tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)  # Triton 3.6's interpreter wants it
+needs_triton = pytest.mark.skipif(
+    not (CUDA or (interpreted and old_numpy)),
+    reason="needs CUDA, or numpy < 2.4 and Triton imported with TRITON_INTERPRET=1",
+)
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one program after the other, so cut decode steps into few."""
+    if not CUDA:
+        monkeypatch.setattr(kernels, "PROGRAMS", 16)
+
+
+def make_spec(dim: int, window: int | None = None, softcap: float | None = None) -> AttentionSpec:
+    return AttentionSpec(layer=0, scale=1.3 / math.sqrt(dim), window=window, softcap=softcap)
+
+
+def reference(q, k, v, spec):
+    """q [count, H, D], the last positions of k and v [length, K, D] -> float64 [count, H, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    key = torch.arange(k.shape[0], device=q.device)
+    query = key[k.shape[0] - q.shape[0] :, None]
+    seen = key <= query
+    if spec.window is not None:
+        seen &= key > query - spec.window
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@dataclass
+class Step:
+    """A batch over a paged cache; each row is (context_len, queries)."""
+
+    rows: list[tuple[int, int]]
+    heads: int
+    kv_heads: int
+    dim: int
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    spec: AttentionSpec | None = None
+    table_width: int | None = None
+
+    def __post_init__(self):
+        torch.manual_seed(sum(context for context, _ in self.rows) + self.heads + self.dim)
+        self.spec = self.spec or make_spec(self.dim)
+        counts = [-(-context // self.block_size) for context, _ in self.rows]
+        poisoned = sum(counts)  # the last block; entries that must not be used point to it
+        free = torch.randperm(poisoned, dtype=torch.int32)
+        width = self.table_width or max(1, *counts)
+        self.block_table = torch.full((len(counts), width), poisoned, dtype=torch.int32)
+        self.cache = torch.full(
+            (2, self.kv_heads, (poisoned + 1) * self.block_size, self.dim), math.nan, dtype=self.dtype, device=DEVICE
+        )
+        self.k, self.v = [], []
+        for b, ((context, count), blocks) in enumerate(zip(self.rows, free.split(counts), strict=True)):
+            kv = torch.randn(context, 2, self.kv_heads, self.dim, device=DEVICE).to(self.dtype)
+            first_seen = 0 if self.spec.window is None else max(0, context - count - self.spec.window + 1)
+            seen = torch.arange(first_seen, context)
+            self.block_table[b, seen // self.block_size] = blocks[seen // self.block_size]
+            slots = blocks[seen // self.block_size].long() * self.block_size + seen % self.block_size
+            self.cache[:, :, slots.to(DEVICE)] = kv[first_seen:].permute(1, 2, 0, 3)
+            self.k.append(kv[:, 0])
+            self.v.append(kv[:, 1])
+        starts = [0]
+        for _, count in self.rows:
+            starts.append(starts[-1] + count)
+        self.starts = starts
+        self.query_start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+        self.context_len = torch.tensor([c for c, _ in self.rows], dtype=torch.int32, device=DEVICE)
+        self.block_table = self.block_table.to(DEVICE)
+        fused = torch.randn(starts[-1], self.heads + 2 * self.kv_heads, self.dim, device=DEVICE).to(self.dtype)
+        self.q = fused[:, : self.heads]
+
+    def run(self, **overrides) -> torch.Tensor:
+        arguments = {
+            "query_start": self.query_start,
+            "context_len": self.context_len,
+            "block_table": self.block_table,
+            "block_size": self.block_size,
+            "spec": self.spec,
+            "max_query_len": max(count for _, count in self.rows),
+        }
+        return kernels.paged_attention(self.q, *self.cache, **(arguments | overrides))
+
+    def expected(self) -> torch.Tensor:
+        parts = []
+        for b, (context, _) in enumerate(self.rows):
+            q = self.q[self.starts[b] : self.starts[b + 1]]
+            parts.append(reference(q, self.k[b], self.v[b], self.spec) if context else torch.zeros_like(q).double())
+        return torch.cat(parts)
+
+    def check(self, **overrides) -> torch.Tensor:
+        out = self.run(**overrides)
+        tolerance = TOLERANCE[self.dtype]
+        torch.testing.assert_close(out.double(), self.expected(), rtol=tolerance, atol=tolerance)
+        return out
+
+
+DECODE = [(1, 1), (45, 1), (70, 1)]
+MIXED = [(37, 1), (19, 19), (61, 7), (1, 1), (33, 10)]
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_query_heads_share_kv_heads(rows, group):
+    Step(rows, heads=2 * group, kv_heads=2, dim=32).check()
+
+
+@needs_triton
+@pytest.mark.parametrize("heads, kv_heads", [(7, 1), (6, 2), (20, 1)])
+def test_groups_that_are_no_power_of_two(heads, kv_heads):
+    for rows in (DECODE, MIXED):
+        Step(rows, heads, kv_heads, dim=16).check()
+
+
+@needs_triton
+@pytest.mark.parametrize("dim", [8, 32, 64, 80, 96, 128, 256])
+def test_head_dims(dim):
+    Step([(37, 1), (20, 20), (50, 1)], heads=4, kv_heads=2, dim=dim).check()
+    Step([(37, 1), (50, 1)], heads=4, kv_heads=2, dim=dim).check()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    if dtype == torch.bfloat16 and not CUDA:
+        pytest.skip("Triton's interpreter multiplies bfloat16 tiles wrongly")
+    Step(DECODE, heads=4, kv_heads=2, dim=64, dtype=dtype).check()
+    Step(MIXED, heads=4, kv_heads=2, dim=64, dtype=dtype).check()
+
+
+@needs_triton
+@pytest.mark.parametrize("block_size", [8, 12, 16, 64])
+def test_block_sizes(block_size):
+    for rows in (DECODE, MIXED):
+        Step(rows, heads=4, kv_heads=2, dim=16, block_size=block_size).check()
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [1, 7, 16, 33, 500])
+def test_a_window_hides_older_keys_and_never_reads_their_blocks(window):
+    for rows in (DECODE, MIXED):
+        step = Step(rows, heads=4, kv_heads=2, dim=16, spec=make_spec(16, window=window))
+        step.check()
+    Step(DECODE, heads=4, kv_heads=2, dim=16, spec=make_spec(16, window=window)).check(num_splits=4)
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [None, 20])
+def test_softcap(window):
+    spec = make_spec(32, window=window, softcap=1.5)
+    for rows in (DECODE, MIXED):
+        step = Step(rows, heads=4, kv_heads=2, dim=32, spec=spec)
+        out = step.check()
+        assert not torch.allclose(out, step.run(spec=make_spec(32, window=window)), atol=1e-3)  # the cap is felt
+
+
+@needs_triton
+def test_scores_far_below_the_softcap_saturate():
+    step = Step(DECODE, heads=2, kv_heads=1, dim=32, spec=AttentionSpec(layer=0, scale=40.0, softcap=2.0))
+    step.check()
+
+
+@needs_triton
+@pytest.mark.parametrize("splits", [1, 2, 8, 16])
+def test_decode_does_not_depend_on_the_number_of_splits(splits):
+    step = Step([(1, 1), (200, 1), (0, 1), (33, 1), (32, 1)], heads=2, kv_heads=1, dim=80)
+    torch.testing.assert_close(step.check(num_splits=splits), step.run(num_splits=4), rtol=1e-6, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("splits", [1, 4])
+def test_padding_rows_give_zeros(splits):
+    step = Step([(40, 1), (0, 1), (9, 1), (0, 1)], heads=4, kv_heads=2, dim=32)
+    out = step.check(num_splits=splits)
+    assert out[[1, 3]].count_nonzero() == 0
+    assert Step([(40, 3), (0, 1), (0, 1)], heads=4, kv_heads=2, dim=32).check()[3:].count_nonzero() == 0
+
+
+@needs_triton
+def test_rows_without_queries_are_passed_over():
+    Step([(40, 0), (12, 5), (3, 0), (3, 0), (30, 30), (7, 0)], heads=4, kv_heads=2, dim=16).check()
+    Step([(40, 0), (12, 1), (3, 0), (30, 1)], heads=4, kv_heads=2, dim=16).check()
+
+
+@needs_triton
+def test_a_row_does_not_depend_on_its_batch():
+    step = Step([(61, 9), (37, 1), (90, 20)], heads=4, kv_heads=2, dim=32)
+    whole = step.run()
+    for b, (lo, hi) in enumerate(zip(step.starts, step.starts[1:], strict=False)):
+        alone = kernels.paged_attention(
+            step.q[lo:hi],
+            *step.cache,
+            query_start=torch.tensor([0, hi - lo], dtype=torch.int32, device=DEVICE),
+            context_len=step.context_len[b : b + 1],
+            block_table=step.block_table[b : b + 1],
+            block_size=step.block_size,
+            spec=step.spec,
+            max_query_len=20,
+        )
+        assert torch.equal(alone, whole[lo:hi])
+
+
+@needs_triton
+def test_a_prompt_in_chunks_gives_the_same_bits():
+    step = Step([(55, 55)], heads=4, kv_heads=2, dim=32)
+    whole, chunks = step.check(), []
+    for lo, hi in ((0, 13), (13, 40), (40, 55)):
+        chunks.append(
+            kernels.paged_attention(
+                step.q[lo:hi],
+                *step.cache,
+                query_start=torch.tensor([0, hi - lo], dtype=torch.int32, device=DEVICE),
+                context_len=torch.tensor([hi], dtype=torch.int32, device=DEVICE),
+                block_table=step.block_table,
+                block_size=step.block_size,
+                spec=step.spec,
+                max_query_len=hi - lo,
+            )
+        )
+    assert torch.equal(torch.cat(chunks), whole)
+
+
+@needs_triton
+def test_a_wider_block_table_changes_nothing():
+    narrow = Step(DECODE, heads=4, kv_heads=2, dim=32)
+    wide = Step(DECODE, heads=4, kv_heads=2, dim=32, table_width=40)
+    assert torch.equal(narrow.run(), wide.run())
+
+
+@needs_triton
+def test_no_tokens_and_no_heads():
+    step = Step(DECODE, heads=4, kv_heads=2, dim=32)
+    step.q = step.q[:, :0]
+    assert step.run().shape == (3, 0, 32)
+    step.cache = step.cache[:, :0]
+    assert step.run().shape == (3, 0, 32)
+    nothing = torch.empty(0, 2, 32, device=DEVICE)
+    kernels.store_kv(nothing, nothing, nothing, nothing, torch.empty(0, dtype=torch.int64, device=DEVICE))
+
+
+@needs_triton
+@pytest.mark.parametrize("heads, dim", [(1, 16), (3, 80), (8, 32)])
+def test_store_kv_writes_its_slots_and_no_other(heads, dim):
+    torch.manual_seed(0)
+    qkv = torch.randn(6, 4 + 2 * heads, dim, device=DEVICE)
+    k, v = qkv[:, 4 : 4 + heads], qkv[:, 4 + heads :]
+    cache = torch.randn(2, heads, 20, dim, device=DEVICE)
+    expected = cache.clone()
+    slots = [3, -1, 19, 0, -1, 8]
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            expected[0, :, slot], expected[1, :, slot] = k[token], v[token]
+    kernels.store_kv(k, v, *cache, torch.tensor(slots, device=DEVICE))
+    assert torch.equal(cache, expected)
+
+
+def test_the_number_of_splits_is_a_power_of_two_that_falls_as_rows_grow(monkeypatch):
+    monkeypatch.setattr(kernels, "PROGRAMS", 512)
+    chosen = [kernels._num_splits(rows, 8) for rows in range(1, 300)]
+    assert chosen[0] == 32 and chosen[-1] == 1
+    assert chosen == sorted(chosen, reverse=True)
+    assert all(splits & (splits - 1) == 0 for splits in chosen)
+    assert kernels._num_splits(3, 5) == 32 and kernels._num_splits(24, 1) == 16
+
+
+def test_without_triton_generation_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    step = Step(DECODE, heads=4, kv_heads=2, dim=32)
+    with pytest.raises(ResourceError, match="Triton"):
+        step.run()
+
+
+PACKED = {"one": [1], "even": [12, 12, 12], "ragged": [5, 1, 30, 17]}
+
+
+def packed_case(lengths, heads, kv_heads, dim, dtype=torch.float32):
+    torch.manual_seed(len(lengths) + heads)
+    fused = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, device=DEVICE).to(dtype).requires_grad_()
+    starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    return fused, fused.split([heads, kv_heads, kv_heads], 1), starts
+
+
+def check_packed(lengths, heads, kv_heads, spec, *, dim=32, dtype=torch.float32, tolerance):
+    """Outputs and gradients against the reference, sequence by sequence."""
+    fused, qkv, starts = packed_case(lengths, heads, kv_heads, dim, dtype)
+    out = kernels.packed_attention(*qkv, starts, max(lengths), spec)
+    weight = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * weight).sum(), fused)
+    rows = zip(*(x.split(lengths) for x in qkv), strict=True)
+    expected = torch.cat([reference(*row, spec) for row in rows])
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), fused)
+    assert out.shape == qkv[0].shape and out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("window, softcap", [(None, None), (6, None), (None, 1.5), (6, 1.5), (100, None)])
+def test_packed_attention(lengths, heads, kv_heads, window, softcap, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 8)
+    check_packed(lengths, heads, kv_heads, make_spec(32, window, softcap), tolerance=1e-5)
+
+
+def test_packed_attention_without_heads():
+    _, (q, k, v), starts = packed_case([3, 4], 4, 2, 8)
+    assert kernels.packed_attention(q[:, :0], k, v, starts, 4, make_spec(8)).shape == (7, 0, 8)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("window, softcap", [(None, None), (300, 20.0)])
+def test_long_contexts_on_cuda(dtype, dim, window, softcap):
+    spec = make_spec(dim, window, softcap)
+    decode = [(context, 1) for context in (3000, 1, 511, 64, 2049)]
+    Step(decode, heads=16, kv_heads=4, dim=dim, dtype=dtype, spec=spec).check()
+    mixed = [(1500, 700), (900, 1), (130, 130), (2000, 33), (1, 1)]
+    Step(mixed, heads=16, kv_heads=4, dim=dim, dtype=dtype, spec=spec).check()
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("lengths", [[700, 700], [513, 40, 900, 1]], ids=["even", "ragged"])
+def test_packed_attention_on_cuda(dtype, dim, lengths):
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 2e-5
+    for window, softcap in ((None, None), (200, None), (None, 20.0), (200, 20.0)):
+        check_packed(lengths, 8, 2, make_spec(dim, window, softcap), dim=dim, dtype=dtype, tolerance=tolerance)
+
+
+@needs_cuda
+@pytest.mark.parametrize("rows", [2, 64], ids=["split", "whole"])
+def test_a_captured_decode_step_gives_the_same_bits(rows):
+    """Captured with padding rows only, replayed with other lengths, tables, queries and keys in the same tensors."""
+    contexts = [(17 * b % 900 + 1, 1) for b in range(rows - 1)] + [(0, 1)]
+    step = Step(contexts, heads=16, kv_heads=8, dim=128, dtype=torch.bfloat16, table_width=64)
+    k, v = torch.randn(2, rows, 8, 128, device=DEVICE, dtype=torch.bfloat16)
+    slots = torch.full((rows,), -1, device=DEVICE)
+    context_len, block_table = step.context_len.clone(), step.block_table.clone()
+    last = context_len[:-1].long() - 1
+    new_slots = block_table[:-1].gather(1, (last // 16)[:, None])[:, 0].long() * 16 + last % 16
+
+    def attend():
+        kernels.store_kv(k, v, *step.cache, slots)
+        return step.run(context_len=context_len, block_table=block_table)
+
+    context_len.zero_()
+    block_table.zero_()
+    attend()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    graph.replay()
+    assert captured.count_nonzero() == 0
+    context_len.copy_(step.context_len)
+    block_table.copy_(step.block_table)
+    slots[:-1] = new_slots
+    graph.replay()
+    replayed = captured.clone()
+    for b in range(rows - 1):
+        step.k[b][-1], step.v[b][-1] = k[b], v[b]
+    torch.testing.assert_close(replayed.double(), step.expected(), rtol=1.6e-2, atol=1.6e-2)
+    assert torch.equal(attend(), replayed)
+    assert replayed[-1].count_nonzero() == 0
+
+
+@needs_cuda
+@pytest.mark.skipif(CUDA and torch.cuda.mem_get_info()[0] < 24 << 30, reason="needs 24 GiB of free GPU memory")
+def test_caches_of_more_than_2_to_the_31_elements():
+    slots = 20_000_000
+    cache = torch.empty(2, slots, 128, dtype=torch.bfloat16, device=DEVICE)  # both the keys and the values
+    k = torch.randn(40, 2, 128, dtype=torch.bfloat16, device=DEVICE)
+    block_table = torch.tensor([[slots // 16 - 1, 0, slots // 16 - 7]], dtype=torch.int32, device=DEVICE)
+    position = torch.arange(40, device=DEVICE)
+    kernels.store_kv(k, k, cache, cache, block_table[0, position // 16].long() * 16 + position % 16)
+    q, spec = torch.randn(40, 4, 128, dtype=torch.bfloat16, device=DEVICE), make_spec(128)
+    for count in (1, 40):
+        out = kernels.paged_attention(
+            q[-count:],
+            cache,
+            cache,
+            query_start=torch.tensor([0, count], dtype=torch.int32, device=DEVICE),
+            context_len=torch.tensor([40], dtype=torch.int32, device=DEVICE),
+            block_table=block_table,
+            block_size=16,
+            spec=spec,
+            max_query_len=count,
+        )
+        torch.testing.assert_close(out.double(), reference(q[-count:], k, k, spec), rtol=1.6e-2, atol=1.6e-2)
+
+
+@needs_cuda
+def test_no_launch_waits_for_the_device():
+    decode = Step(DECODE, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)
+    mixed = Step(MIXED, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)
+    _, qkv, starts = packed_case([5, 1, 30], 4, 2, 64, torch.bfloat16)
+    decode.run(), mixed.run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode.run(), mixed.run()
+        kernels.packed_attention(*qkv, starts, 30, decode.spec)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,334 @@
+"""The Python API in vLLM's spelling, in this process and under the launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import llm_rank
+import pytest
+from reference import score
+from tiny_models import edit_config
+from tiny_tokenizer import with_tokenizer
+
+from megalite import LLM, SamplingParams
+from megalite.errors import CheckpointError, ConfigError
+from megalite.inference.outputs import RequestOutput
+
+MODEL = "llama3"
+GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+PROMPTS = [[5, 6, 7], [40, 41, 42, 43, 44, 45, 46], [9]]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    """A model that has a tokenizer with a chat template."""
+    return with_tokenizer(tiny(MODEL), tmp_path_factory.mktemp("llm") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(folder) -> LLM:
+    with LLM(str(folder), dtype="float32", max_model_len=100, block_size=8) as made:
+        yield made
+
+
+def watches() -> int:
+    """Runs that are being watched. One that ended with an error would end this process within seconds."""
+    return sum(thread.name == "watchdog" for thread in threading.enumerate())
+
+
+def down_to(count: int) -> bool:
+    end = time.monotonic() + 2
+    while watches() > count and time.monotonic() < end:
+        time.sleep(0.01)
+    return watches() == count
+
+
+def ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+# ---- generate
+
+
+def test_generate_in_all_spellings(llm, reference):
+    wanted = [made.tokens for made in reference(MODEL, PROMPTS, 8)]
+    assert ids(llm.generate(PROMPTS, GREEDY)) == wanted
+    assert ids(llm.generate(prompts=PROMPTS[1], sampling_params=GREEDY)) == wanted[1:2]
+    assert ids(llm.generate(tuple(map(tuple, PROMPTS)), [GREEDY] * 3)) == wanted
+    assert llm.generate([], GREEDY) == []
+
+
+def test_text_prompts_and_what_comes_back(llm, reference):
+    [output] = llm.generate("Hi", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1))
+    [wanted] = reference(MODEL, [llm.replica.tokenizer.encode("Hi")], 8)
+    [one] = output.outputs
+    assert (output.request_id, output.prompt, output.prompt_token_ids) == ("0", "Hi", wanted.prompt)
+    assert (output.finished, output.prompt_logprobs, output.error) == (True, None, None)
+    assert (one.index, one.token_ids, one.finish_reason, one.stop_reason) == (0, wanted.tokens, "length", None)
+    assert one.text == llm.replica.tokenizer.decode(wanted.tokens)
+    for entry, token in zip(one.logprobs, one.token_ids, strict=True):
+        assert list(entry) == [token] and entry[token].rank == 1
+        assert entry[token].decoded_token == llm.replica.tokenizer.token_text(token)
+    logprobs = [entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)]
+    assert one.cumulative_logprob == pytest.approx(sum(logprobs))
+
+
+def test_params_for_each_prompt_and_a_mixed_list(llm):
+    params = [GREEDY, SamplingParams(max_tokens=3, n=2, seed=1), SamplingParams(max_tokens=5, ignore_eos=True, seed=2)]
+    together = llm.generate(["ab", [7, 8], "cd"], params)
+    assert [len(output.outputs) for output in together] == [1, 2, 1]
+    assert [output.prompt for output in together] == ["ab", None, "cd"]
+    assert [len(output.outputs[0].token_ids) for output in together] == [8, 3, 5]
+    assert ids(llm.generate("cd", params[2])) == ids(together)[2:]
+    assert together[1].outputs[0].token_ids != together[1].outputs[1].token_ids
+    # without parameters: those of the config, whose default is 16 tokens
+    assert len(llm.generate([[5, 6]])[0].outputs[0].token_ids) <= 16
+
+
+def test_as_many_tokens_as_fit(llm):
+    [output] = llm.generate([[5] * 90], SamplingParams(max_tokens=None, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 10
+    [output] = llm.generate([[5] * 99], SamplingParams(max_tokens=50, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 1 and output.outputs[0].finish_reason == "length"
+
+
+# ---- chat and score
+
+
+def test_chat(llm):
+    chats = [
+        [{"role": "user", "content": "hi"}],
+        [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
+    ]
+    [one] = llm.chat(chats[0], GREEDY)
+    assert one.prompt == "<s>user: hi\nassistant: " and one.prompt_token_ids.count(1) == 1
+    both = llm.chat(chats, GREEDY, name="bot")
+    assert [output.prompt for output in both] == ["<s>user: hi\nbot: ", "<s>system: x\nuser: y\nbot: "]
+    same = llm.generate([output.prompt_token_ids for output in both], GREEDY)
+    assert ids(same) == ids(both)
+    assert llm.chat([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("chat", "says"),
+    [
+        ("hi", r"chats\[0\]: a chat is a list of {role, content}, got 'hi'"),
+        (["hi", "you"], r"chats\[0\]: a chat is a list"),
+        ([[{"role": "user", "content": "hi"}], [3]], r"chats\[1\]: a chat is a list"),
+        ([{"role": "user"}], r"prompts\[0\]\[0\]: a chat message needs a content"),
+    ],
+)
+def test_what_is_no_chat(llm, chat, says):
+    with pytest.raises(ConfigError, match=says):
+        llm.chat(chat, GREEDY)
+
+
+def test_score(llm, tiny):
+    texts = ["some text", "!"]
+    prompts = [llm.replica.tokenizer.encode(text) for text in texts] + [PROMPTS[1]]
+    scores = llm.score([*texts, PROMPTS[1]])
+    for prompt, got in zip(prompts, scores, strict=True):
+        logprobs = score(tiny(MODEL), prompt)
+        assert got == pytest.approx([logprobs[i, token].item() for i, token in enumerate(prompt[1:])], abs=1e-4)
+    assert llm.score(PROMPTS[1]) == [pytest.approx(scores[2], abs=1e-5)]
+    assert len(llm.score([[5] * 100])[0]) == 99, "a prompt that leaves no room for output can be scored"
+
+
+# ---- what is refused, and when
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"max_modellen": 3}, "LLM: unknown argument, got 'max_modellen'. Did you mean max_model_len?"),
+        ({"tensor_paralel_size": 2}, "Did you mean tensor_parallel_size?"),
+        ({"zzz": 2}, "The engine's are max_model_len, gpu_memory_utilization"),
+        ({"max_model_len": "12"}, "engine.max_model_len: must be a whole number or null, got '12'"),
+        ({"block_size": object()}, "engine.block_size: must be a whole number"),
+        ({"max_model_len": 1000}, "engine.max_model_len: the model was made for at most 128 tokens, got 1000"),
+        ({"gpu_memory_utilization": 1.5}, "engine.gpu_memory_utilization: must be above 0 and at most 1, got 1.5"),
+        ({"dtype": "float8"}, "model.dtype: must be one of"),
+        ({"quantization": "squeezellm"}, "model.quantization: 'squeezellm' is not supported"),
+        ({"trust_remote_code": True}, "model.trust_remote_code: true is refused"),
+        ({"pipeline_parallel_size": 9}, "parallel.pp: the model has 4 layers"),
+        ({"tensor_parallel_size": 2}, "1 rank was started, but the config asks for tp * pp * dp = 2 * 1 * 1 = 2"),
+        ({"tensor_parallel_size": 2}, "deepspeed --num_gpus 2 SCRIPT"),
+        ({"tensor_parallel_size": 0}, "parallel.tp: must be >= 1, got 0"),
+        ({"model": "nowhere/at/all"}, "model.path: no such folder"),
+    ],
+)
+def test_wrong_arguments(folder, changes, says):
+    before = watches()
+    with pytest.raises(ConfigError) as error:
+        LLM(**{"model": str(folder), **changes})
+    assert says in str(error.value)
+    assert down_to(before)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "says"),
+    [
+        ("", GREEDY, "prompts[0]: an empty prompt"),
+        ([[5], []], GREEDY, "prompts[1]: an empty prompt"),
+        (None, GREEDY, "prompts[0]: a prompt must be text, a list of token ids, or a chat"),
+        ([[5, 103]], GREEDY, "prompts[0][1]: the model's token ids are 0 to 102, got 103"),
+        ([[5, 5.0]], GREEDY, "prompts[0][1]: must be a token id"),
+        ([[5] * 100], GREEDY, "prompts[0]: the prompt has 100 tokens, and with the output it must fit in 100"),
+        ([[5], [6]], [GREEDY], "generate: 2 prompts but 1 sampling params"),
+        ([[5]], {"temperature": 0}, "generate: sampling params must be SamplingParams"),
+        ([[5]], SamplingParams(temperature=-1), "temperature: must be >= 0, got -1"),
+        ([[5]], SamplingParams(max_tokens=0), "max_tokens: must be >= 1"),
+        ([[5]], SamplingParams(n=3, best_of=2), "best_of: must be at least n = 3"),
+        ([[5]], SamplingParams(logit_bias={103: 1.0}), "logit_bias: the model's token ids are 0 to 102, got 103"),
+        ([[5]], SamplingParams(top_p="x"), "top_p: must be a number"),
+    ],
+)
+def test_wrong_prompts_and_params(llm, prompts, params, says):
+    calls = llm._engine.output_tokens if llm._engine else 0
+    with pytest.raises(ConfigError) as error:
+        llm.generate(prompts, params)
+    assert says in str(error.value)
+    assert (llm._engine.output_tokens if llm._engine else 0) == calls, "nothing was computed"
+
+
+def test_a_damaged_model_leaves_nothing_running(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    edit_config(tmp_path / "model", intermediate_size=45)
+    before = watches()
+    with pytest.raises(CheckpointError, match="wrong shapes"):
+        LLM(tmp_path / "model")
+    assert down_to(before)
+
+
+# ---- beginning and end
+
+
+@pytest.fixture
+def config(folder, tmp_path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(
+        f"model: {{path: {json.dumps(str(folder))}, dtype: float32}}\n"
+        "engine: {max_model_len: 64}\nsampling: {temperature: 0, max_tokens: 5, ignore_eos: true}\n"
+    )
+    return path
+
+
+def test_from_config(config, reference):
+    with LLM.from_config(config, ["engine.block_size=4", "sampling.max_tokens=7"]) as made:
+        assert (made.config.engine.max_model_len, made.config.engine.block_size) == (64, 4)
+        wanted = [one.tokens for one in reference(MODEL, PROMPTS, 8)]
+        assert ids(made.generate(PROMPTS)) == [tokens[:7] for tokens in wanted]
+        assert ids(made.generate(PROMPTS, GREEDY)) == wanted
+    with pytest.raises(ConfigError, match="engine.blok_size: unknown key. Did you mean engine.block_size?"):
+        LLM.from_config(config, ["engine.blok_size=4"])
+
+
+def test_a_family_of_ones_own(config, tmp_path, monkeypatch):
+    (tmp_path / "own_families.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="model.family_module: importing it failed: RuntimeError: imported"):
+        LLM.from_config(config, ["model.family_module=own_families"])
+
+
+def test_a_plain_process_is_the_users_own(folder):
+    """Ctrl-C stays Python's, any thread will do, and an error in the block is the user's to catch."""
+    before, handler = watches(), signal.getsignal(signal.SIGINT)
+    made = []
+    thread = threading.Thread(target=lambda: made.append(LLM(folder)))
+    thread.start()
+    thread.join()
+    with pytest.raises(ZeroDivisionError), made[0] as llm:
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert ids(llm.generate([[5]], GREEDY))
+        raise ZeroDivisionError
+    assert down_to(before)
+    with pytest.raises(ConfigError, match="this LLM is closed"):
+        llm.generate([[5]], GREEDY)
+    llm.close()
+
+
+# ---- under a launcher
+
+
+LAUNCHERS = {
+    "torchrun": (["torchrun", "--nproc-per-node", "2"], {"data_parallel_size": 2}),
+    "deepspeed": (["deepspeed", "--num_gpus", "2", "--no_local_rank"], {"pipeline_parallel_size": 2}),
+}
+
+
+@dataclass
+class Launched:
+    folder: Path
+    process: subprocess.Popen
+
+    def wait_for(self, *names: str) -> None:
+        end = time.monotonic() + 120
+        while not all((self.folder / name).exists() for name in names):
+            assert self.process.poll() is None and time.monotonic() < end, self.said
+            time.sleep(0.05)
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "said").read_text()
+
+
+@pytest.fixture(scope="module")
+def launched(folder, tmp_path_factory):
+    """The same script under each launcher, all started at once."""
+    started = {}
+    for name, (command, sizes) in LAUNCHERS.items():
+        place = tmp_path_factory.mktemp(name)
+        (place / "go on").touch()
+        command = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+        command += [str(Path(llm_rank.__file__)), str(place), str(folder), json.dumps(sizes)]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "DS_ACCELERATOR": "cpu"}
+        with (place / "said").open("w") as said:
+            process = subprocess.Popen(command, env=env, stdout=said, stderr=said, start_new_session=True)
+        started[name] = Launched(place, process)
+    yield started
+    for one in started.values():
+        if one.process.poll() is None:
+            os.killpg(one.process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_every_rank_gets_all_under(launcher, launched, folder):
+    run = launched[launcher]
+    run.wait_for("ready-0", "ready-1")
+    if launcher == "torchrun":  # stopped in the middle of a call: every rank hears of it, whichever got the signal
+        os.kill(int((run.folder / "ready-1").read_text()), signal.SIGTERM)
+        assert run.process.wait(60) != 0
+        assert [(run.folder / f"stopped-{rank}").read_text() for rank in range(2)] == ["143", "143"], run.said
+    else:
+        (run.folder / "go on").unlink()
+        assert run.process.wait(60) == 0, run.said
+    got = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert got[0] == got[1]
+    assert "2 ranks were started, but the config asks for" in got[0]["wrong"]
+    with LLM(folder, dtype="float32") as llm:
+        alone = llm_rank.answers(llm)
+    for call in ("generate", "chat", "again"):
+        assert [comparable(line) for line in got[0][call]] == [comparable(line) for line in alone[call]]
+    assert [pytest.approx(scores, abs=1e-4) for scores in got[0]["score"]] == alone["score"]
+    assert got[0]["refused"] == alone["refused"] and "prompts[1]: an empty prompt" in alone["refused"]
+
+
+def comparable(line: str) -> list:
+    """What must be equal whatever the layout is."""
+    output = RequestOutput.from_line(line)
+    logprobs = [pytest.approx(one.cumulative_logprob, abs=1e-3) for one in output.outputs]
+    return [
+        output.prompt,
+        output.prompt_token_ids,
+        logprobs,
+        [(o.text, o.token_ids, o.stop_reason) for o in output.outputs],
+    ]

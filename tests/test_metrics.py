@@ -1,0 +1,323 @@
+"""The stopwatch and counters of a rank, and the report that is made of them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megalite.monitor.metrics import PHASES, Meter, RankReport, peak_memory, reset_peak_memory
+from megalite.monitor.report import format_bytes, format_report, warnings
+
+MIB = 2**20
+
+
+class Clock:
+    """Time that passes when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def report_of(meter):
+    return meter.report(rank=0, tp=0, pp=0, dp=0, layers=(0, 4))
+
+
+def test_each_phase_gets_its_own_seconds(clock):
+    meter = Meter(clock)
+    for turn in range(3):
+        for n, phase in enumerate(PHASES):
+            with meter.phase(phase):
+                clock.sleep(n + turn)
+        clock.sleep(0.5)  # nobody's
+    meter.stop()
+    clock.sleep(9)
+    report = report_of(meter)
+    assert [getattr(report, phase) for phase in PHASES] == [3, 6, 9, 12, 15]
+    assert report.seconds == 46.5
+    assert report.share("waiting") == 9 / 46.5
+
+
+def test_an_inner_phase_is_not_counted_twice(clock):
+    meter = Meter(clock)
+    with meter.phase("compute"):
+        clock.sleep(1)
+        with meter.phase("communication"):
+            clock.sleep(10)
+            with meter.phase("communication"):
+                clock.sleep(20)
+        with meter.phase("waiting"):
+            clock.sleep(100)
+        clock.sleep(2)
+    report = report_of(meter)
+    assert (report.compute, report.communication, report.waiting) == (3, 30, 100)
+    assert report.seconds == 133
+
+
+def test_a_phase_ends_when_its_block_fails(clock):
+    meter = Meter(clock)
+    with pytest.raises(RuntimeError), meter.phase("compute"):
+        clock.sleep(2)
+        raise RuntimeError
+    clock.sleep(5)
+    with meter.phase("compute"):
+        clock.sleep(1)
+    assert report_of(meter).compute == 3
+
+
+def test_steps_are_divided_between_prefill_and_decode_by_tokens(clock):
+    meter = Meter(clock)
+    clock.sleep(4)
+    meter.step(prefill_tokens=100, decode_tokens=0)
+    clock.sleep(2)
+    meter.step(prefill_tokens=0, decode_tokens=8)
+    clock.sleep(1000)
+    meter.step(prefill_tokens=0, decode_tokens=0)
+    clock.sleep(10)
+    meter.step(prefill_tokens=30, decode_tokens=10)
+    report = report_of(meter)
+    assert (report.steps, report.prefill_tokens, report.decode_tokens) == (3, 130, 18)
+    assert (report.prefill_seconds, report.decode_seconds) == (4 + 7.5, 2 + 2.5)
+
+
+def test_start_forgets_what_was_before(clock):
+    meter = Meter(clock)
+    with meter.phase("compute"):
+        clock.sleep(7)
+    meter.step(prefill_tokens=5, decode_tokens=5)
+    meter.stop()
+    meter.start()
+    clock.sleep(2)
+    meter.step(prefill_tokens=0, decode_tokens=1)
+    report = report_of(meter)
+    assert (report.compute, report.seconds, report.steps, report.prefill_tokens) == (0, 2, 1, 0)
+    assert report.decode_seconds == 2
+
+
+def test_an_unknown_phase_is_an_error():
+    with pytest.raises(KeyError):
+        Meter().phase("lunch")
+
+
+def test_a_phase_costs_next_to_nothing():
+    meter = Meter()
+    for _ in range(20_000):
+        with meter.phase("compute"):
+            pass
+    report = report_of(meter)
+    assert report.seconds < 0.5  # 25 us each, where about 1 us is normal: a busy machine passes
+
+
+def test_a_report_travels_as_json():
+    meter = Meter()
+    meter.step(prefill_tokens=3, decode_tokens=4)
+    report = meter.report(rank=3, tp=1, pp=0, dp=1, layers=(4, 8), load_peak_bytes=5, preemptions=2)
+    assert RankReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+    assert report.peak_bytes > MIB
+    with pytest.raises(TypeError, match="lunch"):
+        RankReport.from_dict({**report.as_dict(), "lunch": 1})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_sees_what_was_freed_again():
+    held = bytearray(64 * MIB)
+    held[::4096] = b"x" * len(held[::4096])
+    del held
+    before = reset_peak_memory()
+    peak_without = peak_memory() - before
+    held = bytearray(48 * MIB)
+    held[::4096] = b"x" * len(held[::4096])
+    del held
+    taken = peak_memory() - before
+    assert peak_without < 8 * MIB
+    assert 40 * MIB < taken < 56 * MIB
+
+
+def test_monitor_needs_no_torch_and_nothing_of_ours():
+    code = (
+        "import sys, megalite.monitor.report; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy') or "
+        "m.startswith('megalite.') and not m.startswith('megalite.monitor')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# The report
+
+
+def rank(number, **changes):
+    """A healthy rank of a run of 10 seconds."""
+    values = dict(
+        rank=number,
+        tp=0,
+        pp=0,
+        dp=0,
+        layers=(0, 8),
+        weight_bytes=20 * MIB,
+        kv_bytes=64 * MIB,
+        kv_blocks=1024,
+        load_peak_bytes=21 * MIB,
+        load_bound_bytes=22 * MIB,
+        peak_bytes=400 * MIB,
+        seconds=10.0,
+        compute=7.0,
+        communication=1.0,
+        waiting=0.5,
+        sampling=0.8,
+        scheduling=0.2,
+        steps=100,
+        prefill_tokens=6000,
+        decode_tokens=2000,
+        prefill_seconds=3.0,
+        decode_seconds=5.0,
+        prompts=64,
+        output_tokens=2064,
+        prompt_tokens=8000,
+        cached_tokens=2000,
+    )
+    return RankReport(**{**values, **changes})
+
+
+def cells(text, number):
+    """The row of a rank: its header and cell texts."""
+    lines = text.splitlines()
+    row = next(line for line in lines if line.split()[:1] == [str(number)])
+    assert len(row) == len(lines[0])  # columns line up
+    return row
+
+
+def test_one_healthy_rank():
+    text = format_report([rank(0)])
+    lines = text.splitlines()
+    assert len(lines) == 3
+    names = ("rank", "dp/pp/tp", "layers", "weights", "KV cache (blocks)", "load peak / bound", "prefill tok/s", "comm")
+    assert all(name in lines[0] for name in names)
+    row = cells(text, 0)
+    assert row.split() == ("0 0/0/0 0-7 20.0 MiB 64.0 MiB (1,024) 21.0 MiB / 22.0 MiB 2,000 400 70% 10% 5% 15%".split())
+    assert lines[2] == (
+        "total: 64 prompts, 2,064 tokens in 10.0 s, 206 tokens/s, 25% of prompt tokens from the prefix cache, "
+        "0 preemptions; most memory in one process 400 MiB"
+    )
+
+
+def test_totals_count_each_replica_once_and_failed_prompts():
+    # Replica 1 took 40 prompts. Only control ranks (last stage, tp 0) know; the others' counts must not matter.
+    ranks = [
+        rank(
+            4 * dp + 2 * pp + tp,
+            tp=tp,
+            pp=pp,
+            dp=dp,
+            layers=(4 * pp, 4 * pp + 4),
+            seconds=10.0 + dp,
+            prompts=(24, 40)[dp] if (pp, tp) == (1, 0) else 999,
+            failed_prompts=dp if (pp, tp) == (1, 0) else 999,
+            output_tokens=1000 if (pp, tp) == (1, 0) else 0,
+            preemptions=1 if (pp, tp) == (1, 0) else 0,
+            prompt_tokens=100 * (dp + 1) if (pp, tp) == (1, 0) else 0,
+            cached_tokens=30 if (pp, tp) == (1, 0) else 0,
+        )
+        for dp in range(2)
+        for pp in range(2)
+        for tp in range(2)
+    ]
+    text = format_report(reversed(ranks))
+    rows = text.splitlines()[1:9]
+    assert [row.split()[0] for row in rows] == list("01234567")
+    assert rows[6].split()[1:3] == ["1/1/0", "4-7"]
+    assert "total: 64 prompts (1 failed), 2,000 tokens in 11.0 s, 182 tokens/s, 20% of prompt tokens" in text
+    assert "2 preemptions;" in text
+    assert "pipeline idle: 5% (stage 0: 5%, stage 1: 5%)" in text
+    assert "warning" not in text
+
+
+def test_what_was_not_measured_is_a_dash():
+    empty = RankReport(rank=0, tp=0, pp=0, dp=0, layers=(3, 3))
+    text = format_report([empty])
+    assert cells(text, 0).split() == "0 0/0/0 none 0 KiB 0 KiB (0) - / - - - 0% 0% 0% 0%".split()
+    assert "total: 0 prompts, 0 tokens in 0.0 s, - tokens/s, 0% of prompt tokens" in text
+    assert "warning" not in text
+
+
+def test_bytes_are_readable():
+    assert [format_bytes(n) for n in (0, 640 * 2**10, 12.5 * MIB, 300 * MIB, 3.25 * 2**30, 5000 * 2**30)] == [
+        "0 KiB",
+        "640 KiB",
+        "12.5 MiB",
+        "300 MiB",
+        "3.2 GiB",
+        "5000 GiB",
+    ]
+
+
+def stages(*waits, **changes):
+    return [
+        rank(n, pp=n, layers=(4 * n, 4 * n + 4), waiting=wait, compute=9 - wait, communication=0.5, **changes)
+        for n, wait in enumerate(waits)
+    ]
+
+
+def test_a_slow_stage_is_named():
+    ranks = stages(0.3, 6.1, 7.0)
+    (warning,) = warnings(ranks)
+    assert warning.startswith(
+        "replica 0: stage 0 is slow: it waited 3% of the time, stage 1 (61%), 2 (70%) waited for it"
+    )
+    assert "It holds 4 layers" in warning
+    text = format_report(ranks)
+    assert "pipeline idle: 45% (stage 0: 3%, stage 1: 61%, stage 2: 70%)" in text
+    assert text.splitlines()[-1] == f"warning: {warning}"
+    (last,) = warnings(stages(5.5, 0.1))
+    assert "stage 1 is slow" in last and "stage 0 (55%) waited" in last
+    assert warnings(stages(4.9, 4.9)) == []
+
+
+def test_a_starved_pipeline_is_told_from_a_slow_stage():
+    (warning,) = warnings(stages(6.0, 6.5))
+    assert warning.startswith("all 2 stages of replica 0 waited more than half of the time: too few prompts")
+
+
+def test_waiting_without_a_pipeline_is_for_the_sampling_rank():
+    ranks = [rank(0, sampling=6.0, compute=2.0), rank(1, tp=1, waiting=6.2, compute=2.0)]
+    assert warnings(ranks) == ["rank 1 waited more than half of the time for rank 0, which spent 60% of it sampling."]
+
+
+def test_much_communication_is_named():
+    ranks = [rank(n, tp=n, communication=(4.5, 5.5, 3.9)[n], compute=2.0) for n in range(3)]
+    (warning,) = warnings(ranks)
+    assert warning.startswith("rank 0, 1 spent up to 55% of the time in communication")
+    assert "parallel.tp" in warning
+
+
+def test_preemptions_are_named_when_many():
+    assert warnings([rank(0, preemptions=6)]) == []
+    (warning,) = warnings([rank(0, preemptions=7)])
+    assert "replica 0 ran out of KV cache: 7 preemptions for 64 prompts" in warning
+    assert "engine.swap_space" in warning
+
+
+def test_loading_beyond_its_bound_is_named():
+    assert warnings([rank(0, load_peak_bytes=86 * MIB)]) == []
+    (warning,) = warnings([rank(0), rank(1, tp=1, load_peak_bytes=87 * MIB)])
+    assert warning == "rank 1 took 87.0 MiB while loading, more than its weights and one tensor (22.0 MiB)."
+
+
+def test_uneven_replicas_are_named():
+    ranks = [rank(0), rank(1, dp=1, seconds=6.9, compute=4.0), rank(2, dp=2, seconds=7.1)]
+    (warning,) = warnings(ranks)
+    assert warning.startswith("replica 1 was done after 6.9 s, replica 0 after 10.0 s.")
+    assert "parallel.dp_mode=async" in warning
+    assert warnings([ranks[0], replace(ranks[1], seconds=7.0)]) == []

@@ -1,0 +1,206 @@
+"""The command-line tools as a user meets them: output, exit codes, messages of one to three lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from random_models import Sizes, write_model
+
+from megalite.core.layout import Layout
+from megalite.weights import manifest as manifests
+from megalite.weights.convert import convert
+from megalite.weights.hf import open_checkpoint
+from megalite.weights.shards import JOURNAL
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "checkpoints" / "demo"
+TOOLS = ("convert", "reshard", "export", "verify", "describe", "import_deepspeed", "draw_weights")
+
+
+def tool(name: str, *arguments: object, code: int = 0, **environment: str) -> str:
+    """Run a tool; gives what it printed on standard output, or on standard error if it is to fail."""
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert result.returncode == code, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stderr if code > 1 else result.stdout
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tools")
+    model = write_model(folder / "model", Sizes("llama"))
+    convert(model, Layout(2, 2), folder / "cut")
+    return folder / "cut"
+
+
+def test_a_round_trip_of_the_demo_model(tmp_path):
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    said = tool("convert", "--model", DEMO, "--layout", "tp=4,pp=2", "--out", a)
+    assert said.startswith(f"{a}: 8 weight files, ") and "tp=4,pp=2, manifest.json" in said
+    assert (
+        tool("convert", "--model", DEMO, "--layout", "tp=4,pp=2", "--out", a) == f"{a}: already whole, nothing to do\n"
+    )
+    tool("reshard", "--from", a, "--layout", "tp=2,pp=3", "--out", b, "--jobs", "1")
+    tool("export", "--from", b, "--out", c, "--max-shard-size", "8MB")
+    assert "all is well; 8 weight files" in tool("verify", a, "--against", DEMO)
+    assert "all is well" in tool("verify", c, "--against", DEMO)
+    with open_checkpoint(DEMO) as before, open_checkpoint(c) as after:
+        assert before.tensors.keys() == after.tensors.keys()
+        assert len({info.file for info in after.tensors.values()}) == 3
+        assert max(path.stat().st_size for path in c.glob("*.safetensors")) < 8.1e6
+        for name in before.tensors:
+            assert before.read_bytes(name) == after.read_bytes(name)
+    assert {path.name for path in DEMO.glob("*token*")} == {path.name for path in c.glob("*token*")}
+
+
+def test_the_command_in_the_message_about_a_layout_works(cut, tmp_path):
+    from megalite.errors import CheckpointError
+    from megalite.weights import shards
+
+    with pytest.raises(CheckpointError) as caught:
+        shards.check_layout(cut, Layout(3, 1))
+    command = shlex.split(str(caught.value).splitlines()[-1])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], check=True, cwd=ROOT, capture_output=True)
+    assert shards.check_layout(command[-1], Layout(3, 1)).layout == Layout(3)
+
+
+def test_verify_says_what_differs_with_exit_code_1(cut, tmp_path):
+    file = cut / "rank-002.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        said = tool("verify", cut, code=1)
+    finally:
+        file.write_bytes(whole)
+    lines = said.splitlines()
+    assert lines[0].startswith(f"{file}: ") and lines[0].endswith("its bytes are not those of the manifest")
+    assert f"{cut}: 1 finding; 4 weight files" in lines[-1]
+
+
+def test_describe(cut, tmp_path):
+    said = tool("describe", cut)
+    assert f"{cut}: rank shards" in said and "llama (LlamaForCausalLM), 3 layers" in said
+    assert "tp 1, pp 0, layers 0.." in said
+    facts = json.loads(tool("describe", cut, "--json"))
+    assert facts["layout"] == {"tp": 2, "pp": 2} and facts["dtypes"].keys() == {"BF16"}
+    model = json.loads(tool("describe", cut.parent / "model", "--json"))
+    assert model["parameters"] == facts["parameters"] == sum(t["bytes"] for t in facts["tensors"]) // 2
+    assert model["layout"] is None and model["form"] == "Hugging Face folder"
+    assert [t["bytes"] for t in facts["tensors"]] == sorted((t["bytes"] for t in facts["tensors"]), reverse=True)
+    assert sum(file["bytes"] for file in facts["files"]) == facts["bytes"]
+    assert len(tool("describe", cut, "--all").splitlines()) > len(said.splitlines())
+
+
+def test_describe_a_tensor(cut):
+    import torch
+
+    name = "model.layers.1.mlp.down_proj.weight"
+    facts = json.loads(tool("describe", cut, "--tensor", name, "--json"))
+    with open_checkpoint(cut.parent / "model") as checkpoint:
+        values = checkpoint.read(name).double()
+    found = facts["statistics"]
+    assert facts["shape"] == list(values.shape) and found["count"] == values.numel() and found["nan"] == 0
+    wanted = {"min": values.min(), "max": values.max(), "mean": values.mean(), "std": values.std(unbiased=False)}
+    for key, value in wanted.items():
+        torch.testing.assert_close(torch.tensor(found[key]).double(), value)
+    assert [place["range"] for place in facts["places"]] == [f"{name} columns 0..10", f"{name} columns 10..20"]
+    said = tool("describe", cut, "--tensor", "layers.1.mlp.down.weight")
+    assert said.count("rank-00") == 2
+    assert "Did you mean model.layers.1.mlp.down_proj.weight?" in tool("describe", cut, "--tensor", name[:-3], code=2)
+
+
+def test_the_picture_of_the_readme_is_true(tmp_path):
+    """Drawn anew from the weight table it is what is in docs."""
+    tool("draw_weights", "--model", DEMO, "--out", tmp_path / "weights.svg")
+    assert (tmp_path / "weights.svg").read_text() == (ROOT / "docs" / "weights.svg").read_text()
+
+
+@pytest.mark.parametrize("name", [*TOOLS, "bench"])
+def test_help_is_quick_and_says_how(name):
+    said = tool(name, "--help")
+    assert "usage:" in said and "--debug" in said and ("example:" in said or name == "bench")
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_tools_start_without_torch(name):
+    code = (
+        f"import sys, runpy; sys.path.insert(0, 'tools'); runpy.run_path('tools/{name}.py'); "
+        "print([heavy for heavy in ('torch', 'deepspeed', 'transformers', 'huggingface_hub') if heavy in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "code", "message"),
+    [
+        ("convert", [], 2, "error: the following arguments are required: --model, --layout, --out"),
+        ("convert", ["--model", "M", "--layout", "tp=0", "--out", "O"], 2, "error: --layout: must be tp and pp, got"),
+        ("convert", ["--model", "M", "--layout", "tp=2", "--out", "O", "--jobs", "0"], 2, "must be a whole number"),
+        ("convert", ["--model", "M", "--layout", "tp=2", "--out", "O", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
+        (
+            "convert",
+            ["--model", "nowhere", "--layout", "tp=2", "--out", "O"],
+            3,
+            "error: nowhere: no such model folder",
+        ),
+        ("reshard", ["--from", "nowhere", "--layout", "tp=2", "--out", "O"], 3, "error: nowhere: no such model folder"),
+        ("export", ["--from", "CUT", "--out", "O", "--max-shard-size", "many"], 2, "must be a size such as 5GB"),
+        ("export", ["--from", "CUT", "--out", "CUT"], 2, "error: --out: is the folder that is read"),
+        ("verify", ["nowhere"], 3, "error: nowhere: no such model folder"),
+        ("verify", ["CUT", "--against", "nowhere"], 3, "error: nowhere: no such model folder"),
+        ("describe", ["MODEL", "--bogus"], 2, "error: unrecognized arguments: --bogus"),
+        ("describe", ["MODEL", "--family-module", "no_such_module"], 2, "importing it failed: ModuleNotFoundError"),
+    ],
+)
+def test_mistakes_have_their_line_and_exit_code(name, arguments, code, message, cut):
+    places = {"CUT": cut, "MODEL": cut.parent / "model"}
+    said = tool(name, *(places.get(one, one) for one in arguments), code=code)
+    assert message in said and len(said.splitlines()) <= 3
+
+
+def test_a_family_of_ones_own_can_be_converted(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\n"
+        "from megalite.model import families\n"
+        "families.register('mine', replace(families.FAMILIES['llama'], architecture='MineForCausalLM'))\n"
+    )
+    model = write_model(tmp_path / "model", Sizes("llama"))
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "architectures": ["MineForCausalLM"]}))
+    arguments = ["--model", model, "--layout", "tp=2", "--out", tmp_path / "out"]
+    assert "MineForCausalLM is not supported" in tool("convert", *arguments, code=2)
+    own = ["--family-module", "mine"]
+    tool("convert", *arguments, *own, PYTHONPATH=str(tmp_path))
+    assert "mine (MineForCausalLM)" in tool("describe", tmp_path / "out", *own, PYTHONPATH=str(tmp_path))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_cleanly(number, tmp_path):
+    """Even one that hangs; what is finished is kept for the next run."""
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), "--model", str(DEMO), "--layout", "tp=2"]
+    environment = {**os.environ, "MEGALITE_FAULT": "shards.written#20=hang"}
+    process = subprocess.Popen(
+        [*command, "--out", str(out), "--jobs", "2"], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    deadline = time.monotonic() + 30
+    while len(list(out.glob(JOURNAL))) == 0 or len((out / JOURNAL).read_bytes().splitlines()) < 15:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said and len(said.splitlines()) == 1
+    assert "of an interrupted run kept" in tool("convert", "--model", DEMO, "--layout", "tp=2", "--out", out)
+    assert manifests.read(out).layout == Layout(2)

@@ -1,0 +1,365 @@
+"""Whole training runs: resumed, killed, stopped, ended early, refused, and what they leave behind."""
+
+import io
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from train_helpers import as_run, build_from, logits_of, transformers_logits
+
+from megalite.config.schema import (
+    DataSection,
+    NewModelSection,
+    OptimizerSection,
+    ParallelSection,
+    TokenizerSection,
+    TrainConfig,
+    TrainOutputSection,
+    TrainSection,
+)
+from megalite.config.train_rules import train_problems
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import FAULT_VARIABLE, MegaliteError
+from megalite.train.checkpoint import newest_state
+from megalite.train.data import find_files
+from megalite.train.job import Job
+from megalite.weights.convert import export, reshard
+from megalite.weights.verify import verify
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 44,
+    "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Some twenty small modules of the standard library."""
+    folder = tmp_path_factory.mktemp("source")
+    for file in find_files(DataSection(pattern="json/*.py")) + find_files(DataSection(pattern="url*/*.py")):
+        text = file.path.read_text()
+        for part in range(3):
+            (folder / f"{file.path.parent.name}_{file.path.stem}_{part}.py").write_text(text[part * 900 :][:900])
+    return folder
+
+
+@pytest.fixture
+def job(source, tmp_path):
+    """`job(name, **changes)`: the config of a small run into a folder of that name."""
+
+    def make(name: str, *, shape=None, parallel=None, **train) -> TrainConfig:
+        train = {"steps": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "log_every": 1, **train}
+        return TrainConfig(
+            model=NewModelSection(config={**SHAPE, **(shape or {})}, dtype="float32"),
+            tokenizer=TokenizerSection(vocab_size=300),
+            parallel=ParallelSection(**(parallel or {})),
+            data=DataSection(source=str(source), held_out=0.2, sequence_length=16),
+            optimizer=OptimizerSection(learning_rate=3e-3, warmup_steps=2),
+            train=TrainSection(**train),
+            output=TrainOutputSection(folder=str(tmp_path / name)),
+        )
+
+    return make
+
+
+def run_job(rank: int, config: TrainConfig, stop_at: int = 0, fault: str = "") -> str:
+    """What the run printed, and how it ended. `stop_at`: the last rank gets a SIGTERM during that step of the run."""
+    said = io.StringIO()
+    with as_run(rank) as runtime, redirect_stdout(said):
+        os.environ[FAULT_VARIABLE] = fault
+        steps = itertools.count(1)
+        if stop_at and rank == dist.get_world_size() - 1:
+            runtime.signal_received = lambda: signal.SIGTERM if next(steps) >= stop_at else None
+        try:
+            Job(config, runtime).run()
+        except (MegaliteError, RuntimeError) as error:
+            return f"{said.getvalue()}{type(error).__name__}: {error}"
+    return said.getvalue()
+
+
+def output(config: TrainConfig) -> Path:
+    return Path(config.output.folder)
+
+
+def state_of(config: TrainConfig) -> Path:
+    """The one training state of a run."""
+    (folder,) = (output(config) / "training" / "state").iterdir()
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all files of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}: {key}": value for file in files for key, value in load_file(file).items()}
+
+
+def losses(config: TrainConfig) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (output(config) / "training" / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def same(one: TrainConfig, other: TrainConfig, *, logs: bool = True, **tolerance) -> None:
+    """Both runs wrote the same state and the same model, and the same losses."""
+    if logs:
+        torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(other)), **tolerance)
+    for place in (output, state_of):
+        got, want = stored(place(other)), stored(place(one))
+        assert got.keys() == want.keys()
+        for key, values in want.items():
+            torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+EXACT = {"rtol": 0, "atol": 0}
+RESUMES = {
+    "tp2": ({"tp": 2}, {}, {}, EXACT),
+    "tp2-one-kv-head": ({"tp": 2}, {}, {"num_key_value_heads": 1}, {"rtol": 1e-4, "atol": 1e-6}),
+    "dp2-zero2": ({"dp": 2}, {"zero_stage": 2, "gradient_accumulation_steps": 2, "micro_batch_size": 2}, {}, EXACT),
+    "dp2-zero3": ({"dp": 2}, {"zero_stage": 3}, {}, EXACT),
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+def test_a_resumed_run_equals_one_without_a_break(case, job, ranks):
+    parallel, train, shape, tolerance = RESUMES[case]
+    whole, broken = (job(name, parallel=parallel, shape=shape, **train) for name in ("whole", "broken"))
+    ended = ranks(2).run(run_job, whole)[0]
+    assert "training ends after step 8: all steps are done" in ended
+    stopped = ranks(2).run(run_job, broken, 5)
+    assert all("Stopped: stopped by SIGTERM" in text for text in stopped), "every rank stops when one is asked to"
+    assert [step for step, _ in losses(broken)] == [1, 2, 3, 4, 5]
+    assert state_of(broken).name == "step-00000005"
+    resumed = ranks(2).run(run_job, broken)[0]
+    assert "going on after step 5" in resumed
+    same(whole, broken, **tolerance)
+    assert (output(whole) / "README.md").read_text() == (output(broken) / "README.md").read_text()
+
+
+def test_zero_stage_and_replicas_may_change_between_runs(job, ranks):
+    """ZeRO-1 on two replicas, then ZeRO-3, then one replica with twice the micro batches: the same sequences."""
+    whole = job("whole", parallel={"dp": 2})
+    ranks(2).run(run_job, whole)
+    first = job("changed", parallel={"dp": 2})
+    ranks(2).run(run_job, first, 3)
+    ranks(2).run(run_job, job("changed", parallel={"dp": 2}, zero_stage=3), 3)
+    last = job("changed", gradient_accumulation_steps=2)
+    assert "going on after step 6" in ranks(1).run(run_job, last)[0]
+    same(whole, last, rtol=1e-3, atol=1e-5)
+
+
+def test_another_tp_goes_on_from_the_resharded_state(job, ranks):
+    """As the message of a run with another tp says; one KV head, so each of two ranks trained a copy of its moments."""
+    shape = {"num_key_value_heads": 1}
+    whole, last = job("whole", shape=shape), job("resharded", shape=shape)
+    ranks(1).run(run_job, whole)
+    ranks(2).run(run_job, job("resharded", shape=shape, parallel={"tp": 2}), 5)
+    said = ranks(1).run(run_job, last)[0]
+    target = Path(re.search(r"tools/reshard.py --from \S+ --layout tp=1,pp=1 --out (\S+)", said)[1])
+    reshard(state_of(last), Layout(), target)
+    assert "going on after step 5" in ranks(1).run(run_job, last)[0]
+    same(whole, last, rtol=1e-3, atol=1e-5)
+    assert verify(state_of(last), output(last)).findings == [], "the best model is the last one"
+
+
+def test_a_larger_batch_goes_on_where_the_text_was(job, ranks):
+    config = job("batch", eval_every=100)
+    ranks(1).run(run_job, config, 3)
+    larger = job("batch", eval_every=100, micro_batch_size=6)
+    ranks(1).run(run_job, larger)
+    progress = json.loads((state_of(larger) / "manifest.json").read_text())["training"]["progress"]
+    assert progress["sequences"] == progress["best_sequences"] == 3 * 4 + 5 * 6
+    assert f"({progress['sequences'] * 16:,} tokens" in (output(larger) / "README.md").read_text()
+
+
+def test_a_save_that_fails_leaves_the_old_state_or_the_new_one(job, ranks):
+    """Each run dies at another point of its next save; the one after them ends as if nothing had been."""
+    whole, broken = job("whole"), job("broken")
+    ranks(1).run(run_job, whole)
+    ranks(1).run(run_job, broken, 3)
+    for fault, survivor in (
+        ("state.save#2=raise", 3),  # a state has three files: in the second one
+        ("state.save#5=raise", 3),  # and in the third: the rank counts on
+        ("state.manifest#1=raise", 3),
+        ("state.clean#1=raise", 6),
+        ("export.save#1=raise", 6),
+    ):
+        ended = ranks(1).run(run_job, broken, 0, fault)[0]
+        assert f"injected fault at {fault.partition('#')[0]}" in ended
+        path, manifest = newest_state(output(broken) / "training" / "state", 1)
+        assert (path.name, manifest.training["step"]) == (f"step-{survivor:08d}", survivor)
+    unfinished = output(broken) / "training" / "state" / "step-00000008"
+    unfinished.mkdir()  # as a run of another layout leaves it that is killed in its save
+    (unfinished / "rank-007.safetensors").write_bytes(b"part")
+    ranks(1).run(run_job, broken)
+    same(whole, broken, logs=False, **EXACT)  # steps that were done twice are in the log twice
+    assert (output(whole) / "README.md").read_text() == (output(broken) / "README.md").read_text()
+
+
+def changed(run: TrainConfig, section: str, **values) -> TrainConfig:
+    return replace(run, **{section: replace(getattr(run, section), **values)})
+
+
+def test_what_a_run_can_not_go_on_from_is_said(job, ranks):
+    begun = job("begun", parallel={"tp": 2})
+    ranks(2).run(run_job, begun, 3)
+
+    def ended(config: TrainConfig) -> str:
+        (text,) = {text.splitlines()[-1] for text in ranks(2).run(run_job, config)}
+        return text
+
+    text = output(begun) / "training" / "data" / "train.npy"
+    before = text.read_bytes()
+    assert "output.folder: already holds a training run" in ended(changed(begun, "output", resume=False))
+    other = {**SHAPE, "rope_theta": 500.0}
+    assert "is not the model that the run began with: rope_theta" in ended(changed(begun, "model", config=other))
+    alone = ranks(1).run(run_job, changed(job("begun"), "data", held_out=0.3))[0]
+    assert "data.held_out: is not what the run began with" in alone
+    alone = ranks(1).run(run_job, job("begun"))[0]
+    assert "cut for tp=2,pp=1, this run has tp=1,pp=1" in alone and "tools/reshard.py" in alone
+    assert text.read_bytes() == before, "none of them touched the run"
+
+
+def test_a_damaged_state_is_refused(job, ranks):
+    config = job("damaged")
+    ranks(1).run(run_job, config, 3)
+    file = state_of(config) / "exp_avg-000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert f"{file}: " in (ended := ranks(1).run(run_job, config)[0]) and "is damaged" in ended
+    file.write_bytes(content[:-1])
+    assert "manifest.json says" in ranks(1).run(run_job, config)[0]
+
+
+def test_patience_ends_a_run_that_gets_no_better(job, ranks):
+    config = changed(job("patience", eval_every=1, patience=2), "optimizer", learning_rate=1e-30, min_learning_rate=0)
+    for _ in range(2):  # the second run finds nothing to do
+        assert "ends after step 3: 2 evaluations without a lower held-out loss" in ranks(1).run(run_job, config)[0]
+    text = (output(config) / "README.md").read_text()
+    assert "1 steps of 64 tokens" in text and "took 3 steps" in text
+
+
+def test_time_that_is_over_ends_a_run_with_a_model(job, ranks):
+    config = job("seconds", max_seconds=1e-6)
+    assert "ends after step 1: train.max_seconds=1e-06 are over" in ranks(1).run(run_job, config)[0]
+    assert (output(config) / "README.md").exists() and (output(config) / "model.safetensors").exists()
+    assert "ends after step 2" in ranks(1).run(run_job, config)[0], "the next run has its own time"
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(job, ranks):
+    config = changed(job("diverges", save_every=1), "optimizer", learning_rate=1e20, warmup_steps=0)
+    ended = ranks(1).run(run_job, config)[0].splitlines()[-1]
+    assert "MegaliteError: step 2: the loss is" in ended and "Lower optimizer.learning_rate" in ended
+    assert state_of(config).name == "step-00000001"
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_is_the_trained_one_to_everybody(job, ranks):
+    """The last step is the best, so the export, transformers and the training state are one model."""
+    config = job("out", parallel={"tp": 2}, sample_prompts=["def f("])
+    said = ranks(2).run(run_job, config)[0]
+    assert "step 8  held-out loss" in said and said.count("(best so far)") == 2
+    ids = torch.randint(300, (40,), generator=torch.Generator().manual_seed(3))
+    want = transformers_logits(output(config), ids)
+    state = ParallelState(Layout())
+    torch.testing.assert_close(logits_of(build_from(output(config), state), ids), want, rtol=0, atol=1e-4)
+    export(state_of(config), output(config) / "again")
+    for key, values in stored(output(config)).items():
+        assert torch.equal(stored(output(config) / "again")[key], values)
+    results = ranks(2).run(logits_of_state, state_of(config), ids)
+    torch.testing.assert_close(torch.cat(results, 1), want, rtol=0, atol=1e-4)
+    text = (output(config) / "README.md").read_text()
+    assert "~~~python\ndef f(" in text and "8 steps of 64 tokens" in text and "tests included" not in text
+
+
+def logits_of_state(rank: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return logits_of(build_from(folder, ParallelState(Layout(tp=2))), ids)
+
+
+def test_a_state_is_a_model_to_start_from(job, ranks):
+    """model.path may be a training state: another run begins with its weights."""
+    config = job("first", parallel={"tp": 2})
+    ranks(2).run(run_job, config)
+    start = NewModelSection(path=str(state_of(config)), dtype="float32")
+    following = replace(job("second", parallel={"tp": 2}, steps=1), model=start)
+    following = changed(following, "tokenizer", path=str(output(config)))
+    ranks(2).run(run_job, following)
+    assert losses(following)[0][1] < losses(config)[0][1] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "says"),
+    [
+        ("data", {"exclude": ["/usr/*"]}, "data.exclude: must hold globs of relative names"),
+        ("data", {"exclude": ["ok/*", ""]}, "data.exclude: must hold globs of relative names"),
+        ("data", {"pattern": "/x/*.py"}, "data.pattern: must be a relative glob"),
+        ("data", {"pattern": ""}, "data.pattern: must be a relative glob"),
+        ("train", {"max_seconds": 0.0}, "train.max_seconds: must be above 0, or null"),
+        ("train", {"max_seconds": math.nan}, "train.max_seconds: must be above 0, or null"),
+        ("train", {"sample_prompts": ["a", ""]}, "train.sample_prompts: must not hold an empty text"),
+    ],
+)
+def test_rules(section, values, says, job):
+    config = job("rules")
+    assert train_problems(config, None) == []
+    (problem,) = train_problems(changed(config, section, **values), None)
+    assert says in str(problem)
+
+
+# ---- the real thing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_a_signal_ends_it_cleanly(tmp_path, source):
+    """Killed in a save as one process, going on as two under the launcher; neither compiles an extension."""
+    extensions, out = tmp_path / "extensions", tmp_path / "out"
+    extensions.mkdir()
+    command = [sys.executable, "launch/train.py", "--config", "configs/train/tiny.yaml", "distributed.device=cpu"]
+    command += [f"output.folder={out}", f"data.source={source}", "data.pattern=*.py", "tokenizer.vocab_size=300"]
+    command += ["train.steps=100000", "train.save_every=2", "train.log_every=1", "train.eval_every=50000"]
+    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONWARNINGS": "ignore"}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    killed = subprocess.run(command, env={**env, FAULT_VARIABLE: "state.save#5=kill"}, timeout=120, **options)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr  # in the second file of the second save
+    states = out / "training" / "state"
+    assert list(states.glob("step-00000004/.*.tmp")), "the kill came in the middle of a file"
+    assert newest_state(states, 1)[0].name == "step-00000002"
+
+    following = subprocess.Popen([*command, "parallel.dp=2"], env=env, **options)
+    try:
+        said = list(itertools.takewhile(lambda line: not line.startswith("step 6/"), following.stdout))
+        following.send_signal(signal.SIGTERM)
+        rest, errors = following.communicate(timeout=60)
+    finally:
+        following.kill()
+    assert following.returncode == 143, errors
+    assert any("going on after step 2" in line for line in said) and "stopped by SIGTERM" in rest
+    (state,) = states.iterdir()
+    last = json.loads((out / "training" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert newest_state(states, 1)[1].training["step"] == last >= 6
+    assert not list(state.glob(".*")) and not list(extensions.iterdir())

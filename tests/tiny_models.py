@@ -1,0 +1,210 @@
+"""Tiny random Hugging Face checkpoints, one for each way in which a family's checkpoints differ.
+
+Sizes are chosen to be awkward: 2 KV heads for tp=4, vocabulary and widths that nothing divides, 4 layers for 3 stages.
+Weights are drawn so that every one of them matters and greedy choices are not near ties: norms and biases are random
+too, and matrices keep the scale of what they are given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+VOCAB = 103
+BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 44,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [1.3, 4.0],
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One checkpoint."""
+
+    model: str
+    """Config class of transformers, without `Config`."""
+    changes: dict = field(default_factory=dict)
+    """Over BASE."""
+    max_shard_size: str = "1GB"
+    seed: int = 0
+    """Chosen so that greedy choices have a margin."""
+
+
+VARIANTS: dict[str, Variant] = {
+    "llama2": Variant(model="Llama", changes={"num_key_value_heads": 6}),
+    "llama3": Variant(model="Llama", changes={"rope_parameters": LLAMA3_ROPE}),
+    "llama_tied": Variant(model="Llama", changes={"tie_word_embeddings": True}),
+    "llama_bias": Variant(model="Llama", changes={"attention_bias": True, "mlp_bias": True}),
+    "llama_linear": Variant(
+        model="Llama", changes={"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+    ),
+    "llama_sharded": Variant(model="Llama", max_shard_size="40KB"),
+    "mistral": Variant(model="Mistral", changes={"sliding_window": 8, "head_dim": 12}),
+    "qwen2": Variant(model="Qwen2", changes={"num_attention_heads": 4, "tie_word_embeddings": True}),
+    "qwen2_window": Variant(
+        model="Qwen2", changes={"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+    ),
+    "qwen3": Variant(model="Qwen3", changes={"head_dim": 16}),
+    "qwen3_yarn": Variant(model="Qwen3", changes={"head_dim": 8, "attention_bias": True, "rope_parameters": YARN}),
+    "mixtral": Variant(model="Mixtral", changes={"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3_moe": Variant(
+        model="Qwen3Moe",
+        changes={
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe_step": Variant(
+        model="Qwen3Moe",
+        changes={
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": False,
+        },
+    ),
+    "gemma2": Variant(
+        model="Gemma2",
+        changes={
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+        },
+        seed=3,
+    ),
+    "phi3": Variant(
+        model="Phi3",
+        changes={
+            "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+        seed=1,
+    ),
+    "phi3_longrope": Variant(
+        model="Phi3", changes={"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}
+    ),
+    "gpt2": Variant(
+        model="GPT2",
+        changes={
+            "n_embd": 48,
+            "n_layer": 4,
+            "n_head": 6,
+            "n_positions": 128,
+            "n_inner": 92,
+            "scale_attn_by_inverse_layer_idx": True,
+        },
+    ),
+}
+
+NOT_IN_GPT2 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+class TinyModels:
+    """Makes checkpoints when first asked for, in a folder that later runs reuse; safe between processes."""
+
+    def __init__(self, cache: Path):
+        made_by = Path(__file__).read_bytes() + version("transformers").encode() + version("torch").encode()
+        self.folder = cache / hashlib.sha256(made_by).hexdigest()[:16]
+        self.folder.mkdir(exist_ok=True)
+
+    def __call__(self, name: str) -> Path:
+        """The folder of a variant; `gpt2_bare` is gpt2 as the hub has it, without `transformer.` in the names."""
+        folder = self.folder / name
+        if not folder.exists():
+            part = Path(tempfile.mkdtemp(dir=self.folder))
+            if name == "gpt2_bare":
+                _write_bare(self("gpt2"), part)
+            else:
+                _write(VARIANTS[name], part)
+            try:
+                os.rename(part, folder)
+            except OSError:  # another process was faster
+                shutil.rmtree(part)
+        return folder
+
+
+def _write(variant: Variant, folder: Path) -> None:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    values = {**BASE, **variant.changes}
+    if variant.model == "GPT2":
+        values = {key: value for key, value in values.items() if key not in NOT_IN_GPT2}
+    config = getattr(transformers, f"{variant.model}Config")(**values)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(variant.seed)
+    for name, param in model.named_parameters():
+        _randomise(name, param.data, variant.model, generator)
+    model.save_pretrained(folder, max_shard_size=variant.max_shard_size)
+
+
+def _randomise(name: str, values, model: str, generator) -> None:
+    """Matrices keep the scale of their input; logits come out with a standard deviation of about 3."""
+    if values.dim() == 1:
+        values.normal_(1.0 if name.endswith("weight") else 0.0, 0.3, generator=generator)
+        return
+    if "embed_tokens" in name or "wte" in name or "wpe" in name:
+        values.normal_(0.0, 0.15 if model == "Gemma2" else 0.4, generator=generator)  # Gemma scales them up
+        return
+    fan_in = values.shape[0] if ".c_" in name else values.shape[-1]  # GPT-2 stores [in, out]
+    gain = 3.0 if "lm_head" in name else 1.3
+    values.normal_(0.0, gain * fan_in**-0.5, generator=generator)
+
+
+def _write_bare(source: Path, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(source / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): values for name, values in tensors.items()}
+    tensors["h.0.attn.bias"] = tensors["wpe.weight"].new_ones(1, 1, 8, 8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).write_text((source / name).read_text())
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change keys of a copy's config.json; None removes a key."""
+    path = folder / "config.json"
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))

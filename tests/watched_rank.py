@@ -1,0 +1,112 @@
+"""One rank of a run that only watches itself, without torch, and the launcher of such ranks.
+
+test_watchdog.py and test_launcher.py run it.
+
+`watched_rank.py launch FOLDER TIMEOUT BEHAVIOUR...` starts one rank for each behaviour and waits for them all.
+`watched_rank.py rank FOLDER TIMEOUT RANK WORLD BEHAVIOUR` is such a rank.
+`watched_rank.py --config FOLDER --resolved-sha256 BEHAVIOUR,BEHAVIOUR...` is one that the door started; it keeps the
+run's status file.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from megalite.core.launcher import DOOR_VARIABLE
+from megalite.core.status import STATUS_VARIABLE, StatusFile
+from megalite.monitor.processes import Process, launchers
+from megalite.monitor.referee import Peer
+from megalite.monitor.watchdog import Watchdog, listen
+
+
+def launch(folder: str, timeout: str, behaviours: list[str]) -> int:
+    world = str(len(behaviours))
+    command = [sys.executable, "-S", __file__, "rank", folder, timeout]
+    ranks = [subprocess.Popen([*command, str(rank), world, what]) for rank, what in enumerate(behaviours)]
+    codes = [rank.wait() for rank in ranks]
+    (Path(folder) / "codes").write_text(json.dumps(codes))
+    return max(codes)
+
+
+def meet(folder: Path, rank: int, world: int, port: int) -> list[dict]:
+    card = folder / f"card-{rank}"
+    card.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "port": port}))
+    card.with_suffix(".new").rename(card)
+    cards = [folder / f"card-{other}" for other in range(world)]
+    while not all(path.exists() for path in cards):
+        time.sleep(0.01)
+    return [json.loads(path.read_text()) for path in cards]
+
+
+def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) -> int:
+    if behaviour == "late":
+        time.sleep(60)
+    (folder / f"come-{rank}").touch()
+    listener = listen("127.0.0.1") if rank == 0 else None
+    cards = meet(folder, rank, world, listener.getsockname()[1] if listener else 0)
+
+    def claim() -> bool:
+        try:
+            (folder / "told").open("x").close()
+        except FileExistsError:
+            return False
+        return True
+
+    status = StatusFile([os.environ[STATUS_VARIABLE]] if STATUS_VARIABLE in os.environ else [])
+    status.peers = [Peer(other, "here", card["pid"]) for other, card in enumerate(cards)]
+
+    def on_end(end) -> None:
+        (folder / f"end-{rank}").write_text(json.dumps([end.code, end.speaker, end.lost]))
+        status.ended(end)
+
+    watchdog = Watchdog(
+        rank=rank,
+        peers=status.peers,
+        token=b"secret" if behaviour != "stranger" else b"guess",
+        hub=listener or ("127.0.0.1", cards[0]["port"]),
+        timeout=timeout,
+        launchers=launchers(Process.of(os.getpid()), int(os.environ.get(DOOR_VARIABLE, "0"))),
+        handle_signals=True,
+        on_end=on_end,
+        claim=claim,
+    )
+    watchdog.start(5.0)
+    if not watchdog.together.wait(float(os.environ.get("PATIENCE", "60"))):
+        print(f"missing {watchdog.missing()}", flush=True)
+        os._exit(9)
+    if rank == 0:
+        status.running()
+    (folder / f"ready-{rank}").touch()
+    what, _, detail = behaviour.partition(":")
+    if what == "stuck":
+        threading.Event().wait()
+    if what == "vanish":
+        os._exit(0)
+    if what == "fail" or what == "crash":
+        end = watchdog.fail(int(detail), crash=what == "crash")
+    elif what == "work":
+        until = time.monotonic() + float(detail or 60)
+        while watchdog.signal_received is None and time.monotonic() < until:
+            time.sleep(0.02)
+        end = watchdog.finish(128 + watchdog.signal_received if watchdog.signal_received else 0)
+    else:
+        end = watchdog.finish()
+    if end.speaker == rank:
+        print(f"rank {rank} speaks: {behaviour}", file=sys.stderr, flush=True)
+    if end.code == 0:
+        watchdog.close()
+        print(f"rank {rank} done", flush=True)
+    return end.code
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launch":
+        sys.exit(launch(sys.argv[2], sys.argv[3], sys.argv[4:]))
+    if sys.argv[1] == "--config":
+        number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        sys.exit(rank(Path(sys.argv[2]), 6.0, number, world, sys.argv[4].split(",")[number]))
+    sys.exit(rank(Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]))

@@ -1,0 +1,218 @@
+"""Checkpoint tools: convert, reshard, export and verify beside `cp`, and beside transformers' load and save.
+
+Every command is a process of its own, timed from start to end, with its peak resident memory; all work in the same two
+folders on the same disk, take turns for some rounds, and medians are printed. Before each of them the files are taken
+out of the page cache, so that all begin equally cold (--warm leaves them in it). Ours sync what they write; `cp` is
+therefore shown bare and followed by a sync of the copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+TOOLS = Path(__file__).resolve().parent.parent
+
+TELL_PEAK = """
+import atexit, os, re, runpy, sys
+target = sys.argv[1]
+def tell():
+    with open(target, "w") as file:
+        file.write(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+atexit.register(tell)
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script and writes its peak resident memory to a file."""
+
+TRANSFORMERS = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
+"""
+
+GENERATE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from megalite.model import families
+from megalite.weights.convert import hf_files, write_index
+from megalite.weights.mapping import hf_shapes
+folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
+(folder / "config.json").write_text(json.dumps(values))
+model = families.read(folder)
+files, infos = hf_files(model, folder, dict.fromkeys(hf_shapes(model), "BF16"), 5 * 10**9)
+random = np.random.default_rng(0)
+pool = random.integers(0, 1 << 16, 32 << 20, np.uint16)
+pool = (pool & 0x80FF | 0x3B00).view(np.uint8)
+for file in files:
+    with open(folder / file.name, "wb") as target:
+        target.write(file.header)
+        left = file.nbytes - len(file.header)
+        while left:
+            start = 2 * int(random.integers(0, 1 << 20))
+            target.write(pool[start : start + min(left, 60 << 20)].data)
+            left -= min(left, 60 << 20)
+if len(files) > 1:
+    write_index(folder, infos)
+"""
+
+
+@dataclass
+class Figure:
+    """One command's medians."""
+
+    name: str
+    seconds: float
+    gigabytes: float
+    """Written; for verify, read."""
+    rate: float
+    """GB/s."""
+    peak_mb: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder in Hugging Face layout; default: random weights of --size")
+    parser.add_argument("--size", type=float, default=8.2, help="GB of random weights (default: %(default)s)")
+    parser.add_argument("--folder", help="where to work, with four times the model's size free (default: a new one)")
+    parser.add_argument("--layout", default="tp=4,pp=2", help="what to convert to (default: %(default)s)")
+    parser.add_argument("--reshard", default="tp=2,pp=3", help="what to reshard to (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="times each command runs (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="for our tools (default: theirs)")
+    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
+    parser.add_argument("--skip-transformers", action="store_true", help="leave the usual way out")
+    parser.add_argument("--json", help="write the figures here")
+
+
+def run(args: argparse.Namespace) -> int:
+    parent = Path(tempfile.mkdtemp(prefix="megalite-bench-", dir=args.folder))
+    try:
+        figures = Bench(args, parent).run()
+    finally:
+        shutil.rmtree(parent)
+    base = next(figure.rate for figure in figures if figure.name == "cp, synced")
+    print("| command | seconds | GB/s | of cp, synced | peak memory |\n|---|---|---|---|---|")
+    for one in figures:
+        peak = f"{one.peak_mb:.0f} MB" if one.peak_mb else ""
+        print(f"| {one.name} | {one.seconds:.1f} | {one.rate:.2f} | {one.rate / base:.0%} | {peak} |")
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+    return 0
+
+
+class Bench:
+    """The commands and their folders."""
+
+    def __init__(self, args: argparse.Namespace, parent: Path):
+        self.args = args
+        self.parent = parent
+        self.model = Path(args.model) if args.model else generate(parent / "model", args.size)
+        self.samples: dict[str, list[tuple[float, float, float | None]]] = {}
+
+    def run(self) -> list[Figure]:
+        for _ in range(self.args.rounds):
+            self._round()
+        figures = []
+        for name, samples in self.samples.items():
+            seconds, size = statistics.median(s[0] for s in samples), samples[0][1]
+            peaks = [peak for _, _, peak in samples if peak is not None]
+            figures.append(Figure(name, seconds, size, size / seconds, max(peaks, default=None)))
+        return figures
+
+    def _round(self) -> None:
+        parent, model = self.parent, self.model
+        copy, cut, other, back = (parent / name for name in ("copy", "cut", "other", "back"))
+
+        def cp() -> None:
+            subprocess.run(["cp", "-r", str(model), str(copy)], check=True)
+
+        self._time("cp", cp, copy)
+        shutil.rmtree(copy)
+        self._time("cp, synced", lambda: (cp(), sync(copy)), copy)
+        shutil.rmtree(copy)
+        self._tool("convert", cut, "--model", model, "--layout", self.args.layout, "--out", cut)
+        self._tool("verify", cut, cut)
+        self._tool("reshard", other, "--from", cut, "--layout", self.args.reshard, "--out", other)
+        shutil.rmtree(cut)
+        self._tool("export", back, "--from", other, "--out", back)
+        shutil.rmtree(other)
+        self._tool("verify --against", back, back, "--against", model)
+        shutil.rmtree(back)
+        if not self.args.skip_transformers:
+            script = parent / "transformers_round_trip.py"
+            script.write_text(TRANSFORMERS)
+            self._script("transformers load + save", back, [script, model, back])
+            shutil.rmtree(back)
+
+    def _tool(self, name: str, out: Path, *arguments: str | Path) -> None:
+        jobs = ["--jobs", str(self.args.jobs)] if self.args.jobs else []
+        self._script(name, out, [TOOLS / f"{name.split()[0]}.py", *arguments, *jobs])
+
+    def _script(self, name: str, out: Path, command: list[str | Path]) -> None:
+        told = self.parent / "peak"
+        whole = [sys.executable, "-c", TELL_PEAK, str(told), *map(str, command)]
+        self._time(name, lambda: subprocess.run(whole, check=True, stdout=subprocess.DEVNULL), out, told)
+
+    def _time(self, name: str, work: Callable[[], object], out: Path, told: Path | None = None) -> None:
+        if not self.args.warm:
+            for folder in (self.model, *self.parent.iterdir()):
+                if folder.is_dir():
+                    evict(folder)
+        began = time.monotonic()
+        work()
+        seconds = time.monotonic() - began
+        peak = int(told.read_text()) / 1000 if told else None
+        size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e9
+        self.samples.setdefault(name, []).append((seconds, size, peak))
+        print(f"{name}: {seconds:.1f} s, {size / seconds:.2f} GB/s", file=sys.stderr, flush=True)
+
+
+def sync(folder: Path) -> None:
+    """Flush every file of a folder to the disk."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def evict(folder: Path) -> None:
+    """Take a folder's files out of the page cache."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def generate(folder: Path, gigabytes: float) -> Path:
+    """A Llama of about that size with random bfloat16 weights; hidden 4096, as an 8B model has."""
+    folder.mkdir()
+    hidden, inner, vocab = 4096, 14336, 32000
+    layer = 2 * hidden * (2 * hidden + 2 * 1024 + 3 * inner)
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": max(3, round((gigabytes * 1e9 - 4 * vocab * hidden) / layer)),
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": vocab,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    subprocess.run([sys.executable, "-c", GENERATE, str(folder), json.dumps(values)], check=True)
+    sync(folder)
+    return folder

@@ -1,0 +1,146 @@
+"""Checks that imports point down only: `python tools/check_imports.py`. Prints each wrong import, exits 1 if any.
+
+The rooms, from the top: launch and tools; hybrid and serve; inference and train; weights; model; core; config. A room
+may import rooms below it, never one beside or above. Some packages may be imported in a few places only, and some
+modules must stay importable without torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+LEVELS = [
+    {"megalite.errors"},
+    {"megalite.files", "megalite.monitor"},
+    {"megalite.config"},
+    {"megalite.core"},
+    {"megalite.model", "megalite.tokenizer", "megalite.chat_template"},
+    {"megalite.weights"},
+    {"megalite.preflight"},
+    {"megalite.inference", "megalite.train"},
+    {"megalite.hybrid", "megalite.serve"},
+    {"megalite.cli", "megalite.dry_run"},
+    {"launch", "tools"},
+]
+"""From the bottom. Rooms of one level do not know each other."""
+
+SAME_LEVEL = {("megalite.tokenizer", "megalite.chat_template"), ("megalite.cli", "megalite.dry_run")}
+"""Neighbours that are parts of one thing: (importer, imported)."""
+
+ISOLATED = {"megalite.monitor"}
+"""Rooms that import nothing of ours."""
+
+PLACES = {
+    "deepspeed": ("megalite/train/", "megalite/core/distributed.py", "tests/"),
+    "transformers": ("tests/", "tools/benchmarks/"),
+    "tokenizers": ("megalite/tokenizer.py", "megalite/train/", "tests/"),
+    "pickle": ("tests/",),
+}
+"""Packages and the only places that may import them."""
+
+TORCH_FREE = (
+    "megalite/__init__.py",
+    "megalite/errors.py",
+    "megalite/files.py",
+    "megalite/cli.py",
+    "megalite/preflight.py",
+    "megalite/dry_run.py",
+    "megalite/tokenizer.py",
+    "megalite/chat_template.py",
+    "megalite/config/",
+    "megalite/monitor/",
+    "megalite/core/layout.py",
+    "megalite/core/launcher.py",
+    "megalite/core/status.py",
+    "megalite/model/config.py",
+    "megalite/model/families.py",
+    "megalite/model/family.py",
+    "megalite/model/hf_config.py",
+    "megalite/weights/mapping.py",
+    "megalite/inference/request.py",
+    "megalite/inference/blocks.py",
+    "megalite/inference/scheduler.py",
+    "megalite/inference/memory.py",
+    "megalite/inference/inputs.py",
+    "megalite/inference/outputs.py",
+)
+"""Files and folders whose modules must not import torch when they are imported."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement."""
+
+    file: Path
+    line: int
+    module: str
+    deferred: bool
+    """Inside a function or under TYPE_CHECKING: not run when the module is imported."""
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    """Every import statement of a file, those in functions too."""
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(file, child.lineno, alias.name, deferred)
+            elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
+                for alias in child.names:
+                    yield Import(file, child.lineno, f"{child.module}.{alias.name}", deferred)
+            inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            yield from visit(child, deferred or inner or typing_only)
+
+    yield from visit(tree, False)
+
+
+def room_of(module: str) -> tuple[int, str] | None:
+    """Level and name of the room that a dotted module name is in."""
+    for level, rooms in enumerate(LEVELS):
+        for room in rooms:
+            if module == room or module.startswith(room + "."):
+                return level, room
+    return None
+
+
+def wrong(root: Path, item: Import) -> str | None:
+    """Why an import is against the rules, or None."""
+    path = item.file.relative_to(root).as_posix()
+    package = item.module.split(".")[0]
+    if package in PLACES and not path.startswith(PLACES[package]):
+        return f"{package} may be imported only in {', '.join(PLACES[package]) or 'no module'}"
+    if package == "torch" and not item.deferred and path.startswith(TORCH_FREE):
+        return "this module must be importable without torch"
+    here, there = room_of(path.removesuffix(".py").replace("/", ".")), room_of(item.module)
+    if here is None or there is None or here[1] == there[1]:
+        return None
+    if here[1] in ISOLATED:
+        return f"{here[1]} imports nothing of ours"
+    if there[0] > here[0] or (there[0] == here[0] and (here[1], there[1]) not in SAME_LEVEL):
+        return f"{here[1]} must not know {there[1]}"
+    return None
+
+
+def check(root: Path) -> list[str]:
+    """Every wrong import below `root`, as `file:line: import module: reason`."""
+    files = [file for top in ("megalite", "launch", "tools", "tests") for file in sorted((root / top).rglob("*.py"))]
+    found = []
+    for file in files:
+        for item in imports_of(file):
+            reason = wrong(root, item)
+            if reason:
+                found.append(f"{file.relative_to(root)}:{item.line}: import {item.module}: {reason}")
+    return found
+
+
+if __name__ == "__main__":
+    problems = check(Path(__file__).resolve().parent.parent)
+    print("\n".join(problems) if problems else "imports point down only")
+    sys.exit(bool(problems))

@@ -1,0 +1,99 @@
+"""What is this checkpoint? `python tools/describe.py PATH [--tensor NAME] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from toolkit import Parser, in_words, main
+
+from megalite.weights.describe import describe, describe_tensor
+
+DESCRIPTION = """\
+Family, parameters, layout, bytes a rank, dtypes and the largest tensors of a Hugging Face folder, of rank shards or
+of training state. Reads headers only; with --tensor also that one tensor, for its statistics."""
+EPILOG = """\
+example:
+  python tools/describe.py checkpoints/demo
+  python tools/describe.py checkpoints/demo --tensor model.embed_tokens.weight"""
+
+
+def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
+    """The facts for people."""
+    yield f"{facts['path']}: {facts['form']}"
+    yield f"  family      {facts['family']} ({facts['architecture']}), {facts['layers']} layers"
+    yield f"  parameters  {facts['parameters']:,}"
+    yield f"  size        {in_words(facts['bytes'])}: " + ", ".join(
+        f"{dtype} {in_words(count)}" for dtype, count in facts["dtypes"].items()
+    )
+    if facts["layout"]:
+        kinds = ", ".join(facts["kinds"])
+        yield f"  layout      tp={facts['layout']['tp']}, pp={facts['layout']['pp']}; stored: {kinds}"
+    for key, value in facts["training"].items():
+        yield f"  {key:10}  {value}"
+    if facts["left_out"]:
+        yield f"  left out    {', '.join(facts['left_out'][:3])} ({len(facts['left_out'])} tensors)"
+    yield "  files"
+    for file in facts["files"]:
+        place = ""
+        if "rank" in file:
+            place = f"  tp {file['tp']}, pp {file['pp']}, layers {file['layers'][0]}..{file['layers'][1]}"
+        yield f"    {file['name']:32} {in_words(file['bytes']):>10}  {file['tensors']:5} tensors{place}"
+    yield "  tensors"
+    for tensor in facts["tensors"][:shown]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        yield f"    {tensor['name']:56} {tensor['dtype']:5} {shape:>16}  {in_words(tensor['bytes']):>10}"
+    if len(facts["tensors"]) > shown:
+        yield f"    ... and {len(facts['tensors']) - shown} more (--all lists them)"
+    for note in facts["notes"]:
+        yield f"  note: {note}"
+
+
+def tensor_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """One tensor, for people."""
+    if "ranks" in facts:
+        yield facts["name"]
+        for rank in facts["ranks"]:
+            yield f"  {rank['file']}: {_shape(rank)}; {_statistics(rank['statistics'])}"
+            for text in rank["ranges"]:
+                yield f"    {text}"
+        return
+    yield f"{facts['name']}: {_shape(facts)}"
+    yield f"  {_statistics(facts['statistics'])}"
+    for place in facts["places"]:
+        yield f"  {place['file']}: {place['tensor']}: {place['range']}"
+
+
+def _shape(facts: dict[str, Any]) -> str:
+    return f"{' x '.join(map(str, facts['shape']))} {facts['dtype']}"
+
+
+def _statistics(facts: dict[str, Any]) -> str:
+    counts = f"{facts['zeros']} zeros, {facts['nan']} NaN, {facts['infinite']} infinite"
+    if "mean" not in facts:
+        return counts
+    return f"min {facts['min']:.6g}, max {facts['max']:.6g}, mean {facts['mean']:.6g}, std {facts['std']:.6g}; {counts}"
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.tensor:
+        facts = describe_tensor(args.path, args.tensor, args.revision)
+        text = "\n".join(tensor_lines(facts))
+    else:
+        facts = describe(args.path, args.revision)
+        text = "\n".join(lines(facts, len(facts["tensors"]) if args.all else 12))
+    print(json.dumps(facts, indent=2) if args.json else text)
+    return 0
+
+
+if __name__ == "__main__":
+    parser = Parser(DESCRIPTION, EPILOG)
+    parser.add_argument("path", metavar="PATH", help="a folder or a hub id")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub id")
+    parser.add_argument("--tensor", metavar="NAME", help="shape, dtype and statistics of one tensor")
+    parser.add_argument("--all", action="store_true", help="list every tensor, not just the largest")
+    parser.add_argument("--json", action="store_true", help="the same as JSON")
+    sys.exit(main(parser, run))

@@ -1,0 +1,171 @@
+"""What the command-line tools share: arguments, messages, exit codes and the progress bar. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from tqdm import tqdm
+
+from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
+from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
+from megalite.weights.convert import default_jobs
+from megalite.weights.output import Outcome
+
+
+class Parser(argparse.ArgumentParser):
+    """Arguments whose mistakes are ConfigErrors. Every tool has --debug and --family-module."""
+
+    def __init__(self, description: str, epilog: str = ""):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=epilog, formatter_class=form, allow_abbrev=False)
+        self._writes = False
+        text = "module that registers a model family of your own"
+        self.add_argument("--family-module", metavar="MODULE", help=text)
+        self.add_argument("--debug", action="store_true", help="show tracebacks for errors of all kinds")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(Problem(key="", rule=message, fix="--help lists all options."))
+
+    def stop(self, signum: int, frame: object) -> NoReturn:
+        """End at once on a signal. What is written can be killed at any moment, so there is nothing to wait for."""
+        kept = "; the same command goes on where it was" if self._writes else ""
+        os.write(2, f"stopped by {signal.Signals(signum).name}{kept}\n".encode())
+        os._exit(128 + signum)
+
+    def add_writing(self, what: str) -> None:
+        """The options of every tool that writes a folder."""
+        self._writes = True
+        self.add_argument("--out", required=True, metavar="DIR", help=what)
+        self.add_argument("--dtype", choices=CONFIG_DTYPES, help="convert the weights; default: keep every bit")
+        self.add_argument("--overwrite", action="store_true", help="DIR may hold something else, which is replaced")
+        self.add_jobs()
+
+    def add_jobs(self) -> None:
+        text = "tensors at work at once; each takes a few MiB of memory (default: %(default)s)"
+        self.add_argument("--jobs", type=positive, default=default_jobs(), metavar="N", help=text)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 1024):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 1024, got {text!r}")
+    return int(text)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def size(text: str) -> int:
+    """Bytes, written as `5GB`, `500MB` or `2GiB`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    if match is None or float(match[1]) * _UNITS[match[2] or ""] < 1:
+        raise argparse.ArgumentTypeError(f"must be a size such as 5GB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def in_words(count: int) -> str:
+    """Bytes for people."""
+    if count < 1000:
+        return f"{count} B"
+    value, units = float(count), iter(("KB", "MB", "GB", "TB", "PB"))
+    unit = "B"
+    while value >= 1000:
+        value, unit = value / 1000, next(units)
+    return f"{value:.1f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+class Bar:
+    """Bytes done, rate and time left on one line of a terminal; nothing where standard error is not one."""
+
+    def __init__(self, title: str):
+        self._bar = tqdm(
+            total=0,
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            disable=None,
+            mininterval=0.2,
+            bar_format="{desc} |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
+        )
+        self.began = time.monotonic()
+
+    def begin(self, total: int) -> None:
+        """More to come."""
+        self._bar.total += total
+        self._bar.refresh()
+
+    def advance(self, count: int) -> None:
+        self._bar.update(count)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def report(outcome: Outcome, seconds: float, last: str) -> None:
+    """What was written, in one line, and what the user should know."""
+    for note in outcome.notes:
+        print(f"note: {note}")
+    if outcome.was_done:
+        print(f"{outcome.folder}: already whole, nothing to do")
+        return
+    reused = f", {in_words(outcome.reused)} of an interrupted run kept" if outcome.reused else ""
+    rate = in_words(int(outcome.written / max(seconds, 1e-3)))
+    print(
+        f"{outcome.folder}: {plural(outcome.files, 'weight file')}, "
+        f"{in_words(outcome.written)} written in {seconds:.1f} s ({rate}/s){reused}; {last}"
+    )
+
+
+def main(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
+    """The whole of a tool; gives its exit code."""
+    debug = "--debug" in sys.argv
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, parser.stop)
+    try:
+        args = parser.parse_args()
+        if args.family_module:
+            _import_family(args.family_module)
+        return run(args)
+    except BrokenPipeError:  # the reader (`| head`) has seen enough; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MegaliteError as error:
+        if debug:
+            traceback.print_exc()
+        lines = error.problems if isinstance(error, ConfigError) else [error]
+        sys.stderr.write("".join(f"error: {line}\n" for line in lines))
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return EXIT_CRASH
+
+
+def _import_family(name: str) -> None:
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except MegaliteError:
+        raise
+    except Exception as error:  # the user's own module may raise anything
+        rule = f"importing it failed: {type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(Problem(key="--family-module", rule=rule, value=name)) from error
