@@ -25,6 +25,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import PackedAttention
 from megalite.tokenizer import Tokenizer
 from megalite.train import card
+from megalite.train.batch import from_windows
 from megalite.train.data import find_files, is_held_out
 from megalite.train.export import export_model
 from megalite.train.trainer import Trainer, learning_rate
@@ -59,6 +60,10 @@ def settings(layout: Layout, *, zero: int = 1, accumulate: int = 1, sequence_par
     )
 
 
+def make_trainer(config: TrainConfig, decoder) -> Trainer:
+    return Trainer(decoder, config.optimizer, steps=STEPS, zero_stage=config.train.zero_stage)
+
+
 def token_ids(vocab: int) -> torch.Tensor:
     """[STEPS, SEQUENCES, LENGTH + 1]"""
     return torch.randint(vocab, (STEPS, SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(11))
@@ -69,12 +74,12 @@ def train_in_layout(rank: int, folder: Path, config: TrainConfig):
     layout = Layout(tp=config.parallel.tp, dp=config.parallel.dp)
     with as_run(rank):
         state = ParallelState(layout, sequence_parallel=config.parallel.sequence_parallel)
-        trainer = Trainer(config, build_from(folder, state))
+        trainer = make_trainer(config, build_from(folder, state))
         steps = []
         for ids in token_ids(trainer.decoder.config.vocab_size):
             share = ids.chunk(layout.dp)[state.dp.rank]
-            loss = trainer.step(share.split(config.train.micro_batch_size))
-            steps.append((trainer.mean_over_dp(loss), trainer.gradient_norm))
+            report = trainer.step([from_windows(part) for part in share.split(config.train.micro_batch_size)])
+            steps.append((trainer.read(report)["loss"], trainer.gradient_norm))
         params = dict(trainer.decoder.named_parameters())
         held = expected(trainer.decoder.config, layout, rank)
         values = {name: get_whole(params[name], WEIGHT) for name in held}
@@ -145,7 +150,10 @@ def test_training_equals_plain_pytorch(case, tiny, ranks):
     assert steps[0][1] > 2 * OPTIMIZER.gradient_clipping, "clipping is part of what is compared"
     results = ranks(layout.size).run(train_in_layout, tiny(name), settings(layout, **options))
     for got, parts in results:
-        torch.testing.assert_close(torch.tensor(got), torch.tensor(steps), rtol=2e-5, atol=0)
+        (losses, norms), (wanted_losses, wanted_norms) = zip(*got, strict=True), zip(*steps, strict=True)
+        assert losses == pytest.approx(wanted_losses, rel=2e-5)
+        assert norms[0] == pytest.approx(wanted_norms[0], rel=2e-5)
+        assert norms == pytest.approx(wanted_norms, rel=2e-4)  # Adam makes rounding large where gradients are near zero
         for piece, lo, hi, values in parts:
             if name == "gpt2" and piece.hf.endswith("c_attn.bias") and piece.hf_start == 48:
                 continue  # a key bias without rotation has no gradient but rounding, which Adam makes large
@@ -156,7 +164,7 @@ def test_training_equals_plain_pytorch(case, tiny, ranks):
 
 def export_untrained(rank: int, folder: Path, layout: Layout, out: Path) -> None:
     with as_run(rank):
-        trainer = Trainer(settings(layout), build_from(folder, ParallelState(layout)))
+        trainer = make_trainer(settings(layout), build_from(folder, ParallelState(layout)))
         export_model(trainer.decoder, out / "model.safetensors", torch.float32)
 
 
@@ -178,9 +186,9 @@ def starve_a_rank(rank: int, folder: Path) -> tuple[float, float]:
             if name.endswith("mlp.router"):  # +u, -u and zeros: the first two experts win every token
                 param.data[2:] = 0
                 param.data[1] = -param.data[0]
-        trainer = Trainer(settings(layout), decoder)
-        loss = trainer.step([token_ids(decoder.config.vocab_size)[0]])
-        return float(loss), trainer.gradient_norm
+        trainer = make_trainer(settings(layout), decoder)
+        report = trainer.step([from_windows(token_ids(decoder.config.vocab_size)[0])])
+        return trainer.read(report)["loss"], trainer.gradient_norm
 
 
 def test_a_rank_whose_experts_get_no_token_takes_part(tiny, ranks, tmp_path):

@@ -204,5 +204,5 @@ def load_state(trainer: Trainer, path: Path) -> None:
                     )
                 value = value.float() / _stored_scale(trainer, name, kind, value.ndim)
                 set_whole(params[name], kind, value.to(trainer.device))
-    finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.config.train.zero_stage, step)
+    finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.zero_stage, step)
     trainer.steps_done = step

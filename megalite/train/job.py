@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from megalite.config.load import Loaded
 from megalite.config.schema import TrainConfig
@@ -30,10 +29,11 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.hf_config import read_json
 from megalite.train import card
+from megalite.train.batch import MicroBatch, from_windows
 from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
 from megalite.train.data import Corpus, TrainingOrder, held_out_windows, prepare, read_windows
 from megalite.train.export import export_model, model_files
-from megalite.train.trainer import LanguageModel, Trainer, learning_rate, mean_loss
+from megalite.train.trainer import LanguageModel, StepReport, Trainer, learning_rate, mean_loss
 from megalite.weights import hf, shards, transfer
 from megalite.weights.manifest import Manifest
 
@@ -78,7 +78,13 @@ class Job:
         self.found = self._find_state()
         self.corpus = self._open_corpus()
         self.model, self.hf_config = self._make_config()
-        self.trainer = Trainer(config, self._make_decoder())
+        self.trainer = Trainer(
+            self._make_decoder(),
+            config.optimizer,
+            steps=config.train.steps,
+            zero_stage=config.train.zero_stage,
+            deepspeed_keys=config.deepspeed,
+        )
         length = config.data.sequence_length
         self.order = TrainingOrder(len(self.corpus.train), length, config.data.seed)
         self.held_out = held_out_windows(len(self.corpus.held_out), length)
@@ -176,19 +182,19 @@ class Job:
         clock = _Clock(trainer.steps_done)
         reason = self._done()
         while reason is None:
-            loss = trainer.step(self._micro_batches())
-            self.progress.sequences += trainer.sequences_per_step
+            report = trainer.step(list(self._micro_batches()))
+            self.progress.sequences += self._sequences_per_step
             step = trainer.steps_done
             reason = self._done() or self._stop_asked()
             if step % train.log_every == 0 or reason is not None:
-                self._report(loss, clock)
+                self._report(report, clock)
             if step % train.eval_every == 0 or (reason is not None and not self.stop_signal):
                 with clock.paused():
                     self._evaluate()
                 reason = self._done() or reason
             if step % train.save_every == 0 or reason is not None:
                 with clock.paused():
-                    self._require_finite(loss)
+                    self._require_finite(report)
                     self._save()
         return reason
 
@@ -213,24 +219,26 @@ class Job:
             return f"stopped by {signal.Signals(self.stop_signal).name}"
         return f"train.max_seconds={limit:g} are over" if late else None
 
-    def _micro_batches(self) -> Iterator[Tensor]:
+    @property
+    def _sequences_per_step(self) -> int:
+        train = self.config.train
+        return train.micro_batch_size * train.gradient_accumulation_steps * self.state.dp.size
+
+    def _micro_batches(self) -> Iterator[MicroBatch]:
         """This replica's share of the next step's sequences."""
         train, dp = self.config.train, self.state.dp
         share = train.micro_batch_size * train.gradient_accumulation_steps
         first = self.progress.sequences + dp.rank * share
         for start in range(first, first + share, train.micro_batch_size):
-            yield self._to_device(self.corpus.train, self.order.starts(start, train.micro_batch_size))
+            yield self._windows(self.corpus.train, self.order.starts(start, train.micro_batch_size))
 
-    def _to_device(self, tokens: np.ndarray, starts: np.ndarray) -> Tensor:
-        ids = torch.from_numpy(read_windows(tokens, starts, self.config.data.sequence_length))
-        if self.device.type == "cuda":
-            ids = ids.pin_memory()  # so that the copy does not wait for the device
-        return ids.to(self.device, non_blocking=True)
+    def _windows(self, tokens: np.ndarray, starts: np.ndarray, counts: list[bool] | None = None) -> MicroBatch:
+        return from_windows(torch.from_numpy(read_windows(tokens, starts, self.config.data.sequence_length)), counts)
 
-    def _report(self, loss: Tensor, clock: _Clock) -> None:
+    def _report(self, report: StepReport, clock: _Clock) -> None:
         trainer, optimizer, steps = self.trainer, self.config.optimizer, self.config.train.steps
-        value, norm = self._require_finite(loss)
-        tokens = trainer.sequences_per_step * self.config.data.sequence_length
+        value, norm = self._require_finite(report)
+        tokens = self._sequences_per_step * self.config.data.sequence_length
         speed = clock.read(trainer.steps_done) * tokens
         rate = learning_rate(optimizer, trainer.steps_done - 1, steps)
         line = f"step {trainer.steps_done}/{steps}  loss {value:.4f}  lr {rate:.2e}  norm {norm:.3f}"
@@ -239,9 +247,9 @@ class Job:
             {"loss": value, "lr": rate, "gradient_norm": norm, "tokens_per_second": speed},
         )
 
-    def _require_finite(self, loss: Tensor) -> tuple[float, float]:
+    def _require_finite(self, report: StepReport) -> tuple[float, float]:
         """Mean loss and gradient norm of the last step; MegaliteError if the weights can't be right after it."""
-        value, norm = self.trainer.mean_over_dp(loss), self.trainer.gradient_norm
+        value, norm = self.trainer.read(report)["loss"], self.trainer.gradient_norm
         if not (math.isfinite(value) and math.isfinite(norm)):
             raise MegaliteError(
                 f"step {self.trainer.steps_done}: the loss is {value:g}, the gradient norm {norm:g}. Lower "
@@ -269,7 +277,7 @@ class Job:
             {"held_out_loss": loss, "bits_per_byte": bits},
         )
 
-    def _held_out_batches(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def _held_out_batches(self, limit: int | None) -> Iterator[MicroBatch]:
         """This replica's share of the held-out windows, in at most `limit` micro batches over all replicas.
 
         Every replica gets as many batches; windows that fill up the last ones do not count.
@@ -279,8 +287,7 @@ class Job:
         for first in range(0, len(windows), size * dp.size):
             mine = range(first + dp.rank * size, first + (dp.rank + 1) * size)
             starts = windows[[min(i, len(windows) - 1) for i in mine]]
-            counts = torch.tensor([i < len(windows) for i in mine], device=self.device)
-            yield self._to_device(self.corpus.held_out, starts), counts
+            yield self._windows(self.corpus.held_out, starts, [i < len(windows) for i in mine])
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -315,7 +322,8 @@ class Job:
             self.model, self.state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device
         )
         load_folder(decoder, self.folder)
-        loss = mean_loss(LanguageModel(decoder), self._held_out_batches(None), self.state.dp, self.device)
+        held_out = (batch.to(self.device) for batch in self._held_out_batches(None))
+        loss = mean_loss(LanguageModel(decoder), held_out, self.state.dp, self.device)
         tokenizer = Tokenizer.from_file(str(self.corpus.folder / TOKENIZER_FILES[0]))
         samples = []
         for prompt in self.config.train.sample_prompts:

@@ -1,6 +1,10 @@
-"""Cross-entropy over a vocabulary that is cut over tp: no rank ever holds a whole row of logits."""
+"""Cross-entropy over a vocabulary that is cut over tp: no rank ever holds a whole row of logits. And the losses."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -8,6 +12,38 @@ from torch import Tensor
 
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.parallel_state import Axis
+from megalite.train.batch import MicroBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLoss:
+    """A loss before it is summed; the trainer takes the mean over all tokens of a step, weighted by `batch.weights`."""
+
+    loss: Tensor
+    """float32 [T]."""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is reported besides, averaged alike: float32 [T] each, without gradient."""
+
+
+class Loss(Protocol):
+    """What a training step minimises. The names of its metrics are the same for every batch."""
+
+    metric_names: tuple[str, ...]
+
+    def __call__(self, logprobs: Tensor, batch: MicroBatch) -> TokenLoss:
+        """`logprobs`: of each target, by the full distribution: float32 [T]."""
+
+
+class NextToken:
+    """The negative log-likelihood of each target."""
+
+    metric_names = ()
+
+    def __call__(self, logprobs: Tensor, batch: MicroBatch) -> TokenLoss:
+        return TokenLoss(loss=-logprobs)
+
+
+NEXT_TOKEN = NextToken()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, first_row: int, axis: Axis) -> Tensor:

@@ -7,14 +7,14 @@ is tp: gradients that are partial on each tp rank are summed here, by hooks that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megalite.config.schema import OptimizerSection, TrainConfig
+from megalite.config.schema import OptimizerSection
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Even, Whole
 from megalite.core.parallel_state import Axis, ParallelState
@@ -22,31 +22,31 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.attention import PackedAttention
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.train.loss import cross_entropy
+from megalite.train.batch import MicroBatch
+from megalite.train.loss import NEXT_TOKEN, Loss, cross_entropy
 from megalite.train.zero import begin_optimizer
 from megalite.weights.mapping import pieces
 
 
 class LanguageModel(nn.Module):
-    """Token ids [B, L + 1] -> negative log-likelihood of each sequence's last L tokens, float32 [B, L]."""
+    """A micro batch of T tokens -> log-probability of each target, by the full distribution: float32 [T]."""
 
     def __init__(self, decoder: Decoder):
         super().__init__()
         self.decoder = decoder
         self.first_row, _ = Even(decoder.config.vocab_size).range(decoder.state.tp.size, decoder.state.tp.rank)
-        self._contexts: dict[tuple[int, int, torch.device], PackedAttention] = {}
+        self._context: tuple[tuple[int, ...], PackedAttention] | None = None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        batch, length = ids.shape[0], ids.shape[1] - 1
-        hidden = self.decoder(ids[:, :-1].flatten(), self._context(batch, length, ids.device))
-        losses = cross_entropy(self.decoder.logits(hidden), ids[:, 1:].flatten(), self.first_row, self.decoder.state.tp)
-        return losses.view(batch, length)
+    def forward(self, batch: MicroBatch) -> Tensor:
+        hidden = self.decoder(batch.ids, self._attention(batch))
+        logits = self.decoder.logits(hidden)
+        return -cross_entropy(logits, batch.targets, self.first_row, self.decoder.state.tp)
 
-    def _context(self, batch: int, length: int, device: torch.device) -> PackedAttention:
-        key = (batch, length, device)
-        if key not in self._contexts:
-            self._contexts[key] = PackedAttention([length] * batch, device)
-        return self._contexts[key]
+    def _attention(self, batch: MicroBatch) -> PackedAttention:
+        """Made anew only when the lengths change: fixed windows share one."""
+        if self._context is None or self._context[0] != batch.lengths:
+            self._context = batch.lengths, PackedAttention(batch.lengths, batch.ids.device)
+        return self._context[1]
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
@@ -155,22 +155,25 @@ def make_optimizer(decoder: Decoder, section: OptimizerSection) -> torch.optim.A
     )
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration: ours, and what the `deepspeed` section adds (the config's rules keep them apart)."""
+def deepspeed_config(
+    optimizer: OptimizerSection, *, zero_stage: int, dtype: torch.dtype, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, and `more` from the `deepspeed` section (the config's rules keep them apart)."""
     return {
-        **config.deepspeed,
+        **more,
         "steps_per_print": 1 << 40,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": {**config.deepspeed.get("zero_optimization", {}), "stage": config.train.zero_stage},
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step has as many backward passes as it is given micro batches
+        "gradient_clipping": optimizer.gradient_clipping,
+        "zero_optimization": {**more.get("zero_optimization", {}), "stage": zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == torch.bfloat16},
     }
 
 
-def check_trainable(model: ModelConfig, state: ParallelState, tokens: int) -> None:
-    """ConfigError for a layout this model can't be trained in. `tokens`: of one micro batch on one replica."""
+def check_trainable(model: ModelConfig, state: ParallelState) -> None:
+    """ConfigError for a layout this model can't be trained in."""
     problems = []
     if state.pp.size > 1:
         problems.append(Problem(key="parallel.pp", rule="must be 1: training is not pipelined", value=state.pp.size))
@@ -181,88 +184,122 @@ def check_trainable(model: ModelConfig, state: ParallelState, tokens: int) -> No
     if state.tp.size > experts:
         rule = f"must be at most the model's {experts} experts in training"
         problems.append(Problem(key="parallel.tp", rule=rule, value=state.tp.size))
-    if state.sequence_parallel and tokens % state.tp.size:
-        rule = f"needs the {tokens} tokens of a micro batch to divide by parallel.tp={state.tp.size}"
-        fix = "Change data.sequence_length or train.micro_batch_size."
-        problems.append(Problem(key="parallel.sequence_parallel", rule=rule, fix=fix))
     if problems:
         raise ConfigError(*problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """Sums over the tokens of one step on this replica. They stay on the device: reading them waits for the step."""
+
+    sums: Tensor
+    """float64 [1 + metrics]: of the loss and of each metric, times the weights."""
+    weight: float
+    """Sum of the weights over all replicas."""
+    names: tuple[str, ...]
+    """`loss`, then the metrics."""
 
 
 class Trainer:
     """A decoder in a DeepSpeed engine. Every method is collective: all ranks call it alike."""
 
-    def __init__(self, config: TrainConfig, decoder: Decoder):
+    def __init__(
+        self,
+        decoder: Decoder,
+        optimizer: OptimizerSection,
+        *,
+        steps: int,
+        zero_stage: int = 1,
+        deepspeed_keys: Mapping[str, Any] | None = None,
+    ):
+        """`steps`: over which the learning rate falls. `deepspeed_keys`: further keys for DeepSpeed's config."""
         import deepspeed  # 0.5 s, and only training needs it
 
-        self.config = config
         self.decoder = decoder
         self.state = decoder.state
-        self.device = next(decoder.parameters()).device
-        tokens = config.train.micro_batch_size * config.data.sequence_length
-        check_trainable(decoder.config, self.state, tokens)
+        self.section = optimizer
+        self.steps = steps
+        self.zero_stage = zero_stage
+        weight = next(decoder.parameters())
+        self.device = weight.device
+        check_trainable(decoder.config, self.state)
         self.holders = complete_gradients(decoder)
         """Of each row of the parameters that have rows on several tp ranks: how many hold it."""
-        self.optimizer = make_optimizer(decoder, config.optimizer)
+        self.optimizer = make_optimizer(decoder, optimizer)
         self.engine, *_ = deepspeed.initialize(
             model=LanguageModel(decoder),
             optimizer=self.optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {}),
             mpu=self.state.as_mpu(),
             dist_init_required=False,
         )
-        begin_optimizer(self.optimizer, self.engine.optimizer, config.train.zero_stage)
+        begin_optimizer(self.optimizer, self.engine.optimizer, zero_stage)
         self.steps_done = 0
 
-    @property
-    def sequences_per_step(self) -> int:
-        train = self.config.train
-        return train.micro_batch_size * train.gradient_accumulation_steps * self.state.dp.size
+    def step(self, batches: Sequence[MicroBatch], loss: Loss = NEXT_TOKEN) -> StepReport:
+        """One optimizer step over this replica's micro batches; every replica has as many.
 
-    def step(self, batches: Iterable[Tensor]) -> Tensor:
-        """One optimizer step over this replica's micro batches, int64 [B, L + 1] each; their mean loss on this replica.
-
-        The loss stays on the device: reading it waits for the step.
+        What is minimised is the mean of `loss` over the tokens of all replicas, weighted by `batch.weights`.
         """
-        rate = learning_rate(self.config.optimizer, self.steps_done, self.config.train.steps)
+        rate = learning_rate(self.section, self.steps_done, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses = []
-        for ids in batches:
-            loss = self.engine(ids).mean()
-            losses.append(loss.detach())
-            self.engine.backward(loss)
-            self.engine.step()
+        weight = self._total_weight(batches)
+        scale = self.state.dp.size / max(weight, 1e-9)  # DeepSpeed takes the mean over the replicas
+        sums = torch.zeros(1 + len(loss.metric_names), dtype=torch.float64, device=self.device)
+        for batch in map(self._prepared, batches):
+            found = loss(self.engine(batch), batch)
+            weighted = (found.loss * batch.weights).sum()
+            parts = [weighted.detach(), *((found.metrics[name] * batch.weights).sum() for name in loss.metric_names)]
+            sums += torch.stack(parts).double()
+            self.engine.backward(weighted * scale)
+        self.engine.step()
         self.steps_done += 1
-        return torch.stack(losses).mean()
+        return StepReport(sums=sums, weight=weight, names=("loss", *loss.metric_names))
+
+    @torch.no_grad()
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probability of each target of this replica's micro batches, on every rank of it: float32 [T] each."""
+        self.engine.eval()
+        try:
+            return [self.engine(self._prepared(batch))[: batch.num_tokens] for batch in batches]
+        finally:
+            self.engine.train()
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+        """Mean loss per token, weighted, over the batches of all replicas; every replica has as many."""
+        self.engine.eval()
+        try:
+            return mean_loss(self.engine, map(self._prepared, batches), self.state.dp, self.device)
+        finally:
+            self.engine.train()
+
+    def read(self, report: StepReport) -> dict[str, float]:
+        """Means over all replicas: `loss` and the loss's metrics."""
+        sums = all_reduce_sum(report.sums.clone(), self.state.dp)
+        return dict(zip(report.names, (sums / max(report.weight, 1e-9)).tolist(), strict=True))
 
     @property
     def gradient_norm(self) -> float:
         """The true global norm before clipping, of the last step."""
         return float(self.engine.get_global_grad_norm())
 
-    def mean_over_dp(self, value: Tensor) -> float:
-        """Mean of a scalar over the replicas."""
-        return float(all_reduce_sum(value.detach().clone(), self.state.dp)) / self.state.dp.size
+    def _total_weight(self, batches: Sequence[MicroBatch]) -> float:
+        own = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
+        return float(all_reduce_sum(own, self.state.dp))
 
-    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-        """Mean loss per token over the replicas' batches of (ids [B, L + 1], whether each sequence counts [B])."""
-        self.engine.eval()
-        model = self.engine
-        try:
-            return mean_loss(model, batches, self.state.dp, self.device)
-        finally:
-            self.engine.train()
+    def _prepared(self, batch: MicroBatch) -> MicroBatch:
+        multiple = self.state.tp.size if self.state.sequence_parallel else 1
+        return batch.padded(multiple).to(self.device)
 
 
 @torch.no_grad()
 def mean_loss(
-    model: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], dp: Axis, device: torch.device
+    model: Callable[[MicroBatch], Tensor], batches: Iterable[MicroBatch], dp: Axis, device: torch.device
 ) -> float:
-    """Mean of `model`'s losses over all replicas' batches of (ids [B, L + 1], whether each sequence counts [B])."""
+    """Mean negative log-likelihood, weighted, over all replicas' batches."""
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for ids, counts in batches:
-        losses = model(ids).double() * counts[:, None]
-        sums += torch.stack([losses.sum(), counts.sum() * losses.shape[1]])
-    total, tokens = all_reduce_sum(sums, dp).tolist()
-    return total / tokens
+    for batch in batches:
+        sums += torch.stack([-(model(batch) * batch.weights).double().sum(), batch.weights.double().sum()])
+    total, weight = all_reduce_sum(sums, dp).tolist()
+    return total / weight
