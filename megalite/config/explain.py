@@ -20,23 +20,22 @@ _WIDTH = 110
 
 def explain(kind: Kind) -> str:
     """The sections and keys of a config: type, default and meaning, as the schema's docstrings say."""
-    root = SCHEMAS[kind]
-    classes = sections(root)
-    notes = _notes()
+    return "\n\n".join(_explain_fields(SCHEMAS[kind]))
+
+
+def _explain_fields(owner: type) -> list[str]:
+    """A block of text for each key and section of a config class."""
+    classes, known, notes = sections(owner), hints(owner), _notes()
     blocks = []
-    for field in fields(root):
+    for field in fields(owner):
         section = classes.get(field.name)
         if section is None:
-            blocks.append(_explain_key(field, field.name, hints(root)[field.name], notes[root.__name__][field.name]))
+            blocks.append(_explain_key(field, field.name, known[field.name], notes[owner.__name__].get(field.name, "")))
             continue
-        own = notes[section.__name__]
-        title = textwrap.fill(own.get("", ""), _WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
-        keys = [
-            textwrap.indent(_explain_key(one, one.name, hints(section)[one.name], own.get(one.name, "")), "  ")
-            for one in fields(section)
-        ]
+        title = textwrap.fill(notes[section.__name__][""], _WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+        keys = [textwrap.indent(block, "  ") for block in _explain_fields(section)]
         blocks.append("\n".join([f"{field.name}:", *([title] if title.strip() else []), *keys]))
-    return "\n\n".join(blocks)
+    return blocks
 
 
 def _explain_key(field: Field, name: str, hint: Any, note: str) -> str:

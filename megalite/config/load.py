@@ -10,6 +10,9 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
+from itertools import accumulate
+from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,8 +101,8 @@ def loaded_from(config: InferConfig | TrainConfig, origins: dict[str, str] | Non
     """A config object, e.g. one made in Python, with its canonical text and digest."""
     tree = asdict(config)
     for key, hint in hints(type(config)).items():
-        section, _, name = key.rpartition(".")
-        inner = tree[section] if section else tree
+        *section, name = key.split(".")
+        inner = reduce(getitem, section, tree)
         inner[name] = with_floats(hint, inner[name])
     text = document.write(tree)
     origins = dict.fromkeys(hints(type(config)), DEFAULT) | (origins or {})
@@ -127,25 +130,28 @@ def _from_file(schema: type, path: str | Path) -> tuple[list[_Setting], list[Pro
     root = document.read(_read_text(Path(path)), printable(name)).value
     if not isinstance(root, dict):
         raise ConfigError(Problem(key=name, rule=f"must hold sections, e.g. `{next(iter(sections(schema)))}:`"))
-    settings, problems = [], []
-    for section, entry in root.items():
-        at = f"{printable(name)}:{entry.line}"
-        if section in hints(schema):
-            settings.append(_Setting(section, (), entry.plain(), at))
-        elif section not in sections(schema):
-            problems.append(unknown_key(str(section), schema, at))
-        elif isinstance(entry.value, dict):
-            for key, inner in entry.value.items():
-                full, at = f"{section}.{key}", f"{printable(name)}:{inner.line}"
-                if full in hints(schema):
-                    settings.append(_Setting(full, (), inner.plain(), at))
-                else:
-                    problems.append(unknown_key(full, schema, at))
-        elif entry.value is not None:
-            example = next(key for key in hints(schema) if key.startswith(f"{section}."))
-            fix = f"Write `{section}: {{{example.partition('.')[2]}: ...}}`."
-            problems.append(problem(section, "is a section and must hold keys", entry.value, fix, at))
+    settings: list[_Setting] = []
+    problems: list[Problem] = []
+    _collect(schema, "", root, printable(name), settings, problems)
     return settings, problems
+
+
+def _collect(
+    schema: type, prefix: str, entries: dict, name: str, settings: list[_Setting], problems: list[Problem]
+) -> None:
+    """Sort the entries of the section called `prefix` (empty: the whole file) into settings and problems."""
+    for key, entry in entries.items():
+        full, at = f"{prefix}{key}", f"{name}:{entry.line}"
+        if full in hints(schema):
+            settings.append(_Setting(full, (), entry.plain(), at))
+        elif full not in sections(schema):
+            problems.append(unknown_key(full, schema, at))
+        elif isinstance(entry.value, dict):
+            _collect(schema, f"{full}.", entry.value, name, settings, problems)
+        elif entry.value is not None:
+            example = next(key for key in hints(schema) if key.startswith(f"{full}."))
+            fix = f"Write `{full}: {{{example.removeprefix(f'{full}.')}: ...}}`."
+            problems.append(problem(full, "is a section and must hold keys", entry.value, fix, at))
 
 
 def _read_text(path: Path) -> str:
@@ -219,7 +225,7 @@ def _override(schema: type, typed: str, text: str) -> _Setting | Problem:
         example = next(key for key in known if key.startswith(f"{typed}."))
         return _line(typed, "is a section", f"Set one of its keys, e.g. {example}=VALUE.")
     parts = typed.split(".")
-    key = next((".".join(parts[:n]) for n in (1, 2) if ".".join(parts[:n]) in known), None)
+    key = next((key for key in accumulate(parts, "{}.{}".format) if key in known), None)
     if key is None:
         return unknown_key(typed, schema, COMMAND_LINE)
     inside: tuple[str | int, ...] = tuple(parts[key.count(".") + 1 :])
@@ -302,13 +308,17 @@ def _merge(schema: type, settings: list[_Setting]) -> tuple[dict[str, Any], dict
 def _build(schema: type, values: dict[str, Any]) -> Any:
     """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it."""
     free = {key: value for key, value in values.items() if is_free(hints(schema)[key]) or key in LITERAL_KEYS}
-    settled: dict[str, dict[str, Any]] = {}
+    settled: dict[str, Any] = {}
     for key in values.keys() - free.keys():
-        section, _, name = key.partition(".")
-        settled.setdefault(section, {})[name] = values[key]
+        *section, name = key.split(".")
+        reduce(lambda tree, part: tree.setdefault(part, {}), section, settled)[name] = values[key]
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settled))
     for key, value in free.items():
-        section, _, name = key.rpartition(".")
-        inner = replace(getattr(config, section), **{name: value}) if section else value
-        config = replace(config, **{section or name: inner})
+        config = _with(config, key.split("."), value)
     return config
+
+
+def _with(config: Any, path: list[str], value: Any) -> Any:
+    """`config` with another value at a path of fields."""
+    name, *rest = path
+    return replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})

@@ -87,7 +87,7 @@ class Rules:
 
 @cache
 def hints(schema: type) -> dict[str, Any]:
-    """Type of each key of a config class: `section.key` in a config of sections, plain names in a section."""
+    """Type of each key of a config class by its dotted name: `section.key`, plain names in a section."""
     types_of = get_type_hints(schema)
     found: dict[str, Any] = {}
     for field in fields(schema):
@@ -101,9 +101,15 @@ def hints(schema: type) -> dict[str, Any]:
 
 @cache
 def sections(schema: type) -> dict[str, type]:
-    """The section class behind each top-level name that is a section."""
+    """The section class behind each dotted name that is a section; a section may hold further ones."""
     types_of = get_type_hints(schema)
-    return {field.name: types_of[field.name] for field in fields(schema) if is_dataclass(types_of[field.name])}
+    found: dict[str, type] = {}
+    for field in fields(schema):
+        hint = types_of[field.name]
+        if is_dataclass(hint):
+            found[field.name] = hint
+            found |= {f"{field.name}.{name}": inner for name, inner in sections(hint).items()}
+    return found
 
 
 def unknown_key(key: str, schema: type, origin: str = "") -> Problem:
