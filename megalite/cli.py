@@ -22,8 +22,8 @@ from pathlib import Path
 
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
-from megalite.config.schema import InferConfig
-from megalite.config.validate import world_size_problem
+from megalite.config.schema import Config, InferConfig
+from megalite.config.validate import layout_words, num_ranks, world_size_problem
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -38,6 +38,8 @@ from megalite.monitor.processes import die_with_parent
 from megalite.preflight import check
 
 Run = Callable[[Loaded], int]
+Checks = Callable[[Config], list[Problem]]
+"""What a job checks of its config besides what holds for all jobs; before torch is imported."""
 
 FLAGS = {
     "--check": "stop after the checks",
@@ -102,8 +104,15 @@ class Place:
         )
 
 
-def main(kind: Kind, run: Run, argv: Sequence[str] | None = None) -> int:
-    """The whole of a launch script; gives its exit code. `run` does the work and may import torch."""
+def no_checks(config: Config) -> list[Problem]:
+    return []
+
+
+def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks = no_checks) -> int:
+    """The whole of a launch script; gives its exit code. `run` does the work and may import torch.
+
+    `checks` are made by the process that the user starts, not again by each rank.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     place = None
@@ -116,7 +125,7 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None) -> int:
 
     try:
         place = Place.here(os.environ)
-        return _main(kind, run_here, arguments, place)
+        return _main(kind, run_here, arguments, place, checks)
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except MegaliteError as error:
@@ -131,7 +140,7 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None) -> int:
         return EXIT_CRASH
 
 
-def _main(kind: Kind, run: Run, argv: list[str], place: Place | None) -> int:
+def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Checks) -> int:
     options = read_arguments(argv)
     if "--help" in options.flags:
         _say(usage(kind))
@@ -140,13 +149,16 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None) -> int:
     speaks = place is None or place.rank == 0
     if "--print-config" in options.flags and speaks:
         _say(table(loaded))
-    model = check(loaded, problems, _misplaced(loaded, place, argv, options.sha256), read_headers=place is None)
+    more = _misplaced(loaded, place, argv, options.sha256)
+    if not options.sha256:
+        more += checks(loaded.config)
+    model = check(loaded, problems, more, read_headers=place is None)
     if "--dry-run" in options.flags and speaks:
         from megalite.dry_run import describe
 
         _say(describe(loaded.config, model))
     elif "--check" in options.flags and speaks:
-        _say(f"{options.config}: no problem found; {_ranks(loaded)}, config sha256 {loaded.sha256[:16]}")
+        _say(f"{options.config}: no problem found; {layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}")
     if options.flags & {"--print-config", "--dry-run", "--check"}:
         return EXIT_DONE
     if options.stdin:
@@ -154,7 +166,7 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None) -> int:
             os.dup2(file.fileno(), sys.stdin.fileno())
     if place is not None:
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
-    if place is not None or num_ranks(loaded) == 1:
+    if place is not None or num_ranks(loaded.config) == 1:
         return run(loaded)
     return _start_ranks(loaded, "--debug" in options.flags)
 
@@ -216,7 +228,7 @@ def usage(kind: Kind) -> str:
         f"       deepspeed --num_gpus N {script} --config FILE [section.key=value ...] [options]",
         f"       torchrun --nproc_per_node N {script} --config FILE [section.key=value ...] [options]",
         "",
-        "python starts the tp * pp * dp ranks that the config asks for; under deepspeed or torchrun N must be that.",
+        "python starts the ranks that the config asks for, tp * pp * dp; under deepspeed or torchrun N must be that.",
         "",
         "options:",
         *(f"  {name:16}{meaning}" for name, meaning in {"--config FILE": "the config, YAML", **FLAGS}.items()),
@@ -230,22 +242,12 @@ def usage(kind: Kind) -> str:
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def num_ranks(loaded: Loaded) -> int:
-    parallel = loaded.config.parallel
-    return parallel.tp * parallel.pp * parallel.dp
-
-
-def _ranks(loaded: Loaded) -> str:
-    parallel, count = loaded.config.parallel, num_ranks(loaded)
-    return f"tp={parallel.tp}, pp={parallel.pp}, dp={parallel.dp}: {count} rank{'s' if count != 1 else ''}"
-
-
 def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], sha256: str) -> list[Problem]:
     """What is wrong with how this rank was started, if it is one."""
     found: list[Problem | None] = []
     if place is not None:
-        started, command = _launched(place, num_ranks(loaded), argv)
-        found.append(world_size_problem(loaded.config.parallel, place.world_size, started, command))
+        started, command = _launched(place, num_ranks(loaded.config), argv)
+        found.append(world_size_problem(loaded.config, place.world_size, started, command))
     if sha256 and sha256 != loaded.sha256:
         rule = f"config differs from the one the run was started with (sha256 {loaded.sha256[:16]}, not {sha256[:16]})"
         found.append(Problem(key=f"host {socket.gethostname()}", rule=rule, fix="Start the run again."))
@@ -269,10 +271,10 @@ def _start_ranks(loaded: Loaded, debug: bool) -> int:
     """Start deepspeed on this host with the resolved config in a file of its own; gives the run's exit code."""
     from megalite.core.launcher import run_under_deepspeed, spool_stdin
 
-    ranks, cores = num_ranks(loaded), os.cpu_count() or 1
+    ranks, cores = num_ranks(loaded.config), os.cpu_count() or 1
     if ranks > max(64, MOST_RANKS_PER_CORE * cores):
         raise ResourceError(
-            f"parallel: {_ranks(loaded)} on this host, which has {cores} cores. Use several hosts "
+            f"parallel: {layout_words(loaded.config)} on this host, which has {cores} cores. Use several hosts "
             "(deepspeed --hostfile), or lower parallel.tp, pp or dp."
         )
     folder = tempfile.mkdtemp(prefix="megalite-")

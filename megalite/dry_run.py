@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megalite.config.schema import InferConfig, TrainConfig
+from collections.abc import Callable, Iterable
+
+from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
 from megalite.inference.memory import activation_bytes, kv_block_bytes
@@ -14,7 +16,7 @@ MOST_ROWS = 256
 """Ranks listed one by one; with more, the first replica stands for the others, which hold the same."""
 
 
-def describe(config: InferConfig | TrainConfig, model: ModelConfig | None) -> str:
+def describe(config: Config, model: ModelConfig | None) -> str:
     """The table of ranks, with its title and notes. ConfigError if the model's shape is not known here."""
     if model is None:
         fix = "Download the model (hf download) and give the folder."
@@ -22,18 +24,36 @@ def describe(config: InferConfig | TrainConfig, model: ModelConfig | None) -> st
         raise ConfigError(
             Problem(key="model.path", rule="--dry-run needs the model's config.json on this disk", value=value, fix=fix)
         )
-    layout = Layout(config.parallel.tp, config.parallel.pp, config.parallel.dp)
-    shown = layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp
-    if isinstance(config, TrainConfig):
-        columns, notes = _training_columns(config, model, layout, shown)
+    if isinstance(config, HybridConfig):
+        dtype, item = config.model.dtype, ITEM_BYTES[config.model.dtype]
+        tables = [
+            ("training", config.train.parallel, _training_columns(config.train.zero_stage, dtype)),
+            ("generating", config.infer.parallel, _engine_columns(config.infer.engine, dtype, item)),
+        ]
+    elif isinstance(config, TrainConfig):
+        tables = [("", config.parallel, _training_columns(config.train.zero_stage, config.model.dtype))]
     else:
-        columns, notes = _engine_columns(config, model, layout, shown)
-    table = _place_columns(model, layout, shown) | columns
+        dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
+        said = " (as the checkpoint says)" if config.model.dtype == "auto" else ""
+        tables = [("", config.parallel, _engine_columns(config.engine, f"{dtype}{said}", ITEM_BYTES[dtype]))]
+    return "\n\n".join(_table(model, purpose, parallel, columns) for purpose, parallel, columns in tables)
+
+
+Columns = Callable[[ModelConfig, Layout, Iterable[int]], dict[str, list[str]]]
+"""The bytes on the ranks asked for, by what they are of."""
+
+
+def _table(model: ModelConfig, purpose: str, parallel: ParallelSection, sized: tuple[Columns, list[str]]) -> str:
+    """One layout: where each rank is and what it holds, with a title and notes."""
+    layout = Layout(parallel.tp, parallel.pp, parallel.dp, parallel.first_rank)
+    columns, notes = sized
+    shown = layout.ranks[: layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp]
     total = local_elements(model, Layout(), 0)
     title = f"{model.family}, {model.num_layers} layers, {total:,} parameters, on {layout}: {layout.size} ranks"
-    if shown < layout.size:
-        notes.append(f"the other {layout.dp - 1} replicas hold the same as the first")
-    return "\n".join([title, "", *_lines(table), "", *notes])
+    if len(shown) < layout.size:
+        notes = [*notes, f"the other {layout.dp - 1} replicas hold the same as the first"]
+    rows = _lines(_place_columns(model, layout, shown) | columns(model, layout, shown))
+    return "\n".join([f"{purpose}: {title}" if purpose else title, "", *rows, "", *notes])
 
 
 def _lines(columns: dict[str, list[str]]) -> list[str]:
@@ -43,12 +63,12 @@ def _lines(columns: dict[str, list[str]]) -> list[str]:
     return [head, *("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths.values(), strict=True)) for row in rows)]
 
 
-def _place_columns(model: ModelConfig, layout: Layout, shown: int) -> dict[str, list[str]]:
+def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> dict[str, list[str]]:
     """Where each rank is, and which parts of the model are on it."""
     names = ("rank", "dp", "pp", "tp", "layers", "query heads", "kv heads", "vocab rows")
     columns: dict[str, list[str]] = {name: [] for name in names}
     queries, keys = QueryHeads(model.num_heads, model.num_kv_heads, 1), KVHeads(model.num_kv_heads, 1)
-    for rank in range(shown):
+    for rank in shown:
         place = layout.coord(rank)
         layers = layout.layers(place.pp, model.layer_costs())
         has_vocab = place.pp in (0, layout.pp - 1)
@@ -64,41 +84,45 @@ def _place_columns(model: ModelConfig, layout: Layout, shown: int) -> dict[str, 
     return columns
 
 
-def _engine_columns(config: InferConfig, model: ModelConfig, layout: Layout, shown: int):
-    """Bytes of an inference engine on each rank."""
-    engine = config.engine
-    dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
-    item = ITEM_BYTES[dtype]
-    length = engine.max_model_len or model.max_position_embeddings
-    full = f"kv of {engine.max_num_seqs} x {length}"
-    columns: dict[str, list[str]] = {"weights": [], "kv a token": [], full: [], "activations": []}
-    for rank in range(shown):
-        token = kv_block_bytes(model, layout, rank, block_size=1, itemsize=item)
-        batch = {"max_tokens": engine.max_num_batched_tokens, "max_rows": engine.max_num_seqs, "itemsize": item}
-        columns["weights"].append(size(local_elements(model, layout, rank) * item))
-        columns["kv a token"].append(size(token))
-        columns[full].append(size(token * length * engine.max_num_seqs))
-        columns["activations"].append(size(activation_bytes(model, layout, rank, **batch)))
-    said = " (as the checkpoint says)" if config.model.dtype == "auto" else ""
+def _engine_columns(engine: EngineSection, dtype: str, item: int) -> tuple[Columns, list[str]]:
+    """Bytes of an inference engine on each rank, in numbers of `item` bytes called `dtype`; and notes."""
+
+    def columns(model: ModelConfig, layout: Layout, ranks: Iterable[int]) -> dict[str, list[str]]:
+        length = engine.max_model_len or model.max_position_embeddings
+        full = f"kv of {engine.max_num_seqs} x {length}"
+        found: dict[str, list[str]] = {"weights": [], "kv a token": [], full: [], "activations": []}
+        for rank in ranks:
+            token = kv_block_bytes(model, layout, rank, block_size=1, itemsize=item)
+            batch = {"max_tokens": engine.max_num_batched_tokens, "max_rows": engine.max_num_seqs, "itemsize": item}
+            found["weights"].append(size(local_elements(model, layout, rank) * item))
+            found["kv a token"].append(size(token))
+            found[full].append(size(token * length * engine.max_num_seqs))
+            found["activations"].append(size(activation_bytes(model, layout, rank, **batch)))
+        return found
+
     notes = [
-        f"numbers are {dtype}{said}; weights are exact, activations an upper estimate for "
+        f"numbers are {dtype}; weights are exact, activations an upper estimate for "
         f"{engine.max_num_batched_tokens} tokens a step",
         "the KV cache takes what is left of the memory, and never more than the work needs",
     ]
     return columns, notes
 
 
-def _training_columns(config: TrainConfig, model: ModelConfig, layout: Layout, shown: int):
+def _training_columns(stage: int, dtype: str) -> tuple[Columns, list[str]]:
     """Bytes of weights, gradients and optimizer state on each rank, by ZeRO stage (arXiv 1910.02054, table 1)."""
-    item, dp, stage = ITEM_BYTES[config.model.dtype], layout.dp, config.train.zero_stage
-    columns: dict[str, list[str]] = {"weights": [], "gradients": [], "optimizer": []}
-    for rank in range(shown):
-        count = local_elements(model, layout, rank)
-        columns["weights"].append(size(count * item // (dp if stage == 3 else 1)))
-        columns["gradients"].append(size(count * item // (dp if stage >= 2 else 1)))
-        columns["optimizer"].append(size(count * 12 // dp))
+    item = ITEM_BYTES[dtype]
+
+    def columns(model: ModelConfig, layout: Layout, ranks: Iterable[int]) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {"weights": [], "gradients": [], "optimizer": []}
+        for rank in ranks:
+            count = local_elements(model, layout, rank)
+            found["weights"].append(size(count * item // (layout.dp if stage == 3 else 1)))
+            found["gradients"].append(size(count * item // (layout.dp if stage >= 2 else 1)))
+            found["optimizer"].append(size(count * 12 // layout.dp))
+        return found
+
     notes = [
-        f"numbers are {config.model.dtype}; the optimizer keeps float32 weights and two moments, cut over dp",
+        f"numbers are {dtype}; the optimizer keeps float32 weights and two moments, cut over dp",
         "activations are not counted",
     ]
     return columns, notes

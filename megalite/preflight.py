@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_origins
-from megalite.config.schema import InferConfig, TokenizerSection, TrainConfig
+from megalite.config.schema import Config, HybridConfig, InferConfig, TokenizerSection
 from megalite.config.validate import model_location, validate
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
@@ -53,13 +53,12 @@ def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:
     return [one for one in rules if not any(f"{key}.".startswith(f"{one.key}.") for key in known)]
 
 
-def read_model(config: InferConfig | TrainConfig) -> ModelConfig | None:
+def read_model(config: Config) -> ModelConfig | None:
     """The model that a config names, by its config.json; None if that is not on this disk (a hub id, a wrong path)."""
-    if isinstance(config, TrainConfig):
-        if config.model.path is None and config.model.config is not None:
-            return _new_model(config.model.config, config.tokenizer)
-    else:
+    if isinstance(config, InferConfig):
         _import_family(config.model.family_module)
+    elif config.model.path is None and config.model.config is not None:
+        return _new_model(config.model.config, config.tokenizer)
     path = config.model.path
     if path is None or model_location(path) != "folder" or not Path(path).is_dir():
         return None
@@ -93,12 +92,13 @@ def _import_family(name: str | None) -> None:
         ) from error
 
 
-def _check_weights(config: InferConfig | TrainConfig, model: ModelConfig | None) -> None:
+def _check_weights(config: Config, model: ModelConfig | None) -> None:
     """The headers of local weight files, so that a damaged folder shows before any rank is started."""
     dummy = isinstance(config, InferConfig) and config.model.load_format == "dummy"
     if model is None or config.model.path is None or dummy:
         return
     if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks
-        shards.check_layout(config.model.path, Layout(config.parallel.tp, config.parallel.pp))
+        parallel = config.train.parallel if isinstance(config, HybridConfig) else config.parallel
+        shards.check_layout(config.model.path, Layout(parallel.tp, parallel.pp))
     else:
         open_checkpoint(config.model.path, prefix=families.weight_names(model).prefix)

@@ -16,7 +16,7 @@ from megalite.config import document
 from megalite.config.explain import explain, table
 from megalite.config.load import SCHEMAS, load_config, loaded_from, resolve, with_origins
 from megalite.config.sampling import sampling_from_mapping, sampling_problems
-from megalite.config.schema import InferConfig, ModelSection, SamplingParams, TrainConfig
+from megalite.config.schema import InferConfig, ModelSection, ParallelSection, SamplingParams, TrainConfig
 from megalite.config.shape import hints
 from megalite.config.validate import engine_problems, model_location, validate, world_size_problem
 from megalite.errors import ConfigError
@@ -265,10 +265,10 @@ def test_origins_are_added_to_the_problems_of_rules(write):
 
 
 def test_world_size_problem_says_what_to_type():
-    parallel = replace(InferConfig().parallel, tp=2, dp=2)
-    assert world_size_problem(parallel, 4) is None
-    assert world_size_problem(parallel, None) is None
-    text = str(world_size_problem(parallel, 2, "deepspeed started 2 ranks", "deepspeed --num_gpus 4 x.py"))
+    config = InferConfig(parallel=ParallelSection(tp=2, dp=2))
+    assert world_size_problem(config, 4) is None
+    assert world_size_problem(config, None) is None
+    text = str(world_size_problem(config, 2, "deepspeed started 2 ranks", "deepspeed --num_gpus 4 x.py"))
     assert "deepspeed started 2 ranks, but the config asks for tp * pp * dp = 2 * 1 * 2 = 4" in text
     assert text.endswith("deepspeed --num_gpus 4 x.py")
 

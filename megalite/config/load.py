@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from megalite.config import document
 from megalite.config.sampling import token_key
-from megalite.config.schema import InferConfig, TrainConfig
+from megalite.config.schema import Config, HybridConfig, InferConfig, TrainConfig
 from megalite.config.shape import (
     hints,
     is_free,
@@ -36,8 +36,8 @@ from megalite.config.shape import (
 )
 from megalite.errors import ConfigError, Problem
 
-Kind = Literal["infer", "train"]
-SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig}
+Kind = Literal["infer", "train", "hybrid"]
+SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig, "hybrid": HybridConfig}
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
 _KEY = re.compile(r"-*[a-z_]+\.[a-z_]|.*=")
@@ -49,7 +49,7 @@ LITERAL_KEYS = ("input.prompts", "sampling.stop", "train.sample_prompts")
 class Loaded:
     """A config as it will run."""
 
-    config: InferConfig | TrainConfig
+    config: Config
     origins: dict[str, str]
     """For every `section.key`: `FILE:LINE`, `the command line` or `default`."""
     text: str
@@ -97,7 +97,7 @@ def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tupl
     return loaded_from(_build(schema, values), origins), problems
 
 
-def loaded_from(config: InferConfig | TrainConfig, origins: dict[str, str] | None = None) -> Loaded:
+def loaded_from(config: Config, origins: dict[str, str] | None = None) -> Loaded:
     """A config object, e.g. one made in Python, with its canonical text and digest."""
     tree = asdict(config)
     for key, hint in hints(type(config)).items():

@@ -46,6 +46,8 @@ class ParallelSection:
     room."""
     sequence_parallel: bool = False
     """Cut activations between the parallel layers by token over tp; training only."""
+    first_rank: int = 0
+    """Global rank at which the layout begins; hybrid jobs only, whose layouts may be on different ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -302,3 +304,126 @@ class TrainConfig:
     """Further keys for DeepSpeed's own config; keys that megalite sets itself are refused."""
     output: TrainOutputSection = field(default_factory=TrainOutputSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSection:
+    """Prompts to sample for, and what the reward needs to know of each."""
+
+    source: str | None = None
+    """A task, `package.module:function`, or a file of JSON lines, each with `prompt` or `messages`, what the reward
+    reads, and for supervised steps `response`. Required."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the task's function."""
+    seed: int = 0
+    """Seed of the order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridTrainSection:
+    """The training side."""
+
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage over dp; 0 is refused."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    micro_batch_tokens: int = 4096
+    """Most tokens that a replica computes at once; a longer sequence is computed alone."""
+    seed: int = 0
+    """Of new weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridInferSection:
+    """The generating side."""
+
+    model: str | None = None
+    """Must be null: the model that is trained is the one that generates."""
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisedSection:
+    """Steps on the task's own responses before the first samples are drawn."""
+
+    steps: int = 0
+    """Optimizer steps; 0: none."""
+    examples_per_step: int = 64
+    """Responses in one of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridSection:
+    """The loop: sample, reward, update, hand the new weights to the sampler."""
+
+    algorithm: Literal["grpo", "rejection"] = "grpo"
+    """grpo: policy gradient with group-normalised advantages (arXiv 2402.03300); rejection: fine-tuning on the best
+    samples."""
+    steps: int = 100
+    """Iterations."""
+    prompts_per_step: int = 16
+    """Prompts in one iteration."""
+    samples_per_prompt: int = 8
+    """Samples of each prompt: the group that advantages are taken over."""
+    updates_per_step: int = 1
+    """Optimizer steps that the samples of an iteration are dealt out to."""
+    sync_every: int = 1
+    """Iterations between weight syncs; above 1 the sampler lags behind."""
+    reward: str | None = None
+    """`package.module:function` that gives a sample's reward. Required."""
+    reward_workers: int = 1
+    """Processes that compute rewards."""
+    reward_time_limit: float = 5.0
+    """Seconds that one sample's reward may take."""
+    failure_reward: float = 0.0
+    """Reward of a sample whose reward function failed or took too long."""
+    clip_low: float = 0.2
+    """grpo: the probability ratio is clipped below 1 less this."""
+    clip_high: float = 0.2
+    """grpo: and above 1 plus this."""
+    kl_coefficient: float = 0.0
+    """grpo: weight of the divergence from the model that the run began with; 0: no such model is kept."""
+    divide_by_deviation: bool = True
+    """grpo: divide advantages by the group's standard deviation."""
+    keep_above: float = 0.0
+    """rejection: least reward of a sample to learn from, and only if its group's best."""
+    importance_correction: Literal["off", "token", "sequence"] = "off"
+    """grpo: weigh each token or sample by how much likelier the trainer holds it than the sampler did, truncated."""
+    importance_limit: float = 2.0
+    """Largest such weight."""
+    verify_sync: Literal["always", "first", "off"] = "always"
+    """Compare checksums of every tensor between trainer and sampler after a sync."""
+    sync_bucket: float = 32.0
+    """MiB that a rank sends or receives at once in a sync."""
+    free_kv_while_training: bool = False
+    """Give the KV cache's memory back while training."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory while generating."""
+    save_every: int = 10
+    """Iterations between checkpoints."""
+    log_every: int = 1
+    """Iterations between log lines."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridConfig:
+    """`launch/hybrid.py`: train and generate with one model in one job."""
+
+    model: NewModelSection = field(default_factory=NewModelSection)
+    tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
+    task: TaskSection = field(default_factory=TaskSection)
+    train: HybridTrainSection = field(default_factory=HybridTrainSection)
+    infer: HybridInferSection = field(default_factory=HybridInferSection)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    supervised: SupervisedSection = field(default_factory=SupervisedSection)
+    hybrid: HybridSection = field(default_factory=HybridSection)
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further keys for DeepSpeed's own config; keys that megalite sets itself are refused."""
+    output: TrainOutputSection = field(default_factory=TrainOutputSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
+
+
+Config = InferConfig | TrainConfig | HybridConfig

@@ -14,10 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from megalite.config.hybrid_rules import hybrid_problems
+from megalite.config.hybrid_rules import num_ranks as hybrid_ranks
 from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import (
+    Config,
     DistributedSection,
     EngineSection,
+    HybridConfig,
     InferConfig,
     InputSection,
     ModelSection,
@@ -31,7 +35,9 @@ from megalite.errors import Problem
 
 __all__ = [
     "engine_problems",
+    "layout_words",
     "model_location",
+    "num_ranks",
     "prompt_problem",
     "sampling_from_mapping",
     "sampling_problems",
@@ -53,32 +59,48 @@ _QUANTIZATIONS = {
 }
 
 
-def validate(config: InferConfig | TrainConfig, model: ModelFacts | None, world_size: int | None) -> list[Problem]:
+def validate(config: Config, model: ModelFacts | None, world_size: int | None) -> list[Problem]:
     """Every rule that `config` breaks; empty when it can run.
 
     `model`: what the model folder says, where it is known. `world_size`: ranks started; None before there are any.
     """
-    if isinstance(config, TrainConfig):
-        found = train_problems(config, model)
-        found += _parallel_problems(config.parallel, model) + _distributed_problems(config.distributed)
-        if config.output.folder is not None:
-            found += _writable_problems("output.folder", config.output.folder, is_folder=True)
+    if isinstance(config, HybridConfig):
+        found = _hybrid_problems(config, model)
+    elif isinstance(config, TrainConfig):
+        found = train_problems(config, model) + _training_problems(config, model)
+        found += _parallel_problems(config.parallel, model)
     else:
         found = engine_problems(config, model)
         found += _input_problems(config.input, model) + _output_problems(config.output, config.input)
         if config.monitor.status_file is not None:
             found += _writable_problems("monitor.status_file", config.monitor.status_file)
-    mismatch = world_size_problem(config.parallel, world_size)
+    mismatch = world_size_problem(config, world_size)
     return found + ([mismatch] if mismatch else [])
+
+
+def _training_problems(config: TrainConfig | HybridConfig, model: ModelFacts | None) -> list[Problem]:
+    """The rules that every job which trains has with an output folder and several processes."""
+    found = _distributed_problems(config.distributed)
+    if config.output.folder is not None:
+        found += _writable_problems("output.folder", config.output.folder, is_folder=True)
+    return found
+
+
+def _hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Problem]:
+    train, infer = config.train, config.infer
+    found = hybrid_problems(config, model) + _training_problems(config, model)
+    found += _generating_problems(infer.parallel, "infer.parallel.")
+    for side, section in (("train", train), ("infer", infer)):
+        found += _parallel_problems(section.parallel, model, prefix=f"{side}.parallel.", first_rank=True)
+    found += _engine_problems(infer.engine, model, prefix="infer.engine.")
+    found += sampling_problems(config.sampling, vocab_size=model.vocab_size if model else None)
+    return found
 
 
 def engine_problems(config: InferConfig, model: ModelFacts | None) -> list[Problem]:
     """The rules for an engine by itself, without the input, output and ranks of a job."""
     found = _model_problems(config.model) + _parallel_problems(config.parallel, model)
-    if config.parallel.sequence_parallel:
-        rule = "is for training; generating has no use for it"
-        found.append(Problem(key="parallel.sequence_parallel", rule=rule, fix="Leave it false."))
-    found += _engine_problems(config.engine, model)
+    found += _generating_problems(config.parallel, "parallel.") + _engine_problems(config.engine, model)
     found += sampling_problems(config.sampling, vocab_size=model.vocab_size if model else None)
     found += _distributed_problems(config.distributed)
     if config.model.dtype == "float16" and config.distributed.device == "cpu":
@@ -87,21 +109,41 @@ def engine_problems(config: InferConfig, model: ModelFacts | None) -> list[Probl
     return found
 
 
-def world_size_problem(
-    parallel: ParallelSection, world_size: int | None, started: str = "", command: str = ""
-) -> Problem | None:
+def num_ranks(config: Config) -> int:
+    """Ranks that the config's layout, or layouts, need."""
+    if isinstance(config, HybridConfig):
+        return hybrid_ranks(config.train.parallel, config.infer.parallel)
+    return config.parallel.tp * config.parallel.pp * config.parallel.dp
+
+
+def layout_words(config: Config) -> str:
+    """The layouts and the number of ranks, for messages: `tp=2, pp=1, dp=1: 2 ranks`."""
+
+    def words(parallel: ParallelSection) -> str:
+        return f"tp={parallel.tp}, pp={parallel.pp}, dp={parallel.dp}"
+
+    count = num_ranks(config)
+    if isinstance(config, HybridConfig):
+        text = f"train {words(config.train.parallel)}, infer {words(config.infer.parallel)}"
+    else:
+        text = words(config.parallel)
+    return f"{text}: {count} rank{'s' if count != 1 else ''}"
+
+
+def world_size_problem(config: Config, world_size: int | None, started: str = "", command: str = "") -> Problem | None:
     """The problem when the ranks that were started are not those that the layout needs.
 
     `started`: how they were started, in words; `command`: what to type instead.
     """
-    if world_size is None or min(parallel.tp, parallel.pp, parallel.dp) < 1:
-        return None
-    wanted = parallel.tp * parallel.pp * parallel.dp
-    if wanted == world_size:
+    wanted = num_ranks(config)
+    if world_size is None or wanted < 1 or wanted == world_size:
         return None
     started = started or f"{world_size} rank{'s were' if world_size != 1 else ' was'} started"
-    product = f"tp * pp * dp = {parallel.tp} * {parallel.pp} * {parallel.dp} = {wanted}"
     fix = f"Type:\n  {command}" if command else f"Start {wanted}, or change parallel.tp, pp or dp."
+    if isinstance(config, HybridConfig):
+        return Problem(key="train, infer", rule=f"{started}, but the config asks for {layout_words(config)}", fix=fix)
+    parallel = config.parallel
+    product = f"tp * pp * dp = {parallel.tp} * {parallel.pp} * {parallel.dp} = {wanted}"
     return Problem(key="parallel", rule=f"{started}, but the config asks for {product}", fix=fix)
 
 
@@ -166,17 +208,30 @@ def _path_problems(path: str) -> list[Problem]:
 # ---- layout, engine, processes -----------------------------------------------------------------------------------
 
 
-def _parallel_problems(parallel: ParallelSection, model: ModelFacts | None) -> list[Problem]:
-    rules = Rules(parallel, "parallel.")
+def _parallel_problems(
+    parallel: ParallelSection, model: ModelFacts | None, *, prefix: str = "parallel.", first_rank: bool = False
+) -> list[Problem]:
+    """`first_rank`: it means something here."""
+    rules = Rules(parallel, prefix)
     fine = [rules.need(axis, getattr(parallel, axis) >= 1, "must be >= 1") for axis in ("tp", "pp", "dp")]
     if model is not None and fine[1]:
         rule = f"the model has {model.num_layers} layers, and each pipeline stage needs at least one"
         rules.need("pp", parallel.pp <= model.num_layers, rule)
+    if not first_rank:
+        rules.need("first_rank", parallel.first_rank == 0, "is for hybrid jobs, which have two layouts", "Leave it 0.")
     return rules.problems
 
 
-def _engine_problems(engine: EngineSection, model: ModelFacts | None) -> list[Problem]:
-    rules = Rules(engine, "engine.")
+def _generating_problems(parallel: ParallelSection, prefix: str) -> list[Problem]:
+    """What a layout for generating can't have."""
+    rule = "is for training; generating has no use for it"
+    if parallel.sequence_parallel:
+        return [Problem(key=f"{prefix}sequence_parallel", rule=rule, fix="Leave it false.")]
+    return []
+
+
+def _engine_problems(engine: EngineSection, model: ModelFacts | None, *, prefix: str = "engine.") -> list[Problem]:
+    rules = Rules(engine, prefix)
     length = engine.max_model_len
     if rules.need("max_model_len", length is None or length >= 1, "must be >= 1, or null for the largest that fits"):
         if length is not None and model is not None:

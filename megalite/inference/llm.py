@@ -222,7 +222,7 @@ def _check(config: InferConfig, world_size: int) -> None:
         parallel = config.parallel
         command = f"deepspeed --num_gpus {parallel.tp * parallel.pp * parallel.dp} SCRIPT"
         problems = engine_problems(config, read_model(config))
-        problems += filter(None, [world_size_problem(parallel, world_size, command=command)])
+        problems += filter(None, [world_size_problem(config, world_size, command=command)])
     if problems:
         raise ConfigError(*problems)
 

@@ -1,0 +1,116 @@
+"""The rules of a hybrid config's own sections."""
+
+from __future__ import annotations
+
+import re
+
+from megalite.config.schema import HybridConfig, HybridSection, ParallelSection, SamplingParams
+from megalite.config.shape import ModelFacts, Rules, problem
+from megalite.errors import Problem
+
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""`package.module:function`."""
+
+
+def hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Problem]:
+    """What the sections break that other configs do not have."""
+    found = _loop_problems(config.hybrid) + _task_problems(config)
+    found += _sampling_problems(config.sampling, config.hybrid, model)
+    found += _rank_problems(config.train.parallel, config.infer.parallel)
+    rules = Rules(config.supervised, "supervised.")
+    rules.need("steps", config.supervised.steps >= 0, "must be >= 0")
+    rules.need("examples_per_step", config.supervised.examples_per_step >= 1, "must be >= 1")
+    found += rules.problems
+    rules = Rules(config.train, "train.")
+    rules.need("micro_batch_tokens", config.train.micro_batch_tokens >= 1, "must be >= 1")
+    rules.need("seed", 0 <= config.train.seed < 2**63, "must be between 0 and 2^63 - 1")
+    found += rules.problems
+    if config.infer.model is not None:
+        rule = "one model trains and generates, so there can't be another one here"
+        found.append(problem("infer.model", rule, config.infer.model, "Leave it out and set model.path."))
+    return found
+
+
+def num_ranks(train: ParallelSection, infer: ParallelSection) -> int:
+    """Ranks of a job with these two layouts."""
+    return max(end_rank(train), end_rank(infer))
+
+
+def end_rank(parallel: ParallelSection) -> int:
+    """The first global rank after a layout."""
+    return parallel.first_rank + parallel.tp * parallel.pp * parallel.dp
+
+
+def _loop_problems(hybrid: HybridSection) -> list[Problem]:
+    rules = Rules(hybrid, "hybrid.")
+    for name in ("steps", "prompts_per_step", "sync_every", "save_every", "log_every", "reward_workers"):
+        rules.need(name, getattr(hybrid, name) >= 1, "must be >= 1")
+    least = 2 if hybrid.algorithm == "grpo" else 1
+    rule = "must be >= 2 for grpo: an advantage is a sample's reward beside those of its group"
+    rules.need("samples_per_prompt", hybrid.samples_per_prompt >= least, rule if least == 2 else "must be >= 1")
+    if rules.need("updates_per_step", hybrid.updates_per_step >= 1, "must be >= 1"):
+        rule = f"must divide prompts_per_step = {hybrid.prompts_per_step}: whole groups are dealt out to the updates"
+        rules.need("updates_per_step", hybrid.prompts_per_step % hybrid.updates_per_step == 0, rule)
+    rules.need("reward_time_limit", hybrid.reward_time_limit > 0, "must be above 0 seconds")
+    rules.need("clip_low", 0 <= hybrid.clip_low < 1, "must be at least 0 and below 1")
+    for name in ("clip_high", "kl_coefficient"):
+        rules.need(name, getattr(hybrid, name) >= 0, "must be >= 0")
+    rules.need("importance_limit", hybrid.importance_limit >= 1, "must be >= 1: weights above it are cut to it")
+    rules.need("sync_bucket", hybrid.sync_bucket > 0, "must be above 0 MiB")
+    fix = "Such as megalite.hybrid.rewards:parses_as_python."
+    if hybrid.reward is None:
+        rules.problems.append(Problem(key="hybrid.reward", rule="is needed", fix=fix))
+    else:
+        rules.need("reward", bool(FUNCTION.fullmatch(hybrid.reward)), "must be package.module:function", fix)
+    if hybrid.sync_every > 1 and hybrid.algorithm == "grpo" and hybrid.importance_correction == "off":
+        fix = "Set hybrid.importance_correction to token or sequence."
+        rule = "the samples come from older weights than those that learn from them, which needs a correction"
+        rules.problems.append(problem("hybrid.sync_every", rule, hybrid.sync_every, fix))
+    return rules.problems
+
+
+def _task_problems(config: HybridConfig) -> list[Problem]:
+    task = config.task
+    fix = "Such as megalite.hybrid.tasks:additions, or a file of JSON lines."
+    if task.source is None:
+        return [Problem(key="task.source", rule="is needed", fix=fix)]
+    rules = Rules(task, "task.")
+    is_file = not FUNCTION.fullmatch(task.source)
+    if is_file and task.options:
+        fix = "Leave them out; a file has no arguments."
+        rules.problems.append(problem("task.options", "are for a task's function", task.options, fix))
+    rules.need("seed", 0 <= task.seed < 2**63, "must be between 0 and 2^63 - 1")
+    return rules.problems
+
+
+def _sampling_problems(sampling: SamplingParams, hybrid: HybridSection, model: ModelFacts | None) -> list[Problem]:
+    rules = Rules(sampling, "sampling.")
+    fix = "Set hybrid.samples_per_prompt."
+    rules.need("n", sampling.n == 1, "is hybrid.samples_per_prompt here", fix)
+    rules.need("best_of", sampling.best_of is None, "would choose among the samples that are to be learnt from", fix)
+    rules.need("logprobs", sampling.logprobs is None, "is set by the job, which needs those of the samples")
+    rules.need("prompt_logprobs", sampling.prompt_logprobs is None, "has no use here")
+    several = hybrid.samples_per_prompt > 1
+    rule = "must be above 0, or the samples of a prompt would all be the same"
+    rules.need("temperature", sampling.temperature > 0 or not several, rule)
+    if rules.need("max_tokens", sampling.max_tokens is not None, "is needed") and model is not None:
+        most = model.max_position_embeddings
+        rule = f"leaves no room for a prompt: the model has {most} positions"
+        rules.need("max_tokens", sampling.max_tokens < most, rule)
+    rules.need("seed", sampling.seed is None, "is made from engine.seed, the iteration and the prompt", "Leave it out.")
+    return rules.problems
+
+
+def _rank_problems(train: ParallelSection, infer: ParallelSection) -> list[Problem]:
+    """Every rank must be in a layout."""
+    rules = {"train": Rules(train, "train.parallel."), "infer": Rules(infer, "infer.parallel.")}
+    for side, section in (("train", train), ("infer", infer)):
+        rules[side].need("first_rank", section.first_rank >= 0, "must be >= 0")
+    if all(rule.problems == [] for rule in rules.values()):
+        low, high = sorted((train, infer), key=lambda section: section.first_rank)
+        side = "train" if low is train else "infer"
+        rules[side].need("first_rank", low.first_rank == 0, "one of the two layouts must begin at rank 0")
+        side = "infer" if low is train else "train"
+        rule = f"leaves ranks without work: the other layout ends before rank {end_rank(low)}"
+        rules[side].need("first_rank", high.first_rank <= end_rank(low), rule)
+    return rules["train"].problems + rules["infer"].problems
