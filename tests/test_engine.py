@@ -22,7 +22,7 @@ from tiny_tokenizer import with_tokenizer
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
-from megalite.inference.assembly import Replica
+from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
 from megalite.inference.inputs import make_request
@@ -133,7 +133,7 @@ def make_replica(rank: int, folder: Path, setting: Setting, store: str) -> Repli
         parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp, dp_mode=setting.dp_mode),
         engine=EngineSection(**{"max_model_len": MAX_MODEL_LEN, "check_lockstep": True, **setting.engine}),
     )
-    return Replica(config, PoolRuntime(rank, layout.size, dist.FileStore(store, layout.size)))
+    return load_replica(config, PoolRuntime(rank, layout.size, dist.FileStore(store, layout.size)))[0]
 
 
 def requests_for(replica: Replica, asks: Sequence[Ask]) -> list[Request]:

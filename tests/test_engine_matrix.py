@@ -12,7 +12,7 @@ from tiny_models import VOCAB
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
-from megalite.inference.assembly import Replica
+from megalite.inference.assembly import load_replica
 from megalite.inference.inputs import make_request
 from megalite.inference.llm import run_everywhere, serve
 
@@ -39,7 +39,7 @@ def generate(rank: int, folder: Path, layout: Layout, prompts: list[list[int]], 
         parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp),
         engine=EngineSection(max_model_len=max_length, block_size=4, max_num_batched_tokens=16, max_num_seqs=3),
     )
-    replica = Replica(config, PoolRuntime(rank, rank, layout.size, layout.size))
+    replica, _ = load_replica(config, PoolRuntime(rank, rank, layout.size, layout.size))
     served = serve(replica)
     params = SamplingParams(
         temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=VOCAB, prompt_logprobs=VOCAB

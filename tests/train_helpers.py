@@ -12,8 +12,7 @@ from megalite.core import distributed
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.model.attention import PackedAttention
-from megalite.train.job import load_folder
-from megalite.weights.transfer import build
+from megalite.weights.transfer import build, load_folder
 
 CPU = torch.device("cpu")
 

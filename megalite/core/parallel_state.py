@@ -43,10 +43,11 @@ class Axis:
 
 
 class ParallelState:
-    """This rank's place in `layout` and its axes tp, pp, dp and replica (the tp x pp block it belongs to).
+    """This rank's place in `layout` and its axes: tp, pp, dp, replica (its tp x pp block) and world (the whole layout).
 
-    Collective: every rank of the world must construct the same layouts in the same order, because process groups are
-    made by all ranks together. Without torch.distributed only a layout of one rank is possible.
+    Collective: every rank of the run must construct or `join` the same layouts in the same order, because process
+    groups are made by all ranks together. Where layouts leave ranks out, all ranks `join`. Without torch.distributed
+    only a layout of one rank is possible.
     """
 
     def __init__(self, layout: Layout, *, sequence_parallel: bool = False, meter: Meter | None = None):
@@ -54,21 +55,35 @@ class ParallelState:
         self.meter = meter or Meter()
         self.rank = dist.get_rank() if dist.is_initialized() else layout.first_rank
         self.coord: Coord = layout.coord(self.rank)
-        self.tp = self._join(layout.groups("tp"))
-        self.pp = self._join(layout.groups("pp"))
-        self.dp = self._join(layout.groups("dp"))
-        self.replica = self._join(layout.replicas())
+        _make_groups(layout)
+        self.tp = self._axis(layout.groups("tp"))
+        self.pp = self._axis(layout.groups("pp"))
+        self.dp = self._axis(layout.groups("dp"))
+        self.replica = self._axis(layout.replicas())
+        self.world = Axis(tuple(layout.ranks), self.rank - layout.first_rank, _world_group(layout), self.meter)
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
         """Activations between the parallel layers are cut by token over tp."""
 
-    def _join(self, groups: list[tuple[int, ...]]) -> Axis:
-        mine: Axis | None = None
-        for ranks in groups:
-            group = _group(ranks)
-            if self.rank in ranks:
-                mine = Axis(ranks, ranks.index(self.rank), group, self.meter)
-        assert mine is not None, "layout.coord accepted a rank that is in none of its groups"
-        return mine
+    @classmethod
+    def join(
+        cls, layout: Layout, *, sequence_parallel: bool = False, meter: Meter | None = None
+    ) -> ParallelState | None:
+        """The state on a rank of `layout`, None on the others. Collective over the run; see the class."""
+        if dist.is_initialized() and dist.get_rank() not in layout.ranks:
+            _make_groups(layout)
+            return None
+        return cls(layout, sequence_parallel=sequence_parallel, meter=meter)
+
+    @staticmethod
+    def make_mpu_groups(layout: Layout) -> None:
+        """Make the groups that `as_mpu` needs. Collective over the run, for a layout that leaves ranks out."""
+        for groups in _mpu_groups(layout):
+            for ranks in groups:
+                _group(ranks, even_one=True)
+
+    def _axis(self, groups: list[tuple[int, ...]]) -> Axis:
+        ranks = next(ranks for ranks in groups if self.rank in ranks)
+        return Axis(ranks, ranks.index(self.rank), _group(ranks), self.meter)
 
     @property
     def is_first_stage(self) -> bool:
@@ -88,7 +103,11 @@ class ParallelState:
         return self.rank == self.control_rank
 
     def as_mpu(self) -> DeepSpeedView:
-        """The same groups under the names that DeepSpeed's `mpu` argument asks for."""
+        """The same groups under the names that DeepSpeed's `mpu` argument asks for.
+
+        Collective over the run, except after `make_mpu_groups`: then only the ranks of the layout call it.
+        """
+        self.make_mpu_groups(self.layout)
         return DeepSpeedView(self)
 
 
@@ -97,10 +116,8 @@ class DeepSpeedView:
 
     def __init__(self, state: ParallelState):
         self._state = state
-        # DeepSpeed reduces over these also when they have one rank, so every axis needs a real group here.
         self._model, self._tensor, self._data = (
-            _own_group(groups, state.rank)
-            for groups in (state.layout.replicas(), state.layout.groups("tp"), state.layout.groups("dp"))
+            next(_groups[ranks] for ranks in groups if state.rank in ranks) for groups in _mpu_groups(state.layout)
         )
 
     def get_model_parallel_rank(self) -> int:
@@ -137,6 +154,29 @@ class DeepSpeedView:
         return self._data
 
 
+def _make_groups(layout: Layout) -> None:
+    """Every group of the layout, in the same order on every rank, whether it is in the layout or not."""
+    for groups in (layout.groups("tp"), layout.groups("pp"), layout.groups("dp"), layout.replicas()):
+        for ranks in groups:
+            _group(ranks)
+    _world_group(layout)
+
+
+def _world_group(layout: Layout) -> dist.ProcessGroup | None:
+    """The group of all ranks of the layout: the default one, which has a communicator already, where it is that."""
+    if layout.size > 1 and layout.size == dist.get_world_size():
+        return dist.group.WORLD
+    return _group(tuple(layout.ranks))
+
+
+def _mpu_groups(layout: Layout) -> tuple[list[tuple[int, ...]], ...]:
+    """The ranks of the groups model, tensor and data that DeepSpeed asks for.
+
+    It reduces over them also when they have one rank, so every one has to be a real group.
+    """
+    return layout.replicas(), layout.groups("tp"), layout.groups("dp")
+
+
 def _group(ranks: tuple[int, ...], *, even_one: bool = False) -> dist.ProcessGroup | None:
     """The group of `ranks`, made once; None for a single rank unless `even_one`. All ranks must call alike."""
     if len(ranks) == 1 and not even_one:
@@ -144,11 +184,6 @@ def _group(ranks: tuple[int, ...], *, even_one: bool = False) -> dist.ProcessGro
     if ranks not in _groups:
         _groups[ranks] = dist.new_group(list(ranks))
     return _groups[ranks]
-
-
-def _own_group(groups: list[tuple[int, ...]], rank: int) -> dist.ProcessGroup:
-    made = {ranks: _group(ranks, even_one=True) for ranks in groups}
-    return next(group for ranks, group in made.items() if rank in ranks and group is not None)
 
 
 def forget_groups() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from megalite.config.schema import InferConfig, ModelSection
+from megalite.config.schema import EngineSection, InferConfig, ModelSection
 from megalite.core.distributed import Runtime
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
@@ -26,57 +27,49 @@ from megalite.model.host_attention import HostCache
 from megalite.model.kernels import free_memory, ranks_on_device
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
 from megalite.tokenizer import Tokenizer
-from megalite.weights import shards
-from megalite.weights.hf import open_checkpoint, resolve
+from megalite.weights.hf import resolve
 from megalite.weights.mapping import owned
-from megalite.weights.transfer import DTYPES, build, check_names, initialise, load
+from megalite.weights.transfer import DTYPES, build, initialise, load_folder
 
 
 class Replica:
     """This rank's part of a replica, ready to generate once `engine` was called.
 
-    Collective: every rank of the run constructs it with the same config.
+    Collective: every rank of the layout constructs it with the same sections.
     """
 
-    def __init__(self, config: InferConfig, runtime: Runtime):
-        self.config = config
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        runtime: Runtime,
+        *,
+        engine: EngineSection,
+        dp_mode: Literal["sync", "async"] = "sync",
+        meter: Meter | None = None,
+        load_peak_bytes: int = 0,
+    ):
+        """`decoder`: filled with weights, or about to be; it may be in training as well."""
+        self.decoder = decoder
+        self.tokenizer = tokenizer
         self.runtime = runtime
-        parallel = config.parallel
-        self.layout = Layout(parallel.tp, parallel.pp, parallel.dp)
-        self.meter = Meter()
-        self.state = ParallelState(self.layout, meter=self.meter)
-        self.folder = fetch(config.model, runtime)
-        self.model = families.read(self.folder)
-        self.tokenizer = Tokenizer.load(Path(config.model.tokenizer or self.folder))
-        self.dtype = choose_dtype(config.model.dtype, self.model, runtime.device)
-        before = reset_peak_memory()
-        self.decoder = self._load()
-        self.load_peak_bytes = peak_memory() - before
+        self.settings = engine
+        self.dp_mode = dp_mode
+        self.meter = meter or decoder.state.meter
+        self.load_peak_bytes = load_peak_bytes
+        """Memory that loading took at its peak."""
+        self.state = decoder.state
+        self.layout = decoder.state.layout
+        self.model = decoder.config
+        weight = next(decoder.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
         self._fit()
-
-    def _load(self) -> Decoder:
-        """Allocate this rank's stage and fill it."""
-        section, device = self.config.model, self.runtime.device
-        asked = self.config.engine.max_model_len
-        decoder = build(self.model, self.state, dtype=self.dtype, device=device, max_length=asked)
-        if section.load_format == "dummy":
-            initialise(decoder, self.config.engine.seed)
-        elif shards.is_sharded(self.folder):
-            shards.load(decoder, self.folder)
-        else:
-            prefix = families.weight_names(self.model).prefix
-            with open_checkpoint(self.folder, prefix=prefix) as checkpoint:
-                check_names(self.model, checkpoint, str(self.folder))
-                load(decoder, checkpoint)
-        if device.type == "cpu":
-            store_by_input(decoder)
-        return decoder.requires_grad_(False)
 
     def _fit(self) -> None:
         """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
-        engine = self.config.engine
-        if dist.is_initialized():
-            dist.barrier()
+        engine, world = self.settings, self.state.world
+        if world.size > 1:
+            dist.barrier(world.group)
         place = {"config": self.model, "layout": self.layout, "rank": self.state.rank}
         self.block_bytes = memory.kv_block_bytes(**place, block_size=engine.block_size, itemsize=self.dtype.itemsize)
         budget = self._memory() * engine.gpu_memory_utilization
@@ -88,7 +81,7 @@ class Replica:
         )
         mine = engine.num_kv_blocks or max(0, int(budget // self.block_bytes))
         self.fitting_blocks = _least(mine, self.state.replica.group, self.state.replica.size)
-        fitting_everywhere = _least(mine, None, self.runtime.world_size)
+        fitting_everywhere = _least(mine, world.group, world.size)
         self.host_blocks = _least(
             int(engine.swap_space * memory.GIB // self.block_bytes), self.state.replica.group, self.state.replica.size
         )
@@ -102,16 +95,16 @@ class Replica:
 
     def _memory(self) -> int:
         """Bytes that this rank may still take: its share of what is free on its host or device."""
-        if self.runtime.device.type == "cpu":
+        if self.device.type == "cpu":
             return memory.host_memory_available() // self.runtime.local_world_size
-        return free_memory(self.runtime.device) // ranks_on_device(self.runtime.local_world_size)
+        return free_memory(self.device) // ranks_on_device(self.runtime.local_world_size)
 
     def engine(self, *, longest: int | None = None, sequences: int | None = None) -> Engine:
         """Make the KV cache and the engine. `longest` and `sequences` say what the work needs, where that is known."""
-        settings = self.config.engine
+        settings = self.settings
         concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
         run_blocks = memory.blocks_for(min(longest or self.max_model_len, self.max_model_len), settings.block_size)
-        blocks, on_device = self.fitting_blocks, self.runtime.device.type != "cpu"
+        blocks, on_device = self.fitting_blocks, self.device.type != "cpu"
         if not on_device and settings.num_kv_blocks is None:
             blocks = min(blocks, concurrent * run_blocks)
         self.num_blocks = blocks
@@ -119,7 +112,7 @@ class Replica:
         shape = {"head_dim": self.model.head_dim, "block_size": settings.block_size, "dtype": self.dtype}
         host = HostCache(*place, self.host_blocks, **shape) if self.host_blocks else None
         if on_device:
-            cache = DeviceCache(*place, blocks, **shape, device=self.runtime.device)
+            cache = DeviceCache(*place, blocks, **shape, device=self.device)
         else:
             cache = HostCache(*place, blocks, **shape)
         self.kv_bytes = cache.nbytes
@@ -178,6 +171,33 @@ class Replica:
     def _capturable(self) -> bool:
         """Collectives inside a stage can be captured only when they run on the device."""
         return self.state.tp.size == 1 or self.runtime.backend == "nccl"
+
+
+def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, Path]:
+    """Read the model of a config into a replica; and the model's folder. Collective over the run."""
+    parallel, section = config.parallel, config.model
+    state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
+    folder = fetch(section, runtime)
+    model = families.read(folder)
+    tokenizer = Tokenizer.load(Path(section.tokenizer or folder))
+    dtype = choose_dtype(section.dtype, model, runtime.device)
+    before = reset_peak_memory()
+    decoder = build(model, state, dtype=dtype, device=runtime.device, max_length=config.engine.max_model_len)
+    if section.load_format == "dummy":
+        initialise(decoder, config.engine.seed)
+    else:
+        load_folder(decoder, folder)
+    if runtime.device.type == "cpu":
+        store_by_input(decoder)
+    replica = Replica(
+        decoder.requires_grad_(False),
+        tokenizer,
+        runtime,
+        engine=config.engine,
+        dp_mode=parallel.dp_mode,
+        load_peak_bytes=peak_memory() - before,
+    )
+    return replica, folder
 
 
 def fetch(section: ModelSection, runtime: Runtime) -> Path:

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megalite.core.parallel_state import ParallelState
+from megalite.core.parallel_state import Axis, ParallelState
 from megalite.inference.request import Request, Sampled
 
 _STOP, _EXHAUSTED = 1, 2
@@ -157,16 +157,17 @@ def deal(requests: Sequence[Request], replicas: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def broadcast_bytes(data: bytes | None, source: int) -> bytes:
-    """Give every rank of the world what global rank `source` has; the others pass None."""
-    if not dist.is_initialized():
+def broadcast_bytes(data: bytes | None, source: int, axis: Axis | None = None) -> bytes:
+    """Give every rank of `axis` (None: of the run) what global rank `source` has; the others pass None."""
+    if not dist.is_initialized() or (axis is not None and axis.size == 1):
         assert data is not None
         return data
+    group = axis.group if axis is not None else None
     size = torch.tensor([0 if data is None else len(data)])
-    dist.broadcast(size, source)
+    dist.broadcast(size, source, group=group)
     buffer = torch.empty(int(size), dtype=torch.uint8)
     if data:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if buffer.numel():
-        dist.broadcast(buffer, source)
+        dist.broadcast(buffer, source, group=group)
     return buffer.numpy().tobytes()

@@ -95,6 +95,19 @@ class Engine:
             self._drop(self.scheduler.clear())
             raise
 
+    def renew(self) -> None:
+        """Forget every cached prefix: the weights have changed. Between runs."""
+        self.scheduler.reset_cache()
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back until `wake`, and forget what it held. Between runs."""
+        self.scheduler.reset_cache()
+        self.runner.sleep()
+
+    def wake(self) -> None:
+        """Be ready to run again."""
+        self.runner.wake()
+
     def _run(self, requests: Sequence[Request], feed: Feed, hooks: Hooks) -> bool:
         depth = self.state.pp.size
         answered: deque[_Answered | None] = deque([None] * depth)  # what the messages on their way answer

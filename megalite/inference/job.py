@@ -15,7 +15,7 @@ from megalite.config.load import Loaded
 from megalite.config.schema import InferConfig
 from megalite.core import distributed
 from megalite.core.distributed import Runtime
-from megalite.inference.assembly import Replica
+from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.engine import Hooks
 from megalite.inference.inputs import InputBatch, read_inputs
@@ -48,13 +48,13 @@ def run(loaded: Loaded) -> int:
 
 
 def _generate(config: InferConfig, runtime: Runtime) -> None:
-    replica = Replica(config, runtime)
+    replica, folder = load_replica(config, runtime)
     batch = read_inputs(config.input, config.sampling, serve(replica), stdin=_stdin(config, runtime))
     writer_rank = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=0)
     with ExitStack() as stack:
         writer = None
         if runtime.rank == writer_rank:
-            writer = stack.enter_context(Writer(config, replica, batch))
+            writer = stack.enter_context(Writer(config, replica, weights_identity(folder), batch))
         done = broadcast_bytes(json.dumps(sorted(writer.finished)).encode() if writer else None, writer_rank)
         left = batch.without(json.loads(done))
         engine = replica.engine(
@@ -62,7 +62,7 @@ def _generate(config: InferConfig, runtime: Runtime) -> None:
             sequences=sum(request.num_samples for request in left.requests) or 1,
         )
         if writer:
-            _announce(replica)
+            _announce(config.model.path, replica)
             writer.fail(left)
         engine.outputs.texts.update(left.texts)
         mail = Mailbox(replica)
@@ -95,16 +95,16 @@ def _gather(own: RankReport, runtime: Runtime) -> list[RankReport]:
     return [RankReport.from_dict(json.loads(report)) for report in each]
 
 
-def _announce(replica: Replica) -> None:
+def _announce(name: str, replica: Replica) -> None:
     """What was decided for the user."""
     own = replica.model.max_position_embeddings
-    why = "as asked" if replica.config.engine.max_model_len else "the model's own"
-    if not replica.config.engine.max_model_len and replica.max_model_len < own:
+    why = "as asked" if replica.settings.max_model_len else "the model's own"
+    if not replica.settings.max_model_len and replica.max_model_len < own:
         why = f"the largest that fits; the model's own is {own}"
-    block = replica.config.engine.block_size
+    block = replica.settings.block_size
     print(
-        f"{replica.config.model.path}: {replica.model.family}, {str(replica.dtype).removeprefix('torch.')} on "
-        f"{replica.runtime.device.type}, {replica.layout}; max_model_len {replica.max_model_len} ({why}); "
+        f"{name}: {replica.model.family}, {str(replica.dtype).removeprefix('torch.')} on "
+        f"{replica.device.type}, {replica.layout}; max_model_len {replica.max_model_len} ({why}); "
         f"{replica.num_blocks} KV blocks of {block} tokens, {format_bytes(replica.kv_bytes)} a rank",
         file=sys.stderr,
     )
@@ -113,11 +113,12 @@ def _announce(replica: Replica) -> None:
 class Writer:
     """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
 
-    def __init__(self, config: InferConfig, replica: Replica, batch: InputBatch):
+    def __init__(self, config: InferConfig, replica: Replica, weights: str, batch: InputBatch):
+        """`weights`: what identifies those of the model."""
         self.file = None
         self.dp = replica.layout.dp
         if config.output.file:
-            decided = fingerprint(config, weights=weights_identity(replica.folder), inputs=batch.digest)
+            decided = fingerprint(config, weights=weights, inputs=batch.digest)
             self.file = OutputFile.open(config.output.file, decided, batch.order, overwrite=config.output.overwrite)
         self.progress = Progress(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
         self.last_look = 0.0

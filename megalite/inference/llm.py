@@ -23,7 +23,7 @@ from megalite.config.validate import engine_problems, world_size_problem
 from megalite.core import distributed
 from megalite.core.rendezvous import Place
 from megalite.errors import ConfigError, Problem, Stopped
-from megalite.inference.assembly import Replica
+from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import Feed, Share, SharedQueue, broadcast_bytes, deal
 from megalite.inference.engine import Engine, Hooks
 from megalite.inference.inputs import Prompt, Served, make_request
@@ -97,7 +97,7 @@ class LLM:
             handle_signals=self._launched,
         )
         try:
-            self.replica = Replica(config, self.runtime)
+            self.replica, _ = load_replica(config, self.runtime)
         except BaseException as error:
             self._leave(error)
             raise
@@ -234,26 +234,26 @@ def serve(replica: Replica) -> Served:
         vocab_size=replica.model.vocab_size,
         max_model_len=replica.max_model_len,
         eos_token_ids=replica.model.eos_token_ids,
-        seed=replica.config.engine.seed,
+        seed=replica.settings.seed,
     )
 
 
 def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
     """Where this replica's work comes from; every rank calls it with the same requests."""
-    parallel = replica.config.parallel
-    if parallel.dp_mode == "async" and parallel.dp > 1:
-        return SharedQueue(range(len(requests)), replica.runtime.store, key, parallel.dp)
-    return Share(deal(requests, parallel.dp)[replica.state.coord.dp])
+    replicas = replica.layout.dp
+    if replica.dp_mode == "async" and replicas > 1:
+        return SharedQueue(range(len(requests)), replica.runtime.store, key, replicas)
+    return Share(deal(requests, replicas)[replica.state.coord.dp])
 
 
 def agree_on_end(replica: Replica, completed: bool) -> None:
-    """Raise Stopped on every rank if a replica has left off for a signal. Collective over the run.
+    """Raise Stopped on every rank if a replica has left off for a signal. Collective over the layout.
 
     A rank may not have heard of the signal yet that another's control rank acted on.
     """
     signum = torch.tensor([0 if completed else replica.runtime.signal_received() or 0])
-    if dist.is_initialized():
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+    if replica.state.world.size > 1:
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=replica.state.world.group)
     if signum:
         raise Stopped(int(signum))
 
@@ -267,7 +267,10 @@ def run_everywhere(
     key: str,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[RequestOutput]:
-    """Generate and give every rank all outputs, in the order of `requests`. Collective; Stopped if it was stopped."""
+    """Generate and give every rank all outputs, in the order of `requests`.
+
+    Collective over the layout; Stopped if it was stopped.
+    """
     mine: list[RequestOutput] = []
     engine.outputs.texts.update(texts)
     feed = make_feed(replica, requests, key)
@@ -278,7 +281,7 @@ def run_everywhere(
     for index in range(replica.layout.dp):
         source = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=index)
         lines = "\n".join(output.to_line() for output in mine).encode() if replica.state.rank == source else None
-        for line in broadcast_bytes(lines, source).splitlines():
+        for line in broadcast_bytes(lines, source, replica.state.world).splitlines():
             output = RequestOutput.from_line(line)
             found[output.request_id] = output
     return [found[request.id] for request in requests]

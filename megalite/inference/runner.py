@@ -80,3 +80,15 @@ class Runner:
     def close(self) -> None:
         """Wait for the sends in flight."""
         self.link.drain()
+
+    def sleep(self) -> None:
+        """Give back the memory of the caches and of captured graphs, which hold their addresses."""
+        for cache in filter(None, (self.cache, self.host)):
+            cache.free()
+        if self.graphs is not None:
+            self.graphs.captured.clear()
+
+    def wake(self) -> None:
+        """Take the memory again; graphs are captured anew when they are needed."""
+        for cache in filter(None, (self.cache, self.host)):
+            cache.allocate()

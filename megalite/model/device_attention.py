@@ -28,8 +28,18 @@ class DeviceCache:
     ):
         self.block_size = block_size
         self.device = device
-        shape = (2, kv_heads, blocks * block_size, head_dim)
-        self.layers = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        self._shape = (2, kv_heads, blocks * block_size, head_dim)
+        self._dtype = dtype
+        self._places = tuple(layers)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take the memory; what the cache held is gone."""
+        self.layers = {layer: torch.zeros(self._shape, dtype=self._dtype, device=self.device) for layer in self._places}
+
+    def free(self) -> None:
+        """Give the memory back, until `allocate`."""
+        self.layers = {}
 
     @property
     def nbytes(self) -> int:

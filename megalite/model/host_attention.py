@@ -98,11 +98,22 @@ class HostCache:
         self, layers: Sequence[int], kv_heads: int, blocks: int, head_dim: int, *, block_size: int, dtype: torch.dtype
     ):
         self.block_size = block_size
-        shape = (2, kv_heads, blocks * block_size, head_dim)
-        nbytes = math.prod(shape) * dtype.itemsize
+        self._shape = (2, kv_heads, blocks * block_size, head_dim)
+        self._dtype = dtype
+        self._places = tuple(layers)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Take the memory; what the cache held is gone."""
+        nbytes = math.prod(self._shape) * self._dtype.itemsize
         self.layers = {
-            layer: torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape) for layer in layers
+            layer: torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(self._dtype).view(self._shape)
+            for layer in self._places
         }
+
+    def free(self) -> None:
+        """Give the memory back, until `allocate`."""
+        self.layers = {}
 
     @property
     def nbytes(self) -> int:

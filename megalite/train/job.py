@@ -34,7 +34,7 @@ from megalite.train.checkpoint import load_state, newest_state, remove_unfinishe
 from megalite.train.data import Corpus, TrainingOrder, held_out_windows, prepare, read_windows
 from megalite.train.export import export_model, model_files
 from megalite.train.trainer import LanguageModel, StepReport, Trainer, learning_rate, mean_loss
-from megalite.weights import hf, shards, transfer
+from megalite.weights import hf, transfer
 from megalite.weights.manifest import Manifest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -154,7 +154,7 @@ class Job:
         if self.config.model.path is None:
             transfer.initialise(decoder, self.config.train.seed)
         else:
-            load_folder(decoder, Path(self.config.model.path))
+            transfer.load_folder(decoder, Path(self.config.model.path))
         return decoder
 
     def _resume(self) -> None:
@@ -321,7 +321,7 @@ class Job:
         decoder = transfer.build(
             self.model, self.state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device
         )
-        load_folder(decoder, self.folder)
+        transfer.load_folder(decoder, self.folder)
         held_out = (batch.to(self.device) for batch in self._held_out_batches(None))
         loss = mean_loss(LanguageModel(decoder), held_out, self.state.dp, self.device)
         tokenizer = Tokenizer.from_file(str(self.corpus.folder / TOKENIZER_FILES[0]))
@@ -385,14 +385,3 @@ class _Clock:
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began
-
-
-def load_folder(decoder: Decoder, folder: Path) -> None:
-    """Fill a decoder from a folder in Hugging Face layout, or of rank shards such as a training state."""
-    if shards.is_sharded(folder):
-        shards.load(decoder, folder)
-        return
-    prefix = families.weight_names(decoder.config).prefix
-    with hf.open_checkpoint(folder, prefix=prefix) as checkpoint:
-        transfer.check_names(decoder.config, checkpoint, str(folder))
-        transfer.load(decoder, checkpoint)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import maybe_fault
+from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.hf import check_names
+from megalite.weights import shards
+from megalite.weights.hf import check_names, open_checkpoint
 from megalite.weights.mapping import Owned, Piece, owned
 
-__all__ = ["DTYPES", "WeightSource", "build", "check_names", "initialise", "load", "random_matrix"]
+__all__ = ["DTYPES", "WeightSource", "build", "check_names", "initialise", "load", "load_folder", "random_matrix"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INIT_STD = 0.02
@@ -66,6 +68,20 @@ def build(
     with _new_parameters(dtype, device):
         decoder = Decoder(config, state, max_length=max_length)
     return decoder
+
+
+def load_folder(decoder: Decoder, folder: str | Path) -> None:
+    """Fill a decoder from a folder in Hugging Face layout, or of rank shards such as a training state.
+
+    CheckpointError if the folder is damaged, is of another model or is cut for another layout.
+    """
+    if shards.is_sharded(folder):
+        shards.load(decoder, folder)
+        return
+    prefix = families.weight_names(decoder.config).prefix
+    with open_checkpoint(folder, prefix=prefix) as checkpoint:
+        check_names(decoder.config, checkpoint, str(folder))
+        load(decoder, checkpoint)
 
 
 @torch.no_grad()
