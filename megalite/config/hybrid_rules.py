@@ -14,7 +14,7 @@ FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 def hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Problem]:
     """What the sections break that other configs do not have."""
-    found = _loop_problems(config.hybrid) + _task_problems(config)
+    found = _loop_problems(config.hybrid) + _data_problems(config)
     found += _sampling_problems(config.sampling, config.hybrid, model)
     found += _rank_problems(config.train.parallel, config.infer.parallel)
     rules = Rules(config.supervised, "supervised.")
@@ -69,17 +69,17 @@ def _loop_problems(hybrid: HybridSection) -> list[Problem]:
     return rules.problems
 
 
-def _task_problems(config: HybridConfig) -> list[Problem]:
-    task = config.task
+def _data_problems(config: HybridConfig) -> list[Problem]:
+    data = config.data
     fix = "Such as megalite.hybrid.tasks:additions, or a file of JSON lines."
-    if task.source is None:
-        return [Problem(key="task.source", rule="is needed", fix=fix)]
-    rules = Rules(task, "task.")
-    is_file = not FUNCTION.fullmatch(task.source)
-    if is_file and task.options:
+    if data.source is None:
+        return [Problem(key="data.source", rule="is needed", fix=fix)]
+    rules = Rules(data, "data.")
+    is_file = not FUNCTION.fullmatch(data.source)
+    if is_file and data.options:
         fix = "Leave them out; a file has no arguments."
-        rules.problems.append(problem("task.options", "are for a task's function", task.options, fix))
-    rules.need("seed", 0 <= task.seed < 2**63, "must be between 0 and 2^63 - 1")
+        rules.problems.append(problem("data.options", "are for a task's function", data.options, fix))
+    rules.need("seed", 0 <= data.seed < 2**63, "must be between 0 and 2^63 - 1")
     return rules.problems
 
 

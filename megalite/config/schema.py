@@ -307,7 +307,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TaskSection:
+class HybridDataSection:
     """Prompts to sample for, and what the reward needs to know of each."""
 
     source: str | None = None
@@ -388,7 +388,7 @@ class HybridSection:
     divide_by_deviation: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     keep_above: float = 0.0
-    """rejection: least reward of a sample to learn from, and only if its group's best."""
+    """rejection: the best sample of a prompt is learnt from if its reward is above this."""
     importance_correction: Literal["off", "token", "sequence"] = "off"
     """grpo: weigh each token or sample by how much likelier the trainer holds it than the sampler did, truncated."""
     importance_limit: float = 2.0
@@ -413,7 +413,7 @@ class HybridConfig:
 
     model: NewModelSection = field(default_factory=NewModelSection)
     tokenizer: TokenizerSection = field(default_factory=TokenizerSection)
-    task: TaskSection = field(default_factory=TaskSection)
+    data: HybridDataSection = field(default_factory=HybridDataSection)
     train: HybridTrainSection = field(default_factory=HybridTrainSection)
     infer: HybridInferSection = field(default_factory=HybridInferSection)
     sampling: SamplingParams = field(default_factory=SamplingParams)

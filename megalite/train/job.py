@@ -24,15 +24,13 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import LineFile, write_durably
-from megalite.model import families
 from megalite.model.config import ModelConfig
-from megalite.model.decoder import Decoder
-from megalite.model.hf_config import read_json
 from megalite.train import card
 from megalite.train.batch import MicroBatch, from_windows
 from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
 from megalite.train.data import Corpus, TrainingOrder, held_out_windows, prepare, read_windows
 from megalite.train.export import export_model, model_files
+from megalite.train.new_model import make_decoder, shape_of
 from megalite.train.trainer import LanguageModel, StepReport, Trainer, learning_rate, mean_loss
 from megalite.weights import hf, transfer
 from megalite.weights.manifest import Manifest
@@ -79,7 +77,7 @@ class Job:
         self.corpus = self._open_corpus()
         self.model, self.hf_config = self._make_config()
         self.trainer = Trainer(
-            self._make_decoder(),
+            make_decoder(config.model, self.model, self.state, device=self.device, seed=config.train.seed),
             config.optimizer,
             steps=config.train.steps,
             zero_stage=config.train.zero_stage,
@@ -130,32 +128,12 @@ class Job:
         return Corpus.open(folder)
 
     def _make_config(self) -> tuple[ModelConfig, dict[str, Any]]:
-        """The model's shape and its config.json: as given, with what the tokenizer decides filled in."""
-        section, corpus = self.config.model, self.corpus
-        path = Path(section.path or self.folder) / "config.json"
-        values = dict(read_json(path) if section.path else section.config)
-        values.setdefault("vocab_size", corpus.vocab_size)
-        values.setdefault("eos_token_id", corpus.eos_token_id)
-        model = families.from_values(path, values, {})
-        values.setdefault("model_type", model.family)
-        values.setdefault("architectures", [families.FAMILIES[model.family].architecture])
-        if model.vocab_size < corpus.vocab_size:
-            rule = f"must be at least the tokenizer's {corpus.vocab_size} tokens"
-            raise ConfigError(Problem(key="model.config.vocab_size", rule=rule, value=model.vocab_size))
+        corpus = self.corpus
+        model, values = shape_of(self.config.model, vocab_size=corpus.vocab_size, eos_token_id=corpus.eos_token_id)
         if model.max_position_embeddings < self.config.data.sequence_length:
             rule = f"must be at most the model's {model.max_position_embeddings} positions"
             raise ConfigError(Problem(key="data.sequence_length", rule=rule, value=self.config.data.sequence_length))
         return model, values
-
-    def _make_decoder(self) -> Decoder:
-        decoder = transfer.build(
-            self.model, self.state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device
-        )
-        if self.config.model.path is None:
-            transfer.initialise(decoder, self.config.train.seed)
-        else:
-            transfer.load_folder(decoder, Path(self.config.model.path))
-        return decoder
 
     def _resume(self) -> None:
         if self.found is None:

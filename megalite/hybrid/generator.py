@@ -1,0 +1,138 @@
+"""The generating side of a hybrid job on one rank: requests from the task's prompts, samples to every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from megalite.config.schema import SamplingParams
+from megalite.core.layout import Layout
+from megalite.errors import ConfigError, Problem
+from megalite.hybrid.rollout import Rollout, pack_rollouts, unpack_rollouts
+from megalite.hybrid.tasks import Example
+from megalite.inference.assembly import Replica
+from megalite.inference.control import broadcast_bytes
+from megalite.inference.inputs import derived_seed, make_request
+from megalite.inference.llm import run_everywhere, serve
+from megalite.inference.outputs import RequestOutput
+from megalite.inference.request import Request
+
+
+class Generator:
+    """Samples for a task's examples. Every rank of the run holds one; `replica` is None outside the layout."""
+
+    def __init__(
+        self,
+        replica: Replica | None,
+        layout: Layout,
+        examples: Sequence[Example],
+        sampling: SamplingParams,
+        *,
+        samples: int,
+        at_once: int,
+        stop_requested: Callable[[], bool],
+    ):
+        """`samples` of each of up to `at_once` prompts are asked for in a call of `sample`.
+
+        ConfigError names every example that leaves no room for its output.
+        """
+        self.replica = replica
+        self.leader = layout.first_rank
+        self.stop_requested = stop_requested
+        self.sampled_tokens = 0
+        """Of all samples so far."""
+        if replica is None:
+            return
+        self.params = replace(sampling, n=samples, logprobs=0)
+        self.requests, self.texts = self._prepare(examples)
+        longest = max(len(request.prompt_token_ids) for request in self.requests) + self.params.max_tokens
+        self.engine = replica.engine(longest=longest, sequences=samples * at_once)
+        self.calls = 0
+
+    def _prepare(self, examples: Sequence[Example]) -> tuple[list[Request], list[str]]:
+        """A request and the prompt's text for each example; ids and seeds are those of the iteration that asks."""
+        served = serve(self.replica)
+        requests, texts, problems = [], [], []
+        for index, example in enumerate(examples):
+            prompt = example.prompt if example.messages is None else list(example.messages)
+            request, text = make_request(prompt, self.params, served, id="", index=index, where=example.where)
+            if request.max_tokens < self.params.max_tokens:
+                rule = (
+                    f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "
+                    f"{self.params.max_tokens} is more than max_model_len = {served.max_model_len}"
+                )
+                problems.append(Problem(key=example.where, rule=rule, fix="Shorten it, or lower sampling.max_tokens."))
+            requests.append(request)
+            texts.append(text)
+        if problems:
+            raise ConfigError(*problems[:10])
+        return requests, texts
+
+    def sample(self, places: Sequence[int], *, first: int, weight_version: int) -> list[Rollout]:
+        """The samples of the examples at `places`, group after group. Collective over the run, the same everywhere.
+
+        `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
+        and its place in the group, so no two are clones.
+        """
+        data = None
+        if self.replica is not None:
+            outputs = self._generate(places, first)
+            rollouts = [
+                _rollout(output, place, sample, weight_version)
+                for output, place in zip(outputs, places, strict=True)
+                for sample in range(len(output.outputs))
+            ]
+            if self.replica.state.rank == self.leader:
+                data = pack_rollouts(rollouts)
+        rollouts = unpack_rollouts(broadcast_bytes(data, self.leader))
+        self.sampled_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+        return rollouts
+
+    def _generate(self, places: Sequence[int], first: int) -> list[RequestOutput]:
+        requests = [
+            replace(
+                self.requests[place],
+                id=str(index),
+                seed=derived_seed(self.replica.settings.seed, first + index),
+            )
+            for index, place in enumerate(places)
+        ]
+        texts = {request.id: self.texts[place] for request, place in zip(requests, places, strict=True)}
+        self.calls += 1
+        return run_everywhere(
+            self.replica,
+            self.engine,
+            requests,
+            texts,
+            key=f"sample/{self.calls}",
+            stop_requested=self.stop_requested,
+        )
+
+    def renew(self) -> None:
+        """The weights have changed."""
+        if self.replica is not None:
+            self.engine.renew()
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back."""
+        if self.replica is not None:
+            self.engine.sleep()
+
+    def wake(self) -> None:
+        if self.replica is not None:
+            self.engine.wake()
+
+
+def _rollout(output: RequestOutput, place: int, sample: int, weight_version: int) -> Rollout:
+    found = output.outputs[sample]
+    return Rollout(
+        example=place,
+        sample=sample,
+        prompt=output.prompt or "",
+        prompt_token_ids=tuple(output.prompt_token_ids),
+        token_ids=tuple(found.token_ids),
+        text=found.text,
+        logprobs=tuple(entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs, strict=True)),
+        finish_reason=found.finish_reason,
+        weight_version=weight_version,
+    )

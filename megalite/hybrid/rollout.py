@@ -1,0 +1,84 @@
+"""Samples of an iteration, from the engine to every rank of the job and to the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.files import write_durably
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One sample of a prompt, as the sampler gave it."""
+
+    example: int
+    """Place of the prompt among the task's examples."""
+    sample: int
+    """Place in its group."""
+    prompt: str
+    """The prompt as text, the chat template applied."""
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    """All that were sampled, the one that ended it included."""
+    text: str
+    """Without what ended it."""
+    logprobs: tuple[float, ...]
+    """Of each sampled token, by the sampler's full distribution."""
+    finish_reason: str | None
+    weight_version: int
+    """Of the weights that it was sampled with."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.prompt_token_ids + self.token_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """What became of a rollout; kept with it."""
+
+    reward: float
+    failure: str | None
+    """Why there is no reward of its own."""
+    advantage: float
+    """By its group; for rejection sampling 1 if it was learnt from, else 0."""
+    trainer_logprobs: tuple[float, ...]
+    """Of the sampled tokens, by the trainer before the update."""
+
+
+def pack_rollouts(rollouts: Sequence[Rollout]) -> bytes:
+    """For the way from rank to rank; `unpack_rollouts` is the inverse."""
+    return json.dumps([asdict(rollout) for rollout in rollouts]).encode()
+
+
+def unpack_rollouts(data: bytes) -> list[Rollout]:
+    return [
+        Rollout(
+            **{
+                **values,
+                "prompt_token_ids": tuple(values["prompt_token_ids"]),
+                "token_ids": tuple(values["token_ids"]),
+                "logprobs": tuple(values["logprobs"]),
+            }
+        )
+        for values in json.loads(data)
+    ]
+
+
+def rollout_file(folder: Path, iteration: int) -> Path:
+    """Where the samples of an iteration are kept."""
+    return folder / f"iteration-{iteration:06d}.jsonl"
+
+
+def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], judged: Iterable[Judged]) -> None:
+    """One JSON line a sample; the file is there whole or not at all."""
+    lines = []
+    for rollout, verdict in zip(rollouts, judged, strict=True):
+        values: dict[str, Any] = {"iteration": iteration, **asdict(rollout), **asdict(verdict)}
+        values["sampler_logprobs"] = values.pop("logprobs")
+        lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False))
+    write_durably(path, "".join(f"{line}\n" for line in lines))
