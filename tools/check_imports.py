@@ -67,6 +67,15 @@ TORCH_FREE = (
     "megalite/inference/memory.py",
     "megalite/inference/inputs.py",
     "megalite/inference/outputs.py",
+    "megalite/train/data.py",
+    "megalite/train/bpe.py",
+    "megalite/hybrid/__init__.py",
+    "megalite/hybrid/named.py",
+    "megalite/hybrid/reward_pool.py",
+    "megalite/hybrid/reward_worker.py",
+    "megalite/hybrid/rewards.py",
+    "megalite/hybrid/sandbox.py",
+    "megalite/hybrid/tasks.py",
 )
 """Files and folders whose modules must not import torch when they are imported."""
 
