@@ -74,6 +74,7 @@ class Stopped(MegaliteError):
     """A signal asked the run to stop and it drained cleanly."""
 
     def __init__(self, signum: int):
+        self.signum = signum
         self.exit_code = 128 + signum
         super().__init__(f"stopped by {signal.Signals(signum).name}; finished work is kept")
 

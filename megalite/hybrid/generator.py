@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megalite.config.schema import SamplingParams
 from megalite.core.layout import Layout
-from megalite.errors import ConfigError, Problem
+from megalite.errors import ConfigError, Problem, Stopped
 from megalite.hybrid.rollout import Rollout, pack_rollouts, unpack_rollouts
 from megalite.hybrid.tasks import Example
 from megalite.inference.assembly import Replica
@@ -16,6 +16,9 @@ from megalite.inference.inputs import derived_seed, make_request
 from megalite.inference.llm import run_everywhere, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
+
+_STOPPED = b"stopped "
+"""Begins what is told instead of samples when a signal has come."""
 
 
 class Generator:
@@ -72,40 +75,42 @@ class Generator:
         """The samples of the examples at `places`, group after group. Collective over the run, the same everywhere.
 
         `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
-        and its place in the group, so no two are clones.
+        and its place in the group, so no two are clones. Stopped on every rank, if a signal has stopped the sampling.
         """
         data = None
         if self.replica is not None:
-            outputs = self._generate(places, first)
-            rollouts = [
-                _rollout(output, place, sample, weight_version)
-                for output, place in zip(outputs, places, strict=True)
-                for sample in range(len(output.outputs))
-            ]
-            if self.replica.state.rank == self.leader:
-                data = pack_rollouts(rollouts)
-        rollouts = unpack_rollouts(broadcast_bytes(data, self.leader))
+            data = self._generate(places, first, weight_version)
+            if self.replica.state.rank != self.leader:
+                data = None
+        data = broadcast_bytes(data, self.leader)
+        if data.startswith(_STOPPED):
+            raise Stopped(int(data.removeprefix(_STOPPED)))
+        rollouts = unpack_rollouts(data)
         self.sampled_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
         return rollouts
 
-    def _generate(self, places: Sequence[int], first: int) -> list[RequestOutput]:
+    def _generate(self, places: Sequence[int], first: int, weight_version: int) -> bytes:
+        """The samples, packed; or the signal that has stopped the sampling, which all ranks are to hear of."""
+        seed = self.replica.settings.seed
         requests = [
-            replace(
-                self.requests[place],
-                id=str(index),
-                seed=derived_seed(self.replica.settings.seed, first + index),
-            )
+            replace(self.requests[place], id=str(index), seed=derived_seed(seed, first + index))
             for index, place in enumerate(places)
         ]
         texts = {request.id: self.texts[place] for request, place in zip(requests, places, strict=True)}
         self.calls += 1
-        return run_everywhere(
-            self.replica,
-            self.engine,
-            requests,
-            texts,
-            key=f"sample/{self.calls}",
-            stop_requested=self.stop_requested,
+        key = f"sample/{self.calls}"
+        try:
+            outputs = run_everywhere(
+                self.replica, self.engine, requests, texts, key=key, stop_requested=self.stop_requested
+            )
+        except Stopped as stop:
+            return _STOPPED + str(stop.signum).encode()
+        return pack_rollouts(
+            [
+                _rollout(output, place, sample, weight_version)
+                for output, place in zip(outputs, places, strict=True)
+                for sample in range(len(output.outputs))
+            ]
         )
 
     def renew(self) -> None:

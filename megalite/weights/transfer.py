@@ -20,7 +20,17 @@ from megalite.weights import shards
 from megalite.weights.hf import check_names, open_checkpoint
 from megalite.weights.mapping import Owned, Piece, owned
 
-__all__ = ["DTYPES", "WeightSource", "build", "check_names", "initialise", "load", "load_folder", "random_matrix"]
+__all__ = [
+    "DTYPES",
+    "WeightSource",
+    "build",
+    "check_names",
+    "initialise",
+    "load",
+    "load_folder",
+    "random_matrix",
+    "twin",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INIT_STD = 0.02
@@ -68,6 +78,17 @@ def build(
     with _new_parameters(dtype, device):
         decoder = Decoder(config, state, max_length=max_length)
     return decoder
+
+
+def twin(decoder: Decoder, state: ParallelState) -> Decoder:
+    """Another decoder of the same stage over the very parameters of `decoder`, with the groups of `state`."""
+    weight = next(decoder.parameters())
+    other = build(decoder.config, state, dtype=weight.dtype, device=torch.device("meta"))
+    params = dict(decoder.named_parameters(remove_duplicate=False))
+    for path, module in other.named_modules():
+        for name in [name for name, _ in module.named_parameters(recurse=False)]:
+            module.register_parameter(name, params[f"{path}.{name}"])
+    return other
 
 
 def load_folder(decoder: Decoder, folder: str | Path) -> None:

@@ -1,0 +1,337 @@
+"""The hybrid job: sample with the model, reward the samples, train on them, sample with what came of it.
+
+    every iteration   sync weights -> sample -> reward -> learn -> keep samples, log, checkpoint
+
+Every rank runs the same loop. A rank outside a layout takes part in what the run does together: syncs, the way of the
+samples to all ranks, and the decision to stop.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.load import Loaded
+from megalite.config.schema import HybridConfig, ParallelSection
+from megalite.core import distributed
+from megalite.core.layers import store_by_input
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import EXIT_DONE, Stopped
+from megalite.hybrid.generator import Generator
+from megalite.hybrid.learner import Learner, Lesson
+from megalite.hybrid.materials import Materials
+from megalite.hybrid.record import Record
+from megalite.hybrid.reward_pool import RewardPool, Sample, Scored
+from megalite.hybrid.rollout import Judged, Rollout
+from megalite.hybrid.sync import Sync
+from megalite.hybrid.tasks import PromptOrder
+from megalite.inference.assembly import Replica
+from megalite.inference.control import broadcast_bytes
+from megalite.model.decoder import Decoder
+from megalite.train.model import stage_logprobs
+from megalite.train.new_model import make_decoder
+from megalite.train.trainer import Trainer
+from megalite.weights import transfer
+
+MIB = 1 << 20
+
+
+def run(loaded: Loaded) -> int:
+    """The whole job; every rank calls it. Returns the exit code."""
+    config = loaded.config
+    with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
+        distributed.prepare_deepspeed(runtime)
+        with Job(config, runtime) as job:
+            job.run()
+    return EXIT_DONE
+
+
+@dataclass
+class Progress:
+    """How far a job has come; saved with the weights."""
+
+    supervised_steps: int = 0
+    iterations: int = 0
+
+
+class Job:
+    """One hybrid job, on one rank of it."""
+
+    def __init__(self, config: HybridConfig, runtime: distributed.Runtime):
+        self.config = config
+        self.runtime = runtime
+        self.device = runtime.device
+        self.train_layout, self.infer_layout = _layout(config.train.parallel), _layout(config.infer.parallel)
+        self.home = self.train_layout.first_rank
+        """The rank that rewards, logs and keeps the samples."""
+        self.progress = Progress()
+        self.materials = Materials(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
+        self.train_state = ParallelState.join(
+            self.train_layout, sequence_parallel=config.train.parallel.sequence_parallel
+        )
+        self.infer_state = ParallelState.join(self.infer_layout)
+        ParallelState.make_mpu_groups(self.train_layout)
+        self.trainer = self._make_trainer() if self.train_state else None
+        self.learner = self._make_learner() if self.trainer else None
+        self.decoder = self._make_generating_decoder()
+        self.sync = self._make_sync()
+        self.generator = self._make_generator()
+        self.order = PromptOrder(len(self.materials.examples), config.data.seed)
+        self.record = Record(config, self.materials.folder, self.runtime.rank == self.home)
+        self.pool: RewardPool | None = None
+        self.weight_version = 0
+
+    def __enter__(self) -> Job:
+        if self.runtime.rank == self.home:
+            section = self.config.hybrid
+            self.pool = RewardPool(
+                section.reward,
+                workers=section.reward_workers,
+                time_limit=section.reward_time_limit,
+                failure_reward=section.failure_reward,
+            )
+            self.pool.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.record.close()
+        if self.pool is not None:
+            self.pool.__exit__(*error)
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """All of it. A SIGTERM saves and ends it well; a SIGINT saves and raises Stopped."""
+        self._resume()
+        try:
+            self._supervise()
+            while self.progress.iterations < self.config.hybrid.steps:
+                self._iterate()
+                self._stop_if_asked()
+        except Stopped as stop:
+            self.record.say(
+                f"stopped by {signal.Signals(stop.signum).name} after {self.progress.iterations} iterations"
+            )
+            self._save()
+            if stop.signum != signal.SIGTERM:
+                raise
+            return
+        self._save()
+        self._export()
+
+    def _supervise(self) -> None:
+        """Steps on the task's own responses, before the first samples."""
+        section, progress = self.config.supervised, self.progress
+        if progress.supervised_steps >= section.steps:
+            return
+        order = PromptOrder(len(self.materials.responses), self.config.data.seed)
+        while progress.supervised_steps < section.steps:
+            first = progress.supervised_steps * section.examples_per_step
+            if self.learner is not None:
+                places = order.indices(first, section.examples_per_step)
+                found = self.learner.supervise([self.materials.responses[place] for place in places])
+                self.record.supervised(progress.supervised_steps + 1, found)
+            progress.supervised_steps += 1
+            self._stop_if_asked()
+        self._save()
+
+    def _iterate(self) -> None:
+        config, iteration = self.config.hybrid, self.progress.iterations
+        self.record.begin()
+        with self.record.timed("syncing"):
+            if iteration % config.sync_every == 0 or not self.weight_version:
+                self._push()
+        with self.record.timed("sampling"), self._room_for_generating():
+            first = iteration * config.prompts_per_step
+            places = self.order.indices(first, config.prompts_per_step)
+            rollouts = self.generator.sample(places, first=first, weight_version=self.weight_version)
+        with self.record.timed("rewarding"):
+            scored = self._reward(rollouts)
+        if self.learner is not None:
+            groups = _groups(rollouts, config.samples_per_prompt)
+            with self.record.timed("learning"):
+                lesson = self.learner.learn(groups, [one.reward for one in scored])
+            self.record.iteration(iteration + 1, rollouts, _judged(scored, lesson), lesson)
+        self.progress.iterations += 1
+        if self.progress.iterations % config.save_every == 0 and self.progress.iterations < config.steps:
+            self._save()
+
+    def _push(self) -> None:
+        if self.sync is None:
+            self.weight_version += 1
+        else:
+            self.weight_version = self.sync.push()
+        self.generator.renew()
+
+    @contextmanager
+    def _room_for_generating(self) -> Iterator[None]:
+        """The KV cache and the optimizer give memory back to each other, as the config says."""
+        section = self.config.hybrid
+        offloads = section.offload_optimizer and self.trainer is not None
+        if offloads:
+            self.trainer.offload_optimizer()
+        if section.free_kv_while_training:
+            self.generator.wake()
+        yield
+        if section.free_kv_while_training:
+            self.generator.sleep()
+        if offloads:
+            self.trainer.reload_optimizer()
+
+    def _reward(self, rollouts: Sequence[Rollout]) -> list[Scored]:
+        """Of every rollout, on every rank of the training layout."""
+        if self.train_state is None:
+            return []
+        rewards = None
+        scored: list[Scored] = []
+        if self.pool is not None:
+            examples = self.materials.examples
+            scored = self.pool.evaluate(
+                [
+                    Sample(prompt=one.prompt, completion=one.text, example=examples[one.example].record)
+                    for one in rollouts
+                ]
+            )
+            rewards = torch.tensor([one.reward for one in scored], dtype=torch.float64).numpy().tobytes()
+        found = torch.frombuffer(
+            bytearray(broadcast_bytes(rewards, self.home, self.train_state.world)), dtype=torch.float64
+        )
+        return scored or [Scored(reward=reward) for reward in found.tolist()]
+
+    def _stop_if_asked(self) -> None:
+        """Raise Stopped on every rank when a signal has reached one."""
+        asked = torch.tensor([self.runtime.signal_received() or 0], dtype=torch.int32)
+        if dist.is_initialized() and self.runtime.world_size > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            raise Stopped(int(asked))
+
+    # ---- putting it together -------------------------------------------------------------------------------------
+
+    def _make_trainer(self) -> Trainer:
+        config = self.config
+        decoder = make_decoder(
+            config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
+        )
+        return Trainer(
+            decoder,
+            config.optimizer,
+            steps=config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step,
+            zero_stage=config.train.zero_stage,
+            recompute=config.train.recompute,
+            deepspeed_keys=config.deepspeed,
+        )
+
+    def _make_learner(self) -> Learner:
+        config = self.config
+        reference = None
+        if config.hybrid.kl_coefficient > 0 and config.hybrid.algorithm == "grpo":
+            frozen = make_decoder(
+                config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
+            ).requires_grad_(False)
+            reference = lambda batches: stage_logprobs(frozen, batches)  # noqa: E731
+        return Learner(
+            self.trainer, config.hybrid, micro_batch_tokens=config.train.micro_batch_tokens, reference=reference
+        )
+
+    @property
+    def _shares_weights(self) -> bool:
+        """Both layouts cut the model alike, and ranks hold their parameters whole: the same tensors serve both."""
+        return self.train_layout == self.infer_layout and self.config.train.zero_stage < 3
+
+    def _make_generating_decoder(self) -> Decoder | None:
+        if self.infer_state is None:
+            return None
+        model = self.materials.model
+        if self._shares_weights:
+            return transfer.twin(self.trainer.decoder, self.infer_state)
+        dtype = transfer.DTYPES[self.config.model.dtype]
+        decoder = transfer.build(model, self.infer_state, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
+            store_by_input(decoder)
+        return decoder.requires_grad_(False)
+
+    def _make_sync(self) -> Sync | None:
+        if self._shares_weights:
+            return None
+        return Sync(
+            self.materials.model,
+            self.trainer.decoder if self.trainer else None,
+            self.decoder,
+            self.train_layout,
+            self.infer_layout,
+            bucket_bytes=int(self.config.hybrid.sync_bucket * MIB),
+            verify=self.config.hybrid.verify_sync,
+            gathered=self.trainer.gathered if self.trainer else lambda names: nullcontext(),
+        )
+
+    def _make_generator(self) -> Generator:
+        config = self.config
+        replica = None
+        if self.decoder is not None:
+            replica = Replica(
+                self.decoder,
+                self.materials.tokenizer,
+                self.runtime,
+                engine=config.infer.engine,
+                dp_mode=config.infer.parallel.dp_mode,
+            )
+        generator = Generator(
+            replica,
+            self.infer_layout,
+            self.materials.examples,
+            config.sampling,
+            samples=config.hybrid.samples_per_prompt,
+            at_once=config.hybrid.prompts_per_step,
+            stop_requested=lambda: self.runtime.signal_received() is not None,
+        )
+        if config.hybrid.free_kv_while_training:
+            generator.sleep()
+        return generator
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        found = self.materials.load_state(self.trainer)
+        if found is not None:
+            self.progress = Progress(**found)
+            self.record.say(
+                f"going on after {self.progress.supervised_steps} supervised steps and "
+                f"{self.progress.iterations} iterations"
+            )
+        self.record.go_on(self.progress.supervised_steps, self.progress.iterations)
+
+    def _save(self) -> None:
+        if self.trainer is not None:
+            self.materials.save_state(self.trainer, asdict(self.progress))
+
+    def _export(self) -> None:
+        """The model in the output folder, in Hugging Face layout."""
+        if self.trainer is not None:
+            self.materials.export(self.trainer)
+        self.record.say(f"the model is in {self.materials.folder}")
+
+    def _wait_for_all(self) -> None:
+        if dist.is_initialized() and self.runtime.world_size > 1:
+            dist.barrier()
+
+
+def _layout(parallel: ParallelSection) -> Layout:
+    return Layout(parallel.tp, parallel.pp, parallel.dp, parallel.first_rank, interleave=parallel.interleave)
+
+
+def _groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
+    return [list(rollouts[at : at + size]) for at in range(0, len(rollouts), size)]
+
+
+def _judged(scored: Sequence[Scored], lesson: Lesson) -> list[Judged]:
+    return [
+        Judged(reward=one.reward, failure=one.failure, advantage=advantage, trainer_logprobs=logprobs)
+        for one, advantage, logprobs in zip(scored, lesson.advantages, lesson.trainer_logprobs, strict=True)
+    ]

@@ -1,0 +1,142 @@
+"""What a hybrid job is made from and what it leaves in its folder: examples, tokenizer, shape, checkpoints, the model.
+
+outputs/run/config.json model.safetensors tokenizer.json ...   the model, at the end
+            training/data/                                     the tokenizer, where the job has trained it
+            training/log.jsonl                                 rewards, losses, agreement and times
+            training/rollouts/iteration-000012.jsonl           every sample with its reward and log-probabilities
+            training/state/step-00000120/                      what a killed job goes on from
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megalite.config.schema import HybridConfig
+from megalite.errors import CheckpointError, ConfigError, Problem
+from megalite.files import write_durably
+from megalite.hybrid.tasks import Example, load_examples
+from megalite.tokenizer import Tokenizer
+from megalite.train import bpe
+from megalite.train import examples as supervised
+from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
+from megalite.train.export import export_model, model_files
+from megalite.train.new_model import shape_of
+from megalite.train.trainer import Trainer
+from megalite.weights import hf, transfer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+class Materials:
+    """Every rank constructs it alike; one writes."""
+
+    def __init__(self, config: HybridConfig, *, is_writer: bool, wait: Callable[[], None]):
+        """`wait` returns when every rank has called it. ConfigError names what can't be used."""
+        self.config = config
+        self.is_writer = is_writer
+        self.folder = Path(config.output.folder)
+        self.states = self.folder / "training" / "state"
+        self.found = newest_state(self.states)
+        if self.found is not None and not config.output.resume:
+            fix = "Set output.resume=true to go on with it, or choose another folder."
+            raise ConfigError(Problem(key="output.folder", rule=f"already holds a run: {self.found[0]}", fix=fix))
+        data = config.data
+        self.examples = load_examples(data.source, data.options, split="train", seed=data.seed)
+        wait()  # until all have looked for a state: what is unfinished goes now
+        if is_writer:
+            remove_unfinished(self.states)
+        self.tokenizer_folder, self.tokenizer = self._open_tokenizer(wait)
+        self.model, self.hf_config = shape_of(
+            config.model, vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_token_id
+        )
+        self.responses = self._responses()
+
+    def _open_tokenizer(self, wait: Callable[[], None]) -> tuple[Path, Tokenizer]:
+        """The one named, the model's own, or one trained on the task's texts."""
+        config = self.config
+        named = config.tokenizer.path or config.model.path
+        folder = Path(named or self.folder / "training" / "data")
+        if named is None and self.is_writer and self.found is None:
+            bpe.save(bpe.train(map(_text, self.examples), config.tokenizer.vocab_size), folder)
+        wait()
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer is None:
+            raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no tokenizer.json", fix="Name one."))
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no end-of-text token", fix="Name one."))
+        return folder, tokenizer
+
+    def _responses(self) -> list[supervised.Example]:
+        """The examples' responses, for supervised steps."""
+        if self.config.supervised.steps == 0:
+            return []
+        without = next((example for example in self.examples if example.response is None), None)
+        if without is not None:
+            rule = f"needs a response in every example, and {without.where} has none"
+            raise ConfigError(Problem(key="supervised.steps", rule=rule, value=self.config.supervised.steps))
+        found = []
+        for example in self.examples:
+            end = self.tokenizer.eos_token_id
+            if example.messages is None:
+                found.append(supervised.encode_pair(self.tokenizer, example.prompt, example.response, end))
+                continue
+            answered = [*example.messages, {"role": "assistant", "content": example.response}]
+            found.append(supervised.encode_chat(self.tokenizer, answered, end)[-1])
+        return found
+
+    # ---- checkpoints and the model
+
+    def save_state(self, trainer: Trainer, progress: dict[str, Any]) -> None:
+        """Collective over the training layout."""
+        copies = self._files_beside("float32")
+        save_state(trainer, self.states, {"progress": progress}, json.loads(copies["config.json"]), copies)
+
+    def load_state(self, trainer: Trainer | None) -> dict[str, Any] | None:
+        """Go on from the newest state, if there is one: its progress. Collective; `trainer` where there is one."""
+        if self.found is None:
+            return None
+        path, manifest = self.found
+        config = model_files(self.hf_config, self.model, "float32")["config.json"]
+        changed = [key for key in sorted(config.keys() | manifest.config.keys()) if _differs(config, manifest, key)]
+        if changed:
+            rule = f"is not the model that the run began with: {', '.join(changed)}"
+            fix = "Set it back, or choose another output.folder."
+            raise ConfigError(Problem(key="model.config", rule=rule, fix=fix))
+        progress = manifest.training.get("progress")
+        if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations"}:
+            raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
+        if trainer is not None:
+            load_state(trainer, path)
+        return progress
+
+    def export(self, trainer: Trainer) -> None:
+        """Make the folder hold the present model. Collective over the training layout."""
+        dtype = self.config.model.dtype
+        if self.is_writer:
+            for name, content in self._files_beside(dtype).items():
+                write_durably(self.folder / name, content)
+        export_model(trainer.decoder, self.folder / hf.SINGLE, transfer.DTYPES[dtype])
+
+    def _files_beside(self, dtype: str) -> dict[str, bytes]:
+        """What a model folder holds beside weights in `dtype`, by name."""
+        files = model_files(self.hf_config, self.model, dtype)
+        found = {
+            name: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for name, values in files.items()
+        }
+        for name in TOKENIZER_FILES:
+            if (self.tokenizer_folder / name).is_file():
+                found[name] = (self.tokenizer_folder / name).read_bytes()
+        return found
+
+
+def _text(example: Example) -> str:
+    """What a tokenizer should know of an example."""
+    said = [str(message.get("content", "")) for message in example.messages or ()]
+    return (example.prompt or "\n".join(said)) + (example.response or "")
+
+
+def _differs(config: dict[str, Any], manifest: Any, key: str) -> bool:
+    return config.get(key) != manifest.config.get(key)

@@ -1,0 +1,132 @@
+"""What a hybrid job tells: a line on the terminal, a line in the log, and a file of samples for each iteration."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megalite.config.schema import HybridConfig
+from megalite.files import LineFile, write_durably
+from megalite.hybrid.learner import Lesson
+from megalite.hybrid.rollout import Judged, Rollout, rollout_file, write_rollouts
+
+
+class Record:
+    """Speaks and writes on one rank of the job, and measures on all."""
+
+    def __init__(self, config: HybridConfig, folder: Path, speaks: bool):
+        self.config = config.hybrid
+        self.supervised_steps = config.supervised.steps
+        self.path = folder / "training" / "log.jsonl"
+        self.rollouts = folder / "training" / "rollouts"
+        self.speaks = speaks
+        self.log: LineFile | None = None
+        self.seconds: dict[str, float] = {}
+        self.began = time.monotonic()
+
+    def go_on(self, supervised_steps: int, iterations: int) -> None:
+        """Open the log, without what it says of work that is to be done again."""
+        if not self.speaks:
+            return
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
+            kept = [line for line in whole if _is_done(json.loads(line), supervised_steps, iterations)]
+            write_durably(self.path, "".join(kept))
+        self.log = LineFile(self.path)
+
+    def begin(self) -> None:
+        """An iteration begins."""
+        self.seconds = {}
+        self.began = time.monotonic()
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Seconds of a part of the iteration."""
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def supervised(self, step: int, values: dict[str, float]) -> None:
+        """A supervised step is done."""
+        if step % self.config.log_every == 0 or step == self.supervised_steps:
+            line = f"supervised step {step}/{self.supervised_steps}  loss {values['loss']:.4f}"
+            self._tell(f"{line}  norm {values['gradient_norm']:.3f}", {"supervised_step": step, **values})
+
+    def iteration(self, number: int, rollouts: Sequence[Rollout], judged: Sequence[Judged], lesson: Lesson) -> None:
+        """An iteration is done, the `number`th."""
+        if not self.speaks:
+            return
+        write_rollouts(rollout_file(self.rollouts, number), number, rollouts, judged)
+        values = self._values(rollouts, judged, lesson)
+        line = None
+        if number % self.config.log_every == 0 or number == self.config.steps:
+            line = _line(number, self.config.steps, values)
+        self._tell(line, {"iteration": number, **values})
+
+    def _values(self, rollouts: Sequence[Rollout], judged: Sequence[Judged], lesson: Lesson) -> dict[str, Any]:
+        rewards = [one.reward for one in judged]
+        size = self.config.samples_per_prompt
+        tokens = sum(len(one.token_ids) for one in rollouts)
+        seconds = time.monotonic() - self.began
+        agreement = lesson.agreement
+        return {
+            "reward": statistics.fmean(rewards),
+            "reward_of_best": statistics.fmean(max(rewards[at : at + size]) for at in range(0, len(rewards), size)),
+            "reward_failures": sum(one.failure is not None for one in judged),
+            "length": tokens / len(rollouts),
+            "finished": sum(one.finish_reason == "stop" for one in rollouts) / len(rollouts),
+            **lesson.metrics,
+            "logprob_difference_max": agreement.largest,
+            "logprob_difference_mean": agreement.mean,
+            "logprob_off_by_1_percent": agreement.share_off,
+            "weight_version": rollouts[0].weight_version,
+            "seconds": round(seconds, 3),
+            **{f"seconds_{name}": round(value, 3) for name, value in self.seconds.items()},
+            "sampled_tokens_per_second": tokens / max(self.seconds.get("sampling", seconds), 1e-9),
+        }
+
+    def say(self, line: str) -> None:
+        self._tell(line, None)
+
+    def _tell(self, line: str | None, values: dict[str, Any] | None) -> None:
+        if not self.speaks:
+            return
+        if line is not None:
+            print(line, flush=True)
+        if values is not None and self.log is not None:
+            self.log.append(json.dumps(values))
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+
+def _line(number: int, steps: int, values: dict[str, Any]) -> str:
+    """For the terminal."""
+    parts = [
+        f"iteration {number}/{steps}",
+        f"reward {values['reward']:.3f} (best of each prompt {values['reward_of_best']:.3f})",
+        f"{values['length']:.0f} tokens",
+    ]
+    if "loss" in values:
+        parts += [f"loss {values['loss']:.4f}", f"norm {values['gradient_norm']:.3f}"]
+    else:
+        parts.append("nothing to learn")
+    parts += [
+        f"log-probabilities within {values['logprob_difference_max']:.1e}",
+        f"{values['sampled_tokens_per_second']:,.0f} tokens/s",
+        f"{values['seconds']:.1f} s",
+    ]
+    if values["reward_failures"]:
+        parts.append(f"{values['reward_failures']} rewards failed")
+    return "  ".join(parts)
+
+
+def _is_done(values: dict[str, Any], supervised_steps: int, iterations: int) -> bool:
+    return values.get("supervised_step", 0) <= supervised_steps and values.get("iteration", 0) <= iterations
