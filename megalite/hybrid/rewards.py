@@ -76,7 +76,7 @@ def complete_function(prompt: str, completion: str, example: Mapping[str, Any]) 
     of five measures:
 
     - **It comes to an end**: 1 if this much parses and ends in such a statement or in a whole line. Otherwise BROKEN
-      times the share of its lines before the first that doesn't parse.
+      times the share of its lines, but for blank ones, before the first that doesn't parse.
     - **It does something**: its different statements over those of the original (`example["statements"]`; 1 if that is
       not given), of which at most MOST_WANTED are wanted; at most 1. See `statements_of` for what is counted.
     - **It doesn't repeat itself**: the share of the counted statements that are different.
@@ -139,9 +139,9 @@ def _ending(text: list[str], first: int, parsed: int, function: Function) -> flo
     assert function.end_lineno is not None
     if any(map(is_beside, text[function.end_lineno : parsed + 1])) or (parsed == len(text) and not text[-1].strip()):
         return 1.0
-    after = [number for number in range(parsed, len(text)) if is_beside(text[number])]
-    last = after[0] if after else len(text)
-    return BROKEN * (parsed - first) / (last - first)
+    end = next((number for number in range(parsed, len(text)) if is_beside(text[number])), len(text))
+    filled = [number for number in range(first, end) if text[number].strip()]
+    return BROKEN * sum(number < parsed for number in filled) / len(filled)
 
 
 def _share_of_code(lines: list[str], written: list[ast.stmt], first: int) -> float:

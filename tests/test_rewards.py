@@ -1,0 +1,481 @@
+"""Rewards: what each measures, that a bad one costs one sample, and that what a model wrote can only compute."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from megalite.errors import MegaliteError
+from megalite.hybrid import sandbox
+from megalite.hybrid.reward_pool import RewardPool, Sample, Scored, check_reward
+from megalite.hybrid.rewards import (
+    complete_function,
+    exact_match,
+    length_close,
+    longest_parsing,
+    matches_pattern,
+    parses_as_python,
+    passes_asserts,
+)
+from megalite.monitor.processes import Process
+
+# ---- the rewards
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [("46", 1), (" 46 \n12+1=13", 1), ("\n46", 0), ("46.", 0), ("", 0), ("146\n", 0)],
+)
+def test_exact_match(completion, reward):
+    assert exact_match("12+34=", completion, {"answer": "46"}) == reward
+    assert exact_match("12+34=", completion, {"answer": 46}) == reward
+
+
+def test_pattern_and_length():
+    assert matches_pattern("", "ab12\n", {"pattern": r"[a-z]+\d+\n"}) == 1
+    assert matches_pattern("", "ab12\n\n", {"pattern": r"[a-z]+\d+\n"}) == 0
+    lengths = {0: 0, 5: 0.5, 10: 1, 15: 0.5, 20: 0, 90: 0}
+    assert {n: length_close("", "x" * n, {"length": 10}) for n in lengths} == lengths
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("    return x\n", 1),
+        ("    return x\n\ndef g(y, ", 1),  # cut off in its last line
+        ("    return x\nprint(", 1),
+        ("    return (x\n    print(", 0),
+        ("    return '\\d'\n", 1),  # a warning, no error
+        ("pass", 0),
+        ("", 0),
+        ("    ret", 1),
+        ("    x = 'a\0b'\n", 0),
+        ("    x = '\ud800'\n", 0),
+        ("    " + "(" * 5000, 0),
+    ],
+)
+def test_parses_as_python(completion, reward):
+    assert parses_as_python("def f(x):\n", completion, {}) == reward
+
+
+def test_a_line_that_is_cut_off_may_not_be_the_only_one():
+    assert parses_as_python("x = 1\n", "y = (", {}) == 0
+    assert parses_as_python("x = 1\n", "\n  \ny = (", {}) == 0
+    assert parses_as_python("x = 1\n", "y = 2\ny = (", {}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("    return 1\n\n\ndef g(", "    return 1\n\n\n"),
+        ("    if x:\n        y()\n    else:\n", "    if x:\n        y()\n"),
+        ("    a = [1,\n    2\nb = 3\n", ""),
+        ("    a = 1\n    b = '''\n  text\n", "    a = 1\n"),
+        ("    a = 1\n  b = 2\n    c = 3\n", "    a = 1\n"),
+        ("    a = 1\n    b = f'{x y}'\n    c = 3\n", "    a = 1\n"),
+        ("    a = 1\r\n    b = (\r\n", "    a = 1\n"),
+        ("    a = 1\n    b = '\0'\n", "    a = 1\n"),
+    ],
+)
+def test_as_much_is_kept_as_parses(text, kept):
+    head = 'def f(x):\n    """Doc."""\n'
+    assert longest_parsing(head, text) == head + kept
+
+
+HEAD = 'def scale(values, factor):\n    """Multiply."""\n'
+BODY = "    scaled = [v * factor for v in values]\n    log(scaled)\n    return scaled\n"
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        (BODY, 1),
+        (BODY + "\n\ndef other(", 1),  # what comes after the function does not count
+        (BODY + "\n@decorator\ndef other(", 1),
+        (BODY + "# comment\nx = = 1\n", 1),
+        (BODY.rstrip(), 0.5),  # perhaps cut off
+        (BODY + "    if scaled:\n", 0.5 * 3 / 4),  # breaks off
+        (BODY + "    ))\n    x\n", 0.5 * 3 / 5),
+        (BODY.replace("factor", "2"), 3 / 4),  # one of two parameters
+        (BODY.replace("    log(scaled)\n", ""), 2 / 3),  # two of three statements
+        (BODY.replace("    log(scaled)\n", "    log(scaled)\n" * 8), 3 / 10),
+        ("    # a comment\n" * 9 + BODY, 2 * 3 / 12),
+        ('    """\n' + "    text\n" * 7 + '    """\n' + BODY, 2 * 3 / 12),
+    ],
+)
+def test_completed_function(completion, reward):
+    assert complete_function(HEAD, completion, {"statements": 7}) == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("completion", "most"),
+    [
+        ("", 0),
+        ("    pass\n", 0),
+        ("    ...\n", 0),
+        ("    return\n", 0),
+        ("    return None\n\ndef f():\n    x()\n", 0),
+        ("    raise NotImplementedError('soon')\n", 0),
+        ("    values\n    factor\n", 0),
+        ("    values = values\n    factor = factor\n", 0),
+        ("    while True:\n        pass\n", 0),
+        ('    """Another docstring."""\n' * 5, 0),
+        ("    # only words\n" * 50, 0),
+        ("x = values * factor\n", 0),
+        ("    )\n", 0),
+        ("\n" * 100, 0),
+        ("    x = values[0] * factor\n" * 40, 0.01),
+        ("    return values, factor\n", 0.34),
+        ("    x = 1\n    y = 2\n    z = 3\n", 0.5),
+    ],
+)
+def test_a_lazy_function_gets_little(completion, most):
+    assert complete_function(HEAD, completion, {"statements": 7}) <= most
+
+
+def test_heads_of_several_forms():
+    assert complete_function("class A:\n    @property\n    async def f(self):\n", "        return self.x\n", {}) == 1
+    assert complete_function("def f(): ", "return g()\n", {}) == 1
+    assert complete_function("import os\n\n\ndef f(x):\n    y = 1\n", "    return os.stat(x, y)\n", {}) == 1
+    assert complete_function("x = 1\n", "y = 2\n", {}) == 0, "no function"
+
+
+def test_asserts():
+    head, example = "def add(a, b):\n", {"tests": ["assert add(1, 2) == 3", "assert add('a', 'b') == 'ab'"]}
+    assert passes_asserts(head, "    return a + b\n\n\ndef sub(a", example) == 1
+    assert passes_asserts(head, "    return 3\n", example) == 0
+    assert passes_asserts(head, "    return (\n", example) == 0
+    with pytest.raises(ValueError, match="broken test 1"):
+        passes_asserts(head, "    return 3\n", {"tests": ["assert add(1, 2"]})
+    with pytest.raises(ValueError, match="no 'tests'"):
+        passes_asserts(head, "    return 3\n", {})
+
+
+# ---- the sandbox
+
+
+def test_a_program_may_compute():
+    program = "import dataclasses, json, math, random, re\n@dataclasses.dataclass\nclass P:\n    x: int\n"
+    program += "print('dropped')\nassert input is not None and random.random() < 1 and hash('a') == hash('a')\n"
+    assert sandbox.run(program, ["assert P(1) == P(1)", "import time; time.sleep(0.001)"]) == sandbox.Outcome(True)
+
+
+def test_strings_hash_alike_in_every_run():
+    """What depends on the order of a set must not give one reward today and another after a restart."""
+    fixed = {"PYTHONHASHSEED": "0"}
+    expected = subprocess.check_output([sys.executable, "-c", "print(hash('a'))"], env=fixed, text=True)
+    assert sandbox.run(f"assert hash('a') == {expected}").passed
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("assert False, 'no'", "the program raised AssertionError: no"),
+        ("import os; os._exit(0)", "exited with status 0 before its tests were done"),
+        ("raise SystemExit(0)", "the program raised SystemExit: 0"),
+        ("import builtins; builtins.exec = builtins.compile = print", "test 1 raised AssertionError"),
+        ("import ctypes; ctypes.string_at(0)", r"crashed \(SIGSEGV\)"),
+        ("x = bytearray(10 * 1024**3)", "the program raised MemoryError"),
+        ("open('/tmp/absent/x', 'w')", "OSError: .*Read-only"),
+        ("import os; os.open('/dev/null', os.O_RDWR)", "OSError: .*Read-only"),
+        ("import os; os.remove('/tmp/absent/x')", "OSError: .*not implemented"),
+        ("import os; os.mkdir('/tmp/absent/x')", "OSError: .*not implemented"),
+        ("import os; os.chmod('/tmp/absent/x', 0)", "OSError: .*not implemented"),
+        ("import socket; socket.socket()", "OSError: .*not implemented"),
+        ("import os; os.fork()", "OSError: .*not implemented"),
+        ("import os; os.execv('/bin/true', ['true'])", "OSError: .*not implemented"),
+        ("import threading; threading.Thread(target=print).start()", "RuntimeError: can't start new thread"),
+        ("import os; os.kill(os.getppid(), 0)", "OSError: .*not implemented"),
+        ("import os; os.kill(-1, 0)", "OSError: .*not implemented"),
+        ("import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (9, 9))", "OSError: .*not implemented"),
+        ("import fcntl, os; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())", "OSError: .*not implemented"),
+        ("import ctypes\nif ctypes.CDLL(None).prctl(1, 0, 0, 0, 0): raise OSError('refused')", "OSError: refused"),
+        (
+            "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'confined\\n')\n    except OSError: pass",
+            "conf",
+        ),
+    ],
+)
+def test_a_program_may_do_nothing_else(program, reason):
+    outcome = sandbox.run(program, ["assert False"])
+    assert not outcome.passed
+    assert re.match(f"(the program raised )?{reason}", outcome.reason), outcome.reason
+
+
+def test_a_program_has_limited_time():
+    stubborn = "import signal\nsignal.signal(signal.SIGXCPU, lambda *_: None)\nwhile True: pass"
+    asleep, silent = "import time\ntime.sleep(999)", "import os, time\nos.closerange(0, 99)\ntime.sleep(999)"
+    with ThreadPoolExecutor(3) as threads:
+        busy = threads.submit(sandbox.run, stubborn, cpu_seconds=1)
+        idle = [threads.submit(sandbox.run, program, seconds=2) for program in (asleep, silent)]
+    assert busy.result().reason == "used more than 1 s of processor time"
+    assert [one.result().reason for one in idle] == ["took longer than 2 s"] * 2
+
+
+def test_nothing_of_this_process_reaches_a_program(monkeypatch):
+    monkeypatch.setenv("SECRET", "value")
+    program = "import os, sys\nassert not {*os.environ} - {'PYTHONHASHSEED', 'LC_CTYPE'}, os.environ\n"
+    program += "assert not any('site-packages' in path for path in sys.path), sys.path\n"
+    program += "assert {*os.listdir('/proc/self/fd')} <= {'0', '1', '2', '3', '4', '5', '6'}\n"
+    assert sandbox.run(program) == sandbox.Outcome(True)
+
+
+@pytest.mark.parametrize("machine", sandbox.ARCHITECTURES)
+def test_the_filter_decides_alike_on_every_machine(machine):
+    """By an interpreter of the few instructions it uses: only one of the machines is this one."""
+    column, architecture = sandbox.ARCHITECTURES[machine]
+    lines = sandbox.filter_program(machine)
+
+    def verdict(number: int, *arguments: int, architecture: int = architecture) -> int:
+        data = {0: number, 4: architecture, **{16 + 8 * i: value for i, value in enumerate(arguments)}}
+        place = loaded = 0
+        while True:
+            code, yes, no, operand = lines[place]
+            if code == 0x06:
+                return operand
+            if code == 0x20:
+                loaded, jump = data.get(operand, 0), 0
+            else:
+                holds = {0x15: loaded == operand, 0x25: loaded > operand, 0x45: bool(loaded & operand)}[code]
+                jump = yes if holds else no
+            place += 1 + jump
+
+    allowed, refused, read_only = 0x7FFF0000, 0x00050000 | errno.ENOSYS, 0x00050000 | errno.EROFS
+    openat, fcntl = sandbox.OPENAT[column], sandbox.FCNTL[column]
+    numbers = {numbers[column] for numbers in sandbox.ALLOWED.values()} - {None}
+    for number in range(600):
+        if number not in (openat, fcntl):
+            assert verdict(number) == (allowed if number in numbers else refused), number
+    assert verdict(openat, 0, 0, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) == allowed
+    for flag in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_TMPFILE | os.O_RDWR):
+        assert verdict(openat, 0, 0, flag) == read_only
+    assert [verdict(fcntl, 0, command) for command in (0, 4, 1030, 8, 10, 1031)] == [allowed] * 3 + [refused] * 3
+    assert verdict(next(iter(numbers)), architecture=0x40000003) == 0x80000000
+
+
+# ---- the pool
+
+OWN_REWARDS = '''
+import ctypes, os, subprocess, sys, time
+from pathlib import Path
+
+def reward(prompt, completion, example):
+    """Computes what the completion says."""
+    return eval(completion, globals(), {"prompt": prompt, "example": example})
+
+def noisy(prompt, completion, example):
+    print("printed")
+    os.write(1, b'{"reward": 7}\\n')
+    sys.stdout.buffer.write(b"bytes")
+    return float(completion)
+
+def leaves_a_child():
+    return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+
+def multiplies():
+    """A hundred processes, half of them in sessions of their own, none of which ends by itself."""
+    for number in range(100):
+        if not os.fork():
+            if number % 2:
+                os.setsid()
+                if os.fork():
+                    os._exit(0)
+            with open("children", "a") as file:
+                file.write(f"{os.getpid()}\\n")
+            time.sleep(600)
+    time.sleep(600)
+
+def fork_returns():
+    return 5 if os.fork() else 6
+
+def two(prompt, completion):
+    return 0.0
+
+number = 3
+'''
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """A working folder with a module of the user's."""
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def evaluate(completions: list[str], reward: str = "own_rewards:reward", **settings) -> list[Scored]:
+    with RewardPool(reward, **{"workers": 2, "time_limit": 60, "failure_reward": -1, **settings}) as pool:
+        return pool.evaluate([Sample(prompt="p", completion=text, example={}) for text in completions])
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended, which may take the kernel a moment."""
+    until = time.monotonic() + 20
+    while Process.of(pid) is not None and time.monotonic() < until:
+        time.sleep(0.01)
+    return Process.of(pid) is None
+
+
+def test_rewards_come_in_the_order_of_the_samples(own):
+    completions = [f"time.sleep(0.02 * ({number} % 3)) or {number}" for number in range(30)]
+    assert [one.reward for one in evaluate(completions, workers=3)] == list(range(30))
+    assert evaluate([]) == []
+
+
+def test_a_pool_serves_many_times_and_takes_large_examples(own):
+    with RewardPool("own_rewards:reward", workers=2, time_limit=60, failure_reward=0) as pool:
+        for size in (1, 1 << 20):
+            samples = [
+                Sample(prompt="é" * size, completion="len(prompt) + len(example['x'])", example={"x": "y" * size})
+            ]
+            assert pool.evaluate(samples * 3) == [Scored(reward=2 * size)] * 3
+    with pytest.raises(RuntimeError, match="entered"):
+        pool.evaluate([])
+
+
+def test_shipped_rewards_are_served():
+    scored = evaluate(["x = 1\n", "x = = 1\ny\n"], "megalite.hybrid.rewards:parses_as_python")
+    assert scored == [Scored(reward=1.0), Scored(reward=0.0)]
+
+
+@pytest.mark.parametrize(
+    ("completion", "failure"),
+    [
+        ("1 / 0", r"raised ZeroDivisionError: division by zero \(<string>:1\)"),
+        ("float('nan')", "returned nan, which is not a finite number"),
+        ("float('-inf')", "returned -inf, which is not a finite number"),
+        ("'1'", "returned '1', which is not a finite number"),
+        ("None", "returned None, which is not a finite number"),
+        ("10**400", "raised OverflowError.*"),
+        ("sys.exit(0)", "raised SystemExit: 0.*"),
+        ("os._exit(3)", r"its process died \(exit status 3\)"),
+        ("os.kill(os.getpid(), 9)", r"its process died \(SIGKILL\)"),
+        ("ctypes.string_at(0)", r"its process died \(SIGSEGV\)"),
+        ("os.closerange(3, 99)", "(its process died|closed the pipe).*"),
+        ("[os.write(fd, b'?\\n') for fd in range(4, 5)]", "(wrote into the pipe|returned).*"),
+    ],
+)
+def test_a_bad_reward_costs_one_sample(own, completion, failure):
+    scored = evaluate(["1", completion, "True", "3"], workers=1)
+    assert [one.reward for one in scored] == [1, -1, 1, 3]
+    assert [one.failure is None for one in scored] == [True, False, True, True]
+    assert re.fullmatch(failure, scored[1].failure), scored[1].failure
+
+
+def test_what_a_reward_prints_does_not_reach_its_answers(own, capfd):
+    assert evaluate(["1", "2"], "own_rewards:noisy") == [Scored(reward=1.0), Scored(reward=2.0)]
+    assert "printed" in capfd.readouterr().err
+
+
+def test_a_reward_that_hangs_is_killed_with_all_that_it_started(own):
+    scored = evaluate(["multiplies()", "5", "time.sleep(600)", "6"], time_limit=2)
+    assert [one.reward for one in scored] == [-1, 5, -1, 6]
+    assert {scored[0].failure, scored[2].failure} == {"took longer than 2 s"}
+    children = (own / "children").read_text().split()
+    assert children and all(gone(int(pid)) for pid in children)
+
+
+def test_a_process_that_a_reward_leaves_behind_is_killed(own):
+    child, forked, after = evaluate(["leaves_a_child()", "fork_returns()", "7"], workers=1)
+    assert child.failure is None and gone(int(child.reward))
+    assert (forked.reward, after.reward) == (5, 7)
+
+
+def test_an_idle_worker_that_dies_costs_nothing(own):
+    with RewardPool("own_rewards:reward", workers=1, time_limit=60, failure_reward=0) as pool:
+        sample = Sample(prompt="", completion="os.getpid()", example={})
+        (first,) = pool.evaluate([sample])
+        os.kill(int(first.reward), signal.SIGKILL)
+        assert gone(int(first.reward))
+        (second,) = pool.evaluate([sample])
+    assert second.failure is None and second.reward != first.reward
+
+
+def test_an_evaluation_that_is_broken_off_leaves_no_answer_behind(own):
+    with RewardPool("own_rewards:reward", workers=1, time_limit=60, failure_reward=0) as pool:
+        pool.evaluate([Sample(prompt="", completion="1", example={})])
+        unfit = Sample(prompt="", completion="2", example={"set": {1}})
+        with pytest.raises(TypeError):
+            pool.evaluate([Sample(prompt="", completion="1", example={}), unfit])
+        assert pool.evaluate([Sample(prompt="", completion="3", example={})]) == [Scored(reward=3.0)]
+
+
+def test_workers_die_with_their_parent(own):
+    code = "from megalite.hybrid.reward_pool import *\n"
+    code += "pool = RewardPool('own_rewards:reward', workers=1, time_limit=600, failure_reward=0).__enter__()\n"
+    code += (
+        "samples = [Sample(prompt='', completion=text, example={}) for text in ('os.getpid()', 'time.sleep(600)')]\n"
+    )
+    code += "print(int(pool.evaluate(samples[:1])[0].reward), flush=True)\npool.evaluate(samples[1:])"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(parent.stdout.readline())
+    assert Process.of(worker) is not None
+    parent.kill()
+    parent.communicate()
+    assert gone(worker)
+
+
+def test_a_reward_that_can_not_be_imported_stops_the_pool(own):
+    with pytest.raises(MegaliteError, match="own_rewards has no function rewards"):
+        evaluate(["1"], "own_rewards:rewards")
+    (own / "crashes.py").write_text("import os\nos._exit(3)")
+    with pytest.raises(MegaliteError, match=r"crashes:f can't be computed: its process died \(exit status 3\)"):
+        evaluate(["1"], "crashes:f")
+
+
+# ---- the check
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "megalite.hybrid.rewards.exact_match",
+            "must be package.module:function.* Write megalite.hybrid.rewards:exact",
+        ),
+        ("no such thing", "must be package.module:function"),
+        (
+            "megalite.hybrid.reward:exact_match",
+            "no module megalite.hybrid.reward,.* Did you mean megalite.hybrid.rewards?",
+        ),
+        ("own_reward:reward", "there is no module own_reward,.* Did you mean own_rewards?"),
+        ("nothing_like_it:reward", "there is no module nothing_like_it,.* PYTHONPATH"),
+        ("own_rewards:rewrd", "own_rewards has no function rewrd,.* Did you mean own_rewards:reward?"),
+        ("own_rewards:number", "is not a function"),
+        (
+            "own_rewards:two",
+            r"must be callable as \(prompt, completion, example\).* signature is \(prompt, completion\)",
+        ),
+        ("raises:f", r"importing it raised ValueError: too few \(raises.py:2\)"),
+        ("needs:f", r"importing it raised ModuleNotFoundError: No module named 'absent_package' \(needs.py:1\)"),
+        ("crashes:f", r"importing it ended Python \(exit status 3\)"),
+    ],
+)
+def test_a_reward_that_can_not_be_used_is_named_before_the_start(own, name, message):
+    (own / "raises.py").write_text("print('loud')\nraise ValueError('too few')\n")
+    (own / "needs.py").write_text("import absent_package\n")
+    (own / "crashes.py").write_text("import os\nos._exit(3)")
+    found = check_reward(name)
+    assert re.search(message, str(found)), found
+    assert found.key == "hybrid.reward" and found.value == name
+
+
+def test_good_rewards_pass_the_check(own):
+    assert check_reward("megalite.hybrid.rewards:complete_function") is None
+    assert check_reward("own_rewards:reward") is None
+
+
+def test_rewards_and_tasks_need_no_torch():
+    modules = "rewards", "reward_pool", "reward_worker", "sandbox", "tasks", "named"
+    code = "import sys, " + ", ".join(f"megalite.hybrid.{name}" for name in modules)
+    result = subprocess.run(
+        [sys.executable, "-c", f"{code}\nprint('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert result.stdout == "False\n", result.stderr
