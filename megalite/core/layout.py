@@ -39,8 +39,8 @@ class LayerCosts:
 class Layout:
     """`tp * pp * dp` ranks starting at global rank `first_rank`; a replica is one tp x pp block.
 
-    The layers are cut into `pp * interleave` chunks in order, dealt out to the stages in turn: chunk c of stage s is the
-    (c * pp + s)-th. More than one a stage shortens the idle time of pipelined training (arXiv 2104.04473, section 2.2).
+    The layers are cut into `pp * interleave` chunks in order, dealt out to the stages in turn: chunk c of stage s is
+    the (c * pp + s)-th. Several a stage shorten the idle time of pipelined training (arXiv 2104.04473, section 2.2).
     """
 
     tp: int = 1

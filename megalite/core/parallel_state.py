@@ -129,6 +129,8 @@ class ParallelState:
 
     def pipeline_flows(self) -> dict[Flow, dist.ProcessGroup]:
         """The flows that begin or end here, each with a communicator of its own; see `make_training_groups`."""
+        if self.pp.size == 1:
+            return {}
         self.make_training_groups(self.layout)
         return {flow: _flow_group(flow) for flow in _flows(self.layout) if self.rank in (flow.sender, flow.receiver)}
 

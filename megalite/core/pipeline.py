@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.core.parallel_state import Flow, ParallelState
+from megalite.core.parallel_state import ParallelState
 from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send
 
 MAX_SENDS = 8

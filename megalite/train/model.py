@@ -7,11 +7,10 @@ from functools import partial
 from itertools import islice
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megalite.core.collectives import all_reduce_sum
+from megalite.core.collectives import all_reduce_sum, broadcast_from_last, gather_columns
 from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
 from megalite.core.pipeline import Pipeline
@@ -87,7 +86,7 @@ class Scorer:
     """Forward passes alone, through all stages of a replica. Every rank of the replica calls every method alike."""
 
     def __init__(self, decoder: Decoder, model: ChunkModel | None = None, pipeline: Pipeline | None = None):
-        """`model`: what runs a chunk, by default a `LanguageModel` of the decoder."""
+        """`model`: what runs a chunk and ends in log-probabilities, by default a `LanguageModel` of the decoder."""
         self.decoder = decoder
         self.state = decoder.state
         self.device = next(decoder.parameters()).device
@@ -96,45 +95,48 @@ class Scorer:
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probability of each target, by the full distribution, on every rank: float32 [T] each."""
-        found = list(self._outputs(batches))
         counts = [batch.num_tokens for batch in batches]
         if not counts:
             return []
-        if self.state.is_last_stage:
-            whole = torch.cat([one[:count] for one, count in zip(found, counts, strict=True)])
-        else:
-            whole = torch.empty(sum(counts), dtype=torch.float32, device=self.device)
-        return list(self.from_last_stage(whole).split(counts))
+        whole = torch.empty(sum(counts), dtype=torch.float32, device=self.device)
+        for found, place in zip(self.outputs(self.model, batches), whole.split(counts), strict=True):
+            if found is not None:
+                place.copy_(found[: len(place)])
+        return list(broadcast_from_last(whole, self.state.pp).split(counts))
 
     def mean_loss(self, batches: Iterable[MicroBatch]) -> float:
         """Mean negative log-likelihood, weighted, over the batches of all replicas; every replica has as many."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        weights: list[Tensor] = []
 
-        def noted() -> Iterator[MicroBatch]:
-            for batch in batches:
-                weights.append(batch.weights.to(self.device))
-                yield batch
+        def summed(batch: MicroBatch, received: Tensor | None, chunk: int) -> Tensor:
+            output = self.model(batch, received, chunk)
+            if not self.decoder.is_end(chunk):
+                return output
+            return torch.stack([-(output * batch.weights).double().sum(), batch.weights.double().sum()])
 
-        for logprobs in self._outputs(noted()):
-            counted = weights.pop(0)
-            if logprobs is not None:
-                losses = -logprobs[: len(counted)] * counted
-                sums += torch.stack([losses.double().sum(), counted.double().sum()])
+        for found in self.outputs(summed, batches):
+            if found is not None:
+                sums += found
         total, weight = all_reduce_sum(all_reduce_sum(sums, self.state.pp), self.state.dp).tolist()
         return total / weight
 
-    def from_last_stage(self, values: Tensor) -> Tensor:
-        """`values` as the last stage has them; the other stages give a tensor to put them in."""
-        pp = self.state.pp
-        if pp.size > 1:
-            with pp.meter.phase("communication"):
-                dist.broadcast(values, pp.ranks[-1], group=pp.group)
-        return values
+    def next_scores(self, tokens: Sequence[int]) -> Tensor:
+        """Logits of the token after `tokens`, on every rank: float32 [vocab]."""
+        ids = torch.tensor(tokens)
+        nothing = torch.zeros(len(tokens))
+        text = MicroBatch(ids=ids, targets=torch.zeros_like(ids), weights=nothing, lengths=(len(tokens),))
+        last = len(tokens) - 1
+        language = LanguageModel(self.decoder)
 
-    def _outputs(self, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
-        """Of each batch what the model gives after its last chunk; None on the other stages."""
-        return self.outputs(self.model, batches)
+        def logits(batch: MicroBatch, received: Tensor | None, chunk: int) -> Tensor:
+            hidden = language.hidden(batch, received, chunk)
+            return self.decoder.logits(hidden)[last : last + 1] if self.decoder.is_end(chunk) else hidden
+
+        [found] = self.outputs(logits, [text])
+        whole = torch.empty(self.decoder.config.vocab_size, dtype=torch.float32, device=self.device)
+        if found is not None:
+            whole.copy_(gather_columns(found, self.decoder.vocab_widths, self.state.tp)[0])
+        return broadcast_from_last(whole, self.state.pp)
 
     @torch.no_grad()
     def outputs(self, model: ChunkModel, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
@@ -143,9 +145,9 @@ class Scorer:
         Batches go through in rounds of as many as there are stages; a stage does not wait for the others between.
         """
         source, layout = iter(batches), self.state.layout
-        while round_ := [prepared(batch, self.state, self.device) for batch in islice(source, layout.pp)]:
-            work = _ForwardWork(self.decoder, model, round_)
-            self.pipeline.run(forward_only(layout.pp, self.state.pp.rank, len(round_), layout.interleave), work)
+        while some := [prepared(batch, self.state, self.device) for batch in islice(source, layout.pp)]:
+            work = _ForwardWork(self.decoder, model, some)
+            self.pipeline.run(forward_only(layout.pp, self.state.pp.rank, len(some), layout.interleave), work)
             yield from work.outputs
         self.pipeline.drain()
 

@@ -6,15 +6,17 @@ is done here: the stages' schedule, and gradients that are partial on each tp ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalite.config.schema import OptimizerSection
+from megalite.config.train_rules import zero_refusal
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.parallel_state import ParallelState
 from megalite.core.schedules import training
@@ -32,9 +34,9 @@ from megalite.train.optimizer import deepspeed_config, learning_rate, make_optim
 def check_trainable(model: ModelConfig, state: ParallelState, zero_stage: int) -> None:
     """ConfigError for a layout this model can't be trained in."""
     problems = []
-    reason = zero.refusal(zero_stage, pp=state.pp.size, tied=model.tie_embeddings)
+    reason = zero_refusal(zero_stage, pp=state.pp.size, tied=model.tie_embeddings)
     if reason is not None:
-        problems.append(Problem(key="train.zero_stage", rule=reason, value=zero_stage))
+        problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}"))
     if state.tp.size > model.num_heads:
         rule = f"must be at most the model's {model.num_heads} attention heads in training"
         problems.append(Problem(key="parallel.tp", rule=rule, value=state.tp.size))
@@ -122,18 +124,20 @@ class Trainer:
         layout = self.state.layout
         self.pipeline.run(training(layout.pp, self.state.pp.rank, len(batches), layout.interleave), work)
         self.pipeline.drain()
-        self.tied.complete_gradient(self.engine.optimizer.get_gradient_for_reduction)
+        self.tied.complete_gradient(partial(zero.accumulated_gradient, self.engine.optimizer))
         self.engine.step()
         self.steps_done += 1
         return StepReport(sums=work.sums, weight=weight, names=("loss", *loss.metric_names))
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probability of each target of this replica's micro batches, on every rank of it: float32 [T] each."""
-        return self.scorer.logprobs(batches)
+        with self._evaluating():
+            return self.scorer.logprobs(batches)
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
         """Mean loss per token, weighted, over the batches of all replicas; every replica has as many."""
-        return self.scorer.mean_loss(batches)
+        with self._evaluating():
+            return self.scorer.mean_loss(batches)
 
     def read(self, report: StepReport) -> dict[str, float]:
         """Means over all replicas: `loss` and the loss's metrics."""
@@ -154,13 +158,21 @@ class Trainer:
         """The true global norm before clipping, of the last step."""
         return float(self.engine.get_global_grad_norm())
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.engine.eval()
+        try:
+            yield
+        finally:
+            self.engine.train()
+
     def _total_weight(self, batches: Sequence[MicroBatch]) -> float:
         own = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
         return float(all_reduce_sum(own, self.state.dp))
 
 
 class _TrainingWork:
-    """A stage's forward and backward passes in one step, which leave their gradients with DeepSpeed; see `StageWork`."""
+    """A stage's forward and backward passes in one step; DeepSpeed keeps their gradients. See `StageWork`."""
 
     def __init__(self, engine: Any, decoder: Decoder, batches: Sequence[MicroBatch], loss: Loss, scale: float):
         self.engine = engine

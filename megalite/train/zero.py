@@ -35,6 +35,11 @@ def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None
         zero._lazy_init_hp_params_optimizer_state()
 
 
+def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor:
+    """Stage 1: what the backward passes of this step have left, and the step will reduce over dp."""
+    return zero.get_gradient_for_reduction(param)
+
+
 def gathered(params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
     """Stage 3: the parameters are whole while it lasts, for reading. Collective over dp."""
     import deepspeed
