@@ -44,6 +44,9 @@ class ParallelSection:
     dp_mode: Literal["sync", "async"] = "sync"
     """sync: prompts are dealt out by predicted tokens up front; async: replicas take from a shared queue when they have
     room."""
+    interleave: int = 1
+    """Chunks of layers on each pipeline stage, dealt out in turn: more shorten the idle time of pipelined training;
+    training only."""
     sequence_parallel: bool = False
     """Cut activations between the parallel layers by token over tp; training only."""
     first_rank: int = 0
@@ -260,8 +263,10 @@ class TrainSection:
     """Sequences a rank computes at once."""
     gradient_accumulation_steps: int = 1
     """Micro batches that make one optimizer step, on each rank."""
-    zero_stage: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO stage over dp."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage over dp; 0 is refused."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
     eval_every: int = 200
     """Steps between held-out evaluations."""
     eval_batches: int = 50

@@ -48,6 +48,17 @@ def train_problems(config: TrainConfig, model: ModelFacts | None) -> list[Proble
     return found
 
 
+def zero_refusal(stage: int, *, pp: int, tied: bool) -> str | None:
+    """Why ZeRO `stage` can't be had, as DeepSpeed 0.19.8 is; `tied`: embedding and head are one tensor."""
+    if stage == 0:
+        return "has no gradient norm to report in float32, and with tp in bfloat16 clips by a wrong one"
+    if stage == 3 and pp > 1:
+        return "leaves the norms and biases of all stages but the first out of the gradient norm when pp > 1"
+    if stage == 2 and pp > 1 and tied:
+        return "cuts gradients over dp before those of the first and the last stage's tied embedding can be added up"
+    return None
+
+
 def _inside(tree: dict[str, Any], dotted: str) -> Any:
     value: Any = tree
     for part in dotted.split("."):

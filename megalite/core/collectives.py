@@ -61,6 +61,14 @@ def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
+def broadcast_from_last(x: Tensor, axis: Axis) -> Tensor:
+    """Put the values of the axis' last rank into every rank's `x`, and return it. No gradient."""
+    if axis.size > 1:
+        with axis.meter.phase("communication"):
+            dist.broadcast(x, axis.ranks[-1], group=axis.group)
+    return x
+
+
 def sum_gradients(x: Tensor, axis: Axis) -> Tensor:
     """Identity whose gradient is summed over the axis: the way in of a computation that is cut over it."""
     return _Copy.apply(x, axis) if axis.size > 1 and torch.is_grad_enabled() else x

@@ -7,6 +7,7 @@ one definition of every shard.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -36,17 +37,24 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Layout:
-    """`tp * pp * dp` ranks starting at global rank `first_rank`; a replica is one tp x pp block."""
+    """`tp * pp * dp` ranks starting at global rank `first_rank`; a replica is one tp x pp block.
+
+    The layers are cut into `pp * interleave` chunks in order, dealt out to the stages in turn: chunk c of stage s is
+    the (c * pp + s)-th. Several a stage shorten the idle time of pipelined training (arXiv 2104.04473, section 2.2).
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
     first_rank: int = 0
+    interleave: int = 1
 
     def __post_init__(self):
-        for name in ("tp", "pp", "dp"):
+        for name in ("tp", "pp", "dp", "interleave"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.interleave > 1 and self.pp == 1:
+            raise ValueError(f"interleave={self.interleave} needs more than one pipeline stage")
 
     @property
     def size(self) -> int:
@@ -82,36 +90,42 @@ class Layout:
         block = self.tp * self.pp
         return [tuple(self.ranks[i * block : (i + 1) * block]) for i in range(self.dp)]
 
-    def layers(self, stage: int, costs: LayerCosts) -> range:
-        """Global indices of the layers on `stage`: contiguous, at least one, the dearest stage as cheap as can be."""
-        return _stages(costs, self.pp)[stage]
+    def chunks(self, stage: int, costs: LayerCosts) -> tuple[range, ...]:
+        """Global indices of the layers of each chunk of `stage`: at least one, the dearest chunk as cheap as can be."""
+        return _cut(costs, self.pp * self.interleave)[stage :: self.pp]
+
+    def layers(self, stage: int, costs: LayerCosts) -> Sequence[int]:
+        """Global indices of all layers on `stage`, in order; a range unless chunks are interleaved."""
+        chunks = self.chunks(stage, costs)
+        return chunks[0] if len(chunks) == 1 else tuple(layer for chunk in chunks for layer in chunk)
 
     def __str__(self) -> str:
         shifted = f",first_rank={self.first_rank}" if self.first_rank else ""
-        return f"tp={self.tp},pp={self.pp},dp={self.dp}{shifted}"
+        interleaved = f",interleave={self.interleave}" if self.interleave > 1 else ""
+        return f"tp={self.tp},pp={self.pp},dp={self.dp}{shifted}{interleaved}"
 
 
 @lru_cache(maxsize=256)
-def _stages(costs: LayerCosts, stages: int) -> tuple[range, ...]:
-    """The cut that minimises the dearest stage; ties prefer shorter early stages (they hold more in flight)."""
+def _cut(costs: LayerCosts, parts: int) -> tuple[range, ...]:
+    """The contiguous cut that minimises the dearest part; ties prefer short early parts (they hold more in flight)."""
     count = len(costs.layers)
-    if stages > count:
-        raise ValueError(f"{stages} pipeline stages need at least as many layers, the model has {count}")
+    if parts > count:
+        raise ValueError(f"{parts} pipeline stages need at least as many layers, the model has {count}")
     prefix = [0]
     for cost in costs.layers:
         prefix.append(prefix[-1] + cost)
 
-    def stage_cost(stage: int, start: int, end: int) -> int:
-        ends = (costs.first if stage == 0 else 0) + (costs.last if stage == stages - 1 else 0)
+    def part_cost(part: int, start: int, end: int) -> int:
+        ends = (costs.first if part == 0 else 0) + (costs.last if part == parts - 1 else 0)
         return prefix[end] - prefix[start] + ends
 
-    # best[end] = (dearest stage so far, cuts) for the stages up to the current one holding layers[:end]
+    # best[end] = (dearest part so far, cuts) for the parts up to the current one holding layers[:end]
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for stage in range(stages):
+    for part in range(parts):
         reach: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for end in range(stage + 1, count - (stages - stage - 1) + 1):
+        for end in range(part + 1, count - (parts - part - 1) + 1):
             reach[end] = min(
-                (max(cost, stage_cost(stage, start, end)), (*cuts, end))
+                (max(cost, part_cost(part, start, end)), (*cuts, end))
                 for start, (cost, cuts) in best.items()
                 if start < end
             )

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 
 from megalite.core.layout import Coord, Layout
+from megalite.core.schedules import MessageKind
 from megalite.monitor.metrics import Meter
 
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-"""Groups by their ranks, so that layouts which agree on an axis share its communicator."""
+_groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
+"""Groups by their ranks and purpose, so that layouts which agree on an axis share its communicator."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class Axis:
     @property
     def is_last(self) -> bool:
         return self.rank == len(self.ranks) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Messages of one kind from a pipeline stage to a neighbouring one."""
+
+    sender: int
+    """Global rank."""
+    receiver: int
+    kind: MessageKind
 
 
 class ParallelState:
@@ -75,11 +86,20 @@ class ParallelState:
         return cls(layout, sequence_parallel=sequence_parallel, meter=meter)
 
     @staticmethod
-    def make_mpu_groups(layout: Layout) -> None:
-        """Make the groups that `as_mpu` needs. Collective over the run, for a layout that leaves ranks out."""
+    def make_training_groups(layout: Layout) -> None:
+        """Make the groups that `as_mpu`, `pipeline_flows` and `pipeline_ends` need besides.
+
+        Collective over the run, once for a layout. Those three call it; where a layout leaves ranks out, all ranks of
+        the run call it before.
+        """
         for groups in _mpu_groups(layout):
             for ranks in groups:
                 _group(ranks, even_one=True)
+        if layout.pp > 1:
+            for flow in _flows(layout):
+                _flow_group(flow)
+            for ranks in _ends(layout):
+                _group(ranks)
 
     def _axis(self, groups: list[tuple[int, ...]]) -> Axis:
         ranks = next(ranks for ranks in groups if self.rank in ranks)
@@ -103,12 +123,25 @@ class ParallelState:
         return self.rank == self.control_rank
 
     def as_mpu(self) -> DeepSpeedView:
-        """The same groups under the names that DeepSpeed's `mpu` argument asks for.
-
-        Collective over the run, except after `make_mpu_groups`: then only the ranks of the layout call it.
-        """
-        self.make_mpu_groups(self.layout)
+        """The same groups under the names that DeepSpeed's `mpu` argument asks for; see `make_training_groups`."""
+        self.make_training_groups(self.layout)
         return DeepSpeedView(self)
+
+    def pipeline_flows(self) -> dict[Flow, dist.ProcessGroup]:
+        """The flows that begin or end here, each with a communicator of its own; see `make_training_groups`."""
+        if self.pp.size == 1:
+            return {}
+        self.make_training_groups(self.layout)
+        return {flow: _flow_group(flow) for flow in _flows(self.layout) if self.rank in (flow.sender, flow.receiver)}
+
+    def pipeline_ends(self) -> Axis | None:
+        """The ranks that hold the same rows of embedding and head as this one; see `make_training_groups`.
+
+        They are this tp rank on the first and the last stage, of all replicas; None on the stages between.
+        """
+        self.make_training_groups(self.layout)
+        mine = [ranks for ranks in _ends(self.layout) if self.rank in ranks]
+        return self._axis(mine) if mine else None
 
 
 class DeepSpeedView:
@@ -117,7 +150,8 @@ class DeepSpeedView:
     def __init__(self, state: ParallelState):
         self._state = state
         self._model, self._tensor, self._data = (
-            next(_groups[ranks] for ranks in groups if state.rank in ranks) for groups in _mpu_groups(state.layout)
+            next(_group(ranks, even_one=True) for ranks in groups if state.rank in ranks)
+            for groups in _mpu_groups(state.layout)
         )
 
     def get_model_parallel_rank(self) -> int:
@@ -177,13 +211,40 @@ def _mpu_groups(layout: Layout) -> tuple[list[tuple[int, ...]], ...]:
     return layout.replicas(), layout.groups("tp"), layout.groups("dp")
 
 
-def _group(ranks: tuple[int, ...], *, even_one: bool = False) -> dist.ProcessGroup | None:
-    """The group of `ranks`, made once; None for a single rank unless `even_one`. All ranks must call alike."""
+def _flows(layout: Layout) -> list[Flow]:
+    """Every flow of a pipeline that trains; interleaved chunks also need those between the last stage and the first."""
+    found = []
+    for ranks in layout.groups("pp"):
+        pairs = list(zip(ranks, ranks[1:], strict=False))
+        if layout.interleave > 1:
+            pairs.append((ranks[-1], ranks[0]))
+        for earlier, later in pairs:
+            found += [Flow(earlier, later, "activation"), Flow(later, earlier, "gradient")]
+    return found
+
+
+def _flow_group(flow: Flow) -> dist.ProcessGroup:
+    return _group((flow.sender, flow.receiver), flow.kind)
+
+
+def _ends(layout: Layout) -> list[tuple[int, ...]]:
+    """For each tp rank, its ranks on the first and the last stage in all replicas."""
+    stages = (0, layout.pp - 1)
+    return [
+        tuple(layout.rank(tp=tp, pp=pp, dp=dp) for dp in range(layout.dp) for pp in stages) for tp in range(layout.tp)
+    ]
+
+
+def _group(ranks: tuple[int, ...], purpose: str = "", *, even_one: bool = False) -> dist.ProcessGroup | None:
+    """The group of `ranks`, made once for each purpose; None for a single rank unless `even_one`.
+
+    All ranks must call alike.
+    """
     if len(ranks) == 1 and not even_one:
         return None
-    if ranks not in _groups:
-        _groups[ranks] = dist.new_group(list(ranks))
-    return _groups[ranks]
+    if (ranks, purpose) not in _groups:
+        _groups[ranks, purpose] = dist.new_group(list(ranks))
+    return _groups[ranks, purpose]
 
 
 def forget_groups() -> None:

@@ -1,36 +1,65 @@
-"""Hidden states from stage to stage.
+"""Hidden states, and gradients of them, from stage to stage.
 
-Sends are asynchronous: a stage goes on with its next cohort while the last one's activations are on their way.
+Sends are asynchronous: a stage goes on with its next work while the last one's results are on their way. gloo cannot
+send CUDA tensors (it aborts the process), so over gloo they pass through host memory.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
+from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send
 
 MAX_SENDS = 8
 """Sends in flight before a stage waits for the oldest; bounds the memory that a slow neighbour can hold."""
 
 
-class StageLink:
-    """This rank's connection to the same tp rank of the neighbouring stages.
+def transport_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where a tensor of `device` has to be for the group to send it."""
+    backend = dist.get_backend(group) if group is not None else ""
+    return device if "nccl" in backend else torch.device("cpu")
 
-    gloo cannot send CUDA tensors (it aborts the process), so over gloo they pass through host memory.
-    """
+
+class Outbox:
+    """Sends in flight to one rank."""
+
+    def __init__(self, receiver: int, group: dist.ProcessGroup | None, transport: torch.device):
+        self.receiver = receiver
+        self.group = group
+        self.transport = transport
+        self.sends: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, tensor: Tensor) -> None:
+        """Hand a tensor over and return at once, unless MAX_SENDS are still on their way."""
+        while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
+            self.sends.popleft()[0].wait()
+        buffer = tensor.to(self.transport).contiguous()
+        self.sends.append((dist.isend(buffer, self.receiver, group=self.group), buffer))
+
+    def drain(self) -> None:
+        """Wait until every send has arrived."""
+        while self.sends:
+            self.sends.popleft()[0].wait()
+
+
+class StageLink:
+    """This rank's connection to the same tp rank of the neighbouring stages, in generation: forward only."""
 
     def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
         self.state = state
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        backend = dist.get_backend(state.pp.group) if state.pp.size > 1 else ""
-        self.transport = device if "nccl" in backend else torch.device("cpu")
-        self.sends: deque[tuple[dist.Work, Tensor]] = deque()
+        pp = state.pp
+        self.transport = transport_device(pp.group, device)
+        self.outbox = Outbox(pp.ranks[(pp.rank + 1) % pp.size], None, self.transport)
 
     def receive(self, num_tokens: int) -> Tensor:
         """[num_tokens, hidden] from the previous stage; blocks until it is here."""
@@ -40,13 +69,82 @@ class StageLink:
 
     def send(self, hidden: Tensor) -> None:
         """Hand [T, hidden] to the next stage and return at once."""
-        while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
-            self.sends.popleft()[0].wait()
-        buffer = hidden.to(self.transport).contiguous()
-        work = dist.isend(buffer, self.state.pp.ranks[self.state.pp.rank + 1])
-        self.sends.append((work, buffer))
+        self.outbox.send(hidden)
 
     def drain(self) -> None:
         """Wait until every send has arrived."""
-        while self.sends:
-            self.sends.popleft()[0].wait()
+        self.outbox.drain()
+
+
+class StageWork(Protocol):
+    """What a stage computes when `Pipeline.run` tells it to."""
+
+    def rows(self, micro_batch: int) -> int:
+        """Rows of a micro batch's hidden states between stages."""
+
+    def forward(self, micro_batch: int, chunk: int, received: Tensor | None) -> Tensor | None:
+        """The hidden states for the next stage, None after the model's last chunk; `received`: of the previous one."""
+
+    def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        """The gradient of what `forward` received, if anything; `gradient`: of what it gave, if anything."""
+
+
+class Pipeline:
+    """Carries out the instructions of `schedules` on one stage, over a communicator for each direction and kind.
+
+    NCCL knows no tags and runs the operations of a communicator in order: a send could wait behind a receive that
+    waits, by way of the neighbour, for it. With one communicator a `Flow` each holds messages of one direction only,
+    and both ends come to them in the same order.
+    """
+
+    def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
+        """Collective over the run the first time for a layout: it makes the communicators."""
+        self.hidden_size = hidden_size
+        self.dtype = dtype
+        self.device = device
+        self.meter = state.meter
+        self.inward: dict[str, tuple[int, dist.ProcessGroup, torch.device]] = {}
+        self.outward: dict[str, Outbox] = {}
+        for flow, group in state.pipeline_flows().items():
+            transport = transport_device(group, device)
+            if flow.receiver == state.rank:
+                self.inward[flow.kind] = flow.sender, group, transport
+            else:
+                self.outward[flow.kind] = Outbox(flow.receiver, group, transport)
+
+    def run(self, instructions: Sequence[Instruction], work: StageWork) -> None:
+        """Returns when this stage is done; its last sends may still be on their way, see `drain`."""
+        arriving: dict[Receive, tuple[dist.Work, Tensor]] = {}
+        leaving: dict[Send, Tensor | None] = {}
+        for step in instructions:
+            match step:
+                case Receive():
+                    arriving[step] = self._begin(step, work.rows(step.micro_batch))
+                case Forward(micro_batch, chunk):
+                    received = self._arrived(arriving, Receive("activation", micro_batch, chunk))
+                    leaving[Send("activation", micro_batch, chunk)] = work.forward(micro_batch, chunk, received)
+                case Backward(micro_batch, chunk):
+                    received = self._arrived(arriving, Receive("gradient", micro_batch, chunk))
+                    leaving[Send("gradient", micro_batch, chunk)] = work.backward(micro_batch, chunk, received)
+                case Send():
+                    with self.meter.phase("communication"):
+                        self.outward[step.kind].send(leaving.pop(step))
+
+    def drain(self) -> None:
+        """Wait until every send has arrived."""
+        for outbox in self.outward.values():
+            outbox.drain()
+
+    def _begin(self, message: Receive, rows: int) -> tuple[dist.Work, Tensor]:
+        sender, group, transport = self.inward[message.kind]
+        buffer = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=transport)
+        return dist.irecv(buffer, sender, group=group), buffer
+
+    def _arrived(self, arriving: dict[Receive, tuple[dist.Work, Tensor]], message: Receive) -> Tensor | None:
+        """What was to be received for a computation; None if nothing was."""
+        if message not in arriving:
+            return None
+        work, buffer = arriving.pop(message)
+        with self.meter.phase("waiting"):
+            work.wait()
+        return buffer.to(self.device)

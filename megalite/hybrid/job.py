@@ -34,7 +34,7 @@ from megalite.hybrid.tasks import PromptOrder
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
 from megalite.model.decoder import Decoder
-from megalite.train.model import stage_logprobs
+from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
@@ -76,7 +76,7 @@ class Job:
             self.train_layout, sequence_parallel=config.train.parallel.sequence_parallel
         )
         self.infer_state = ParallelState.join(self.infer_layout)
-        ParallelState.make_mpu_groups(self.train_layout)
+        ParallelState.make_training_groups(self.train_layout)
         self.trainer = self._make_trainer() if self.train_state else None
         self.learner = self._make_learner() if self.trainer else None
         self.decoder = self._make_generating_decoder()
@@ -235,7 +235,7 @@ class Job:
             frozen = make_decoder(
                 config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
             ).requires_grad_(False)
-            reference = lambda batches: stage_logprobs(frozen, batches)  # noqa: E731
+            reference = Scorer(frozen).logprobs
         return Learner(
             self.trainer, config.hybrid, micro_batch_tokens=config.train.micro_batch_tokens, reference=reference
         )

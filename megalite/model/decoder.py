@@ -10,6 +10,7 @@ indices on every stage.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -198,6 +199,10 @@ class Block(nn.Module):
         return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
 
 
+BlockCall = Callable[[Tensor, AttentionContext, Rotation | None], Tensor]
+"""A block, or what calls it."""
+
+
 class Embedding(nn.Module):
     """Token ids to the first layer's input: table, learned positions and scale as the family has them."""
 
@@ -226,14 +231,16 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """The layers of this rank's pipeline stage, with the embedding on the first and the head on the last.
 
-    `max_length` is the longest sequence it will be used for; only families with LongRoPE depend on it.
+    They are run chunk by chunk, see `Layout`; in inference a stage has one chunk. `max_length` is the longest sequence
+    it will be used for; only families with LongRoPE depend on it.
     """
 
     def __init__(self, config: ModelConfig, state: ParallelState, *, max_length: int | None = None):
         super().__init__()
         self.config = config
         self.state = state
-        self.layer_range = state.layout.layers(state.pp.rank, config.layer_costs())
+        costs = config.layer_costs()
+        self.layer_range = state.layout.layers(state.pp.rank, costs)
         self.embed = Embedding(config, state) if state.is_first_stage else None
         self.layers = nn.ModuleDict({str(layer): Block(config, layer, state) for layer in self.layer_range})
         self.norm = make_norm(config, state) if state.is_last_stage else None
@@ -244,7 +251,9 @@ class Decoder(nn.Module):
         )
         if config.tie_embeddings and self.embed is not None and self.head is not None:
             self.head.weight = self.embed.tokens.weight
-        self._blocks = list(self.layers.values())
+        self._chunks: list[list[BlockCall]] = [
+            [self.layers[str(layer)] for layer in chunk] for chunk in state.layout.chunks(state.pp.rank, costs)
+        ]
         self._frequencies, self._rope_factor = (None, 1.0)
         if config.rope is not None:
             with torch.device("cpu"):
@@ -252,21 +261,29 @@ class Decoder(nn.Module):
                     config.rope, max_length or config.max_position_embeddings
                 )
 
-    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Token ids int64 [T] on the first stage, hidden states [T, hidden] on later ones -> hidden states."""
-        if self.embed is not None:
+    def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
+        """Token ids int64 [T] in the model's first chunk, hidden states [T or T/tp, hidden] in others -> hidden."""
+        if self.embed is not None and chunk == 0:
             x = self.embed(x, ctx.positions)
         rotate = None
         if self._frequencies is not None:
             if self._frequencies.device != x.device:
                 self._frequencies = self._frequencies.to(x.device)
             rotate = Rotation(self._frequencies, self._rope_factor, ctx.positions, x.dtype)
-        for block in self._blocks:
+        for block in self._chunks[chunk]:
             x = block(x, ctx, rotate)
         return x
 
+    def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:
+        """Call each block through what `wrap` makes of it, from now on; parameters and their names stay."""
+        self._chunks = [[wrap(block) for block in chunk] for chunk in self._chunks]
+
+    def is_end(self, chunk: int) -> bool:
+        """Whether the head comes after this chunk."""
+        return self.head is not None and chunk == len(self._chunks) - 1
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: hidden states [R, hidden] -> logits of this tp rank's vocab rows [R, vocab / tp]."""
+        """After the last chunk: hidden states [R, hidden] -> logits of this tp rank's vocab rows [R, vocab / tp]."""
         logits = self.head(self.norm(hidden))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

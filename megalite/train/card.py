@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from megalite.config.schema import TrainConfig
-from megalite.core.collectives import gather_columns
-from megalite.model.attention import PackedAttention
 from megalite.model.config import ModelConfig
-from megalite.model.decoder import Decoder
 from megalite.train.data import Corpus
+from megalite.train.model import Scorer
 from megalite.weights.mapping import hf_shapes
 
 SAMPLE_TOKENS = 160
@@ -22,23 +20,18 @@ SAMPLE_TEMPERATURE = 0.5
 CURVE_ROWS = 12
 
 
-@torch.no_grad()
-def complete(decoder: Decoder, prompt: Sequence[int], count: int, *, temperature: float, seed: int) -> list[int]:
+def complete(scorer: Scorer, prompt: Sequence[int], count: int, *, temperature: float, seed: int) -> list[int]:
     """Up to `count` tokens after `prompt`, sampled; the end-of-text token ends them and is left out.
 
-    Collective over tp, and the same on every rank. The whole text is computed anew for each token: a few samples for
-    a model card need no cache.
+    Collective over the replica, and the same on every rank of it. The whole text is computed anew for each token: a few
+    samples for a model card need no cache.
     """
-    state, tokens = decoder.state, list(prompt)
-    device = next(decoder.parameters()).device
+    config, tokens = scorer.decoder.config, list(prompt)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(min(count, decoder.config.max_position_embeddings - len(prompt))):
-        padding = -len(tokens) % state.tp.size  # sequence parallel cuts the text evenly; later tokens change nothing
-        ids = torch.tensor(tokens + [0] * padding, device=device)
-        logits = decoder.logits(decoder(ids, PackedAttention([len(ids)], device)))[len(tokens) - 1 :][:1]
-        scores = gather_columns(logits, decoder.vocab_widths, state.tp)[0].float().cpu()
+    for _ in range(min(count, config.max_position_embeddings - len(prompt))):
+        scores = scorer.next_scores(tokens).cpu()
         token = int(torch.multinomial((scores / temperature).softmax(0), 1, generator=generator))
-        if token in decoder.config.eos_token_ids:
+        if token in config.eos_token_ids:
             break
         tokens.append(token)
     return tokens[len(prompt) :]

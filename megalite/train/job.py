@@ -30,8 +30,10 @@ from megalite.train.batch import MicroBatch, from_windows
 from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
 from megalite.train.data import Corpus, TrainingOrder, held_out_windows, prepare, read_windows
 from megalite.train.export import export_model, model_files
+from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder, shape_of
-from megalite.train.trainer import LanguageModel, StepReport, Trainer, learning_rate, mean_loss
+from megalite.train.optimizer import learning_rate
+from megalite.train.trainer import StepReport, Trainer
 from megalite.weights import hf, transfer
 from megalite.weights.manifest import Manifest
 
@@ -65,7 +67,7 @@ class Job:
 
     def __init__(self, config: TrainConfig, runtime: distributed.Runtime):
         parallel = config.parallel
-        layout = Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp)
+        layout = Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, interleave=parallel.interleave)
         self.config = config
         self.device = runtime.device
         self._signal_received = runtime.signal_received
@@ -81,6 +83,7 @@ class Job:
             config.optimizer,
             steps=config.train.steps,
             zero_stage=config.train.zero_stage,
+            recompute=config.train.recompute,
             deepspeed_keys=config.deepspeed,
         )
         length = config.data.sequence_length
@@ -300,14 +303,14 @@ class Job:
             self.model, self.state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device
         )
         transfer.load_folder(decoder, self.folder)
-        held_out = (batch.to(self.device) for batch in self._held_out_batches(None))
-        loss = mean_loss(LanguageModel(decoder), held_out, self.state.dp, self.device)
+        scorer = Scorer(decoder)
+        loss = scorer.mean_loss(self._held_out_batches(None))
         tokenizer = Tokenizer.from_file(str(self.corpus.folder / TOKENIZER_FILES[0]))
         samples = []
         for prompt in self.config.train.sample_prompts:
             ids = tokenizer.encode(prompt, add_special_tokens=False).ids
             new = card.complete(
-                decoder, ids, card.SAMPLE_TOKENS, temperature=card.SAMPLE_TEMPERATURE, seed=self.config.train.seed
+                scorer, ids, card.SAMPLE_TOKENS, temperature=card.SAMPLE_TEMPERATURE, seed=self.config.train.seed
             )
             samples.append((prompt, tokenizer.decode(new)))
         progress = self.progress

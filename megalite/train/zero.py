@@ -6,6 +6,8 @@ group over dp; stage 3 cuts every parameter by itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -31,6 +33,18 @@ def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None
         # DeepSpeed calls it only from inside its step, after the first group's, when later groups would have no state
         # yet; there is no public way to have it done. It does nothing the second time.
         zero._lazy_init_hp_params_optimizer_state()
+
+
+def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor:
+    """Stage 1: what the backward passes of this step have left, and the step will reduce over dp."""
+    return zero.get_gradient_for_reduction(param)
+
+
+def gathered(params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Stage 3: the parameters are whole while it lasts, for reading. Collective over dp."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(params), modifier_rank=None)
 
 
 def whole_shape(param: nn.Parameter) -> tuple[int, ...]:

@@ -1,0 +1,127 @@
+"""Gradients that are whole only when they are summed over ranks: over tp, and over the two ends of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megalite.core.collectives import all_reduce_sum
+from megalite.core.layout import Whole
+from megalite.core.parallel_state import Axis, ParallelState
+from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
+from megalite.weights.mapping import pieces
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Rows of a local parameter that other tp ranks hold too."""
+
+    start: int
+    """First row in the local parameter."""
+    lo: int
+    hi: int
+    total: int
+    """They are rows lo..hi of `total`."""
+    holders: tuple[int, ...]
+    """tp ranks that hold each of the rows lo..hi."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.hi - self.lo
+
+
+def shared_rows(config: ModelConfig, state: ParallelState) -> dict[str, list[SharedRows]]:
+    """The replicated key and value rows by parameter; empty unless there are more tp ranks than KV heads."""
+    shared: dict[str, list[SharedRows]] = {}
+    tp = state.tp
+    layers = state.layout.layers(state.pp.rank, config.layer_costs())
+    for piece in pieces(config):
+        if isinstance(piece.split, Whole) or piece.stage not in layers:
+            continue
+        holders = [0] * piece.split.total
+        for rank in range(tp.size):
+            lo, hi = piece.split.range(tp.size, rank)
+            holders[lo:hi] = [count + 1 for count in holders[lo:hi]]
+        if max(holders) > 1:
+            assert piece.dim == 0, "replicated parts are rows"
+            lo, hi = piece.split.range(tp.size, tp.rank)
+            start = piece.local_start(tp.size, tp.rank)
+            rows = SharedRows(start, lo, hi, piece.split.total, tuple(holders[lo:hi]))
+            shared.setdefault(piece.param, []).append(rows)
+    return shared
+
+
+def complete_gradients(decoder: Decoder) -> dict[str, Tensor]:
+    """Hook onto each parameter whose gradient is partial on this tp rank, so that it comes out whole.
+
+    Rows that h tp ranks hold get the whole gradient divided by sqrt(h). DeepSpeed adds the square of every tp rank's
+    slice to the global gradient norm: so h copies count as one. Adam does not see a constant factor on a row's gradient
+    (but for eps), so the update is that of the whole gradient. Returns h of each row of the parameters that have such
+    rows: float32 [rows]. Every tp rank runs the same backward graph, so the hooks' collectives meet in the same order.
+    """
+    tp = decoder.state.tp
+    if tp.size == 1:
+        return {}
+    shared = shared_rows(decoder.config, decoder.state)
+    holders: dict[str, Tensor] = {}
+    for name, param in decoder.named_parameters():
+        if param.sum_gradient_over_tp:
+            param.register_hook(lambda grad: all_reduce_sum(grad.contiguous().clone(), tp))
+        if name in shared:
+            holders[name] = torch.ones(param.shape[0], device=param.device)
+            for rows in shared[name]:
+                holders[name][rows.start : rows.end] = torch.tensor(rows.holders, device=param.device)
+            param.register_hook(_sum_shared_rows(shared[name], holders[name].rsqrt(), tp))
+    return holders
+
+
+def _sum_shared_rows(shared: list[SharedRows], scale: Tensor, tp: Axis) -> Callable[[Tensor], Tensor]:
+    """Sums rows over their holders, and multiplies every row by its scale [rows]."""
+
+    def hook(grad: Tensor) -> Tensor:
+        buffers = [grad.new_zeros(rows.total, *grad.shape[1:]) for rows in shared]
+        for rows, buffer in zip(shared, buffers, strict=True):
+            buffer[rows.lo : rows.hi] = grad[rows.start : rows.end]
+        summed = all_reduce_sum(torch.cat(buffers), tp).split([rows.total for rows in shared])
+        grad = grad.clone()
+        for rows, total in zip(shared, summed, strict=True):
+            grad[rows.start : rows.end] = total[rows.lo : rows.hi]
+        return grad * scale.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1))
+
+    return hook
+
+
+class TiedEmbedding:
+    """A tied embedding's two copies, the table on the first stage and the head on the last, kept the same to the bit.
+
+    Without a copy on this rank, or with one parameter that is both, there is nothing to do.
+    """
+
+    def __init__(self, decoder: Decoder):
+        """Collective over the run the first time for a layout: it makes communicators."""
+        state, self.param = decoder.state, None
+        if not decoder.config.tie_embeddings or state.pp.size == 1:
+            return
+        self.axis, self.dp = state.pipeline_ends(), state.dp
+        if state.is_first_stage:
+            self.param = decoder.embed.tokens.weight
+        elif state.is_last_stage:
+            self.param = decoder.head.weight
+            self.param.ds_pipe_replicated = True  # DeepSpeed counts the other copy in the gradient norm
+
+    def complete_gradient(self, gradient_of: Callable[[nn.Parameter], Tensor]) -> None:
+        """Sum what both copies have accumulated, before DeepSpeed takes the mean over dp. Collective over the replicas.
+
+        The sum is over dp too, and only the first replica keeps it: DeepSpeed then adds zeros to it, which is exact in
+        whatever order it adds and wherever in its buffers a copy lies. So both copies are updated by equal numbers.
+        """
+        if self.param is None:
+            return
+        gradient = gradient_of(self.param)
+        all_reduce_sum(gradient, self.axis)
+        if not self.dp.is_first:
+            gradient.zero_()

@@ -1,0 +1,175 @@
+"""A decoder as training sees it: micro batches in, log-probabilities out; and forward passes through all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megalite.core.collectives import all_reduce_sum, broadcast_from_last, gather_columns
+from megalite.core.layout import Even
+from megalite.core.parallel_state import ParallelState
+from megalite.core.pipeline import Pipeline
+from megalite.core.schedules import forward_only
+from megalite.model.attention import PackedAttention
+from megalite.model.decoder import BlockCall, Decoder
+from megalite.train.batch import MicroBatch
+from megalite.train.loss import cross_entropy
+
+ChunkModel = Callable[[MicroBatch, Tensor | None, int], Tensor]
+"""(micro batch, what the previous stage gave, chunk) -> hidden states, or after the last chunk what is wanted."""
+
+
+class LanguageModel(nn.Module):
+    """This stage's part of the way from a micro batch of T tokens to the log-probability of each target."""
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self.decoder = decoder
+        self.first_row, _ = Even(decoder.config.vocab_size).range(decoder.state.tp.size, decoder.state.tp.rank)
+        self._context: tuple[tuple[int, ...], PackedAttention] | None = None
+
+    def forward(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """After the model's last chunk log-probabilities, by the full distribution: float32 [T]; else as `hidden`."""
+        hidden = self.hidden(batch, received, chunk)
+        if not self.decoder.is_end(chunk):
+            return hidden
+        logits = self.decoder.logits(hidden)
+        return -cross_entropy(logits, batch.targets, self.first_row, self.decoder.state.tp)
+
+    def hidden(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
+        """Hidden states after a chunk, `received` being those before it: [T or T/tp, hidden]."""
+        return self.decoder(batch.ids if received is None else received, self._attention(batch), chunk)
+
+    def _attention(self, batch: MicroBatch) -> PackedAttention:
+        """Made anew only when the lengths change: fixed windows share one."""
+        if self._context is None or self._context[0] != batch.lengths:
+            self._context = batch.lengths, PackedAttention(batch.lengths, batch.ids.device)
+        return self._context[1]
+
+
+def recompute_blocks(decoder: Decoder) -> None:
+    """Keep only each block's input for the backward pass, which computes the rest again (arXiv 1604.06174)."""
+
+    def recomputed(block: BlockCall) -> BlockCall:
+        # Nothing in a block is random, so there is no state of random numbers to keep.
+        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+
+    decoder.wrap_blocks(recomputed)
+
+
+def prepared(batch: MicroBatch, state: ParallelState, device: torch.device) -> MicroBatch:
+    """On the device, and padded to what sequence parallel can cut."""
+    return batch.padded(_token_multiple(state)).to(device)
+
+
+def hidden_rows(batch: MicroBatch, state: ParallelState) -> int:
+    """Rows of a prepared batch's hidden states between stages."""
+    return batch.num_tokens // _token_multiple(state)
+
+
+def _token_multiple(state: ParallelState) -> int:
+    return state.tp.size if state.sequence_parallel else 1
+
+
+def make_pipeline(decoder: Decoder) -> Pipeline:
+    """The connections of a decoder's stages; see `Pipeline`."""
+    weight = next(decoder.parameters())
+    return Pipeline(decoder.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device)
+
+
+class Scorer:
+    """Forward passes alone, through all stages of a replica. Every rank of the replica calls every method alike."""
+
+    def __init__(self, decoder: Decoder, model: ChunkModel | None = None, pipeline: Pipeline | None = None):
+        """`model`: what runs a chunk and ends in log-probabilities, by default a `LanguageModel` of the decoder."""
+        self.decoder = decoder
+        self.state = decoder.state
+        self.device = next(decoder.parameters()).device
+        self.model = model or LanguageModel(decoder)
+        self.pipeline = pipeline or make_pipeline(decoder)
+
+    def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """Log-probability of each target, by the full distribution, on every rank: float32 [T] each."""
+        counts = [batch.num_tokens for batch in batches]
+        if not counts:
+            return []
+        whole = torch.empty(sum(counts), dtype=torch.float32, device=self.device)
+        for found, place in zip(self.outputs(self.model, batches), whole.split(counts), strict=True):
+            if found is not None:
+                place.copy_(found[: len(place)])
+        return list(broadcast_from_last(whole, self.state.pp).split(counts))
+
+    def mean_loss(self, batches: Iterable[MicroBatch]) -> float:
+        """Mean negative log-likelihood, weighted, over the batches of all replicas; every replica has as many."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+        def summed(batch: MicroBatch, received: Tensor | None, chunk: int) -> Tensor:
+            output = self.model(batch, received, chunk)
+            if not self.decoder.is_end(chunk):
+                return output
+            return torch.stack([-(output * batch.weights).double().sum(), batch.weights.double().sum()])
+
+        for found in self.outputs(summed, batches):
+            if found is not None:
+                sums += found
+        total, weight = all_reduce_sum(all_reduce_sum(sums, self.state.pp), self.state.dp).tolist()
+        return total / weight
+
+    def next_scores(self, tokens: Sequence[int]) -> Tensor:
+        """Logits of the token after `tokens`, on every rank: float32 [vocab]."""
+        ids = torch.tensor(tokens)
+        nothing = torch.zeros(len(tokens))
+        text = MicroBatch(ids=ids, targets=torch.zeros_like(ids), weights=nothing, lengths=(len(tokens),))
+        last = len(tokens) - 1
+        language = LanguageModel(self.decoder)
+
+        def logits(batch: MicroBatch, received: Tensor | None, chunk: int) -> Tensor:
+            hidden = language.hidden(batch, received, chunk)
+            return self.decoder.logits(hidden)[last : last + 1] if self.decoder.is_end(chunk) else hidden
+
+        [found] = self.outputs(logits, [text])
+        whole = torch.empty(self.decoder.config.vocab_size, dtype=torch.float32, device=self.device)
+        if found is not None:
+            whole.copy_(gather_columns(found, self.decoder.vocab_widths, self.state.tp)[0])
+        return broadcast_from_last(whole, self.state.pp)
+
+    @torch.no_grad()
+    def outputs(self, model: ChunkModel, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
+        """Of each batch what `model` gives after its last chunk; None on the other stages.
+
+        Batches go through in rounds of as many as there are stages; a stage does not wait for the others between.
+        """
+        source, layout = iter(batches), self.state.layout
+        while some := [prepared(batch, self.state, self.device) for batch in islice(source, layout.pp)]:
+            work = _ForwardWork(self.decoder, model, some)
+            self.pipeline.run(forward_only(layout.pp, self.state.pp.rank, len(some), layout.interleave), work)
+            yield from work.outputs
+        self.pipeline.drain()
+
+
+class _ForwardWork:
+    """A stage's forward passes; see `StageWork`."""
+
+    def __init__(self, decoder: Decoder, model: ChunkModel, batches: Sequence[MicroBatch]):
+        self.decoder = decoder
+        self.model = model
+        self.batches = batches
+        self.outputs: list[Tensor | None] = [None] * len(batches)
+
+    def rows(self, micro_batch: int) -> int:
+        return hidden_rows(self.batches[micro_batch], self.decoder.state)
+
+    def forward(self, micro_batch: int, chunk: int, received: Tensor | None) -> Tensor | None:
+        output = self.model(self.batches[micro_batch], received, chunk)
+        if not self.decoder.is_end(chunk):
+            return output
+        self.outputs[micro_batch] = output
+        return None
+
+    def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
+        raise AssertionError("a forward pass has no backward")

@@ -1,0 +1,55 @@
+"""The optimizer, its learning rate, and what DeepSpeed is told of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from megalite.config.schema import OptimizerSection
+from megalite.model.decoder import Decoder
+
+
+def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
+    """Of step `step` (from 0) of `steps`: linear warm-up, then a cosine from the peak to the minimum."""
+    if step < section.warmup_steps:
+        return section.learning_rate * (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
+    low, high = section.min_learning_rate, section.learning_rate
+    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizer(decoder: Decoder, section: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only; PyTorch's own, so that DeepSpeed has nothing to compile."""
+    params = list(decoder.parameters())
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = params[0].is_cuda or None
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.learning_rate,
+        betas=tuple(section.betas),
+        eps=section.eps,
+        fused=fused,
+    )
+
+
+def deepspeed_config(
+    optimizer: OptimizerSection, *, zero_stage: int, dtype: torch.dtype, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, and `more` from the `deepspeed` section (the config's rules keep them apart)."""
+    return {
+        **more,
+        "steps_per_print": 1 << 40,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step has as many backward passes as it is given micro batches
+        "gradient_clipping": optimizer.gradient_clipping,
+        "zero_optimization": {**more.get("zero_optimization", {}), "stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
