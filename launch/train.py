@@ -6,6 +6,7 @@ import sys
 
 from megalite.cli import main
 from megalite.config.load import Loaded
+from megalite.train.data import check
 
 
 def run(loaded: Loaded) -> int:
@@ -15,4 +16,4 @@ def run(loaded: Loaded) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("train", run))
+    sys.exit(main("train", run, checks=check))

@@ -13,15 +13,9 @@ from megalite.config.schema import DataSection, TokenizerSection
 from megalite.errors import CheckpointError, ConfigError
 from megalite.tokenizer import Tokenizer
 from megalite.train import bpe
-from megalite.train.data import (
-    Corpus,
-    TrainingOrder,
-    find_files,
-    held_out_windows,
-    is_held_out,
-    prepare,
-    read_windows,
-)
+from megalite.train.data import Corpus, prepare
+from megalite.train.order import TrainingOrder, held_out_windows, read_windows
+from megalite.train.records import find_files, is_held_out
 
 TOKENIZER = TokenizerSection(vocab_size=300)
 COUNT = 40
@@ -81,7 +75,7 @@ def test_the_standard_library_is_that_of_this_interpreter():
 
 
 def test_no_files_is_an_error(source):
-    with pytest.raises(ConfigError, match="data.source: must name some text files"):
+    with pytest.raises(ConfigError, match="data.source: must name some files"):
         find_files(section(source, pattern="*.rs"))
 
 

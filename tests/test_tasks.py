@@ -11,7 +11,7 @@ import pytest
 from megalite.errors import ConfigError
 from megalite.hybrid.rewards import complete_function, exact_match
 from megalite.hybrid.tasks import PromptOrder, additions, check_source, library_functions, load_examples
-from megalite.train.data import is_held_out
+from megalite.train.records import is_held_out
 
 ADDITIONS = "megalite.hybrid.tasks:additions"
 LIBRARY = "megalite.hybrid.tasks:library_functions"

@@ -20,10 +20,10 @@ from megalite.model.attention import PackedAttention
 from megalite.tokenizer import Tokenizer
 from megalite.train import card
 from megalite.train.batch import from_windows
-from megalite.train.data import find_files, is_held_out
 from megalite.train.export import export_model
 from megalite.train.model import Scorer
 from megalite.train.optimizer import learning_rate
+from megalite.train.records import find_files, is_held_out
 from megalite.train.trainer import Trainer
 from megalite.train.zero import WEIGHT, get_whole
 from megalite.weights.shards import expected

@@ -34,8 +34,8 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import FAULT_VARIABLE, MegaliteError
 from megalite.train.checkpoint import newest_state
-from megalite.train.data import find_files
 from megalite.train.job import Job
+from megalite.train.records import find_files
 from megalite.weights.convert import export, reshard
 from megalite.weights.verify import verify
 
@@ -149,7 +149,8 @@ def test_a_resumed_run_equals_one_without_a_break(case, job, ranks):
     ended = ranks(2).run(run_job, whole)[0]
     assert "training ends after step 8: all steps are done" in ended
     stopped = ranks(2).run(run_job, broken, 5)
-    assert all("Stopped: stopped by SIGTERM" in text for text in stopped), "every rank stops when one is asked to"
+    assert "training ends after step 5: stopped by SIGTERM" in stopped[0]
+    assert not any("Stopped" in text for text in stopped), "a run that was asked to end and saved is no failure"
     assert [step for step, _ in losses(broken)] == [1, 2, 3, 4, 5]
     assert state_of(broken).name == "step-00000005"
     resumed = ranks(2).run(run_job, broken)[0]
@@ -357,7 +358,7 @@ def test_a_killed_run_goes_on_and_a_signal_ends_it_cleanly(tmp_path, source):
         rest, errors = following.communicate(timeout=60)
     finally:
         following.kill()
-    assert following.returncode == 143, errors
+    assert following.returncode == 0, errors
     assert any("going on after step 2" in line for line in said) and "stopped by SIGTERM" in rest
     (state,) = states.iterdir()
     last = json.loads((out / "training" / "log.jsonl").read_text().splitlines()[-1])["step"]

@@ -76,6 +76,13 @@ TORCH_FREE = (
     "megalite/hybrid/rewards.py",
     "megalite/hybrid/sandbox.py",
     "megalite/hybrid/tasks.py",
+    "megalite/train/bpe.py",
+    "megalite/train/data.py",
+    "megalite/train/examples.py",
+    "megalite/train/flops.py",
+    "megalite/train/order.py",
+    "megalite/train/packing.py",
+    "megalite/train/records.py",
 )
 """Files and folders whose modules must not import torch when they are imported."""
 

@@ -207,28 +207,33 @@ class NewModelSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerSection:
-    """A byte-level BPE tokenizer, trained on the training files when `path` is null."""
+    """The tokenizer: one that exists, or a byte-level BPE trained on the training files."""
 
     path: str | None = None
-    """Folder with a tokenizer.json to use as it is; null: train one."""
+    """Folder with a tokenizer.json to use as it is; null: that of model.path, or if there is none train one."""
     vocab_size: int = 4096
-    """Tokens, the special ones included."""
+    """Tokens of one that is trained, the special ones included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataSection:
-    """Text to train on."""
+    """Text or examples to train on. Files named *.jsonl hold a JSON object a line, others are texts."""
 
     source: str = "stdlib"
-    """`stdlib`: the Python standard library's source of this interpreter; else a folder or a glob of text files."""
+    """`stdlib`: the Python standard library's source of this interpreter; else a file, a folder or a glob of files."""
+    format: Literal["auto", "text", "examples"] = "auto"
+    """text: texts, or lines with `text`; examples: lines with `prompt` and `response`, or with `messages` for the chat
+    template, and the loss is on responses only; auto: what the first line is."""
     pattern: str = "**/*.py"
     """Files taken from a folder."""
     exclude: list[str] = field(default_factory=list)
     """Globs of relative names to leave out; `*` goes across folders."""
     held_out: float = 0.03
-    """Share of the files kept for evaluation, chosen by a hash of their names."""
+    """Share kept for evaluation: of text files by a hash of their names, of lines by a hash of what they hold."""
     sequence_length: int = 512
-    """Tokens in one training sequence."""
+    """Tokens in one training sequence; of examples, the most that one may have."""
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    """What happens to longer examples: the run is refused, they are left out, or they lose their end."""
     seed: int = 0
     """Seed of the order."""
 
@@ -260,9 +265,11 @@ class TrainSection:
     steps: int = 1000
     """Optimizer steps."""
     micro_batch_size: int = 8
-    """Sequences a rank computes at once."""
+    """Sequences a rank computes at once. Of examples, the most tokens at once are this many times
+    data.sequence_length."""
     gradient_accumulation_steps: int = 1
-    """Micro batches that make one optimizer step, on each rank."""
+    """Micro batches that make one optimizer step, on each rank. A step takes micro_batch_size times this times
+    parallel.dp sequences; examples are packed into as few micro batches as hold them."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage over dp; 0 is refused."""
     recompute: bool = False
@@ -293,6 +300,8 @@ class TrainOutputSection:
     """Where the model (Hugging Face layout), the log and the training state go. Required."""
     resume: bool = True
     """Go on from the last training state in the folder, if there is one."""
+    tensorboard: bool | None = None
+    """Write what is logged for TensorBoard too, into folder/training/tensorboard; null: when it is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

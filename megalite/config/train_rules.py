@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megalite.config.schema import DataSection, OptimizerSection, TrainConfig, TrainSection
+from megalite.config.schema import DataSection, OptimizerSection, TrainConfig, TrainOutputSection, TrainSection
 from megalite.config.shape import ModelFacts, Rules, nearest_path, problem
 from megalite.errors import Problem
 
@@ -32,7 +33,7 @@ DEEPSPEED_KEYS = {
 
 def train_problems(config: TrainConfig, model: ModelFacts | None) -> list[Problem]:
     """Every rule that the sections of a training config break among themselves."""
-    found = _model_problems(config, model) + _layout_problems(config, model) + _data_problems(config.data, model)
+    found = _model_problems(config, model) + _layout_problems(config, model) + data_problems(config.data, model)
     found += _optimizer_problems(config.optimizer, config.train) + _train_problems(config.train)
     found += [
         problem(f"deepspeed.{key}", f"is set by {ours}", value, "Leave it out here.")
@@ -42,9 +43,18 @@ def train_problems(config: TrainConfig, model: ModelFacts | None) -> list[Proble
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         found.append(problem("deepspeed.zero_optimization", "must be a mapping", zero))
-    if config.output.folder is None:
+    return found + output_problems(config.output)
+
+
+def output_problems(output: TrainOutputSection) -> list[Problem]:
+    """What is wrong with where a trained model goes."""
+    found = []
+    if output.folder is None:
         fix = "Set output.folder to where the model and the training state go."
         found.append(Problem(key="output.folder", rule="is needed", fix=fix))
+    if output.tensorboard and find_spec("tensorboard") is None:
+        fix = "pip install tensorboard, or leave it null."
+        found.append(problem("output.tensorboard", "TensorBoard is not installed", output.tensorboard, fix))
     return found
 
 
@@ -80,10 +90,14 @@ def _model_problems(config: TrainConfig, model: ModelFacts | None) -> list[Probl
     if tokenizer.path is not None:
         if not (Path(tokenizer.path) / "tokenizer.json").is_file():
             found.append(problem("tokenizer.path", "must be a folder with tokenizer.json", tokenizer.path))
+    elif section.path is not None:
+        if Path(section.path).is_dir() and not (Path(section.path) / "tokenizer.json").is_file():
+            fix = "Set it to the folder with the model's tokenizer.json."
+            found.append(Problem(key="tokenizer.path", rule="is needed: model.path has no tokenizer", fix=fix))
     elif tokenizer.vocab_size <= BYTE_TOKENS:
         rule = f"must be above {BYTE_TOKENS}: one token a byte, and the special ones"
         found.append(problem("tokenizer.vocab_size", rule, tokenizer.vocab_size))
-    elif model is not None and section.path is None and tokenizer.vocab_size > model.vocab_size:
+    elif model is not None and tokenizer.vocab_size > model.vocab_size:
         rule = f"must be at most model.config.vocab_size = {model.vocab_size}"
         found.append(problem("tokenizer.vocab_size", rule, tokenizer.vocab_size))
     return found
@@ -108,10 +122,12 @@ def _layout_problems(config: TrainConfig, model: ModelFacts | None) -> list[Prob
     return rules.problems
 
 
-def _data_problems(data: DataSection, model: ModelFacts | None) -> list[Problem]:
+def data_problems(data: DataSection, model: ModelFacts | None) -> list[Problem]:
+    """What is wrong with the section by itself; the files are looked at when it is right."""
     rules = Rules(data, "data.")
     if data.source != "stdlib" and not any(mark in data.source for mark in "*?["):
-        rules.need("source", Path(data.source).is_dir(), "must be stdlib, a folder that exists, or a glob")
+        there = bool(data.source) and Path(data.source).exists()
+        rules.need("source", there, "must be stdlib, a file or folder that exists, or a glob")
     fix = 'Such as "**/*.py": names are relative to data.source.'
     rules.need("pattern", _relative_glob(data.pattern), "must be a relative glob", fix)
     for pattern in data.exclude:

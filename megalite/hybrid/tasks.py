@@ -26,7 +26,7 @@ from megalite.config.shape import nearest_path, shown
 from megalite.errors import ConfigError, Problem
 from megalite.hybrid.named import check_call, check_named, described, named_function
 from megalite.hybrid.rewards import statements_of
-from megalite.train.data import SourceFile, find_files, is_held_out
+from megalite.train.records import SourceFile, find_files, is_held_out
 
 log = logging.getLogger(__name__)
 

@@ -415,6 +415,11 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def device_name(device: torch.device) -> str:
+    """What the maker calls it; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def ranks_on_device(ranks_on_host: int) -> int:
     """How many ranks share a CUDA device when they are dealt out over this host's."""
     return -(-ranks_on_host // torch.cuda.device_count())

@@ -71,7 +71,7 @@ def write(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Resul
         _shape(model),
         _data(config, corpus),
         _training(config, model, corpus, result),
-        _samples(result),
+        _samples(config, result),
     ]
     return "\n".join(parts)
 
@@ -97,6 +97,8 @@ def _summary(config: TrainConfig) -> str:
             "enough to run on any computer, which is its purpose: to show and test megalite with a real model. Do not "
             "expect the code it writes to be right, or instructions to be followed.\n"
         )
+    if config.model.path is not None:
+        return f"`{config.model.path}`, trained further on `{config.data.source}`.\n"
     return f"Trained from scratch on `{config.data.source}`.\n"
 
 
@@ -123,12 +125,18 @@ def _data(config: TrainConfig, corpus: Corpus) -> str:
         what = f"The files of `{config.data.source}`. The licence of that text decides how this model may be used."
     excluded = ", ".join(f"`{pattern}`" for pattern in config.data.exclude)
     left_out = f" Left out: {excluded}." if excluded else ""
+    if corpus.facts["format"] == "examples":
+        kept = "Examples are kept for evaluation by a hash of what they hold; the loss is on responses only."
+        columns = ("examples", "bytes of responses", "tokens")
+    else:
+        kept = "Files are kept for evaluation by a hash of their name, lines of files by a hash of what they hold."
+        columns = ("documents", "bytes", "tokens")
+    own = config.tokenizer.path is None and config.model.path is None
+    tokenizer = "The tokenizer is a byte-level BPE trained on the training files.\n" if own else ""
     return (
-        f"## Text\n\n{what}{left_out} Files are kept for evaluation by a hash of their name.\n\n"
-        "| | files | bytes | tokens |\n| --- | --- | --- | --- |\n"
+        f"## Text\n\n{what}{left_out} {kept}\n\n| | {' | '.join(columns)} |\n| --- | --- | --- | --- |\n"
         f"| training | {train['documents']:,} | {train['bytes']:,} | {train['tokens']:,} |\n"
-        f"| held out | {held_out['documents']:,} | {held_out['bytes']:,} | {held_out['tokens']:,} |\n\n"
-        "The tokenizer is a byte-level BPE trained on the training files. A document ends with `<|endoftext|>`.\n"
+        f"| held out | {held_out['documents']:,} | {held_out['bytes']:,} | {held_out['tokens']:,} |\n\n{tokenizer}"
     )
 
 
@@ -158,8 +166,9 @@ def _curve(evaluations: list[dict[str, Any]]) -> str:
     return "".join(f"| {row['step']} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |\n" for row in rows)
 
 
-def _samples(result: Result) -> str:
+def _samples(config: TrainConfig, result: Result) -> str:
     if not result.samples:
         return ""
     head = f"## Samples\n\nTemperature {SAMPLE_TEMPERATURE}, up to {SAMPLE_TOKENS} tokens, the first try of each.\n"
-    return head + "".join(f"\n~~~python\n{prompt}{completion}\n~~~\n" for prompt, completion in result.samples)
+    fence = "~~~python" if config.data.source == "stdlib" or config.data.pattern.endswith(".py") else "~~~"
+    return head + "".join(f"\n{fence}\n{prompt}{completion}\n~~~\n" for prompt, completion in result.samples)

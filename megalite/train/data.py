@@ -1,9 +1,13 @@
-"""Text files to packed training sequences: found, tokenised once, then read in an order that a step number decides.
+"""Files to token ids, once: a prepared folder with a tokenizer and two splits, which a run reads from then on.
 
-    files --tokenizer--> document <eos> document <eos> ... (train.npy, held_out.npy) --windows--> [B, L + 1] token ids
+    texts     train.npy          document <eos> document <eos> ...
+    examples  train.npy          the tokens of all examples, end to end
+              train_learnt.npy   of each token whether it counts: those of responses do
+              train_lengths.npy  tokens of each example
+    both      the same of held_out, the tokenizer's files, and data.json, written last
 
-The prepared folder holds everything a run reads. It is made once and not looked at again, so that a run which is
-resumed after the files have changed goes on with the text it began with.
+The folder is made once and not looked at again, so that a run which is resumed after the files have changed goes on
+with the text it began with.
 """
 
 from __future__ import annotations
@@ -11,183 +15,308 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-import sysconfig
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Backend
 
-from megalite.config.schema import DataSection, TokenizerSection
+from megalite.config.schema import DataSection, TokenizerSection, TrainConfig
+from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import DurableFile, write_json
 from megalite.model.hf_config import read_json
+from megalite.tokenizer import Tokenizer
 from megalite.train import bpe
+from megalite.train.examples import Encoded, encode_chat, encode_pair
+from megalite.train.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
 
+PREPARED = Path("training/data")
+"""The prepared folder of a run, in its output folder."""
 MANIFEST = "data.json"
 SPLITS = ("train", "held_out")
-NOT_STANDARD_LIBRARY = ("site-packages/", "dist-packages/")
-FILES_AT_ONCE = 256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files of a tokenizer, of which the first is always there."""
+TEXTS_AT_ONCE = 256
 READING = ("sequence_length", "seed")
-"""Keys of the data section that decide how the prepared text is read, not what it holds."""
+"""Keys of the data section that decide how prepared text is read, not what it holds."""
+READING_EXAMPLES = ("seed",)
+ONLY_EXAMPLES = ("too_long",)
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    name: str
-    """Path relative to the source, with forward slashes."""
-    path: Path
+def check(config: TrainConfig) -> list[Problem]:
+    """What is wrong with the lines that a run is to read, the first few; none if it has begun with them already.
 
-
-def find_files(section: DataSection) -> list[SourceFile]:
-    """The files of `section`, sorted by name, less the excluded ones. ConfigError if there are none."""
-    if section.source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.glob(section.pattern)]
-        found = [file for file in found if not file.name.startswith(NOT_STANDARD_LIBRARY)]
-    elif Path(section.source).is_dir():
-        root = Path(section.source)
-        found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.glob(section.pattern)]
-    else:
-        pattern = Path(section.source)
-        root = Path(pattern.anchor)
-        matches = root.glob(pattern.relative_to(root).as_posix()) if section.source else ()
-        found = [SourceFile(path.as_posix(), path) for path in matches]
-    kept = [
-        file
-        for file in found
-        if file.path.is_file() and not any(fnmatchcase(file.name, pattern) for pattern in section.exclude)
-    ]
-    if not kept:
-        fix = "Give `stdlib`, a folder with files that match data.pattern, or a glob."
-        raise ConfigError(Problem(key="data.source", rule="must name some text files", value=section.source, fix=fix))
-    return sorted(kept, key=lambda file: file.name)
-
-
-def is_held_out(name: str, share: float) -> bool:
-    """Whether a file is kept for evaluation: a function of its name alone, true for `share` of all names."""
-    return _hash(name) < share * 2.0**64
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
-
-
-def _texts(files: list[SourceFile]) -> Iterator[str]:
-    """What the files hold; one that is not UTF-8 is passed over (the standard library has some on purpose)."""
-    for file in files:
-        try:
-            text = file.path.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            log.info("%s: not UTF-8, passed over", file.path)
-            continue
-        if text:
-            yield text
+    For the process that the user starts, before there are ranks: it reads all files of JSON lines.
+    """
+    began = config.output.folder is not None and (Path(config.output.folder) / PREPARED / MANIFEST).exists()
+    return [] if began or data_problems(config.data, None) else line_problems(config.data)
 
 
 def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_use: bool = False) -> None:
     """Make `folder` hold the tokenizer and both splits, unless it does so already for the same settings.
 
     For one process; the others wait. `in_use`: a training run has begun with what the folder holds, so it is not made
-    anew for other settings. ConfigError for those, or if a split would be empty.
+    anew for other settings. ConfigError for those, for lines that can't be used, or if a split would be empty.
     """
-    wanted = {f"data.{key}": value for key, value in asdict(data).items() if key not in READING}
-    wanted |= {f"tokenizer.{key}": value for key, value in asdict(tokenizer).items()}
     manifest = folder / MANIFEST
-    made_with = read_json(manifest).get("settings", {}) if manifest.exists() else None
-    if made_with == wanted:
+    made = read_json(manifest) if manifest.exists() else {}
+    if made and _settings(data, tokenizer, made.get("format", "text")) == made.get("settings"):
         return
-    if in_use and made_with is not None:
-        fix = f"Set it back to {{}}, or choose another output.folder than the one with {folder}."
-        raise ConfigError(
-            *(
-                Problem(key=key, rule="is not what the run began with", value=value, fix=fix.format(made_with.get(key)))
-                for key, value in wanted.items()
-                if value != made_with.get(key)
-            )
-        )
+    if in_use and made:
+        raise ConfigError(*_changes(_settings(data, tokenizer, made["format"]), made["settings"], folder))
     manifest.unlink(missing_ok=True)
     files = find_files(data)
     # Neighbours in a training sequence should not be neighbours in a folder: order by hash.
-    files.sort(key=lambda file: _hash(file.name[::-1]))
-    split = {
-        "train": [file for file in files if not is_held_out(file.name, data.held_out)],
-        "held_out": [file for file in files if is_held_out(file.name, data.held_out)],
-    }
-    bpe_model = _tokenizer(tokenizer, split["train"], folder)
-    contents = {name: _write_split(name, split[name], bpe_model, folder) for name in SPLITS}
+    files.sort(key=lambda file: hash_of(file.name[::-1]))
+    records = Records(files, data)
+    bring_tokenizer(tokenizer, records, folder)
+    known = Tokenizer.load(folder)
+    assert known is not None, "it was just brought"
+    if records.format == "text":
+        contents = _write_texts(records, folder, _end_of_text(known))
+    else:
+        contents = _write_examples(records, known, folder, _end_of_text(known))
+        known.close()
     write_json(
         manifest,
         {
-            "settings": wanted,
+            "format": records.format,
+            "settings": _settings(data, tokenizer, records.format),
             "python": f"{platform.python_implementation()} {platform.python_version()}",
-            "vocab_size": bpe_model.get_vocab_size(),
-            "eos_token_id": _end_of_text(bpe_model),
+            "vocab_size": known.vocab_size,
+            "eos_token_id": _end_of_text(known),
             "splits": contents,
         },
     )
 
 
-def _tokenizer(section: TokenizerSection, files: list[SourceFile], folder: Path) -> Tokenizer:
+def _settings(data: DataSection, tokenizer: TokenizerSection, form: str) -> dict[str, Any]:
+    """The values that decide what the folder holds."""
+    aside = (*READING, *ONLY_EXAMPLES) if form == "text" else READING_EXAMPLES
+    values = {f"data.{key}": value for key, value in asdict(data).items() if key not in aside}
+    return values | {f"tokenizer.{key}": value for key, value in asdict(tokenizer).items()}
+
+
+def _changes(wanted: dict[str, Any], made_with: dict[str, Any], folder: Path) -> list[Problem]:
+    fix = f"Set it back to {{}}, or choose another output.folder than the one with {folder}."
+    return [
+        Problem(key=key, rule="is not what the run began with", value=value, fix=fix.format(made_with.get(key)))
+        for key, value in wanted.items()
+        if value != made_with.get(key)
+    ]
+
+
+# ---- the tokenizer
+
+
+def bring_tokenizer(section: TokenizerSection, records: Iterable[Record], folder: Path) -> None:
+    """Put a tokenizer's files into `folder`: those of `section.path`, or of one trained on `records` to be learnt."""
     if section.path is None:
-        tokenizer = bpe.train(_texts(files), section.vocab_size)
-        bpe.save(tokenizer, folder)
-        return tokenizer
-    source = Path(section.path) / "tokenizer.json"
-    if not source.is_file():
-        raise ConfigError(Problem(key="tokenizer.path", rule=f"must hold {source.name}", value=section.path))
-    for path in (source, source.with_name("tokenizer_config.json")):
-        if path.is_file():
-            with DurableFile(folder / path.name) as file:
-                file.write(path.read_bytes())
-    return Tokenizer.from_file(str(source))
+        texts = (_words_of(record) for record in records if not record.held_out)
+        bpe.save(bpe.train(texts, section.vocab_size), folder)
+        return
+    source = Path(section.path)
+    if not (source / TOKENIZER_FILES[0]).is_file():
+        rule = f"must hold {TOKENIZER_FILES[0]}"
+        raise ConfigError(Problem(key="tokenizer.path", rule=rule, value=section.path))
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            with DurableFile(folder / name) as file:
+                file.write((source / name).read_bytes())
+
+
+def _words_of(record: Record) -> str:
+    if "messages" in record.values:
+        fix = "Set tokenizer.path, or model.path to a model whose tokenizer has one."
+        rule = f"a new tokenizer has no chat template, and {record.where} is a chat"
+        raise ConfigError(Problem(key="tokenizer.path", rule=rule, fix=fix))
+    return "".join(record.values.values())
 
 
 def _end_of_text(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_token_id is not None:
+        return tokenizer.eos_token_id
     for name in (bpe.END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"):
-        token = tokenizer.token_to_id(name)
+        token = tokenizer.backend.token_to_id(name)
         if token is not None:
             return token
     raise ConfigError(Problem(key="tokenizer.path", rule=f"has no end-of-text token such as {bpe.END_OF_TEXT}"))
 
 
-def _write_split(name: str, files: list[SourceFile], tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Tokenise into `folder/name.npy`; what the manifest says of it."""
-    end = _end_of_text(tokenizer)
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
-    tokenizer.encode_special_tokens = True  # text that spells a special token is text
-    parts = [np.array([end], dtype)]  # the first document, too, begins after an end
-    documents = size = 0
-    for texts in _chunks(_texts(files), FILES_AT_ONCE):
-        for text, encoding in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
-            parts += [np.array(encoding.ids, dtype), np.array([end], dtype)]
-            documents += 1
-            size += len(text.encode())
-    tokens = np.concatenate(parts)
-    if not documents:
-        fix = "Give more files, or another data.held_out."
-        raise ConfigError(Problem(key="data.source", rule=f"leaves no text for the {name} split", fix=fix))
-    with DurableFile(folder / f"{name}.npy") as file:
-        np.save(file, tokens)
-    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-    return {"documents": documents, "bytes": size, "tokens": len(tokens), "sha256": digest}
+# ---- texts
 
 
-def _chunks(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    for text in texts:
-        chunk.append(text)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+@dataclass
+class _Texts:
+    """One split of text while it is put together."""
+
+    parts: list[np.ndarray]
+    documents: int = 0
+    size: int = 0
+
+
+def _write_texts(records: Records, folder: Path, end: int) -> dict[str, Any]:
+    """Tokenise into `train.npy` and `held_out.npy`; what the manifest says of them."""
+    backend = Backend.from_file(str(folder / TOKENIZER_FILES[0]))
+    backend.encode_special_tokens = True  # text that spells a special token is text
+    backend.no_truncation()
+    backend.no_padding()
+    dtype = _dtype(backend.get_vocab_size())
+    stop = np.array([end], dtype)
+    splits = {name: _Texts([stop]) for name in SPLITS}  # the first document, too, begins after an end
+    for batch in _chunks(records, TEXTS_AT_ONCE):
+        encodings = backend.encode_batch([record.values["text"] for record in batch], add_special_tokens=False)
+        for record, encoding in zip(batch, encodings, strict=True):
+            split = splits[SPLITS[record.held_out]]
+            split.parts += [np.array(encoding.ids, dtype), stop]
+            split.documents += 1
+            split.size += len(record.values["text"].encode())
+    contents = {}
+    for name, split in splits.items():
+        _require(split.documents, "text", name)
+        tokens = np.concatenate(split.parts)
+        _write_array(folder / f"{name}.npy", tokens)
+        digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+        counts = {"documents": split.documents, "bytes": split.size, "tokens": len(tokens)}
+        contents[name] = {**counts, "sha256": digest}
+    return contents
+
+
+def _dtype(vocab_size: int) -> type[np.generic]:
+    return np.uint16 if vocab_size <= 1 << 16 else np.int32
+
+
+def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    left = iter(records)
+    while chunk := list(islice(left, size)):
         yield chunk
+
+
+def _require(count: int, what: str, split: str) -> None:
+    if not count:
+        fix = "Give more files, or another data.held_out."
+        raise ConfigError(Problem(key="data.source", rule=f"leaves no {what} for the {split} split", fix=fix))
+
+
+def _write_array(path: Path, values: np.ndarray) -> None:
+    with DurableFile(path) as file:
+        np.save(file, values)
+
+
+# ---- examples
+
+
+@dataclass
+class _Examples:
+    """One split of examples while it is put together."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    learnt: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+    too_long: int = 0
+    """Longer than data.sequence_length, and so cut or left out."""
+    left_out: int = 0
+    """Of them; also when no token of a response would be left."""
+
+    def add(self, example: Encoded, section: DataSection, tokenizer: Tokenizer) -> None:
+        """Take the example in, as far as it fits. ValueError: it is too long, and data.too_long says error."""
+        fitted = self._fitted(example, section)
+        if fitted is None:
+            return
+        dtype = _dtype(tokenizer.vocab_size)
+        self.ids.append(np.array(fitted.ids, dtype))
+        self.learnt.append(np.array(fitted.learnt, np.bool_))
+        words = [token for token, counts in zip(fitted.ids, fitted.learnt, strict=True) if counts]
+        self.size += len(tokenizer.decode(words).encode())
+
+    def _fitted(self, example: Encoded, section: DataSection) -> Encoded | None:
+        """The example as it is trained on, None if it is left out."""
+        most = section.sequence_length
+        if len(example) <= most:
+            return example
+        if section.too_long == "error":
+            raise ValueError(
+                f"has {len(example)} tokens, more than data.sequence_length = {most}. Raise it, or set data.too_long "
+                "to skip or truncate"
+            )
+        self.too_long += 1
+        cut = example.cut(most)
+        if section.too_long == "truncate" and cut.num_learnt:
+            return cut
+        self.left_out += 1
+        return None
+
+
+def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: int) -> dict[str, Any]:
+    """Tokenise into three files a split; what the manifest says of them."""
+    splits = {name: _Examples() for name in SPLITS}
+    problems: list[Problem] = []
+    for record in records:
+        try:
+            for example in _encoded(record, tokenizer, end):
+                splits[SPLITS[record.held_out]].add(example, records.section, tokenizer)
+        except ValueError as error:
+            problems.append(Problem(key="", rule=f"{record.where}: {str(error).rstrip('.')}"))
+            if len(problems) == MOST_PROBLEMS:
+                break
+    if problems:
+        raise ConfigError(*problems)
+    return {name: _write_split(folder, name, split) for name, split in splits.items()}
+
+
+def _encoded(record: Record, tokenizer: Tokenizer, end: int) -> list[Encoded]:
+    values = record.values
+    if "messages" in values:
+        return encode_chat(tokenizer, values["messages"], end, tools=values.get("tools"))
+    return [encode_pair(tokenizer, values["prompt"], values["response"], end)]
+
+
+def _write_split(folder: Path, name: str, split: _Examples) -> dict[str, Any]:
+    _require(len(split.ids), "examples", name)
+    lengths = np.array([len(ids) for ids in split.ids], np.int32)
+    arrays = {"": np.concatenate(split.ids), "_learnt": np.concatenate(split.learnt), "_lengths": lengths}
+    digest = hashlib.sha256()
+    for suffix, values in arrays.items():
+        _write_array(folder / f"{name}{suffix}.npy", values)
+        digest.update(values.tobytes())
+    return {
+        "documents": len(lengths),
+        "bytes": split.size,
+        "tokens": len(arrays[""]),
+        "learnt": int(sum(learnt[1:].sum() for learnt in split.learnt)),
+        "too_long": split.too_long,
+        "left_out": split.left_out,
+        "sha256": digest.hexdigest(),
+    }
+
+
+# ---- reading it back
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The examples of a split."""
+
+    tokens: np.ndarray
+    learnt: np.ndarray
+    lengths: np.ndarray
+    ends: np.ndarray
+    """Place in `tokens` where each example ends."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of an example, and of each whether it counts."""
+        end = int(self.ends[index])
+        place = slice(end - int(self.lengths[index]), end)
+        return self.tokens[place], self.learnt[place]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +324,9 @@ class Corpus:
     """A prepared folder, opened: token ids as memory maps and what is known of them."""
 
     folder: Path
-    train: np.ndarray
-    held_out: np.ndarray
+    train: np.ndarray | ExampleSet
+    """Running text, or examples."""
+    held_out: np.ndarray | ExampleSet
     vocab_size: int
     eos_token_id: int
     facts: dict[str, Any]
@@ -206,13 +336,11 @@ class Corpus:
     def open(cls, folder: Path) -> Corpus:
         """CheckpointError if the folder is incomplete."""
         facts = read_json(folder / MANIFEST)
+        open_split = _open_text if facts["format"] == "text" else _open_examples
         try:
-            train, held_out = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in SPLITS)
+            train, held_out = (open_split(folder, name, facts["splits"][name]) for name in SPLITS)
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{folder}: the prepared text is damaged: {error}. Remove the folder.") from error
-        for name, tokens in zip(SPLITS, (train, held_out), strict=True):
-            if len(tokens) != facts["splits"][name]["tokens"]:
-                raise CheckpointError(f"{folder / name}.npy: {len(tokens)} tokens, {MANIFEST} says otherwise")
         return cls(
             folder=folder,
             train=train,
@@ -229,48 +357,22 @@ class Corpus:
 
     @property
     def held_out_tokens_per_byte(self) -> float:
+        """Of the text that is predicted."""
         split = self.facts["splits"]["held_out"]
-        return split["tokens"] / split["bytes"]
+        return split.get("learnt", split["tokens"]) / split["bytes"]
 
 
-class TrainingOrder:
-    """Which window of the text is the nth training sequence: a pure function of the seed and n.
-
-    Each epoch cuts the text into windows of `length` at another offset and goes through them in another order.
-    """
-
-    def __init__(self, num_tokens: int, length: int, seed: int):
-        self.length = length
-        self.windows = (num_tokens - length) // length  # one length is left for the offset and the last target
-        """Sequences in an epoch."""
-        if self.windows < 1:
-            rule = f"must be shorter: the training text has {num_tokens} tokens"
-            raise ConfigError(Problem(key="data.sequence_length", rule=rule, value=length))
-        # Random bits by counter and a stable sort: the same on every platform and numpy version.
-        self._bits: Callable[[int], np.random.Philox] = lambda epoch: np.random.Philox(key=[seed, epoch])
-        self._epoch = lru_cache(maxsize=2)(self._starts_of_epoch)
-
-    def _starts_of_epoch(self, epoch: int) -> np.ndarray:
-        bits = self._bits(epoch).random_raw(self.windows + 1)
-        offset = int(bits[-1] % self.length)
-        return np.argsort(bits[:-1], kind="stable") * self.length + offset
-
-    def starts(self, first: int, count: int) -> np.ndarray:
-        """First token of the sequences `first`..`first + count - 1`, counted over all epochs: int64 [count]."""
-        numbers = np.arange(first, first + count)
-        epochs, places = numbers // self.windows, numbers % self.windows
-        return np.array([self._epoch(int(e))[p] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
+def _open_text(folder: Path, name: str, facts: dict[str, Any]) -> np.ndarray:
+    tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
+    if len(tokens) != facts["tokens"]:
+        raise CheckpointError(f"{folder / name}.npy: {len(tokens)} tokens, {MANIFEST} says otherwise")
+    return tokens
 
 
-def held_out_windows(num_tokens: int, length: int) -> np.ndarray:
-    """First token of each window of the held-out text, end to end: int64 [windows], at least one."""
-    windows = (num_tokens - 1) // length
-    if windows < 1:
-        rule = f"must be shorter: the held-out text has {num_tokens} tokens"
-        raise ConfigError(Problem(key="data.sequence_length", rule=rule, value=length))
-    return np.arange(windows, dtype=np.int64) * length
-
-
-def read_windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """The inputs and, one further, the targets of each window: int64 [len(starts), length + 1]."""
-    return np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+def _open_examples(folder: Path, name: str, facts: dict[str, Any]) -> ExampleSet:
+    tokens = _open_text(folder, name, facts)
+    learnt = np.load(folder / f"{name}_learnt.npy", mmap_mode="r")
+    lengths = np.load(folder / f"{name}_lengths.npy")
+    if len(learnt) != len(tokens) or lengths.sum() != len(tokens):
+        raise CheckpointError(f"{folder / name}_learnt.npy: does not fit {name}.npy")
+    return ExampleSet(tokens, learnt, lengths, np.cumsum(lengths, dtype=np.int64))

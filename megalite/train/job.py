@@ -6,13 +6,10 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
@@ -23,38 +20,46 @@ from megalite.core import distributed
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
-from megalite.files import LineFile, write_durably
+from megalite.files import write_durably
 from megalite.model.config import ModelConfig
+from megalite.model.kernels import device_name, ranks_on_device
 from megalite.train import card
-from megalite.train.batch import MicroBatch, from_windows
 from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
-from megalite.train.data import Corpus, TrainingOrder, held_out_windows, prepare, read_windows
+from megalite.train.data import PREPARED, TOKENIZER_FILES, Corpus, prepare
 from megalite.train.export import export_model, model_files
+from megalite.train.flops import peak_flops, training_flops
+from megalite.train.log import RunLog, Speed
 from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder, shape_of
 from megalite.train.optimizer import learning_rate
+from megalite.train.reading import open_reader
 from megalite.train.trainer import StepReport, Trainer
 from megalite.weights import hf, transfer
 from megalite.weights.manifest import Manifest
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
 
 @dataclass
 class Progress:
-    """What a run knows of itself besides weights; saved with them."""
+    """What a run knows of itself besides weights; saved with them.
+
+    There is no state of a random generator to save: new weights follow from train.seed, the order of the data from
+    data.seed and the number of sequences read, and nothing else in training is random.
+    """
 
     sequences: int = 0
     """Training sequences read; counted, because the number in a step changes with the layout."""
+    tokens: int = 0
+    """Tokens of them."""
     best_loss: float | None = None
     best_step: int = 0
     best_sequences: int = 0
+    best_tokens: int = 0
     evaluations_since_best: int = 0
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
 def run(loaded: Loaded) -> int:
-    """Train as the config says; every rank calls it. Returns the exit code."""
+    """Train as the config says; every rank calls it. Returns the exit code, 0 also after a SIGTERM and a save."""
     config = loaded.config
     with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
         distributed.prepare_deepspeed(runtime)
@@ -86,23 +91,30 @@ class Job:
             recompute=config.train.recompute,
             deepspeed_keys=config.deepspeed,
         )
-        length = config.data.sequence_length
-        self.order = TrainingOrder(len(self.corpus.train), length, config.data.seed)
-        self.held_out = held_out_windows(len(self.corpus.held_out), length)
+        self.reader = open_reader(self.corpus, config.data, config.train, self.state)
         self.progress = Progress()
-        self.log = self._open_log() if self.is_writer else None
+        self.log: RunLog | None = None
+        self.peak = self._peak_flops(runtime)
         self.stop_signal = 0
         self.began = time.monotonic()
 
     def run(self) -> None:
-        """All of it. Raises Stopped when a signal ended it; a later run then goes on."""
+        """All of it. A signal makes it save and end, and a later run goes on; raises Stopped if that was a SIGINT.
+
+        A scheduler that takes a machine away sends SIGTERM, and what has saved all it has in time did not fail.
+        """
         try:
             self._resume()
+            if self.is_writer:
+                board = self.config.output.tensorboard
+                self.log = RunLog(self.folder / "training", step=self.trainer.steps_done, tensorboard=board)
+            self._say(self.reader.describe())
             reason = self._train()
             self._say(f"training ends after step {self.trainer.steps_done}: {reason}")
-            if self.stop_signal:
+            if self.stop_signal == signal.SIGINT:
                 raise Stopped(self.stop_signal)
-            self._finish()
+            if not self.stop_signal:
+                self._finish()
         finally:
             if self.log is not None:
                 self.log.close()
@@ -117,16 +129,13 @@ class Job:
             raise ConfigError(Problem(key="output.folder", rule=f"already holds a training run: {found[0]}", fix=fix))
         return found
 
-    def _open_log(self) -> LineFile:
-        log = LineFile(self.folder / "training" / "log.jsonl")
-        log.cut_torn_line()  # of a run that was killed
-        return log
-
     def _open_corpus(self) -> Corpus:
-        folder = self.folder / "training" / "data"
+        folder = self.folder / PREPARED
         if self.is_writer:
             remove_unfinished(self.states)
-            prepare(self.config.data, self.config.tokenizer, folder, in_use=self.found is not None)
+            config = self.config
+            tokenizer = replace(config.tokenizer, path=config.tokenizer.path or config.model.path)
+            prepare(config.data, tokenizer, folder, in_use=self.found is not None)
         self._wait_for_all()
         return Corpus.open(folder)
 
@@ -160,21 +169,25 @@ class Job:
     def _train(self) -> str:
         """Steps until there is a reason to stop; gives the reason."""
         train, trainer = self.config.train, self.trainer
-        clock = _Clock(trainer.steps_done)
+        speed = Speed()
         reason = self._done()
         while reason is None:
-            report = trainer.step(list(self._micro_batches()))
-            self.progress.sequences += self._sequences_per_step
+            data = self.reader.step(self.progress.sequences)
+            report = trainer.step(data.batches)
+            tokens = sum(data.lengths)
+            self.progress.sequences += self.reader.sequences_per_step
+            self.progress.tokens += tokens
+            speed.count(tokens, training_flops(self.model, data.lengths))
             step = trainer.steps_done
             reason = self._done() or self._stop_asked()
             if step % train.log_every == 0 or reason is not None:
-                self._report(report, clock)
+                self._report(report, speed)
             if step % train.eval_every == 0 or (reason is not None and not self.stop_signal):
-                with clock.paused():
+                with speed.paused():
                     self._evaluate()
                 reason = self._done() or reason
             if step % train.save_every == 0 or reason is not None:
-                with clock.paused():
+                with speed.paused():
                     self._require_finite(report)
                     self._save()
         return reason
@@ -200,33 +213,26 @@ class Job:
             return f"stopped by {signal.Signals(self.stop_signal).name}"
         return f"train.max_seconds={limit:g} are over" if late else None
 
-    @property
-    def _sequences_per_step(self) -> int:
-        train = self.config.train
-        return train.micro_batch_size * train.gradient_accumulation_steps * self.state.dp.size
-
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        """This replica's share of the next step's sequences."""
-        train, dp = self.config.train, self.state.dp
-        share = train.micro_batch_size * train.gradient_accumulation_steps
-        first = self.progress.sequences + dp.rank * share
-        for start in range(first, first + share, train.micro_batch_size):
-            yield self._windows(self.corpus.train, self.order.starts(start, train.micro_batch_size))
-
-    def _windows(self, tokens: np.ndarray, starts: np.ndarray, counts: list[bool] | None = None) -> MicroBatch:
-        return from_windows(torch.from_numpy(read_windows(tokens, starts, self.config.data.sequence_length)), counts)
-
-    def _report(self, report: StepReport, clock: _Clock) -> None:
+    def _report(self, report: StepReport, speed: Speed) -> None:
         trainer, optimizer, steps = self.trainer, self.config.optimizer, self.config.train.steps
         value, norm = self._require_finite(report)
-        tokens = self._sequences_per_step * self.config.data.sequence_length
-        speed = clock.read(trainer.steps_done) * tokens
+        tokens, flops = speed.read()
         rate = learning_rate(optimizer, trainer.steps_done - 1, steps)
         line = f"step {trainer.steps_done}/{steps}  loss {value:.4f}  lr {rate:.2e}  norm {norm:.3f}"
-        self._say(
-            f"{line}  {speed:,.0f} tokens/s",
-            {"loss": value, "lr": rate, "gradient_norm": norm, "tokens_per_second": speed},
-        )
+        line += f"  {tokens:,.0f} tokens/s"
+        values = {"loss": value, "lr": rate, "gradient_norm": norm, "tokens_per_second": tokens}
+        if self.device.type == "cuda":
+            utilisation = flops / self.peak if self.peak is not None else None
+            values["mfu"] = utilisation
+            line += f"  MFU {utilisation:.1%}" if utilisation is not None else ""
+        self._say(line, values)
+
+    def _peak_flops(self, runtime: distributed.Runtime) -> float | None:
+        """What all devices of the run can do in a second; None where it is not known, or the numbers are float32."""
+        one = peak_flops(device_name(self.device))
+        if one is None or self.config.model.dtype != "bfloat16":
+            return None
+        return one * self.state.layout.size / ranks_on_device(runtime.local_world_size)
 
     def _require_finite(self, report: StepReport) -> tuple[float, float]:
         """Mean loss and gradient norm of the last step; MegaliteError if the weights can't be right after it."""
@@ -244,31 +250,19 @@ class Job:
         progress, step = self.progress, self.trainer.steps_done
         if progress.evaluations and progress.evaluations[-1]["step"] == step:
             return
-        loss = self.trainer.evaluate(self._held_out_batches(self.config.train.eval_batches))
+        loss = self.trainer.evaluate(self.reader.held_out(self.config.train.eval_batches))
         bits = card.bits_per_byte(loss, self.corpus)
         progress.evaluations.append({"step": step, "loss": loss, "bits_per_byte": bits})
         progress.evaluations_since_best += 1
         best = progress.best_loss is None or loss < progress.best_loss
         if best:
             progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, step, 0
-            progress.best_sequences = progress.sequences
+            progress.best_sequences, progress.best_tokens = progress.sequences, progress.tokens
             self._export()
         self._say(
             f"step {step}  held-out loss {loss:.4f}, {bits:.4f} bits per byte{' (best so far)' if best else ''}",
             {"held_out_loss": loss, "bits_per_byte": bits},
         )
-
-    def _held_out_batches(self, limit: int | None) -> Iterator[MicroBatch]:
-        """This replica's share of the held-out windows, in at most `limit` micro batches over all replicas.
-
-        Every replica gets as many batches; windows that fill up the last ones do not count.
-        """
-        size, dp = self.config.train.micro_batch_size, self.state.dp
-        windows = self.held_out if limit is None else self.held_out[: limit * size]
-        for first in range(0, len(windows), size * dp.size):
-            mine = range(first + dp.rank * size, first + (dp.rank + 1) * size)
-            starts = windows[[min(i, len(windows) - 1) for i in mine]]
-            yield self._windows(self.corpus.held_out, starts, [i < len(windows) for i in mine])
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -304,7 +298,7 @@ class Job:
         )
         transfer.load_folder(decoder, self.folder)
         scorer = Scorer(decoder)
-        loss = scorer.mean_loss(self._held_out_batches(None))
+        loss = scorer.mean_loss(self.reader.held_out(None))
         tokenizer = Tokenizer.from_file(str(self.corpus.folder / TOKENIZER_FILES[0]))
         samples = []
         for prompt in self.config.train.sample_prompts:
@@ -317,7 +311,7 @@ class Job:
         result = card.Result(
             step=progress.best_step,
             steps_run=self.trainer.steps_done,
-            tokens=progress.best_sequences * self.config.data.sequence_length,
+            tokens=progress.best_tokens,
             loss=loss,
             evaluations=progress.evaluations,
             samples=samples,
@@ -338,31 +332,9 @@ class Job:
         if not self.is_writer:
             return
         print(line, flush=True)
-        if values is not None:
-            seconds = round(time.monotonic() - self.began, 3)
-            self.log.append(json.dumps({"step": self.trainer.steps_done, "seconds": seconds, **values}))
+        if values is not None and self.log is not None:
+            self.log.write(self.trainer.steps_done, values)
 
     def _wait_for_all(self) -> None:
         if self.state.layout.size > 1:
             dist.barrier()
-
-
-class _Clock:
-    """Measures steps per second, less the time between."""
-
-    def __init__(self, step: int):
-        self._step = step
-        self._since = time.monotonic()
-
-    def read(self, step: int) -> float:
-        """Steps per second since the last reading; `step` steps are done by now."""
-        now = time.monotonic()
-        rate = (step - self._step) / max(now - self._since, 1e-9)
-        self._step, self._since = step, now
-        return rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._since += time.monotonic() - began

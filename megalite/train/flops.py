@@ -1,0 +1,65 @@
+"""How much arithmetic a training step is, and how much a device can do: what model FLOPs utilisation is made of.
+
+PaLM (arXiv 2204.02311, appendix B): a token costs 6 N + 12 L H Q T floating-point operations, forward and backward,
+with N the parameters that it is multiplied by, L layers of H heads of Q channels, and T the keys of its sequence,
+whether the causal mask hides them or not. Recomputed activations are no part of the model and not counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+from megalite.model.config import ModelConfig
+
+PEAKS = {
+    "A100": 312e12,
+    "A800": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "A6000": 155e12,
+    "B200": 2250e12,
+    "H100 PCIE": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "H200": 989e12,
+    "H20": 148e12,
+    "GH200": 989e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+}
+"""bfloat16 operations a second, dense, with sums in float32: the makers' data sheets, by what a device's name holds."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bfloat16 operations a second of a device of that name; None if it is not known."""
+    words = device_name.upper().replace("-", " ").split()
+    found = [name for name in PEAKS if all(part in words for part in name.split())]
+    return PEAKS[max(found, key=len)] if found else None
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Parameters that a token is multiplied by: chosen experts and the head, but no table that is looked up in."""
+    chosen = tuple(None if moe is None else replace(moe, num_experts=moe.top_k) for moe in model.moe)
+    active = replace(model, moe=chosen)
+    routers = sum((moe.num_experts - moe.top_k) * model.hidden_size for moe in model.moe if moe is not None)
+    layers = sum(active.layer_parameters(layer) for layer in range(model.num_layers))
+    return layers + routers + model.vocab_size * model.hidden_size
+
+
+def training_flops(model: ModelConfig, lengths: Iterable[int]) -> float:
+    """Operations of a training step over sequences of `lengths` tokens; a window bounds the keys of its layer."""
+    lengths = list(lengths)
+    windows = Counter(spec.window for spec in model.attention)
+    keys = sum(
+        layers * sum(length * (length if window is None else min(length, window)) for length in lengths)
+        for window, layers in windows.items()
+    )
+    return 6.0 * active_parameters(model) * sum(lengths) + 12.0 * model.num_heads * model.head_dim * keys

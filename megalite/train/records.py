@@ -1,0 +1,256 @@
+"""What there is to train on: files found, JSON lines read and checked, each with its place for messages. Torch-free.
+
+A file whose name ends in .jsonl holds JSON lines, any other is one text. A line is a text, `{"text": ...}`, or an
+example: `{"prompt": ..., "response": ...}` or a chat, `{"messages": [{"role": ..., "content": ...}, ...]}`, with
+`"tools"` if the chat template is to see some. What else a line holds is not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from megalite.config.schema import DataSection
+from megalite.errors import ConfigError, Problem
+
+NOT_STANDARD_LIBRARY = ("site-packages/", "dist-packages/")
+JSON_LINES = ".jsonl"
+MOST_PROBLEMS = 10
+"""Bad lines that are reported at once; the rest of the data is not read then."""
+TEXT, PAIR, CHAT = ("text",), ("prompt", "response"), ("messages",)
+KINDS = (TEXT, PAIR, CHAT)
+"""The keys that make a line what it is."""
+
+Format = Literal["text", "examples"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    name: str
+    """Path relative to the source, with forward slashes."""
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One text or one example."""
+
+    where: str
+    """`file` or `file:line`, for messages."""
+    held_out: bool
+    """Kept for evaluation."""
+    values: dict[str, Any]
+    """The keys of its kind and their values; a chat may have `tools` besides."""
+
+
+def find_files(section: DataSection) -> list[SourceFile]:
+    """The files of `section`, sorted by name, less the excluded ones. ConfigError if there are none."""
+    if section.source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.glob(section.pattern)]
+        found = [file for file in found if not file.name.startswith(NOT_STANDARD_LIBRARY)]
+    elif Path(section.source).is_dir():
+        root = Path(section.source)
+        found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.glob(section.pattern)]
+    elif Path(section.source).is_file():
+        found = [SourceFile(Path(section.source).name, Path(section.source))]
+    else:
+        pattern = Path(section.source)
+        root = Path(pattern.anchor)
+        matches = root.glob(pattern.relative_to(root).as_posix()) if section.source else ()
+        found = [SourceFile(path.as_posix(), path) for path in matches]
+    kept = [
+        file
+        for file in found
+        if file.path.is_file() and not any(fnmatchcase(file.name, pattern) for pattern in section.exclude)
+    ]
+    if not kept:
+        fix = "Give `stdlib`, a file, a folder with files that match data.pattern, or a glob."
+        raise ConfigError(Problem(key="data.source", rule="must name some files", value=section.source, fix=fix))
+    return sorted(kept, key=lambda file: file.name)
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether a file or line is kept for evaluation: a function of its name or content, true for `share` of all."""
+    return hash_of(name) < share * 2.0**64
+
+
+def hash_of(name: str) -> int:
+    """0 to 2^64 - 1."""
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+
+
+class Records:
+    """The records of `files`, in their order; each iteration reads the files again.
+
+    A text file that is not UTF-8 is passed over (the standard library has some on purpose). ConfigError, raised while
+    iterating: lines that are not what they must be, up to MOST_PROBLEMS, and none is given after the first of them.
+    """
+
+    def __init__(self, files: list[SourceFile], section: DataSection):
+        self.files = files
+        self.section = section
+        self.format: Format = self._format()
+        """What all of them are."""
+
+    def __iter__(self) -> Iterator[Record]:
+        problems: list[Problem] = []
+        for file in self.files:
+            for item in self._lines(file) if is_lines(file) else self._text(file):
+                if isinstance(item, Problem):
+                    problems.append(item)
+                    if len(problems) == MOST_PROBLEMS:
+                        raise ConfigError(*problems)
+                elif not problems:
+                    yield item
+        if problems:
+            raise ConfigError(*problems)
+
+    def _format(self) -> Format:
+        """As the config says, or as the first line of the first file of lines."""
+        if self.section.format != "auto":
+            return self.section.format
+        for file in filter(is_lines, self.files):
+            first = next(_numbered(file), None)
+            if first is not None:
+                try:
+                    return "text" if _kind(_parsed(first[1])) == TEXT else "examples"
+                except ValueError:  # told when the line is read
+                    pass
+        return "text"
+
+    def _text(self, file: SourceFile) -> Iterator[Record | Problem]:
+        if self.format == "examples":
+            rule = f"{file.path}: a text, where all others are examples" if self.section.format == "auto" else ""
+            rule = rule or f"{file.path}: must be JSON lines, because data.format is examples"
+            fix = f"Examples are in files whose names end in {JSON_LINES}; narrow data.source or data.pattern to them."
+            yield Problem(key="data.source", rule=rule, fix=fix)
+            return
+        try:
+            text = file.path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            log.info("%s: not UTF-8, passed over", file.path)
+            return
+        if text:
+            yield Record(str(file.path), is_held_out(file.name, self.section.held_out), {"text": text})
+
+    def _lines(self, file: SourceFile) -> Iterator[Record | Problem]:
+        first: tuple[str, ...] | None = None
+        for number, raw in _numbered(file):
+            where = f"{file.path}:{number}"
+            try:
+                values = _parsed(raw)
+                kind = _kind(values)
+                self._check_kind(kind, first)
+                first = kind
+                kept = {key: values[key] for key in kind} | _checked(kind, values)
+            except ValueError as error:
+                yield Problem(key="", rule=f"{where}: {error}")
+                continue
+            if kept == {"text": ""}:
+                continue
+            content = json.dumps(kept, sort_keys=True, ensure_ascii=False)
+            yield Record(where, is_held_out(content, self.section.held_out), kept)
+
+    def _check_kind(self, kind: tuple[str, ...], first: tuple[str, ...] | None) -> None:
+        if first is not None and kind != first:
+            raise ValueError(f"holds {_words(kind)}, the lines before it {_words(first)}; a file holds one kind")
+        if (kind == TEXT) != (self.format == "text"):
+            wanted = "texts" if self.format == "text" else "examples"
+            by = "data.format says" if self.section.format != "auto" else "the first file holds"
+            raise ValueError(f"holds {_words(kind)}, and {by} {wanted}")
+
+
+def is_lines(file: SourceFile) -> bool:
+    return file.name.endswith(JSON_LINES)
+
+
+def line_problems(section: DataSection) -> list[Problem]:
+    """What is wrong with the lines that `section` names, the first few of them; reads all files of JSON lines."""
+    try:
+        files = find_files(section)
+        if section.format == "examples" or any(map(is_lines, files)):
+            for _ in Records(files, section):
+                pass
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+# ---- one line
+
+
+def _numbered(file: SourceFile) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank, with its number from 1."""
+    with file.path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            if raw.strip():
+                yield number, raw
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    """ValueError: it is not a JSON object."""
+    try:
+        values = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not valid JSON at column {error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError('must be a JSON object such as {"prompt": "...", "response": "..."}')
+    return values
+
+
+def _kind(values: dict[str, Any]) -> tuple[str, ...]:
+    """ValueError: it is none, or several."""
+    whole = [kind for kind in KINDS if all(key in values for key in kind)]
+    if len(whole) > 1:
+        raise ValueError(f"holds {' and '.join(map(_words, whole))}, where a line is one of them")
+    if whole:
+        return whole[0]
+    for kind in KINDS:
+        for key in kind:
+            if key in values:
+                raise ValueError(f"has {key!r} but no {next(one for one in kind if one not in values)!r}")
+    raise ValueError(f"needs {_words(TEXT)}, {_words(PAIR)} or {_words(CHAT)}; it has {list(values)}")
+
+
+def _words(kind: tuple[str, ...]) -> str:
+    return "/".join(map(repr, kind))
+
+
+def _checked(kind: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
+    """What a line may have besides the keys of its kind. ValueError: a value is not what it must be."""
+    if kind != CHAT:
+        for key in kind:
+            if not isinstance(values[key], str):
+                raise ValueError(f"{key!r} must be a text, got {type(values[key]).__name__}")
+            try:
+                values[key].encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{key!r} has half a surrogate pair at character {error.start}") from None
+        if kind == PAIR and not values["response"]:
+            raise ValueError("'response' is empty: there is nothing to learn from")
+        return {}
+    messages = values["messages"]
+    if not (isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)):
+        raise ValueError("'messages' must be a list of {role, content}, at least one")
+    for index, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"message {index + 1} has no 'role'")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no message has the role 'assistant': there is nothing to learn from")
+    tools = values.get("tools")
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"'tools' must be a list, got {type(tools).__name__}")
+    return {} if tools is None else {"tools": tools}
