@@ -10,7 +10,7 @@ import pytest
 
 from megalite.errors import ConfigError
 from megalite.hybrid.rewards import complete_function, exact_match
-from megalite.hybrid.tasks import PromptOrder, additions, check_source, library_functions, load_examples
+from megalite.hybrid.tasks import additions, check_source, library_functions, load_examples
 from megalite.train.records import is_held_out
 
 ADDITIONS = "megalite.hybrid.tasks:additions"
@@ -285,20 +285,3 @@ def test_functions_of_the_standard_library_score_well_as_they_are():
 
 
 # ---- the order
-
-
-def test_an_epoch_takes_every_example_once_and_the_next_one_in_another_order():
-    order = PromptOrder(10, seed=7)
-    epochs = [order.indices(10 * epoch, 10) for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2] != list(range(10))
-
-
-def test_the_order_is_a_function_of_seed_and_number():
-    whole = PromptOrder(10, seed=7).indices(0, 40)
-    assert [one for first in range(0, 40, 4) for one in PromptOrder(10, seed=7).indices(first, 4)] == whole
-    assert PromptOrder(10, seed=8).indices(0, 40) != whole
-    # Written down: a run that is resumed elsewhere, by a later version, has to go on in the same order.
-    assert whole[:6] == [8, 4, 1, 6, 3, 2]
-    with pytest.raises(ValueError, match="no examples"):
-        PromptOrder(0, seed=7)

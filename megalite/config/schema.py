@@ -389,7 +389,7 @@ class HybridSection:
     """`package.module:function` that gives a sample's reward. Required."""
     reward_workers: int = 1
     """Processes that compute rewards."""
-    reward_time_limit: float = 5.0
+    reward_time_limit: float = 15.0
     """Seconds that one sample's reward may take."""
     failure_reward: float = 0.0
     """Reward of a sample whose reward function failed or took too long."""

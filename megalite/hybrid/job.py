@@ -30,12 +30,12 @@ from megalite.hybrid.record import Record
 from megalite.hybrid.reward_pool import RewardPool, Sample, Scored
 from megalite.hybrid.rollout import Judged, Rollout
 from megalite.hybrid.sync import Sync
-from megalite.hybrid.tasks import PromptOrder
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
 from megalite.model.decoder import Decoder
 from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder
+from megalite.train.order import ExampleOrder
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
 
@@ -82,7 +82,7 @@ class Job:
         self.decoder = self._make_generating_decoder()
         self.sync = self._make_sync()
         self.generator = self._make_generator()
-        self.order = PromptOrder(len(self.materials.examples), config.data.seed)
+        self.order = ExampleOrder(len(self.materials.examples), config.data.seed)
         self.record = Record(config, self.materials.folder, self.runtime.rank == self.home)
         self.pool: RewardPool | None = None
         self.weight_version = 0
@@ -130,11 +130,11 @@ class Job:
         section, progress = self.config.supervised, self.progress
         if progress.supervised_steps >= section.steps:
             return
-        order = PromptOrder(len(self.materials.responses), self.config.data.seed)
+        order = ExampleOrder(len(self.materials.responses), self.config.data.seed)
         while progress.supervised_steps < section.steps:
             first = progress.supervised_steps * section.examples_per_step
             if self.learner is not None:
-                places = order.indices(first, section.examples_per_step)
+                places = order.indices(first, section.examples_per_step).tolist()
                 found = self.learner.supervise([self.materials.responses[place] for place in places])
                 self.record.supervised(progress.supervised_steps + 1, found)
             progress.supervised_steps += 1
@@ -149,7 +149,7 @@ class Job:
                 self._push()
         with self.record.timed("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
-            places = self.order.indices(first, config.prompts_per_step)
+            places = self.order.indices(first, config.prompts_per_step).tolist()
             rollouts = self.generator.sample(places, first=first, weight_version=self.weight_version)
         with self.record.timed("rewarding"):
             scored = self._reward(rollouts)

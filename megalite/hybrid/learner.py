@@ -23,7 +23,7 @@ from megalite.hybrid.algorithms import (
 )
 from megalite.hybrid.rollout import Rollout
 from megalite.train.batch import MicroBatch, blank, from_sequences
-from megalite.train.examples import Example
+from megalite.train.examples import Encoded
 from megalite.train.loss import NEXT_TOKEN, Loss
 from megalite.train.packing import pack
 from megalite.train.trainer import Trainer
@@ -57,7 +57,7 @@ class Learner:
         self.capacity = micro_batch_tokens
         self.reference = reference
 
-    def supervise(self, examples: Sequence[Example]) -> dict[str, float]:
+    def supervise(self, examples: Sequence[Encoded]) -> dict[str, float]:
         """One step on responses; loss and gradient norm."""
         [mine] = self._plan([[len(example.ids) - 1 for example in examples]])
         batches = [

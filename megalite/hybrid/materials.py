@@ -69,7 +69,7 @@ class Materials:
             raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no end-of-text token", fix="Name one."))
         return folder, tokenizer
 
-    def _responses(self) -> list[supervised.Example]:
+    def _responses(self) -> list[supervised.Encoded]:
         """The examples' responses, for supervised steps."""
         if self.config.supervised.steps == 0:
             return []

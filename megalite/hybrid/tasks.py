@@ -15,7 +15,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,32 +162,6 @@ def _example(where: str, record: Any) -> Example:
 def _is_chat(messages: Any) -> bool:
     whole = isinstance(messages, list) and messages
     return bool(whole) and all(isinstance(one, Mapping) and isinstance(one.get("role"), str) for one in messages)
-
-
-class PromptOrder:
-    """Which example is the nth prompt of a job: a pure function of the seed and n.
-
-    Each epoch goes through all examples, in another order.
-    """
-
-    def __init__(self, num_examples: int, seed: int):
-        if num_examples < 1:
-            raise ValueError("there is no order of no examples")
-        self.num_examples = num_examples
-        # Random bits by counter and a stable sort: the same on every platform and numpy version.
-        self._bits: Callable[[int], np.random.Philox] = lambda epoch: np.random.Philox(key=[seed, epoch])
-        self._epoch = lru_cache(maxsize=2)(self._order_of_epoch)
-
-    def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        return np.argsort(self._bits(epoch).random_raw(self.num_examples), kind="stable")
-
-    def indices(self, first: int, count: int) -> list[int]:
-        """The examples of the prompts `first`..`first + count - 1`, counted over all epochs.
-
-        Iteration i of a job with k prompts in each takes `indices(i * k, k)`.
-        """
-        numbers = range(first, first + count)
-        return [int(self._epoch(n // self.num_examples)[n % self.num_examples]) for n in numbers]
 
 
 # ---- additions
