@@ -282,6 +282,3 @@ def test_functions_of_the_standard_library_score_well_as_they_are():
     whole = [complete_function(one.prompt, one.response, one.record) for one in examples]
     halves = [complete_function(one.prompt, one.response[: len(one.response) // 2], one.record) for one in examples]
     assert sum(whole) / len(whole) > 0.9 and sum(halves) / len(halves) < 0.4
-
-
-# ---- the order
