@@ -103,8 +103,8 @@ def _fault(spec: str, point: str, rank: int) -> None:
     where, _, only_rank = where.partition("@")
     if where != point or (only_rank and int(only_rank) != rank):
         return
-    _passages[point] = _passages.get(point, 0) + 1
-    if _passages[point] != int(nth or 1):
+    _passages[point] = passage = _passages.get(point, 0) + 1  # threads may count one passage twice, but skip none
+    if passage != int(nth or 1):
         return
     if action == "raise":
         raise RuntimeError(f"injected fault at {point} on rank {rank}")

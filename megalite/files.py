@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import BinaryIO
 from megalite.errors import CheckpointError, MegaliteError, ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+\.tmp")
 _SCAN = 1 << 16
 """Bytes read at a time when the last line of a file is looked for."""
 
@@ -96,9 +98,19 @@ def write_durably(path: str | os.PathLike[str], content: bytes | str, *, mode: i
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def left_behind(folder: Path) -> list[Path]:
+    """Temporary files of writers that were killed: only for who knows that no other process writes in the folder."""
+    return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+
+
+def as_json(value: object) -> str:
+    """Indented JSON and a final newline; ValueError for NaN and infinities."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: str | os.PathLike[str], value: object, *, mode: int = 0o666) -> None:
-    """Replace the file by `value` as indented JSON and a final newline; NaN and infinities are refused (ValueError)."""
-    write_durably(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=mode)
+    """Replace the file by `value` as `as_json` gives it."""
+    write_durably(path, as_json(value), mode=mode)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -248,9 +247,25 @@ def test_nothing_is_overwritten_unasked(model, tmp_path):
     assert len(list(out.glob("rank-*"))) == 3
     with pytest.raises(ConfigError, match="is the folder that is read"):
         reshard(out, Layout(1), out, overwrite=True)
-    export(out, out.parent / "hf")
+
+
+def test_an_export_is_known_again_by_its_bytes(model, tmp_path):
+    """A Hugging Face folder does not say what it was made from; the same command again must not ask to overwrite it."""
+    cut, out = tmp_path / "cut", tmp_path / "hf"
+    convert(model, Layout(2), cut)
+    for size in (10**9, 3000):
+        assert not export(cut, out, max_shard_bytes=size, overwrite=True).was_done
+        (out / "thesis.txt").write_text("mine")
+        assert export(cut, out, max_shard_bytes=size).was_done
+        file = sorted(out.glob("*.safetensors"))[-1]
+        for path, at in [(file, -1), (out / "tokenizer.json", 3), (out / "model.safetensors.index.json", -5)]:
+            if path.exists():
+                flip(path, at)
+                with pytest.raises(ConfigError, match="already holds.*--overwrite"):
+                    export(cut, out, max_shard_bytes=size)
+                flip(path, at)
     with pytest.raises(ConfigError, match="--overwrite"):
-        export(out, out.parent / "hf")
+        export(cut, out)
 
 
 def test_overwriting_leaves_nothing_of_the_old_model(model, tmp_path):
@@ -416,63 +431,65 @@ def test_two_at_once_do_not_mix(model, tmp_path):
         Output(tmp_path / "out", files, "work", overwrite=False).__enter__()
 
 
-@pytest.mark.parametrize("tool", ["convert", "export"])
-def test_killed_at_random_until_it_is_through(tool, tmp_path):
-    """The result is whole, and what is written twice is bounded by what was in flight when a kill came."""
-    model = write_model(tmp_path / "model", Sizes("qwen3", layers=4, hidden=256, inner=900, vocab=3000, files=2))
+@pytest.mark.parametrize(
+    ("tool", "jobs", "more"), [("convert", 2, []), ("export", 1, []), ("export", 2, ["--max-shard-size", "900KB"])]
+)
+def test_killed_again_and_again_until_it_is_through(tool, jobs, more, tmp_path):
+    """Killed at the first step, run again and killed at the second, and so on: each change to the folder is the last
+    of some run. The result is whole, and what is written twice is bounded by what was in flight at the kills."""
+    model = write_model(tmp_path / "model", Sizes("qwen3", layers=2, hidden=256, inner=500, vocab=1000, files=2))
     convert(model, Layout(2, 2), tmp_path / "cut")
-    command = [sys.executable, "tools/convert.py", "--model", model, "--layout", "tp=3,pp=2"]
-    if tool == "export":
-        command = [sys.executable, "tools/export.py", "--from", tmp_path / "cut"]
-    out = tmp_path / "out"
-    largest = 3000 * 256 * 2
-    random_delay = random.Random(5)
-    written = kills = 0
-    while True:
-        process = subprocess.Popen([*command, "--out", out, "--jobs", "2"], cwd=ROOT, stdout=subprocess.DEVNULL)
-        # no sooner than the first byte of output, or most kills would hit the interpreter's start
-        while process.poll() is None and not (out / JOURNAL).exists():
-            time.sleep(0.001)
-        if kills < 8:
-            time.sleep(random_delay.uniform(0, 0.04))
-            process.send_signal(signal.SIGSTOP)
-        if process.poll() is None and kills < 8:
-            written += bytes_written(process.pid)
-            process.kill()
-            process.wait()
+    out, largest = tmp_path / "out", 1000 * 256 * 2
+    arguments = ["--model", model, "--layout", "tp=3,pp=2"] if tool == "convert" else ["--from", tmp_path / "cut"]
+    with Killed(tool, *arguments, *more, "--out", out, "--jobs", jobs) as killed:
+        written = kills = 0
+        while (code := killed.run(kills + 1)) == -signal.SIGKILL:
             kills += 1
+            written += killed.written
             check_not_half_done(out, model)
-            continue
-        assert process.wait() == 0
-        break
-    assert kills > 2
-    if tool == "convert":
-        assert verify(out, model).findings == []
-        total = sum(path.stat().st_size for path in out.glob("rank-*"))
-    else:
-        assert contents(out) == contents(model)
-        total = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    assert written <= total + kills * (2 * 2 * largest + 200_000)  # two jobs, embedding and head copies, headers
+        assert code == 0 and kills > 8
+        if tool == "convert":
+            assert verify(out, model).findings == []
+        else:
+            assert contents(out) == contents(model)
+        total = sum(path.stat().st_size for path in out.iterdir())
+        assert total <= written + killed.written <= total + kills * (jobs * 2 * largest + 100_000)
+        before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+        assert killed.run(10_000) == 0
+        assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert not [name for name in before if name.startswith(".") or name.endswith(".part")]
+
+
+class Killed:
+    """Runs of a tool that end at a given step; see killed_tool.py."""
+
+    def __init__(self, *command: object):
+        script = [sys.executable, ROOT / "tests" / "killed_tool.py", *map(str, command)]
+        self._process = subprocess.Popen(script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.written = 0
+        """Bytes that the last run wrote."""
+
+    def run(self, step: int) -> int:
+        """Return code of a run that is killed at a step, if it comes so far."""
+        self._process.stdin.write(f"{step}\n")
+        code, written = self._process.stdout.readline().split()
+        self.written = int(written)
+        return int(code)
+
+    def __enter__(self) -> Killed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
 
 
 def check_not_half_done(out: Path, model: Path) -> None:
     """Whatever a reader takes for whole is whole."""
-    if (out / "manifest.json").exists():
-        assert verify(out, model).findings == []
-    elif (out / "config.json").exists() and not list(out.glob("rank-*")):
-        try:
-            found = contents(out)
-        except CheckpointError:
-            return
-        assert found == contents(model)
-
-
-def bytes_written(pid: int) -> int:
-    """By a stopped process, so far."""
-    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
-        if line.startswith("wchar:"):
-            return int(line.split()[1])
-    raise AssertionError("no wchar")
+    try:
+        open_source(out)
+    except CheckpointError:
+        return
+    assert verify(out, model).findings == []
 
 
 # ---- verifying ---------------------------------------------------------------------------------------------------

@@ -120,9 +120,9 @@ def test_ranks_that_agree_get_all_cards_and_one_plan(tmp_path):
 
 def test_ranks_that_never_came_are_named_by_rank_0_alone(tmp_path):
     cards = [a_card(0), a_card(1), a_card(4, host="hostB")]
-    found = meet_all(tmp_path, cards, 5, 0.5)
+    found = meet_all(tmp_path, cards, 5, 1.5)
     assert isinstance(found[0], RankLost)
-    assert "ranks 2, 3 never came within 0.5 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
+    assert "ranks 2, 3 never came within 1.5 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
     for rank in (1, 4):
         assert isinstance(found[rank], SystemExit) and found[rank].code == 70
 
@@ -329,14 +329,16 @@ def test_one_rank_without_a_launcher(alone, tmp_path):
         time.sleep(0.1)
         assert runtime.signal_received() is None
         os.kill(os.getpid(), signal.SIGTERM)
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while runtime.signal_received() is None and time.monotonic() < until:
             time.sleep(0.01)
         assert runtime.signal_received() == signal.SIGTERM
     assert read_status(path)["state"] == "done" and signal.getsignal(signal.SIGTERM) == handler
     runtime.stop()
     signal.signal(signal.SIGALRM, alarm)
-    time.sleep(0.1)
+    until = time.monotonic() + 30
+    while threading.active_count() > threads and time.monotonic() < until:
+        time.sleep(0.01)
     assert threading.active_count() == threads
 
 

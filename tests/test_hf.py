@@ -441,7 +441,7 @@ def test_a_hub_that_refuses_connections(hub, tmp_path):
     started = time.monotonic()
     _, error = load(hub, tmp_path, HF_ENDPOINT=address)
     assert "the hub can't be asked for it" in error and "Check the name and the network" in error
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
     downloaded = load(hub, tmp_path)[0]
     assert load(hub, tmp_path, HF_ENDPOINT=address)[0] == downloaded
 
@@ -452,7 +452,7 @@ def test_a_hub_that_never_answers(hub, tmp_path):
     started = time.monotonic()
     _, error = load(hub, tmp_path)
     assert "the hub can't be asked for it" in error
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 50
 
 
 def test_models_that_one_may_not_have(hub, tmp_path):

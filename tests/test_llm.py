@@ -46,7 +46,7 @@ def watches() -> int:
 
 
 def down_to(count: int) -> bool:
-    end = time.monotonic() + 2
+    end = time.monotonic() + 30
     while watches() > count and time.monotonic() < end:
         time.sleep(0.01)
     return watches() == count

@@ -11,8 +11,11 @@ from typing import Any
 
 import xxhash
 
+from megalite.errors import maybe_fault
 from megalite.files import DurableFile, write_durably
 from megalite.weights.hf import inside
+from megalite.weights.manifest import digest_of
+from megalite.weights.shards import STEP
 
 CONFIG = "config.json"
 BESIDE = (
@@ -75,7 +78,17 @@ def write(companions: Companions, out: Path) -> dict[str, str]:
             with open(content, "rb") as source, DurableFile(out / name) as target:
                 shutil.copyfileobj(source, target)
         digests[name] = digest_of_file(out / name)
+        maybe_fault(STEP)
     return digests
+
+
+def are_in(companions: Companions, out: Path) -> bool:
+    """Whether a folder holds all of them, as they are now."""
+    return all(
+        (out / name).is_file()
+        and digest_of_file(out / name) == (digest_of(one) if isinstance(one, bytes) else digest_of_file(one))
+        for name, one in companions.items()
+    )
 
 
 def digest_of_file(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,19 @@ import xxhash
 
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, Problem
-from megalite.files import write_json
+from megalite.files import as_json, write_json
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.weights import companions
 from megalite.weights import manifest as manifests
-from megalite.weights.blocks import Block, hf_blocks, merged, plan, rank_blocks, stored_blocks
+from megalite.weights.blocks import Block, Move, hf_blocks, merged, plan, rank_blocks, stored_blocks
+from megalite.weights.copying import Reading, digest_block, in_parallel, perform
 from megalite.weights.dtypes import NAMES
 from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.manifest import WEIGHT, Manifest, Range, StoredFile, StoredTensor, file_name
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.output import NewFile, Outcome, Output, Progress
-from megalite.weights.shards import expected, open_manifest
+from megalite.weights.shards import JOURNAL, expected, open_manifest
 from megalite.weights.sources import Source, open_source
 from megalite.weights.tensor_file import DTYPE_BYTES, TensorInfo, new_header
 
@@ -157,12 +159,14 @@ def export(
     copies = companions.chosen(source.folder, source.values, dtype)
     work = _fingerprint("export", source, files, copies, [])
     moves = plan(source.blocks, hf_blocks(source.model, tensors))
+    index = {INDEX: as_json(index_of(tensors)).encode()} if len(files) > 1 else {}
     begin(sum(move.nbytes for move in moves))
+    if not overwrite and _looks_exported(out, files, copies | index) and _is_same(moves, jobs, progress):
+        return Outcome(out, files=len(files), was_done=True)
     with Output(out, files, work, overwrite=overwrite, extra_bytes=companions.nbytes(copies)) as output:
         output.run(moves, jobs or default_jobs(), progress)
         companions.write(copies, out)
-
-        output.finish(lambda: write_index(out, tensors) if len(files) > 1 else None)
+        output.finish(lambda: companions.write(index, out))
     output.outcome.notes = tuple(source.notes)
     return output.outcome
 
@@ -184,8 +188,33 @@ def _check_layout(model: ModelConfig, layout: Layout) -> None:
 
 
 def _is_done(out: Path, work: str) -> bool:
-    """Whether `out` is the whole result of this very work."""
-    return (out / manifests.NAME).is_file() and open_manifest(out).made_from == work
+    """Whether `out` is the whole result of this very work, with no more to be done."""
+    whole = (out / manifests.NAME).is_file() and not (out / JOURNAL).exists()
+    return whole and open_manifest(out).made_from == work
+
+
+def _looks_exported(out: Path, files: list[NewFile], beside: companions.Companions) -> bool:
+    """Whether all but the weights is as an export leaves it."""
+    finished = not (out / JOURNAL).exists() and all(file.fits(out / file.name) for file in files)
+    return finished and companions.are_in(beside, out)
+
+
+def _is_same(moves: list[Move], jobs: int | None, progress: Progress) -> bool:
+    """Whether the targets hold already what the moves would write: a Hugging Face folder does not say what it was made
+    of, so every byte is compared, until one differs."""
+    differs = threading.Event()
+    with Reading() as files:
+
+        def compare(move: Move) -> None:
+            if differs.is_set():
+                return
+            digests = perform(files, move, lambda block, row, rows: None)
+            if digests != [digest_block(files, block) for block in move.targets]:
+                differs.set()
+            progress(move.nbytes)
+
+        in_parallel(compare, moves, jobs or default_jobs())
+    return not differs.is_set()
 
 
 def _fingerprint(form: str, source: Source, files: list[NewFile], copies: companions.Companions, more: Any) -> str:
@@ -259,11 +288,16 @@ def hf_files(
     return files, tensors
 
 
-def write_index(out: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    """The file that makes several weight files one model."""
+def index_of(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Content of the file that makes several weight files one model."""
     total = sum(info.nbytes for info in tensors.values())
     weight_map = {info.name: info.file.name for info in tensors.values()}
-    write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def write_index(out: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Put that file beside the weights."""
+    write_json(out / INDEX, index_of(tensors))
 
 
 def _stored_files(

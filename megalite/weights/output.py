@@ -25,20 +25,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalite.errors import CheckpointError, ConfigError, Problem, ResourceError, maybe_fault
-from megalite.files import LineFile, sync_folder, told_clearly
+from megalite.files import LineFile, left_behind, sync_folder, told_clearly
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Block, Move, Part
 from megalite.weights.companions import beside
 from megalite.weights.copying import Reading, allow_open_files, digest_block, in_parallel, perform
 from megalite.weights.hf import INDEX, SINGLE
-from megalite.weights.shards import JOURNAL
+from megalite.weights.shards import JOURNAL, STEP
 
 PART = ".part"
 SPARE_BYTES = 32 << 20
 """Free space to leave beside what is written: manifest, tokenizer, the file system's own."""
 _OURS = re.compile(r"(\w+-\d{3,}|model(-\d{5}-of-\d{5})?)\.safetensors(\.part)?")
 """Weight files of rank shards and of exports, which --overwrite removes."""
-_SEALS = (manifests.NAME, INDEX, SINGLE)
+_SEALS = {manifests.NAME, INDEX, SINGLE}
 """What makes a folder look whole."""
 
 _WRITEBACK_BYTES = 64 << 10
@@ -62,6 +62,13 @@ class NewFile:
     """Header included."""
     is_last: bool = False
     """Makes the folder look whole, so it is renamed after everything else."""
+
+    def fits(self, path: Path) -> bool:
+        """Whether `path` is a file of this size that begins with this header."""
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != self.nbytes:
+            return False
+        with open(path, "rb") as old:
+            return old.read(len(self.header)) == self.header
 
 
 @dataclass
@@ -109,7 +116,9 @@ class Output:
         allow_open_files(2 * len(self._files))  # each may also be read, to see what an earlier run has done
         try:
             self._journal.cut_torn_line()
-            if not self._is_own():
+            if self._is_own():
+                self._unseal(_SEALS - {file.name for file in self._files.values()})
+            else:
                 self._clear()
             self._open_parts()
         except BaseException:
@@ -156,14 +165,24 @@ class Output:
     def _clear(self) -> None:
         """Begin anew in a folder that is empty or was given up."""
         old = self._old_files()
+        self._unseal(_SEALS)
         with told_clearly(self.folder):
-            for name in _SEALS:  # first: without them nothing looks whole
-                (self.folder / name).unlink(missing_ok=True)
-            sync_folder(self.folder)
             for path in old:
                 path.unlink(missing_ok=True)
+                maybe_fault(STEP)
             os.truncate(self.folder / JOURNAL, 0)
         self._journal.append(json.dumps({"work": self.work}))
+        maybe_fault(STEP)
+
+    def _unseal(self, seals: Iterable[str]) -> None:
+        """Take away what makes the folder look whole, before anything else in it is touched; and litter."""
+        with told_clearly(self.folder):
+            for name in sorted(seals):
+                (self.folder / name).unlink(missing_ok=True)
+                maybe_fault(STEP)
+            for path in left_behind(self.folder):
+                path.unlink(missing_ok=True)
+            sync_folder(self.folder)
 
     def _check_space(self) -> None:
         needed = sum(file.nbytes for file in self._files.values()) + self._extra_bytes + SPARE_BYTES
@@ -179,6 +198,7 @@ class Output:
         """CheckpointError if another process is at work here. A file system without locks is taken at its word."""
         path = self.folder / JOURNAL
         self._descriptors[path] = lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        maybe_fault(STEP)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -197,25 +217,21 @@ class Output:
         for path, file in self._files.items():
             part = path.with_name(path.name + PART)
             for there in (path, part):
-                if there not in self._descriptors and path not in self._descriptors and self._fits(there, file):
+                if there not in self._descriptors and path not in self._descriptors and file.fits(there):
                     os.replace(there, part)  # not finished until all of it was checked
+                    maybe_fault(STEP)
                     self._descriptors[path] = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
             if path not in self._descriptors:
                 self._descriptors[path] = self._new(path, part, file)
-
-    @staticmethod
-    def _fits(path: Path, file: NewFile) -> bool:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.nbytes:
-            return False
-        with open(path, "rb") as old:
-            return old.read(len(file.header)) == file.header
 
     def _new(self, path: Path, part: Path, file: NewFile) -> int:
         with told_clearly(path):
             part.unlink(missing_ok=True)
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
+                maybe_fault(STEP)
                 os.ftruncate(descriptor, file.nbytes)
+                maybe_fault(STEP)
                 _write(descriptor, memoryview(file.header), 0)
             except BaseException:
                 os.close(descriptor)
@@ -255,6 +271,7 @@ class Output:
                     self._journal.append(json.dumps({"part": _key(move.part), "digests": mine}))
                     digests.update(zip(move.targets, mine, strict=True))
                     self.outcome.written += move.nbytes
+                maybe_fault(STEP)
                 self._finished(move)
                 progress(move.nbytes)
 
@@ -304,6 +321,7 @@ class Output:
                 os.fsync(self._descriptors[path])
                 if not self._files[path].is_last:
                     os.replace(path.with_name(path.name + PART), path)
+                    maybe_fault(STEP)
 
     def finish(self, seal: Callable[[], None]) -> None:
         """Make the folder whole: `seal` writes what must come last, such as the manifest."""
@@ -312,12 +330,15 @@ class Output:
             sync_folder(self.folder)
         maybe_fault("shards.seal")
         seal()
+        maybe_fault(STEP)
         with told_clearly(self.folder):
             for path, file in self._files.items():
                 if file.is_last:
                     os.replace(path.with_name(path.name + PART), path)
             sync_folder(self.folder)
+            maybe_fault(STEP)
             (self.folder / JOURNAL).unlink()
+            maybe_fault(STEP)
             sync_folder(self.folder)
 
 
@@ -329,6 +350,7 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
+        maybe_fault(STEP)
 
 
 def _start_writeback(descriptor: int, offset: int, count: int) -> None:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 JOURNAL = ".unfinished.jsonl"
 """Where a conversion notes what it has done, until the manifest takes its place."""
+STEP = "shards.step"
+"""Fault point that is passed after every change to a folder under construction, so that tests can kill at each."""
 READERS = 4
 """Threads that read a rank's file."""
 READ_ROWS_BYTES = 16 << 20
