@@ -262,7 +262,8 @@ class TrainSection:
     micro_batch_size: int = 8
     """Sequences a rank computes at once."""
     gradient_accumulation_steps: int = 1
-    """Micro batches that make one optimizer step, on each rank."""
+    """Micro batches that make one optimizer step, on each rank. With pipeline stages, several times as many as those:
+    they idle for (pp - 1) / interleave micro batches a step."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage over dp; 0 is refused."""
     recompute: bool = False
