@@ -64,6 +64,9 @@ class ModelFacts(Protocol):
     @property
     def num_heads(self) -> int: ...
 
+    @property
+    def tie_embeddings(self) -> bool: ...
+
 
 class Rules:
     """Collects what is wrong with the values of one section."""

@@ -33,7 +33,7 @@ DEEPSPEED_KEYS = {
 
 def train_problems(config: TrainConfig, model: ModelFacts | None) -> list[Problem]:
     """Every rule that the sections of a training config break among themselves."""
-    found = _model_problems(config, model) + _layout_problems(config, model) + data_problems(config.data, model)
+    found = _model_problems(config, model) + data_problems(config.data, model)
     found += _optimizer_problems(config.optimizer, config.train) + _train_problems(config.train)
     found += [
         problem(f"deepspeed.{key}", f"is set by {ours}", value, "Leave it out here.")
@@ -56,17 +56,6 @@ def output_problems(output: TrainOutputSection) -> list[Problem]:
         fix = "pip install tensorboard, or leave it null."
         found.append(problem("output.tensorboard", "TensorBoard is not installed", output.tensorboard, fix))
     return found
-
-
-def zero_refusal(stage: int, *, pp: int, tied: bool) -> str | None:
-    """Why ZeRO `stage` can't be had, as DeepSpeed 0.19.8 is; `tied`: embedding and head are one tensor."""
-    if stage == 0:
-        return "has no gradient norm to report in float32, and with tp in bfloat16 clips by a wrong one"
-    if stage == 3 and pp > 1:
-        return "leaves the norms and biases of all stages but the first out of the gradient norm when pp > 1"
-    if stage == 2 and pp > 1 and tied:
-        return "cuts gradients over dp before those of the first and the last stage's tied embedding can be added up"
-    return None
 
 
 def _inside(tree: dict[str, Any], dotted: str) -> Any:
@@ -101,25 +90,6 @@ def _model_problems(config: TrainConfig, model: ModelFacts | None) -> list[Probl
         rule = f"must be at most model.config.vocab_size = {model.vocab_size}"
         found.append(problem("tokenizer.vocab_size", rule, tokenizer.vocab_size))
     return found
-
-
-def _layout_problems(config: TrainConfig, model: ModelFacts | None) -> list[Problem]:
-    parallel, rules = config.parallel, Rules(config.parallel, "parallel.")
-    fix = "Use parallel.tp and parallel.dp, with pp=1."
-    if not rules.need("pp", parallel.pp <= 1, "pipelined training is not available yet", fix):
-        if config.train.zero_stage > 1:
-            rule = "only ZeRO stage 1 goes with pipeline stages"
-            rules.problems.append(problem("train.zero_stage", rule, config.train.zero_stage))
-    rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
-    if model is not None:
-        rule = f"must be at most the model's {model.num_heads} attention heads in training"
-        rules.need("tp", parallel.tp <= model.num_heads, rule)
-    tokens = config.train.micro_batch_size * config.data.sequence_length
-    if parallel.sequence_parallel and parallel.tp >= 1 and tokens % parallel.tp:
-        rule = f"the {tokens} tokens of a micro batch must divide by parallel.tp = {parallel.tp}"
-        fix = "Change train.micro_batch_size or data.sequence_length."
-        rules.problems.append(Problem(key="parallel.sequence_parallel", rule=rule, fix=fix))
-    return rules.problems
 
 
 def data_problems(data: DataSection, model: ModelFacts | None) -> list[Problem]:

@@ -16,6 +16,7 @@ from typing import Literal
 
 from megalite.config.hybrid_rules import hybrid_problems
 from megalite.config.hybrid_rules import num_ranks as hybrid_ranks
+from megalite.config.parallel_rules import generating_layout_problems, layout_problems, training_layout_problems
 from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import (
     Config,
@@ -68,7 +69,8 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
         found = _hybrid_problems(config, model)
     elif isinstance(config, TrainConfig):
         found = train_problems(config, model) + _training_problems(config, model)
-        found += _parallel_problems(config.parallel, model)
+        found += layout_problems(config.parallel, model)
+        found += training_layout_problems(config.parallel, config.train.zero_stage, model)
     else:
         found = engine_problems(config, model)
         found += _input_problems(config.input, model) + _output_problems(config.output, config.input)
@@ -89,9 +91,10 @@ def _training_problems(config: TrainConfig | HybridConfig, model: ModelFacts | N
 def _hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Problem]:
     train, infer = config.train, config.infer
     found = hybrid_problems(config, model) + _training_problems(config, model)
-    found += _generating_problems(infer.parallel, "infer.parallel.")
     for side, section in (("train", train), ("infer", infer)):
-        found += _parallel_problems(section.parallel, model, prefix=f"{side}.parallel.", first_rank=True)
+        found += layout_problems(section.parallel, model, prefix=f"{side}.parallel.", first_rank=True)
+    found += training_layout_problems(train.parallel, train.zero_stage, model, prefix="train.parallel.")
+    found += generating_layout_problems(infer.parallel, prefix="infer.parallel.")
     found += _engine_problems(infer.engine, model, prefix="infer.engine.")
     found += sampling_problems(config.sampling, vocab_size=model.vocab_size if model else None)
     return found
@@ -99,8 +102,8 @@ def _hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Pro
 
 def engine_problems(config: InferConfig, model: ModelFacts | None) -> list[Problem]:
     """The rules for an engine by itself, without the input, output and ranks of a job."""
-    found = _model_problems(config.model) + _parallel_problems(config.parallel, model)
-    found += _generating_problems(config.parallel, "parallel.") + _engine_problems(config.engine, model)
+    found = _model_problems(config.model) + layout_problems(config.parallel, model)
+    found += generating_layout_problems(config.parallel) + _engine_problems(config.engine, model)
     found += sampling_problems(config.sampling, vocab_size=model.vocab_size if model else None)
     found += _distributed_problems(config.distributed)
     if config.model.dtype == "float16" and config.distributed.device == "cpu":
@@ -206,28 +209,6 @@ def _path_problems(path: str) -> list[Problem]:
 
 
 # ---- layout, engine, processes -----------------------------------------------------------------------------------
-
-
-def _parallel_problems(
-    parallel: ParallelSection, model: ModelFacts | None, *, prefix: str = "parallel.", first_rank: bool = False
-) -> list[Problem]:
-    """`first_rank`: it means something here."""
-    rules = Rules(parallel, prefix)
-    fine = [rules.need(axis, getattr(parallel, axis) >= 1, "must be >= 1") for axis in ("tp", "pp", "dp")]
-    if model is not None and fine[1]:
-        rule = f"the model has {model.num_layers} layers, and each pipeline stage needs at least one"
-        rules.need("pp", parallel.pp <= model.num_layers, rule)
-    if not first_rank:
-        rules.need("first_rank", parallel.first_rank == 0, "is for hybrid jobs, which have two layouts", "Leave it 0.")
-    return rules.problems
-
-
-def _generating_problems(parallel: ParallelSection, prefix: str) -> list[Problem]:
-    """What a layout for generating can't have."""
-    rule = "is for training; generating has no use for it"
-    if parallel.sequence_parallel:
-        return [Problem(key=f"{prefix}sequence_parallel", rule=rule, fix="Leave it false.")]
-    return []
 
 
 def _engine_problems(engine: EngineSection, model: ModelFacts | None, *, prefix: str = "engine.") -> list[Problem]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.config.parallel_rules import zero_refusal
 from megalite.config.schema import OptimizerSection
-from megalite.config.train_rules import zero_refusal
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.parallel_state import ParallelState
 from megalite.core.schedules import training
@@ -152,6 +152,17 @@ class Trainer:
         if self.zero_stage < 3:
             return nullcontext()
         return zero.gathered([self.decoder.get_parameter(name) for name in names])
+
+    def offload_optimizer(self) -> None:
+        """Move the optimizer's state to host memory, so that others get its place on the device, until it is reloaded.
+
+        No other method may be called meanwhile, but `logprobs`, `evaluate` and `gathered`.
+        """
+        zero.offload(self.engine, self.optimizer, self.zero_stage)
+
+    def reload_optimizer(self) -> None:
+        """Move it back."""
+        zero.reload(self.engine, self.optimizer, self.zero_stage)
 
     @property
     def gradient_norm(self) -> float:

@@ -47,6 +47,39 @@ def gathered(params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
     return deepspeed.zero.GatheredParameters(list(params), modifier_rank=None)
 
 
+def offload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
+    """Move what only the optimizer reads, float32 weights and moments, to host memory until `reload`."""
+    if stage == 3:  # the engine would do it for its own compiled optimizer only
+        _move_stage3(engine.optimizer, optimizer, torch.device("cpu"))
+        return
+    on_device = any(param.is_cuda for param in engine.module.parameters())
+    engine.offload_states(include=_optimizer_states(), pin_memory=on_device)
+
+
+def reload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
+    """Move it back to `engine`'s device."""
+    if stage == 3:
+        _move_stage3(engine.optimizer, optimizer, engine.device)
+        return
+    engine.reload_states()
+    engine.optimizer._hp_optimizer_states_linked = False  # the links of `begin_optimizer` were cut by the offload
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _optimizer_states() -> list[Any]:
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    return [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states]
+
+
+def _move_stage3(zero: Any, optimizer: torch.optim.AdamW, device: torch.device) -> None:
+    for partition in zero.fp32_partitioned_groups_flat:
+        partition.data = partition.data.to(device)
+        for kind in MOMENTS:
+            moment = optimizer.state[partition][kind]
+            moment.data = moment.data.to(device)
+
+
 def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole local parameter; under stage 3 `param` itself is empty."""
     return tuple(getattr(param, "ds_shape", param.shape))
