@@ -285,8 +285,15 @@ class Scheduler:
                 seq.score_from = wanted_end
         return Row(seq, start, count, end == len(seq.token_ids) < seq.limit, wanted)
 
+    def _shares(self, seq: Sequence) -> bool:
+        """Whether anyone else may look for its blocks. Those nobody looks for are blank again once they are released,
+        so that the same memory, which the host has backed with pages already, is used again."""
+        return self._prefix_caching or seq.request.num_samples > 1
+
     def _register(self, seq: Sequence, first: int) -> None:
         """Make the full computed blocks from index `first` known to the prefix cache."""
+        if not self._shares(seq):
+            return
         chain = self._chain(seq, seq.num_computed // self._block_size)
         for index in range(first, seq.num_computed // self._block_size):
             self.pool.register(seq.blocks[index], chain[index + 1])
@@ -373,7 +380,7 @@ class Scheduler:
             usable = (known - 1) // size  # the last token's logits are wanted, so it is computed in any case
             if seq.score_from < seq.score_end:
                 usable = min(usable, seq.score_from // size)
-        blocks = pool.match(self._chain(seq, usable)[1 : 1 + usable])
+        blocks = pool.match(self._chain(seq, usable)[1 : 1 + usable]) if self._shares(seq) else []
         hits = len(blocks)
         count = self._blocks_for(known) - hits
         if pool.num_free - (hits - pool.num_held(blocks)) - count < growing:

@@ -132,14 +132,14 @@ class _Lanes:
     """
 
     def __init__(self, rows: Sequence[CacheRow]):
-        starts = [row.first_slot for row in rows]
-        self.rows = rows
-        self.first = min(starts)
-        self.distance = math.gcd(*(start - self.first for start in starts))
-        self.count = (max(starts) - self.first) // self.distance + 1
+        self.rows = rows = sorted(rows, key=lambda row: row.first_slot)
+        self.first = rows[0].first_slot
+        self.distance = math.gcd(*(row.first_slot - self.first for row in rows))
+        lanes = [(row.first_slot - self.first) // self.distance for row in rows]
+        self.count = lanes[-1] + 1
         self.longest = max(row.length for row in rows)
-        self.offsets = torch.tensor([row.offset for row in rows])
-        self.lanes = torch.tensor([(start - self.first) // self.distance for start in starts])
+        self.offsets = _places([row.offset for row in rows])
+        self.lanes = _places(lanes)
         self.masks: dict[int | None, Tensor] = {}
 
     @classmethod
@@ -174,10 +174,19 @@ class _Lanes:
         return self.masks[window]
 
     def attend(self, spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
-        lanes_q = q.new_zeros(self.count, *q.shape[1:])
-        lanes_q[self.lanes] = q[self.offsets]
+        lanes_q = q[self.offsets]
+        if len(lanes_q) < self.count:
+            spread = q.new_zeros(self.count, *q.shape[1:])
+            spread[self.lanes] = lanes_q
+            lanes_q = spread
         mask = self.mask(spec.window, q.dtype)
         out[self.offsets] = attend_one(spec, lanes_q, self.view(keys), self.view(values), mask)[self.lanes]
+
+
+def _places(indices: list[int]) -> slice | Tensor:
+    """Ascending by one, indices are a slice, which costs no copy."""
+    run = indices == list(range(indices[0], indices[0] + len(indices)))
+    return slice(indices[0], indices[0] + len(indices)) if run else torch.tensor(indices)
 
 
 class HostAttention:
