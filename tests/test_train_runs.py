@@ -219,6 +219,33 @@ def test_a_save_that_fails_leaves_the_old_state_or_the_new_one(job, ranks):
     assert (output(whole) / "README.md").read_text() == (output(broken) / "README.md").read_text()
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_on_examples_goes_on_in_the_middle_of_an_epoch(size, job, ranks, tmp_path):
+    """Fine-tuning of a model with its own tokenizer, stopped after 4 of the 7 steps of an epoch, then resumed."""
+    first = job("first", steps=1)
+    ranks(1).run(run_job, first)
+    source = tmp_path / "pairs.jsonl"
+    pairs = [{"prompt": f"def f{i}(", "response": f"x{i}):\n" + "    pass\n" * (i % 5)} for i in range(30)]
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+    def config(name: str) -> TrainConfig:
+        made = job(name, steps=6, parallel={"dp": size}, gradient_accumulation_steps=2 // size, micro_batch_size=2)
+        made = replace(made, model=NewModelSection(path=str(output(first)), dtype="float32"))
+        return changed(made, "data", source=str(source), sequence_length=64, held_out=0.1)
+
+    whole, broken = config("whole"), config("broken")
+    said = ranks(size).run(run_job, whole)[0]
+    assert re.search(r"2\d examples of [\d,]+ tokens to train on, \d+ of them in responses; \d examples held out", said)
+    assert "stopped by SIGTERM" in ranks(size).run(run_job, broken, 4)[0]
+    assert "going on after step 4" in ranks(size).run(run_job, broken)[0]
+    same(whole, broken, **EXACT)
+    progress = json.loads((state_of(whole) / "manifest.json").read_text())["training"]["progress"]
+    assert progress["sequences"] == 24 and 24 * 8 < progress["tokens"] < 24 * 64
+    card = (output(whole) / "README.md").read_text()
+    assert f"`{output(first)}`, trained further on `{source}`" in card and "on responses only" in card
+    assert (output(whole) / "tokenizer.json").read_bytes() == (output(first) / "tokenizer.json").read_bytes()
+
+
 def changed(run: TrainConfig, section: str, **values) -> TrainConfig:
     return replace(run, **{section: replace(getattr(run, section), **values)})
 
