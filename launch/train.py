@@ -6,7 +6,8 @@ import sys
 
 from megalite.cli import main
 from megalite.config.load import Loaded
-from megalite.train.data import check
+from megalite.config.schema import TrainConfig
+from megalite.errors import Problem
 
 
 def run(loaded: Loaded) -> int:
@@ -15,5 +16,11 @@ def run(loaded: Loaded) -> int:
     return job.run(loaded)
 
 
+def checks(config: TrainConfig) -> list[Problem]:
+    from megalite.train.data import check  # imports tokenizers, which --help has no need of
+
+    return check(config)
+
+
 if __name__ == "__main__":
-    sys.exit(main("train", run, checks=check))
+    sys.exit(main("train", run, checks=checks))

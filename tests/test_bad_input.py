@@ -639,6 +639,7 @@ except SystemExit as end:
         ("infer.py", ("parallel.tp=0",), 2),
         ("infer.py", ("--dry-run", "parallel.pp=2"), 0),
         ("train.py", ("--help",), 0),
+        ("hybrid.py", ("--help",), 0),
     ],
 )
 def test_the_door_is_quick_and_imports_no_torch(job, script, args, code):
