@@ -8,7 +8,7 @@ are added along the other dimension modulo 2^62. A fingerprint is proof against 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,31 +48,32 @@ class Covered:
     ranges: tuple[Range, ...]
 
 
-def cover(held: Iterable[tuple[int, Atom, Held]], rank: int) -> list[Covered]:
-    """What each parameter of `rank` consists of. `held`: (number, atom, where it is)."""
+def cover(atoms: Sequence[Atom], holders: Callable[[Atom], Sequence[Held]], rank: int) -> list[Covered]:
+    """What each parameter of `rank` consists of. `holders`: those of an atom on the side that is meant."""
     found: dict[tuple[str, int], list[Range]] = {}
-    for number, atom, place in held:
-        if rank in place.ranks:
-            found.setdefault((place.param, place.dim), []).append(Range(place.start, atom.lo, atom.hi, number))
+    for number, atom in enumerate(atoms):
+        for held in holders(atom):
+            if rank in held.ranks:
+                found.setdefault((held.param, held.dim), []).append(Range(held.start, atom.lo, atom.hi, number))
     return [
-        Covered(param, dim, tuple(sorted(ranges, key=lambda one: one.start)))
-        for (param, dim), ranges in found.items()
+        Covered(param, dim, tuple(sorted(ranges, key=lambda one: one.start))) for (param, dim), ranges in found.items()
     ]
 
 
 class Fingerprinter:
     """Computes fingerprints on one device, with temporary memory of about `limit_bytes`.
 
-    `extent` and `other`: the largest index along the dims that are cut, and along those that never are.
+    `largest`: size of any dim of any Hugging Face tensor.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, *, extent: int, other: int, limit_bytes: int):
+    def __init__(self, device: torch.device, dtype: torch.dtype, *, largest: int, limit_bytes: int):
+        self.device = device
         self.dtype = dtype
         self.limit = max(1, limit_bytes // _BYTES_PER_ELEMENT)
         if device.type == "cpu":
             self.limit = min(self.limit, _CACHED_ELEMENTS)
-        self.along = _odd(extent, 1, device)
-        self.across = (_odd(other, 2, device) & 0x7FFFFFFF).to(torch.int32)
+        self.along = _odd(largest, 1, device)
+        self.across = (_odd(largest, 1 << 32, device) & 0x7FFFFFFF).to(torch.int32)
 
     def of(self, param: Tensor, covered: Covered) -> Tensor:
         """int64 [ranges]: the fingerprint of each range of a parameter, as if it were of the dtype of all."""
@@ -85,18 +86,17 @@ class Fingerprinter:
 
     def _sums(self, x: Tensor) -> Tensor:
         """[N, M] -> int32 [N], over M. Modulo 2^32, so either order of the loops gives the same."""
-        count, across = x.shape
-        sums = torch.empty(count, dtype=torch.int32, device=x.device)
+        count, size = x.shape
+        across = self.across[:size]
         if x.stride(1) <= x.stride(0):
-            step = max(1, self.limit // across)
-            for lo in range(0, count, step):
-                sums[lo : lo + step] = self._bits(x[lo : lo + step]).mul_(self.across[:across]).sum(1, dtype=torch.int32)
-            return sums.contiguous()
-        sums.zero_()
+            step = max(1, self.limit // size)
+            parts = (self._bits(x[lo : lo + step]).mul_(across) for lo in range(0, count, step))
+            return torch.cat([part.sum(1, dtype=torch.int32) for part in parts])
+        sums = torch.zeros(count, dtype=torch.int32, device=x.device)
         step = max(1, self.limit // count)
-        for lo in range(0, across, step):
+        for lo in range(0, size, step):
             part = self._bits(x[:, lo : lo + step].t())
-            sums += part.mul_(self.across[lo : lo + step].narrow(0, 0, part.shape[0])[:, None]).sum(0, dtype=torch.int32)
+            sums += part.mul_(across[lo : lo + step, None]).sum(0, dtype=torch.int32)
         return sums
 
     def _bits(self, x: Tensor) -> Tensor:

@@ -112,12 +112,8 @@ class Parcel:
     """What one rank sends to one other in a round, packed into one message in this order."""
 
     peer: int
-    """The other rank, as the rank that asked sees it."""
+    """The other rank."""
     transfers: tuple[Transfer, ...]
-
-    @property
-    def elements(self) -> int:
-        return sum(transfer.elements for transfer in self.transfers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +239,7 @@ def received(transfers: Iterable[Transfer]) -> dict[int, int]:
 
 
 def least_received(model: ModelConfig, source: Layout, target: Layout) -> dict[int, int]:
-    """Elements that each rank of `target` lacks before: no plan can do with fewer. Ranks that lack none are left out."""
+    """Elements that each rank of `target` lacks before: no plan can move fewer. Ranks that lack none are left out."""
     counts: dict[int, int] = defaultdict(int)
     for atom in atoms(model, source, target):
         have = {rank for held in atom.sources for rank in held.ranks}
@@ -265,16 +261,16 @@ def buckets(transfers: Iterable[Transfer], bucket_bytes: int, itemsize: int) -> 
     full: dict[int, int] = defaultdict(int)  # by rank, a bit for each round that another portion would be too much for
     for transfer in _evenly(transfers, portion // itemsize):
         size = transfer.elements * itemsize
-        sender, receiver = transfer.pair
-        roomy = ~(full[sender] | full[receiver])
+        pair = transfer.pair
+        roomy = ~(full[pair[0]] | full[pair[1]])
         at = (roomy & -roomy).bit_length() - 1
-        while at < len(rounds) and any(used[at][rank] and used[at][rank] + size > bucket_bytes for rank in transfer.pair):
+        while at < len(used) and any(used[at][rank] and used[at][rank] + size > bucket_bytes for rank in pair):
             at += 1  # only what is larger than a portion comes here
-        while at >= len(rounds):
+        while at >= len(used):
             rounds.append([])
             used.append(defaultdict(int))
         rounds[at].append(transfer)
-        for rank in transfer.pair:
+        for rank in pair:
             used[at][rank] += size
             if used[at][rank] + portion > bucket_bytes:
                 full[rank] |= 1 << at
@@ -301,13 +297,19 @@ def _joined(transfers: list[Transfer]) -> list[Transfer]:
     by_pair: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
     for transfer in transfers:
         mine = by_pair[transfer.pair]
-        last = mine[-1] if mine else None
-        follows = last is not None and (last.hf, last.hi) == (transfer.hf, transfer.lo)
-        if follows and (last.source.param, last.target.param) == (transfer.source.param, transfer.target.param):
-            mine[-1] = replace(last, hi=transfer.hi)
+        if mine and _follows(mine[-1], transfer):
+            mine[-1] = replace(mine[-1], hi=transfer.hi)
         else:
             mine.append(transfer)
     return [transfer for mine in by_pair.values() for transfer in mine]
+
+
+def _follows(one: Transfer, other: Transfer) -> bool:
+    """Whether a transfer goes on where one of the same pair ends, in the tensor and in both parameters."""
+    return (one.hf, one.hi) == (other.hf, other.lo) and all(
+        (a.param, a.start + one.count) == (b.param, b.start)
+        for a, b in ((one.source, other.source), (one.target, other.target))
+    )
 
 
 def parcels(transfers: Iterable[Transfer], rank: int) -> tuple[list[Parcel], list[Parcel]]:
@@ -319,6 +321,5 @@ def parcels(transfers: Iterable[Transfer], rank: int) -> tuple[list[Parcel], lis
             outgoing[transfer.target.rank].append(transfer)
         if transfer.target.rank == rank:
             incoming[transfer.source.rank].append(transfer)
-    made = ([Parcel(peer, tuple(mine)) for peer, mine in sorted(side.items())] for side in (outgoing, incoming))
-    sent, got = made
+    sent, got = ([Parcel(peer, tuple(mine)) for peer, mine in sorted(side.items())] for side in (outgoing, incoming))
     return sent, got
