@@ -85,10 +85,10 @@ class Comparison:
             dist.all_gather(ranks, named)
         values = torch.stack(ranks, 1).tolist()  # [named, rank, side]
         tensors = len({self.atoms[number].hf for number in different})
-        lines = [
-            f"weights of version {version}: {len(different)} ranges of {tensors} tensors are not the same on every "
-            "rank that should hold the same; nothing may be sampled with them:"
-        ]
+        count = (
+            f"{_count(len(different), 'range')} of {_count(tensors, 'tensor')} {'is' if len(different) == 1 else 'are'}"
+        )
+        lines = [f"weights of version {version}: {count} not the same on all ranks that should hold the same"]
         for number, found in zip(different, values, strict=False):
             lines.append(f"  {self.atoms[number]}: {describe(found)}")
         return "\n".join(lines)
@@ -111,6 +111,10 @@ def describe(found: Sequence[Sequence[int]]) -> str:
         for same in (True, False)
     }
     return f"{words[False]} has other values than {words[True]}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def lowest(values: Tensor) -> Tensor:
