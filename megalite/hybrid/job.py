@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -85,7 +85,6 @@ class Job:
         self.order = ExampleOrder(len(self.materials.examples), config.data.seed)
         self.record = Record(config, self.materials.folder, self.runtime.rank == self.home)
         self.pool: RewardPool | None = None
-        self.weight_version = 0
 
     def __enter__(self) -> Job:
         if self.runtime.rank == self.home:
@@ -145,12 +144,12 @@ class Job:
         config, iteration = self.config.hybrid, self.progress.iterations
         self.record.begin()
         with self.record.timed("syncing"):
-            if iteration % config.sync_every == 0 or not self.weight_version:
+            if iteration % config.sync_every == 0 or not self.sync.version:
                 self._push()
         with self.record.timed("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
             places = self.order.indices(first, config.prompts_per_step).tolist()
-            rollouts = self.generator.sample(places, first=first, weight_version=self.weight_version)
+            rollouts = self.generator.sample(places, first=first, weight_version=self.sync.version)
         with self.record.timed("rewarding"):
             scored = self._reward(rollouts)
         if self.learner is not None:
@@ -163,10 +162,7 @@ class Job:
             self._save()
 
     def _push(self) -> None:
-        if self.sync is None:
-            self.weight_version += 1
-        else:
-            self.weight_version = self.sync.push()
+        self.sync.push()
         self.generator.renew()
 
     @contextmanager
@@ -257,9 +253,7 @@ class Job:
             store_by_input(decoder)
         return decoder.requires_grad_(False)
 
-    def _make_sync(self) -> Sync | None:
-        if self._shares_weights:
-            return None
+    def _make_sync(self) -> Sync:
         return Sync(
             self.materials.model,
             self.trainer.decoder if self.trainer else None,
@@ -268,7 +262,8 @@ class Job:
             self.infer_layout,
             bucket_bytes=int(self.config.hybrid.sync_bucket * MIB),
             verify=self.config.hybrid.verify_sync,
-            gathered=self.trainer.gathered if self.trainer else lambda names: nullcontext(),
+            gathered=self.trainer.gathered if self.trainer else None,
+            device=self.device,
         )
 
     def _make_generator(self) -> Generator:
