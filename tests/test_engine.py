@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from pool_runtime import PoolRuntime
 from slow_generation import EOS, Ask, Completion, Expected, Slow
 from tiny_models import VOCAB
 from tiny_tokenizer import with_tokenizer
@@ -76,25 +77,6 @@ ASKS = [
 def expected(tiny) -> list[Expected]:
     """What every ask of ASKS should get."""
     return [Slow(tiny(MODEL))(ask) for ask in ASKS]
-
-
-@dataclass(frozen=True)
-class PoolRuntime:
-    """What an engine asks of a `Runtime`, for ranks that the pool has joined already."""
-
-    rank: int
-    world_size: int
-    store: dist.Store
-    backend: str = "gloo"
-    device: torch.device = torch.device("cpu")
-
-    @property
-    def local_rank(self) -> int:
-        return self.rank
-
-    @property
-    def local_world_size(self) -> int:
-        return self.world_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from pool_runtime import PoolRuntime
 from test_layout_matrix import LAYOUTS, MAX_TOKENS, TOLERANCE, VARIANT_NAMES, cases
 from tiny_models import VOCAB
 
@@ -15,18 +15,6 @@ from megalite.core.layout import Layout
 from megalite.inference.assembly import load_replica
 from megalite.inference.inputs import make_request
 from megalite.inference.llm import run_everywhere, serve
-
-
-@dataclass
-class PoolRuntime:
-    """What an engine asks of a `Runtime`, for ranks that the pool has joined already."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    backend: str = "gloo"
-    device: torch.device = torch.device("cpu")
 
 
 def generate(rank: int, folder: Path, layout: Layout, prompts: list[list[int]], max_length: int | None):
@@ -39,7 +27,7 @@ def generate(rank: int, folder: Path, layout: Layout, prompts: list[list[int]], 
         parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp),
         engine=EngineSection(max_model_len=max_length, block_size=4, max_num_batched_tokens=16, max_num_seqs=3),
     )
-    replica, _ = load_replica(config, PoolRuntime(rank, rank, layout.size, layout.size))
+    replica, _ = load_replica(config, PoolRuntime(rank, layout.size))
     served = serve(replica)
     params = SamplingParams(
         temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=VOCAB, prompt_logprobs=VOCAB

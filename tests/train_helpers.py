@@ -1,12 +1,13 @@
 """What the tests of training share: a run in a rank of the pool, and what a model computes, to us and to others."""
 
+import itertools
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from pool_runtime import PoolRuntime
 
 from megalite.core import distributed
 from megalite.core.parallel_state import ParallelState
@@ -15,6 +16,8 @@ from megalite.model.attention import PackedAttention
 from megalite.weights.transfer import build, load_folder
 
 CPU = torch.device("cpu")
+_runs = itertools.count()
+"""Every rank of a pool has taken part in as many."""
 
 
 @contextmanager
@@ -23,7 +26,8 @@ def as_run(rank: int):
     before = dict(os.environ)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(dist.get_world_size()), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    runtime = SimpleNamespace(device=CPU, signal_received=lambda: None)
+    store = dist.PrefixStore(f"run {next(_runs)}", dist.distributed_c10d._get_default_store())
+    runtime = PoolRuntime(rank, dist.get_world_size(), store)
     distributed.prepare_deepspeed(runtime)
     try:
         yield runtime

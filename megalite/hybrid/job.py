@@ -22,7 +22,7 @@ from megalite.core import distributed
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
-from megalite.errors import EXIT_DONE, Stopped
+from megalite.errors import EXIT_DONE, Stopped, maybe_fault
 from megalite.hybrid.generator import Generator
 from megalite.hybrid.learner import Learner, Lesson
 from megalite.hybrid.materials import Materials
@@ -58,6 +58,8 @@ class Progress:
 
     supervised_steps: int = 0
     iterations: int = 0
+    weight_version: int = 0
+    """Of the weights that were sampled with last."""
 
 
 class Job:
@@ -85,6 +87,8 @@ class Job:
         self.order = ExampleOrder(len(self.materials.examples), config.data.seed)
         self.record = Record(config, self.materials.folder, self.runtime.rank == self.home)
         self.pool: RewardPool | None = None
+        self.generates = False
+        """The generating decoder has weights."""
 
     def __enter__(self) -> Job:
         if self.runtime.rank == self.home:
@@ -144,26 +148,29 @@ class Job:
         config, iteration = self.config.hybrid, self.progress.iterations
         self.record.begin()
         with self.record.timed("syncing"):
-            if iteration % config.sync_every == 0 or not self.sync.version:
+            if iteration % config.sync_every == 0 or not self.generates:
                 self._push()
         with self.record.timed("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
             places = self.order.indices(first, config.prompts_per_step).tolist()
-            rollouts = self.generator.sample(places, first=first, weight_version=self.sync.version)
+            rollouts = self.generator.sample(places, first=first, weight_version=self.progress.weight_version)
+        maybe_fault("hybrid.sampled", self.runtime.rank)
         with self.record.timed("rewarding"):
             scored = self._reward(rollouts)
         if self.learner is not None:
             groups = _groups(rollouts, config.samples_per_prompt)
             with self.record.timed("learning"):
                 lesson = self.learner.learn(groups, [one.reward for one in scored])
+            maybe_fault("hybrid.learnt", self.runtime.rank)
             self.record.iteration(iteration + 1, rollouts, _judged(scored, lesson), lesson)
         self.progress.iterations += 1
         if self.progress.iterations % config.save_every == 0 and self.progress.iterations < config.steps:
             self._save()
 
     def _push(self) -> None:
-        self.sync.push()
+        self.progress.weight_version = self.sync.push()
         self.generator.renew()
+        self.generates = True
 
     @contextmanager
     def _room_for_generating(self) -> Iterator[None]:
@@ -296,6 +303,7 @@ class Job:
         found = self.materials.load_state(self.trainer)
         if found is not None:
             self.progress = Progress(**found)
+            self.sync.version = self.progress.weight_version
             self.record.say(
                 f"going on after {self.progress.supervised_steps} supervised steps and "
                 f"{self.progress.iterations} iterations"

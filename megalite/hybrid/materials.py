@@ -106,7 +106,7 @@ class Materials:
             fix = "Set it back, or choose another output.folder."
             raise ConfigError(Problem(key="model.config", rule=rule, fix=fix))
         progress = manifest.training.get("progress")
-        if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations"}:
+        if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations", "weight_version"}:
             raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
         if trainer is not None:
             load_state(trainer, path)

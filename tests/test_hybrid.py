@@ -1,0 +1,175 @@
+"""One model trains in one layout and generates in another: what it generates is what it has become."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from reference import greedy
+from safetensors.torch import load_file
+from train_helpers import as_run
+
+from megalite.config.schema import (
+    EngineSection,
+    HybridConfig,
+    HybridDataSection,
+    HybridInferSection,
+    HybridSection,
+    HybridTrainSection,
+    NewModelSection,
+    OptimizerSection,
+    ParallelSection,
+    SamplingParams,
+    SupervisedSection,
+    TokenizerSection,
+    TrainOutputSection,
+)
+from megalite.hybrid.job import Job
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 44,
+    "max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+}
+LLAMA = {**SHAPE, "model_type": "llama", "tie_word_embeddings": False}
+OPTIMIZER = OptimizerSection(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=1)
+
+
+def settings(out: Path, train: ParallelSection, infer: ParallelSection, *, zero: int = 1, shape=SHAPE) -> HybridConfig:
+    """Three supervised steps, then greedy samples of eight prompts; nothing is learnt from these."""
+    return HybridConfig(
+        model=NewModelSection(config=shape, dtype="float32"),
+        tokenizer=TokenizerSection(vocab_size=257),
+        data=HybridDataSection(source="megalite.hybrid.tasks:additions", options={"digits": 1}),
+        train=HybridTrainSection(parallel=train, zero_stage=zero, micro_batch_tokens=64),
+        infer=HybridInferSection(parallel=infer, engine=EngineSection(block_size=4, max_num_seqs=4)),
+        sampling=SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
+        optimizer=OPTIMIZER,
+        supervised=SupervisedSection(steps=3, examples_per_step=16),
+        hybrid=HybridSection(
+            algorithm="rejection",
+            steps=1,
+            prompts_per_step=8,
+            samples_per_prompt=1,
+            keep_above=1.0,
+            reward="megalite.hybrid.rewards:exact_match",
+            sync_bucket=0.01,
+        ),
+        output=TrainOutputSection(folder=str(out)),
+    )
+
+
+def run_job(rank: int, config: HybridConfig) -> str:
+    """What the rank says."""
+    said = StringIO()
+    with as_run(rank) as runtime, redirect_stdout(said), Job(config, runtime) as job:
+        job.run()
+    return said.getvalue()
+
+
+def layout(tp: int = 1, pp: int = 1, dp: int = 1, **more) -> ParallelSection:
+    return ParallelSection(tp=tp, pp=pp, dp=dp, **more)
+
+
+PAIRS = {
+    "the same": (2, layout(tp=2), layout(tp=2), {}),
+    "tp2dp2 to dp4": (4, layout(tp=2, dp=2), layout(dp=4), {}),
+    "tp2pp2 to tp4": (4, layout(tp=2, pp=2), layout(tp=4), {}),
+    "dp4 to tp2pp2": (4, layout(dp=4), layout(tp=2, pp=2), {"shape": LLAMA}),
+    "tp4 to async dp2": (4, layout(tp=4), layout(tp=2, dp=2, dp_mode="async"), {"shape": LLAMA}),
+    "pp2 in four pieces to tp2": (2, layout(pp=2, interleave=2), layout(tp=2), {}),
+    "zero3 with sequence parallel to pp2dp2": (
+        4,
+        layout(tp=2, dp=2, sequence_parallel=True),
+        layout(pp=2, dp=2),
+        {"zero": 3},
+    ),
+    "ranks 0 and 1 to ranks 2 and 3": (4, layout(pp=2), layout(tp=2, first_rank=2), {"shape": LLAMA}),
+    "ranks 1 and 2 to rank 0": (3, layout(dp=2, first_rank=1), layout(), {}),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_sampler_generates_what_transformers_does_with_the_trained_model(pair, ranks, tmp_path):
+    size, train, infer, more = PAIRS[pair]
+    ranks(size).run(run_job, settings(tmp_path, train, infer, **more))
+    [log] = [line for line in map(json.loads, (tmp_path / "training/log.jsonl").open()) if "iteration" in line]
+    assert log["logprob_difference_max"] < 1e-5 and log["weight_version"] == 1
+    samples = [json.loads(line) for line in (tmp_path / "training/rollouts/iteration-000001.jsonl").open()]
+    assert len(samples) == 8
+    for sample in samples:
+        wanted = greedy(tmp_path, sample["prompt_token_ids"], 8)
+        assert sample["token_ids"] == wanted.tokens
+        scores = wanted.logprobs[len(wanted.prompt) - 1 : -1].gather(1, torch.tensor(wanted.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(sample["sampler_logprobs"]), scores, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(sample["trainer_logprobs"]), scores, rtol=0, atol=1e-5)
+
+
+# ---- bad days --------------------------------------------------------------------------------------------------------
+
+SHORT = """
+model:
+  config: {model_type: qwen3, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1,
+           head_dim: 8, intermediate_size: 32, max_position_embeddings: 32, rope_theta: 10000.0}
+  dtype: float32
+tokenizer: {vocab_size: 257}
+data: {source: "megalite.hybrid.tasks:additions", options: {digits: 1}}
+sampling: {max_tokens: 4}
+optimizer: {learning_rate: 1.0e-2, min_learning_rate: 1.0e-3, warmup_steps: 1}
+supervised: {steps: 2, examples_per_step: 8}
+hybrid: {steps: 4, prompts_per_step: 4, samples_per_prompt: 4, reward: "hybrid_reward:length", save_every: 2}
+output: {folder: run}
+"""
+REWARD = "def length(prompt, completion, example):\n    return len(completion.encode())\n"
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs a short job of one rank in a folder; `launch(fault)` gives the exit code."""
+    (tmp_path / "job.yaml").write_text(SHORT)
+    (tmp_path / "hybrid_reward.py").write_text(REWARD)
+
+    def launch(fault: str = "", *args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, ROOT / "launch" / "hybrid.py", "--config", "job.yaml", *args],
+            cwd=tmp_path,
+            env={**os.environ, "MEGALITE_FAULT": fault, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return launch
+
+
+def test_a_job_that_is_killed_again_and_again_ends_as_if_it_had_not_been(launch, tmp_path):
+    """Killed while it samples, while it saves, between files of a checkpoint; each time it goes on."""
+    result = launch("", "output.folder=whole")
+    assert result.returncode == 0, result.stderr
+    for fault in ("hybrid.learnt#1", "state.manifest#2", "hybrid.sampled#2"):
+        result = launch(f"{fault}=kill")
+        assert result.returncode == -signal.SIGKILL, (fault, result.stderr)
+    result = launch()
+    assert result.returncode == 0 and "going on after 2 supervised steps" in result.stdout, result.stderr
+    whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
+    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
+    names = [tmp_path / name / "training" / "rollouts" / "iteration-000004.jsonl" for name in ("whole", "run")]
+    assert names[0].read_text() == names[1].read_text()
+    logs = [[json.loads(line) for line in (tmp_path / name / "training/log.jsonl").open()] for name in ("whole", "run")]
+    assert [one.get("iteration") for one in logs[0]] == [one.get("iteration") for one in logs[1]]
