@@ -45,7 +45,7 @@ Columns = Callable[[ModelConfig, Layout, Iterable[int]], dict[str, list[str]]]
 
 def _table(model: ModelConfig, purpose: str, parallel: ParallelSection, sized: tuple[Columns, list[str]]) -> str:
     """One layout: where each rank is and what it holds, with a title and notes."""
-    layout = Layout(parallel.tp, parallel.pp, parallel.dp, parallel.first_rank)
+    layout = Layout(parallel.tp, parallel.pp, parallel.dp, parallel.first_rank, parallel.interleave)
     columns, notes = sized
     shown = layout.ranks[: layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp]
     total = local_elements(model, Layout(), 0)
@@ -70,11 +70,11 @@ def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> 
     queries, keys = QueryHeads(model.num_heads, model.num_kv_heads, 1), KVHeads(model.num_kv_heads, 1)
     for rank in shown:
         place = layout.coord(rank)
-        layers = layout.layers(place.pp, model.layer_costs())
+        chunks = layout.chunks(place.pp, model.layer_costs())
         has_vocab = place.pp in (0, layout.pp - 1)
         cells = (
             *map(str, (rank, place.dp, place.pp, place.tp)),
-            _range(layers.start, layers.stop),
+            " ".join(_range(chunk.start, chunk.stop) for chunk in chunks),
             _range(*queries.range(layout.tp, place.tp)),
             _range(*keys.range(layout.tp, place.tp)),
             _range(*Even(model.vocab_size).range(layout.tp, place.tp)) if has_vocab else "-",

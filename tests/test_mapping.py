@@ -47,8 +47,9 @@ def configs(draw) -> ModelConfig:
 @st.composite
 def configs_and_layouts(draw) -> tuple[ModelConfig, Layout]:
     config = draw(configs())
-    layout = Layout(draw(st.integers(1, 6)), draw(st.integers(1, config.num_layers)), draw(st.integers(1, 2)))
-    return config, layout
+    pp = draw(st.integers(1, config.num_layers))
+    interleave = draw(st.integers(1, config.num_layers // pp)) if pp > 1 else 1
+    return config, Layout(draw(st.integers(1, 6)), pp, draw(st.integers(1, 2)), interleave=interleave)
 
 
 def numbered(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -172,6 +173,17 @@ def test_stages_are_the_best_cut(layers, first, last, stages):
 
     chosen = dearest((0, *(stage.stop for stage in ranges)))
     assert chosen == min(dearest((0, *cuts)) for cuts in every_cut(0, stages))
+
+
+def test_chunks_are_dealt_out_in_turn():
+    costs = LayerCosts(layers=(1,) * 9, first=1, last=1)
+    layout = Layout(pp=2, interleave=2)
+    parts = [Layout(pp=4).layers(part, costs) for part in range(4)]
+    assert layout.chunks(0, costs) == (parts[0], parts[2]) and layout.chunks(1, costs) == (parts[1], parts[3])
+    assert layout.layers(1, costs) == (*parts[1], *parts[3])
+    assert str(layout) == "tp=1,pp=2,dp=1,interleave=2"
+    with pytest.raises(ValueError, match="interleave=2 needs more than one pipeline stage"):
+        Layout(interleave=2)
 
 
 def test_more_stages_than_layers_is_refused():

@@ -19,7 +19,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import PackedAttention
 from megalite.tokenizer import Tokenizer
 from megalite.train import card
-from megalite.train.batch import from_windows
+from megalite.train.batch import MicroBatch, from_windows
 from megalite.train.export import export_model
 from megalite.train.model import Scorer
 from megalite.train.optimizer import learning_rate
@@ -30,7 +30,7 @@ from megalite.weights.shards import expected
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
-STEPS = 3
+STEPS = 10
 LENGTH = 12
 SEQUENCES = 8
 """Of one optimizer step, over all replicas and micro batches."""
@@ -39,7 +39,7 @@ SEQUENCES = 8
 # ---- against one process ---------------------------------------------------------------------------------------------
 
 OPTIMIZER = OptimizerSection(
-    learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=1, weight_decay=0.3, gradient_clipping=1.0, eps=1e-8
+    learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=2, weight_decay=0.3, gradient_clipping=1.0, eps=1e-8
 )
 
 
@@ -65,6 +65,14 @@ def token_ids(vocab: int) -> torch.Tensor:
     return torch.randint(vocab, (STEPS, SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(11))
 
 
+def micro_batches(windows: torch.Tensor, count: int) -> list[MicroBatch]:
+    """As many, of different sizes where that can be."""
+    sizes = [len(windows) * (i + 1) // count - len(windows) * i // count for i in range(count)]
+    if sizes[0] > 1 and count > 1:
+        sizes[0], sizes[-1] = sizes[0] - 1, sizes[-1] + 1
+    return [from_windows(part) for part in windows.split(sizes)]
+
+
 def train_in_layout(rank: int, folder: Path, case: Case):
     """Loss and gradient norm of each step, and this rank's float32 weights: [(piece, lo, hi, values)]."""
     layout = case.layout
@@ -74,7 +82,7 @@ def train_in_layout(rank: int, folder: Path, case: Case):
         steps = []
         for ids in token_ids(trainer.decoder.config.vocab_size):
             share = ids.chunk(layout.dp)[state.dp.rank]
-            report = trainer.step([from_windows(part) for part in share.chunk(case.accumulate)])
+            report = trainer.step(micro_batches(share, case.accumulate))
             steps.append((trainer.read(report)["loss"], trainer.gradient_norm))
         params = dict(trainer.decoder.named_parameters())
         held = expected(trainer.decoder.config, layout, rank)
@@ -125,27 +133,30 @@ def _by_piece(config, params):
 
 CASES = {
     "tp2": Case("qwen3", Layout(tp=2)),
-    "tp2-zero2-accumulate": Case("qwen2", Layout(tp=2), zero=2, accumulate=2),
-    "tp2-sp": Case("gemma2", Layout(tp=2), sequence_parallel=True),
-    "tp2-sp-biases": Case("gpt2", Layout(tp=2), sequence_parallel=True),
-    "tp2-moe": Case("qwen3_moe", Layout(tp=2)),
-    "tp3-two-kv-heads": Case("llama_bias", Layout(tp=3)),
-    "dp2-zero1": Case("qwen3", Layout(dp=2)),
-    "dp2-zero2": Case("qwen3", Layout(dp=2), zero=2, accumulate=2),
-    "dp2-zero3": Case("qwen3", Layout(dp=2), zero=3),
-    "tp2-dp2": Case("llama_tied", Layout(tp=2, dp=2)),
-    "tp2-dp2-sp-zero3": Case("qwen3", Layout(tp=2, dp=2), zero=3, sequence_parallel=True),
-    "tp4-two-kv-heads": Case("qwen3", Layout(tp=4)),
+    "tp2 zero2 accumulate": Case("qwen2", Layout(tp=2), zero=2, accumulate=2),
+    "tp2 sp": Case("gemma2", Layout(tp=2), sequence_parallel=True, recompute=True),
+    "tp2 sp biases": Case("gpt2", Layout(tp=2), sequence_parallel=True),
+    "tp2 moe": Case("qwen3_moe", Layout(tp=2), recompute=True),
+    "tp3, two kv heads": Case("llama_bias", Layout(tp=3)),
+    "tp4, two kv heads": Case("qwen3", Layout(tp=4)),
+    "dp2": Case("qwen3", Layout(dp=2), recompute=True),
+    "dp2 zero2": Case("qwen3", Layout(dp=2), zero=2, accumulate=2),
+    "dp2 zero3": Case("qwen3", Layout(dp=2), zero=3),
+    "dp2 zero3 recompute": Case("qwen3", Layout(dp=2), zero=3, accumulate=2, recompute=True),
+    "tp2 dp2 tied": Case("llama_tied", Layout(tp=2, dp=2)),
+    "tp2 dp2 sp zero3": Case("qwen3", Layout(tp=2, dp=2), zero=3, sequence_parallel=True),
     "pp2": Case("qwen3", Layout(pp=2), accumulate=4),
-    "pp2-tied": Case("llama_tied", Layout(pp=2), accumulate=4),
-    "pp2-interleaved": Case("qwen3", Layout(pp=2, interleave=2), accumulate=4),
-    "pp2-dp2-tied": Case("qwen2", Layout(pp=2, dp=2), accumulate=2),
-    "pp2-dp2-zero2": Case("qwen3", Layout(pp=2, dp=2), accumulate=4, zero=2),
-    "tp2-pp2-sp": Case("gpt2", Layout(tp=2, pp=2), accumulate=2, sequence_parallel=True),
-    "pp4": Case("gpt2", Layout(pp=4), accumulate=8),
-    "pp3": Case("gemma2", Layout(pp=3), accumulate=2),
-    "recompute": Case("qwen3", Layout(pp=2), accumulate=2, recompute=True),
-    "recompute3": Case("qwen3", Layout(dp=2), accumulate=2, recompute=True, zero=3),
+    "pp2, one micro batch": Case("qwen3", Layout(pp=2)),
+    "pp2 tied recompute": Case("llama_tied", Layout(pp=2), accumulate=4, recompute=True),
+    "pp2 interleaved": Case("qwen3", Layout(pp=2, interleave=2), accumulate=4),
+    "pp2 interleaved tied, a round not full": Case("qwen2", Layout(pp=2, interleave=2), accumulate=3, recompute=True),
+    "pp3 tied, uneven": Case("gemma2", Layout(pp=3), accumulate=4),
+    "pp4 tied": Case("gpt2", Layout(pp=4), accumulate=8),
+    "pp2 dp2 tied": Case("qwen2", Layout(pp=2, dp=2), accumulate=2),
+    "pp2 dp2 zero2 interleaved": Case("qwen3", Layout(pp=2, dp=2, interleave=2), accumulate=4, zero=2),
+    "tp2 pp2 sp tied": Case("gpt2", Layout(tp=2, pp=2), accumulate=2, sequence_parallel=True),
+    "tp2 pp2 interleaved moe": Case("qwen3_moe", Layout(tp=2, pp=2, interleave=2), accumulate=2, recompute=True),
+    "tp2 pp2, one kv head": Case("llama_one_kv_head", Layout(tp=2, pp=2), accumulate=3, sequence_parallel=True),
 }
 
 

@@ -65,6 +65,7 @@ VARIANTS: dict[str, Variant] = {
     "llama2": Variant(model="Llama", changes={"num_key_value_heads": 6}),
     "llama3": Variant(model="Llama", changes={"rope_parameters": LLAMA3_ROPE}),
     "llama_tied": Variant(model="Llama", changes={"tie_word_embeddings": True}),
+    "llama_one_kv_head": Variant(model="Llama", changes={"num_key_value_heads": 1}),
     "llama_bias": Variant(model="Llama", changes={"attention_bias": True, "mlp_bias": True}),
     "llama_linear": Variant(
         model="Llama", changes={"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}

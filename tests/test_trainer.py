@@ -1,0 +1,262 @@
+"""What a trainer gives besides steps, in layouts with stages: log-probabilities, samples, room; and what it must keep."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from train_helpers import CPU, as_run, build_from, logits_of
+
+from megalite.config.schema import OptimizerSection
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import ConfigError
+from megalite.model import families
+from megalite.train import card
+from megalite.train.batch import from_sequences, from_windows
+from megalite.train.loss import TokenLoss
+from megalite.train.model import Scorer
+from megalite.train.trainer import Trainer
+from megalite.train.zero import MOMENTS, WEIGHT, get_whole
+from megalite.weights.transfer import build, initialise
+
+OPTIMIZER = OptimizerSection(learning_rate=1e-2, min_learning_rate=1e-2, warmup_steps=0)
+LENGTHS = (9, 14, 5, 11, 3)
+
+
+def sequences(vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def batches_of(rows: list[list[int]]):
+    """The first two sequences in one micro batch, the others in one each."""
+    groups = [rows[:2], *([row] for row in rows[2:])]
+    return [from_sequences(group, [[1.0] * (len(row) - 1) for row in group]) for group in groups]
+
+
+def make_trainer(decoder, **options) -> Trainer:
+    return Trainer(decoder, OPTIMIZER, steps=4, **options)
+
+
+# ---- forward passes --------------------------------------------------------------------------------------------------
+
+
+def score(rank: int, folder: Path, layout: Layout, sequence_parallel: bool, zero_stage: int):
+    """Of trainer and scorer: log-probabilities of all sequences, and the mean loss. And a sample."""
+    with as_run(rank):
+        state = ParallelState(layout, sequence_parallel=sequence_parallel)
+        scorer = Scorer(build_from(folder, state))
+        trainer = make_trainer(build_from(folder, state), zero_stage=zero_stage)
+        rows = sequences(trainer.decoder.config.vocab_size)
+        batches = batches_of(rows)
+        found = [
+            (torch.cat(log_probabilities(batches)), mean(iter(batches)))
+            for log_probabilities, mean in (
+                (trainer.logprobs, trainer.evaluate),
+                (scorer.logprobs, scorer.mean_loss),
+            )
+        ]
+        return found, card.complete(scorer, rows[0], 5, temperature=1e-4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("layout", "sequence_parallel", "zero_stage"),
+    [
+        (Layout(), False, 1),
+        (Layout(pp=2, interleave=2), False, 1),
+        (Layout(pp=3), False, 1),
+        (Layout(tp=2, pp=2), True, 2),
+        (Layout(tp=2, dp=2), True, 3),
+    ],
+    ids=str,
+)
+def test_every_rank_knows_the_log_probabilities(layout, sequence_parallel, zero_stage, tiny, ranks):
+    """Of micro batches of any length, which sequence parallel has to pad."""
+    folder = tiny("qwen3")
+    results = ranks(layout.size).run(score, folder, layout, sequence_parallel, zero_stage)
+    decoder = build_from(folder, ParallelState(Layout()))
+    rows = sequences(decoder.config.vocab_size)
+    wanted = torch.cat(
+        [
+            logits_of(decoder, torch.tensor(row[:-1])).log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+            for row in rows
+        ]
+    )
+    tokens = list(rows[0])
+    for _ in range(5):
+        tokens.append(int(logits_of(decoder, torch.tensor(tokens))[-1].argmax()))
+    for found, sample in results:
+        for logprobs, loss in found:
+            torch.testing.assert_close(logprobs, wanted, atol=1e-5, rtol=0)
+            assert loss == pytest.approx(-float(wanted.mean()), rel=1e-5)
+        assert sample == tokens[len(rows[0]) :]
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+class HalfWeighted:
+    """A loss with a metric."""
+
+    metric_names = ("position",)
+
+    def __call__(self, logprobs, batch):
+        return TokenLoss(loss=-logprobs / 2, metrics={"position": batch.values["position"]})
+
+
+def step_with_metric(rank: int, folder: Path, layout: Layout) -> dict[str, float]:
+    with as_run(rank):
+        trainer = make_trainer(build_from(folder, ParallelState(layout)))
+        rows = sequences(trainer.decoder.config.vocab_size)
+        batches = [
+            from_sequences([row], [[1.0] * (len(row) - 1)], {"position": [list(map(float, range(len(row) - 1)))]})
+            for row in rows
+        ]
+        before = trainer.evaluate(batches)
+        found = trainer.read(trainer.step(batches, HalfWeighted()))
+        return found | {"before": before, "after": trainer.evaluate(batches)}
+
+
+def test_every_rank_reads_the_loss_and_its_metrics(tiny, ranks):
+    counts = [length - 1 for length in LENGTHS]
+    for found in ranks(2).run(step_with_metric, tiny("llama_tied"), Layout(pp=2)):
+        assert found["loss"] == pytest.approx(found["before"] / 2, rel=1e-5)
+        assert found["position"] == pytest.approx(sum(n * (n - 1) / 2 for n in counts) / sum(counts))
+        assert found["after"] < found["before"]
+
+
+def tied_copies(rank: int, folder: Path, layout: Layout, dtype: torch.dtype):
+    """What this rank holds of the tied embedding after each step: its weight, the float32 one and the moments."""
+    with as_run(rank):
+        state = ParallelState(layout)
+        decoder = build(families.read(folder), state, dtype=dtype, device=CPU)
+        initialise(decoder, seed=3)
+        trainer = make_trainer(decoder)
+        vocab = decoder.config.vocab_size
+        held = []
+        for step in range(3):
+            windows = torch.randint(vocab, (6, 9), generator=torch.Generator().manual_seed(7 * state.dp.rank + step))
+            trainer.step([from_windows(part) for part in windows.split(2)])
+            weight = decoder.embed.tokens.weight if state.is_first_stage else decoder.head.weight
+            held.append([weight.detach().clone(), *(get_whole(weight, kind) for kind in (WEIGHT, *MOMENTS))])
+        return held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [Layout(pp=2, dp=2), Layout(tp=2, pp=2)], ids=str)
+def test_tied_copies_stay_the_same_to_the_bit(layout, dtype, tiny, ranks):
+    results = ranks(layout.size).run(tied_copies, tiny("llama_tied"), layout, dtype)
+    for replica in layout.replicas():
+        first, last = replica[: layout.tp], replica[-layout.tp :]
+        for one, other in zip(first, last, strict=True):
+            for mine, theirs in zip(results[one], results[other], strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    steps = results[0]
+    assert not torch.equal(steps[0][1], steps[2][1]), "they are trained"
+
+
+def bfloat16_steps(rank: int, folder: Path, layout: Layout) -> list[float]:
+    with as_run(rank):
+        decoder = build(families.read(folder), ParallelState(layout), dtype=torch.bfloat16, device=CPU)
+        initialise(decoder, seed=3)
+        trainer = make_trainer(decoder)
+        windows = torch.randint(decoder.config.vocab_size, (8, 17), generator=torch.Generator().manual_seed(1))
+        batches = [from_windows(part) for part in windows.split(2)]
+        return [
+            value for _ in range(2) for value in (trainer.read(trainer.step(batches))["loss"], trainer.gradient_norm)
+        ]
+
+
+def test_stages_train_in_bfloat16_as_one_process_does(tiny, ranks):
+    [wanted] = ranks(1).run(bfloat16_steps, tiny("qwen3"), Layout())
+    for found in ranks(2).run(bfloat16_steps, tiny("qwen3"), Layout(pp=2)):
+        assert found == pytest.approx(wanted, rel=5e-3)
+
+
+def blocks_run(rank: int, folder: Path, recompute: bool) -> int:
+    """How often a block is run in a step of two micro batches."""
+    with as_run(rank):
+        trainer = make_trainer(build_from(folder, ParallelState(Layout(pp=2))), recompute=recompute)
+        block = next(iter(trainer.decoder.layers.values()))
+        calls = []
+        block.attn.register_forward_pre_hook(lambda *_: calls.append(None))
+        trainer.step([from_windows(torch.ones(1, 9, dtype=torch.int64))] * 2)
+        return len(calls)
+
+
+def test_blocks_are_run_again_in_the_backward_pass(tiny, ranks):
+    assert ranks(2).run(blocks_run, tiny("qwen3"), False) == [2, 2]
+    assert ranks(2).run(blocks_run, tiny("qwen3"), True) == [4, 4]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def states_of(trainer: Trainer) -> dict[tuple[str, str], torch.Tensor]:
+    params = dict(trainer.decoder.named_parameters())
+    return {(name, kind): get_whole(params[name], kind).clone() for name in params for kind in (WEIGHT, *MOMENTS)}
+
+
+def give_room(rank: int, folder: Path, zero_stage: int) -> None:
+    with as_run(rank):
+        trainers = [
+            make_trainer(build_from(folder, ParallelState(Layout(dp=2))), zero_stage=zero_stage) for _ in range(2)
+        ]
+        batches = batches_of(sequences(trainers[0].decoder.config.vocab_size))
+        for trainer in trainers:
+            trainer.step(batches)
+        kept = states_of(trainers[0])
+        for _ in range(2):
+            trainers[0].offload_optimizer()
+            trainers[0].logprobs(batches)
+            trainers[0].reload_optimizer()
+        found = states_of(trainers[0])
+        assert all(torch.equal(found[key], value) for key, value in kept.items())
+        losses = [trainer.read(trainer.step(batches))["loss"] for trainer in trainers]
+        assert losses[0] == losses[1]
+        one, other = map(states_of, trainers)
+        assert all(torch.equal(one[key], value) for key, value in other.items())
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_optimizer_state_comes_back_as_it_went(zero_stage, tiny, ranks):
+    ranks(2).run(give_room, tiny("qwen3"), zero_stage)
+
+
+def read_whole(rank: int, folder: Path, zero_stage: int) -> None:
+    with as_run(rank):
+        wanted = dict(build_from(folder, ParallelState(Layout())).named_parameters()) if rank == 0 else {}
+        trainer = make_trainer(build_from(folder, ParallelState(Layout(dp=2))), zero_stage=zero_stage)
+        params = dict(trainer.decoder.named_parameters())
+        names = ["embed.tokens.weight", "layers.2.attn.qkv.weight", "norm.weight"]
+        with trainer.gathered(names):
+            for name in names:
+                assert rank > 0 or torch.equal(params[name], wanted[name])
+        assert (params[names[1]].numel() == 0) == (zero_stage == 3)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_parameters_are_whole_while_they_are_gathered(zero_stage, tiny, ranks):
+    ranks(2).run(read_whole, tiny("qwen3"), zero_stage)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(rank: int, folder: Path, layout: Layout, zero_stage: int) -> str:
+    with as_run(rank), pytest.raises(ConfigError) as caught:
+        make_trainer(build_from(folder, ParallelState(layout)), zero_stage=zero_stage)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "zero_stage", "reason"),
+    [
+        ("qwen3", Layout(), 0, "0 has no gradient norm"),
+        ("qwen3", Layout(pp=2), 3, "3 leaves norms and biases"),
+        ("llama_tied", Layout(pp=2), 2, "2 cuts gradients over dp"),
+    ],
+)
+def test_zero_stages_that_would_be_wrong_are_refused(model, layout, zero_stage, reason, tiny, ranks):
+    for said in ranks(layout.size).run(refused, tiny(model), layout, zero_stage):
+        assert reason in said
