@@ -2,7 +2,7 @@
 
 import os
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_helpers import as_run
 
 from megalite import errors
+from megalite.config.schema import OptimizerSection
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -21,6 +23,7 @@ from megalite.hybrid.comparison import describe
 from megalite.hybrid.fingerprint import Covered, Fingerprinter, Range
 from megalite.hybrid.sync import Sync
 from megalite.model import families
+from megalite.train.trainer import Trainer
 from megalite.weights.transfer import build, load_folder, twin
 
 CPU = torch.device("cpu")
@@ -141,6 +144,37 @@ def share(rank: int, folder: Path) -> tuple[int, int]:
 def test_layouts_that_agree_share_their_tensors(tiny, ranks):
     """Nothing is allocated, nothing is computed; the version still goes up."""
     assert ranks(RANKS).run(share, tiny("qwen3")) == [[2, 0, 0, 2, 0, 0]] * RANKS
+
+
+def push_trained(rank: int, folder: Path, source: Layout, target: Layout, zero_stage: int) -> None:
+    """Out of a DeepSpeed engine, which stage 3 leaves with empty parameters."""
+    import deepspeed
+
+    with as_run(rank):
+        training = decoder_in(folder, source, filled=True)
+        ParallelState.make_mpu_groups(source)
+        if training is not None:
+            Trainer(training, OptimizerSection(), steps=1, zero_stage=zero_stage)
+
+        def gathered(names):
+            if zero_stage < 3:
+                return nullcontext()
+            return deepspeed.zero.GatheredParameters([training.get_parameter(name) for name in names])
+
+        generating = decoder_in(folder, target, filled=False)
+        sync = Sync(families.read(folder), training, generating, source, target, bucket_bytes=BUCKET, gathered=gathered)
+        sync.push()
+        assert_loaded(generating, folder, target)
+        if training is not None and zero_stage == 3:
+            assert not any(param.numel() for param in training.parameters()), "parameters were left whole"
+
+
+@pytest.mark.parametrize(
+    "zero_stage, source, target",
+    [(3, Layout(2, 1, 2), Layout(4)), (3, Layout(1, 1, 4), Layout(2, 2)), (1, Layout(2), Layout(2, first_rank=2))],
+)
+def test_weights_come_out_of_deepspeed(zero_stage, source, target, tiny, ranks):
+    ranks(RANKS).run(push_trained, tiny("qwen3"), source, target, zero_stage)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

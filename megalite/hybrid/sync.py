@@ -21,10 +21,10 @@ from torch import Tensor
 from megalite.core.layout import Layout
 from megalite.hybrid.comparison import Comparison, Side, lowest
 from megalite.hybrid.fingerprint import Fingerprinter, cover
-from megalite.hybrid.mover import Gathered, Mover, Rounds, Slot
+from megalite.hybrid.mover import Gathered, Mover, Round, Rounds, Slot
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.exchange import atoms, buckets, plan, received
+from megalite.weights.exchange import atoms, buckets, plan
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.shards import expected
 from megalite.weights.transfer import DTYPES
@@ -64,8 +64,6 @@ class Sync:
         self.version = 0
         """Of the weights that `target` has; 0 before the first push."""
         self.last = Pushed()
-        self.received_bytes = 0
-        """What a push brings to this rank from others."""
         self.verify = verify
         self.rank = dist.get_rank() if dist.is_initialized() else source_layout.first_rank
         self._layouts = source_layout, target_layout
@@ -77,6 +75,7 @@ class Sync:
         self._transport = self.device if nccl else torch.device("cpu")
         settings = model, source_layout, target_layout, bucket_bytes, verify
         self.dtype, self.is_shared = self._agree(settings)
+        self._rounds: list[Round] = []
         if not self.is_shared:
             self._plan(model, bucket_bytes)
 
@@ -99,7 +98,6 @@ class Sync:
     def _plan(self, model: ModelConfig, bucket_bytes: int) -> None:
         source_layout, target_layout = self._layouts
         transfers = plan(model, source_layout, target_layout)
-        self.received_bytes = received(transfers).get(self.rank, 0) * self.dtype.itemsize
         maker = self._rounds_maker(model, bucket_bytes)
         local = [one for one in transfers if one.is_local]
         self._copies = maker.batches(local, [Slot(one) for one in local if one.source.rank == self.rank])
@@ -143,7 +141,13 @@ class Sync:
     @property
     def buffer_bytes(self) -> int:
         """Memory that a push takes on this rank while it moves weights, and gives back."""
-        return 0 if self.is_shared else max((one.elements for one in self._rounds), default=0) * self.dtype.itemsize
+        return max((one.elements for one in self._rounds), default=0) * self.dtype.itemsize
+
+    @property
+    def received_bytes(self) -> int:
+        """What a push brings to this rank from others."""
+        messages = [message for one in self._rounds for message in one.incoming]
+        return sum(message.hi - message.lo for message in messages) * self.dtype.itemsize
 
     @torch.no_grad()
     def push(self) -> int:
