@@ -36,6 +36,7 @@ from megalite.weights.transfer import build, initialise
 
 RANKS = 4
 MIB = 1 << 20
+HEAD = "| tp x pp x dp | lacks | moves: sync | gather | takes: sync | gather | ratio | verify | needs: sync | gather |"
 CPU = torch.device("cpu")
 PAIRS = (
     (Layout(2, 2, 1), Layout(4, 1, 1)),
@@ -85,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def print_table(figures: list[list[dict]]) -> None:
     """`figures`: by rank, then by pair."""
-    print(
-        "| tp x pp x dp | lacks | sync moves | gather moves | sync | gather | ratio | verify | sync needs | gather needs |"
-    )
+    print(HEAD)
     print("|---|---|---|---|---|---|---|---|---|---|")
     for ranks in zip(*figures, strict=True):
         most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
