@@ -3,6 +3,7 @@
 import os
 import re
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,17 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from train_helpers import as_run
 
 from megalite import errors
+from megalite.config.hybrid_rules import hybrid_problems
+from megalite.config.schema import (
+    HybridConfig,
+    HybridInferSection,
+    HybridTrainSection,
+    OptimizerSection,
+    ParallelSection,
+)
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -21,6 +31,7 @@ from megalite.hybrid.comparison import describe
 from megalite.hybrid.fingerprint import Covered, Fingerprinter, Range
 from megalite.hybrid.sync import Sync
 from megalite.model import families
+from megalite.train.trainer import Trainer
 from megalite.weights.transfer import build, load_folder, twin
 
 CPU = torch.device("cpu")
@@ -52,13 +63,25 @@ def assert_loaded(got, folder: Path, layout: Layout, dtype: torch.dtype = torch.
             assert torch.equal(params[name], param), name
 
 
-def push_and_compare(rank: int, folder: Path, source: Layout, target: Layout, dtype: torch.dtype, by_input: bool):
+def push_and_compare(
+    rank: int,
+    folder: Path,
+    source: Layout,
+    target: Layout,
+    *,
+    dtype: torch.dtype = torch.float32,
+    by_input: bool = False,
+    staged: bool = False,
+) -> int:
+    """Two pushes; bytes that each brings to this rank."""
     config = families.read(folder)
     training = decoder_in(folder, source, filled=True)
     generating = decoder_in(folder, target, dtype=dtype, filled=False)
     if by_input and generating is not None:
         store_by_input(generating)
     sync = Sync(config, training, generating, source, target, bucket_bytes=BUCKET)
+    if staged:
+        sync._mover.transport = torch.device("cpu", 0)  # another name of the same memory
     addresses = {} if generating is None else {name: p.data_ptr() for name, p in generating.named_parameters()}
     assert sync.push() == 1
     assert_loaded(generating, folder, target, dtype)
@@ -79,6 +102,7 @@ CASES = {
     "apart": ("qwen3", Layout(2), Layout(1, 1, 2, first_rank=2)),
     "apart-tied": ("llama_tied", Layout(1, 2, first_rank=2), Layout(2)),
     "overlapping": ("mixtral", Layout(3), Layout(1, 2, first_rank=2)),
+    "interleaved": ("qwen3", Layout(1, 2, 2, interleave=2), Layout(2, 2)),
     "tp3-to-one-rank": ("gemma2", Layout(3, first_rank=1), Layout(first_rank=1)),
     "alike": ("qwen3", Layout(2, 2), Layout(2, 2)),
 }
@@ -87,17 +111,28 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_pushed_weights_equal_loaded_ones(case, tiny, ranks):
     name, source, target = CASES[case]
-    received = ranks(RANKS).run(push_and_compare, tiny(name), source, target, torch.float32, False)
+    received = ranks(RANKS).run(push_and_compare, tiny(name), source, target)
     assert case != "alike" or received == [0] * RANKS
 
 
-@pytest.mark.parametrize("dtype, by_input", [(torch.bfloat16, False), (torch.float32, True), (torch.float16, True)])
-def test_the_target_may_round_and_lie_otherwise_in_memory(dtype, by_input, tiny, ranks):
-    ranks(RANKS).run(push_and_compare, tiny("qwen3"), Layout(2, 2), Layout(1, 2, 2), dtype, by_input)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.bfloat16},
+        {"by_input": True},
+        {"dtype": torch.float16, "by_input": True},
+        {"staged": True},
+    ],
+    ids=["rounded", "by-input", "rounded-by-input", "through-the-host"],
+)
+def test_the_target_may_be_otherwise(options, tiny, ranks):
+    """Of another dtype, laid out otherwise in memory, on a device whose memory messages can't come from."""
+    job = partial(push_and_compare, **options)
+    ranks(RANKS).run(job, tiny("qwen3"), Layout(2, 2), Layout(1, 2, 2))
 
 
 def test_one_process_needs_no_ranks(tiny):
-    push_and_compare(0, tiny("qwen3"), Layout(), Layout(), torch.bfloat16, True)
+    assert push_and_compare(0, tiny("qwen3"), Layout(), Layout(), dtype=torch.bfloat16, by_input=True) == 0
 
 
 def push_changes(rank: int, folder: Path) -> list[int]:
@@ -141,6 +176,45 @@ def share(rank: int, folder: Path) -> tuple[int, int]:
 def test_layouts_that_agree_share_their_tensors(tiny, ranks):
     """Nothing is allocated, nothing is computed; the version still goes up."""
     assert ranks(RANKS).run(share, tiny("qwen3")) == [[2, 0, 0, 2, 0, 0]] * RANKS
+
+
+def push_trained(rank: int, folder: Path, source: Layout, target: Layout, zero_stage: int) -> None:
+    """Out of a DeepSpeed engine, which stage 3 leaves with empty parameters."""
+    with as_run(rank):
+        training = decoder_in(folder, source, filled=True)
+        ParallelState.make_training_groups(source)
+        trainer = Trainer(training, OptimizerSection(), steps=1, zero_stage=zero_stage) if training else None
+        generating = decoder_in(folder, target, filled=False)
+        sync = Sync(
+            families.read(folder),
+            training,
+            generating,
+            source,
+            target,
+            bucket_bytes=BUCKET,
+            gathered=trainer.gathered if trainer else None,
+        )
+        sync.push()
+        assert_loaded(generating, folder, target)
+        if training is not None and zero_stage == 3:
+            assert not any(param.numel() for param in training.parameters()), "parameters were left whole"
+
+
+@pytest.mark.parametrize(
+    "zero_stage, source, target",
+    [(3, Layout(2, 1, 2), Layout(4)), (3, Layout(1, 1, 4), Layout(2, 2)), (1, Layout(2), Layout(2, first_rank=2))],
+)
+def test_weights_come_out_of_deepspeed(zero_stage, source, target, tiny, ranks):
+    ranks(RANKS).run(push_trained, tiny("qwen3"), source, target, zero_stage)
+
+
+@pytest.mark.parametrize("first_rank, refused", [(0, False), (1, True), (2, True)])
+def test_stage_3_has_to_train_on_every_rank(first_rank, refused):
+    """DeepSpeed passes barriers of the whole run when it sets stage 3 up."""
+    train = HybridTrainSection(parallel=ParallelSection(dp=2), zero_stage=3)
+    infer = HybridInferSection(parallel=ParallelSection(tp=2, first_rank=first_rank))
+    problems = hybrid_problems(HybridConfig(train=train, infer=infer), None)
+    assert any(problem.key == "train.zero_stage" for problem in problems) == refused
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -228,7 +302,7 @@ def test_a_bucket_that_went_wrong_is_named(action, tiny, ranks):
         r"  model\.\S+ (rows|columns) \d+\.\.\d+: rank 3 \(generating\) has other values than rank", second
     )
     if action == "corrupt":
-        assert "1 range of 1 tensor is not" in second
+        assert "differ in 1 range of 1 tensor;" in second
 
 
 def test_verification_may_be_left_out(tiny, ranks):
@@ -294,3 +368,14 @@ def test_parts_of_a_tensor_have_the_fingerprints_of_their_places():
         make.of(vector[10:], Covered("p", 0, (Range(0, 10, 24, 0),))).tolist()
         == (make.of(vector, Covered("p", 0, (Range(0, 0, 10, 0), Range(10, 10, 24, 1)))).tolist()[1:])
     )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_fingerprints_are_made_piece_by_piece(turned):
+    """Whatever the size of the parameter: what does not fit beside it is a number for each row."""
+    limit, rows = 1 << 16, 2000
+    values = torch.ones(512, rows).t() if turned else torch.ones(rows, 512)
+    make = Fingerprinter(CPU, torch.bfloat16, largest=rows, limit_bytes=limit)
+    with Allocations() as seen:
+        make.of(values, Covered("p", 0, (Range(0, 0, rows, 0),)))
+    assert limit // 2 < seen.peak < limit + 48 * rows < values.nbytes // 20

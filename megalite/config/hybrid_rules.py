@@ -24,6 +24,10 @@ def hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Prob
     rules = Rules(config.train, "train.")
     rules.need("micro_batch_tokens", config.train.micro_batch_tokens >= 1, "must be >= 1")
     rules.need("seed", 0 <= config.train.seed < 2**63, "must be between 0 and 2^63 - 1")
+    parallel = config.train.parallel
+    is_apart = num_ranks(parallel, config.infer.parallel) > parallel.tp * parallel.pp * parallel.dp
+    rule = "3 has to train on every rank of the job: DeepSpeed 0.19.8 would wait for ranks outside train.parallel"
+    rules.need("zero_stage", config.train.zero_stage < 3 or not is_apart, rule, "Set it to 1 or 2.")
     found += rules.problems
     if config.infer.model is not None:
         rule = "one model trains and generates, so there can't be another one here"

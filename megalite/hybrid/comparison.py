@@ -19,6 +19,8 @@ from megalite.weights.exchange import Atom
 
 _NAMED = 2
 """Ranges that a message names; the others are counted."""
+_LISTED = 4
+"""Ranks that a message names of each kind."""
 _ABSENT = -1
 """Instead of the fingerprint of what a rank does not hold."""
 
@@ -54,13 +56,10 @@ class Side:
 class Comparison:
     """Compares all ranks' copies of `atoms`. Collective over the run."""
 
-    def __init__(
-        self, atoms: Sequence[Atom], source: Side, target: Side, make: Fingerprinter, *, transport: torch.device
-    ):
+    def __init__(self, atoms: Sequence[Atom], source: Side, target: Side, make: Fingerprinter):
         self.atoms = atoms
         self.sides = source, target
         self.make = make
-        self.transport = transport
 
     def check(self, version: int) -> None:
         """MegaliteError, the same on every rank, that names what differs and where. `version`: of the weights."""
@@ -73,22 +72,23 @@ class Comparison:
 
     def _spread(self, side: Side) -> Tensor:
         """int64 [all atoms]: this rank's fingerprints, or _ABSENT."""
-        found = torch.full((len(self.atoms),), _ABSENT, dtype=torch.int64, device=self.transport)
-        found[side.atoms] = side.fingerprints(self.make).to(self.transport)
+        found = torch.full((len(self.atoms),), _ABSENT, dtype=torch.int64)
+        found[side.atoms] = side.fingerprints(self.make).cpu()
         return found
 
     def _message(self, version: int, different: list[int], mine: Tensor) -> str:
         named = mine[different[:_NAMED]].contiguous()
         ranks = [named]
-        if dist.is_initialized():
+        if _several_ranks():
             ranks = [torch.empty_like(named) for _ in range(dist.get_world_size())]
             dist.all_gather(ranks, named)
         values = torch.stack(ranks, 1).tolist()  # [named, rank, side]
         tensors = len({self.atoms[number].hf for number in different})
-        count = (
-            f"{_count(len(different), 'range')} of {_count(tensors, 'tensor')} {'is' if len(different) == 1 else 'are'}"
-        )
-        lines = [f"weights of version {version}: {count} not the same on all ranks that should hold the same"]
+        lines = [
+            f"weights of version {version}: ranks that should hold the same differ in "
+            f"{_count(len(different), 'range')} of {_count(tensors, 'tensor')}; run the job again, it goes on from its "
+            "last checkpoint"
+        ]
         for number, found in zip(different, values, strict=False):
             lines.append(f"  {self.atoms[number]}: {describe(found)}")
         return "\n".join(lines)
@@ -100,17 +100,19 @@ def describe(found: Sequence[Sequence[int]]) -> str:
     What most of the training ranks hold is taken to be right.
     """
     held = [
-        (rank, role, value)
-        for role, side in (("training", 0), ("generating", 1))
-        for rank, value in enumerate(sides[side] for sides in found)
-        if value != _ABSENT
+        (f"rank {rank} ({role})", role, sides[side])
+        for side, role in enumerate(("training", "generating"))
+        for rank, sides in enumerate(found)
+        if sides[side] != _ABSENT
     ]
     [(right, _)] = Counter(value for _, role, value in held if role == "training").most_common(1)
-    words = {
-        same: ", ".join(f"rank {rank} ({role})" for rank, role, value in held if (value == right) == same)
-        for same in (True, False)
-    }
-    return f"{words[False]} has other values than {words[True]}"
+    wrong = [name for name, _, value in held if value != right]
+    return f"{_listed(wrong)} has other values than {_listed([name for name, _, value in held if value == right])}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 def _count(number: int, noun: str) -> str:
@@ -118,7 +120,12 @@ def _count(number: int, noun: str) -> str:
 
 
 def lowest(values: Tensor) -> Tensor:
-    """The minimum over all ranks of the run, element by element, in place."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    """The minimum over all ranks of the run, element by element, in place. On the CPU: ranks without a decoder take
+    part, and every run has gloo."""
+    if _several_ranks():
         dist.all_reduce(values, dist.ReduceOp.MIN)
     return values
+
+
+def _several_ranks() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

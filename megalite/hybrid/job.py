@@ -270,7 +270,6 @@ class Job:
             bucket_bytes=int(self.config.hybrid.sync_bucket * MIB),
             verify=self.config.hybrid.verify_sync,
             gathered=self.trainer.gathered if self.trainer else None,
-            device=self.device,
         )
 
     def _make_generator(self) -> Generator:

@@ -62,7 +62,7 @@ class Round:
         return max((message.hi for message in (*self.outgoing, *self.incoming)), default=0)
 
 
-class Rounds:
+class RoundBuilder:
     """Makes a rank's rounds and batches.
 
     `peers`: the replicas of this rank in the source layout, itself included; what any of them reads, all make whole.

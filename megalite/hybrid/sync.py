@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.layout import Layout
+from megalite.core.pipeline import transport_device
 from megalite.hybrid.comparison import Comparison, Side, lowest
 from megalite.hybrid.fingerprint import Fingerprinter, cover
-from megalite.hybrid.mover import Gathered, Mover, Rounds, Slot
+from megalite.hybrid.mover import Gathered, Mover, Round, RoundBuilder, Slot
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.exchange import atoms, buckets, plan, received
+from megalite.weights.exchange import atoms, buckets, plan
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.shards import expected
 from megalite.weights.transfer import DTYPES
@@ -45,7 +46,7 @@ class Sync:
 
     Collective: every rank of the run makes it and pushes alike. Where both layouts agree and one decoder serves both,
     or both have the same parameters, nothing is moved. `gathered` makes source parameters whole that are cut over dp;
-    None if they always are. `device` is for the buffers of a rank without a decoder.
+    None if they always are.
     """
 
     def __init__(
@@ -59,24 +60,20 @@ class Sync:
         bucket_bytes: int,
         verify: Verify = "always",
         gathered: Gathered | None = None,
-        device: torch.device | None = None,
     ):
         self.version = 0
         """Of the weights that `target` has; 0 before the first push."""
         self.last = Pushed()
-        self.received_bytes = 0
-        """What a push brings to this rank from others."""
         self.verify = verify
         self.rank = dist.get_rank() if dist.is_initialized() else source_layout.first_rank
         self._layouts = source_layout, target_layout
         self._source, self._target = _parameters(source), _parameters(target)
         self._gathered = gathered or (lambda names: nullcontext())
-        given = [param.device for param in (*self._target.values(), *self._source.values())]
-        self.device = given[0] if given else device or torch.device("cpu")
-        nccl = dist.is_initialized() and "nccl" in dist.get_backend()
-        self._transport = self.device if nccl else torch.device("cpu")
+        params = (*self._target.values(), *self._source.values())
+        self.device = params[0].device if params else torch.device("cpu")
         settings = model, source_layout, target_layout, bucket_bytes, verify
         self.dtype, self.is_shared = self._agree(settings)
+        self._rounds: list[Round] = []
         if not self.is_shared:
             self._plan(model, bucket_bytes)
 
@@ -90,8 +87,7 @@ class Sync:
         same = self._layouts[0] == self._layouts[1]
         shared = same and all(source[name].data_ptr() == param.data_ptr() for name, param in target.items())
         digest = int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "little")
-        values = torch.tensor([digest, -digest, code, int(shared)], device=self._transport)
-        agreed = lowest(values).tolist()
+        agreed = lowest(torch.tensor([digest, -digest, code, int(shared)])).tolist()
         assert agreed[0] == -agreed[1], "the ranks were given different models, layouts or settings"
         assert code in (agreed[2], len(known)), "the generating ranks have different dtypes"
         return known[agreed[2]], bool(agreed[3])
@@ -99,11 +95,10 @@ class Sync:
     def _plan(self, model: ModelConfig, bucket_bytes: int) -> None:
         source_layout, target_layout = self._layouts
         transfers = plan(model, source_layout, target_layout)
-        self.received_bytes = received(transfers).get(self.rank, 0) * self.dtype.itemsize
-        maker = self._rounds_maker(model, bucket_bytes)
+        builder = self._round_builder(model, bucket_bytes)
         local = [one for one in transfers if one.is_local]
-        self._copies = maker.batches(local, [Slot(one) for one in local if one.source.rank == self.rank])
-        self._rounds = [maker.round(one) for one in buckets(transfers, bucket_bytes, self.dtype.itemsize)]
+        self._copies = builder.batches(local, [Slot(one) for one in local if one.source.rank == self.rank])
+        self._rounds = [builder.round(one) for one in buckets(transfers, bucket_bytes, self.dtype.itemsize)]
         self._mover = Mover(
             self.rank,
             self._source,
@@ -111,12 +106,12 @@ class Sync:
             self._gathered,
             dtype=self.dtype,
             device=self.device,
-            transport=self._transport,
+            transport=transport_device(dist.group.WORLD if dist.is_initialized() else None, self.device),
         )
         if self.verify != "off":
-            self._comparison = self._compare(model, maker, bucket_bytes)
+            self._comparison = self._compare(model, builder, bucket_bytes)
 
-    def _rounds_maker(self, model: ModelConfig, bucket_bytes: int) -> Rounds:
+    def _round_builder(self, model: ModelConfig, bucket_bytes: int) -> RoundBuilder:
         peers: tuple[int, ...] = ()
         sizes: dict[str, int] = {}
         layout = self._layouts[0]
@@ -125,25 +120,31 @@ class Sync:
             item = next(iter(self._source.values())).element_size()
             held = expected(model, layout, self.rank)
             sizes = {name: item * sum(part.elements for part in parts) for name, (_, parts) in held.items()}
-        return Rounds(self.rank, peers, sizes, bucket_bytes)
+        return RoundBuilder(self.rank, peers, sizes, bucket_bytes)
 
-    def _compare(self, model: ModelConfig, maker: Rounds, bucket_bytes: int) -> Comparison:
+    def _compare(self, model: ModelConfig, builder: RoundBuilder, bucket_bytes: int) -> Comparison:
         cut = atoms(model, *self._layouts)
         source = cover(cut, lambda atom: atom.sources, self.rank)
         target = cover(cut, lambda atom: atom.targets, self.rank)
-        batches = maker.fit(one.param for one in source)
+        batches = builder.fit(one.param for one in source)
         sides = (
             Side(self._source, source, batches, self._gathered),
             Side(self._target, target, [[one.param] for one in target], lambda names: nullcontext()),
         )
         largest = max(max(shape) for shape in hf_shapes(model).values())
         make = Fingerprinter(self.device, self.dtype, largest=largest, limit_bytes=bucket_bytes)
-        return Comparison(cut, *sides, make, transport=self._transport)
+        return Comparison(cut, *sides, make)
 
     @property
     def buffer_bytes(self) -> int:
         """Memory that a push takes on this rank while it moves weights, and gives back."""
-        return 0 if self.is_shared else max((one.elements for one in self._rounds), default=0) * self.dtype.itemsize
+        return max((one.elements for one in self._rounds), default=0) * self.dtype.itemsize
+
+    @property
+    def received_bytes(self) -> int:
+        """What a push brings to this rank from others."""
+        messages = [message for one in self._rounds for message in one.incoming]
+        return sum(message.hi - message.lo for message in messages) * self.dtype.itemsize
 
     @torch.no_grad()
     def push(self) -> int:
