@@ -1,4 +1,4 @@
-"""Measurements that anyone can repeat: `python tools/bench.py offline|convert ...`; each is a module of benchmarks/."""
+"""Measurements that anyone can repeat: `python tools/bench.py train ...`; each is a module of benchmarks/."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from toolkit import Parser, main
 BENCHMARKS = {
     "convert": "convert, reshard, export and verify beside cp and transformers",
     "offline": "generation beside transformers",
+    "train": "a training step beside transformers, both under DeepSpeed",
 }
 
 if __name__ == "__main__":
