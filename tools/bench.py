@@ -11,6 +11,7 @@ BENCHMARKS = {
     "convert": "convert, reshard, export and verify beside cp and transformers",
     "offline": "generation beside transformers",
     "sync": "weights between two layouts in memory, beside gathering every tensor",
+    "train": "a training step beside transformers, both under DeepSpeed",
 }
 
 if __name__ == "__main__":

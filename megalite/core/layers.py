@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
+from megalite.core.elementwise import rms_norm
 from megalite.core.layout import Even, Split, width
 from megalite.core.parallel_state import ParallelState
 
@@ -110,8 +111,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.zero_centred:
             # float32 throughout: 1 + weight loses the weight's low bits in bfloat16
-            return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+            return rms_norm(x.float(), 1.0 + self.weight.float(), self.eps).type_as(x)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class LayerNorm(nn.Module):

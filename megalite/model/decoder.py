@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.core.elementwise import gated, rotate
 from megalite.core.layers import (
     ColumnParallelLinear,
     LayerNorm,
@@ -102,19 +103,10 @@ class Rotation:
         angles = positions[:, None].float() * frequencies  # [T, rotary / 2]
         self.cos = (angles.cos() * factor).to(dtype)[:, None]
         self.sin = (angles.sin() * factor).to(dtype)[:, None]
-        self.width = 2 * frequencies.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, H, D] -> [T, H, D]; channels beyond `width` pass through."""
-        half = self.width // 2
-        first, second = x[..., :half], x[..., half : self.width]
-        parts = [
-            torch.addcmul(first * self.cos, second, self.sin, value=-1),
-            torch.addcmul(second * self.cos, first, self.sin),
-        ]
-        if self.width < x.shape[-1]:
-            parts.append(x[..., self.width :])
-        return torch.cat(parts, -1)
+        """[T, H, D] -> [T, H, D]; channels beyond the rotated ones pass through."""
+        return rotate(x, self.cos, self.sin)
 
 
 class Attention(nn.Module):
@@ -134,15 +126,17 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = norm(), norm()
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, ctx: AttentionContext, rotate: Rotation | None) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
-        num_q, num_k, _ = self.heads
-        qk, v = qkv[:, : num_q + num_k], qkv[:, num_q + num_k :]
+        num_q, num_k, num_v = self.heads
+        qk, v = qkv.split((num_q + num_k, num_v), 1)
         if self.qk_norm:
-            qk = torch.cat([self.q_norm(qk[:, :num_q]), self.k_norm(qk[:, num_q:])], 1)
-        if rotate is not None:
-            qk = rotate(qk)
-        attended = ctx.attend(self.spec, qk[:, :num_q], qk[:, num_q:], v)
+            q, k = qk.split((num_q, num_k), 1)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
+        if rotation is not None:
+            qk = rotation(qk)
+        q, k = qk.split((num_q, num_k), 1)
+        attended = ctx.attend(self.spec, q, k, v)
         return self.out(attended.flatten(-2))
 
 
@@ -153,17 +147,14 @@ class MLP(nn.Module):
         super().__init__()
         inner = Even(config.intermediate_size)
         self.gated = config.gated_mlp
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
         splits = (inner, inner) if self.gated else (inner,)
         self.up = ColumnParallelLinear(config.hidden_size, splits, state, bias=config.mlp_bias)
         self.down = RowParallelLinear(inner, config.hidden_size, state, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
-        if self.gated:
-            gate, up = hidden.chunk(2, -1)
-            return self.down(self.activation(gate) * up)
-        return self.down(self.activation(hidden))
+        return self.down(gated(hidden, self.activation) if self.gated else ACTIVATIONS[self.activation](hidden))
 
 
 def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module:
@@ -194,8 +185,8 @@ class Block(nn.Module):
         self.mlp = make_mlp(config, layer, state)
         self.post_mlp_norm = make_norm(config, state) if config.post_norms else nn.Identity()
 
-    def forward(self, x: Tensor, ctx: AttentionContext, rotate: Rotation | None) -> Tensor:
-        x = x + self.post_attn_norm(self.attn(self.attn_norm(x), ctx, rotate))
+    def forward(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
+        x = x + self.post_attn_norm(self.attn(self.attn_norm(x), ctx, rotation))
         return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
 
 
@@ -265,13 +256,13 @@ class Decoder(nn.Module):
         """Token ids int64 [T] in the model's first chunk, hidden states [T or T/tp, hidden] in others -> hidden."""
         if self.embed is not None and chunk == 0:
             x = self.embed(x, ctx.positions)
-        rotate = None
+        rotation = None
         if self._frequencies is not None:
             if self._frequencies.device != x.device:
                 self._frequencies = self._frequencies.to(x.device)
-            rotate = Rotation(self._frequencies, self._rope_factor, ctx.positions, x.dtype)
+            rotation = Rotation(self._frequencies, self._rope_factor, ctx.positions, x.dtype)
         for block in self._chunks[chunk]:
-            x = block(x, ctx, rotate)
+            x = block(x, ctx, rotation)
         return x
 
     def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.core.collectives import all_reduce_sum
@@ -53,6 +54,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, first_row: int, axis: Axis) -
     the whole vocabulary. Megatron-LM (arXiv 1909.08053, section 3): the maximum, the sum of exponentials and the
     target's logit are reduced over the axis, so T numbers travel instead of T x V.
     """
+    if axis.size == 1:
+        return F.cross_entropy(logits.float(), targets, reduction="none")
     return _CrossEntropy.apply(logits, targets, first_row, axis)
 
 

@@ -28,13 +28,12 @@ def make_optimizer(decoder: Decoder, section: OptimizerSection) -> torch.optim.A
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": section.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = params[0].is_cuda or None
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=section.learning_rate,
         betas=tuple(section.betas),
         eps=section.eps,
-        fused=fused,
+        fused=True,
     )
 
 

@@ -26,7 +26,7 @@ def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None
     """
     flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
     for partition in flat:
-        step = torch.zeros((), device=partition.device if optimizer.defaults["fused"] else "cpu")
+        step = torch.zeros((), device=partition.device)
         optimizer.state[partition] = {"step": step, **{kind: torch.zeros_like(partition) for kind in MOMENTS}}
     if stage < 3:
         # Links each parameter to its part of the flat moments, which the public safe_get/safe_set functions need.

@@ -1,0 +1,169 @@
+"""A training step: megalite beside the same model of transformers, under one DeepSpeed config, in one process.
+
+On the CPU, one rank, ZeRO stage 1, PyTorch's AdamW on both sides, gradients clipped; transformers computes its own
+loss. Both begin with the same weights, get the same new tokens in every round and take turns; who goes first changes.
+Printed are the medians over the rounds, in milliseconds a step, and the median of the rounds' ratios, megalite over
+transformers: below 1 is faster. The losses of both are compared on the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config.schema import DistributedSection, OptimizerSection
+from megalite.core.distributed import prepare_deepspeed, start
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.model import families
+from megalite.train.batch import from_windows
+from megalite.train.optimizer import deepspeed_config, make_optimizer
+from megalite.train.trainer import Trainer
+from megalite.weights import transfer
+
+ALL_STEPS = 1 << 20
+"""Of the learning rate's schedule: it stays at its peak while this measures."""
+OPTIMIZER = OptimizerSection(learning_rate=1e-4, min_learning_rate=1e-4, warmup_steps=0)
+TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2}
+"""Largest difference between the losses of a step."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes to train")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE), help="numbers")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each side")
+    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of either side")
+    parser.add_argument("--json", help="write the figures here")
+
+
+def run(args: argparse.Namespace) -> int:
+    figures = []
+    section = DistributedSection(device="cpu")
+    with (
+        start(section, sha256="", config_text="", handle_signals=False) as runtime,
+        tempfile.TemporaryDirectory() as tmp,
+    ):
+        torch.set_num_threads(args.threads)
+        prepare_deepspeed(runtime)
+        print(f"{args.threads} threads, {args.batch} x {args.length} tokens a step, {args.rounds} rounds; ms a step")
+        print(f"{'model':<24}{'numbers':<10}{'megalite':>10}{'transformers':>14}{'ratio':>8}")
+        for name in args.models:
+            folder = Path(tmp) / name
+            MODELS[name]().save_pretrained(folder)
+            for dtype in args.dtypes:
+                row = {"model": name, "dtype": dtype, **measure(folder, dtype, args)}
+                figures.append(row)
+                line = f"{row['megalite']:>10.0f}{row['transformers']:>14.0f}{row['ratio']:>8.2f}"
+                print(f"{name:<24}{dtype:<10}{line}", flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
+    """Medians of both sides, and of their ratios."""
+    sides = [ours(folder, dtype), theirs(folder, dtype)]
+    vocab = families.read(folder).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    times: list[tuple[float, float]] = []
+    for number in range(args.rounds + 1):
+        windows = torch.randint(vocab, (args.batch, args.length + 1), generator=generator)
+        order = (0, 1) if number % 2 else (1, 0)
+        found = {side: timed(sides[side], windows) for side in order}
+        losses = found[0][1], found[1][1]
+        assert abs(losses[0] - losses[1]) < TOLERANCE[dtype], f"the losses differ: {losses}"
+        if number:  # the first round warms up
+            times.append((found[0][0], found[1][0]))
+    medians = [1000 * statistics.median(side) for side in zip(*times, strict=True)]
+    ratio = statistics.median(mine / his for mine, his in times)
+    return {"megalite": medians[0], "transformers": medians[1], "ratio": ratio}
+
+
+def timed(step: Callable[[Tensor], float], windows: Tensor) -> tuple[float, float]:
+    """Seconds, and the loss."""
+    started = time.perf_counter()
+    loss = step(windows)
+    return time.perf_counter() - started, loss
+
+
+def ours(folder: Path, dtype: str) -> Callable[[Tensor], float]:
+    """A step of windows [B, L + 1]; gives its mean loss."""
+    model = families.read(folder)
+    decoder = transfer.build(model, ParallelState(Layout()), dtype=transfer.DTYPES[dtype], device=torch.device("cpu"))
+    transfer.load_folder(decoder, folder)
+    trainer = Trainer(decoder, OPTIMIZER, steps=ALL_STEPS)
+    return lambda windows: trainer.read(trainer.step([from_windows(windows)]))["loss"]
+
+
+def theirs(folder: Path, dtype: str) -> Callable[[Tensor], float]:
+    """The same by transformers, in the same engine with the same optimizer."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+
+    number = transfer.DTYPES[dtype]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
+    model.config.use_cache = False
+    model.train()
+    config = deepspeed_config(OPTIMIZER, zero_stage=1, dtype=number, more={})
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=make_optimizer(model, OPTIMIZER), config=config, dist_init_required=False
+    )
+
+    def step(windows: Tensor) -> float:
+        targets = windows[:, 1:].contiguous()
+        loss = engine(input_ids=windows[:, :-1], labels=targets, shift_labels=targets).loss
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
+def demo_shape() -> Any:
+    """The shape of checkpoints/demo: a Qwen3 of 10.5M parameters."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=320,
+            intermediate_size=768,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=64,
+            vocab_size=4096,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def llama_shape() -> Any:
+    """A Llama of 34M parameters: hidden 512, 8 layers, vocabulary 8192."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1408,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            vocab_size=8192,
+            max_position_embeddings=1024,
+        )
+    )
+
+
+MODELS = {"qwen3-10M": demo_shape, "llama-34M": llama_shape}
