@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
 from megalite.config.validate import layout_words, num_ranks, world_size_problem
+from megalite.core.place import Place
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -50,8 +51,6 @@ FLAGS = {
 }
 VALUED = ("--config", "--resolved-sha256", "--stdin", "--local_rank", "--local-rank")
 """Options with a value; all but the first are for the ranks, from a launcher or the door."""
-LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}
-"""Launchers by a variable that only they set."""
 MOST_RANKS_PER_CORE = 8
 QUIET_WAIT = 3.0
 """Seconds that ranks wait which leave the message to another: a launcher kills the rest when the first one ends."""
@@ -68,40 +67,6 @@ class Options:
     """Of the resolved config, when the door started this rank."""
     stdin: str = ""
     """File that stands in for standard input, which the ranks behind the door don't have."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """This process among those that a launcher started."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    launcher: str
-
-    @classmethod
-    def here(cls, environment: Mapping[str, str]) -> Place | None:
-        """From the launcher's variables; None if there is no launcher."""
-        if "RANK" not in environment or "WORLD_SIZE" not in environment:
-            return None
-
-        def number(*names: str, default: int) -> int:
-            name = next((one for one in names if one in environment), "")
-            text = environment.get(name, str(default))
-            if not (text.isascii() and text.isdecimal()):
-                fix = f"Unset it, or start the ranks with deepspeed or torchrun, which set {name}."
-                raise ConfigError(Problem(key=name, rule="must be a whole number", value=text, fix=fix))
-            return int(text)
-
-        rank, world_size = number("RANK", default=0), number("WORLD_SIZE", default=1)
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            local_rank=number("LOCAL_RANK", default=rank),
-            local_size=max(1, number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", default=world_size)),
-            launcher=next((name for mark, name in LAUNCHERS.items() if mark in environment), "the launcher"),
-        )
 
 
 def no_checks(config: Config) -> list[Problem]:
@@ -124,7 +89,7 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
         return run(loaded)
 
     try:
-        place = Place.here(os.environ)
+        place = Place.of(os.environ)
         return _main(kind, run_here, arguments, place, checks)
     except KeyboardInterrupt:
         return EXIT_SIGINT
@@ -256,7 +221,7 @@ def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], sha256:
 
 def _launched(place: Place, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
     """How this rank was started, and the command that starts `wanted` ranks instead."""
-    hosts = max(1, place.world_size // place.local_size)
+    hosts = max(1, place.world_size // (place.started_here or place.world_size))
     each = -(-wanted // hosts)
     started = f"{place.launcher} started {place.world_size} rank{'s' if place.world_size != 1 else ''}"
     if place.launcher == "torchrun":

@@ -124,6 +124,11 @@ def train(override: str, *says: str, config: str = TRAIN) -> Case:
     return Case(kind="train", config=config, args=(override,), says=says)
 
 
+def launched(rank: int | str, world_size: int) -> dict[str, str]:
+    """What a launcher sets for one of its ranks on one host."""
+    return {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world_size}", "MASTER_PORT": "29500"}
+
+
 FROM_HERE = "(from the command line)"
 CASES = {
     # ---- the command line
@@ -334,7 +339,7 @@ CASES = {
     "nothing to overwrite": given("output.overwrite=true", "there is no output.file to overwrite"),
     # ---- ranks
     "two ranks for one": Case(
-        env={"RANK": "0", "WORLD_SIZE": "2"},
+        env=launched(0, 2),
         args=("sampling.n=1",),
         says=(
             "the launcher started 2 ranks",
@@ -344,16 +349,16 @@ CASES = {
         ),
     ),
     "four deepspeed ranks for two": Case(
-        env={"RANK": "0", "WORLD_SIZE": "4", "CROSS_SIZE": "1"},
+        env=launched(0, 4) | {"CROSS_SIZE": "1"},
         args=("parallel.dp=2",),
         says=("deepspeed started 4 ranks, but the config asks for tp * pp * dp = 1 * 1 * 2 = 2", "--num_gpus 2 "),
     ),
     "one torchrun rank for four": Case(
-        env={"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"},
+        env=launched(0, 1) | {"TORCHELASTIC_RUN_ID": "x"},
         args=("parallel.tp=2", "parallel.pp=2"),
         says=("torchrun started 1 rank,", "= 4", "torchrun --nproc_per_node 4 "),
     ),
-    "rank that is no number": Case(env={"RANK": "x", "WORLD_SIZE": "2"}, says=("RANK: must be a whole number",)),
+    "rank that is no number": Case(env=launched("x", 2), says=("RANK: must be a whole number",)),
     "another config": Case(
         args=("--resolved-sha256", "0" * 64), says=("config differs from the one the run was started with",)
     ),
@@ -417,6 +422,7 @@ def job(tmp_path, monkeypatch, model_folder):
         "CROSS_SIZE",
         "LOCAL_WORLD_SIZE",
         "LOCAL_SIZE",
+        "MASTER_PORT",
     ):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -427,6 +433,11 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "model"
     write_model(folder)
     return folder
+
+
+def put_under_launcher(monkeypatch, rank: int, world_size: int) -> None:
+    for name, value in launched(rank, world_size).items():
+        monkeypatch.setenv(name, value)
 
 
 def start(kind: str, args: tuple[str, ...], *, config: str) -> tuple[int, list]:
@@ -488,8 +499,7 @@ def test_a_dummy_model_needs_no_weights(job):
 
 
 def test_a_rank_runs_in_its_process(job, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    put_under_launcher(monkeypatch, 1, 2)
     code, ran = start("infer", ("parallel.tp=2",), config=JOB)
     assert (code, len(ran)) == (0, 1)
 
@@ -497,8 +507,7 @@ def test_a_rank_runs_in_its_process(job, monkeypatch):
 def test_only_one_rank_of_a_host_tells(job, monkeypatch, capfd):
     monkeypatch.setattr(cli, "QUIET_WAIT", 0)
     for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "3")
+        put_under_launcher(monkeypatch, rank, 3)
         assert start("infer", (), config=JOB)[0] == USAGE
         assert ("error: " in capfd.readouterr().err) == (rank == 0)
 
@@ -512,8 +521,7 @@ def test_a_stage_below_the_launcher_gets_the_resolved_file(job, monkeypatch):
     def run_under_deepspeed(script, resolved, sha256, num_ranks, debug, extra):
         seen.update(script=script, text=Path(resolved).read_text(), sha256=sha256, ranks=num_ranks, debug=debug)
         ran = []
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("WORLD_SIZE", "4")
+        put_under_launcher(monkeypatch, 0, 4)
         seen["rank"] = cli.main(
             "infer", lambda loaded: ran.append(loaded) or 0, ["--config", str(resolved), "--resolved-sha256", sha256]
         )
@@ -613,8 +621,7 @@ def test_debug_shows_the_traceback_of_a_users_mistake(job, capfd):
 def test_a_rank_says_which_it_is_once_at_work(job, capfd, monkeypatch):
     from megalite.errors import CheckpointError
 
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    put_under_launcher(monkeypatch, 1, 2)
     assert run_and_raise(CheckpointError("no good"), "parallel.tp=2") == 3
     assert capfd.readouterr().err.startswith("[rank 1 on ")
 

@@ -18,7 +18,8 @@ from torch.distributed import FileStore
 from megalite.config.schema import DistributedSection
 from megalite.core import distributed, rendezvous
 from megalite.core.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
-from megalite.core.rendezvous import Card, Deadline, Place, claim, meet, open_store, run_folder
+from megalite.core.place import Place
+from megalite.core.rendezvous import Card, Deadline, claim, meet, open_store, run_folder
 from megalite.core.status import StatusFile, read_status
 from megalite.errors import ConfigError, RankLost, Stopped
 from megalite.monitor.processes import Process
@@ -55,6 +56,7 @@ def a_place(rank: int, world_size: int, **changes) -> Place:
         master_port=1,
         agent_store=False,
         restart="0",
+        launcher="the launcher",
     )
     return dataclasses.replace(place, **changes)
 
@@ -76,7 +78,10 @@ def test_place_under_both_launchers():
         master_port=29500,
         agent_store=True,
         restart="0",
+        launcher="the launcher",
     )
+    assert Place.of({**UNDER, "TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
+    assert Place.of({**UNDER, "CROSS_SIZE": "1"}).launcher == "deepspeed"
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_the_report_and_the_dry_run_agree(jobs, runs):
     lines = run.err.splitlines()
     at = next(number for number, line in enumerate(lines) if line.split()[:1] == ["rank"])
     header = [cell for cell in lines[at].split("  ") if cell]
-    columns = ["rank", "dp/pp/tp", "layers", "weights", "KV cache (blocks)", "load peak / bound"]
+    columns = ["rank", "dp/pp/tp", "layers", "weights", "KV cache", "load peak / bound"]
     columns += ["prefill tok/s", "decode tok/s", "compute", "comm", "wait", "other"]
     assert [cell.strip() for cell in header] == columns
     rows = [[cell.strip() for cell in line.split("  ") if cell] for line in lines[at + 1 : at + 3]]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from megalite.monitor.metrics import PHASES, Meter, RankReport, peak_memory, reset_peak_memory
-from megalite.monitor.report import format_bytes, format_report, warnings
+from megalite.monitor.report import format_bytes, format_report, hints
 
 MIB = 2**20
 
@@ -203,10 +203,10 @@ def test_one_healthy_rank():
     text = format_report([rank(0)])
     lines = text.splitlines()
     assert len(lines) == 3
-    names = ("rank", "dp/pp/tp", "layers", "weights", "KV cache (blocks)", "load peak / bound", "prefill tok/s", "comm")
+    names = ("rank", "dp/pp/tp", "layers", "weights", "KV cache", "load peak / bound", "prefill tok/s", "comm")
     assert all(name in lines[0] for name in names)
     row = cells(text, 0)
-    assert row.split() == ("0 0/0/0 0-7 20.0 MiB 64.0 MiB (1,024) 21.0 MiB / 22.0 MiB 2,000 400 70% 10% 5% 15%".split())
+    assert row.split() == ("0 0/0/0 0-7 20.0 MiB 64.0 MiB 21.0 MiB / 22.0 MiB 2,000 400 70% 10% 5% 15%".split())
     assert lines[2] == (
         "total: 64 prompts, 2,064 tokens in 10.0 s, 206 tokens/s, 25% of prompt tokens from the prefix cache, "
         "0 preemptions; most memory in one process 400 MiB"
@@ -241,15 +241,15 @@ def test_totals_count_each_replica_once_and_failed_prompts():
     assert "total: 64 prompts (1 failed), 2,000 tokens in 11.0 s, 182 tokens/s, 20% of prompt tokens" in text
     assert "2 preemptions;" in text
     assert "pipeline idle: 5% (stage 0: 5%, stage 1: 5%)" in text
-    assert "warning" not in text
+    assert "hint" not in text
 
 
 def test_what_was_not_measured_is_a_dash():
     empty = RankReport(rank=0, tp=0, pp=0, dp=0, layers=(3, 3))
     text = format_report([empty])
-    assert cells(text, 0).split() == "0 0/0/0 none 0 KiB 0 KiB (0) - / - - - 0% 0% 0% 0%".split()
+    assert cells(text, 0).split() == "0 0/0/0 none 0 KiB 0 KiB - / - - - 0% 0% 0% 0%".split()
     assert "total: 0 prompts, 0 tokens in 0.0 s, - tokens/s, 0% of prompt tokens" in text
-    assert "warning" not in text
+    assert "hint" not in text
 
 
 def test_bytes_are_readable():
@@ -272,52 +272,57 @@ def stages(*waits, **changes):
 
 def test_a_slow_stage_is_named():
     ranks = stages(0.3, 6.1, 7.0)
-    (warning,) = warnings(ranks)
-    assert warning.startswith(
-        "replica 0: stage 0 is slow: it waited 3% of the time, stage 1 (61%), 2 (70%) waited for it"
-    )
-    assert "It holds 4 layers" in warning
+    (hint,) = hints(ranks)
+    assert hint.startswith("replica 0: stage 0 is slow: it waited 3% of the time, stage 1 (61%), 2 (70%) waited for it")
+    assert "It holds 4 layers" in hint
     text = format_report(ranks)
     assert "pipeline idle: 45% (stage 0: 3%, stage 1: 61%, stage 2: 70%)" in text
-    assert text.splitlines()[-1] == f"warning: {warning}"
-    (last,) = warnings(stages(5.5, 0.1))
+    assert text.splitlines()[-1] == f"hint: {hint}"
+    (last,) = hints(stages(5.5, 0.1))
     assert "stage 1 is slow" in last and "stage 0 (55%) waited" in last
-    assert warnings(stages(4.9, 4.9)) == []
+    assert hints(stages(4.9, 4.9)) == []
 
 
 def test_a_starved_pipeline_is_told_from_a_slow_stage():
-    (warning,) = warnings(stages(6.0, 6.5))
-    assert warning.startswith("all 2 stages of replica 0 waited more than half of the time: too few prompts")
+    (hint,) = hints(stages(6.0, 6.5))
+    assert hint.startswith("all 2 stages of replica 0 waited more than half of the time: too few prompts")
 
 
 def test_waiting_without_a_pipeline_is_for_the_sampling_rank():
     ranks = [rank(0, sampling=6.0, compute=2.0), rank(1, tp=1, waiting=6.2, compute=2.0)]
-    assert warnings(ranks) == ["rank 1 waited more than half of the time for rank 0, which spent 60% of it sampling."]
+    assert hints(ranks) == ["rank 1 waited more than half of the time for rank 0, which spent 60% of it sampling."]
 
 
 def test_much_communication_is_named():
     ranks = [rank(n, tp=n, communication=(4.5, 5.5, 3.9)[n], compute=2.0) for n in range(3)]
-    (warning,) = warnings(ranks)
-    assert warning.startswith("rank 0, 1 spent up to 55% of the time in communication")
-    assert "parallel.tp" in warning
+    (hint,) = hints(ranks)
+    assert hint.startswith("ranks 0, 1 spent up to 55% of the time in communication")
+    assert "parallel.tp" in hint
+
+
+def test_a_short_run_gets_no_advice_on_speed():
+    busy = {"communication": 8.0, "waiting": 0.0, "preemptions": 99, "seconds": 9.9}
+    assert hints([rank(n, tp=n, **busy) for n in range(2)]) == []
+    (hint,) = hints([rank(0, load_peak_bytes=200 * MIB, **busy)])
+    assert "while loading" in hint
 
 
 def test_preemptions_are_named_when_many():
-    assert warnings([rank(0, preemptions=6)]) == []
-    (warning,) = warnings([rank(0, preemptions=7)])
-    assert "replica 0 ran out of KV cache: 7 preemptions for 64 prompts" in warning
-    assert "engine.swap_space" in warning
+    assert hints([rank(0, preemptions=6)]) == []
+    (hint,) = hints([rank(0, preemptions=7)])
+    assert "replica 0 ran out of KV cache: 7 preemptions for 64 prompts" in hint
+    assert "engine.swap_space" in hint
 
 
 def test_loading_beyond_its_bound_is_named():
-    assert warnings([rank(0, load_peak_bytes=86 * MIB)]) == []
-    (warning,) = warnings([rank(0), rank(1, tp=1, load_peak_bytes=87 * MIB)])
-    assert warning == "rank 1 took 87.0 MiB while loading, more than its weights and one tensor (22.0 MiB)."
+    assert hints([rank(0, load_peak_bytes=86 * MIB)]) == []
+    (hint,) = hints([rank(0), rank(1, tp=1, load_peak_bytes=87 * MIB)])
+    assert hint == "rank 1 took 87.0 MiB while loading, more than its weights and one tensor (22.0 MiB)."
 
 
 def test_uneven_replicas_are_named():
     ranks = [rank(0), rank(1, dp=1, seconds=6.9, compute=4.0), rank(2, dp=2, seconds=7.1)]
-    (warning,) = warnings(ranks)
-    assert warning.startswith("replica 1 was done after 6.9 s, replica 0 after 10.0 s.")
-    assert "parallel.dp_mode=async" in warning
-    assert warnings([ranks[0], replace(ranks[1], seconds=7.0)]) == []
+    (hint,) = hints(ranks)
+    assert hint.startswith("replica 1 was done after 6.9 s, replica 0 after 10.0 s.")
+    assert "parallel.dp_mode=async" in hint
+    assert hints([ranks[0], replace(ranks[1], seconds=7.0)]) == []

@@ -55,6 +55,7 @@ TORCH_FREE = (
     "megalite/monitor/",
     "megalite/core/layout.py",
     "megalite/core/launcher.py",
+    "megalite/core/place.py",
     "megalite/core/status.py",
     "megalite/model/config.py",
     "megalite/model/families.py",

@@ -14,7 +14,7 @@ How an error inside the block becomes the run's exit code. Leaving the block is 
 So an exception that leaves the block is the run's own, and the caller prints it exactly once. Work that may fail, such
 as finishing the output, belongs inside the block: code 0 is given when the block has been left on all ranks.
 
-The launchers' environment variables are read here and in `rendezvous`, and a device is chosen here.
+The launchers' environment variables are read here and in `place`, and a device is chosen here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from megalite.config.schema import DistributedSection
 from megalite.core.launcher import DOOR_VARIABLE, VISIBLE_VARIABLE
 from megalite.core.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
 from megalite.core.parallel_state import forget_groups
-from megalite.core.rendezvous import Card, Deadline, Place, claim, meet, open_store, run_folder
+from megalite.core.place import Place
+from megalite.core.rendezvous import Card, Deadline, claim, meet, open_store, run_folder
 from megalite.core.status import STATUS_VARIABLE, StatusFile
 from megalite.errors import (
     EXIT_CRASH,

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from megalite.monitor.metrics import RankReport
 
+SHORT_RUN = 10.0
+"""Seconds. Where the time of a run that is over sooner went says little, and nobody has waited for it."""
 WAITING_IS_MUCH = 0.5
 COMMUNICATION_IS_MUCH = 0.4
 PREEMPTIONS_ARE_MANY = 0.1
@@ -20,7 +22,7 @@ _HEADER = (
     "dp/pp/tp",
     "layers",
     "weights",
-    "KV cache (blocks)",
+    "KV cache",
     "load peak / bound",
     "prefill tok/s",
     "decode tok/s",
@@ -38,19 +40,16 @@ def format_report(reports: Iterable[RankReport]) -> str:
     if max(report.pp for report in ranks) > 0:
         lines.append(_pipeline_idle(ranks))
     lines.append(_totals(ranks))
-    lines += [f"warning: {warning}" for warning in warnings(ranks)]
+    lines += [f"hint: {hint}" for hint in hints(ranks)]
     return "\n".join(lines)
 
 
-def warnings(ranks: list[RankReport]) -> list[str]:
-    """What cost speed, in plain words, and what to try."""
-    return [
-        *_waiting(ranks),
-        *_communicating(ranks),
-        *_preempted(ranks),
-        *_overloaded(ranks),
-        *_uneven_replicas(ranks),
-    ]
+def hints(ranks: list[RankReport]) -> list[str]:
+    """What cost memory or speed, in plain words, and what to try; of speed only where the run was long enough."""
+    found = _overloaded(ranks)
+    if max(report.seconds for report in ranks) >= SHORT_RUN:
+        found += _waiting(ranks) + _communicating(ranks) + _preempted(ranks) + _uneven_replicas(ranks)
+    return found
 
 
 def format_bytes(count: int) -> str:
@@ -73,7 +72,7 @@ def _row(report: RankReport) -> tuple[str, ...]:
         f"{report.dp}/{report.pp}/{report.tp}",
         f"{lo}-{hi - 1}" if lo < hi else "none",
         format_bytes(report.weight_bytes),
-        f"{format_bytes(report.kv_bytes)} ({report.kv_blocks:,})",
+        format_bytes(report.kv_bytes),
         f"{loaded} / {bound}",
         _rate(report.prefill_tokens, report.prefill_seconds),
         _rate(report.decode_tokens, report.decode_seconds),
@@ -174,7 +173,7 @@ def _waiting_on_control(stage: list[RankReport]) -> list[str]:
         return []
     slow = min(stage, key=lambda report: (report.share("waiting"), report.rank))
     return [
-        f"rank {_names(idle)} waited more than half of the time for rank {slow.rank}, "
+        f"{_names(idle)} waited more than half of the time for rank {slow.rank}, "
         f"which spent {_percent(slow.share('sampling'))} of it sampling."
     ]
 
@@ -185,8 +184,8 @@ def _communicating(ranks: list[RankReport]) -> list[str]:
         return []
     most = max(report.share("communication") for report in busy)
     return [
-        f"rank {_names(busy)} spent up to {_percent(most)} of the time in communication: the model is cut finer than "
-        "the links carry. Try a smaller parallel.tp, with parallel.pp or parallel.dp for the other ranks."
+        f"{_names(busy)} spent up to {_percent(most)} of the time in communication: on these links the model is too "
+        "small for this parallel.tp. Try a smaller one, with parallel.pp or parallel.dp for the other ranks."
     ]
 
 
@@ -229,4 +228,4 @@ def _uneven_replicas(ranks: list[RankReport]) -> list[str]:
 
 
 def _names(ranks: list[RankReport]) -> str:
-    return ", ".join(str(report.rank) for report in ranks)
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(str(report.rank) for report in ranks)}"

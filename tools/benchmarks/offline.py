@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or make_model(Path(folder))
         theirs, vocab = load_transformers(path, args.dtype)
-        limits = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+        limits = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 1024}
         with LLM(path, dtype=args.dtype, enable_prefix_caching=False, **limits) as llm:
             figures = measure_all(args, llm, theirs, vocab)
     if args.json:
