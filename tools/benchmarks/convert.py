@@ -1,9 +1,10 @@
 """Checkpoint tools: convert, reshard, export and verify beside `cp`, and beside transformers' load and save.
 
-Every command is a process of its own, timed from start to end, with its peak resident memory; all work in the same two
-folders on the same disk, take turns for some rounds, and medians are printed. Before each of them the files are taken
-out of the page cache, so that all begin equally cold (--warm leaves them in it). Ours sync what they write; `cp` is
-therefore shown bare and followed by a sync of the copy.
+Every command is a process of its own, timed from start to end, with its peak resident memory; all work in the same
+folders on the same disk. Copies of the model by `cp`, synced to the disk as our tools sync what they write, are made
+before, between and after them, and the rate of each command is set against the copies just before and just after it:
+disks of virtual machines change their speed from minute to minute. Before every command all files are taken out of the
+page cache, so that all begin equally cold (--warm leaves them in it). Medians of some rounds are printed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from megalite.weights.tensor_file import read_header
 
 TOOLS = Path(__file__).resolve().parent.parent
 
@@ -70,16 +73,36 @@ if len(files) > 1:
 
 
 @dataclass
-class Figure:
-    """One command's medians."""
+class Sample:
+    """One run of a command."""
 
     name: str
     seconds: float
     gigabytes: float
     """Written; for verify, read."""
+    peak_mb: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """GB/s."""
+        return self.gigabytes / self.seconds
+
+
+@dataclass
+class Figure:
+    """One command's medians over the rounds."""
+
+    name: str
+    seconds: float
     rate: float
     """GB/s."""
+    ratio: float
+    """Rate over that of the copies around it."""
     peak_mb: float | None
+    """The largest."""
+
+
+COPY = "cp, synced"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,14 +121,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     parent = Path(tempfile.mkdtemp(prefix="megalite-bench-", dir=args.folder))
     try:
-        figures = Bench(args, parent).run()
+        bench = Bench(args, parent)
+        figures = bench.run()
+        size, largest = total_size(bench.model), largest_tensor(bench.model)
     finally:
         shutil.rmtree(parent)
-    base = next(figure.rate for figure in figures if figure.name == "cp, synced")
-    print("| command | seconds | GB/s | of cp, synced | peak memory |\n|---|---|---|---|---|")
+    print(f"{size / 1e9:.2f} GB of weights, largest tensor {largest / 1e6:.0f} MB, medians of {args.rounds} rounds\n")
+    print("| command | seconds | GB/s | rate / cp's | peak memory |\n|---|---|---|---|---|")
     for one in figures:
         peak = f"{one.peak_mb:.0f} MB" if one.peak_mb else ""
-        print(f"| {one.name} | {one.seconds:.1f} | {one.rate:.2f} | {one.rate / base:.0%} | {peak} |")
+        print(f"| {one.name} | {one.seconds:.1f} | {one.rate:.2f} | {one.ratio:.2f} | {peak} |")
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
     return 0
@@ -118,35 +143,46 @@ class Bench:
         self.args = args
         self.parent = parent
         self.model = Path(args.model) if args.model else generate(parent / "model", args.size)
-        self.samples: dict[str, list[tuple[float, float, float | None]]] = {}
+        self.samples: list[Sample] = []
+        """In the order they were taken."""
 
     def run(self) -> list[Figure]:
         for _ in range(self.args.rounds):
             self._round()
-        figures = []
-        for name, samples in self.samples.items():
-            seconds, size = statistics.median(s[0] for s in samples), samples[0][1]
-            peaks = [peak for _, _, peak in samples if peak is not None]
-            figures.append(Figure(name, seconds, size, size / seconds, max(peaks, default=None)))
-        return figures
+        names = dict.fromkeys(sample.name for sample in self.samples)
+        return [self._figure(name) for name in names]
+
+    def _figure(self, name: str) -> Figure:
+        mine = [index for index, sample in enumerate(self.samples) if sample.name == name]
+        samples = [self.samples[index] for index in mine]
+        return Figure(
+            name,
+            statistics.median(sample.seconds for sample in samples),
+            statistics.median(sample.rate for sample in samples),
+            statistics.median(self.samples[index].rate / self._copying(index) for index in mine),
+            max((sample.peak_mb for sample in samples if sample.peak_mb is not None), default=None),
+        )
+
+    def _copying(self, index: int) -> float:
+        """GB/s of the copies nearest to a sample, before and after it; of a copy, its own."""
+        rates = {at: sample.rate for at, sample in enumerate(self.samples) if sample.name == COPY}
+        before = max(at for at in rates if at <= index)
+        after = min(at for at in rates if at >= index)
+        return statistics.harmonic_mean([rates[before], rates[after]])
 
     def _round(self) -> None:
         parent, model = self.parent, self.model
-        copy, cut, other, back = (parent / name for name in ("copy", "cut", "other", "back"))
-
-        def cp() -> None:
-            subprocess.run(["cp", "-r", str(model), str(copy)], check=True)
-
-        self._time("cp", cp, copy)
-        shutil.rmtree(copy)
-        self._time("cp, synced", lambda: (cp(), sync(copy)), copy)
-        shutil.rmtree(copy)
+        cut, other, back = (parent / name for name in ("cut", "other", "back"))
+        self._copy()
         self._tool("convert", cut, "--model", model, "--layout", self.args.layout, "--out", cut)
+        self._copy()
         self._tool("verify", cut, cut)
         self._tool("reshard", other, "--from", cut, "--layout", self.args.reshard, "--out", other)
         shutil.rmtree(cut)
+        self._copy()
         self._tool("export", back, "--from", other, "--out", back)
         shutil.rmtree(other)
+        self._copy()
         self._tool("verify --against", back, back, "--against", model)
         shutil.rmtree(back)
         if not self.args.skip_transformers:
@@ -154,6 +190,17 @@ class Bench:
             script.write_text(TRANSFORMERS)
             self._script("transformers load + save", back, [script, model, back])
             shutil.rmtree(back)
+        self._copy()
+
+    def _copy(self) -> None:
+        copy = self.parent / "copy"
+
+        def work() -> None:
+            subprocess.run(["cp", "-r", str(self.model), str(copy)], check=True)
+            sync(copy)
+
+        self._time(COPY, work, copy)
+        shutil.rmtree(copy)
 
     def _tool(self, name: str, out: Path, *arguments: str | Path) -> None:
         jobs = ["--jobs", str(self.args.jobs)] if self.args.jobs else []
@@ -173,9 +220,19 @@ class Bench:
         work()
         seconds = time.monotonic() - began
         peak = int(told.read_text()) / 1000 if told else None
-        size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e9
-        self.samples.setdefault(name, []).append((seconds, size, peak))
-        print(f"{name}: {seconds:.1f} s, {size / seconds:.2f} GB/s", file=sys.stderr, flush=True)
+        sample = Sample(name, seconds, total_size(out) / 1e9, peak)
+        self.samples.append(sample)
+        print(f"{name}: {seconds:.1f} s, {sample.rate:.2f} GB/s", file=sys.stderr, flush=True)
+
+
+def total_size(folder: Path) -> int:
+    """Bytes of a folder's weight files."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def largest_tensor(folder: Path) -> int:
+    """Bytes of the largest tensor of a model folder."""
+    return max(info.nbytes for path in folder.glob("*.safetensors") for info in read_header(path).values())
 
 
 def sync(folder: Path) -> None:
