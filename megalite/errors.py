@@ -82,30 +82,32 @@ class Stopped(MegaliteError):
 FAULT_VARIABLE = "MEGALITE_FAULT"
 
 
-def maybe_fault(point: str, rank: int = 0) -> None:
+def maybe_fault(point: str, rank: int = 0, *, offers: tuple[str, ...] = ()) -> str | None:
     """Fail here if the environment asks for it; otherwise do nothing.
 
     `MEGALITE_FAULT="POINT[@RANK][#N]=ACTION"` acts on the Nth passage (from 1) of POINT on RANK (default: any).
-    ACTION is `raise` (RuntimeError), `kill` (SIGKILL to this process), `exit` (status 1) or `hang`.
-    Every fault test uses this one point of entry instead of patching code.
+    ACTION is `raise` (RuntimeError), `kill` (SIGKILL to this process), `exit` (status 1) or `hang`, or one that the
+    caller `offers` to perform itself: it is returned. Every fault test uses this one point of entry instead of patching
+    code.
     """
     spec = os.environ.get(FAULT_VARIABLE)
-    if spec:
-        _fault(spec, point, rank)
+    return _fault(spec, point, rank, offers) if spec else None
 
 
 _passages: dict[str, int] = {}
 
 
-def _fault(spec: str, point: str, rank: int) -> None:
+def _fault(spec: str, point: str, rank: int, offers: tuple[str, ...]) -> str | None:
     where, _, action = spec.partition("=")
     where, _, nth = where.partition("#")
     where, _, only_rank = where.partition("@")
     if where != point or (only_rank and int(only_rank) != rank):
-        return
+        return None
     _passages[point] = passage = _passages.get(point, 0) + 1  # threads may count one passage twice, but skip none
     if passage != int(nth or 1):
-        return
+        return None
+    if action in offers:
+        return action
     if action == "raise":
         raise RuntimeError(f"injected fault at {point} on rank {rank}")
     if action == "kill":
@@ -115,4 +117,5 @@ def _fault(spec: str, point: str, rank: int) -> None:
     if action == "hang":
         while True:
             signal.pause()
-    raise ConfigError(f"{FAULT_VARIABLE}={spec!r}: the action must be raise, kill, exit or hang")
+    known = ", ".join(("raise", "kill", "exit", *offers))
+    raise ConfigError(f"{FAULT_VARIABLE}={spec!r}: the action must be {known} or hang")

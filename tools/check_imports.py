@@ -61,6 +61,7 @@ TORCH_FREE = (
     "megalite/model/family.py",
     "megalite/model/hf_config.py",
     "megalite/weights/mapping.py",
+    "megalite/weights/exchange.py",
     "megalite/inference/request.py",
     "megalite/inference/blocks.py",
     "megalite/inference/scheduler.py",

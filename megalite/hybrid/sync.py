@@ -1,0 +1,167 @@
+"""Weight synchronisation: the decoder in training gives its weights to the one that generates, in another layout.
+
+    push   copy what a rank has itself > rounds of messages for the rest > compare fingerprints of both sides
+
+The layouts may differ in every number and share all, some or none of their ranks. The plan is made once. No rank ever
+holds more than its own parameters and one bucket; with ZeRO stage 3, one bucket of parameters made whole besides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megalite.core.layout import Layout
+from megalite.hybrid.comparison import Comparison, Side, lowest
+from megalite.hybrid.fingerprint import Fingerprinter, cover
+from megalite.hybrid.mover import Gathered, Mover, Rounds, Slot
+from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
+from megalite.weights.exchange import atoms, buckets, plan, received
+from megalite.weights.mapping import hf_shapes
+from megalite.weights.shards import expected
+from megalite.weights.transfer import DTYPES
+
+Verify = Literal["always", "first", "off"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What the last push took on this rank, in seconds of the host."""
+
+    moving: float = 0.0
+    verifying: float = 0.0
+
+
+class Sync:
+    """Moves weights from `source` to `target`; each is None on ranks outside its layout.
+
+    Collective: every rank of the run makes it and pushes alike. Where both layouts agree and one decoder serves both,
+    or both have the same parameters, nothing is moved. `gathered` makes source parameters whole that are cut over dp;
+    None if they always are. `device` is for the buffers of a rank without a decoder.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        source: Decoder | None,
+        target: Decoder | None,
+        source_layout: Layout,
+        target_layout: Layout,
+        *,
+        bucket_bytes: int,
+        verify: Verify = "always",
+        gathered: Gathered | None = None,
+        device: torch.device | None = None,
+    ):
+        self.version = 0
+        """Of the weights that `target` has; 0 before the first push."""
+        self.last = Pushed()
+        self.received_bytes = 0
+        """What a push brings to this rank from others."""
+        self.verify = verify
+        self.rank = dist.get_rank() if dist.is_initialized() else source_layout.first_rank
+        self._layouts = source_layout, target_layout
+        self._source, self._target = _parameters(source), _parameters(target)
+        self._gathered = gathered or (lambda names: nullcontext())
+        given = [param.device for param in (*self._target.values(), *self._source.values())]
+        self.device = given[0] if given else device or torch.device("cpu")
+        nccl = dist.is_initialized() and "nccl" in dist.get_backend()
+        self._transport = self.device if nccl else torch.device("cpu")
+        settings = model, source_layout, target_layout, bucket_bytes, verify
+        self.dtype, self.is_shared = self._agree(settings)
+        if not self.is_shared:
+            self._plan(model, bucket_bytes)
+
+    def _agree(self, settings: tuple[object, ...]) -> tuple[torch.dtype, bool]:
+        """The target's dtype, and whether its parameters are the source's, on every rank."""
+        source, target = self._source, self._target
+        dtypes = {param.dtype for param in target.values()}
+        assert len(dtypes) <= 1, f"the parameters of one decoder have the dtypes {dtypes}"
+        known = list(DTYPES.values())
+        code = known.index(dtypes.pop()) if dtypes else len(known)
+        same = self._layouts[0] == self._layouts[1]
+        shared = same and all(source[name].data_ptr() == param.data_ptr() for name, param in target.items())
+        digest = int.from_bytes(hashlib.blake2b(repr(settings).encode(), digest_size=7).digest(), "little")
+        values = torch.tensor([digest, -digest, code, int(shared)], device=self._transport)
+        agreed = lowest(values).tolist()
+        assert agreed[0] == -agreed[1], "the ranks were given different models, layouts or settings"
+        assert code in (agreed[2], len(known)), "the generating ranks have different dtypes"
+        return known[agreed[2]], bool(agreed[3])
+
+    def _plan(self, model: ModelConfig, bucket_bytes: int) -> None:
+        source_layout, target_layout = self._layouts
+        transfers = plan(model, source_layout, target_layout)
+        self.received_bytes = received(transfers).get(self.rank, 0) * self.dtype.itemsize
+        maker = self._rounds_maker(model, bucket_bytes)
+        local = [one for one in transfers if one.is_local]
+        self._copies = maker.batches(local, [Slot(one) for one in local if one.source.rank == self.rank])
+        self._rounds = [maker.round(one) for one in buckets(transfers, bucket_bytes, self.dtype.itemsize)]
+        self._mover = Mover(
+            self.rank,
+            self._source,
+            self._target,
+            self._gathered,
+            dtype=self.dtype,
+            device=self.device,
+            transport=self._transport,
+        )
+        if self.verify != "off":
+            self._comparison = self._compare(model, maker, bucket_bytes)
+
+    def _rounds_maker(self, model: ModelConfig, bucket_bytes: int) -> Rounds:
+        peers: tuple[int, ...] = ()
+        sizes: dict[str, int] = {}
+        layout = self._layouts[0]
+        if self._source:
+            peers = next(ranks for ranks in layout.groups("dp") if self.rank in ranks)
+            item = next(iter(self._source.values())).element_size()
+            held = expected(model, layout, self.rank)
+            sizes = {name: item * sum(part.elements for part in parts) for name, (_, parts) in held.items()}
+        return Rounds(self.rank, peers, sizes, bucket_bytes)
+
+    def _compare(self, model: ModelConfig, maker: Rounds, bucket_bytes: int) -> Comparison:
+        cut = atoms(model, *self._layouts)
+        source = cover(cut, lambda atom: atom.sources, self.rank)
+        target = cover(cut, lambda atom: atom.targets, self.rank)
+        batches = maker.fit(one.param for one in source)
+        sides = (
+            Side(self._source, source, batches, self._gathered),
+            Side(self._target, target, [[one.param] for one in target], lambda names: nullcontext()),
+        )
+        largest = max(max(shape) for shape in hf_shapes(model).values())
+        make = Fingerprinter(self.device, self.dtype, largest=largest, limit_bytes=bucket_bytes)
+        return Comparison(cut, *sides, make, transport=self._transport)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that a push takes on this rank while it moves weights, and gives back."""
+        return 0 if self.is_shared else max((one.elements for one in self._rounds), default=0) * self.dtype.itemsize
+
+    @torch.no_grad()
+    def push(self) -> int:
+        """Bring the target's parameters up to date and return the version of its weights: 1, 2 and so on.
+
+        They stay where they are in memory. MegaliteError on every rank if the sides differ afterwards.
+        """
+        self.version += 1
+        began = time.perf_counter()
+        if not self.is_shared:
+            self._mover.copy(self._copies)
+            self._mover.exchange(self._rounds)
+        moved = time.perf_counter()
+        if not self.is_shared and (self.verify == "always" or (self.verify == "first" and self.version == 1)):
+            self._comparison.check(self.version)
+        self.last = Pushed(moving=moved - began, verifying=time.perf_counter() - moved)
+        return self.version
+
+
+def _parameters(decoder: Decoder | None) -> dict[str, Tensor]:
+    return {} if decoder is None else dict(decoder.named_parameters(remove_duplicate=False))
