@@ -28,6 +28,7 @@ setup(
         "pyyaml>=6",
     ],
     extras_require={
+        "tensorboard": ["tensorboard>=2.16"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.17,<6", "ruff>=0.9"],
     },
 )

@@ -31,7 +31,8 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
     )
     if facts["layout"]:
         kinds = ", ".join(facts["kinds"])
-        yield f"  layout      tp={facts['layout']['tp']}, pp={facts['layout']['pp']}; stored: {kinds}"
+        sizes = ", ".join(f"{key}={size}" for key, size in facts["layout"].items())
+        yield f"  layout      {sizes}; stored: {kinds}"
     for key, value in facts["training"].items():
         yield f"  {key:10}  {value}"
     if facts["left_out"]:
@@ -40,7 +41,8 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
     for file in facts["files"]:
         place = ""
         if "rank" in file:
-            place = f"  tp {file['tp']}, pp {file['pp']}, layers {file['layers'][0]}..{file['layers'][1]}"
+            layers = ", ".join(f"{start}..{stop}" for start, stop in file["layers"])
+            place = f"  tp {file['tp']}, pp {file['pp']}, layers {layers}"
         yield f"    {file['name']:32} {in_words(file['bytes']):>10}  {file['tensors']:5} tensors{place}"
     yield "  tensors"
     for tensor in facts["tensors"][:shown]:

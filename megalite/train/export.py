@@ -10,15 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.core.layout import Layout
-from megalite.core.parallel_state import Axis
 from megalite.errors import maybe_fault
 from megalite.files import DurableFile
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.train.zero import WEIGHT, get_whole
-from megalite.weights.mapping import hf_shapes, pieces
-from megalite.weights.shards import expected
+from megalite.weights.mapping import Owned, hf_shapes, pieces
+from megalite.weights.shards import expected, stored_layout
 from megalite.weights.tensor_file import new_header
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -27,7 +25,8 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 def export_model(decoder: Decoder, path: Path, dtype: torch.dtype) -> None:
     """Write the float32 weights, rounded to `dtype`, as one safetensors file under Hugging Face names.
 
-    Collective: the tp ranks of the first replica send their slices to its first rank, which writes.
+    Collective: the ranks of the first replica send what they hold to its first rank, which writes. It holds one
+    parameter at a time, and one rank's share of it.
     """
     state = decoder.state
     tensors = _whole_tensors(decoder, dtype)
@@ -50,27 +49,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def gather_to_first(local: Tensor, shapes: list[tuple[int, ...]], axis: Axis) -> list[Tensor]:
-    """On the axis' first rank the CPU tensors `local` of all its ranks, of which it knows the shapes; elsewhere [].
-
-    A rank whose shape has no elements sends nothing. CPU tensors, because gloo ends the process when it is asked to
-    send a CUDA one.
-    """
-    if axis.rank > 0:
-        if local.numel():
-            dist.send(local.contiguous(), axis.ranks[0], group=axis.group)
-        return []
-    parts = [local]
-    for host, shape in zip(axis.ranks[1:], shapes[1:], strict=True):
-        part = local.new_empty(shape)
-        if part.numel():
-            dist.recv(part, host, group=axis.group)
-        parts.append(part)
-    return parts
-
-
 def _tensors_of_parameters(config: ModelConfig) -> dict[str, list[str]]:
-    """The Hugging Face tensors behind each parameter, over all tp ranks."""
+    """The Hugging Face tensors behind each parameter, over all ranks. A tied embedding is that of the first stage."""
     names: dict[str, list[str]] = {}
     for piece in pieces(config):
         if piece.param == "head.weight" and config.tie_embeddings:
@@ -84,24 +64,36 @@ def _tensors_of_parameters(config: ModelConfig) -> dict[str, list[str]]:
 def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor on the first rank of the first replica; nothing elsewhere. Collective."""
     config, state = decoder.config, decoder.state
-    layout = Layout(tp=state.layout.tp)
+    layout = stored_layout(state.layout)
     held = [expected(config, layout, rank) for rank in layout.ranks]
     shapes = hf_shapes(config)
     params = dict(decoder.named_parameters())
     for name, tensors in _tensors_of_parameters(config).items():
-        local = get_whole(params[name], WEIGHT).to("cpu", dtype)
+        local = get_whole(params[name], WEIGHT).to("cpu", dtype) if name in held[state.replica.rank] else None
         if state.dp.rank > 0:
             continue
-        parts = gather_to_first(local, [ranges.get(name, ((0,), []))[0] for ranges in held], state.tp)
-        if not parts:
+        if not state.replica.is_first:
+            if local is not None:
+                dist.send(local.contiguous(), state.replica.ranks[0], group=state.replica.group)
             continue
-        whole = {hf: local.new_empty(shapes[hf]) for hf in tensors}
-        for part, ranges in zip(parts, held, strict=True):
-            for one in ranges.get(name, ((0,), []))[1]:
-                values = part.narrow(one.piece.dim, one.start, one.hi - one.lo)
-                target = whole[one.piece.hf].narrow(one.piece.hf_dim, one.lo, one.hi - one.lo)
-                target.copy_(values.t() if one.piece.transpose else values)
+        whole = {hf: torch.empty(shapes[hf], dtype=dtype) for hf in tensors}
+        for rank, ranges in zip(state.replica.ranks, held, strict=True):
+            if name not in ranges:
+                continue
+            shape, parts = ranges[name]
+            if rank != state.rank:
+                local = torch.empty(shape, dtype=dtype)
+                dist.recv(local, rank, group=state.replica.group)
+            _place(local, parts, whole)
         yield from whole.items()
+
+
+def _place(local: Tensor, parts: list[Owned], whole: dict[str, Tensor]) -> None:
+    """Copy one rank's share of a parameter to where it belongs."""
+    for one in parts:
+        values = local.narrow(one.piece.dim, one.start, one.hi - one.lo)
+        target = whole[one.piece.hf].narrow(one.piece.hf_dim, one.lo, one.hi - one.lo)
+        target.copy_(values.t() if one.piece.transpose else values)
 
 
 def model_files(config: dict[str, Any], model: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:

@@ -123,7 +123,7 @@ class Job:
 
     def _find_state(self) -> tuple[Path, Manifest] | None:
         """The state to go on from, if there is one: looked for before anything in the folder is touched."""
-        found = newest_state(self.states, self.state.tp.size)
+        found = newest_state(self.states)
         if found is not None and not self.config.output.resume:
             fix = "Set output.resume=true to go on with it, or choose another folder."
             raise ConfigError(Problem(key="output.folder", rule=f"already holds a training run: {found[0]}", fix=fix))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,10 +46,11 @@ class RunLog:
 class Speed:
     """Measures work a second, less the time of what is not training."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._tokens = 0
         self._flops = 0.0
-        self._since = time.monotonic()
+        self._since = clock()
 
     def count(self, tokens: int, flops: float) -> None:
         """Work done by a step."""
@@ -58,7 +59,7 @@ class Speed:
 
     def read(self) -> tuple[float, float]:
         """Tokens and floating-point operations a second since the last reading, on all ranks together."""
-        now = time.monotonic()
+        now = self._clock()
         seconds = max(now - self._since, 1e-9)
         found = self._tokens / seconds, self._flops / seconds
         self._tokens, self._flops, self._since = 0, 0.0, now
@@ -66,6 +67,6 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        began = time.monotonic()
+        began = self._clock()
         yield
-        self._since += time.monotonic() - began
+        self._since += self._clock() - began

@@ -149,9 +149,9 @@ class Records:
             try:
                 values = _parsed(raw)
                 kind = _kind(values)
+                kept = {key: values[key] for key in kind} | _checked(kind, values)
                 self._check_kind(kind, first)
                 first = kind
-                kept = {key: values[key] for key in kind} | _checked(kind, values)
             except ValueError as error:
                 yield Problem(key="", rule=f"{where}: {error}")
                 continue
@@ -199,7 +199,7 @@ def _numbered(file: SourceFile) -> Iterator[tuple[int, bytes]]:
 def _parsed(raw: bytes) -> dict[str, Any]:
     """ValueError: it is not a JSON object."""
     try:
-        values = json.loads(raw.decode("utf-8-sig"))
+        values = json.loads(raw.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:

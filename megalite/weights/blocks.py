@@ -10,7 +10,7 @@ Importable without torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megalite.core.layout import Layout
@@ -182,21 +182,49 @@ def plan(sources: Blocks, targets: Blocks) -> list[Move]:
 
     Copies of a range are read once. CheckpointError if a part's sources differ in dtype.
     """
+    moves = [_move(part, sources[part], wanted) for part, wanted in targets.items()]
+    return sorted(moves, key=lambda move: (str(move.sources[0].file), move.sources[0].offset))
+
+
+def plan_needed(sources: Blocks, targets: Blocks) -> list[Move]:
+    """As `plan`, in the order of `targets`, with only those sources that a target overlaps: what one rank has to read.
+
+    Sources are taken whole, so that their digests can be checked. The matrix of such a move begins where they begin.
+    """
     moves = []
     for part, wanted in targets.items():
-        distinct = {block.region: block for block in reversed(sources[part])}
-        chosen = sorted(distinct.values(), key=lambda block: (block.top, block.left))
-        rows = max(block.top + block.rows for block in chosen)
-        cols = max(block.left + block.cols for block in chosen)
-        area = sum(block.rows * block.cols for block in chosen)
-        assert area == rows * cols, f"{part}: the sources leave a gap"
-        odd = next((block for block in chosen if block.dtype != chosen[0].dtype), None)
-        if odd is not None:
-            raise CheckpointError(
-                f"{odd.file}: {odd.range} is {odd.dtype}, other ranges of the tensor are {chosen[0].dtype}"
-            )
-        moves.append(Move(part, rows, cols, tuple(chosen), tuple(wanted)))
-    return sorted(moves, key=lambda move: (str(move.sources[0].file), move.sources[0].offset))
+        needed = [block for block in sources[part] if any(_overlap(block, target) for target in wanted)]
+        top, left = min(block.top for block in needed), min(block.left for block in needed)
+        shifted = ([_shifted(block, top, left) for block in blocks] for blocks in (needed, wanted))
+        moves.append(_move(part, *shifted))
+    return moves
+
+
+def _move(part: Part, sources: list[Block], targets: list[Block]) -> Move:
+    distinct = {block.region: block for block in reversed(sources)}
+    chosen = sorted(distinct.values(), key=lambda block: (block.top, block.left))
+    rows = max(block.top + block.rows for block in chosen)
+    cols = max(block.left + block.cols for block in chosen)
+    area = sum(block.rows * block.cols for block in chosen)
+    assert area == rows * cols, f"{part}: the sources leave a gap"
+    for one in targets:
+        inside = one.top >= 0 and one.left >= 0 and one.top + one.rows <= rows and one.left + one.cols <= cols
+        assert inside, f"{part}: a target lies where no source is"
+    odd = next((block for block in chosen if block.dtype != chosen[0].dtype), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd.file}: {odd.range} is {odd.dtype}, other ranges of the tensor are {chosen[0].dtype}"
+        )
+    return Move(part, rows, cols, tuple(chosen), tuple(targets))
+
+
+def _overlap(one: Block, other: Block) -> bool:
+    across = one.top < other.top + other.rows and other.top < one.top + one.rows
+    return across and one.left < other.left + other.cols and other.left < one.left + one.cols
+
+
+def _shifted(block: Block, top: int, left: int) -> Block:
+    return replace(block, top=block.top - top, left=block.left - left)
 
 
 def _matrix(piece: Piece, size: int) -> tuple[int, int]:

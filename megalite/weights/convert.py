@@ -31,7 +31,7 @@ from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.manifest import WEIGHT, Manifest, Range, StoredFile, StoredTensor, file_name
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.output import NewFile, Outcome, Output, Progress
-from megalite.weights.shards import JOURNAL, expected, open_manifest
+from megalite.weights.shards import JOURNAL, expected, layout_words, metadata, open_manifest, stored_layout
 from megalite.weights.sources import Source, open_source
 from megalite.weights.tensor_file import DTYPE_BYTES, TensorInfo, new_header
 
@@ -47,8 +47,8 @@ def default_jobs() -> int:
 
 
 def parse_layout(text: str) -> Layout:
-    """`tp=4,pp=2` as a layout; ConfigError if it is not written so."""
-    sizes = {"tp": 1, "pp": 1}
+    """`tp=4,pp=2` as a layout, `tp=4,pp=2,interleave=2` for pipelined training; ConfigError if not written so."""
+    sizes = {"tp": 1, "pp": 1, "interleave": 1}
     fix = "Write it as tp=4,pp=2."
     for item in text.split(","):
         key, _, value = item.strip().partition("=")
@@ -57,6 +57,8 @@ def parse_layout(text: str) -> Layout:
         if key not in sizes or not (value.isascii() and value.isdecimal()) or not 1 <= int(value) <= 4096:
             raise ConfigError(Problem(key="--layout", rule="must be tp and pp", value=text, fix=fix))
         sizes[key] = int(value)
+    if sizes["interleave"] > 1 and sizes["pp"] == 1:
+        raise ConfigError(Problem(key="--layout", rule="has interleave only with pp", value=text, fix=fix))
     return Layout(**sizes)
 
 
@@ -100,12 +102,12 @@ def write_shards(
     Raises CheckpointError for a source or an output that can't be used, ConfigError for a wish that can't be met,
     ResourceError when the disk is too small. Interrupted, the same call goes on where it stopped.
     """
-    layout = Layout(layout.tp, layout.pp)  # replicas share the files
+    layout = stored_layout(layout)
     _check_places(source, out)
     _check_layout(source.model, layout)
     files, tensors = rank_files(source, layout, out, dtype)
     copies = companions.chosen(source.folder, source.values, dtype)
-    work = _fingerprint("shards", source, files, copies, [layout.tp, layout.pp])
+    work = _fingerprint("shards", source, files, copies, [layout_words(layout)])
     if not overwrite and _is_done(out, work):
         return Outcome(out, files=len(files), was_done=True)
     targets = merged(
@@ -182,9 +184,10 @@ def _check_places(source: Source, out: Path) -> None:
 
 
 def _check_layout(model: ModelConfig, layout: Layout) -> None:
-    if layout.pp > model.num_layers:
-        rule = f"pp must be at most the model's {model.num_layers} layers"
-        raise ConfigError(Problem(key="--layout", rule=rule, value=layout.pp))
+    if layout.pp * layout.interleave > model.num_layers:
+        chunks = "pp" if layout.interleave == 1 else "pp x interleave"
+        rule = f"{chunks} must be at most the model's {model.num_layers} layers"
+        raise ConfigError(Problem(key="--layout", rule=rule, value=layout.pp * layout.interleave))
 
 
 def _is_done(out: Path, work: str) -> bool:
@@ -248,9 +251,8 @@ def rank_files(
                         f"{source.folder}: {listed}; they share one parameter, so give them one dtype with --dtype"
                     )
                 entries[name] = (next(iter(dtypes.values())), shape)
-            metadata = {"format": "pt", "layout": f"tp={layout.tp},pp={layout.pp}", "rank": str(rank), "kind": kind}
             name = file_name(rank, kind)
-            header, tensors[name] = new_header(out / name, entries, metadata)
+            header, tensors[name] = new_header(out / name, entries, metadata(layout, rank, kind))
             files.append(NewFile(name, header, len(header) + sum(info.nbytes for info in tensors[name].values())))
     return files, tensors
 

@@ -46,7 +46,7 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
         "architecture": families.FAMILIES[source.model.family].architecture,
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "layers": source.model.num_layers,
-        "layout": {"tp": source.layout.tp, "pp": source.layout.pp} if source.form == "shards" else None,
+        "layout": _layout(source) if source.form == "shards" else None,
         "bytes": source.nbytes,
         "dtypes": dict(dtypes.most_common()),
         "kinds": source.kinds,
@@ -64,6 +64,11 @@ def _form(source: Source) -> str:
     return "rank shards" if source.kinds == [WEIGHT] else "training state"
 
 
+def _layout(source: Source) -> dict[str, int]:
+    interleaved = {"interleave": source.layout.interleave} if source.layout.interleave > 1 else {}
+    return {"tp": source.layout.tp, "pp": source.layout.pp, **interleaved}
+
+
 def _files(source: Source) -> list[dict[str, Any]]:
     """Each weight file; of a rank file also which rank and layers."""
     found = []
@@ -74,9 +79,8 @@ def _files(source: Source) -> list[dict[str, Any]]:
         if source.manifest:
             stored = source.manifest.files[name]
             place = source.layout.coord(stored.rank)
-            layers = source.layout.layers(place.pp, costs)
             entry |= {"rank": stored.rank, "kind": stored.kind, "tp": place.tp, "pp": place.pp}
-            entry["layers"] = [layers.start, layers.stop]
+            entry["layers"] = [[chunk.start, chunk.stop] for chunk in source.layout.chunks(place.pp, costs)]
         found.append(entry)
     return found
 

@@ -119,6 +119,8 @@ def write(folder: Path, manifest: Manifest) -> None:
 def encode(manifest: Manifest) -> bytes:
     """The text of manifest.json: one line a range, so that two of them can be compared with diff."""
     layout = {"tp": manifest.layout.tp, "pp": manifest.layout.pp}
+    if manifest.layout.interleave > 1:
+        layout["interleave"] = manifest.layout.interleave
     head: dict[str, Any] = {"format": FORMAT, "version": VERSION, "layout": layout, "config": manifest.config}
     head |= {"bare": manifest.bare, "left_out": list(manifest.left_out), "made_from": manifest.made_from}
     head |= {"training": manifest.training, "copies": manifest.copies}
@@ -239,17 +241,14 @@ class _Reader:
         head = ("format", "version", "layout", "config", "bare", "left_out", "made_from", "training", "copies")
         values = self.keys(values, "it", *head, "files", "digest")
         self.digest(values["digest"], "digest")
-        layout = self.keys(values["layout"], "layout", "tp", "pp")
-        tp, pp = (self.count(layout[key], f"layout.{key}", 1, MAX_RANKS) for key in ("tp", "pp"))
-        if tp * pp > MAX_RANKS:
-            raise self.problem("layout", f"must have at most {MAX_RANKS} ranks")
+        layout = self.layout(values["layout"])
         if type(values["bare"]) is not bool or not isinstance(values["made_from"], str):
             raise self.problem("bare or made_from", "is of the wrong type")
         if not isinstance(values["left_out"], list):
             raise self.problem("left_out", "must be a list")
         copies = self.mapping(values["copies"], "copies")
         manifest = Manifest(
-            layout=Layout(tp, pp),
+            layout=layout,
             config=dict(self.mapping(values["config"], "config")),
             files={name: self.file(name, file) for name, file in self.mapping(values["files"], "files").items()},
             copies={self.name(key, "copies"): self.digest(value, f"copies.{key}") for key, value in copies.items()},
@@ -261,8 +260,19 @@ class _Reader:
         expected = {file_name(rank, kind) for kind in {WEIGHT, *manifest.kinds} for rank in manifest.layout.ranks}
         if manifest.files.keys() != expected:
             wrong = sorted(manifest.files.keys() ^ expected)[0]
-            raise self.problem("files", f"must list one file a rank of {tp} x {pp}; {wrong[:100]!r} is too few or many")
+            places = f"{layout.tp} x {layout.pp}"
+            raise self.problem("files", f"must list one file a rank of {places}; {wrong[:100]!r} is too few or many")
         return manifest
+
+    def layout(self, values: Any) -> Layout:
+        keys = ("tp", "pp", "interleave") if isinstance(values, dict) and "interleave" in values else ("tp", "pp")
+        sizes = self.keys(values, "layout", *keys)
+        sizes = {key: self.count(sizes[key], f"layout.{key}", 1, MAX_RANKS) for key in keys}
+        if sizes["tp"] * sizes["pp"] > MAX_RANKS:
+            raise self.problem("layout", f"must have at most {MAX_RANKS} ranks")
+        if sizes.get("interleave", 1) > 1 and sizes["pp"] == 1:
+            raise self.problem("layout.interleave", "must be 1 where pp is 1")
+        return Layout(**sizes)
 
     def file(self, name: str, values: Any) -> StoredFile:
         where = f"files.{name}"

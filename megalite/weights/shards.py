@@ -11,8 +11,10 @@ so that writing, loading, resharding and verifying agree. Importable without tor
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,17 +78,30 @@ def open_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
+def stored_layout(layout: Layout) -> Layout:
+    """What the files of a run in `layout` are cut for: one replica, whose ranks count from 0."""
+    return replace(layout, dp=1, first_rank=0)
+
+
+def layout_words(layout: Layout) -> str:
+    """As `--layout` takes it: `tp=4,pp=2`."""
+    interleaved = f",interleave={layout.interleave}" if layout.interleave > 1 else ""
+    return f"tp={layout.tp},pp={layout.pp}{interleaved}"
+
+
+def metadata(layout: Layout, rank: int, kind: str) -> dict[str, str]:
+    """What a rank file says of itself in its header."""
+    return {"format": "pt", "layout": layout_words(layout), "rank": str(rank), "kind": kind}
+
+
 def check_layout(folder: str | Path, layout: Layout) -> Manifest:
     """The manifest, if the shards are cut for the tp and pp of `layout`; else CheckpointError with the way out."""
     manifest = open_manifest(folder)
-    cut = manifest.layout
-    if (cut.tp, cut.pp) != (layout.tp, layout.pp):
-        wanted = f"tp={layout.tp},pp={layout.pp}"
-        out = f"{os.path.normpath(folder)}-tp{layout.tp}pp{layout.pp}"
+    if manifest.layout != stored_layout(layout):
+        cut, wanted = layout_words(manifest.layout), layout_words(layout)
+        out = f"{os.path.normpath(folder)}-{re.sub('[=,]', '', wanted)}"
         command = ["python", "tools/reshard.py", "--from", str(folder), "--layout", wanted, "--out", out]
-        raise CheckpointError(
-            f"{folder}: cut for tp={cut.tp},pp={cut.pp}, this run has {wanted}. Cut it anew:\n  {shlex.join(command)}"
-        )
+        raise CheckpointError(f"{folder}: cut for {cut}, this run has {wanted}. Cut it anew:\n  {shlex.join(command)}")
     return manifest
 
 
@@ -117,6 +132,10 @@ def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[
 def check_file(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> dict[str, TensorInfo]:
     """The tensors of a rank file, once its header, the manifest and the weight table agree; else CheckpointError."""
     path = inside(folder, file.name)
+    if layout.pp * layout.interleave > config.num_layers:
+        raise CheckpointError(
+            f"{folder / manifests.NAME}: {layout_words(layout)} is not possible with {config.num_layers} layers"
+        )
     wanted = expected(config, layout, file.rank)
     if file.tensors.keys() != wanted.keys():
         wrong = sorted(file.tensors.keys() ^ wanted.keys())[0]
@@ -133,7 +152,7 @@ def check_file(folder: Path, file: StoredFile, config: ModelConfig, layout: Layo
         if ranges != [(part.piece.hf, part.piece.hf_dim, part.lo, part.hi) for part in parts]:
             raise CheckpointError(
                 f"{folder / manifests.NAME}: {file.name}: {name} is not made of the ranges that rank {file.rank} of "
-                f"tp={layout.tp},pp={layout.pp} holds"
+                f"{layout_words(layout)} holds"
             )
     tensors = read_header(path)
     listed = {name: (stored.dtype, stored.shape) for name, stored in file.tensors.items()}

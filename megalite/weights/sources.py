@@ -19,7 +19,7 @@ from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Blocks, hf_blocks, merged, rank_blocks
 from megalite.weights.companions import CONFIG
 from megalite.weights.hf import check_names, open_checkpoint, resolve
-from megalite.weights.manifest import Manifest
+from megalite.weights.manifest import Manifest, StoredFile
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.shards import check_file, is_sharded, open_manifest
 from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorInfo
@@ -103,15 +103,23 @@ def _states(folder: Path, files: dict[str, dict[str, TensorInfo]]) -> Iterator[l
         yield [name, state.st_size, state.st_mtime_ns]
 
 
+def file_blocks(
+    folder: Path, file: StoredFile, model: ModelConfig, layout: Layout
+) -> tuple[dict[str, TensorInfo], Blocks]:
+    """The tensors of a rank file of `layout` and the blocks in it, once its header is checked; else CheckpointError."""
+    infos = check_file(folder, file, model, layout)
+    digests = {name: [one.digest for one in tensor.ranges] for name, tensor in file.tensors.items()}
+    return infos, rank_blocks(model, layout, file.rank, infos, digests, file.kind)
+
+
 def _open_shards(folder: Path) -> Source:
     manifest = open_manifest(folder)
     model = families.read(folder)
     files: dict[str, dict[str, TensorInfo]] = {}
     blocks, dtypes = [], {}
     for name, file in manifest.files.items():
-        files[name] = check_file(folder, file, model, manifest.layout)
-        digests = {key: [one.digest for one in tensor.ranges] for key, tensor in file.tensors.items()}
-        blocks.append(rank_blocks(model, manifest.layout, file.rank, files[name], digests, file.kind))
+        files[name], mine = file_blocks(folder, file, model, manifest.layout)
+        blocks.append(mine)
         if file.kind == manifests.WEIGHT:
             dtypes |= {one.hf: tensor.dtype for tensor in file.tensors.values() for one in tensor.ranges}
     notes = []

@@ -16,7 +16,7 @@ from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.hf_config import read_json
 from megalite.weights import manifest as manifests
-from megalite.weights.blocks import Block, Blocks, Move, merged, plan, rank_blocks
+from megalite.weights.blocks import Block, Blocks, Move, merged, plan
 from megalite.weights.companions import digest_of_file
 from megalite.weights.convert import Begin, default_jobs
 from megalite.weights.copying import Reading, digest_block, in_parallel, perform
@@ -25,7 +25,7 @@ from megalite.weights.manifest import Manifest, StoredFile
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.output import Progress
 from megalite.weights.shards import check_file, is_sharded
-from megalite.weights.sources import Source, open_source
+from megalite.weights.sources import Source, file_blocks, open_source
 from megalite.weights.tensor_file import MAX_HEADER_BYTES
 
 
@@ -150,12 +150,10 @@ class _Check:
                     raise CheckpointError(f"{path}: is the file {other}; were files swapped?")
                 check_file(folder, file, model, manifest.layout)
                 raise CheckpointError(f"{path}: its header is not as it was when it was written")
-            infos = check_file(folder, file, model, manifest.layout)
+            return file_blocks(folder, file, model, manifest.layout)[1]
         except CheckpointError as error:
             self.wrong(str(error))
             return None
-        digests = {name: [one.digest for one in tensor.ranges] for name, tensor in file.tensors.items()}
-        return rank_blocks(model, manifest.layout, file.rank, infos, digests, file.kind)
 
     def _replicas(self, blocks: Blocks) -> None:
         """Copies of a range must be equal."""

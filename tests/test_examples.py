@@ -1,0 +1,355 @@
+"""Supervised fine-tuning: lines to examples, what of them is learnt, how they are packed, and the step they make."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_data import TOKENIZER
+from tiny_tokenizer import CHAT, with_tokenizer
+from train_helpers import as_run, build_from
+
+from megalite.config.schema import (
+    DataSection,
+    NewModelSection,
+    OptimizerSection,
+    TokenizerSection,
+    TrainConfig,
+    TrainOutputSection,
+    TrainSection,
+)
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import Axis, ParallelState
+from megalite.errors import ConfigError
+from megalite.tokenizer import Tokenizer
+from megalite.train.data import Corpus, check, prepare
+from megalite.train.examples import encode_chat, encode_pair
+from megalite.train.order import ExampleOrder
+from megalite.train.reading import ExampleReader, open_reader
+from megalite.train.records import MOST_PROBLEMS, Records, find_files, line_problems
+from megalite.train.trainer import Trainer
+
+END = 2
+ENDED = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+THINKING = (
+    "{% for message in messages %}{{ message.role }}: "
+    "{% if message.role == 'assistant' and loop.last %}<thought>{% endif %}{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "and 3+3?"},
+    {"role": "assistant", "content": "6 it is"},
+    {"role": "user", "content": "thanks"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    """A tiny Qwen3 with a tokenizer of one token a character."""
+    return with_tokenizer(tiny("qwen3"), tmp_path_factory.mktemp("model") / "qwen3")
+
+
+@pytest.fixture
+def tokenizer(folder, tmp_path):
+    """`tokenizer(template)`"""
+    made = []
+
+    def make(template: str = CHAT) -> Tokenizer:
+        place = tmp_path / str(len(made))
+        place.mkdir()
+        (place / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (place / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        made.append(Tokenizer.load(place))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def lines(path: Path, *records, raw: bytes = b"") -> Path:
+    path.write_bytes(b"".join(json.dumps(record).encode() + b"\n" for record in records) + raw)
+    return path
+
+
+def pair(number: int, size: int = 3) -> dict:
+    return {"prompt": f"# {number}\n", "response": "x" * size + "\n", "id": number}
+
+
+def section(source: Path, **changes) -> DataSection:
+    return DataSection(**{"source": str(source), "pattern": "**/*", "held_out": 0.25, "sequence_length": 32, **changes})
+
+
+# ---- lines
+
+
+def test_what_the_lines_hold_decides_the_format(tmp_path):
+    kinds = {
+        "texts.jsonl": ({"text": "one"}, {"text": "two", "url": "not used"}),
+        "pairs.jsonl": (pair(1), pair(2)),
+        "chats.jsonl": ({"messages": TALK, "prompt": "a copy of the first message"},),
+    }
+    for name, records in kinds.items():
+        data = section(lines(tmp_path / name, *records))
+        found = Records(find_files(data), data)
+        assert found.format == ("text" if name == "texts.jsonl" else "examples")
+        assert [record.where for record in found] == [f"{tmp_path / name}:{1 + i}" for i in range(len(records))]
+    assert list(found)[0].values == {"messages": TALK}
+    (tmp_path / "chats.jsonl").rename(tmp_path / "notes.txt")
+    data = section(tmp_path / "notes.txt")
+    assert Records(find_files(data), data).format == "text", "a file that is not named .jsonl is a text"
+
+
+BAD = {
+    "unfinished": (b'{"prompt": "a"', "is not valid JSON at column 15"),
+    "a list": (b"[1]", "must be a JSON object"),
+    "latin": (b'{"text": "caf\xe9"}', "is not UTF-8 at byte 14"),
+    "another kind": (b'{"text": "a"}', "holds 'text', the lines before it 'prompt'/'response'"),
+    "two kinds": (b'{"text": "a", "messages": []}', "holds 'text' and 'messages', where a line is one of them"),
+    "half a pair": (b'{"prompt": "a"}', "has 'prompt' but no 'response'"),
+    "none": (b'{"question": "a"}', "needs 'text', 'prompt'/'response' or 'messages'; it has ['question']"),
+    "a number": (b'{"prompt": 1, "response": "a"}', "'prompt' must be a text, got int"),
+    "half a character": (rb'{"prompt": "\ud800", "response": "a"}', "'prompt' has half a surrogate pair"),
+    "nothing": (b'{"prompt": "a", "response": ""}', "'response' is empty"),
+    "no turn": (b'{"messages": [{"role": "user"}]}', "no message has the role 'assistant'"),
+    "no role": (b'{"messages": [{"content": "a"}]}', "message 1 has no 'role'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_line_is_named_before_anything_starts(case, tmp_path):
+    raw, says = BAD[case]
+    source = lines(tmp_path / "data.jsonl", pair(1), raw=b"\n" + raw + b"\n")
+    config = TrainConfig(data=section(source), output=TrainOutputSection(folder=str(tmp_path / "out")))
+    (found,) = check(config)
+    assert str(found).startswith(f"{source}:3: ") and says in str(found)
+
+
+def test_the_first_few_bad_lines_are_told_at_once(tmp_path):
+    source = lines(tmp_path / "data.jsonl", *[pair(1), {"text": "a"}] * (2 * MOST_PROBLEMS))
+    found = line_problems(section(source))
+    numbers = [int(str(one).split(":")[1]) for one in found]
+    assert numbers == list(range(2, 2 * MOST_PROBLEMS + 1, 2))
+
+
+def test_kinds_are_not_mixed_across_files_either(tmp_path):
+    lines(tmp_path / "a.jsonl", pair(1))
+    lines(tmp_path / "b.jsonl", {"text": "a"})
+    (tmp_path / "c.txt").write_text("a text")
+    first, second = line_problems(section(tmp_path))
+    assert "b.jsonl:1: holds 'text', and the first file holds examples" in str(first)
+    assert "c.txt: a text, where all others are examples" in str(second)
+    (only,) = line_problems(section(tmp_path, format="text"))
+    assert "a.jsonl:1: holds 'prompt'/'response', and data.format says texts" in str(only)
+
+
+# ---- what is learnt
+
+
+def learnt(tokenizer: Tokenizer, example) -> str:
+    return tokenizer.decode([i for i, counts in zip(example.ids, example.learnt, strict=True) if counts], **RAW)
+
+
+RAW = {"skip_special_tokens": False}
+
+
+def test_of_a_pair_the_response_and_its_end_are_learnt(tokenizer):
+    known = tokenizer()
+    example = encode_pair(known, "er a", " a er", END)
+    assert known.decode(example.ids, **RAW) == "er a a er</s>" and learnt(known, example) == " a er</s>"
+    whole = encode_pair(known, "the e", "rror", END)  # "er" is one token, and the border is inside it
+    assert known.decode(whole.ids, **RAW) == "the error</s>" and learnt(known, whole) == "rror</s>"
+    assert encode_pair(known, "a", "b</s>", END).ids.count(END) == 1
+
+
+def test_of_a_chat_every_turn_of_the_assistant_is_learnt(tokenizer):
+    known = tokenizer(ENDED)
+    (example,) = encode_chat(known, TALK, END)
+    assert learnt(known, example) == "4</s>6 it is</s>", "with its end, and not the line end after it"
+    whole = known.apply_chat_template(TALK[:-1], add_generation_prompt=False)
+    assert known.decode(example.ids, **RAW) == whole, "what comes after the last turn is left out"
+    assert list(example.ids) == known.encode(whole, add_special_tokens=False)
+
+
+def test_a_template_without_ends_gets_one_at_the_end(tokenizer):
+    known = tokenizer(CHAT)
+    (example,) = encode_chat(known, TALK, END)
+    assert learnt(known, example) == "4\n6 it is\n</s>"
+
+
+def test_turns_that_are_shown_otherwise_later_are_learnt_as_they_were_generated(tokenizer):
+    known = tokenizer(THINKING)
+    first, second = encode_chat(known, TALK, END)
+    assert known.decode(first.ids, **RAW) == "user: 2+2?</s>\nassistant: <thought>4</s>\n"
+    assert learnt(known, first) == "<thought>4</s>" and learnt(known, second) == "<thought>6 it is</s>"
+    assert "assistant: 4</s>" in known.decode(second.ids, **RAW), "as the template shows it then"
+
+
+def test_a_template_whose_prompt_is_no_beginning_is_refused_by_line(folder, tmp_path, tokenizer):
+    template = ENDED.replace("assistant: {% endif %}", "assistant (thinks): {% endif %}")
+    source = lines(tmp_path / "chats.jsonl", *[{"messages": TALK}] * 2)
+    path = tokenizer(template) and tmp_path / "0"
+    with pytest.raises(ConfigError, match="shows message 2, an assistant's, otherwise") as caught:
+        prepare(section(source), TokenizerSection(path=str(path)), tmp_path / "prepared")
+    assert [str(one).split(": ")[0] for one in caught.value.problems] == [f"{source}:1", f"{source}:2"]
+
+
+# ---- prepared, packed and read
+
+
+@pytest.fixture(scope="module")
+def prepared(folder, tmp_path_factory) -> Corpus:
+    """Forty examples of 9 to 24 tokens."""
+    place = tmp_path_factory.mktemp("prepared")
+    source = lines(place / "pairs.jsonl", *(pair(number, 3 + number % 16) for number in range(40)))
+    prepare(section(source), TokenizerSection(path=str(folder)), place)
+    return Corpus.open(place)
+
+
+def texts(corpus: Corpus, split: str) -> list[str]:
+    known, found = Tokenizer.load(corpus.folder), getattr(corpus, split)
+    return [known.decode(found[i][0].tolist(), **RAW) for i in range(len(found))]
+
+
+def test_examples_are_split_by_what_they_hold(prepared, folder, tmp_path):
+    train, held_out = texts(prepared, "train"), texts(prepared, "held_out")
+    assert len(train) + len(held_out) == len({*train, *held_out}) == 40 and 3 < len(held_out) < 18
+    again = lines(tmp_path / "other name.jsonl", *(pair(number, 3 + number % 16) for number in reversed(range(40))))
+    prepare(section(again), TokenizerSection(path=str(folder)), tmp_path)
+    assert set(texts(Corpus.open(tmp_path), "held_out")) == set(held_out)
+    facts = prepared.facts["splits"]["train"]
+    assert facts["learnt"] == sum(len(text.partition("\n")[2]) - len("</s>") + 1 for text in train)
+
+
+@pytest.mark.parametrize(("too_long", "left", "cut"), [("skip", 6, 0), ("truncate", 0, 6)])
+def test_examples_that_are_too_long(too_long, left, cut, folder, tmp_path):
+    source = lines(tmp_path / "pairs.jsonl", *(pair(number, 30 if number % 4 == 0 else 3) for number in range(24)))
+    tokenizer = TokenizerSection(path=str(folder))
+    with pytest.raises(ConfigError, match=r"has 36 tokens, more than data.sequence_length = 20. Raise it") as caught:
+        prepare(section(source, sequence_length=20), tokenizer, tmp_path)
+    assert [str(one).split(": ")[0] for one in caught.value.problems] == [f"{source}:{1 + 4 * i}" for i in range(6)]
+    data = section(source, sequence_length=20, too_long=too_long)
+    prepare(data, tokenizer, tmp_path)
+    corpus = Corpus.open(tmp_path)
+    said = open_reader(corpus, data, TrainSection(), ParallelState(Layout())).describe()
+    assert said.endswith(f". 6 were longer than data.sequence_length: {left} are left out, {cut} lost their end")
+    assert {len(corpus.train[i][0]) for i in range(len(corpus.train))} <= {9, 10, 20}
+    with pytest.raises(ConfigError, match="data.sequence_length: is not what the run began with"):
+        prepare(section(source, sequence_length=24, too_long=too_long), tokenizer, tmp_path, in_use=True)
+
+
+def test_a_new_tokenizer_is_trained_on_pairs_and_has_no_template_for_chats(tmp_path):
+    data = section(lines(tmp_path / "pairs.jsonl", *(pair(number) for number in range(20))))
+    prepare(data, TOKENIZER, tmp_path)
+    assert "# 1\nxxx\n<|endoftext|>" in [
+        *texts(Corpus.open(tmp_path), "train"),
+        *texts(Corpus.open(tmp_path), "held_out"),
+    ]
+    chats = lines(tmp_path / "chats.jsonl", *({"messages": [*TALK, {"role": str(i)}]} for i in range(9)))
+    with pytest.raises(ConfigError, match=r"a new tokenizer has no chat template, and .*chats.jsonl:\d is a chat"):
+        prepare(section(chats), TOKENIZER, tmp_path / "other")
+
+
+def replicas(dp: int) -> list[ParallelState]:
+    """The states of dp replicas, without their groups."""
+    states = []
+    for rank in range(dp):
+        state = ParallelState(Layout())
+        state.dp = Axis(tuple(range(dp)), rank)
+        states.append(state)
+    return states
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3])
+def test_what_a_step_reads_does_not_hang_on_the_replicas(dp, prepared):
+    """12 examples a step, over more than an epoch; every replica has as many micro batches, none above the capacity."""
+    data = section(prepared.folder, sequence_length=24)
+    train = TrainSection(micro_batch_size=2, gradient_accumulation_steps=6 // dp)
+    readers = [ExampleReader(prepared, data, train, state) for state in replicas(dp)]
+    order = ExampleOrder(len(prepared.train), data.seed)
+    for step in range(5):
+        steps = [reader.step(12 * step) for reader in readers]
+        wanted = [texts(prepared, "train")[i].encode() for i in order.indices(12 * step, 12)]
+        known = Tokenizer.load(prepared.folder)
+        got = []
+        for batch in (batch for one in steps for batch in one.batches):
+            assert batch.num_tokens <= 2 * 24
+            ends = np.cumsum(batch.lengths)
+            for end, length in zip(ends, batch.lengths, strict=True):
+                if batch.weights.any():
+                    ids = [*batch.ids[end - length : end].tolist(), int(batch.targets[end - 1])]
+                    got.append(known.decode(ids, **RAW).encode())
+        assert sorted(got) == sorted(wanted)
+        assert len({len(one.batches) for one in steps}) == 1
+        assert steps[0].lengths == [len(known.encode(text.decode())) - 1 for text in wanted]
+
+
+def test_held_out_examples_are_scored_once_each(prepared):
+    data, train = section(prepared.folder), TrainSection(micro_batch_size=1)
+    batches = [list(ExampleReader(prepared, data, train, state).held_out(None)) for state in replicas(2)]
+    assert len(batches[0]) == len(batches[1])
+    weight = sum(float(batch.weights.sum()) for some in batches for batch in some)
+    assert weight == prepared.facts["splits"]["held_out"]["learnt"]
+    fewer = sum(sum(batch.lengths) for batch in ExampleReader(prepared, data, train, replicas(1)[0]).held_out(2))
+    assert fewer == sum(prepared.held_out.lengths[:2]) - 2
+
+
+# ---- a step
+
+
+def train_on_examples(rank: int, folder: Path, corpus: Corpus, train: TrainSection, layout: Layout):
+    with as_run(rank):
+        state = ParallelState(layout)
+        trainer = Trainer(build_from(folder, state), OptimizerSection(), steps=1)
+        reader = open_reader(corpus, section(corpus.folder, sequence_length=24), train, state)
+        captured = {}
+        for name, param in trainer.decoder.named_parameters():
+            param.register_hook(lambda grad, name=name: captured.__setitem__(name, captured.get(name, 0) + grad))
+        report = trainer.step(reader.step(0).batches)
+        return trainer.read(report)["loss"], trainer.gradient_norm, {k: v.float() for k, v in captured.items()}
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2)], ids=str)
+def test_a_step_is_that_of_transformers_with_prompts_masked(layout, prepared, folder, ranks):
+    """labels = -100 on the prompt, each example in a row of its own: loss and gradients, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    train = TrainSection(micro_batch_size=3, gradient_accumulation_steps=2 // layout.dp)
+    results = ranks(layout.size).run(train_on_examples, folder, prepared, train, layout)
+    examples = [prepared.train[i] for i in ExampleOrder(len(prepared.train), 0).indices(0, 6)]
+    width = max(len(ids) for ids, _ in examples)
+    ids, labels = torch.zeros(6, width, dtype=torch.int64), torch.full((6, width), -100)
+    mask = torch.zeros(6, width, dtype=torch.int64)
+    for row, (tokens, counts) in enumerate(examples):
+        tokens = torch.from_numpy(tokens.astype(np.int64))
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        labels[row, : len(tokens)] = torch.where(torch.from_numpy(np.array(counts)), tokens, -100)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = model(ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in model.parameters()]))
+    for got_loss, got_norm, _ in results:
+        assert got_loss == pytest.approx(loss.item(), rel=1e-5)
+        assert got_norm == pytest.approx(float(norm), rel=1e-4)
+    down = sum(gradients["layers.2.mlp.down.weight"] for _, _, gradients in results) / layout.dp
+    torch.testing.assert_close(down, model.model.layers[2].mlp.down_proj.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_tokenizer_goes_along_with_the_model_it_is_for(folder, tmp_path):
+    """Fine-tuning without tokenizer.path takes that of model.path, which is refused where there is none."""
+    from megalite.config.train_rules import train_problems
+
+    source = lines(tmp_path / "pairs.jsonl", pair(1))
+    output = TrainOutputSection(folder=str(tmp_path / "out"))
+    config = TrainConfig(model=NewModelSection(path=str(folder)), data=section(source), output=output)
+    assert train_problems(config, None) == []
+    (tmp_path / "bare").mkdir()
+    bare = TrainConfig(model=NewModelSection(path=str(tmp_path / "bare")), data=section(source), output=output)
+    assert "tokenizer.path: is needed: model.path has no tokenizer" in str(train_problems(bare, None)[0])

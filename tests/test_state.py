@@ -1,0 +1,292 @@
+"""Training state is saved, checked and gone on with in any layout: by the values in it, and by the steps after it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_helpers import as_run, build_from
+
+from megalite.config.schema import OptimizerSection
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import FAULT_VARIABLE, CheckpointError
+from megalite.train.batch import from_windows
+from megalite.train.checkpoint import KINDS, load_state, newest_state, remove_unfinished, save_state
+from megalite.train.export import export_model
+from megalite.train.trainer import Trainer
+from megalite.train.zero import WEIGHT, get_whole, set_whole, whole_shape
+from megalite.weights import manifest as manifests
+from megalite.weights import shards
+from megalite.weights.convert import export, reshard
+from megalite.weights.describe import describe, describe_tensor
+from megalite.weights.mapping import owned
+from megalite.weights.transfer import random_matrix
+from megalite.weights.verify import verify
+
+STEPS = 8
+BATCH = 8
+"""Sequences of one step, over all replicas; four micro batches to fill a pipeline with."""
+LENGTH = 10
+STEP = 5
+"""At which the states are that were not trained."""
+
+
+def trainer_of(model: Path, layout: Layout, zero: int = 1) -> Trainer:
+    optimizer = OptimizerSection(learning_rate=3e-3, warmup_steps=2, weight_decay=0.1)
+    return Trainer(build_from(model, ParallelState(layout)), optimizer, steps=STEPS, zero_stage=zero)
+
+
+def save(trainer: Trainer, model: Path, folder: Path) -> None:
+    config = (model / "config.json").read_bytes()
+    save_state(trainer, folder, {"data": "some"}, json.loads(config), {"config.json": config})
+
+
+def load_newest(trainer: Trainer, folder: Path) -> None:
+    load_state(trainer, newest_state(folder)[0])
+
+
+def only(folder: Path) -> Path:
+    (path,) = folder.iterdir()
+    return path
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def truth(trainer: Trainer, kind: str) -> dict[str, torch.Tensor]:
+    """What each parameter of this rank should hold: a function of the Hugging Face coordinates alone."""
+    params = dict(trainer.decoder.named_parameters())
+    found = {name: torch.full(whole_shape(param), math.nan) for name, param in params.items()}
+    for one in owned(trainer.decoder.config, trainer.state.layout, trainer.state.rank):
+        piece = one.piece
+        whole = random_matrix(piece, KINDS.index(kind), torch.device("cpu"))
+        values = whole.narrow(piece.dim, one.lo - piece.hf_start, one.hi - one.lo)
+        found[piece.param].narrow(piece.dim, one.start, one.hi - one.lo).copy_(values)
+    for name in trainer.holders if kind != WEIGHT else ():  # rows of h ranks have gradients divided by sqrt(h)
+        holders = trainer.holders[name].view(-1, *[1] * (found[name].ndim - 1))
+        found[name] /= holders.sqrt() if kind == "exp_avg" else holders
+    return found
+
+
+def write_truth(rank: int, model: Path, folder: Path, layout: Layout) -> None:
+    with as_run(rank):
+        trainer = trainer_of(model, layout)
+        params = dict(trainer.decoder.named_parameters())
+        for kind in KINDS:
+            for name, values in truth(trainer, kind).items():
+                set_whole(params[name], kind, values)
+        trainer.steps_done = STEP
+        save(trainer, model, folder)
+
+
+def look_and_save(rank: int, model: Path, folder: Path, layout: Layout, zero: int = 1) -> None:
+    """Load the newest state, look at every value, and save it in this layout."""
+    with as_run(rank):
+        trainer = trainer_of(model, layout, zero)
+        load_newest(trainer, folder)
+        assert trainer.steps_done == STEP
+        params = dict(trainer.decoder.named_parameters())
+        for kind in KINDS:
+            # a layout that divides by the root of 2 may have been between
+            tolerance = {"rtol": 3e-7 if kind == "exp_avg" else 0, "atol": 0}
+            for name, values in truth(trainer, kind).items():
+                got = get_whole(params[name], kind)
+                torch.testing.assert_close(got, values, **tolerance, msg=lambda m, n=name, k=kind: f"{k} {n}: {m}")
+                if kind == WEIGHT and zero < 3:
+                    assert torch.equal(params[name], got), "the forward pass has the weights that were loaded"
+        save(trainer, model, folder)
+
+
+VALUES = {
+    # more ranks than KV heads, chunks that are dealt out, replicas that share the writing, parts cut anew each time
+    "qwen3": [
+        (Layout(tp=4), 1),
+        (Layout(tp=2, pp=2), 1),
+        (Layout(pp=2, dp=2, interleave=2), 2),
+        (Layout(tp=2, dp=2), 3),
+    ],
+    # a tied embedding: one copy, two, one
+    "llama_tied": [(Layout(pp=4), 1), (Layout(dp=4), 1), (Layout(tp=2, pp=2), 1)],
+    "qwen3_moe": [(Layout(tp=4), 1), (Layout(pp=2, dp=2), 1)],
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_every_value_arrives_in_every_layout(name, tiny, ranks, tmp_path):
+    ranks(4).run(write_truth, tiny(name), tmp_path, Layout(dp=4))
+    for layout, zero in VALUES[name]:
+        ranks(4).run(look_and_save, tiny(name), tmp_path, layout, zero)
+        assert verify(only(tmp_path)).findings == []
+        assert manifests.read(only(tmp_path)).layout == shards.stored_layout(layout)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(trainer: Trainer) -> list:
+    """This replica's share of the step that comes next: the same sequences in every layout."""
+    vocab, dp = trainer.decoder.config.vocab_size, trainer.state.dp
+    generator = torch.Generator().manual_seed(trainer.steps_done)
+    ids = torch.randint(vocab, (BATCH, LENGTH + 1), generator=generator)
+    return [from_windows(part) for part in ids.chunk(dp.size)[dp.rank].chunk(4)]
+
+
+def train(rank: int, model: Path, folder: Path, layout: Layout, zero: int, steps: int, fault: str = "") -> None:
+    """Go on from the newest state, if there is one, and save after the last step."""
+    with as_run(rank):
+        os.environ[FAULT_VARIABLE] = fault
+        trainer = trainer_of(model, layout, zero)
+        if folder.exists():
+            load_newest(trainer, folder)
+        for _ in range(steps):
+            trainer.step(micro_batches(trainer))
+        save(trainer, model, folder)
+
+
+def tensors_of(state: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.stem}: {key}": value for file in state.glob("*.safetensors") for key, value in load_file(file).items()
+    }
+
+
+def same(one: Path, other: Path, **tolerance: float) -> None:
+    got, want = tensors_of(one), tensors_of(other)
+    assert got.keys() == want.keys() and want
+    for key, values in want.items():
+        torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+RESUMES = {
+    "tied": ("llama_tied", (Layout(tp=2, pp=2), 1), [(Layout(tp=4), 1), (Layout(pp=2, dp=2, interleave=2), 1)]),
+    "shared-rows": ("qwen3", (Layout(tp=4), 1), [(Layout(tp=2, dp=2), 3), (Layout(tp=2, pp=2), 1)]),
+    "interleaved": ("qwen3_moe", (Layout(pp=2, dp=2, interleave=2), 1), [(Layout(tp=2, dp=2), 2), (Layout(pp=4), 1)]),
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+def test_a_resumed_run_equals_one_without_a_break(case, tiny, ranks, tmp_path):
+    """Bit for bit in its own layout, and within the rounding of float32 through two others."""
+    name, own, others = RESUMES[case]
+    whole, broken, moved = (tmp_path / folder for folder in ("whole", "broken", "moved"))
+    ranks(4).run(train, tiny(name), whole, *own, 4)
+    ranks(4).run(train, tiny(name), broken, *own, 2)
+    shutil.copytree(broken, moved)
+    ranks(4).run(train, tiny(name), broken, *own, 2)
+    same(only(broken), only(whole), rtol=0, atol=0)
+    for layout, zero in others:
+        ranks(4).run(train, tiny(name), moved, layout, zero, 1)
+    for folder in (whole, moved):
+        reshard(only(folder), Layout(), folder / "one")
+    same(moved / "one", whole / "one", rtol=1e-3, atol=1e-5)
+
+
+def test_a_rank_that_is_killed_while_it_saves_costs_the_steps_since_the_last_save(tiny, ranks, tmp_path):
+    """Its neighbour has written its files and waits; the state before is whole and is gone on from, bit for bit."""
+    model, layout = tiny("llama_tied"), Layout(pp=2)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for steps in (2, 1):
+        ranks(2).run(train, model, whole, layout, 1, steps)
+    ranks(2).run(train, model, broken, layout, 1, 2)
+    with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):
+        ranks(2).run(train, model, broken, layout, 1, 1, "state.save@1#2=kill")
+    assert newest_state(broken)[1].training["step"] == 2
+    left = sorted(path.name for path in (broken / "step-00000003").iterdir())
+    assert "rank-001.safetensors" in left and "exp_avg-001.safetensors" not in left and "manifest.json" not in left
+    remove_unfinished(broken)
+    assert [path.name for path in broken.iterdir()] == ["step-00000002"]
+    ranks(2).run(train, model, broken, layout, 1, 1)
+    same(only(broken), only(whole), rtol=0, atol=0)
+
+
+# ---- what tools make of it -------------------------------------------------------------------------------------------
+
+
+def write_both(rank: int, model: Path, folder: Path, layout: Layout) -> None:
+    """A state and a Hugging Face folder of the same values."""
+    write_truth(rank, model, folder / "states", layout)
+    with as_run(rank):
+        trainer = trainer_of(model, layout)
+        load_newest(trainer, folder / "states")
+        export_model(trainer.decoder, folder / "hf" / "model.safetensors", torch.float32)
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, dp=2, interleave=2)], ids=str)
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+def test_tools_take_a_state_of_pipeline_stages(name, layout, tiny, ranks, tmp_path):
+    ranks(4).run(write_both, tiny(name), tmp_path, layout)
+    state, hf = only(tmp_path / "states"), tmp_path / "hf"
+    shutil.copy(tiny(name) / "config.json", hf)
+    assert load_file(hf / "model.safetensors").keys() == load_file(tiny(name) / "model.safetensors").keys()
+    assert verify(state, hf).findings == []
+    export(state, tmp_path / "again")
+    assert verify(hf, tmp_path / "again").findings == []
+    reshard(state, Layout(tp=3), tmp_path / "tp3")
+    reshard(tmp_path / "tp3", layout, tmp_path / "back")
+    same(tmp_path / "back", state, rtol=0, atol=0)
+    assert verify(tmp_path / "back", state).findings == []
+    facts = describe(state)
+    assert facts["form"] == "training state" and facts["kinds"] == list(KINDS) and facts["training"]["step"] == STEP
+    assert facts["layout"] == {"tp": layout.tp, "pp": 2, **({"interleave": 2} if layout.interleave == 2 else {})}
+    layers = {tuple(map(tuple, file["layers"])) for file in facts["files"]}
+    assert layers == ({((0, 1), (2, 3)), ((1, 2), (3, 4))} if layout.interleave == 2 else {((0, 2),), ((2, 4),)})
+    name = next(tensor["name"] for tensor in facts["tensors"] if "embed" in tensor["name"] or "wte" in tensor["name"])
+    assert len(describe_tensor(state, name)["places"]) == 2 * layout.tp, "the ends of the pipeline have a copy each"
+
+
+# ---- what is refused, and what is chosen -----------------------------------------------------------------------------
+
+
+def load(rank: int, model: Path, folder: Path, layout: Layout) -> str:
+    with as_run(rank):
+        try:
+            load_newest(trainer_of(model, layout), folder)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
+def test_damage_is_found_also_by_a_run_of_another_layout(layout, tiny, ranks, tmp_path):
+    ranks(2).run(write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
+    file = only(tmp_path) / "exp_avg_sq-001.safetensors"  # the end of the last stage
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    errors = ranks(2).run(load, tiny("qwen3"), tmp_path, layout)
+    assert f"{file}: damaged: tensor head.weight" in errors[1]
+    assert (errors[0] == "") == (layout.pp == 2), "the first stage has no need of what is damaged"
+
+
+def test_a_state_is_not_saved_over_a_state_of_the_same_step(tiny, ranks, tmp_path):
+    """As by a run of another layout before its first step; killed meanwhile, the folder must hold one that is whole."""
+    names, kept = [], tmp_path / "kept"
+    for job, layout in ((write_truth, Layout(dp=2)), (look_and_save, Layout(tp=2)), (look_and_save, Layout(dp=2))):
+        ranks(2).run(job, tiny("qwen3"), tmp_path / "states", layout)
+        names.append(only(tmp_path / "states").name)
+        shutil.copytree(tmp_path / "states", kept, dirs_exist_ok=True)
+    assert names == ["step-00000005", "step-00000005-2", "step-00000005-3"]
+    assert newest_state(kept)[0].name == names[-1]
+    assert newest_state(tmp_path / "none") is None
+
+
+def test_the_last_step_is_gone_on_from(tiny, ranks, tmp_path):
+    ranks(2).run(write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
+    first = only(tmp_path)
+    other = tmp_path / "step-00000004-2"
+    reshard(first, Layout(tp=2), other)
+    manifest = manifests.read(other)
+    manifests.write(other, replace(manifest, training={"step": STEP - 1}))
+    assert newest_state(tmp_path)[0] == first
+    manifests.write(other, replace(manifest, training={"step": STEP + 1}))
+    assert newest_state(tmp_path)[0] == other
+    manifests.write(other, replace(manifest, training={}))
+    with pytest.raises(CheckpointError, match="not a training state; to start from a model"):
+        newest_state(tmp_path)
