@@ -362,7 +362,13 @@ CASES = {
     "nowhere to train to": Case(
         kind="train", config=TRAIN.replace("output", "#output"), says=("output.folder: is needed",)
     ),
-    "two models to train": train("model.path=model", "model.config: there is a model.path too", config=SHORT),
+    "two models to train": Case(
+        kind="train",
+        config=SHORT,
+        args=("model.path=model",),
+        says=("model.config: there is a model.path too", "tokenizer.path: is needed: model.path has no tokenizer"),
+        problems=2,
+    ),
     "chunks of no pipeline": train("parallel.interleave=2", "parallel.interleave: needs more than one pipeline stage"),
     "more chunks than layers": Case(
         kind="train",
