@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Judged:
 
 def pack_rollouts(rollouts: Sequence[Rollout]) -> bytes:
     """For the way from rank to rank; `unpack_rollouts` is the inverse."""
-    return json.dumps([asdict(rollout) for rollout in rollouts]).encode()
+    return json.dumps([_values(rollout) for rollout in rollouts]).encode()
 
 
 def unpack_rollouts(data: bytes) -> list[Rollout]:
@@ -78,7 +78,12 @@ def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], judg
     """One JSON line a sample; the file is there whole or not at all."""
     lines = []
     for rollout, verdict in zip(rollouts, judged, strict=True):
-        values: dict[str, Any] = {"iteration": iteration, **asdict(rollout), **asdict(verdict)}
+        values: dict[str, Any] = {"iteration": iteration, **_values(rollout), **_values(verdict)}
         values["sampler_logprobs"] = values.pop("logprobs")
         lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False))
     write_durably(path, "".join(f"{line}\n" for line in lines))
+
+
+def _values(record: Rollout | Judged) -> dict[str, Any]:
+    """By name. Not `asdict`, which copies every number of every tuple."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
