@@ -35,7 +35,7 @@ ISOLATED = {"megalite.monitor"}
 """Rooms that import nothing of ours."""
 
 PLACES = {
-    "deepspeed": ("megalite/train/", "megalite/core/distributed.py", "tests/"),
+    "deepspeed": ("megalite/train/", "megalite/core/distributed.py", "tests/", "tools/benchmarks/"),
     "transformers": ("tests/", "tools/benchmarks/"),
     "tokenizers": ("megalite/tokenizer.py", "megalite/train/", "tests/"),
     "pickle": ("tests/",),
