@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from megalite import cli
+from megalite.hybrid.checks import problems as hybrid_checks
 from megalite.model import families
 from megalite.weights.mapping import hf_shapes
 
@@ -36,6 +37,9 @@ JOB = "model: {path: model}\ninput: {prompts: [hello]}\n"
 NEW_MODEL = "model: {config: {model_type: llama, hidden_size: 48, intermediate_size: 44, num_hidden_layers: 4,\n"
 TRAIN = f"{NEW_MODEL}  num_attention_heads: 6}}}}\noutput: {{folder: out}}\n"
 SHORT = f"{TRAIN}data: {{sequence_length: 64}}\n"
+HYBRID = f"""{TRAIN}data: {{source: "megalite.hybrid.tasks:additions"}}
+hybrid: {{reward: "megalite.hybrid.rewards:exact_match"}}
+"""
 USAGE, CHECKPOINT, RESOURCES = 2, 3, 4
 
 
@@ -122,6 +126,11 @@ def key(text: str, *says: str, **more) -> Case:
 def train(override: str, *says: str, config: str = TRAIN) -> Case:
     """One override after a good training config."""
     return Case(kind="train", config=config, args=(override,), says=says)
+
+
+def hybrid(override: str, *says: str, **more) -> Case:
+    """One override after a good hybrid config."""
+    return Case(kind="hybrid", config=HYBRID, args=(override,), says=says, **more)
 
 
 def launched(rank: int | str, world_size: int) -> dict[str, str]:
@@ -367,6 +376,42 @@ CASES = {
     "nowhere to train to": Case(
         kind="train", config=TRAIN.replace("output", "#output"), says=("output.folder: is needed",)
     ),
+    # ---- a hybrid job
+    "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.hybrid.rewards:"),
+    "reward that is no function": hybrid("hybrid.reward=parses", "must be package.module:function, got 'parses'"),
+    "reward in no module": hybrid("hybrid.reward=no_such:thing", "hybrid.reward", "no_such"),
+    "misspelt reward": hybrid(
+        "hybrid.reward=megalite.hybrid.rewards:exact_mach", "hybrid.reward", "megalite.hybrid.rewards:exact_match"
+    ),
+    "misspelt task": hybrid("data.source=megalite.hybrid.tasks:addition", "data.source", "tasks:additions"),
+    "task's unknown option": hybrid("data.options={digts: 1}", "data.options", "digts"),
+    "no task": hybrid("data.source=null", "data.source: is needed"),
+    "file of prompts that is not there": hybrid("data.source=prompts.jsonl", "data.source: no such file"),
+    "group of one": hybrid("hybrid.samples_per_prompt=1", "must be >= 2 for grpo", "got 1"),
+    "groups cut in two": hybrid("hybrid.updates_per_step=3", "must divide prompts_per_step = 16", "got 3"),
+    "two models in one job": hybrid("infer.model=other", "infer.model: one model trains and generates"),
+    "output longer than the model": hybrid("sampling.max_tokens=2048", "leaves no room for a prompt", "2048 positions"),
+    "samples all the same": hybrid("sampling.temperature=0", "sampling.temperature: must be above 0"),
+    "samples by another name": hybrid("sampling.n=4", "sampling.n: is hybrid.samples_per_prompt here"),
+    "stale samples": hybrid("hybrid.sync_every=2", "hybrid.sync_every", "hybrid.importance_correction"),
+    "ranks without work": hybrid("infer.parallel.first_rank=3", "infer.parallel.first_rank: leaves ranks without work"),
+    "no rank 0": Case(
+        kind="hybrid",
+        config=HYBRID,
+        args=("train.parallel.first_rank=1", "infer.parallel.first_rank=1"),
+        says=("one of the two layouts must begin at rank 0",),
+    ),
+    "sequence parallel sampling": hybrid(
+        "infer.parallel.sequence_parallel=true", "infer.parallel.sequence_parallel", "generating has no use for it"
+    ),
+    "ZeRO-3 over the stages of a job": Case(
+        kind="hybrid",
+        config=HYBRID,
+        args=("train.zero_stage=3", "train.parallel.pp=2"),
+        says=("train.zero_stage: 3 leaves norms and biases",),
+    ),
+    "ZeRO-0": hybrid("train.zero_stage=0", "train.zero_stage: 0 has no gradient norm"),
+    "first rank of a single layout": train("parallel.first_rank=1", "is for hybrid jobs, which have two layouts"),
     "two models to train": Case(
         kind="train",
         config=SHORT,
@@ -445,7 +490,8 @@ def start(kind: str, args: tuple[str, ...], *, config: str) -> tuple[int, list]:
     ran = []
     Path("job.yaml").write_text(config) if config else None
     argv = ["--config", "job.yaml", *args] if config else [*args]
-    return cli.main(kind, lambda loaded: ran.append(loaded) or 0, argv), ran
+    checks = {"checks": hybrid_checks} if kind == "hybrid" else {}
+    return cli.main(kind, lambda loaded: ran.append(loaded) or 0, argv, **checks), ran
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

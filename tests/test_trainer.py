@@ -1,4 +1,4 @@
-"""What a trainer gives besides steps in layouts with stages (log-probabilities, samples, room), and what it must keep."""
+"""What a trainer gives besides steps in layouts with stages: log-probabilities, samples and room."""
 
 from pathlib import Path
 
