@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def settings(out: Path, train: ParallelSection, infer: ParallelSection, *, zero:
 def run_job(rank: int, config: HybridConfig) -> str:
     """What the rank says."""
     said = StringIO()
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for rewards of the tests
     with as_run(rank) as runtime, redirect_stdout(said), Job(config, runtime) as job:
         job.run()
     return said.getvalue()
@@ -119,6 +121,49 @@ def test_the_sampler_generates_what_transformers_does_with_the_trained_model(pai
         scores = wanted.logprobs[len(wanted.prompt) - 1 : -1].gather(1, torch.tensor(wanted.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample["sampler_logprobs"]), scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.tensor(sample["trainer_logprobs"]), scores, rtol=0, atol=1e-5)
+
+
+ROOM = {"free_kv_while_training": True, "offload_optimizer": True}
+LOOPS = {
+    "one rank": (1, layout(), layout(), {}),
+    "dp2 to tp2, memory given back": (2, layout(dp=2), layout(tp=2), ROOM),
+    "tp2pp2 to dp4": (4, layout(tp=2, pp=2), layout(dp=4), {}),
+}
+
+
+def test_a_job_learns_the_same_in_every_layout(ranks, tmp_path):
+    """Policy optimisation with all that it may have: several updates, a reference model, importance weights."""
+    found = {}
+    for name, (size, train, infer, more) in LOOPS.items():
+        out = tmp_path / name
+        config = settings(out, train, infer)
+        loop = replace(
+            config.hybrid,
+            algorithm="grpo",
+            steps=3,
+            prompts_per_step=4,
+            samples_per_prompt=4,
+            updates_per_step=2,
+            kl_coefficient=0.1,
+            importance_correction="token",
+            reward="hybrid_rewards:many_digits",
+            **more,
+        )
+        ranks(size).run(run_job, replace(config, hybrid=loop, sampling=SamplingParams(max_tokens=6)))
+        log = [line for line in map(json.loads, (out / "training/log.jsonl").open()) if "iteration" in line]
+        assert all(line["logprob_difference_max"] < 1e-5 and line["kl"] >= 0 for line in log)
+        paths = sorted((out / "training/rollouts").iterdir())
+        samples = [[json.loads(line)["token_ids"] for line in path.open()] for path in paths]
+        found[name] = log, samples, load_file(out / "model.safetensors")
+    whole_log, whole_samples, whole = found["one rank"]
+    assert len({tuple(one) for one in whole_samples[0]}) > 8, "samples of a group are no clones"
+    for log, samples, weights in found.values():
+        assert samples == whole_samples
+        for line, wanted in zip(log, whole_log, strict=True):
+            assert line["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+            assert line["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
+        for key, values in weights.items():
+            torch.testing.assert_close(values, whole[key], rtol=0, atol=2e-4)
 
 
 # ---- bad days --------------------------------------------------------------------------------------------------------

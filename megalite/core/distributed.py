@@ -389,6 +389,8 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     meanwhile leaves a lock on which the next one hangs), and needs a process group also for one rank.
     """
     os.environ["DS_ACCELERATOR"] = runtime.device.type
+    # It wraps an optimizer that is not used here in torch.compile, whose import would take a second on every rank.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "1"}
     for variable, value in alone.items():
         os.environ.setdefault(variable, value)

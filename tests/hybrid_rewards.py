@@ -1,0 +1,6 @@
+"""Rewards of the tests of hybrid jobs; imported by the processes that compute rewards."""
+
+
+def many_digits(prompt: str, completion: str, example: dict) -> float:
+    """Share of the completion's bytes below 128: something that a random model does now and then."""
+    return sum(byte < 128 for byte in completion.encode()) / 8
