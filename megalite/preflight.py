@@ -99,6 +99,6 @@ def _check_weights(config: Config, model: ModelConfig | None) -> None:
         return
     if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks
         parallel = config.train.parallel if isinstance(config, HybridConfig) else config.parallel
-        shards.check_layout(config.model.path, Layout(parallel.tp, parallel.pp))
+        shards.check_layout(config.model.path, Layout(parallel.tp, parallel.pp, interleave=parallel.interleave))
     else:
         open_checkpoint(config.model.path, prefix=families.weight_names(model).prefix)
