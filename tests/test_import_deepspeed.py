@@ -51,7 +51,7 @@ def _train_and_save(model: Path, rank: int, folder: Path, stage: int) -> dict[st
     return {name: safe_get_full_fp32_param(param).clone() for name, param in net.named_parameters()}
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_checkpoints(stage, tiny, ranks, tmp_path):
     truth, _ = ranks(2).run(train_and_save, tiny("llama_tied"), tmp_path / "ck", stage)
     arguments = (tmp_path / "ck", tiny("llama_tied"))

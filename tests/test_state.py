@@ -39,6 +39,12 @@ STEP = 5
 """At which the states are that were not trained."""
 
 
+@pytest.fixture
+def run(ranks):
+    """`run(n, function, *args)` on n ranks. A first job imports DeepSpeed, so it has time also on a busy machine."""
+    return lambda size, function, *args: ranks(size).run(function, *args, timeout=200)
+
+
 def trainer_of(model: Path, layout: Layout, zero: int = 1) -> Trainer:
     optimizer = OptimizerSection(learning_rate=3e-3, warmup_steps=2, weight_decay=0.1)
     return Trainer(build_from(model, ParallelState(layout)), optimizer, steps=STEPS, zero_stage=zero)
@@ -120,10 +126,10 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_every_value_arrives_in_every_layout(name, tiny, ranks, tmp_path):
-    ranks(4).run(write_truth, tiny(name), tmp_path, Layout(dp=4))
+def test_every_value_arrives_in_every_layout(name, tiny, run, tmp_path):
+    run(4, write_truth, tiny(name), tmp_path, Layout(dp=4))
     for layout, zero in VALUES[name]:
-        ranks(4).run(look_and_save, tiny(name), tmp_path, layout, zero)
+        run(4, look_and_save, tiny(name), tmp_path, layout, zero)
         assert verify(only(tmp_path)).findings == []
         assert manifests.read(only(tmp_path)).layout == shards.stored_layout(layout)
 
@@ -172,37 +178,37 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("case", RESUMES)
-def test_a_resumed_run_equals_one_without_a_break(case, tiny, ranks, tmp_path):
+def test_a_resumed_run_equals_one_without_a_break(case, tiny, run, tmp_path):
     """Bit for bit in its own layout, and within the rounding of float32 through two others."""
     name, own, others = RESUMES[case]
     whole, broken, moved = (tmp_path / folder for folder in ("whole", "broken", "moved"))
-    ranks(4).run(train, tiny(name), whole, *own, 4)
-    ranks(4).run(train, tiny(name), broken, *own, 2)
+    run(4, train, tiny(name), whole, *own, 4)
+    run(4, train, tiny(name), broken, *own, 2)
     shutil.copytree(broken, moved)
-    ranks(4).run(train, tiny(name), broken, *own, 2)
+    run(4, train, tiny(name), broken, *own, 2)
     same(only(broken), only(whole), rtol=0, atol=0)
     for layout, zero in others:
-        ranks(4).run(train, tiny(name), moved, layout, zero, 1)
+        run(4, train, tiny(name), moved, layout, zero, 1)
     for folder in (whole, moved):
         reshard(only(folder), Layout(), folder / "one")
     same(moved / "one", whole / "one", rtol=1e-3, atol=1e-5)
 
 
-def test_a_rank_that_is_killed_while_it_saves_costs_the_steps_since_the_last_save(tiny, ranks, tmp_path):
+def test_a_rank_that_is_killed_while_it_saves_costs_the_steps_since_the_last_save(tiny, run, tmp_path):
     """Its neighbour has written its files and waits; the state before is whole and is gone on from, bit for bit."""
     model, layout = tiny("llama_tied"), Layout(pp=2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for steps in (2, 1):
-        ranks(2).run(train, model, whole, layout, 1, steps)
-    ranks(2).run(train, model, broken, layout, 1, 2)
+        run(2, train, model, whole, layout, 1, steps)
+    run(2, train, model, broken, layout, 1, 2)
     with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):
-        ranks(2).run(train, model, broken, layout, 1, 1, "state.save@1#2=kill")
+        run(2, train, model, broken, layout, 1, 1, "state.save@1#2=kill")
     assert newest_state(broken)[1].training["step"] == 2
     left = sorted(path.name for path in (broken / "step-00000003").iterdir())
     assert "rank-001.safetensors" in left and "exp_avg-001.safetensors" not in left and "manifest.json" not in left
     remove_unfinished(broken)
     assert [path.name for path in broken.iterdir()] == ["step-00000002"]
-    ranks(2).run(train, model, broken, layout, 1, 1)
+    run(2, train, model, broken, layout, 1, 1)
     same(only(broken), only(whole), rtol=0, atol=0)
 
 
@@ -220,8 +226,8 @@ def write_both(rank: int, model: Path, folder: Path, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, dp=2, interleave=2)], ids=str)
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
-def test_tools_take_a_state_of_pipeline_stages(name, layout, tiny, ranks, tmp_path):
-    ranks(4).run(write_both, tiny(name), tmp_path, layout)
+def test_tools_take_a_state_of_pipeline_stages(name, layout, tiny, run, tmp_path):
+    run(4, write_both, tiny(name), tmp_path, layout)
     state, hf = only(tmp_path / "states"), tmp_path / "hf"
     shutil.copy(tiny(name) / "config.json", hf)
     assert load_file(hf / "model.safetensors").keys() == load_file(tiny(name) / "model.safetensors").keys()
@@ -254,22 +260,22 @@ def load(rank: int, model: Path, folder: Path, layout: Layout) -> str:
 
 
 @pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
-def test_damage_is_found_also_by_a_run_of_another_layout(layout, tiny, ranks, tmp_path):
-    ranks(2).run(write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
+def test_damage_is_found_also_by_a_run_of_another_layout(layout, tiny, run, tmp_path):
+    run(2, write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
     file = only(tmp_path) / "exp_avg_sq-001.safetensors"  # the end of the last stage
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    errors = ranks(2).run(load, tiny("qwen3"), tmp_path, layout)
+    errors = run(2, load, tiny("qwen3"), tmp_path, layout)
     assert f"{file}: damaged: tensor head.weight" in errors[1]
     assert (errors[0] == "") == (layout.pp == 2), "the first stage has no need of what is damaged"
 
 
-def test_a_state_is_not_saved_over_a_state_of_the_same_step(tiny, ranks, tmp_path):
+def test_a_state_is_not_saved_over_a_state_of_the_same_step(tiny, run, tmp_path):
     """As by a run of another layout before its first step; killed meanwhile, the folder must hold one that is whole."""
     names, kept = [], tmp_path / "kept"
     for job, layout in ((write_truth, Layout(dp=2)), (look_and_save, Layout(tp=2)), (look_and_save, Layout(dp=2))):
-        ranks(2).run(job, tiny("qwen3"), tmp_path / "states", layout)
+        run(2, job, tiny("qwen3"), tmp_path / "states", layout)
         names.append(only(tmp_path / "states").name)
         shutil.copytree(tmp_path / "states", kept, dirs_exist_ok=True)
     assert names == ["step-00000005", "step-00000005-2", "step-00000005-3"]
@@ -277,8 +283,8 @@ def test_a_state_is_not_saved_over_a_state_of_the_same_step(tiny, ranks, tmp_pat
     assert newest_state(tmp_path / "none") is None
 
 
-def test_the_last_step_is_gone_on_from(tiny, ranks, tmp_path):
-    ranks(2).run(write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
+def test_the_last_step_is_gone_on_from(tiny, run, tmp_path):
+    run(2, write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
     first = only(tmp_path)
     other = tmp_path / "step-00000004-2"
     reshard(first, Layout(tp=2), other)

@@ -138,6 +138,7 @@ EXACT = {"rtol": 0, "atol": 0}
 RESUMES = {
     "tp2": ({"tp": 2}, {}, {}, EXACT),
     "tp2-one-kv-head": ({"tp": 2}, {}, {"num_key_value_heads": 1}, EXACT),
+    "pp2": ({"pp": 2}, {"gradient_accumulation_steps": 2, "micro_batch_size": 2}, {}, EXACT),
     "dp2-zero2": ({"dp": 2}, {"zero_stage": 2, "gradient_accumulation_steps": 2, "micro_batch_size": 2}, {}, EXACT),
     "dp2-zero3": ({"dp": 2}, {"zero_stage": 3}, {}, EXACT),
 }

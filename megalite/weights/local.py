@@ -32,8 +32,8 @@ def read_local(
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and values, on the CPU and in the stored dtype, of each parameter that `rank` of `layout` holds.
 
-    `layout` is of one replica. Only stored ranges of which the rank holds something are read, a band at a time into
-    the one parameter that is in memory. They are read whole even if the rank holds only some of their rows, because
+    `layout` is of one replica. Only stored ranges of which the rank holds something are read, a band at a time, into
+    one parameter after the other. They are read whole even if the rank holds only some of their rows, because
     their digests are of the whole: with twice the tp of the files, twice the bytes. Where the files are cut for
     `layout`, the rank reads its own file and nothing else.
 
