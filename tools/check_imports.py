@@ -81,7 +81,6 @@ TORCH_FREE = (
     "megalite/train/bpe.py",
     "megalite/train/data.py",
     "megalite/train/examples.py",
-    "megalite/train/flops.py",
     "megalite/train/order.py",
     "megalite/train/packing.py",
     "megalite/train/records.py",

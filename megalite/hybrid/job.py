@@ -33,6 +33,7 @@ from megalite.hybrid.sync import Sync
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
 from megalite.model.decoder import Decoder
+from megalite.train.flops import peak_of_run
 from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder
 from megalite.train.order import ExampleOrder
@@ -85,7 +86,11 @@ class Job:
         self.sync = self._make_sync()
         self.generator = self._make_generator()
         self.order = ExampleOrder(len(self.materials.examples), config.data.seed)
-        self.record = Record(config, self.materials.folder, self.runtime.rank == self.home)
+        peak = peak_of_run(
+            self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
+        )
+        speaks = runtime.rank == self.home
+        self.record = Record(config, self.materials.model, self.materials.folder, speaks, peak=peak)
         self.pool: RewardPool | None = None
         self.generates = False
         """The generating decoder has weights."""

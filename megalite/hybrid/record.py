@@ -14,13 +14,18 @@ from megalite.config.schema import HybridConfig
 from megalite.files import LineFile, write_durably
 from megalite.hybrid.learner import Lesson
 from megalite.hybrid.rollout import Judged, Rollout, rollout_file, write_rollouts
+from megalite.model.config import ModelConfig
+from megalite.train.flops import training_flops
 
 
 class Record:
     """Speaks and writes on one rank of the job, and measures on all."""
 
-    def __init__(self, config: HybridConfig, folder: Path, speaks: bool):
+    def __init__(self, config: HybridConfig, model: ModelConfig, folder: Path, speaks: bool, *, peak: float | None):
+        """`peak`: operations a second of the devices that train; None if it is not known."""
         self.config = config.hybrid
+        self.model = model
+        self.peak = peak
         self.supervised_steps = config.supervised.steps
         self.path = folder / "training" / "log.jsonl"
         self.rollouts = folder / "training" / "rollouts"
@@ -75,6 +80,8 @@ class Record:
         tokens = sum(len(one.token_ids) for one in rollouts)
         seconds = time.monotonic() - self.began
         agreement = lesson.agreement
+        lengths = [len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts]
+        learning = max(self.seconds.get("learning", seconds), 1e-9)
         return {
             "reward": statistics.fmean(rewards),
             "reward_of_best": statistics.fmean(max(rewards[at : at + size]) for at in range(0, len(rewards), size)),
@@ -89,6 +96,9 @@ class Record:
             "seconds": round(seconds, 3),
             **{f"seconds_{name}": round(value, 3) for name, value in self.seconds.items()},
             "sampled_tokens_per_second": tokens / max(self.seconds.get("sampling", seconds), 1e-9),
+            "learnt_tokens_per_second": sum(lengths) / learning,
+            # model FLOPs of the update over the seconds of scoring and update together
+            "mfu": training_flops(self.model, lengths) / learning / self.peak if self.peak is not None else None,
         }
 
     def say(self, line: str) -> None:
@@ -120,9 +130,12 @@ def _line(number: int, steps: int, values: dict[str, Any]) -> str:
         parts.append("nothing to learn")
     parts += [
         f"log-probabilities within {values['logprob_difference_max']:.1e}",
-        f"{values['sampled_tokens_per_second']:,.0f} tokens/s",
+        f"{values['sampled_tokens_per_second']:,.0f} tokens/s sampled",
+        f"{values['learnt_tokens_per_second']:,.0f} learnt",
         f"{values['seconds']:.1f} s",
     ]
+    if values["mfu"] is not None:
+        parts.append(f"MFU {values['mfu']:.1%}")
     if values["reward_failures"]:
         parts.append(f"{values['reward_failures']} rewards failed")
     return "  ".join(parts)

@@ -11,7 +11,10 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
+
 from megalite.model.config import ModelConfig
+from megalite.model.kernels import device_name, ranks_on_device
 
 PEAKS = {
     "A100": 312e12,
@@ -43,6 +46,15 @@ def peak_flops(device_name: str) -> float | None:
     words = device_name.upper().replace("-", " ").split()
     found = [name for name in PEAKS if all(part in words for part in name.split())]
     return PEAKS[max(found, key=len)] if found else None
+
+
+def peak_of_run(device: torch.device, dtype: str, *, ranks: int, local_ranks: int) -> float | None:
+    """What all devices of a run can do in a second; None where it is not known, or the numbers are float32.
+
+    `ranks`: of the run; `local_ranks`: on this host, where several may share a device.
+    """
+    one = peak_flops(device_name(device))
+    return one * ranks / ranks_on_device(local_ranks) if one is not None and dtype == "bfloat16" else None
 
 
 def active_parameters(model: ModelConfig) -> int:

@@ -22,12 +22,11 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
 from megalite.model.config import ModelConfig
-from megalite.model.kernels import device_name, ranks_on_device
 from megalite.train import card
 from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
 from megalite.train.data import PREPARED, TOKENIZER_FILES, Corpus, prepare
 from megalite.train.export import export_model, model_files
-from megalite.train.flops import peak_flops, training_flops
+from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed
 from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder, shape_of
@@ -94,7 +93,9 @@ class Job:
         self.reader = open_reader(self.corpus, config.data, config.train, self.state)
         self.progress = Progress()
         self.log: RunLog | None = None
-        self.peak = self._peak_flops(runtime)
+        self.peak = peak_of_run(
+            self.device, config.model.dtype, ranks=layout.size, local_ranks=runtime.local_world_size
+        )
         self.stop_signal = 0
         self.began = time.monotonic()
 
@@ -226,13 +227,6 @@ class Job:
             values["mfu"] = utilisation
             line += f"  MFU {utilisation:.1%}" if utilisation is not None else ""
         self._say(line, values)
-
-    def _peak_flops(self, runtime: distributed.Runtime) -> float | None:
-        """What all devices of the run can do in a second; None where it is not known, or the numbers are float32."""
-        one = peak_flops(device_name(self.device))
-        if one is None or self.config.model.dtype != "bfloat16":
-            return None
-        return one * self.state.layout.size / ranks_on_device(runtime.local_world_size)
 
     def _require_finite(self, report: StepReport) -> tuple[float, float]:
         """Mean loss and gradient norm of the last step; MegaliteError if the weights can't be right after it."""
