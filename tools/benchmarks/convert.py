@@ -228,7 +228,7 @@ class Bench:
         began = time.monotonic()
         work()
         seconds = time.monotonic() - began
-        peak = int(told.read_text()) / 1000 if told else None
+        peak = int(told.read_text()) * 1024 / 1e6 if told else None
         sample = Sample(name, seconds, total_size(out) / 1e9, peak)
         self.samples.append(sample)
         print(f"{name}: {seconds:.1f} s, {sample.rate:.2f} GB/s", file=sys.stderr, flush=True)
