@@ -315,6 +315,10 @@ DAMAGED = {
         {**QWEN3_MOE, "num_experts_per_tok": 9},
         "num_experts_per_tok must be",
     ),
+    "more experts than any file lists": (
+        {**QWEN3_MOE, "num_hidden_layers": 4096, "num_experts": 16384},
+        "num_experts of 4096 layers must be at most 262144 together",
+    ),
     "dense layers": ({**QWEN3_MOE, "mlp_only_layers": [9]}, "mlp_only_layers must be a list of layer indices"),
 }
 

@@ -95,6 +95,25 @@ def test_universal_checkpoints(wrapper, model, tmp_path):
         assert all(torch.equal(after.read(name), values) for name, values in tensors.items())
 
 
+def test_interrupted_it_begins_anew(model, tmp_path, monkeypatch):
+    tensors = some_tensors(model)
+    folder = universal(tmp_path / "ck", tensors)
+    monkeypatch.setenv("MEGALITE_FAULT", "shards.step#25=raise")
+    with pytest.raises(RuntimeError, match="injected"):
+        import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=True, max_shard_bytes=2000)
+    monkeypatch.delenv("MEGALITE_FAULT")
+    assert list((tmp_path / "hf").glob("*.part"))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "hf")
+    import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=True, max_shard_bytes=2000)
+    with open_checkpoint(tmp_path / "hf") as after:
+        assert all(torch.equal(after.read(name), values) for name, values in tensors.items())
+    with pytest.raises(ConfigError, match="--overwrite"):
+        import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=True)
+    import_checkpoint(folder, model, tmp_path / "hf", allow_pickle=True, overwrite=True)
+    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_pickles_are_not_read_unasked(model, tmp_path):
     folder = universal(tmp_path / "ck", some_tensors(model))
     with pytest.raises(ConfigError, match="--allow-pickle: is needed: DeepSpeed's checkpoints are pickles"):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 from random_models import Sizes, write_model
 
 from megalite.core.layout import Layout
@@ -19,6 +20,7 @@ from megalite.weights import manifest as manifests
 from megalite.weights.convert import convert
 from megalite.weights.hf import open_checkpoint
 from megalite.weights.shards import JOURNAL
+from megalite.weights.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
@@ -60,6 +62,22 @@ def test_a_round_trip_of_the_demo_model(tmp_path):
         for name in before.tensors:
             assert before.read_bytes(name) == after.read_bytes(name)
     assert {path.name for path in DEMO.glob("*token*")} == {path.name for path in c.glob("*token*")}
+
+
+def test_a_model_of_the_hub_with_all_that_belongs_to_it(tmp_path):
+    model = write_model(tmp_path / "model", Sizes("llama", files=2))
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    beside = {"merges.txt": b"a b", "spiece.model": b"binary", "LICENSE": b"yours"}
+    arguments = ["--layout", "tp=2", "--out", tmp_path / "cut"]
+    with Hub() as hub:
+        hub.add("owner/tiny", {**files, **beside, "modeling_tiny.py": b"raise SystemExit"})
+        environment = hub.environment(tmp_path / "cache")
+        tool("convert", "--model", "owner/tiny", *arguments, **environment)
+        assert "all is well" in tool(
+            "verify", tmp_path / "cut", "--against", "owner/tiny", **environment, HF_HUB_OFFLINE="1"
+        )
+    assert {name: (tmp_path / "cut" / name).read_bytes() for name in beside} == beside
+    assert verify(tmp_path / "cut", model).is_well and not (tmp_path / "cut" / "modeling_tiny.py").exists()
 
 
 def test_the_command_in_the_message_about_a_layout_works(cut, tmp_path):

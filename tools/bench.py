@@ -9,6 +9,7 @@ from toolkit import Parser, main
 
 BENCHMARKS = {
     "convert": "convert, reshard, export and verify beside cp and transformers",
+    "load": "ranks that load a Hugging Face folder, and shards of it",
     "offline": "generation beside transformers",
     "sync": "weights between two layouts in memory, beside gathering every tensor",
     "train": "a training step beside transformers, both under DeepSpeed",

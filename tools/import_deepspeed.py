@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
             tag=args.tag,
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
+            overwrite=args.overwrite,
             begin=bar.begin,
             progress=bar.advance,
         )
@@ -45,6 +46,7 @@ if __name__ == "__main__":
     parser.add_argument("--from", required=True, dest="source", metavar="CK", help="what save_checkpoint wrote")
     parser.add_argument("--model", required=True, metavar="MODEL", help="whose config.json and tokenizer belong to it")
     parser.add_argument("--out", required=True, metavar="HF_DIR", help="the folder to make")
+    parser.add_argument("--overwrite", action="store_true", help="HF_DIR may hold something else, which is replaced")
     parser.add_argument("--allow-pickle", action="store_true", help="read pickles, which can run code")
     parser.add_argument("--tag", help="which save, e.g. global_step500 (default: the one that `latest` names)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")

@@ -23,6 +23,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+MAX_EXPERTS = 1 << 18
+"""Of all layers together; each has tensors of its own, which are listed before any is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,22 +121,24 @@ def dense(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
 
 
 def experts_everywhere(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
-    return (_experts(config, "intermediate_size", normalize=True),) * layers
+    return (_experts(config, layers, "intermediate_size", normalize=True),) * layers
 
 
 def experts_by_step(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
     """Every `decoder_sparse_step`-th layer, `mlp_only_layers` excepted."""
     if config.size("num_experts", low=0) == 0:
         return dense(config, layers)
-    spec = _experts(config, "moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
+    spec = _experts(config, layers, "moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
     step, dense_layers = config.size("decoder_sparse_step"), config.indices("mlp_only_layers", layers)
     return tuple(spec if (i + 1) % step == 0 and i not in dense_layers else None for i in range(layers))
 
 
-def _experts(config: HFConfig, width: str, *, normalize: bool) -> MoESpec:
+def _experts(config: HFConfig, layers: int, width: str, *, normalize: bool) -> MoESpec:
     experts, top_k = config.size("num_experts"), config.size("num_experts_per_tok")
     if top_k > experts:
         raise config.problem("num_experts_per_tok", f"must be at most the number of experts ({experts})", top_k)
+    if experts * layers > MAX_EXPERTS:
+        raise config.problem("num_experts", f"of {layers} layers must be at most {MAX_EXPERTS} together", experts)
     return MoESpec(num_experts=experts, top_k=top_k, intermediate_size=config.size(width), normalize_top_k=normalize)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import tempfile
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 from megalite.errors import CheckpointError, ConfigError, Problem
-from megalite.files import DurableFile
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.hf_config import read_json
@@ -30,9 +30,10 @@ from megalite.weights import companions
 from megalite.weights.convert import DEFAULT_SHARD_BYTES, hf_files, write_index
 from megalite.weights.dtypes import NAMES
 from megalite.weights.hf import resolve
+from megalite.weights.manifest import digest_of
 from megalite.weights.mapping import hf_shapes, pieces
-from megalite.weights.output import Outcome
-from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorInfo
+from megalite.weights.output import NewFile, Outcome, Output
+from megalite.weights.tensor_file import WEIGHT_DTYPES
 
 WRAPPERS = ("module.", "_forward_module.", "_orig_mod.")
 """What training frameworks put before a model's own names."""
@@ -50,6 +51,7 @@ def import_checkpoint(
     tag: str | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
     begin: Callable[[int], None] = lambda total: None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Outcome:
@@ -61,36 +63,49 @@ def import_checkpoint(
         allow_pickle: must be true; the checkpoint must be one you trust.
         tag: which save; None: the one that `latest` names.
         dtype: of the written weights.
+        overwrite: `out` may hold something else, which is then removed.
 
-    CheckpointError if names or shapes are not the model's; nothing is skipped.
+    Interrupted, the same call begins anew in the same folder. CheckpointError if names or shapes are not the model's;
+    nothing is skipped.
     """
     if not allow_pickle:
         rule = "is needed: DeepSpeed's checkpoints are pickles, which can run any code when they are read"
         raise ConfigError(Problem(key="--allow-pickle", rule=rule, fix="Add it only for files that you trust."))
     checkpoint, out = Path(checkpoint), Path(out)
-    if out.exists() and any(out.iterdir()):
-        rule = f"{out} already holds {next(out.iterdir()).name}"
-        raise ConfigError(Problem(key="--out", rule=rule, fix="Choose another folder."))
-    folder = resolve(model, weights=False)
+    folder = resolve(model, weights=False, also=companions.BESIDE)
     config = families.read(folder)
+    files, infos = hf_files(config, out, dict.fromkeys(hf_shapes(config), NAMES[dtype]), max_shard_bytes)
+    copies = companions.chosen(folder, read_json(folder / companions.CONFIG), dtype)
+    work = _fingerprint(checkpoint, files)
+    output = Output(out, files, work, overwrite=overwrite, extra_bytes=companions.nbytes(copies))
+    output.check()
     with contextlib.ExitStack() as stack:
         tensors = _whole(config, _open(checkpoint, tag, stack), str(checkpoint))
-        files, infos = hf_files(config, out, dict.fromkeys(hf_shapes(config), NAMES[dtype]), max_shard_bytes)
+
+        def converted(file: Path) -> Iterator[memoryview]:
+            mine = {name: info for name, info in infos.items() if info.file == file}
+            for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
+                values = tensors[name]().to(getattr(torch, WEIGHT_DTYPES[info.dtype])).contiguous()
+                yield values.view(-1).view(torch.uint8).numpy().data
+                progress(info.nbytes)
+
         begin(sum(info.nbytes for info in infos.values()))
-        companions.write(companions.chosen(folder, read_json(folder / companions.CONFIG), dtype), out)
-        by_file: dict[str, dict[str, TensorInfo]] = {}
-        for name, info in infos.items():
-            by_file.setdefault(info.file.name, {})[name] = info
-        for file in files:
-            with DurableFile(out / file.name) as target:
-                target.write(file.header)
-                for name, info in sorted(by_file[file.name].items(), key=lambda item: item[1].offset):
-                    values = tensors[name]().to(getattr(torch, WEIGHT_DTYPES[info.dtype])).contiguous()
-                    target.write(values.view(-1).view(torch.uint8).numpy().data)
-                    progress(info.nbytes)
-        if len(files) > 1:
-            write_index(out, infos)
-    return Outcome(out, written=sum(info.nbytes for info in infos.values()), files=len(files))
+        with output:
+            for file in files:
+                output.fill(file.name, converted(out / file.name))
+            companions.write(copies, out)
+            output.finish(lambda: write_index(out, infos) if len(files) > 1 else None)
+    return output.outcome
+
+
+def _fingerprint(checkpoint: Path, files: list[NewFile]) -> str:
+    """Of everything that decides what the output will be."""
+    states = [
+        [str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    ]
+    return digest_of(json.dumps(["import", states]).encode() + b"".join(file.header for file in files))
 
 
 # ---- DeepSpeed's files -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megalite.errors import CheckpointError
@@ -169,11 +169,12 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder}: has no weights ({SINGLE}, or {INDEX} and its files)")
 
 
-def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
+def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True, also: Sequence[str] = ()) -> Path:
     """The local folder of a model: the path itself, or the cached snapshot of a hub id, downloaded if need be.
 
-    `weights=False` fetches only the configuration and tokenizer. With HF_HUB_OFFLINE=1, or when the hub does not
-    answer, a complete cached snapshot is used. CheckpointError if there is none.
+    `weights=False` fetches only the configuration and tokenizer; `also` has patterns of more files to fetch. With
+    HF_HUB_OFFLINE=1, or when the hub does not answer, a complete cached snapshot is used. CheckpointError if there is
+    none.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -182,7 +183,7 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
         raise CheckpointError(f"{path}: a model is a folder, this is a file")
     if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", str(path)) or local.parent.is_dir():
         raise CheckpointError(f"{path}: no such model folder (a model of the hub is written owner/name)")
-    return Path(_snapshot(str(path), revision, CONFIG_PATTERNS + (WEIGHT_PATTERNS if weights else [])))
+    return Path(_snapshot(str(path), revision, [*CONFIG_PATTERNS, *(WEIGHT_PATTERNS if weights else ()), *also]))
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:

@@ -107,8 +107,7 @@ class Output:
     def __enter__(self) -> Output:
         with told_clearly(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        if not self._is_own() and not self.overwrite:
-            self._refuse_content()
+        self.check()
         self._check_space()
         with told_clearly(self.folder):
             self._lock_folder()
@@ -137,6 +136,11 @@ class Output:
             os.close(self._descriptors.popitem()[1])
 
     # ---- what the folder holds -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """ConfigError if the folder holds something else that may not be overwritten; nothing is written."""
+        if self.folder.exists() and not self._is_own() and not self.overwrite:
+            self._refuse_content()
 
     def _is_own(self) -> bool:
         """Whether the folder is this very work, unfinished."""
@@ -317,11 +321,27 @@ class Output:
                 if not self._left[path]:
                     ready.append(path)
         for path in ready:
+            self._complete(path)
+
+    def fill(self, name: str, tensors: Iterable[memoryview]) -> None:
+        """Write all tensors of one weight file, in the order of its header; an earlier run's bytes are not kept."""
+        path = self.folder / name
+        offset = len(self._files[path].header)
+        for data in tensors:
             with told_clearly(path):
-                os.fsync(self._descriptors[path])
-                if not self._files[path].is_last:
-                    os.replace(path.with_name(path.name + PART), path)
-                    maybe_fault(STEP)
+                _write(self._descriptors[path], data, offset)
+            offset += len(data)
+            self.outcome.written += len(data)
+        assert offset == self._files[path].nbytes, f"{name} is not what its header says"
+        self._complete(path)
+
+    def _complete(self, path: Path) -> None:
+        """All of a file is written."""
+        with told_clearly(path):
+            os.fsync(self._descriptors[path])
+            if not self._files[path].is_last:
+                os.replace(path.with_name(path.name + PART), path)
+                maybe_fault(STEP)
 
     def finish(self, seal: Callable[[], None]) -> None:
         """Make the folder whole: `seal` writes what must come last, such as the manifest."""

@@ -17,7 +17,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.hf_config import read_json
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Blocks, hf_blocks, merged, rank_blocks
-from megalite.weights.companions import CONFIG
+from megalite.weights.companions import BESIDE, CONFIG
 from megalite.weights.hf import check_names, open_checkpoint, resolve
 from megalite.weights.manifest import Manifest, StoredFile
 from megalite.weights.mapping import hf_shapes
@@ -61,7 +61,7 @@ class Source:
 
 def open_source(path: str | Path, revision: str | None = None) -> Source:
     """The checkpoint at a path or under a hub id. CheckpointError if it is none, unfinished, damaged or hostile."""
-    folder = resolve(path, revision)
+    folder = resolve(path, revision, also=BESIDE)
     return _open_shards(folder) if is_sharded(folder) else _open_hf(folder)
 
 

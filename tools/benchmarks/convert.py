@@ -1,10 +1,11 @@
 """Checkpoint tools: convert, reshard, export and verify beside `cp`, and beside transformers' load and save.
 
 Every command is a process of its own, timed from start to end, with its peak resident memory; all work in the same
-folders on the same disk. Copies of the model by `cp`, synced to the disk as our tools sync what they write, are made
-before, between and after them, and the rate of each command is set against the copies just before and just after it:
-disks of virtual machines change their speed from minute to minute. Before every command all files are taken out of the
-page cache, so that all begin equally cold (--warm leaves them in it). Medians of some rounds are printed.
+folders on the same disk, and all results are synced to the disk, as our tools do it of themselves. Copies of the model
+by `cp` are made before, between and after them, and the rate of each command is set against the copies just before and
+just after it: disks of virtual machines change their speed from minute to minute. Before every command all files are
+taken out of the page cache, so that all begin equally cold (--warm leaves them in it). Medians of some rounds are
+printed.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class Bench:
         if not self.args.skip_transformers:
             script = parent / "transformers_round_trip.py"
             script.write_text(TRANSFORMERS)
-            self._script("transformers load + save", back, [script, model, back])
+            self._script("transformers load + save", back, [script, model, back], lambda: sync(back))
             shutil.rmtree(back)
         self._copy()
 
@@ -206,10 +207,18 @@ class Bench:
         jobs = ["--jobs", str(self.args.jobs)] if self.args.jobs else []
         self._script(name, out, [TOOLS / f"{name.split()[0]}.py", *arguments, *jobs])
 
-    def _script(self, name: str, out: Path, command: list[str | Path]) -> None:
+    def _script(
+        self, name: str, out: Path, command: list[str | Path], after: Callable[[], None] = lambda: None
+    ) -> None:
         told = self.parent / "peak"
         whole = [sys.executable, "-c", TELL_PEAK, str(told), *map(str, command)]
-        self._time(name, lambda: subprocess.run(whole, check=True, stdout=subprocess.DEVNULL), out, told)
+
+        def work() -> None:
+            quiet = {**os.environ, "TQDM_DISABLE": "1"}
+            subprocess.run(whole, check=True, stdout=subprocess.DEVNULL, env=quiet)
+            after()
+
+        self._time(name, work, out, told)
 
     def _time(self, name: str, work: Callable[[], object], out: Path, told: Path | None = None) -> None:
         if not self.args.warm:
@@ -219,7 +228,7 @@ class Bench:
         began = time.monotonic()
         work()
         seconds = time.monotonic() - began
-        peak = int(told.read_text()) / 1000 if told else None
+        peak = int(told.read_text()) * 1024 / 1e6 if told else None
         sample = Sample(name, seconds, total_size(out) / 1e9, peak)
         self.samples.append(sample)
         print(f"{name}: {seconds:.1f} s, {sample.rate:.2f} GB/s", file=sys.stderr, flush=True)
