@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hub_server import Hub
@@ -24,7 +25,7 @@ from megalite.weights.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
-TOOLS = ("convert", "reshard", "export", "verify", "describe", "import_deepspeed", "draw_weights")
+TOOLS = ("convert", "reshard", "export", "verify", "describe", "import_deepspeed", "draw_weights", "draw_rewards")
 
 
 def tool(name: str, *arguments: object, code: int = 0, **environment: str) -> str:
@@ -141,6 +142,28 @@ def test_the_picture_of_the_readme_is_true(tmp_path):
     """Drawn anew from the weight table it is what is in docs."""
     tool("draw_weights", "--model", DEMO, "--out", tmp_path / "weights.svg")
     assert (tmp_path / "weights.svg").read_text() == (ROOT / "docs" / "weights.svg").read_text()
+
+
+def test_rewards_are_drawn_from_logs(tmp_path):
+    """Runs may be of different lengths; a log that isn't one, and one that lacks the beginning, are refused."""
+    logs = []
+    for seed, count in enumerate((20, 30)):
+        logs.append(tmp_path / f"{seed}.jsonl")
+        rows = [{"supervised_step": 1, "loss": 2.0}]
+        rows += [{"iteration": number + 1, "reward": number / 40} for number in range(count)]
+        logs[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out.svg"
+    tool("draw_rewards", *logs, "--title", "Up & up", "--out", out)
+    picture = ElementTree.fromstring(out.read_text())
+    lines = [line.get("points").split() for line in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert [len(line) for line in lines] == [20, 30, 20]
+    assert lines[0] == lines[2] and lines[1][:20] == lines[0]
+    words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert "Up & up" in words and any("from 0.01 to 0.46" in word for word in words)
+    logs[0].write_text('{"iteration": 2, "reward": 0.5}\n')
+    assert "from the first" in tool("draw_rewards", logs[0], "--out", out, code=2)
+    assert "is not the log" in tool("draw_rewards", tmp_path / "none", "--out", out, code=2)
+    assert "It has reward" in tool("draw_rewards", logs[1], "--key", "rewards", "--out", out, code=2)
 
 
 @pytest.mark.parametrize("name", [*TOOLS, "bench"])

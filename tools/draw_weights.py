@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
+from svg import COLOURS, page, text
 from toolkit import Parser, main
 
 from megalite.core.layout import Layout
@@ -25,7 +25,6 @@ from megalite.weights.sources import Source, open_source
 EPILOG = """\
 example:
   python tools/draw_weights.py --layout tp=5 --out /tmp/weights.svg"""
-COLOURS = ("#2563eb", "#b45309", "#047857", "#7c3aed", "#be123c", "#0e7490", "#4d7c0f", "#a21caf")
 WIDTH, TOP, HEIGHT, GAP = 940, 96, 430, 26
 LEFT_X, RIGHT_X, BAR = 300, 590, 46
 
@@ -58,14 +57,6 @@ def strips_of(source: Source, layout: Layout, param: str) -> list[Strip]:
     if not found:
         raise ConfigError(Problem(key="--param", rule=f"no parameter is called {param}"))
     return found
-
-
-def text(x: float, y: float, words: str, size: int = 12, anchor: str = "start", fill: str = "#223", bold: bool = False):
-    weight = ' font-weight="bold"' if bold else ""
-    return (
-        f'<text x="{x:.0f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{fill}"{weight}>'
-        f"{escape(words)}</text>"
-    )
 
 
 def bar(x: float, y: float, height: float, fill: str, opacity: float = 1.0) -> str:
@@ -131,11 +122,10 @@ def draw(source: Source, layout: Layout, param: str) -> str:
     height = max(left_end, right_end) + 40
     title = f"How weights travel: {param}, cut for tp={layout.tp},pp={layout.pp}"
     note = "Replicated rows are read once and written to each rank; manifest.json holds one digest for each range."
-    return "\n".join(
+    return page(
+        WIDTH,
+        height,
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
-            'font-family="Helvetica, Arial, sans-serif">',
-            f'<rect width="{WIDTH}" height="{height:.0f}" fill="#ffffff"/>',
             text(WIDTH / 2, 28, title, 17, "middle", bold=True),
             text(LEFT_X + BAR, 66, f"Hugging Face: {next(iter(source.files))}", 13, "end", "#445"),
             text(RIGHT_X, 66, "one safetensors file a rank", 13, "start", "#445"),
@@ -143,8 +133,7 @@ def draw(source: Source, layout: Layout, param: str) -> str:
             *left,
             *right,
             text(WIDTH / 2, height - 14, note, 12, "middle", "#445"),
-            "</svg>\n",
-        ]
+        ],
     )
 
 
@@ -154,9 +143,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = Parser(
-        (__doc__ or "").strip(), "example:\n  python tools/draw_weights.py --layout tp=5 --out /tmp/weights.svg"
-    )
+    parser = Parser((__doc__ or "").strip(), EPILOG)
     parser.add_argument("--model", default="checkpoints/demo", help="Hugging Face folder (default: %(default)s)")
     parser.add_argument("--layout", default="tp=3,pp=1", help="what it is cut for (default: %(default)s)")
     parser.add_argument("--param", default="layers.0.attn.qkv.weight", help="local parameter (default: %(default)s)")

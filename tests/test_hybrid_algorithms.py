@@ -1,0 +1,216 @@
+"""What is learnt from rewarded samples, against formulas written out; samples on their way; the log of a job."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megalite.config.schema import HybridConfig, HybridSection, SupervisedSection
+from megalite.hybrid.algorithms import (
+    Agreement,
+    PolicyLoss,
+    agreement,
+    best_of_group,
+    group_advantages,
+    importance_weights,
+)
+from megalite.hybrid.learner import Lesson
+from megalite.hybrid.record import Record
+from megalite.hybrid.rollout import Judged, Rollout, pack_rollouts, rollout_file, unpack_rollouts, write_rollouts
+from megalite.train.batch import from_sequences
+
+# ---- advantages, choices, weights
+
+
+def test_an_advantage_is_the_distance_from_the_mean_of_the_group():
+    assert group_advantages([1, 0, 0, 1], divide=False) == [0.5, -0.5, -0.5, 0.5]
+    assert group_advantages([1, 0, 0, 1], divide=True) == pytest.approx([1, -1, -1, 1], abs=1e-5)
+    rewards = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = torch.tensor(group_advantages(rewards.tolist(), divide=True), dtype=torch.float64)
+    torch.testing.assert_close(found, (rewards - rewards.mean()) / rewards.std(correction=0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("divide", [True, False])
+@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1.0])
+def test_a_group_of_equals_teaches_nothing(reward, divide):
+    assert group_advantages([reward] * 7, divide=divide) == [0.0] * 7
+
+
+def test_the_best_of_a_group_is_the_first_of_equals_and_above_the_bar():
+    assert best_of_group([0.2, 0.9, 0.9, 0.1], above=0.0) == 1
+    assert best_of_group([0.2, 0.9], above=0.9) is None
+    assert best_of_group([0.0, 0.0], above=0.0) is None
+
+
+def test_importance_weights_are_ratios_cut_at_the_limit():
+    trainer, sampler = [-1.0, -2.0, -5000.0, -1.0], [-1.5, -1.0, -1.0, -5000.0]
+    weigh = {kind: importance_weights(trainer, sampler, kind=kind, limit=2.0) for kind in ("off", "token")}
+    assert weigh["off"] == [1.0] * 4
+    assert weigh["token"] == pytest.approx([math.exp(0.5), math.exp(-1), 0.0, 2.0])
+    whole = importance_weights(trainer[:2], sampler[:2], kind="sequence", limit=2.0)
+    assert whole == pytest.approx([math.exp(-0.5)] * 2)
+
+
+def test_agreement_is_over_the_tokens_of_all_samples():
+    found = agreement([(-1.0, -2.0), (-3.0,)], [(-1.0, -2.1), (-3.005,)])
+    assert (found.tokens, found.share_off) == (3, pytest.approx(1 / 3))
+    assert (found.largest, found.mean) == (pytest.approx(0.1), pytest.approx(0.105 / 3))
+    assert agreement([], []) == Agreement()
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_policy_loss_is_the_formula(kl):
+    """Loss and gradient of each token by the formula in plain numbers, with ratios on both sides of both bounds."""
+    ratios = [0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 3.0]
+    cases = [(ratio, advantage) for ratio in ratios for advantage in (-1.5, 0.0, 2.0)]
+    count = len(cases)
+    generator = torch.Generator().manual_seed(1)
+    old = -3 * torch.rand(count, generator=generator)
+    reference, importance = -3 * torch.rand(count, generator=generator), 0.1 + torch.rand(count, generator=generator)
+    values = {
+        "old": old.tolist(),
+        "advantage": [advantage for _, advantage in cases],
+        "importance": importance.tolist(),
+        "reference": reference.tolist(),
+    }
+    batch = from_sequences([range(count + 1)], [[1.0] * count], {name: [row] for name, row in values.items()})
+    logprobs = (old + torch.tensor([ratio for ratio, _ in cases]).log()).requires_grad_()
+    found = PolicyLoss(clip_low=0.2, clip_high=0.28, kl_coefficient=kl)(logprobs, batch)
+    found.loss.sum().backward()
+    for place, (ratio, advantage) in enumerate(cases):
+        bounded = min(max(ratio, 0.8), 1.28)
+        clipped = bounded * advantage < ratio * advantage
+        weight, behind = float(importance[place]), float(reference[place] - logprobs[place].detach())
+        distance = math.exp(behind) - behind - 1 if kl else 0.0
+        wanted = -weight * min(ratio * advantage, bounded * advantage) + kl * distance
+        slope = (0.0 if clipped else -weight * ratio * advantage) + kl * (1 - math.exp(behind))
+        case = (ratio, advantage)
+        assert float(found.loss[place].detach()) == pytest.approx(wanted, abs=1e-5), case
+        assert float(logprobs.grad[place]) == pytest.approx(slope, abs=1e-5), case
+        assert bool(found.metrics["clipped"][place]) == clipped, case
+        assert float(found.metrics["kl"][place]) == pytest.approx(distance, abs=1e-5), case
+
+
+# ---- samples on their way, and kept
+
+ROLLOUT = Rollout(
+    example=3,
+    sample=1,
+    prompt="def f(x):\n    'ä\0\u2028'",
+    prompt_token_ids=(1, 2),
+    token_ids=(5, 6, 0),
+    text="\ud800 half a character",
+    logprobs=(-0.1, -1e-30, -123.456),
+    finish_reason="stop",
+    weight_version=7,
+)
+
+
+def test_samples_arrive_as_they_were_sent():
+    sent = [ROLLOUT, replace(ROLLOUT, sample=2, token_ids=(), logprobs=(), text="", finish_reason=None)]
+    assert unpack_rollouts(pack_rollouts(sent)) == sent
+    assert unpack_rollouts(pack_rollouts([])) == []
+
+
+def test_samples_are_kept_with_what_became_of_them(tmp_path):
+    judged = Judged(reward=0.25, failure="it raised ValueError", advantage=-1.5, trainer_logprobs=(-0.1, 0.0, -123.0))
+    rollout = replace(ROLLOUT, text="ä")
+    path = rollout_file(tmp_path, 12)
+    write_rollouts(path, 12, [rollout], [judged])
+    [line] = path.open(encoding="utf-8")
+    assert path.name == "iteration-000012.jsonl"
+    assert json.loads(line) == {
+        "iteration": 12,
+        "example": 3,
+        "sample": 1,
+        "prompt": rollout.prompt,
+        "prompt_token_ids": [1, 2],
+        "token_ids": [5, 6, 0],
+        "text": "ä",
+        "finish_reason": "stop",
+        "weight_version": 7,
+        "sampler_logprobs": [-0.1, -1e-30, -123.456],
+        "reward": 0.25,
+        "failure": "it raised ValueError",
+        "advantage": -1.5,
+        "trainer_logprobs": [-0.1, 0.0, -123.0],
+    }
+
+
+# ---- the log
+
+
+def record(folder) -> Record:
+    config = HybridConfig(
+        hybrid=HybridSection(steps=3, samples_per_prompt=2), supervised=SupervisedSection(steps=2, examples_per_step=1)
+    )
+    return Record(config, folder, speaks=True)
+
+
+def iterate(job: Record, number: int) -> None:
+    judged = [Judged(reward=reward, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for reward in (0, 1, 0, 0)]
+    rollouts = [replace(ROLLOUT, text="", sample=place) for place in (0, 1, 0, 1)]
+    job.begin()
+    with job.timed("sampling"):
+        pass
+    lesson = Lesson(
+        advantages=[0.0] * 4,
+        trainer_logprobs=[()] * 4,
+        agreement=Agreement(),
+        metrics={"loss": 1.0, "gradient_norm": 2.0},
+    )
+    job.iteration(number, rollouts, judged, lesson)
+
+
+def logged(folder) -> list[tuple[str, int]]:
+    lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").open()]
+    return [(key, line[key]) for line in lines for key in ("supervised_step", "iteration") if key in line]
+
+
+def test_the_log_says_how_good_the_samples_are(tmp_path, capsys):
+    job = record(tmp_path)
+    job.go_on(0, 0)
+    iterate(job, 1)
+    job.close()
+    [line] = (json.loads(line) for line in (tmp_path / "training" / "log.jsonl").open())
+    assert (line["reward"], line["reward_of_best"], line["length"], line["finished"]) == (0.25, 0.5, 3, 1)
+    assert line["seconds"] >= line["seconds_sampling"] >= 0 and line["weight_version"] == 7
+    assert "iteration 1/3  reward 0.250 (best of each prompt 0.500)" in capsys.readouterr().out
+
+
+def test_a_job_that_goes_on_forgets_what_it_will_do_again(tmp_path):
+    """Lines of work after the checkpoint go, and a torn one; earlier ones stay."""
+    job = record(tmp_path)
+    job.go_on(0, 0)
+    for step in (1, 2):
+        job.supervised(step, {"loss": 1.0, "gradient_norm": 1.0})
+    for number in (1, 2, 3):
+        iterate(job, number)
+    job.close()
+    with (tmp_path / "training" / "log.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "rew')
+    job = record(tmp_path)
+    job.go_on(2, 1)
+    steps = [("supervised_step", 1), ("supervised_step", 2), ("iteration", 1)]
+    assert logged(tmp_path) == steps
+    iterate(job, 2)
+    job.close()
+    assert logged(tmp_path) == [*steps, ("iteration", 2)]
+    job = record(tmp_path)
+    job.go_on(1, 0)
+    job.close()
+    assert logged(tmp_path) == steps[:1]
+
+
+def test_a_rank_that_does_not_speak_writes_nothing(tmp_path, capsys):
+    job = Record(HybridConfig(), tmp_path, speaks=False)
+    job.go_on(0, 0)
+    iterate(job, 1)
+    job.say("hello")
+    job.close()
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().out
