@@ -21,10 +21,11 @@ _pools = None
 def pytest_collection_finish(session):
     """Fork the zygote while the test process is still clean, if any test will need ranks."""
     global _pools
-    if not session.config.option.collectonly and any("ranks" in item.fixturenames for item in session.items):
+    modules = {item.module for item in session.items if "ranks" in item.fixturenames}
+    if modules and not session.config.option.collectonly:
         from rank_pool import Pools
 
-        _pools = Pools()
+        _pools = Pools(sorted({name for module in modules for name in getattr(module, "PRELOADED", ())}))
 
 
 @pytest.fixture(scope="session")

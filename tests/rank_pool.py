@@ -20,8 +20,9 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
@@ -37,13 +38,14 @@ SETTLE_SECONDS = 0.3
 class Zygote:
     """A process forked early, which forks ranks on demand."""
 
-    def __init__(self):
+    def __init__(self, preload: Sequence[str] = ()):
+        """`preload`: modules that it imports, so that no rank has to."""
         torch.set_num_threads(1)
         self.pipe, theirs = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
             self.pipe.close()
-            _serve_forks(theirs)
+            _serve_forks(theirs, preload)
         theirs.close()
 
     def start(self, size: int, address: str) -> None:
@@ -54,10 +56,13 @@ class Zygote:
         os.waitpid(self.pid, 0)
 
 
-def _serve_forks(pipe: Connection) -> None:
+def _serve_forks(pipe: Connection, preload: Sequence[str]) -> None:
     """The zygote's life: ends, by os._exit, when the test process closes its end or dies."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks when it is imported; the ranks are on the CPU
+    for name in preload:
+        import_module(name)
     while True:
         try:
             size, address = pipe.recv()
@@ -186,8 +191,8 @@ class RankPool:
 class Pools:
     """One pool a size, made when first asked for and again after a failure."""
 
-    def __init__(self):
-        self.zygote = Zygote()
+    def __init__(self, preload: Sequence[str] = ()):
+        self.zygote = Zygote(preload)
         self.pools: dict[int, RankPool] = {}
 
     def __call__(self, size: int) -> RankPool:

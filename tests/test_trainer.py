@@ -19,6 +19,7 @@ from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, get_whole
 from megalite.weights.transfer import build, initialise
 
+PRELOADED = ("deepspeed", "torch._dynamo")
 OPTIMIZER = OptimizerSection(learning_rate=1e-2, min_learning_rate=1e-2, warmup_steps=0)
 LENGTHS = (9, 14, 5, 11, 3)
 
