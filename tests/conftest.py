@@ -21,11 +21,11 @@ _pools = None
 def pytest_collection_finish(session):
     """Fork the zygote while the test process is still clean, if any test will need ranks."""
     global _pools
-    modules = {item.module for item in session.items if "ranks" in item.fixturenames}
-    if modules and not session.config.option.collectonly:
+    if not session.config.option.collectonly and any("ranks" in item.fixturenames for item in session.items):
         from rank_pool import Pools
 
-        _pools = Pools(sorted({name for module in modules for name in getattr(module, "PRELOADED", ())}))
+        # Seconds for each of the ranks that train, of which there are ten and more.
+        _pools = Pools(("deepspeed", "torch._dynamo") if "megalite.train.trainer" in sys.modules else ())
 
 
 @pytest.fixture(scope="session")

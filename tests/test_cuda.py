@@ -133,6 +133,32 @@ def test_ranks_share_a_gpu(tmp_path, layout):
     assert texts["several"] == texts["one"]
 
 
+@pytest.mark.parametrize(
+    "layout", [["parallel.pp=2", "parallel.interleave=2"], ["parallel.tp=2", "parallel.pp=2"]], ids=str
+)
+def test_stages_train_on_the_gpu(tmp_path, layout):
+    """Activations and gradients between stages: over NCCL where each rank has a GPU, over gloo where they share one."""
+    shape = "{model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 4, num_attention_heads: 4"
+    losses = {}
+    for name, overrides in (("one", []), ("several", layout)):
+        folder = tmp_path / name
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(
+            f"model: {{config: {shape}, tie_word_embeddings: true}}, dtype: float32}}\n"
+            "tokenizer: {vocab_size: 512}\n"
+            "data: {pattern: 'json/*.py', sequence_length: 64, held_out: 0.3}\n"
+            "optimizer: {warmup_steps: 2}\n"
+            "train: {steps: 8, micro_batch_size: 2, gradient_accumulation_steps: 6, eval_every: 8, log_every: 1}\n"
+            f"output: {{folder: {folder}}}\ndistributed: {{device: cuda}}\n"
+        )
+        command = [sys.executable, "launch/train.py", "--config", str(config), *overrides]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+        lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses["one"]) == 8 and losses["several"] == pytest.approx(losses["one"], rel=1e-4)
+
+
 def test_swap_and_recompute_on_the_gpu():
     roomy = generate(DEMO, "float32")
     for extra in ({"swap_space": 0.01}, {}):

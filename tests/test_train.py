@@ -28,7 +28,6 @@ from megalite.train.trainer import Trainer
 from megalite.train.zero import WEIGHT, get_whole
 from megalite.weights.shards import expected
 
-PRELOADED = ("deepspeed", "torch._dynamo")
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
 STEPS = 10

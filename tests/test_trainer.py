@@ -19,7 +19,6 @@ from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, get_whole
 from megalite.weights.transfer import build, initialise
 
-PRELOADED = ("deepspeed", "torch._dynamo")
 OPTIMIZER = OptimizerSection(learning_rate=1e-2, min_learning_rate=1e-2, warmup_steps=0)
 LENGTHS = (9, 14, 5, 11, 3)
 
@@ -156,21 +155,25 @@ def test_tied_copies_stay_the_same_to_the_bit(layout, dtype, tiny, ranks):
     assert not torch.equal(steps[0][1], steps[2][1]), "they are trained"
 
 
-def bfloat16_steps(rank: int, folder: Path, layout: Layout) -> list[float]:
+def bfloat16_steps(rank: int, folder: Path, layout: Layout, zero_stage: int) -> list[float]:
+    """Loss of two steps, and the gradient norm of the second."""
     with as_run(rank):
-        decoder = build(families.read(folder), ParallelState(layout), dtype=torch.bfloat16, device=CPU)
+        state = ParallelState(layout)
+        decoder = build(families.read(folder), state, dtype=torch.bfloat16, device=CPU)
         initialise(decoder, seed=3)
-        trainer = make_trainer(decoder)
+        trainer = make_trainer(decoder, zero_stage=zero_stage)
         windows = torch.randint(decoder.config.vocab_size, (8, 17), generator=torch.Generator().manual_seed(1))
-        batches = [from_windows(part) for part in windows.split(2)]
-        return [
-            value for _ in range(2) for value in (trainer.read(trainer.step(batches))["loss"], trainer.gradient_norm)
-        ]
+        batches = [from_windows(part) for part in windows.chunk(layout.dp)[state.dp.rank].split(1)]
+        losses = [trainer.read(trainer.step(batches))["loss"] for _ in range(2)]
+        return [*losses, trainer.gradient_norm]
 
 
-def test_stages_train_in_bfloat16_as_one_process_does(tiny, ranks):
-    [wanted] = ranks(1).run(bfloat16_steps, tiny("qwen3"), Layout())
-    for found in ranks(2).run(bfloat16_steps, tiny("qwen3"), Layout(pp=2)):
+@pytest.mark.parametrize(
+    ("layout", "zero_stage"), [(Layout(pp=2), 1), (Layout(pp=2, dp=2, interleave=2), 2)], ids=["pp2", "pp2 dp2 zero2"]
+)
+def test_stages_train_in_bfloat16_as_one_process_does(layout, zero_stage, tiny, ranks):
+    [wanted] = ranks(1).run(bfloat16_steps, tiny("qwen3"), Layout(), 1)
+    for found in ranks(layout.size).run(bfloat16_steps, tiny("qwen3"), layout, zero_stage):
         assert found == pytest.approx(wanted, rel=5e-3)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 
 import torch
@@ -24,6 +24,10 @@ ChunkModel = Callable[[MicroBatch, Tensor | None, int], Tensor]
 """(micro batch, what the previous stage gave, chunk) -> hidden states, or after the last chunk what is wanted."""
 
 
+CONTEXTS = 32
+"""Attention contexts kept by their lengths: fixed windows share one, and the chunks of a micro batch do."""
+
+
 class LanguageModel(nn.Module):
     """This stage's part of the way from a micro batch of T tokens to the log-probability of each target."""
 
@@ -31,7 +35,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.first_row, _ = Even(decoder.config.vocab_size).range(decoder.state.tp.size, decoder.state.tp.rank)
-        self._context: tuple[tuple[int, ...], PackedAttention] | None = None
+        self._attention = lru_cache(maxsize=CONTEXTS)(PackedAttention)
 
     def forward(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
         """After the model's last chunk log-probabilities, by the full distribution: float32 [T]; else as `hidden`."""
@@ -43,13 +47,8 @@ class LanguageModel(nn.Module):
 
     def hidden(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after a chunk, `received` being those before it: [T or T/tp, hidden]."""
-        return self.decoder(batch.ids if received is None else received, self._attention(batch), chunk)
-
-    def _attention(self, batch: MicroBatch) -> PackedAttention:
-        """Made anew only when the lengths change: fixed windows share one."""
-        if self._context is None or self._context[0] != batch.lengths:
-            self._context = batch.lengths, PackedAttention(batch.lengths, batch.ids.device)
-        return self._context[1]
+        context = self._attention(batch.lengths, batch.ids.device)
+        return self.decoder(batch.ids if received is None else received, context, chunk)
 
 
 def recompute_blocks(decoder: Decoder) -> None:
