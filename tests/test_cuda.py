@@ -159,6 +159,34 @@ def test_stages_train_on_the_gpu(tmp_path, layout):
     assert len(losses["one"]) == 8 and losses["several"] == pytest.approx(losses["one"], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["hybrid.free_kv_while_training=true", "hybrid.offload_optimizer=true"],
+        ["train.parallel.dp=2", "infer.parallel.tp=2"],
+        ["train.parallel.pp=2", "infer.parallel.dp=2"],
+    ],
+    ids=str,
+)
+def test_a_hybrid_job_on_the_gpu(tmp_path, layout):
+    """In float32 sampler and trainer agree to rounding; weights go over NCCL, or over gloo where ranks share a GPU."""
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        "model: {path: checkpoints/demo, dtype: float32}\n"
+        "data: {source: 'megalite.hybrid.tasks:additions', options: {digits: 2}}\n"
+        "sampling: {max_tokens: 24}\noptimizer: {learning_rate: 1.0e-4, min_learning_rate: 1.0e-5, warmup_steps: 1}\n"
+        "hybrid: {steps: 3, prompts_per_step: 8, samples_per_prompt: 4, reward: 'hybrid_rewards:many_digits'}\n"
+        f"infer: {{engine: {{gpu_memory_utilization: 0.2}}}}\noutput: {{folder: {tmp_path / 'run'}}}\n"
+        "distributed: {device: cuda}\n"
+    )
+    command = [sys.executable, "launch/hybrid.py", "--config", str(config), *layout]
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=True, timeout=300)
+    log = [json.loads(line) for line in (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()]
+    assert [line["weight_version"] for line in log] == [1, 2, 3]
+    assert all(line["logprob_difference_max"] < 2e-3 and line["gradient_norm"] > 0 for line in log)
+
+
 def test_swap_and_recompute_on_the_gpu():
     roomy = generate(DEMO, "float32")
     for extra in ({"swap_space": 0.01}, {}):
