@@ -55,6 +55,8 @@ from megalite.monitor.watchdog import Watchdog, listen
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait inside one collective. Lost ranks are noticed in seconds by the watch; this bounds a deadlock."""
+BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
+"""What torch.distributed is asked for: with NCCL on the devices, CPU tensors go over gloo."""
 _LAST_STEP = 10.0
 """Seconds, at least, for ranks that have met to connect."""
 _LOOPBACK = "127.0.0.1"
@@ -371,14 +373,14 @@ def _connect(section: DistributedSection, meeting: _Meeting, watchdog: Watchdog,
 
 
 def _init_process_group(meeting: _Meeting) -> None:
-    nccl = meeting.plan["backend"] == "nccl"
+    backend = meeting.plan["backend"]
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if nccl else "gloo",
+        BACKENDS[backend],
         store=dist.PrefixStore("torch", meeting.store),
         rank=meeting.rank,
         world_size=len(meeting.cards),
         timeout=_COLLECTIVE_TIMEOUT,
-        device_id=meeting.device if nccl else None,
+        device_id=meeting.device if backend == "nccl" else None,
     )
 
 
@@ -396,7 +398,7 @@ def prepare_deepspeed(runtime: Runtime) -> None:
         os.environ.setdefault(variable, value)
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(runtime.backend, store=runtime.store, rank=0, world_size=1)
+        dist.init_process_group(BACKENDS[runtime.backend], store=runtime.store, rank=0, world_size=1)
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -224,7 +224,12 @@ def _flows(layout: Layout) -> list[Flow]:
 
 
 def _flow_group(flow: Flow) -> dist.ProcessGroup:
-    return _group((flow.sender, flow.receiver), flow.kind)
+    """Over gloo, through host memory, between GPUs too.
+
+    NCCL's receives run on the device until what they wait for is there. Whatever waits for the whole device meanwhile
+    (allocating page-locked memory does, and loading a kernel) can then wait for a message that depends on it.
+    """
+    return _group((flow.sender, flow.receiver), flow.kind, backend="gloo")
 
 
 def _ends(layout: Layout) -> list[tuple[int, ...]]:
@@ -235,15 +240,17 @@ def _ends(layout: Layout) -> list[tuple[int, ...]]:
     ]
 
 
-def _group(ranks: tuple[int, ...], purpose: str = "", *, even_one: bool = False) -> dist.ProcessGroup | None:
+def _group(
+    ranks: tuple[int, ...], purpose: str = "", *, even_one: bool = False, backend: str | None = None
+) -> dist.ProcessGroup | None:
     """The group of `ranks`, made once for each purpose; None for a single rank unless `even_one`.
 
-    All ranks must call alike.
+    All ranks must call alike. `backend`: None for that of the run.
     """
     if len(ranks) == 1 and not even_one:
         return None
     if (ranks, purpose) not in _groups:
-        _groups[ranks, purpose] = dist.new_group(list(ranks))
+        _groups[ranks, purpose] = dist.new_group(list(ranks), backend=backend)
     return _groups[ranks, purpose]
 
 

@@ -92,9 +92,8 @@ class StageWork(Protocol):
 class Pipeline:
     """Carries out the instructions of `schedules` on one stage, over a communicator for each direction and kind.
 
-    NCCL knows no tags and runs the operations of a communicator in order: a send could wait behind a receive that
-    waits, by way of the neighbour, for it. With one communicator a `Flow` each holds messages of one direction only,
-    and both ends come to them in the same order.
+    Each `Flow` holds messages of one direction only, and both ends come to them in the same order, so they need no
+    tags and none waits behind another that waits for it.
     """
 
     def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
