@@ -26,6 +26,10 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _PAIRS_CACHED = 1 << 16
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What a tokenizer is in a model folder, the first always, the others where it has them."""
+
+
 class Detokenizer(Protocol):
     """Turns the output of one sequence into text, token by token.
 

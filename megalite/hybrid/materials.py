@@ -16,18 +16,14 @@ from typing import Any
 
 from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
-from megalite.files import write_durably
 from megalite.hybrid.tasks import Example, load_examples
 from megalite.tokenizer import Tokenizer
 from megalite.train import bpe
 from megalite.train import examples as supervised
-from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
-from megalite.train.export import export_model, model_files
+from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
+from megalite.train.export import export_folder, files_beside, model_config
 from megalite.train.new_model import shape_of
 from megalite.train.trainer import Trainer
-from megalite.weights import hf, transfer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 class Materials:
@@ -39,10 +35,7 @@ class Materials:
         self.is_writer = is_writer
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
-        self.found = newest_state(self.states)
-        if self.found is not None and not config.output.resume:
-            fix = "Set output.resume=true to go on with it, or choose another folder."
-            raise ConfigError(Problem(key="output.folder", rule=f"already holds a run: {self.found[0]}", fix=fix))
+        self.found = state_to_resume(self.states, resume=config.output.resume)
         data = config.data
         self.examples = load_examples(data.source, data.options, split="train", seed=data.seed)
         wait()  # until all have looked for a state: what is unfinished goes now
@@ -99,12 +92,7 @@ class Materials:
         if self.found is None:
             return None
         path, manifest = self.found
-        config = model_files(self.hf_config, self.model, "float32")["config.json"]
-        changed = [key for key in sorted(config.keys() | manifest.config.keys()) if _differs(config, manifest, key)]
-        if changed:
-            rule = f"is not the model that the run began with: {', '.join(changed)}"
-            fix = "Set it back, or choose another output.folder."
-            raise ConfigError(Problem(key="model.config", rule=rule, fix=fix))
+        check_same_model(manifest, model_config(self.hf_config, "float32"))
         progress = manifest.training.get("progress")
         if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations", "weight_version"}:
             raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
@@ -115,28 +103,13 @@ class Materials:
     def export(self, trainer: Trainer) -> None:
         """Make the folder hold the present model. Collective over the training layout."""
         dtype = self.config.model.dtype
-        if self.is_writer:
-            for name, content in self._files_beside(dtype).items():
-                write_durably(self.folder / name, content)
-        export_model(trainer.decoder, self.folder / hf.SINGLE, transfer.DTYPES[dtype])
+        export_folder(trainer.decoder, self.folder, self._files_beside(dtype), dtype)
 
     def _files_beside(self, dtype: str) -> dict[str, bytes]:
-        """What a model folder holds beside weights in `dtype`, by name."""
-        files = model_files(self.hf_config, self.model, dtype)
-        found = {
-            name: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for name, values in files.items()
-        }
-        for name in TOKENIZER_FILES:
-            if (self.tokenizer_folder / name).is_file():
-                found[name] = (self.tokenizer_folder / name).read_bytes()
-        return found
+        return files_beside(self.hf_config, self.model, dtype, self.tokenizer_folder)
 
 
 def _text(example: Example) -> str:
     """What a tokenizer should know of an example."""
     said = [str(message.get("content", "")) for message in example.messages or ()]
     return (example.prompt or "\n".join(said)) + (example.response or "")
-
-
-def _differs(config: dict[str, Any], manifest: Any, key: str) -> bool:
-    return config.get(key) != manifest.config.get(key)

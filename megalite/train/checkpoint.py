@@ -27,7 +27,7 @@ from torch import Tensor
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Layout, Whole, width
 from megalite.core.parallel_state import ParallelState
-from megalite.errors import CheckpointError, maybe_fault
+from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, sync_folder, write_durably
 from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
@@ -252,6 +252,25 @@ def newest_state(folder: Path) -> tuple[Path, Manifest] | None:
     """The last complete state in `folder`, of whatever layout, and its manifest."""
     found = [(path, shards.open_manifest(path)) for path in sorted(folder.glob("step-*")) if _is_whole(path)]
     return max(found, key=lambda one: (_step(*one), _count(one[0])), default=None)
+
+
+def state_to_resume(folder: Path, *, resume: bool) -> tuple[Path, Manifest] | None:
+    """The newest state, if there is one. ConfigError if there is and `resume` (`output.resume`) forbids to go on."""
+    found = newest_state(folder)
+    if found is not None and not resume:
+        fix = "Set output.resume=true to go on with it, or choose another folder."
+        raise ConfigError(Problem(key="output.folder", rule=f"already holds a training run: {found[0]}", fix=fix))
+    return found
+
+
+def check_same_model(manifest: Manifest, config: dict[str, Any]) -> None:
+    """ConfigError if a state is of another model than that of `config`, a config.json in float32."""
+    keys = sorted(config.keys() | manifest.config.keys())
+    changed = [key for key in keys if config.get(key) != manifest.config.get(key)]
+    if changed:
+        rule = f"is not the model that the run began with: {', '.join(changed)}"
+        fix = "Set it back, or choose another output.folder."
+        raise ConfigError(Problem(key="model.config", rule=rule, fix=fix))
 
 
 def _step(path: Path, manifest: Manifest) -> int:

@@ -29,7 +29,7 @@ from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import DurableFile, write_json
 from megalite.model.hf_config import read_json
-from megalite.tokenizer import Tokenizer
+from megalite.tokenizer import TOKENIZER_FILES, Tokenizer
 from megalite.train import bpe
 from megalite.train.examples import Encoded, encode_chat, encode_pair
 from megalite.train.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
@@ -38,7 +38,6 @@ PREPARED = Path("training/data")
 """The prepared folder of a run, in its output folder."""
 MANIFEST = "data.json"
 SPLITS = ("train", "held_out")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files of a tokenizer, of which the first is always there."""
 TEXTS_AT_ONCE = 256
 READING = ("sequence_length", "seed")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.errors import maybe_fault
-from megalite.files import DurableFile
+from megalite.files import DurableFile, write_durably
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
+from megalite.tokenizer import TOKENIZER_FILES
 from megalite.train.zero import WEIGHT, get_whole
+from megalite.weights.hf import SINGLE
 from megalite.weights.mapping import Owned, hf_shapes, pieces
 from megalite.weights.shards import expected, stored_layout
 from megalite.weights.tensor_file import new_header
+from megalite.weights.transfer import DTYPES
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -96,9 +100,27 @@ def _place(local: Tensor, parts: list[Owned], whole: dict[str, Tensor]) -> None:
         target.copy_(values.t() if one.piece.transpose else values)
 
 
-def model_files(config: dict[str, Any], model: ModelConfig, dtype: str) -> dict[str, dict[str, Any]]:
-    """config.json and generation_config.json of the model with weights in `dtype`."""
+def model_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json of the model with weights in `dtype`."""
+    return {**config, "dtype": dtype}
+
+
+def files_beside(config: dict[str, Any], model: ModelConfig, dtype: str, tokenizer_folder: Path) -> dict[str, bytes]:
+    """What a model folder holds beside weights in `dtype`, by name."""
     ends = list(model.eos_token_ids)
     end = ends[0] if len(ends) == 1 else ends
     generation = {"eos_token_id": end, "pad_token_id": ends[0], "do_sample": True, "temperature": 0.7, "top_p": 0.95}
-    return {"config.json": {**config, "dtype": dtype}, "generation_config.json": generation}
+    files = {"config.json": model_config(config, dtype), "generation_config.json": generation}
+    found = {name: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for name, values in files.items()}
+    for name in TOKENIZER_FILES:
+        if (tokenizer_folder / name).is_file():
+            found[name] = (tokenizer_folder / name).read_bytes()
+    return found
+
+
+def export_folder(decoder: Decoder, folder: Path, files: Mapping[str, bytes], dtype: str) -> None:
+    """Make `folder` hold the present model, with `files` beside its weights. Collective."""
+    if decoder.state.rank == decoder.state.layout.first_rank:
+        for name, content in files.items():
+            write_durably(folder / name, content)
+    export_model(decoder, folder / SINGLE, DTYPES[dtype])

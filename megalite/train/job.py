@@ -22,10 +22,11 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
 from megalite.model.config import ModelConfig
+from megalite.tokenizer import TOKENIZER_FILES
 from megalite.train import card
-from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, save_state
-from megalite.train.data import PREPARED, TOKENIZER_FILES, Corpus, prepare
-from megalite.train.export import export_model, model_files
+from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
+from megalite.train.data import PREPARED, Corpus, prepare
+from megalite.train.export import export_folder, files_beside, model_config
 from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed
 from megalite.train.model import Scorer
@@ -33,8 +34,7 @@ from megalite.train.new_model import make_decoder, shape_of
 from megalite.train.optimizer import learning_rate
 from megalite.train.reading import open_reader
 from megalite.train.trainer import StepReport, Trainer
-from megalite.weights import hf, transfer
-from megalite.weights.manifest import Manifest
+from megalite.weights import transfer
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Job:
         self.is_writer = self.state.rank == layout.first_rank
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
-        self.found = self._find_state()
+        self.found = state_to_resume(self.states, resume=config.output.resume)
         self.corpus = self._open_corpus()
         self.model, self.hf_config = self._make_config()
         self.trainer = Trainer(
@@ -122,14 +122,6 @@ class Job:
 
     # ---- putting it together -----------------------------------------------------------------------------------
 
-    def _find_state(self) -> tuple[Path, Manifest] | None:
-        """The state to go on from, if there is one: looked for before anything in the folder is touched."""
-        found = newest_state(self.states)
-        if found is not None and not self.config.output.resume:
-            fix = "Set output.resume=true to go on with it, or choose another folder."
-            raise ConfigError(Problem(key="output.folder", rule=f"already holds a training run: {found[0]}", fix=fix))
-        return found
-
     def _open_corpus(self) -> Corpus:
         folder = self.folder / PREPARED
         if self.is_writer:
@@ -152,13 +144,7 @@ class Job:
         if self.found is None:
             return
         path, manifest = self.found
-        config = model_files(self.hf_config, self.model, "float32")["config.json"]
-        keys = sorted(config.keys() | manifest.config.keys())
-        changed = [key for key in keys if config.get(key) != manifest.config.get(key)]
-        if changed:
-            rule = f"is not the model that the run began with: {', '.join(changed)}"
-            fix = "Set it back, or choose another output.folder."
-            raise ConfigError(Problem(key="model.config", rule=rule, fix=fix))
+        check_same_model(manifest, model_config(self.hf_config, "float32"))
         if manifest.training.get("data") != self.corpus.digest:
             raise CheckpointError(f"{path}: the run read other text than {self.corpus.folder} holds now")
         load_state(self.trainer, path)
@@ -268,21 +254,10 @@ class Job:
     def _export(self) -> None:
         """Make the output folder hold the present model."""
         dtype = self.config.model.dtype
-        if self.is_writer:
-            for name, content in self._files_beside(dtype).items():
-                write_durably(self.folder / name, content)
-        export_model(self.trainer.decoder, self.folder / hf.SINGLE, transfer.DTYPES[dtype])
+        export_folder(self.trainer.decoder, self.folder, self._files_beside(dtype), dtype)
 
     def _files_beside(self, dtype: str) -> dict[str, bytes]:
-        """What a model folder holds beside weights in `dtype`, by name."""
-        files = model_files(self.hf_config, self.model, dtype)
-        found = {
-            name: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for name, values in files.items()
-        }
-        for name in TOKENIZER_FILES:
-            if (self.corpus.folder / name).is_file():
-                found[name] = (self.corpus.folder / name).read_bytes()
-        return found
+        return files_beside(self.hf_config, self.model, dtype, self.corpus.folder)
 
     def _finish(self) -> None:
         """Read the exported model back, measure it, let it write, and make the model card of that."""
