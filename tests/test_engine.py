@@ -129,7 +129,7 @@ def assert_idle(engine: Engine) -> None:
     scheduler.pool.check([])
     assert not scheduler.has_work() and scheduler.num_running == scheduler.num_waiting == 0
     assert not engine.outputs._running and not engine.outputs.texts and not engine.sampler._seen
-    assert not engine.channel.sent and not engine.runner.link.sends
+    assert not engine.channel.sent and not engine.runner.link.outbox.sends
 
 
 class Spy:
