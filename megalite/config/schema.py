@@ -269,8 +269,8 @@ class TrainSection:
     data.sequence_length."""
     gradient_accumulation_steps: int = 1
     """Micro batches that make one optimizer step, on each rank. A step takes micro_batch_size times this times
-    parallel.dp sequences; examples are packed into as few micro batches as hold them. With pipeline stages, several
-    times as many as those: they idle for (pp - 1) / interleave micro batches a step."""
+    parallel.dp sequences; examples are packed into as few micro batches as hold them, with pipeline stages
+    into no fewer than this. Give several times as many as stages: those idle for (pp - 1) / interleave a step."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage over dp; 0 is refused."""
     recompute: bool = False

@@ -350,8 +350,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_lengths: Tensor, max_le
     cu_lengths int [B + 1] holds where sequences start, and T last; `max_len` is the longest. Sequences of one length
     are a view; others are padded on the right, where no real query can see. What runs then:
 
-    - no softcap, no window below max_len: torch's fused causal attention, on CUDA FlashAttention in half precision
-      and the memory-efficient kernel in float32;
+    - no softcap, no window below max_len: torch's fused causal attention, FlashAttention but for float32 on CUDA, where
+      it is the memory-efficient kernel;
     - a window: the memory-efficient kernel with a mask [max_len, max_len];
     - a softcap: the scores are written out, `CHUNK` queries at a time, and made again in the backward pass.
     """
@@ -377,9 +377,9 @@ def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tenso
     """q [B, H, L, D], k and v [B, K, L, D] -> [B, H, L, D]."""
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     window = spec.window if spec.window is not None and spec.window < length else None
-    if spec.softcap is None and window is None and q.dtype != torch.float32:
+    if spec.softcap is None and window is None and not (q.is_cuda and q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=group > 1)
-    if group > 1:  # only FlashAttention knows groups; without this the others would fall back to written-out scores
+    if group > 1:  # only flash attention knows groups; without this the others would fall back to written-out scores
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     if spec.softcap is None and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)

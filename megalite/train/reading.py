@@ -102,6 +102,8 @@ class ExampleReader:
         self._capacity = train.micro_batch_size * data.sequence_length
         self._state = state
         self._micro = train.micro_batch_size
+        # One stage computes fewest micro batches fastest; several are idle unless there are as many as were asked for.
+        self._least = train.gradient_accumulation_steps if state.pp.size > 1 else 1
         self.sequences_per_step = self._micro * train.gradient_accumulation_steps * state.dp.size
         self._order = ExampleOrder(len(self._examples), data.seed)
 
@@ -128,7 +130,7 @@ class ExampleReader:
 
     def _packed(self, examples: ExampleSet, indices: np.ndarray) -> StepData:
         lengths = (examples.lengths[indices] - 1).tolist()  # the last token is a target only
-        packs = pack(lengths, self._capacity, self._state.dp.size, least=self._state.pp.size)
+        packs = pack(lengths, self._capacity, self._state.dp.size, least=self._least)
         batches = [self._batch(examples, indices[micro]) for micro in packs[self._state.dp.rank]]
         return StepData(batches, lengths)
 
