@@ -37,7 +37,7 @@ GOOD = [
     {"prompt": "stop", "sampling": {"stop": ["a", "b", "c", "d"], "best_of": 3, "temperature": 1}},
 ]
 BAD = {
-    3: ('{"prompt": "x", "promt": "y"}', "unknown key 'promt'; did you mean 'prompt'?"),
+    3: ('{"prompt": "x", "promt": "y"}', "unknown key 'promt'; perhaps 'prompt' is meant"),
     4: ("{'prompt': 'x'}", "is not valid JSON at column 2"),
     20: (json.dumps({"prompt": "x" * 200}), "the prompt has 200 tokens, and with the output it must fit in 100"),
     21: ('{"prompt": ""}', "an empty prompt"),

@@ -132,7 +132,7 @@ def test_the_digest_is_of_the_content():
         ('{"prompt": "a", "prompt": "b"}', "'prompt' occurs twice"),
         ("{}", "needs either a prompt or messages"),
         ('{"prompt": "a", "messages": []}', "needs either a prompt or messages"),
-        ('{"promt": "a"}', "unknown key 'promt'; did you mean 'prompt'"),
+        ('{"promt": "a"}', "unknown key 'promt'; perhaps 'prompt' is meant"),
         ('{"prompt": "a", "zzzz": 1}', "the keys are prompt, messages, id, sampling"),
         ('{"prompt": null}', "stdin:2"),
         ('{"prompt": 5}', "stdin:2"),

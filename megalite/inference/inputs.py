@@ -327,8 +327,8 @@ def _entry(raw: bytes, where: str) -> _Entry:
     for key in value:
         if key not in _KEYS:
             close = get_close_matches(key, _KEYS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(_KEYS)}"
-            raise ValueError(f"unknown key {key!r}{hint}")
+            hint = f"perhaps {close[0]!r} is meant" if close else f"the keys are {', '.join(_KEYS)}"
+            raise ValueError(f"unknown key {key!r}; {hint}")
     if ("prompt" in value) == ("messages" in value):
         raise ValueError("needs either a prompt or messages")
     prompt = value.get("prompt", value.get("messages"))

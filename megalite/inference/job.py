@@ -24,7 +24,7 @@ from megalite.inference.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import RequestOutput
 from megalite.monitor.metrics import RankReport
 from megalite.monitor.progress import Progress
-from megalite.monitor.report import format_bytes, format_report
+from megalite.monitor.report import count, format_bytes, format_report
 
 MAIL_INTERVAL = 0.05
 """Seconds between looks into the mailbox."""
@@ -63,6 +63,7 @@ def _generate(config: InferConfig, runtime: Runtime) -> None:
         )
         if writer:
             _announce(config.model.path, replica)
+            writer.go_on()
             writer.fail(left)
         engine.outputs.texts.update(left.texts)
         mail = Mailbox(replica)
@@ -105,7 +106,7 @@ def _announce(name: str, replica: Replica) -> None:
     print(
         f"{name}: {replica.model.family}, {str(replica.dtype).removeprefix('torch.')} on "
         f"{replica.device.type}, {replica.layout}; max_model_len {replica.max_model_len} ({why}); "
-        f"{replica.num_blocks} KV blocks of {block} tokens, {format_bytes(replica.kv_bytes)} a rank",
+        f"{count(replica.num_blocks, 'KV block')} of {block} tokens, {format_bytes(replica.kv_bytes)} a rank",
         file=sys.stderr,
     )
 
@@ -135,6 +136,12 @@ class Writer:
         self.progress.close()
         if self.file:
             self.file.close()
+
+    def go_on(self) -> None:
+        """Say what an earlier run has left to do."""
+        if self.finished:
+            done, total = len(self.finished), len(self.file.known)
+            print(f"{self.file.path.name}: {done:,} of {total:,} prompts are done already", file=sys.stderr)
 
     def fail(self, batch: InputBatch) -> None:
         """Write the prompts that can't run."""

@@ -50,7 +50,8 @@ class OutputFile:
         self._lines = lines
         self._lock = lock
         self._order = order
-        self._known = frozenset(order)
+        self.known = frozenset(order)
+        """Every id of the run."""
         self._places = places
         """Where in the file each finished id's line is."""
         self._end = sum(length for _, length in places.values())
@@ -92,7 +93,7 @@ class OutputFile:
     def write(self, output: RequestOutput) -> None:
         """Append a result; it outlives this process from here on. Each id of the run comes once."""
         name = output.request_id
-        assert name in self._known and name not in self._places, f"id {name!r} is unknown or written already"
+        assert name in self.known and name not in self._places, f"id {name!r} is unknown or written already"
         line = output.to_line()
         maybe_fault("output.write")
         self._lines.append(line)

@@ -62,6 +62,11 @@ def format_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if size >= 100 or unit == "KiB" else f"{size:.1f} {unit}"
 
 
+def count(number: int, noun: str) -> str:
+    """E.g. `1 prompt`, `2,000 prompts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _row(report: RankReport) -> tuple[str, ...]:
     lo, hi = report.layers
     loaded = "-" if report.load_peak_bytes is None else format_bytes(report.load_peak_bytes)
@@ -128,16 +133,12 @@ def _totals(ranks: list[RankReport]) -> str:
         for name in ("prompts", "failed_prompts", "output_tokens", "prompt_tokens", "cached_tokens", "preemptions")
     )
     seconds = max(report.seconds for report in ranks)
-    parts = [f"{_count(prompts, 'prompt')}{f' ({failed:,} failed)' if failed else ''}"]
-    parts.append(f"{_count(tokens, 'token')} in {seconds:.1f} s")
+    parts = [f"{count(prompts, 'prompt')}{f' ({failed:,} failed)' if failed else ''}"]
+    parts.append(f"{count(tokens, 'token')} in {seconds:.1f} s")
     parts.append(f"{_rate(tokens, seconds)} tokens/s")
     parts.append(f"{_percent(cached / looked_up if looked_up else 0.0)} of prompt tokens from the prefix cache")
-    parts.append(_count(preemptions, "preemption"))
+    parts.append(count(preemptions, "preemption"))
     return f"total: {', '.join(parts)}; most memory in one process {format_bytes(max(r.peak_bytes for r in ranks))}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _waiting(ranks: list[RankReport]) -> list[str]:
@@ -160,7 +161,7 @@ def _waiting(ranks: list[RankReport]) -> list[str]:
             names = ", ".join(f"{pp} ({_percent(mine[pp])})" for pp in idle)
             found.append(
                 f"replica {replica}: stage {slow} is slow: it waited {_percent(mine[slow])} of the time, "
-                f"stage {names} waited for it. It holds {_count(hi - lo, 'layer')}; check that nothing else runs on "
+                f"stage {names} waited for it. It holds {count(hi - lo, 'layer')}; check that nothing else runs on "
                 "its machine, or use a smaller parallel.pp with a larger parallel.tp."
             )
     return found
@@ -194,8 +195,8 @@ def _preempted(ranks: list[RankReport]) -> list[str]:
     for report in _control_ranks(ranks):
         if report.preemptions > PREEMPTIONS_ARE_MANY * max(report.prompts, 1):
             found.append(
-                f"replica {report.dp} ran out of KV cache: {_count(report.preemptions, 'preemption')} for "
-                f"{_count(report.prompts, 'prompt')}. Raise engine.gpu_memory_utilization or engine.num_kv_blocks, set "
+                f"replica {report.dp} ran out of KV cache: {count(report.preemptions, 'preemption')} for "
+                f"{count(report.prompts, 'prompt')}. Raise engine.gpu_memory_utilization or engine.num_kv_blocks, set "
                 "engine.swap_space, or lower engine.max_num_seqs."
             )
     return found
