@@ -55,6 +55,9 @@ def _loop_problems(hybrid: HybridSection) -> list[Problem]:
     if rules.need("updates_per_step", hybrid.updates_per_step >= 1, "must be >= 1"):
         rule = f"must divide prompts_per_step = {hybrid.prompts_per_step}: whole groups are dealt out to the updates"
         rules.need("updates_per_step", hybrid.prompts_per_step % hybrid.updates_per_step == 0, rule)
+    if hybrid.sync_every >= 1 and hybrid.save_every >= 1:
+        rule = f"must be a multiple of sync_every = {hybrid.sync_every}: a job that goes on begins with a sync"
+        rules.need("save_every", hybrid.save_every % hybrid.sync_every == 0, rule)
     rules.need("reward_time_limit", hybrid.reward_time_limit > 0, "must be above 0 seconds")
     rules.need("clip_low", 0 <= hybrid.clip_low < 1, "must be at least 0 and below 1")
     for name in ("clip_high", "kl_coefficient"):

@@ -186,11 +186,13 @@ class Job:
             self.trainer.offload_optimizer()
         if section.free_kv_while_training:
             self.generator.wake()
-        yield
-        if section.free_kv_while_training:
-            self.generator.sleep()
-        if offloads:
-            self.trainer.reload_optimizer()
+        try:
+            yield
+        finally:  # also when a signal has stopped the sampling: what follows is a checkpoint
+            if section.free_kv_while_training:
+                self.generator.sleep()
+            if offloads:
+                self.trainer.reload_optimizer()
 
     def _reward(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Of every rollout, on every rank of the training layout."""
