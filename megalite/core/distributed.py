@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -399,6 +400,9 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(BACKENDS[runtime.backend], store=runtime.store, rank=0, world_size=1)
+    # DeepSpeed calls them at every step, and torch 2.13 says each time that they have new names.
+    old = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=old, category=FutureWarning)
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
