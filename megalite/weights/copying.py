@@ -1,8 +1,8 @@
 """Performs moves: reads the blocks of a part band by band, cuts and converts them, and gives them to whoever asks.
 
-Memory is bounded by bands of a few MiB a thread, except where a matrix has to be turned (GPT-2), which needs the whole
-of it twice. A digest that the source's manifest knows is checked on the way, so that damage is never passed on.
-Importable without torch.
+Memory is bounded by bands of a few MiB a thread; where a matrix has to be turned (GPT-2), the whole of it is held once.
+A digest that the source's manifest knows is checked on the way, so that damage is never passed on. Importable without
+torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ BAND_BYTES = 1 << 20
 """Rows of a part that are in memory at once: they stay in the processor's cache between reading and writing."""
 AHEAD_BYTES = 8 << 20
 """What the system is asked to fetch from the disk while a band is being worked on."""
+TILE = 64
+"""Elements of a matrix that are turned at once, this many by twice as many."""
 
 Item = TypeVar("Item")
 
@@ -159,6 +162,13 @@ class _Gathering:
         self.move = move
         self.item = DTYPE_BYTES[move.dtype]
         self.states = {block: xxhash.xxh3_128() for block in move.sources if block.digest}
+        self.whole = {block: self._stored(block) for block in move.sources if block.transposed}
+
+    def _stored(self, block: Block) -> NDArray:
+        """All of a block as it is stored, [its columns, its rows] elements: any band of rows takes from all of it."""
+        stored = np.empty((block.cols, block.stored_row_bytes), np.uint8)
+        self._read(block, 0, block.cols, stored)
+        return stored.view(STORAGE[block.dtype])
 
     def band(self, lo: int, hi: int) -> NDArray[np.uint8]:
         """Rows lo..hi of the matrix, [rows, bytes of a row]; valid until the next band."""
@@ -168,9 +178,9 @@ class _Gathering:
             if top >= bottom:
                 continue
             where = matrix[top - lo : bottom - lo, block.left * self.item : (block.left + block.cols) * self.item]
-            if block.transposed:
-                assert (lo, hi) == (0, self.move.rows), "what has to be turned is read whole"
-                self._turned(block, where)
+            if block in self.whole:
+                stored = self.whole[block]
+                _turn(stored[:, top - block.top : bottom - block.top], where.view(stored.dtype))
             elif where.flags.c_contiguous:
                 self._read(block, top - block.top, bottom - block.top, where)
             else:
@@ -178,12 +188,6 @@ class _Gathering:
                 self._read(block, top - block.top, bottom - block.top, part)
                 where[:] = part
         return matrix
-
-    def _turned(self, block: Block, where: NDArray[np.uint8]) -> None:
-        stored = np.empty((block.cols, block.rows * self.item), np.uint8)
-        self._read(block, 0, block.cols, stored)
-        storage = STORAGE[block.dtype]
-        where.view(storage)[:] = stored.view(storage).T
 
     def _read(self, block: Block, lo: int, hi: int, out: NDArray[np.uint8]) -> None:
         self.files.rows(block, lo, hi, out)
@@ -202,13 +206,10 @@ class _Gathering:
 def matrices(files: Reading, move: Move) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
     """(lo, hi, rows lo..hi) of a part's matrix, in order, in the dtype of its sources; each valid until the next.
 
-    One band holds everything if a source or a target is turned. After the last band known digests are checked:
-    CheckpointError if the sources are damaged.
+    After the last band known digests are checked: CheckpointError if the sources are damaged.
     """
     gathering = _Gathering(files, move)
-    whole = any(block.transposed for block in (*move.sources, *move.targets))
-    row_bytes = move.cols * gathering.item
-    for lo, hi in [(0, move.rows)] if whole else _bands(move.rows, row_bytes):
+    for lo, hi in _bands(move.rows, move.cols * gathering.item):
         yield lo, hi, gathering.band(lo, hi)
     gathering.check()
 
@@ -219,33 +220,73 @@ Put = Callable[[Block, int, NDArray[np.uint8]], None]
 
 def perform(files: Reading, move: Move, put: Put) -> list[str]:
     """Give every target of a move its rows, in order; returns the targets' digests."""
+    if move.targets[0].transposed:
+        if not move.sources[0].transposed:
+            return _perform_turned(files, move, put)
+        return perform(files, _upright(move), put)
     states = {block.region: xxhash.xxh3_128() for block in move.targets}
     target = move.targets[0].dtype
     item = DTYPE_BYTES[target]
     for lo, hi, matrix in matrices(files, move):
-        if target != move.dtype:
-            matrix = _converted(matrix, move, target)
+        values = _converted(matrix, move, target)
         cut: dict[tuple[int, int, int, int], NDArray[np.uint8]] = {}
         for block in move.targets:
             top, bottom = max(lo, block.top), min(hi, block.top + block.rows)
             if top >= bottom:
                 continue
             if block.region not in cut:  # copies of a range share the cut and the digest
-                part = matrix[top - lo : bottom - lo, block.left * item : (block.left + block.cols) * item]
-                if block.transposed:
-                    storage = STORAGE[target]
-                    part = np.ascontiguousarray(part.view(storage).T).view(np.uint8)
-                elif not part.flags.c_contiguous:
+                part = values[top - lo : bottom - lo, block.left * item : (block.left + block.cols) * item]
+                if not part.flags.c_contiguous:
                     columns = _buffers.take(f"columns {len(cut)}", *part.shape)
                     columns[:] = part
                     part = columns
                 cut[block.region] = part
                 states[block.region].update(part)
-            put(block, 0 if block.transposed else top - block.top, cut[block.region])
+            put(block, top - block.top, cut[block.region])
     return [states[block.region].hexdigest() for block in move.targets]
 
 
+def _perform_turned(files: Reading, move: Move, put: Put) -> list[str]:
+    """As `perform`, where stored rows of the targets are columns of the matrix."""
+    matrix = np.empty((move.rows, move.cols * DTYPE_BYTES[move.dtype]), np.uint8)
+    for lo, hi, rows in matrices(files, move):
+        matrix[lo:hi] = rows
+    elements = matrix.view(STORAGE[move.dtype])
+    digests = []
+    for block in move.targets:
+        state = xxhash.xxh3_128()
+        mine = elements[block.top : block.top + block.rows, block.left : block.left + block.cols]
+        for lo, hi in _bands(block.cols, block.rows * elements.itemsize):
+            turned = np.empty((hi - lo, block.rows), elements.dtype)
+            _turn(mine[:, lo:hi], turned)
+            rows = _converted(turned.view(np.uint8), move, block.dtype)
+            state.update(rows)
+            put(block, lo, rows)
+        digests.append(state.hexdigest())
+    return digests
+
+
+def _turn(values: NDArray, out: NDArray) -> None:
+    """out = values transposed, in tiles that fit the processor's cache: four times as fast as in one go."""
+    for row in range(0, out.shape[0], 2 * TILE):
+        for col in range(0, out.shape[1], TILE):
+            out[row : row + 2 * TILE, col : col + TILE] = values[col : col + TILE, row : row + 2 * TILE].T
+
+
+def _upright(move: Move) -> Move:
+    """The same move where all blocks are stored turned, in terms of the turned matrix."""
+
+    def turn(block: Block) -> Block:
+        assert block.transposed, "some blocks are turned, some are not"
+        top, left, rows, cols = block.left, block.top, block.cols, block.rows
+        return replace(block, top=top, left=left, rows=rows, cols=cols, transposed=False)
+
+    return Move(move.part, move.cols, move.rows, tuple(map(turn, move.sources)), tuple(map(turn, move.targets)))
+
+
 def _converted(matrix: NDArray[np.uint8], move: Move, target: str) -> NDArray[np.uint8]:
+    if target == move.dtype:
+        return matrix
     values = convert(matrix.view(STORAGE[move.dtype]), move.dtype, target, f"{move.sources[0].file}: {move.part.hf}")
     return np.ascontiguousarray(values).view(np.uint8)
 
