@@ -377,6 +377,14 @@ CASES = {
         kind="train", config=TRAIN.replace("output", "#output"), says=("output.folder: is needed",)
     ),
     # ---- a hybrid job
+    "no folder for a hybrid job": hybrid("output.folder=null", "output.folder: is needed"),
+    "DeepSpeed's key in a hybrid job": hybrid(
+        "deepspeed.bf16={enabled: true}", "deepspeed.bf16: is set by model.dtype"
+    ),
+    "warm-up longer than the job": hybrid(
+        "hybrid.steps=20", "optimizer.warmup_steps: must be at most supervised.steps"
+    ),
+    "weights without spread": train("model.config.initializer_range=0", "initializer_range: must be a number above 0"),
     "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.hybrid.rewards:"),
     "reward that is no function": hybrid("hybrid.reward=parses", "must be package.module:function, got 'parses'"),
     "reward in no module": hybrid("hybrid.reward=no_such:thing", "hybrid.reward", "no_such"),

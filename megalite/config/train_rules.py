@@ -6,7 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megalite.config.schema import DataSection, OptimizerSection, TrainConfig, TrainOutputSection, TrainSection
+from megalite.config.schema import (
+    DataSection,
+    HybridConfig,
+    OptimizerSection,
+    TrainConfig,
+    TrainOutputSection,
+    TrainSection,
+)
 from megalite.config.shape import ModelFacts, Rules, nearest_path, problem
 from megalite.errors import Problem
 
@@ -33,8 +40,15 @@ DEEPSPEED_KEYS = {
 
 def train_problems(config: TrainConfig, model: ModelFacts | None) -> list[Problem]:
     """Every rule that the sections of a training config break among themselves."""
-    found = _model_problems(config, model) + data_problems(config.data, model)
-    found += _optimizer_problems(config.optimizer, config.train) + _train_problems(config.train)
+    found = learning_problems(config, model, steps=config.train.steps, steps_are="train.steps")
+    return found + data_problems(config.data, model) + _train_problems(config.train)
+
+
+def learning_problems(
+    config: TrainConfig | HybridConfig, model: ModelFacts | None, *, steps: int, steps_are: str
+) -> list[Problem]:
+    """The rules of the sections that every job which trains has; `steps`: optimizer steps, and what they are called."""
+    found = _model_problems(config, model) + _optimizer_problems(config.optimizer, steps, steps_are)
     found += [
         problem(f"deepspeed.{key}", f"is set by {ours}", value, "Leave it out here.")
         for key, ours in DEEPSPEED_KEYS.items()
@@ -65,7 +79,7 @@ def _inside(tree: dict[str, Any], dotted: str) -> Any:
     return value
 
 
-def _model_problems(config: TrainConfig, model: ModelFacts | None) -> list[Problem]:
+def _model_problems(config: TrainConfig | HybridConfig, model: ModelFacts | None) -> list[Problem]:
     found = []
     section, tokenizer = config.model, config.tokenizer
     if section.path is None and section.config is None:
@@ -74,6 +88,9 @@ def _model_problems(config: TrainConfig, model: ModelFacts | None) -> list[Probl
     if section.path is not None and section.config is not None:
         fix = "Keep one: the folder brings its own shape."
         found.append(problem("model.config", "there is a model.path too", section.config, fix))
+    std = (section.config or {}).get("initializer_range", 1.0)
+    if type(std) not in (int, float) or not 0 < std <= 1:
+        found.append(problem("model.config.initializer_range", "must be a number above 0 and at most 1", std))
     if section.path is not None and not Path(section.path).is_dir():
         found.append(problem("model.path", "no such folder", section.path, nearest_path(section.path, folders=True)))
     if tokenizer.path is not None:
@@ -117,14 +134,14 @@ def _relative_glob(pattern: str) -> bool:
     return bool(pattern) and not pattern.startswith(("/", "./", "../"))
 
 
-def _optimizer_problems(optimizer: OptimizerSection, train: TrainSection) -> list[Problem]:
+def _optimizer_problems(optimizer: OptimizerSection, steps: int, steps_are: str) -> list[Problem]:
     rules = Rules(optimizer, "optimizer.")
     if rules.need("learning_rate", optimizer.learning_rate > 0, "must be above 0"):
         rule = f"must be between 0 and learning_rate = {optimizer.learning_rate}"
         rules.need("min_learning_rate", 0 <= optimizer.min_learning_rate <= optimizer.learning_rate, rule)
     if rules.need("warmup_steps", optimizer.warmup_steps >= 0, "must be >= 0"):
-        rule = f"must be at most train.steps = {train.steps}"
-        rules.need("warmup_steps", optimizer.warmup_steps <= max(train.steps, 1), rule)
+        rule = f"must be at most {steps_are} = {steps}"
+        rules.need("warmup_steps", optimizer.warmup_steps <= max(steps, 1), rule)
     rules.need("weight_decay", optimizer.weight_decay >= 0, "must be >= 0")
     two = len(optimizer.betas) == 2 and all(0 <= beta < 1 for beta in optimizer.betas)
     rules.need("betas", two, "must be two numbers, each at least 0 and below 1")

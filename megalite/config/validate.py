@@ -31,7 +31,7 @@ from megalite.config.schema import (
     TrainConfig,
 )
 from megalite.config.shape import ModelFacts, Rules, nearest_path, printable, problem
-from megalite.config.train_rules import train_problems
+from megalite.config.train_rules import learning_problems, train_problems
 from megalite.errors import Problem
 
 __all__ = [
@@ -90,7 +90,10 @@ def _training_problems(config: TrainConfig | HybridConfig, model: ModelFacts | N
 
 def _hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Problem]:
     train, infer = config.train, config.infer
+    steps = config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step
+    named = "supervised.steps + hybrid.steps * hybrid.updates_per_step"
     found = hybrid_problems(config, model) + _training_problems(config, model)
+    found += learning_problems(config, model, steps=steps, steps_are=named)
     for side, section in (("train", train), ("infer", infer)):
         found += layout_problems(section.parallel, model, prefix=f"{side}.parallel.", first_rank=True)
     found += training_layout_problems(train.parallel, train.zero_stage, model, prefix="train.parallel.")

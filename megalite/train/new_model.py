@@ -40,10 +40,14 @@ def shape_of(
 def make_decoder(
     section: NewModelSection, model: ModelConfig, state: ParallelState, *, device: torch.device, seed: int
 ) -> Decoder:
-    """This rank's stage, with the weights of `section.path`, or new ones by `seed`."""
+    """This rank's stage: with the weights of `section.path`, or new ones by `seed`.
+
+    New matrices have the standard deviation `initializer_range` of config.json, if it names one.
+    """
     decoder = transfer.build(model, state, dtype=transfer.DTYPES[section.dtype], device=device)
     if section.path is None:
-        transfer.initialise(decoder, seed)
+        std = (section.config or {}).get("initializer_range", transfer.INIT_STD)
+        transfer.initialise(decoder, seed, std=std)
     else:
         transfer.load_folder(decoder, Path(section.path))
     return decoder

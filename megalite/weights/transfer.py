@@ -120,8 +120,8 @@ def load(decoder: Decoder, source: WeightSource) -> None:
 
 
 @torch.no_grad()
-def initialise(decoder: Decoder, seed: int) -> None:
-    """New weights: normal(0, 0.02) matrices, unit norms, zero biases; the same whole model in every layout."""
+def initialise(decoder: Decoder, seed: int, *, std: float = INIT_STD) -> None:
+    """New weights: normal(0, std) matrices, unit norms, zero biases; the same whole model in every layout."""
     state = decoder.state
     filled = _Filled(decoder)
     for part in owned(decoder.config, state.layout, state.rank):
@@ -130,18 +130,18 @@ def initialise(decoder: Decoder, seed: int) -> None:
             is_norm = part.piece.param.endswith("norm.weight")
             target.fill_(1.0 if is_norm and decoder.config.norm != "rms_zero_centred" else 0.0)
             continue
-        values = random_matrix(part.piece, seed, target.device)
+        values = random_matrix(part.piece, seed, target.device, std=std)
         target.copy_(values.narrow(part.piece.dim, part.lo - part.piece.hf_start, part.hi - part.lo))
     filled.check()
 
 
-def random_matrix(piece: Piece, seed: int, device: torch.device) -> Tensor:
+def random_matrix(piece: Piece, seed: int, device: torch.device, *, std: float = INIT_STD) -> Tensor:
     """The whole matrix behind a piece, oriented as the local parameter: a function of its name and the seed alone."""
     shape = list(piece.other)
     shape.insert(piece.dim, piece.split.total)
     digest = hashlib.blake2b(f"{seed}:{piece.hf}:{piece.hf_start}".encode(), digest_size=7).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, INIT_STD, generator=generator)
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
 
 
 class _Filled:
