@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="numbers of both sides")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each workload")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of either side")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="prompts at once")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32], help="prompts at once")
     parser.add_argument("--prompt", type=int, default=128, help="prompt tokens of the even workloads")
     parser.add_argument("--new", type=int, default=128, help="generated tokens of the even workloads")
     parser.add_argument("--skip-ragged", action="store_true", help="leave the ragged workload out")
