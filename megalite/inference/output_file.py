@@ -182,8 +182,11 @@ def _read_places(path: Path, order: Sequence[str]) -> dict[str, _Place]:
 
 def print_output(output: RequestOutput, stream: TextIO) -> None:
     """Show a prompt and its completions to a person; control characters, which a terminal would obey, are escaped."""
-    prompt = output.prompt if output.prompt is not None else f"token ids {output.prompt_token_ids}"
-    parts = [f"=== {output.request_id} ===", prompt]
+    parts = [f"=== {output.request_id} ==="]
+    if output.prompt is not None:
+        parts.append(output.prompt)
+    elif output.prompt_token_ids:
+        parts.append(f"token ids {output.prompt_token_ids}")
     if output.error is not None:
         parts.append(f"--- error: {output.error}")
     for completion in output.outputs:
