@@ -34,7 +34,7 @@ def wait_until(true, seconds: float, what: str) -> float:
 class Run:
     """Ranks of watched_rank.py under their launcher."""
 
-    def __init__(self, folder: Path, *behaviours: str, timeout: float = 5.0):
+    def __init__(self, folder: Path, *behaviours: str, timeout: float = 30.0):
         self.folder = folder
         self._error = (folder / "stderr").open("w")
         self._out = (folder / "stdout").open("w")
@@ -88,7 +88,7 @@ class Run:
 def start(tmp_path):
     runs = []
 
-    def start(*behaviours: str, timeout: float = 5.0) -> Run:
+    def start(*behaviours: str, timeout: float = 30.0) -> Run:
         runs.append(Run(tmp_path, *behaviours, timeout=timeout))
         return runs[-1]
 

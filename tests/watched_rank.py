@@ -74,7 +74,7 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         on_end=on_end,
         claim=claim,
     )
-    watchdog.start(5.0)
+    watchdog.start(30.0)
     if not watchdog.together.wait(float(os.environ.get("PATIENCE", "60"))):
         print(f"missing {watchdog.missing()}", flush=True)
         os._exit(9)
@@ -108,5 +108,5 @@ if __name__ == "__main__":
         sys.exit(launch(sys.argv[2], sys.argv[3], sys.argv[4:]))
     if sys.argv[1] == "--config":
         number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        sys.exit(rank(Path(sys.argv[2]), 6.0, number, world, sys.argv[4].split(",")[number]))
+        sys.exit(rank(Path(sys.argv[2]), 30.0, number, world, sys.argv[4].split(",")[number]))
     sys.exit(rank(Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]))

@@ -51,7 +51,8 @@ def lost_line(why: Mapping[int, str], peers: Sequence[Peer]) -> str:
         who = f"{peers[ranks[0]]} was lost"
     else:
         who = f"ranks {', '.join(map(str, ranks))} on {', '.join(hosts)} were lost"
-    return f"error: {who}: {why[ranks[0]]}. The other ranks were stopped."
+    reasons = "; ".join(dict.fromkeys(why[rank] for rank in ranks))
+    return f"error: {who}: {reasons}. The other ranks were stopped."
 
 
 class Referee:

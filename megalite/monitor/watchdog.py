@@ -290,7 +290,7 @@ class Watchdog:
             elif connection.rank is not None and now - connection.heard > self._timeout:
                 self._drop(connection, f"no sign of life for {self._timeout:g} s (stopped, stuck or cut off)")
             elif connection.closed:
-                self._drop(connection, "it ended without a word (killed, out of memory or crashed)")
+                self._drop(connection, "ended without a word (killed, out of memory or crashed)")
 
     # ---- connections
 
