@@ -216,7 +216,7 @@ def _is_same(moves: list[Move], jobs: int | None, progress: Progress) -> bool:
                 differs.set()
             progress(move.nbytes)
 
-        in_parallel(compare, moves, jobs or default_jobs())
+        in_parallel(compare, files.expecting(moves), jobs or default_jobs())
     return not differs.is_set()
 
 

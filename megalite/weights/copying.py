@@ -27,8 +27,10 @@ from megalite.weights.tensor_file import CHUNK_BYTES, DTYPE_BYTES, LONG_SEGMENT_
 
 BAND_BYTES = 1 << 20
 """Rows of a part that are in memory at once: they stay in the processor's cache between reading and writing."""
-AHEAD_BYTES = 8 << 20
-"""What the system is asked to fetch from the disk while a band is being worked on."""
+AHEAD_BYTES = 16 << 20
+"""What the system is asked to fetch from the disk of each block while a band of it is being worked on."""
+REQUEST_BYTES = 1 << 20
+"""Of one such request: of a longer one the kernel may fetch no more than its own read-ahead."""
 TILE = 64
 """Elements of a matrix that are turned at once, this many by twice as many."""
 
@@ -84,6 +86,14 @@ class Reading:
                 self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             return self._open[path]
 
+    def expecting(self, moves: Iterable[Move]) -> Iterator[Move]:
+        """The moves as they are; the disk is asked for the first bytes of each before it is handed out."""
+        for move in moves:
+            for block in move.sources:
+                count = min(AHEAD_BYTES, block.stored_shape[0] * block.stride)
+                _will_need(self._descriptor(block.file), block.offset, count)
+            yield move
+
     def rows(self, block: Block, lo: int, hi: int, out: NDArray[np.uint8]) -> None:
         """Stored rows lo..hi of a block into contiguous `out` [hi - lo, bytes of a row]."""
         try:
@@ -117,9 +127,13 @@ def _fetch_ahead(descriptor: int, block: Block, lo: int, hi: int) -> None:
     as much as has been used up. Several threads read at different places of a file, which the kernel can't foresee."""
     end = block.stored_shape[0] * block.stride
     start = min(end, hi * block.stride + (AHEAD_BYTES - (hi - lo) * block.stride if lo else 0))
-    count = min(end, hi * block.stride + AHEAD_BYTES) - start
-    if count > 0:
-        os.posix_fadvise(descriptor, block.offset + start, count, os.POSIX_FADV_WILLNEED)
+    _will_need(descriptor, block.offset + start, min(end, hi * block.stride + AHEAD_BYTES) - start)
+
+
+def _will_need(descriptor: int, offset: int, count: int) -> None:
+    for start in range(0, count, REQUEST_BYTES):
+        length = min(REQUEST_BYTES, count - start)
+        os.posix_fadvise(descriptor, offset + start, length, os.POSIX_FADV_WILLNEED)
 
 
 def _fill(descriptor: int, out: memoryview, offset: int, block: Block) -> None:

@@ -279,7 +279,7 @@ class Output:
                 self._finished(move)
                 progress(move.nbytes)
 
-            in_parallel(work, todo, jobs)
+            in_parallel(work, files.expecting(todo), jobs)
         return digests
 
     def _kept(self, moves: list[Move], jobs: int, progress: Progress) -> dict[Block, str]:

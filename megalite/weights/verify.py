@@ -233,7 +233,7 @@ class _Check:
                         self.wrong(f"{block.file}: {block.tensor}: {block.range}: differs from {other.folder}")
                 self._checked(len(move.targets), move.nbytes)
 
-            in_parallel(check, moves, self.jobs)
+            in_parallel(check, files.expecting(moves), self.jobs)
 
 
 _EQUAL = {(dtype, dtype) for dtype in ("F64", "F32", "F16", "BF16")}

@@ -178,6 +178,7 @@ class Bench:
         self._tool("convert", cut, "--model", model, "--layout", self.args.layout, "--out", cut)
         self._copy()
         self._tool("verify", cut, cut)
+        self._copy()
         self._tool("reshard", other, "--from", cut, "--layout", self.args.reshard, "--out", other)
         shutil.rmtree(cut)
         self._copy()
