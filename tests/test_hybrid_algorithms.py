@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from megalite.hybrid.algorithms import (
 from megalite.hybrid.learner import Lesson
 from megalite.hybrid.record import Record
 from megalite.hybrid.rollout import Judged, Rollout, pack_rollouts, rollout_file, unpack_rollouts, write_rollouts
+from megalite.model import families
 from megalite.train.batch import from_sequences
+
+MODEL = families.read(Path(__file__).resolve().parent.parent / "checkpoints" / "demo")
 
 # ---- advantages, choices, weights
 
@@ -149,7 +153,7 @@ def record(folder) -> Record:
     config = HybridConfig(
         hybrid=HybridSection(steps=3, samples_per_prompt=2), supervised=SupervisedSection(steps=2, examples_per_step=1)
     )
-    return Record(config, folder, speaks=True)
+    return Record(config, MODEL, folder, speaks=True, peak=None)
 
 
 def iterate(job: Record, number: int) -> None:
@@ -208,7 +212,7 @@ def test_a_job_that_goes_on_forgets_what_it_will_do_again(tmp_path):
 
 
 def test_a_rank_that_does_not_speak_writes_nothing(tmp_path, capsys):
-    job = Record(HybridConfig(), tmp_path, speaks=False)
+    job = Record(HybridConfig(), MODEL, tmp_path, speaks=False, peak=None)
     job.go_on(0, 0)
     iterate(job, 1)
     job.say("hello")
