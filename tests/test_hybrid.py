@@ -178,7 +178,9 @@ data: {source: "megalite.hybrid.tasks:additions", options: {digits: 1}}
 sampling: {max_tokens: 4}
 optimizer: {learning_rate: 1.0e-2, min_learning_rate: 1.0e-3, warmup_steps: 1}
 supervised: {steps: 2, examples_per_step: 8}
-hybrid: {steps: 4, prompts_per_step: 4, samples_per_prompt: 4, reward: "hybrid_reward:length", save_every: 2}
+hybrid:
+  {steps: 4, prompts_per_step: 4, samples_per_prompt: 4, kl_coefficient: 0.1, reward: "hybrid_reward:length",
+   save_every: 2}
 output: {folder: run}
 """
 REWARD = "def length(prompt, completion, example):\n    return len(completion.encode())\n"
@@ -207,7 +209,7 @@ def test_a_job_that_is_killed_again_and_again_ends_as_if_it_had_not_been(launch,
     """Killed while it samples, while it saves, between files of a checkpoint; each time it goes on."""
     result = launch("", "output.folder=whole")
     assert result.returncode == 0, result.stderr
-    for fault in ("hybrid.learnt#1", "state.manifest#2", "hybrid.sampled#2"):
+    for fault in ("state.manifest#2", "hybrid.learnt#1", "state.manifest#2", "hybrid.sampled#2"):
         result = launch(f"{fault}=kill")
         assert result.returncode == -signal.SIGKILL, (fault, result.stderr)
     result = launch()

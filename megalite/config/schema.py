@@ -399,7 +399,7 @@ class HybridSection:
     clip_high: float = 0.2
     """grpo: and above 1 plus this."""
     kl_coefficient: float = 0.0
-    """grpo: weight of the divergence from the model that the run began with; 0: no such model is kept."""
+    """grpo: weight of the divergence from the model after the supervised steps; 0: no such model is kept."""
     divide_by_deviation: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     keep_above: float = 0.0

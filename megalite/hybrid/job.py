@@ -81,6 +81,7 @@ class Job:
         self.infer_state = ParallelState.join(self.infer_layout)
         ParallelState.make_training_groups(self.train_layout)
         self.trainer = self._make_trainer() if self.train_state else None
+        self.reference = self._make_reference()
         self.learner = self._make_learner() if self.trainer else None
         self.decoder = self._make_generating_decoder()
         self.sync = self._make_sync()
@@ -119,6 +120,8 @@ class Job:
         self._resume()
         try:
             self._supervise()
+            if self.reference is not None and self.config.supervised.steps > 0:
+                self.materials.load_reference(self.reference)
             while self.progress.iterations < self.config.hybrid.steps:
                 self._iterate()
                 self._stop_if_asked()
@@ -146,6 +149,8 @@ class Job:
                 found = self.learner.supervise([self.materials.responses[place] for place in places])
                 self.record.supervised(progress.supervised_steps + 1, found)
             progress.supervised_steps += 1
+            if self.reference is not None and progress.supervised_steps == section.steps:
+                self.materials.save_reference(self.trainer)
             self._stop_if_asked()
         self._save()
 
@@ -238,16 +243,22 @@ class Job:
             deepspeed_keys=config.deepspeed,
         )
 
-    def _make_learner(self) -> Learner:
+    def _make_reference(self) -> Decoder | None:
+        """The policy as it was before its first update, where the loss measures the distance from it."""
         config = self.config
-        reference = None
-        if config.hybrid.kl_coefficient > 0 and config.hybrid.algorithm == "grpo":
-            frozen = make_decoder(
-                config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
-            ).requires_grad_(False)
-            reference = Scorer(frozen).logprobs
+        if self.trainer is None or config.hybrid.kl_coefficient == 0 or config.hybrid.algorithm != "grpo":
+            return None
+        decoder = make_decoder(
+            config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
+        )
+        return decoder.requires_grad_(False)
+
+    def _make_learner(self) -> Learner:
         return Learner(
-            self.trainer, config.hybrid, micro_batch_tokens=config.train.micro_batch_tokens, reference=reference
+            self.trainer,
+            self.config.hybrid,
+            micro_batch_tokens=self.config.train.micro_batch_tokens,
+            reference=Scorer(self.reference).logprobs if self.reference is not None else None,
         )
 
     @property

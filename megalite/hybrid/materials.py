@@ -4,6 +4,7 @@ outputs/run/config.json model.safetensors tokenizer.json ...   the model, at the
             training/data/                                     the tokenizer, where the job has trained it
             training/log.jsonl                                 rewards, losses, agreement and times
             training/rollouts/iteration-000012.jsonl           every sample with its reward and log-probabilities
+            training/reference/step-00000009/                  the model after the supervised steps, where KL needs it
             training/state/step-00000120/                      what a killed job goes on from
 """
 
@@ -17,10 +18,19 @@ from typing import Any
 from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.hybrid.tasks import Example, load_examples
+from megalite.model.decoder import Decoder
 from megalite.tokenizer import Tokenizer
 from megalite.train import bpe
 from megalite.train import examples as supervised
-from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
+from megalite.train.checkpoint import (
+    check_same_model,
+    load_state,
+    load_weights,
+    newest_state,
+    remove_unfinished,
+    save_state,
+    state_to_resume,
+)
 from megalite.train.export import export_folder, files_beside, model_config
 from megalite.train.new_model import shape_of
 from megalite.train.trainer import Trainer
@@ -35,12 +45,14 @@ class Materials:
         self.is_writer = is_writer
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
+        self.references = self.folder / "training" / "reference"
         self.found = state_to_resume(self.states, resume=config.output.resume)
         data = config.data
         self.examples = load_examples(data.source, data.options, split="train", seed=data.seed)
         wait()  # until all have looked for a state: what is unfinished goes now
         if is_writer:
             remove_unfinished(self.states)
+            remove_unfinished(self.references)
         self.tokenizer_folder, self.tokenizer = self._open_tokenizer(wait)
         self.model, self.hf_config = shape_of(
             config.model, vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_token_id
@@ -84,8 +96,7 @@ class Materials:
 
     def save_state(self, trainer: Trainer, progress: dict[str, Any]) -> None:
         """Collective over the training layout."""
-        copies = self._files_beside("float32")
-        save_state(trainer, self.states, {"progress": progress}, json.loads(copies["config.json"]), copies)
+        self._save(trainer, self.states, {"progress": progress})
 
     def load_state(self, trainer: Trainer | None) -> dict[str, Any] | None:
         """Go on from the newest state, if there is one: its progress. Collective; `trainer` where there is one."""
@@ -99,6 +110,24 @@ class Materials:
         if trainer is not None:
             load_state(trainer, path)
         return progress
+
+    def save_reference(self, trainer: Trainer) -> None:
+        """Keep the model as it is now for `load_reference`. Collective over the training layout."""
+        self._save(trainer, self.references, {})
+
+    def load_reference(self, decoder: Decoder) -> None:
+        """Fill `decoder` with what `save_reference` kept. ConfigError if it kept nothing."""
+        found = newest_state(self.references)
+        if found is None:
+            rule = "needs the model as it was after the supervised steps, which this run has not kept"
+            fix = "Set it to 0 as before, or choose another output.folder."
+            value = self.config.hybrid.kl_coefficient
+            raise ConfigError(Problem(key="hybrid.kl_coefficient", rule=rule, value=value, fix=fix))
+        load_weights(decoder, found[0])
+
+    def _save(self, trainer: Trainer, folder: Path, training: dict[str, Any]) -> None:
+        copies = self._files_beside("float32")
+        save_state(trainer, folder, training, json.loads(copies["config.json"]), copies)
 
     def export(self, trainer: Trainer) -> None:
         """Make the folder hold the present model. Collective over the training layout."""

@@ -30,6 +30,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, sync_folder, write_durably
 from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
 from megalite.train.export import as_bytes
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
@@ -303,3 +304,14 @@ def load_state(trainer: Trainer, path: Path) -> None:
             set_whole(params[name], kind, _as_trained(trainer, name, kind, value).to(trainer.device))
     finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.zero_stage, step)
     trainer.steps_done = step
+
+
+def load_weights(decoder: Decoder, path: Path) -> None:
+    """Fill a decoder that no trainer has with the weights of a state, saved in any layout; see `load_state`."""
+    layout = stored_layout(decoder.state.layout)
+    params = dict(decoder.named_parameters())
+    with torch.no_grad():
+        for name, value in read_local(
+            path, shards.open_manifest(path), decoder.config, layout, _stored_rank(decoder.state), WEIGHT
+        ):
+            params[name].copy_(value)
