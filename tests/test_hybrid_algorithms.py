@@ -211,6 +211,18 @@ def test_a_job_that_goes_on_forgets_what_it_will_do_again(tmp_path):
     assert logged(tmp_path) == steps[:1]
 
 
+def test_tensorboard_shows_the_iterations(tmp_path):
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for done, numbers in ((0, (1, 2)), (1, (2,))):  # killed after the second, it goes on from the state of the first
+        job = record(tmp_path)
+        job.go_on(2, done)
+        for number in numbers:
+            iterate(job, number)
+        job.close()
+    events = accumulators.EventAccumulator(str(tmp_path / "training" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(1, 0.25), (2, 0.25)]
+
+
 def test_a_rank_that_does_not_speak_writes_nothing(tmp_path, capsys):
     job = Record(HybridConfig(), MODEL, tmp_path, speaks=False, peak=None)
     job.go_on(0, 0)

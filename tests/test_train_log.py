@@ -85,9 +85,10 @@ def test_speed_is_work_over_the_time_that_was_not_paused():
     assert speed.read() == (0.0, 0.0), "it begins anew"
 
 
-def test_a_log_goes_on_after_its_last_whole_line(tmp_path):
+def test_a_log_goes_on_after_what_will_not_be_done_again(tmp_path):
     first = RunLog(tmp_path, step=0, tensorboard=False)
     first.write(1, {"loss": 2.5, "mfu": None})
+    first.write(2, {"loss": 2.25, "mfu": None})
     first.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megalite.config.schema import HybridConfig
-from megalite.files import LineFile, write_durably
+from megalite.files import LineFile
 from megalite.hybrid.learner import Lesson
 from megalite.hybrid.rollout import Judged, Rollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
 from megalite.train.flops import training_flops
+from megalite.train.log import Board, continued
 
 
 class Record:
@@ -24,6 +25,7 @@ class Record:
     def __init__(self, config: HybridConfig, model: ModelConfig, folder: Path, speaks: bool, *, peak: float | None):
         """`peak`: operations a second of the devices that train; None if it is not known."""
         self.config = config.hybrid
+        self.tensorboard = config.output.tensorboard
         self.model = model
         self.peak = peak
         self.supervised_steps = config.supervised.steps
@@ -31,6 +33,7 @@ class Record:
         self.rollouts = folder / "training" / "rollouts"
         self.speaks = speaks
         self.log: LineFile | None = None
+        self.board: Board | None = None
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
 
@@ -38,12 +41,8 @@ class Record:
         """Open the log, without what it says of work that is to be done again."""
         if not self.speaks:
             return
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]  # the last may be torn
-            kept = [line for line in whole if _is_done(json.loads(line), supervised_steps, iterations)]
-            write_durably(self.path, "".join(kept))
-        self.log = LineFile(self.path)
+        self.log = continued(self.path, lambda values: _is_done(values, supervised_steps, iterations))
+        self.board = Board(self.path.parent, step=iterations, wanted=self.tensorboard)
 
     def begin(self) -> None:
         """An iteration begins."""
@@ -73,6 +72,8 @@ class Record:
         if number % self.config.log_every == 0 or number == self.config.steps:
             line = _line(number, self.config.steps, values)
         self._tell(line, {"iteration": number, **values})
+        if self.board is not None:
+            self.board.write(number, values)
 
     def _values(self, rollouts: Sequence[Rollout], judged: Sequence[Judged], lesson: Lesson) -> dict[str, Any]:
         rewards = [one.reward for one in judged]
@@ -115,6 +116,8 @@ class Record:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        if self.board is not None:
+            self.board.close()
 
 
 def _line(number: int, steps: int, values: dict[str, Any]) -> str:
@@ -141,5 +144,5 @@ def _line(number: int, steps: int, values: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def _is_done(values: dict[str, Any], supervised_steps: int, iterations: int) -> bool:
+def _is_done(values: Mapping[str, Any], supervised_steps: int, iterations: int) -> bool:
     return values.get("supervised_step", 0) <= supervised_steps and values.get("iteration", 0) <= iterations

@@ -10,37 +10,73 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megalite.files import LineFile
+from megalite.files import LineFile, write_durably
+
+
+def continued(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> LineFile:
+    """The JSON lines of a run that goes on, less a torn last one, and those of work that is to be done again.
+
+    `keep` says of the values of a line whether they stay.
+    """
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if (values := _values(line)) is not None and keep(values)]
+        if kept != lines:
+            write_durably(path, "".join(kept))
+    return LineFile(path)
+
+
+def _values(line: str) -> Mapping[str, Any] | None:
+    """What a line says; None if it is torn."""
+    try:
+        return json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+
+
+class Board:
+    """Curves for TensorBoard in `folder/tensorboard`, or nothing where they are not wanted."""
+
+    def __init__(self, folder: Path, *, step: int, wanted: bool | None):
+        """`step`: after which the curves go on. `wanted`: null means when TensorBoard is installed."""
+        self._writer = None
+        if wanted or (wanted is None and find_spec("tensorboard") is not None):
+            from torch.utils.tensorboard import SummaryWriter  # slow, and not always there
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """A point on the curve of each value that is a number."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 class RunLog:
-    """The log of one run, in `folder`; a run that goes on adds to it. One rank has it."""
+    """The log of one run, in `folder`; a run that goes on continues it. One rank has it."""
 
     def __init__(self, folder: Path, *, step: int, tensorboard: bool | None):
         """`step`: after which the run goes on. `tensorboard`: null means when it is installed."""
-        self._lines = LineFile(folder / "log.jsonl")
-        self._lines.cut_torn_line()  # of a run that was killed
-        self._board = None
-        if tensorboard or (tensorboard is None and find_spec("tensorboard") is not None):
-            from torch.utils.tensorboard import SummaryWriter  # slow, and not always there
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._lines = continued(folder / "log.jsonl", lambda values: values["step"] <= step)
+        self._board = Board(folder, step=step, wanted=tensorboard)
         self._began = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """`values` of `step`: a JSON line with the seconds since the log was opened, and curves of the numbers."""
         seconds = round(time.monotonic() - self._began, 3)
         self._lines.append(json.dumps({"step": step, "seconds": seconds, **values}))
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
-            self._board.flush()
+        self._board.write(step, values)
 
     def close(self) -> None:
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
 
 
 class Speed:
