@@ -29,13 +29,6 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
-        "test": [
-            "pytest>=8",
-            "pytest-timeout>=2.3",
-            "pytest-xdist>=3.5",
-            "hypothesis>=6.100",
-            "transformers>=5.17,<6",
-            "ruff>=0.9",
-        ],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.17,<6", "ruff>=0.9"],
     },
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -259,6 +260,25 @@ def test_strangers_do_not_disturb_a_run(tmp_path):
     thread.join(30)
     silent.close()
     assert ends == [End(code=0)] * 2 and ended == [End(code=0)]
+
+
+@pytest.mark.parametrize(
+    ("does", "fault"),
+    [
+        (lambda peer, one: peer.close(), ""),
+        (lambda peer, one: peer.sendall(b"GET /\n"), "it sent what is no message"),
+        (lambda peer, one: one.socket.close(), "receiving failed: Bad file descriptor"),
+    ],
+    ids=["ended", "rude", "closed under it"],
+)
+def test_a_connection_knows_what_broke_it(does, fault):
+    with listen("127.0.0.1") as listener, socket.create_connection(listener.getsockname()) as peer:
+        wait_until(lambda: select.select([listener], [], [], 0)[0], 5, "it arrives")
+        one = wire.Connection(listener.accept()[0], now=0.0)
+        does(peer, one)
+        wait_until(lambda: one.receive(1.0) or one.closed, 5, "it is closed")
+        assert one.fault == fault
+        one.close()
 
 
 # ---- the guardian

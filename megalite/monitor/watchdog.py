@@ -290,7 +290,8 @@ class Watchdog:
             elif connection.rank is not None and now - connection.heard > self._timeout:
                 self._drop(connection, f"no sign of life for {self._timeout:g} s (stopped, stuck or cut off)")
             elif connection.closed:
-                self._drop(connection, "ended without a word (killed, out of memory or crashed)")
+                broke = connection.fault and f"the connection to its watch broke: {connection.fault}"
+                self._drop(connection, broke or "ended without a word (killed, out of memory or crashed)")
 
     # ---- connections
 

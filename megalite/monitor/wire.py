@@ -86,15 +86,20 @@ class Connection:
         self.heard = now
         """When anything last came (monotonic seconds)."""
         self.closed = False
+        self.fault = ""
+        """What closed it, where that was not the peer."""
         self._rest = b""
 
     def send(self, kind: str, **fields: Any) -> None:
         """Send one message. A peer whose buffer is full has not read for minutes and is as good as gone."""
         data = json.dumps({"kind": kind, **fields}).encode() + b"\n"
         try:
-            self.closed |= self.socket.send(data) != len(data)
-        except OSError:
+            if self.socket.send(data) != len(data):
+                self._break("it does not read what it is sent")
+        except (BrokenPipeError, ConnectionResetError):
             self.closed = True
+        except OSError as error:
+            self._break(f"sending failed: {error.strerror}")
 
     def receive(self, now: float) -> list[Message]:
         """What has come; sets `closed` at the end of the stream, on an error and on anything that is not a message."""
@@ -102,8 +107,11 @@ class Connection:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:
             return []
-        except OSError:
+        except ConnectionResetError:
             data = b""
+        except OSError as error:
+            data = b""
+            self._break(f"receiving failed: {error.strerror}")
         self.heard = now
         self.closed |= not data
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -113,8 +121,11 @@ class Connection:
                 raise ValueError("too long")
             messages = [parse(line) for line in lines]
         except (ValueError, RecursionError):
-            self.closed = True
+            self._break("it sent what is no message")
         return messages
+
+    def _break(self, fault: str) -> None:
+        self.closed, self.fault = True, self.fault or fault
 
     def close(self) -> None:
         self.closed = True
