@@ -125,7 +125,7 @@ class RankPool:
     def alive(self) -> bool:
         return bool(self.links)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 150) -> list[Any]:
         """Call `function(rank, *args)` on every rank; what each returned, in rank order.
 
         AssertionError with the traceback of every rank that failed, or with where each unfinished rank stands after
