@@ -248,9 +248,12 @@ class Job:
         config = self.config
         if self.trainer is None or config.hybrid.kl_coefficient == 0 or config.hybrid.algorithm != "grpo":
             return None
-        decoder = make_decoder(
-            config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
-        )
+        model = self.materials.model
+        if config.supervised.steps > 0:  # its weights are those after these steps
+            dtype = transfer.DTYPES[config.model.dtype]
+            decoder = transfer.build(model, self.train_state, dtype=dtype, device=self.device)
+        else:
+            decoder = make_decoder(config.model, model, self.train_state, device=self.device, seed=config.train.seed)
         return decoder.requires_grad_(False)
 
     def _make_learner(self) -> Learner:
