@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ class PoolRuntime:
     store: dist.Store | None = None
     backend: str = "gloo"
     device: torch.device = torch.device("cpu")
+    before_groups_go: list[Callable[[], None]] = field(default_factory=list)
     signal_received: Callable[[], int | None] = lambda: None
 
     @property

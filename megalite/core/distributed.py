@@ -22,8 +22,10 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -58,6 +60,8 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait inside one collective. Lost ranks are noticed in seconds by the watch; this bounds a deadlock."""
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 """What torch.distributed is asked for: with NCCL on the devices, CPU tensors go over gloo."""
+_GOODBYE = 30.0
+"""Seconds for process groups to be destroyed at the end of a run, all of whose work is done."""
 _LAST_STEP = 10.0
 """Seconds, at least, for ranks that have met to connect."""
 _LOOPBACK = "127.0.0.1"
@@ -111,6 +115,8 @@ class Runtime:
         """`nccl` or `gloo`, of the collectives on `device`."""
         self.store: dist.Store = dist.PrefixStore("user", meeting.store)
         """Key-value store over all ranks."""
+        self.before_groups_go: list[Callable[[], None]] = []
+        """Called at the end of a run that went well: gives back what holds on to its process groups."""
         self._watchdog = watchdog
         self._launched = meeting.launched
         self._stopped = False
@@ -158,12 +164,25 @@ class Runtime:
         return self._watchdog.fail(EXIT_CRASH, crash=True)
 
     def _close(self) -> None:
+        for give_back in self.before_groups_go:
+            give_back()
+        self._watchdog.close()
+        late = threading.Timer(_GOODBYE, self._leave_groups)
+        late.daemon = True
+        if self._launched:
+            die_with_parent()  # nobody watches any more, but a rank still must not outlive its launcher
+            late.start()
         if dist.is_initialized():
             dist.destroy_process_group()
             forget_groups()
-        self._watchdog.close()
-        if self._launched:
-            die_with_parent()  # nobody watches any more, but a rank still must not outlive its launcher
+        late.cancel()
+
+    def _leave_groups(self) -> None:
+        """What a run has done is not undone by a library that can't end."""
+        line = f"rank {self.rank}: its process groups were not destroyed within {_GOODBYE:g} s; it leaves without that"
+        print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def start(

@@ -63,7 +63,13 @@ class Replica:
         self.model = decoder.config
         weight = next(decoder.parameters())
         self.dtype, self.device = weight.dtype, weight.device
+        self._runner: Runner | None = None
+        runtime.before_groups_go.append(self._drop_graphs)
         self._fit()
+
+    def _drop_graphs(self) -> None:
+        if self._runner is not None:
+            self._runner.drop_graphs()
 
     def _fit(self) -> None:
         """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
@@ -127,7 +133,7 @@ class Replica:
             host_blocks=self.host_blocks,
             contiguous=not on_device,
         )
-        runner = Runner(
+        self._runner = Runner(
             self.decoder,
             cache,
             host,
@@ -138,7 +144,7 @@ class Replica:
         outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
         sampler = Sampler(self.model.vocab_size)
         return Engine(
-            self.state, runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
+            self.state, self._runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
         )
 
     @property

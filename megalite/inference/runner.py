@@ -85,6 +85,10 @@ class Runner:
         """Give back the memory of the caches and of captured graphs, which hold their addresses."""
         for cache in filter(None, (self.cache, self.host)):
             cache.free()
+        self.drop_graphs()
+
+    def drop_graphs(self) -> None:
+        """Forget captured graphs. NCCL never destroys a communicator that a graph still uses."""
         if self.graphs is not None:
             self.graphs.captured.clear()
 
