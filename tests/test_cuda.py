@@ -133,30 +133,43 @@ def test_ranks_share_a_gpu(tmp_path, layout):
     assert texts["several"] == texts["one"]
 
 
-@pytest.mark.parametrize(
-    "layout", [["parallel.pp=2", "parallel.interleave=2"], ["parallel.tp=2", "parallel.pp=2"]], ids=str
-)
-def test_stages_train_on_the_gpu(tmp_path, layout):
-    """Activations and gradients between stages: over NCCL where each rank has a GPU, over gloo where they share one."""
+def trained(folder: Path, *overrides: str) -> list[float]:
+    """Losses of eight steps on the GPU; over NCCL where each rank has one of its own, over gloo where they share."""
     shape = "{model_type: llama, hidden_size: 128, intermediate_size: 256, num_hidden_layers: 4, num_attention_heads: 4"
-    losses = {}
-    for name, overrides in (("one", []), ("several", layout)):
-        folder = tmp_path / name
-        config = tmp_path / f"{name}.yaml"
-        config.write_text(
-            f"model: {{config: {shape}, tie_word_embeddings: true}}, dtype: float32}}\n"
-            "tokenizer: {vocab_size: 512}\n"
-            "data: {pattern: 'json/*.py', sequence_length: 64, held_out: 0.3}\n"
-            "optimizer: {warmup_steps: 2}\n"
-            "train: {steps: 8, micro_batch_size: 2, gradient_accumulation_steps: 6, eval_every: 8, log_every: 1}\n"
-            f"output: {{folder: {folder}}}\ndistributed: {{device: cuda}}\n"
-        )
-        command = [sys.executable, "launch/train.py", "--config", str(config), *overrides]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
-        lines = [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
-        losses[name] = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses["one"]) == 8 and losses["several"] == pytest.approx(losses["one"], rel=1e-4)
+    config = folder / "job.yaml"
+    config.write_text(
+        f"model: {{config: {shape}, tie_word_embeddings: true}}, dtype: float32}}\n"
+        "tokenizer: {vocab_size: 512}\n"
+        "data: {pattern: 'json/*.py', sequence_length: 64, held_out: 0.3}\n"
+        "optimizer: {warmup_steps: 2}\n"
+        "train: {steps: 8, micro_batch_size: 2, gradient_accumulation_steps: 6, eval_every: 8, log_every: 1}\n"
+        f"output: {{folder: {folder / 'run'}}}\ndistributed: {{device: cuda}}\n"
+    )
+    command = [sys.executable, "launch/train.py", "--config", str(config), *overrides]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    lines = [json.loads(line) for line in (folder / "run" / "training" / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def losses_alone(tmp_path_factory) -> list[float]:
+    return trained(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.pp=2", "parallel.interleave=2"],
+        ["parallel.tp=2", "parallel.pp=2"],
+        ["parallel.tp=2", "parallel.sequence_parallel=true"],
+        *(["parallel.dp=2", f"train.zero_stage={stage}", "train.gradient_accumulation_steps=3"] for stage in (1, 2, 3)),
+    ],
+    ids=str,
+)
+def test_layouts_train_on_the_gpu(tmp_path, losses_alone, layout):
+    losses = trained(tmp_path, *layout)
+    assert len(losses) == 8 and losses == pytest.approx(losses_alone, rel=1e-4)
 
 
 @pytest.mark.parametrize(
