@@ -416,6 +416,8 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "1"}
     for variable, value in alone.items():
         os.environ.setdefault(variable, value)
+    if runtime.device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(runtime.device.index)  # it takes that for the device, but ranks may share a GPU
     if not dist.is_initialized():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(BACKENDS[runtime.backend], store=runtime.store, rank=0, world_size=1)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,7 +94,6 @@ class Trainer:
         """Of each row of the parameters that have rows on several tp ranks: how many hold it."""
         self.optimizer = make_optimizer(decoder, optimizer)
         self.engine, *_ = deepspeed.initialize(
-            args=SimpleNamespace(device_rank=self.device.index or 0),  # not LOCAL_RANK: ranks may share a GPU
             model=LanguageModel(decoder),
             optimizer=self.optimizer,
             config=deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {}),

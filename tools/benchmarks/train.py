@@ -1,7 +1,7 @@
 """A training step: megalite beside the same model of transformers, under one DeepSpeed config, in one process.
 
-On the CPU, one rank, ZeRO stage 1, PyTorch's AdamW on both sides, gradients clipped; transformers computes its own
-loss. Both begin with the same weights, get the same new tokens in every round and take turns; who goes first changes.
+One rank, on the CPU or a GPU, ZeRO stage 1, the same AdamW on both sides, gradients clipped; transformers computes its
+own loss. Both begin with the same weights, get the same new tokens in every round and take turns; who goes first changes.
 Printed are the medians over the rounds, in milliseconds a step, and the median of the rounds' ratios, megalite over
 transformers: below 1 is faster; by the clock, and by processor time, which other work on the machine disturbs less. The
 losses of both are compared on the way.
@@ -40,7 +40,8 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="shapes to train")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["qwen3-10M", "llama-34M"], help="shapes")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE), help="numbers")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     figures = []
-    section = DistributedSection(device="cpu")
+    section = DistributedSection(device=args.device)
     with (
         start(section, sha256="", config_text="", handle_signals=False) as runtime,
         tempfile.TemporaryDirectory() as tmp,
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
             folder = Path(tmp) / name
             MODELS[name]().save_pretrained(folder)
             for dtype in args.dtypes:
-                row = {"model": name, "dtype": dtype, **measure(folder, dtype, args)}
+                row = {"model": name, "dtype": dtype, **measure(folder, dtype, runtime.device, args)}
                 figures.append(row)
                 line = (
                     f"{row['megalite']:>10.0f}{row['transformers']:>14.0f}{row['ratio']:>8.2f}{row['cpu_ratio']:>8.2f}"
@@ -75,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(folder: Path, dtype: str, args: argparse.Namespace) -> dict[str, float]:
+def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
     """Medians of both sides, and of their ratios."""
-    sides = [ours(folder, dtype), theirs(folder, dtype)]
+    sides = [ours(folder, dtype, device), theirs(folder, dtype, device)]
     vocab = families.read(folder).vocab_size
     generator = torch.Generator().manual_seed(0)
     rounds: list[tuple[Timed, Timed]] = []
@@ -112,22 +113,22 @@ def timed(step: Callable[[Tensor], float], windows: Tensor) -> Timed:
     return Timed(time.perf_counter() - clock, time.process_time() - cpu, loss)
 
 
-def ours(folder: Path, dtype: str) -> Callable[[Tensor], float]:
+def ours(folder: Path, dtype: str, device: torch.device) -> Callable[[Tensor], float]:
     """A step of windows [B, L + 1]; gives its mean loss."""
     model = families.read(folder)
-    decoder = transfer.build(model, ParallelState(Layout()), dtype=transfer.DTYPES[dtype], device=torch.device("cpu"))
+    decoder = transfer.build(model, ParallelState(Layout()), dtype=transfer.DTYPES[dtype], device=device)
     transfer.load_folder(decoder, folder)
     trainer = Trainer(decoder, OPTIMIZER, steps=ALL_STEPS)
     return lambda windows: trainer.read(trainer.step([from_windows(windows)]))["loss"]
 
 
-def theirs(folder: Path, dtype: str) -> Callable[[Tensor], float]:
+def theirs(folder: Path, dtype: str, device: torch.device) -> Callable[[Tensor], float]:
     """The same by transformers, in the same engine with the same optimizer."""
     import deepspeed
     from transformers import AutoModelForCausalLM
 
     number = transfer.DTYPES[dtype]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=number).to(device)
     model.config.use_cache = False
     model.train()
     config = deepspeed_config(OPTIMIZER, zero_stage=1, dtype=number, more={})
@@ -136,6 +137,7 @@ def theirs(folder: Path, dtype: str) -> Callable[[Tensor], float]:
     )
 
     def step(windows: Tensor) -> float:
+        windows = windows.to(device)
         targets = windows[:, 1:].contiguous()
         loss = engine(input_ids=windows[:, :-1], labels=targets, shift_labels=targets).loss
         engine.backward(loss)
@@ -181,4 +183,23 @@ def llama_shape() -> Any:
     )
 
 
-MODELS = {"qwen3-10M": demo_shape, "llama-34M": llama_shape}
+def qwen_shape() -> Any:
+    """The shape of Qwen3-0.6B."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+MODELS = {"qwen3-10M": demo_shape, "llama-34M": llama_shape, "qwen3-0.6B": qwen_shape}
