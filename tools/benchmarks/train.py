@@ -1,10 +1,10 @@
 """A training step: megalite beside the same model of transformers, under one DeepSpeed config, in one process.
 
 One rank, on the CPU or a GPU, ZeRO stage 1, the same AdamW on both sides, gradients clipped; transformers computes its
-own loss. Both begin with the same weights, get the same new tokens in every round and take turns; who goes first changes.
-Printed are the medians over the rounds, in milliseconds a step, and the median of the rounds' ratios, megalite over
-transformers: below 1 is faster; by the clock, and by processor time, which other work on the machine disturbs less. The
-losses of both are compared on the way.
+own loss. Both begin with the same weights, get the same new tokens in every round and take turns; who goes first
+changes. Printed are the medians over the rounds, in milliseconds a step, and the median of the rounds' ratios, megalite
+over transformers: below 1 is faster; by the clock, and by processor time, which other work on the machine disturbs
+less. The losses of both are compared on the way.
 """
 
 from __future__ import annotations
