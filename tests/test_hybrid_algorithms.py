@@ -19,7 +19,7 @@ from megalite.hybrid.algorithms import (
 )
 from megalite.hybrid.learner import Lesson
 from megalite.hybrid.record import Record
-from megalite.hybrid.rollout import Judged, Rollout, pack_rollouts, rollout_file, unpack_rollouts, write_rollouts
+from megalite.hybrid.rollout import Judged, Rollout, pack_groups, rollout_file, unpack_groups, write_rollouts
 from megalite.model import families
 from megalite.train.batch import from_sequences
 
@@ -117,8 +117,8 @@ ROLLOUT = Rollout(
 
 def test_samples_arrive_as_they_were_sent():
     sent = [ROLLOUT, replace(ROLLOUT, sample=2, token_ids=(), logprobs=(), text="", finish_reason=None)]
-    assert unpack_rollouts(pack_rollouts(sent)) == sent
-    assert unpack_rollouts(pack_rollouts([])) == []
+    assert unpack_groups(pack_groups({12: sent, 3: []})) == {12: sent, 3: []}
+    assert unpack_groups(pack_groups({})) == {}
 
 
 def test_samples_are_kept_with_what_became_of_them(tmp_path):

@@ -79,7 +79,7 @@ def test_text_prompts_and_what_comes_back(llm, reference):
         assert list(entry) == [token] and entry[token].rank == 1
         assert entry[token].decoded_token == llm.replica.tokenizer.token_text(token)
     logprobs = [entry[token].logprob for entry, token in zip(one.logprobs, one.token_ids, strict=True)]
-    assert one.cumulative_logprob == pytest.approx(sum(logprobs))
+    assert one.token_logprobs == logprobs and one.cumulative_logprob == pytest.approx(sum(logprobs))
 
 
 def test_params_for_each_prompt_and_a_mixed_list(llm):

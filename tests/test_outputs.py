@@ -352,6 +352,14 @@ def test_lines_read_back(made):
     assert RequestOutput.from_line(line.encode()) == made
 
 
+def test_log_probabilities_of_tokens_travel_where_asked_for():
+    made = output()
+    made.outputs[0].token_logprobs = [-0.1, -math.inf]
+    assert RequestOutput.from_line(made.to_line(token_logprobs=True)) == made
+    made.outputs[0].token_logprobs = []
+    assert RequestOutput.from_line(made.to_line()) == made
+
+
 def test_half_a_surrogate_pair_can_be_written():
     made = RequestOutput(request_id="a", prompt="\ud800é", prompt_token_ids=[])
     assert RequestOutput.from_line(made.to_line().encode()) == made

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError
 from megalite.inference.request import Request, Row, Sequence
-from megalite.inference.sampler import CPU_CHUNK, Sampler, _inverse_cdf, uniform
+from megalite.inference.sampler import CPU_CHUNK, RUN, Sampler, _inverse_cdf, _inverse_cdf_by_runs, uniform
 
 INF = math.inf
 DEVICES = [
@@ -284,6 +284,17 @@ def test_no_number_draws_a_token_of_weight_zero():
     weights = torch.tensor([[0, 2, 0, 1, 1, 0]]).expand(5, 6).contiguous()
     numbers = torch.tensor([0.0, 0.4999, 0.5, 0.75, last], dtype=torch.float64)
     assert _inverse_cdf(weights, numbers).tolist() == [1, 1, 3, 4, 4]
+
+
+@pytest.mark.parametrize("length", [1, RUN - 1, RUN, RUN + 1, 2 * RUN, 5 * RUN + 3])
+def test_running_sums_of_runs_draw_the_same(length):
+    generator = torch.Generator().manual_seed(length)
+    weights = (torch.rand(64, length, generator=generator) ** 20 * 2**52).long()
+    weights[torch.rand(64, length, generator=generator) < 0.7] = 0
+    weights[:, length // 2] += 1
+    numbers = torch.rand(64, dtype=torch.float64, generator=generator)
+    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    assert _inverse_cdf_by_runs(weights, numbers).tolist() == _inverse_cdf(weights, numbers).tolist()
 
 
 def test_samples_of_one_request_differ_and_repeat():

@@ -76,6 +76,11 @@ class Layout:
         """Global rank at a place; the inverse of `coord`."""
         return self.first_rank + (dp * self.pp + pp) * self.tp + tp
 
+    @property
+    def control_ranks(self) -> list[int]:
+        """Of each replica the rank that samples for it: the first of its last stage."""
+        return [self.rank(pp=self.pp - 1, dp=dp) for dp in range(self.dp)]
+
     def groups(self, axis: AxisName) -> list[tuple[int, ...]]:
         """The rank tuples along `axis`, one for each combination of the other two, in rank order."""
         groups: dict[tuple[int, int], list[int]] = {}

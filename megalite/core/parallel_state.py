@@ -116,7 +116,7 @@ class ParallelState:
     @property
     def control_rank(self) -> int:
         """The global rank of this replica that samples and decides: tp rank 0 of the last stage."""
-        return self.layout.rank(tp=0, pp=self.layout.pp - 1, dp=self.coord.dp)
+        return self.layout.control_ranks[self.coord.dp]
 
     @property
     def is_control(self) -> bool:

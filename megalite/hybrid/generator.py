@@ -8,12 +8,12 @@ from dataclasses import replace
 from megalite.config.schema import SamplingParams
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem, Stopped
-from megalite.hybrid.rollout import Rollout, pack_rollouts, unpack_rollouts
+from megalite.hybrid.rollout import Rollout, pack_groups, unpack_groups
 from megalite.hybrid.tasks import Example
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.inputs import derived_seed, make_request
-from megalite.inference.llm import run_everywhere, serve
+from megalite.inference.llm import run_here, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
 
@@ -40,13 +40,13 @@ class Generator:
         ConfigError names every example that leaves no room for its output.
         """
         self.replica = replica
-        self.leader = layout.first_rank
+        self.layout = layout
         self.stop_requested = stop_requested
         self.sampled_tokens = 0
         """Of all samples so far."""
         if replica is None:
             return
-        self.params = replace(sampling, n=samples, logprobs=0)
+        self.params = replace(sampling, n=samples)
         self.requests, self.texts = self._prepare(examples)
         longest = max(len(request.prompt_token_ids) for request in self.requests) + self.params.max_tokens
         self.engine = replica.engine(longest=longest, sequences=samples * at_once)
@@ -77,40 +77,38 @@ class Generator:
         `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
         and its place in the group, so no two are clones. Stopped on every rank, if a signal has stopped the sampling.
         """
-        data = None
+        rank, mine = None, b""
         if self.replica is not None:
-            data = self._generate(places, first, weight_version)
-            if self.replica.state.rank != self.leader:
-                data = None
-        data = broadcast_bytes(data, self.leader)
-        if data.startswith(_STOPPED):
-            raise Stopped(int(data.removeprefix(_STOPPED)))
-        rollouts = unpack_rollouts(data)
+            rank, mine = self.replica.state.rank, self._generate(places, first, weight_version)
+        groups: dict[int, list[Rollout]] = {}
+        for source in self.layout.control_ranks:
+            data = broadcast_bytes(mine if rank == source else None, source)
+            if data.startswith(_STOPPED):
+                raise Stopped(int(data.removeprefix(_STOPPED)))
+            groups |= unpack_groups(data)
+        rollouts = [rollout for number in range(len(places)) for rollout in groups[number]]
         self.sampled_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
         return rollouts
 
     def _generate(self, places: Sequence[int], first: int, weight_version: int) -> bytes:
-        """The samples, packed; or the signal that has stopped the sampling, which all ranks are to hear of."""
+        """This replica's groups, packed; or the signal that has stopped them, which all ranks are to hear of."""
         seed = self.replica.settings.seed
         requests = [
-            replace(self.requests[place], id=str(index), seed=derived_seed(seed, first + index))
-            for index, place in enumerate(places)
+            replace(self.requests[place], id=str(number), seed=derived_seed(seed, first + number))
+            for number, place in enumerate(places)
         ]
         texts = {request.id: self.texts[place] for request, place in zip(requests, places, strict=True)}
         self.calls += 1
         key = f"sample/{self.calls}"
         try:
-            outputs = run_everywhere(
-                self.replica, self.engine, requests, texts, key=key, stop_requested=self.stop_requested
-            )
+            outputs = run_here(self.replica, self.engine, requests, texts, key=key, stop_requested=self.stop_requested)
         except Stopped as stop:
             return _STOPPED + str(stop.signum).encode()
-        return pack_rollouts(
-            [
-                _rollout(output, place, sample, weight_version)
-                for output, place in zip(outputs, places, strict=True)
-                for sample in range(len(output.outputs))
-            ]
+        return pack_groups(
+            {
+                int(output.request_id): _group(output, places[int(output.request_id)], weight_version)
+                for output in outputs
+            }
         )
 
     def renew(self) -> None:
@@ -128,16 +126,18 @@ class Generator:
             self.engine.wake()
 
 
-def _rollout(output: RequestOutput, place: int, sample: int, weight_version: int) -> Rollout:
-    found = output.outputs[sample]
-    return Rollout(
-        example=place,
-        sample=sample,
-        prompt=output.prompt or "",
-        prompt_token_ids=tuple(output.prompt_token_ids),
-        token_ids=tuple(found.token_ids),
-        text=found.text,
-        logprobs=tuple(entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs, strict=True)),
-        finish_reason=found.finish_reason,
-        weight_version=weight_version,
-    )
+def _group(output: RequestOutput, place: int, weight_version: int) -> list[Rollout]:
+    return [
+        Rollout(
+            example=place,
+            sample=sample,
+            prompt=output.prompt or "",
+            prompt_token_ids=tuple(output.prompt_token_ids),
+            token_ids=tuple(found.token_ids),
+            text=found.text,
+            logprobs=tuple(found.token_logprobs),
+            finish_reason=found.finish_reason,
+            weight_version=weight_version,
+        )
+        for sample, found in enumerate(output.outputs)
+    ]

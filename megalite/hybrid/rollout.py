@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,23 +50,18 @@ class Judged:
     """Of the sampled tokens, by the trainer before the update."""
 
 
-def pack_rollouts(rollouts: Sequence[Rollout]) -> bytes:
-    """For the way from rank to rank; `unpack_rollouts` is the inverse."""
-    return json.dumps([_values(rollout) for rollout in rollouts]).encode()
+def pack_groups(groups: Mapping[int, Sequence[Rollout]]) -> bytes:
+    """Groups of samples by number, for the way from rank to rank; `unpack_groups` is the inverse."""
+    return json.dumps({number: [_values(rollout) for rollout in group] for number, group in groups.items()}).encode()
 
 
-def unpack_rollouts(data: bytes) -> list[Rollout]:
-    return [
-        Rollout(
-            **{
-                **values,
-                "prompt_token_ids": tuple(values["prompt_token_ids"]),
-                "token_ids": tuple(values["token_ids"]),
-                "logprobs": tuple(values["logprobs"]),
-            }
-        )
-        for values in json.loads(data)
-    ]
+def unpack_groups(data: bytes) -> dict[int, list[Rollout]]:
+    return {int(number): [_rollout(values) for values in group] for number, group in json.loads(data).items()}
+
+
+def _rollout(values: dict[str, Any]) -> Rollout:
+    lists = ("prompt_token_ids", "token_ids", "logprobs")
+    return Rollout(**{**values, **{name: tuple(values[name]) for name in lists}})
 
 
 def rollout_file(folder: Path, iteration: int) -> Path:

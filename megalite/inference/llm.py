@@ -258,6 +258,28 @@ def agree_on_end(replica: Replica, completed: bool) -> None:
         raise Stopped(int(signum))
 
 
+def run_here(
+    replica: Replica,
+    engine: Engine,
+    requests: Sequence[Request],
+    texts: dict[str, str],
+    *,
+    key: str,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> list[RequestOutput]:
+    """Generate; gives what this replica has finished, on its control rank, in any order.
+
+    Collective over the layout; Stopped on every rank if it was stopped.
+    """
+    mine: list[RequestOutput] = []
+    engine.outputs.texts.update(texts)
+    feed = make_feed(replica, requests, key)
+    completed = engine.run(requests, feed, Hooks(on_output=mine.append, stop_requested=stop_requested))
+    engine.outputs.clear()  # the texts of what other ranks have finished
+    agree_on_end(replica, completed)
+    return mine
+
+
 def run_everywhere(
     replica: Replica,
     engine: Engine,
@@ -267,24 +289,24 @@ def run_everywhere(
     key: str,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[RequestOutput]:
-    """Generate and give every rank all outputs, in the order of `requests`.
-
-    Collective over the layout; Stopped if it was stopped.
-    """
-    mine: list[RequestOutput] = []
-    engine.outputs.texts.update(texts)
-    feed = make_feed(replica, requests, key)
-    completed = engine.run(requests, feed, Hooks(on_output=mine.append, stop_requested=stop_requested))
-    engine.outputs.clear()  # the texts of what other ranks have finished
-    agree_on_end(replica, completed)
-    found: dict[str, RequestOutput] = {}
-    for index in range(replica.layout.dp):
-        source = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=index)
-        lines = "\n".join(output.to_line() for output in mine).encode() if replica.state.rank == source else None
-        for line in broadcast_bytes(lines, source, replica.state.world).splitlines():
-            output = RequestOutput.from_line(line)
-            found[output.request_id] = output
+    """As `run_here`, but gives every rank all outputs, in the order of `requests`."""
+    outputs = run_here(replica, engine, requests, texts, key=key, stop_requested=stop_requested)
+    if replica.state.world.size > 1:
+        outputs = _exchanged(outputs, replica)
+    found = {output.request_id: output for output in outputs}
     return [found[request.id] for request in requests]
+
+
+def _exchanged(mine: Sequence[RequestOutput], replica: Replica) -> list[RequestOutput]:
+    """The outputs of all control ranks."""
+    outputs = []
+    for source in replica.layout.control_ranks:
+        lines = None
+        if replica.state.rank == source:
+            lines = "\n".join(output.to_line(token_logprobs=True) for output in mine).encode()
+        received = broadcast_bytes(lines, source, replica.state.world)
+        outputs += [RequestOutput.from_line(line) for line in received.splitlines()]
+    return outputs
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

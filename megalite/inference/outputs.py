@@ -49,6 +49,8 @@ class CompletionOutput:
     """Sum over the tokens, by the model's full distribution."""
     logprobs: list[Logprobs] | None = None
     """One entry a token, if asked for."""
+    token_logprobs: list[float] = field(default_factory=list)
+    """Of each token, by the model's full distribution, asked for or not. Files of results leave it out."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the id among stop_token_ids, that ended it; None for end-of-sequence and length."""
@@ -71,13 +73,16 @@ class RequestOutput:
     error: str | None = None
     """Why it could not run; there are no outputs then."""
 
-    def to_line(self) -> str:
+    def to_line(self, *, token_logprobs: bool = False) -> str:
         """One line of JSON, without its newline; `from_line` reads it back. What is not there is left out."""
         value: dict[str, Any] = {"id": self.request_id, "prompt": self.prompt}
         value["prompt_token_ids"] = self.prompt_token_ids
         if self.prompt_logprobs is not None:
             value["prompt_logprobs"] = [_plain(entry) for entry in self.prompt_logprobs]
         value["outputs"] = [_completion_value(output) for output in self.outputs]
+        if token_logprobs:
+            for made, output in zip(value["outputs"], self.outputs, strict=True):
+                made["token_logprobs"] = [_finite(one) for one in output.token_logprobs]
         value["replica"] = self.replica
         if self.error is not None:
             value["error"] = self.error
@@ -158,6 +163,7 @@ def _completion(value: dict[str, Any]) -> CompletionOutput:
         token_ids=value["token_ids"],
         cumulative_logprob=_number(value["cumulative_logprob"]),
         logprobs=logprobs and [_logprobs(entry) or {} for entry in logprobs],
+        token_logprobs=[_number(one) for one in value.get("token_logprobs", ())],
         finish_reason=value["finish_reason"],
         stop_reason=value.get("stop_reason"),
     )
@@ -178,6 +184,7 @@ class _Sample:
         self.pieces: list[str] = []
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
+        self.token_logprobs: list[float] = []
         self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
         self.final_token: int | None = None
         """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
@@ -187,6 +194,7 @@ class _Sample:
         """Add a token; True when it completes a stop string."""
         self.token_ids.append(token_id)
         self.cumulative_logprob += logprob
+        self.token_logprobs.append(logprob)
         if self.logprobs is not None and entry is not None:
             self.logprobs.append(entry)
         text = self._release()
@@ -242,6 +250,7 @@ class _Sample:
             token_ids=self.token_ids,
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
+            token_logprobs=self.token_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

@@ -38,6 +38,11 @@ CPU_CHUNK = 2**17
 DEVICE_CHUNK = 2**23
 """The same on an accelerator: what bounds temporary memory (about 25 bytes for each)."""
 
+LONG_ROW = 2**14
+"""Places from which on an accelerator takes too long for the running sum of a row."""
+RUN = 256
+"""Places that are summed up first, then."""
+
 BUCKET_SHIFT = 18
 """Bits dropped of a float32 to find its bucket: its sign, exponent and 5 bits of mantissa stay."""
 BUCKETS = (127 + 63) << (23 - BUCKET_SHIFT)
@@ -304,6 +309,8 @@ class Sampler:
 
     def _ranking(self, raw: Tensor, k: int) -> Tensor:
         """Ids [R, k] of the largest float32 logits [R, V], best first, equals by id."""
+        if k == 0:
+            return torch.empty((len(raw), 0), dtype=torch.int64, device=raw.device)
         # Float bits, read as an integer, ascend with the value once negative ones are turned round; + 0.0 drops -0.0.
         bits = (raw + 0.0).view(torch.int32)
         keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | self._reversed_ids(raw.device)
@@ -380,9 +387,25 @@ def _inverse_cdf(weights: Tensor, numbers: Tensor) -> Tensor:
     The sums are exact and `numbers` at most 1 - 2**-53, which rounding leaves below the total: a place of weight 0
     never comes out.
     """
+    if weights.is_cuda and weights.shape[1] >= LONG_ROW:
+        return _inverse_cdf_by_runs(weights, numbers)
     reached = weights.cumsum(-1)
     goal = (numbers * reached[:, -1].double()).long()
     return torch.searchsorted(reached, goal[:, None], right=True)[:, 0]
+
+
+def _inverse_cdf_by_runs(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The same, with running sums over the sums of runs of places, and then within one run."""
+    length = weights.shape[1]
+    whole = length // RUN * RUN
+    runs = weights[:, :whole].unflatten(1, (-1, RUN)).sum(-1)
+    reached = torch.cat([runs, weights[:, whole:].sum(-1, keepdim=True)], 1).cumsum_(-1)
+    goal = (numbers * reached[:, -1].double()).long()[:, None]
+    run = torch.searchsorted(reached, goal, right=True)
+    goal -= torch.where(run > 0, reached.gather(1, (run - 1).clamp_(min=0)), 0)
+    places = run * RUN + torch.arange(RUN, device=weights.device)
+    within = weights.gather(1, places.clamp_(max=length - 1)).cumsum_(-1)
+    return (run * RUN + torch.searchsorted(within, goal, right=True))[:, 0]
 
 
 def _largest(logits: Tensor) -> Tensor:
