@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -76,12 +77,16 @@ def settings(out: Path, train: ParallelSection, infer: ParallelSection, *, zero:
     )
 
 
-def run_job(rank: int, config: HybridConfig) -> str:
-    """What the rank says."""
+def run_job(rank: int, config: HybridConfig, stop_at: int = 0) -> str:
+    """What the rank says. From the `stop_at`-th time that rank 1 asks for a signal, there is a SIGTERM."""
     said = StringIO()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for rewards of the tests
-    with as_run(rank) as runtime, redirect_stdout(said), Job(config, runtime) as job:
-        job.run()
+    with as_run(rank) as runtime, redirect_stdout(said):
+        asked = itertools.count(1)
+        if stop_at and rank == 1:
+            runtime.signal_received = lambda: signal.SIGTERM if next(asked) >= stop_at else None
+        with Job(config, runtime) as job:
+            job.run()
     return said.getvalue()
 
 
@@ -164,6 +169,28 @@ def test_a_job_learns_the_same_in_every_layout(ranks, tmp_path):
             assert line["gradient_norm"] == pytest.approx(wanted["gradient_norm"], rel=1e-3)
         for key, values in weights.items():
             torch.testing.assert_close(values, whole[key], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("dp_mode", ["sync", "async"])
+def test_a_signal_while_one_replica_samples_stops_all_and_loses_nothing(dp_mode, ranks, tmp_path):
+    """Rank 0 only generates, rank 1 does both, rank 2 only trains; the signal comes to rank 1 among its samples."""
+    layouts = layout(tp=2, first_rank=1), layout(dp=2, dp_mode=dp_mode)
+    found = {}
+    for name, stops in {"undisturbed": [0], "stopped": [8, 8, 0]}.items():
+        config = settings(tmp_path / name, *layouts)
+        loop = replace(config.hybrid, algorithm="grpo", steps=2, samples_per_prompt=4, prompts_per_step=4)
+        loop = replace(loop, reward="hybrid_rewards:many_digits")
+        config = replace(config, hybrid=loop, sampling=SamplingParams(max_tokens=12))
+        said = [ranks(3).run(run_job, config, stop)[1] for stop in stops]
+        paths = sorted((tmp_path / name / "training/rollouts").iterdir())
+        samples = [[json.loads(line)["token_ids"] for line in path.open()] for path in paths]
+        found[name] = samples, load_file(tmp_path / name / "model.safetensors")
+    assert "stopped by SIGTERM after 0 iterations" in said[0]
+    assert "going on after 3 supervised steps and 0 iterations" in said[1]
+    (wanted_samples, wanted), (samples, weights) = found.values()
+    assert len(samples) == 2 and samples == wanted_samples
+    for key, values in weights.items():
+        torch.testing.assert_close(values, wanted[key], rtol=0, atol=2e-4)
 
 
 # ---- bad days --------------------------------------------------------------------------------------------------------
