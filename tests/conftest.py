@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+
+# A shell lets what it starts in the background ignore Ctrl-C, which then holds for all that is started here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The launchers of this environment are found also where it was not activated.
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])

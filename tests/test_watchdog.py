@@ -290,8 +290,10 @@ def test_guardian_is_told_to_go_or_goes_with_its_rank():
     ) as process:
         process.stdin.write(b".")
         process.stdin.flush()
-        status, mask = Path(f"/proc/{process.pid}/status"), 1 << signal.SIGHUP - 1  # the last one that it ignores
-        wait_until(lambda: int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16) & mask, 5, "it is set up")
+        status = Path(f"/proc/{process.pid}/status")
+        mask = sum(1 << signum - 1 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+        ignored = lambda: int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16)  # noqa: E731
+        wait_until(lambda: ignored() & mask == mask, 5, "it is set up")
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         assert process.poll() is None
