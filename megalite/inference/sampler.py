@@ -39,9 +39,9 @@ DEVICE_CHUNK = 2**23
 """The same on an accelerator: what bounds temporary memory (about 25 bytes for each)."""
 
 LONG_ROW = 2**14
-"""Places from which on an accelerator takes too long for the running sum of a row."""
+"""Places of a row from which its running sum is slow on an accelerator."""
 RUN = 256
-"""Places that are summed up first, then."""
+"""Places that are summed up first in such a row."""
 
 BUCKET_SHIFT = 18
 """Bits dropped of a float32 to find its bucket: its sign, exponent and 5 bits of mantissa stay."""
