@@ -1,8 +1,8 @@
 """One rank of a run that joins as every job does and adds up numbers over all ranks; run by test_launcher.py.
 
-Its config is the file `--config`: `steps` all-reduces, a tenth of a second apart; `start_timeout`; `stdin`: whether to
-read it; `goodbye`: seconds to wait for process groups that are never destroyed. Prints what it has; leaves a file
-beside its config when it was stopped.
+Its config is the file `--config`: `steps` all-reduces, a tenth of a second apart; `start_timeout`, `peer_timeout`;
+`stdin`: whether to read it; `goodbye`: seconds to wait for process groups that are never destroyed. Prints what it has;
+leaves a file beside its config when it was stopped.
 """
 
 import os
@@ -41,7 +41,8 @@ def main() -> int:
     if "goodbye" in config:
         distributed._GOODBYE = config["goodbye"]
         dist.destroy_process_group = lambda: time.sleep(60)
-    section = DistributedSection(device="cpu", start_timeout=config.get("start_timeout", 60))
+    timeouts = {name: config[name] for name in ("start_timeout", "peer_timeout") if name in config}
+    section = DistributedSection(device="cpu", **timeouts)
     try:
         with distributed.start(section, sha256=text, config_text=text) as runtime:
             total = torch.zeros(1)

@@ -197,10 +197,10 @@ def test_a_whole_run_through_the_door_is_quiet(tmp_path):
 
 def test_a_run_whose_groups_never_go_is_done_all_the_same(tmp_path):
     """They have longer than the ranks are watched for signs of life, and its work is done."""
-    path = a_config(tmp_path, steps=2, goodbye=7.5)
+    path = a_config(tmp_path, steps=2, peer_timeout=2, goodbye=4)
     run = Started(tmp_path, [sys.executable, "-c", DOOR, JOINED, path, "x", 2])
     assert run.process.wait(90) == 0 and len(run.out) == 2
-    why = "its process groups were not destroyed within 7.5 s; it leaves without that"
+    why = "its process groups were not destroyed within 4 s; it leaves without that"
     assert sorted(run.err) == [f"rank {rank}: {why}" for rank in range(2)]
     assert run.ended() == 0
 
