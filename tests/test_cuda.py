@@ -117,17 +117,22 @@ def test_bfloat16_stays_near_float32(model):
     assert max(differences) < BFLOAT16_BOUND[name]
 
 
+def launch(job: str, config: Path | str, *overrides: str) -> None:
+    """A job through the real door."""
+    command = [sys.executable, f"launch/{job}.py", "--config", str(config), *overrides]
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=True, timeout=300)
+
+
 @pytest.mark.parametrize("layout", [["parallel.tp=2"], ["parallel.pp=2"], ["parallel.tp=2", "parallel.pp=2"]], ids=str)
 def test_ranks_share_a_gpu(tmp_path, layout):
     """TP and PP code on CUDA tensors, over gloo, through the real door."""
     texts = {}
     for name, overrides in (("one", []), ("several", layout)):
         file = tmp_path / f"{name}.jsonl"
-        command = [sys.executable, "launch/infer.py", "--config", "configs/infer/demo.yaml", f"output.file={file}"]
-        command += ["model.dtype=float32", "sampling.temperature=0", "sampling.max_tokens=24"]
-        command += ["engine.gpu_memory_utilization=0.1", "distributed.device=cuda", *overrides]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+        options = [f"output.file={file}", "model.dtype=float32", "sampling.temperature=0", "sampling.max_tokens=24"]
+        options += ["engine.gpu_memory_utilization=0.1", "distributed.device=cuda", *overrides]
+        launch("infer", "configs/infer/demo.yaml", *options)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         texts[name] = [line["outputs"][0]["token_ids"] for line in lines]
     assert texts["several"] == texts["one"]
@@ -145,9 +150,7 @@ def trained(folder: Path, *overrides: str) -> list[float]:
         "train: {steps: 8, micro_batch_size: 2, gradient_accumulation_steps: 6, eval_every: 8, log_every: 1}\n"
         f"output: {{folder: {folder / 'run'}}}\ndistributed: {{device: cuda}}\n"
     )
-    command = [sys.executable, "launch/train.py", "--config", str(config), *overrides]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
+    launch("train", config, *overrides)
     lines = [json.loads(line) for line in (folder / "run" / "training" / "log.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
@@ -192,9 +195,7 @@ def test_a_hybrid_job_on_the_gpu(tmp_path, layout):
         f"infer: {{engine: {{gpu_memory_utilization: 0.2}}}}\noutput: {{folder: {tmp_path / 'run'}}}\n"
         "distributed: {device: cuda}\n"
     )
-    command = [sys.executable, "launch/hybrid.py", "--config", str(config), *layout]
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=True, timeout=300)
+    launch("hybrid", config, *layout)
     log = [json.loads(line) for line in (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()]
     assert [line["weight_version"] for line in log] == [1, 2, 3]
     assert all(line["logprob_difference_max"] < 2e-3 and line["gradient_norm"] > 0 for line in log)
