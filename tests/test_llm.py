@@ -71,7 +71,7 @@ def test_text_prompts_and_what_comes_back(llm, reference):
     [output] = llm.generate("Hi", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=1))
     [wanted] = reference(MODEL, [llm.replica.tokenizer.encode("Hi")], 8)
     [one] = output.outputs
-    assert (output.request_id, output.prompt, output.prompt_token_ids) == ("0", "Hi", wanted.prompt)
+    assert (output.prompt, output.prompt_token_ids) == ("Hi", wanted.prompt)
     assert (output.finished, output.prompt_logprobs, output.error) == (True, None, None)
     assert (one.index, one.token_ids, one.finish_reason, one.stop_reason) == (0, wanted.tokens, "length", None)
     assert one.text == llm.replica.tokenizer.decode(wanted.tokens)
@@ -92,6 +92,27 @@ def test_params_for_each_prompt_and_a_mixed_list(llm):
     assert together[1].outputs[0].token_ids != together[1].outputs[1].token_ids
     # without parameters: those of the config, whose default is 16 tokens
     assert len(llm.generate([[5, 6]])[0].outputs[0].token_ids) <= 16
+
+
+def test_calls_go_on_with_the_engines_seeds_and_ids(folder):
+    """Without seeds of their own, samples are not drawn twice, and the same calls give the same again."""
+    open_ended = SamplingParams(max_tokens=12, ignore_eos=True)
+    calls = [[[5, 6]], [[5, 6]], [[5, 6], [7], [5, 6]], [[5, 6]]]
+
+    def drawn(calls: list, **engine) -> list[tuple[str, list[int]]]:
+        with LLM(str(folder), dtype="float32", max_model_len=100, **engine) as made:
+            outputs = [output for prompts in calls for output in made.generate(prompts, open_ended)]
+            with pytest.raises(ConfigError):  # what is refused takes no place
+                made.generate([[5], []], open_ended)
+            outputs += made.chat([{"role": "user", "content": "hi"}], open_ended)
+        return [(output.request_id, output.outputs[0].token_ids) for output in outputs]
+
+    one = drawn(calls)
+    assert [number for number, _ in one] == [str(number) for number in range(7)]
+    same_prompt = [one[place][1] for place in (0, 1, 2, 4, 5)]
+    assert len({tuple(tokens) for tokens in same_prompt}) == len(same_prompt)
+    assert drawn([sum(calls, [])]) == one, "the samples are those of one call with all prompts"
+    assert drawn(calls, seed=1) != one
 
 
 def test_as_many_tokens_as_fit(llm):

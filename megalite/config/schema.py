@@ -110,7 +110,7 @@ class SamplingParams:
     """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858);
     > 0."""
     seed: int | None = None
-    """Seed of this request; null: engine.seed and the request's place in the input."""
+    """Seed of this request; null: by engine.seed and the request's place in the input, in Python in all calls."""
     stop: Any = None
     """A string or list of strings that end the output; not part of the text unless include_stop_str_in_output."""
     stop_token_ids: list[int] | None = None

@@ -104,6 +104,8 @@ class LLM:
         self._engine: Engine | None = None
         self._served = serve(self.replica)
         self._calls = 0
+        self._asked = 0
+        """Requests so far: what the id of the next one is, and the seed where its parameters have none."""
 
     def __enter__(self) -> LLM:
         return self
@@ -127,8 +129,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt (text or token ids); results in input order, on every rank.
 
-        `sampling_params`: one for all prompts or one for each; None: the config's. A prompt that can't run raises
-        ConfigError before anything is computed.
+        `sampling_params`: one for all prompts or one for each; None: the config's. Where they have no seed, it follows
+        from engine.seed and the request's id, which counts the requests of all calls: a second call gives other
+        samples, and the same calls in another LLM the same. A prompt that can't run raises ConfigError before anything
+        is computed.
         """
         return self._run(_as_list(prompts), sampling_params)
 
@@ -180,8 +184,8 @@ class LLM:
                 prompt,
                 sampling,
                 self._served,
-                id=str(index),
-                index=index,
+                id=str(self._asked + index),
+                index=self._asked + index,
                 where=f"prompts[{index}]",
                 chat_variables=chat_variables,
             )
@@ -191,6 +195,7 @@ class LLM:
         if self._engine is None:
             self._engine = self.replica.engine()
         self._calls += 1
+        self._asked += len(requests)
         return run_everywhere(
             self.replica,
             self._engine,
