@@ -72,7 +72,7 @@ def _new_model(values: dict[str, Any], tokenizer: TokenizerSection) -> ModelConf
             return None
         values = {**values, "vocab_size": tokenizer.vocab_size}
     try:
-        return families.from_values(Path("model.config"), values, {})
+        return families.from_values(Path("model.config"), values)
     except CheckpointError as error:  # the values stand in the config, not in a checkpoint
         raise ConfigError(str(error)) from error
 

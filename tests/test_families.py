@@ -353,7 +353,7 @@ VALUES = (
 )
 def test_whatever_a_config_says_the_answer_is_a_model_or_a_message(base, changes):
     try:
-        config = families.from_values(Path("config.json"), {**base, **changes}, {})
+        config = families.from_values(Path("config.json"), {**base, **changes})
     except (CheckpointError, ConfigError) as error:
         assert len(str(error)) < 1000
     else:

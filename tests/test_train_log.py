@@ -36,7 +36,7 @@ EXPERTS = {
 
 
 def model(**changes):
-    return families.from_values(Path("config.json"), {**DENSE, **changes}, {})
+    return families.from_values(Path("config.json"), {**DENSE, **changes})
 
 
 def test_the_arithmetic_of_a_step():

@@ -19,7 +19,6 @@ from megalite.inference.outputs import OutputProcessor
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler
 from megalite.inference.scheduler import Scheduler
-from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.device_attention import DeviceCache
@@ -27,6 +26,7 @@ from megalite.model.host_attention import HostCache
 from megalite.model.kernels import free_memory, ranks_on_device
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
 from megalite.tokenizer import Tokenizer
+from megalite.weights.folder import ModelFolder
 from megalite.weights.hf import resolve
 from megalite.weights.mapping import owned
 from megalite.weights.transfer import DTYPES, build, initialise, load_folder
@@ -179,25 +179,23 @@ class Replica:
         return self.state.tp.size == 1 or self.runtime.backend == "nccl"
 
 
-def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, Path]:
-    """Read the model of a config into a replica; and the model's folder. Collective over the run."""
+def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelFolder]:
+    """Read the model of a config into a replica; and what its folder holds. Collective over the run."""
     parallel, section = config.parallel, config.model
     state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
-    folder = fetch(section, runtime)
-    model = families.read(folder)
-    tokenizer = Tokenizer.load(Path(section.tokenizer or folder))
-    dtype = choose_dtype(section.dtype, model, runtime.device)
+    folder = ModelFolder.open(fetch(section, runtime), tokenizer=section.tokenizer)
+    dtype = choose_dtype(section.dtype, folder.model, runtime.device)
     before = reset_peak_memory()
-    decoder = build(model, state, dtype=dtype, device=runtime.device, max_length=config.engine.max_model_len)
+    decoder = build(folder.model, state, dtype=dtype, device=runtime.device, max_length=config.engine.max_model_len)
     if section.load_format == "dummy":
         initialise(decoder, config.engine.seed)
     else:
-        load_folder(decoder, folder)
+        load_folder(decoder, folder.path)
     if runtime.device.type == "cpu":
         store_by_input(decoder)
     replica = Replica(
         decoder.requires_grad_(False),
-        tokenizer,
+        folder.tokenizer,
         runtime,
         engine=config.engine,
         dp_mode=parallel.dp_mode,

@@ -54,7 +54,7 @@ def _generate(config: InferConfig, runtime: Runtime) -> None:
     with ExitStack() as stack:
         writer = None
         if runtime.rank == writer_rank:
-            writer = stack.enter_context(Writer(config, replica, weights_identity(folder), batch))
+            writer = stack.enter_context(Writer(config, replica, weights_identity(folder.path), batch))
         done = broadcast_bytes(json.dumps(sorted(writer.finished)).encode() if writer else None, writer_rank)
         left = batch.without(json.loads(done))
         engine = replica.engine(

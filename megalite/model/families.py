@@ -27,6 +27,7 @@ from megalite.model.family import (
     window_if_used,
     window_on_upper_layers,
 )
+from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import HFConfig, read_json
 
 __all__ = ["FAMILIES", "Family", "Source", "WeightNames", "from_values", "read", "register", "weight_names"]
@@ -224,15 +225,16 @@ def read(folder: str | Path) -> ModelConfig:
 
     CheckpointError if a file is missing, damaged or contradicts itself; ConfigError for an unknown architecture.
     """
-    path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
-    return from_values(path, read_json(path), read_json(generation) if generation.exists() else {})
+    path = Path(folder) / "config.json"
+    values = read_json(path)
+    return from_values(path, values, GenerationConfig.read(folder, values))
 
 
-def from_values(path: Path, values: Mapping[str, object], generation: Mapping[str, object]) -> ModelConfig:
-    """As `read`, of files already parsed; `path` is config.json's, for messages."""
+def from_values(path: Path, values: Mapping[str, object], generation: GenerationConfig | None = None) -> ModelConfig:
+    """As `read`, of files already parsed; `path` is config.json's, for messages. None: it is all there is."""
     name = _family_of(path, values)
     family = FAMILIES[name]
-    aside = HFConfig(path.with_name("generation_config.json"), generation)
+    aside = generation or GenerationConfig.of_config(path, values)
     return model_config(name, family, hf_config(family, path, values), aside)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
+from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import REQUIRED, HFConfig, read_rope
 
 ACTIVATIONS = {
@@ -216,11 +217,10 @@ def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFCon
     return HFConfig(path, values, {**COMMON_KEYS, **family.keys}, {**COMMON_DEFAULTS, **family.defaults})
 
 
-def model_config(name: str, family: Family, config: HFConfig, generation: HFConfig) -> ModelConfig:
+def model_config(name: str, family: Family, config: HFConfig, generation: GenerationConfig) -> ModelConfig:
     """What a config.json describes; CheckpointError if it contradicts itself or needs what no family here has.
 
-    End-of-sequence ids come from generation_config.json, where that has any. Ids beyond the vocabulary are left out:
-    they can't be generated.
+    End-of-sequence ids beyond the vocabulary are left out: they can't be generated.
     """
     config.refuse_unsupported()
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
@@ -235,7 +235,6 @@ def model_config(name: str, family: Family, config: HFConfig, generation: HFConf
     rope = None
     if family.rotary:
         rope = read_rope(config, head_dim, partial=family.partial_rotary, kinds=family.rope_kinds)
-    end = generation.token_ids("eos_token_id") or config.token_ids("eos_token_id") or ()
     begin = config.token_ids("bos_token_id") or generation.token_ids("bos_token_id") or ()
     return ModelConfig(
         family=name,
@@ -256,7 +255,7 @@ def model_config(name: str, family: Family, config: HFConfig, generation: HFConf
         final_softcap=config.optional_number("final_logit_softcapping") if family.softcaps else None,
         dtype=config.dtype(),
         bos_token_id=next((token for token in begin if token < vocab), None),
-        eos_token_ids=tuple(token for token in end if token < vocab),
+        eos_token_ids=tuple(token for token in generation.eos_token_ids if token < vocab),
         **family.fixed,
         **{field_name: config.flag(key) for field_name, key in family.flags.items()},
     )

@@ -28,7 +28,7 @@ def shape_of(
     values = dict(read_json(path) if section.path else section.config or {})
     values.setdefault("vocab_size", vocab_size)
     values.setdefault("eos_token_id", eos_token_id)
-    model = families.from_values(path, values, {})
+    model = families.from_values(path, values)
     values.setdefault("model_type", model.family)
     values.setdefault("architectures", [families.FAMILIES[model.family].architecture])
     if model.vocab_size < vocab_size:

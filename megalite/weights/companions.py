@@ -13,11 +13,11 @@ import xxhash
 
 from megalite.errors import maybe_fault
 from megalite.files import DurableFile, write_durably
+from megalite.weights.folder import CONFIG
 from megalite.weights.hf import inside
 from megalite.weights.manifest import digest_of
 from megalite.weights.shards import STEP
 
-CONFIG = "config.json"
 BESIDE = (
     CONFIG,
     "generation_config.json",

@@ -14,10 +14,10 @@ from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model import families
 from megalite.model.config import ModelConfig
-from megalite.model.hf_config import read_json
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Blocks, hf_blocks, merged, rank_blocks
-from megalite.weights.companions import BESIDE, CONFIG
+from megalite.weights.companions import BESIDE
+from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import check_names, open_checkpoint, resolve
 from megalite.weights.manifest import Manifest, StoredFile
 from megalite.weights.mapping import hf_shapes
@@ -29,11 +29,9 @@ from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorInfo
 class Source:
     """A checkpoint whose headers have been checked; nothing of its weights is read yet."""
 
-    folder: Path
+    beside: ModelFolder
+    """What the folder holds beside its weights."""
     form: Literal["hf", "shards"]
-    values: dict[str, Any]
-    """Of config.json."""
-    model: ModelConfig
     layout: Layout
     """tp=1,pp=1 for a Hugging Face folder."""
     blocks: Blocks
@@ -48,6 +46,19 @@ class Source:
     manifest: Manifest | None = None
     notes: list[str] = field(default_factory=list)
     """What the user should know of it."""
+
+    @property
+    def folder(self) -> Path:
+        return self.beside.path
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Of config.json."""
+        return self.beside.values
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.beside.model
 
     @property
     def kinds(self) -> list[str]:
@@ -66,8 +77,8 @@ def open_source(path: str | Path, revision: str | None = None) -> Source:
 
 
 def _open_hf(folder: Path) -> Source:
-    values = read_json(folder / CONFIG)
-    model = families.read(folder)
+    beside = ModelFolder.open(folder)
+    model = beside.model
     with open_checkpoint(folder, prefix=families.weight_names(model).prefix) as checkpoint:
         check_names(model, checkpoint, str(folder))
         tensors = checkpoint.tensors
@@ -82,10 +93,8 @@ def _open_hf(folder: Path) -> Source:
     left_out = tuple(sorted(info.name for name, info in tensors.items() if name not in shapes))
     notes = [f"left out, as the model does not use them: {', '.join(left_out[:4])}{', ...' * (len(left_out) > 4)}"]
     return Source(
-        folder=folder,
         form="hf",
-        values=values,
-        model=model,
+        beside=beside,
         layout=Layout(),
         blocks=hf_blocks(model, tensors),
         files=files,
@@ -114,7 +123,8 @@ def file_blocks(
 
 def _open_shards(folder: Path) -> Source:
     manifest = open_manifest(folder)
-    model = families.read(folder)
+    beside = ModelFolder.open(folder)
+    model = beside.model
     files: dict[str, dict[str, TensorInfo]] = {}
     blocks, dtypes = [], {}
     for name, file in manifest.files.items():
@@ -127,10 +137,8 @@ def _open_shards(folder: Path) -> Source:
     if config is not None and manifests.digest_of((folder / CONFIG).read_bytes()) != config:
         notes.append(f"{folder / CONFIG} was changed after the shards were written; it is used as it is now")
     return Source(
-        folder=folder,
         form="shards",
-        values=read_json(folder / CONFIG),
-        model=model,
+        beside=beside,
         layout=manifest.layout,
         blocks=merged(blocks),
         files=files,

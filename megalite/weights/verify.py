@@ -14,10 +14,10 @@ from pathlib import Path
 from megalite.errors import CheckpointError
 from megalite.model import families
 from megalite.model.config import ModelConfig
-from megalite.model.hf_config import read_json
+from megalite.model.generation import GenerationConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Block, Blocks, Move, merged, plan
-from megalite.weights.companions import digest_of_file
+from megalite.weights.companions import CONFIG, digest_of_file
 from megalite.weights.convert import Begin, default_jobs
 from megalite.weights.copying import Reading, digest_block, in_parallel, perform
 from megalite.weights.hf import inside, resolve
@@ -96,10 +96,8 @@ class _Check:
             if not (folder / manifests.NAME).is_file():
                 raise CheckpointError(f"{folder}: unfinished: it has no {manifests.NAME}, which is written last")
             manifest = manifests.read(folder)
-            generation = folder / "generation_config.json"
-            model = families.from_values(
-                folder / "config.json", manifest.config, read_json(generation) if generation.exists() else {}
-            )
+            generation = GenerationConfig.read(folder, manifest.config)
+            model = families.from_values(folder / CONFIG, manifest.config, generation)
         except CheckpointError as error:
             self.wrong(str(error))
             return {}, None

@@ -1,0 +1,99 @@
+"""generation_config.json: how a model's owner means it to be sampled, and which tokens end its text. Torch-free.
+
+Precedence is as in transformers: where the file exists it is all there is, else the same keys of config.json count.
+The one exception is `eos_token_id`: where the file names no end token, config.json's are used, for a model that never
+stops is nobody's wish.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megalite.model.hf_config import HFConfig, read_json
+
+NAME = "generation_config.json"
+SAMPLING = {
+    "repetition_penalty": ("repetition_penalty", float),
+    "temperature": ("temperature", float),
+    "top_k": ("top_k", int),
+    "top_p": ("top_p", float),
+    "min_p": ("min_p", float),
+    "max_new_tokens": ("max_tokens", int),
+}
+"""Keys that decide how a request is sampled by default, as in vLLM: field of SamplingParams, type."""
+KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", *SAMPLING)
+"""Keys that older models keep in config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """What a model folder says of generating; made by `read`."""
+
+    path: Path
+    """The file that the values are from, for messages: generation_config.json, or config.json where there is none."""
+    values: Mapping[str, Any]
+    """Every key of generation_config.json; where there is none, those of `KEYS` that config.json has."""
+    config: Mapping[str, Any]
+    """Of config.json."""
+    content: bytes | None = None
+    """The file as it is; None: there is none, or the values were changed."""
+
+    @classmethod
+    def read(cls, folder: str | Path, config: Mapping[str, Any]) -> GenerationConfig:
+        """That of a model folder, whose config.json holds `config`. CheckpointError if the file is damaged."""
+        path = Path(folder) / NAME
+        if path.exists():
+            return cls(path=path, values=read_json(path), config=config, content=path.read_bytes())
+        return cls.of_config(path.with_name("config.json"), config)
+
+    @classmethod
+    def of_config(cls, path: Path, config: Mapping[str, Any]) -> GenerationConfig:
+        """That of a model which has only a config.json, at `path`."""
+        values = {key: config[key] for key in KEYS if config.get(key) is not None}
+        return cls(path=path, values=values, config=config)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text, as they are named, those beyond the vocabulary too. CheckpointError: no token ids."""
+        of_config = HFConfig(self.path.with_name("config.json"), self.config)
+        return self.token_ids("eos_token_id") or of_config.token_ids("eos_token_id") or ()
+
+    def token_ids(self, key: str) -> tuple[int, ...] | None:
+        """Of the values: one token id or a list of them; None when absent or null."""
+        return HFConfig(self.path, self.values).token_ids(key)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Default sampling of the model, by the names of SamplingParams' fields: only what is given and not null.
+
+        `do_sample` is not obeyed, as in vLLM. CheckpointError if a value is no number; ranges are those of
+        `config.sampling.sampling_problems`, and `path` is their origin.
+        """
+        given = HFConfig(self.path, self.values)
+        found: dict[str, Any] = {}
+        for key, (field, kind) in SAMPLING.items():
+            value = self.values.get(key)
+            if value is None:
+                continue
+            if type(value) not in (int, float) or not abs(value) < 1e300 or (kind is int and value != int(value)):
+                raise given.problem(key, f"must be a {'whole ' if kind is int else ''}number", value)
+            found[field] = kind(value)
+        return found
+
+    def with_ends(self, token_ids: Iterable[int]) -> GenerationConfig:
+        """The same, naming `token_ids` as end tokens too. Where it names them all, nothing changes, not even a byte."""
+        if set(token_ids) <= set(self.token_ids("eos_token_id") or ()):
+            return self
+        ends = list(dict.fromkeys([*self.eos_token_ids, *token_ids]))
+        values = {**self.values, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+        return replace(self, values=values, content=None)
+
+    def to_bytes(self) -> bytes:
+        """generation_config.json: the file as it was read where nothing was changed."""
+        if self.content is not None:
+            return self.content
+        return (json.dumps(dict(self.values), indent=2, ensure_ascii=False) + "\n").encode()
