@@ -136,6 +136,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit_memory()
+    environment = _environment()  # before a clock runs: its imports are not the template's
     compiled: dict[str, Any] = {}
     for line in requests:
         request = json.loads(line)
@@ -143,7 +144,7 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
         try:
             if request["source"] not in compiled:
-                compiled = {request["source"]: _environment().from_string(request["source"])}
+                compiled = {request["source"]: environment.from_string(request["source"])}
             answer = {"text": _render(compiled[request["source"]], request["variables"])}
         except TemplateError as error:
             answer = {"error": f"the chat template refuses: {error}"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from os.path import commonprefix
@@ -57,6 +58,8 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
+        self._head, self._tail = _added_around(backend)
+        backend.post_processor = None  # what it adds is known, and some of them trim the offsets of tokens
         self._templates = templates
         self._compiled: dict[str, ChatTemplate] = {}
         self._decoding = _decoding(backend)
@@ -89,11 +92,39 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written in the text count as such. ValueError: it is not valid Unicode."""
+        ids = self._encoding(text).ids
+        return [*self._head, *ids, *self._tail] if add_special_tokens else ids
+
+    def encode_with_offsets(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, as `encode` gives them, and of each where the characters it stands for begin and end in `text`.
+
+        Tokens that share a character (its bytes) each have all of it. A mark that the tokenizer composes with the
+        letter before it belongs to the letter's token; what the tokenizer drops, such as white space, to none. What is
+        added before a text is at 0, what is added after it at its end. ValueError as for `encode`.
+        """
+        encoding = self._encoding(text)
+        ids, offsets = encoding.ids, []
+        following = after = len(text)
+        for start, end in reversed(encoding.offsets):
+            if start != following:
+                after, following = following, start
+            while end < after and _composes(text[end]):
+                end += 1
+            offsets.append((start, end))
+        offsets.reverse()
+        if add_special_tokens:
+            ids = [*self._head, *ids, *self._tail]
+            offsets = [(0, 0)] * len(self._head) + offsets + [(len(text), len(text))] * len(self._tail)
+        return ids, offsets
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return self.backend.encode(text)
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -211,6 +242,22 @@ def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if not all(isinstance(text, str) for text in named.values()):
         raise ValueError("chat_template must be a text or a list of {name, template}")
     return named
+
+
+def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What the post-processor puts before and after a text, e.g. bos."""
+    for text in ("a", *backend.get_vocab()):
+        encoding = backend.encode(text)
+        added = encoding.special_tokens_mask
+        if 0 in added:
+            first, end = added.index(0), len(added) - added[::-1].index(0)
+            return encoding.ids[:first], encoding.ids[end:]
+    return backend.encode("").ids, []
+
+
+def _composes(character: str) -> bool:
+    """Whether a normalizer may make one character of this one and the one before it: marks and parts of Hangul."""
+    return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
 
 
 # ---- from tokens to text

@@ -127,6 +127,12 @@ def test_a_prepared_folder_is_kept_until_the_settings_change(source, tmp_path):
     before = (tmp_path / "train.npy").stat().st_mtime_ns
     prepare(section(source, sequence_length=8, seed=3), TOKENIZER, tmp_path, in_use=True)
     assert (tmp_path / "train.npy").stat().st_mtime_ns == before, "how it is read does not change what it holds"
+    facts = json.loads((tmp_path / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps({**facts, "version": 1}))
+    with pytest.raises(ConfigError, match="output.folder: .* prepared by a version of megalite that made other tokens"):
+        prepare(section(source), TOKENIZER, tmp_path, in_use=True)
+    prepare(section(source), TOKENIZER, tmp_path)
+    assert (tmp_path / "train.npy").stat().st_mtime_ns != before
     other = section(source, exclude=["module_1.py"])
     with pytest.raises(ConfigError, match=r"data.exclude: is not what the run began with.*Set it back to \[\]"):
         prepare(other, TOKENIZER, tmp_path, in_use=True)

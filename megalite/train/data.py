@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer as Backend
 
 from megalite.config.schema import DataSection, TokenizerSection, TrainConfig
 from megalite.config.train_rules import data_problems
@@ -40,6 +39,8 @@ MANIFEST = "data.json"
 SPLITS = ("train", "held_out")
 """Files of a tokenizer, of which the first is always there."""
 TEXTS_AT_ONCE = 256
+VERSION = 2
+"""Of how text becomes tokens: a folder that an earlier version made holds other tokens, and is not used."""
 READING = ("sequence_length", "seed")
 """Keys of the data section that decide how prepared text is read, not what it holds."""
 READING_EXAMPLES = ("seed",)
@@ -61,12 +62,17 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_
     """Make `folder` hold the tokenizer and both splits, unless it does so already for the same settings.
 
     For one process; the others wait. `in_use`: a training run has begun with what the folder holds, so it is not made
-    anew for other settings. ConfigError for those, for lines that can't be used, or if a split would be empty.
+    anew for other settings or by another VERSION. ConfigError for those, for lines that can't be used, or if a split
+    would be empty.
     """
     manifest = folder / MANIFEST
     made = read_json(manifest) if manifest.exists() else {}
-    if made and _settings(data, tokenizer, made.get("format", "text")) == made.get("settings"):
+    current = made.get("version") == VERSION
+    if current and _settings(data, tokenizer, made.get("format", "text")) == made.get("settings"):
         return
+    if in_use and made and not current:
+        rule = f"{folder} was prepared by a version of megalite that made other tokens of the same text"
+        raise ConfigError(Problem(key="output.folder", rule=rule, fix="Choose another, or go on with that version."))
     if in_use and made:
         raise ConfigError(*_changes(_settings(data, tokenizer, made["format"]), made["settings"], folder))
     manifest.unlink(missing_ok=True)
@@ -78,7 +84,7 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_
     known = Tokenizer.load(folder)
     assert known is not None, "it was just brought"
     if records.format == "text":
-        contents = _write_texts(records, folder, _end_of_text(known))
+        contents = _write_texts(records, known, folder, _end_of_text(known))
     else:
         contents = _write_examples(records, known, folder, _end_of_text(known))
         known.close()
@@ -86,6 +92,7 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_
         manifest,
         {
             "format": records.format,
+            "version": VERSION,
             "settings": _settings(data, tokenizer, records.format),
             "python": f"{platform.python_implementation()} {platform.python_version()}",
             "vocab_size": known.vocab_size,
@@ -160,13 +167,11 @@ class _Texts:
     size: int = 0
 
 
-def _write_texts(records: Records, folder: Path, end: int) -> dict[str, Any]:
+def _write_texts(records: Records, tokenizer: Tokenizer, folder: Path, end: int) -> dict[str, Any]:
     """Tokenise into `train.npy` and `held_out.npy`; what the manifest says of them."""
-    backend = Backend.from_file(str(folder / TOKENIZER_FILES[0]))
+    backend = tokenizer.backend
     backend.encode_special_tokens = True  # text that spells a special token is text
-    backend.no_truncation()
-    backend.no_padding()
-    dtype = _dtype(backend.get_vocab_size())
+    dtype = _dtype(tokenizer.vocab_size)
     stop = np.array([end], dtype)
     splits = {name: _Texts([stop]) for name in SPLITS}  # the first document, too, begins after an end
     for batch in _chunks(records, TEXTS_AT_ONCE):
@@ -272,7 +277,8 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
 def _encoded(record: Record, tokenizer: Tokenizer, end: int) -> list[Encoded]:
     values = record.values
     if "messages" in values:
-        return encode_chat(tokenizer, values["messages"], end, tools=values.get("tools"))
+        variables = {} if values.get("tools") is None else {"tools": values["tools"]}
+        return encode_chat(tokenizer, values["messages"], end, **variables)
     return [encode_pair(tokenizer, values["prompt"], values["response"], end)]
 
 

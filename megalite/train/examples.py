@@ -1,19 +1,24 @@
 """Examples for supervised fine-tuning as tokens, and which of them are learnt: the responses. Torch-free.
 
-Prompts are tokenised as inference tokenises them, and the text of a response goes on after the prompt's tokens, so a
-model is trained on what it will see. The places of a chat's responses come from its template alone: a response is what
-rendering with it adds to rendering up to it.
+The text of an example, prompt and response, is tokenised as a whole, so its tokens read as it is written. Which of them
+are the response's follows from where their characters stand; a token that stands for characters of both sides of the
+border counts as the response's. Inference tokenises a prompt alone: where a token would reach over the border, the
+prompt's last tokens there are others than those here. The places of a chat's responses come from its template alone: a
+response is what rendering with it adds to rendering up to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from megalite.tokenizer import Tokenizer
 
-Messages = list[dict[str, Any]]
+Messages = Sequence[Mapping[str, Any]]
+_QUESTION = ({"role": "user", "content": "?"},)
+"""A chat that every template can show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +44,29 @@ class Encoded:
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, response: str, end: int) -> Encoded:
     """A prompt and its response, which `end`, the end-of-text token, ends. ValueError: fewer than two tokens."""
-    given = tokenizer.encode(prompt)
-    ids = given + _continuation(tokenizer, prompt, response, special=True)
-    if ids[-1:] != [end]:
-        ids = [*ids, end]
-    return _encoded(ids, [False] * len(given) + [True] * (len(ids) - len(given)))
+    ids, offsets = tokenizer.encode_with_offsets(prompt + response)
+    return _encoded(ids, [stop > len(prompt) for _, stop in offsets], end)
 
 
-def encode_chat(
-    tokenizer: Tokenizer, messages: Messages, end: int, *, tools: Sequence[dict[str, Any]] | None = None
-) -> list[Encoded]:
+def encode_chat(tokenizer: Tokenizer, messages: Messages, end: int, **variables: Any) -> list[Encoded]:
     """A chat as what its assistant's turns are learnt from, each up to and including its end-of-turn token.
 
     One sequence, where each rendering is the beginning of the next. Some templates show an earlier turn otherwise than
     the last one (without its reasoning): then there is one sequence for each turn, as it was generated. `end`, the
     end-of-text token, ends a sequence whose last turn the template leaves without a special token; messages after the
-    last turn are left out. ValueError (TemplateError is one) if the template can't show these messages, or shows a turn
-    otherwise than its prompt begins it.
+    last turn are left out. `variables` reach the template, e.g. `tools`. ValueError (TemplateError is one) if the
+    template can't show these messages, or shows a turn otherwise than its prompt begins it.
     """
+
+    def rendered(some: Messages, *, prompt: bool) -> str:
+        return tokenizer.apply_chat_template(some, add_generation_prompt=prompt, **variables)
+
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    more = {} if tools is None else {"tools": list(tools)}
-    before = [tokenizer.apply_chat_template(messages[:turn], **more) for turn in turns]
-    after = [tokenizer.apply_chat_template(messages[: turn + 1], add_generation_prompt=False, **more) for turn in turns]
+    after = [rendered(messages[: turn + 1], prompt=False) for turn in turns]
+    before = [rendered(messages[:turn], prompt=True) for turn in turns if turn > 0]
+    if turns[:1] == [0]:
+        opened = rendered(_QUESTION, prompt=True).removeprefix(rendered(_QUESTION, prompt=False))
+        before.insert(0, _up_to(opened, after[0]))
     for turn, asked, answered in zip(turns, before, after, strict=True):
         if not answered.startswith(asked):
             raise ValueError(
@@ -68,56 +74,45 @@ def encode_chat(
                 f"the prompt ends with {asked[-40:]!r}, and there the message reads "
                 f"{answered[max(0, len(asked) - 40) :][:60]!r}"
             )
+    spans = [(len(asked), len(answered)) for asked, answered in zip(before, after, strict=True)]
     texts = [text for pair in zip(before, after, strict=True) for text in pair]
-    if all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False)):
-        return [_conversation(tokenizer, texts, end)]
-    return [_conversation(tokenizer, pair, end) for pair in zip(before, after, strict=True)]
+    if all(later.startswith(earlier) for earlier, later in pairwise(texts)):
+        return [_conversation(tokenizer, texts[-1], spans, end)]
+    return [_conversation(tokenizer, text, [span], end) for text, span in zip(after, spans, strict=True)]
 
 
-def _conversation(tokenizer: Tokenizer, texts: Sequence[str], end: int) -> Encoded:
-    """`texts`: growing renderings, by turns up to a response and with it."""
-    ids: list[int] = []
-    learnt: list[bool] = []
-    done = ""
-    for place, text in enumerate(texts):
-        new = _continuation(tokenizer, done, text[len(done) :], special=False)
-        ended = _up_to_end(tokenizer, new)
-        counted = (len(new) if ended is None else ended) if place % 2 else 0
-        ids += new
-        learnt += [True] * counted + [False] * (len(new) - counted)
-        done = text
-    if ended is None:
+def _up_to(opening: str, text: str) -> str:
+    """The text up to and including `opening`, with which a template begins an assistant's turn.
+
+    It stands in for the prompt of a chat's first message: there is no chat before it that could be shown. If the text
+    doesn't hold it, `opening` alone.
+    """
+    head, found, _ = text.partition(opening) if opening else ("", "", "")
+    return head + found if found else opening
+
+
+def _conversation(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], end: int) -> Encoded:
+    """A rendering whose responses are at `spans`, in characters.
+
+    A response counts up to its last special token, where a model stops, if only white space follows it there: templates
+    like to write a line end after it.
+    """
+    ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=False)
+    learnt = [False] * len(ids)
+    ended = False
+    for start, stop in spans:
+        places = [i for i, (begins, stops) in enumerate(offsets) if begins < stop and stops > start]
+        special = [i for i in places if ids[i] in tokenizer.special_ids]
+        ended = bool(special) and not text[offsets[special[-1]][1] : stop].strip()
+        for place in places:
+            learnt[place] = not ended or place <= special[-1]
+    return _encoded(ids, learnt, None if ended else end)
+
+
+def _encoded(ids: Sequence[int], learnt: Sequence[bool], end: int | None) -> Encoded:
+    """With `end` at the end, unless it is there already or None."""
+    if end is not None and ids[-1:] != [end]:
         ids, learnt = [*ids, end], [*learnt, True]
-    return _encoded(ids, learnt)
-
-
-def _up_to_end(tokenizer: Tokenizer, ids: Sequence[int]) -> int | None:
-    """How many tokens of a turn there are up to its last special token, where a model stops; None if text follows it.
-
-    Templates like to write a line end after it.
-    """
-    places = [place for place, token in enumerate(ids) if token in tokenizer.special_ids]
-    if not places or tokenizer.decode(ids[places[-1] + 1 :]).strip():
-        return None
-    return places[-1] + 1
-
-
-def _continuation(tokenizer: Tokenizer, text: str, more: str, *, special: bool) -> list[int]:
-    """Tokens of `more` after those of `text`: of both together where they begin with those of `text` alone.
-
-    Else, where a token would reach over the border, of `more` by itself. `special`: what the tokenizer adds at the
-    start of a text is there.
-    """
-    if not text:
-        return tokenizer.encode(more, add_special_tokens=False)
-    given = tokenizer.encode(text, add_special_tokens=special)
-    both = tokenizer.encode(text + more, add_special_tokens=special)
-    if both[: len(given)] == given:
-        return both[len(given) :]
-    return tokenizer.encode(more, add_special_tokens=False)
-
-
-def _encoded(ids: Sequence[int], learnt: Sequence[bool]) -> Encoded:
     if len(ids) < 2:
         raise ValueError("fewer than two tokens: there is nothing to predict")
     return Encoded(tuple(ids), tuple(learnt))
