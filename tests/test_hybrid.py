@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import greedy
+from reference import greedy, load
 from safetensors.torch import load_file
 from train_helpers import as_run
 
@@ -126,6 +126,38 @@ def test_the_sampler_generates_what_transformers_does_with_the_trained_model(pai
         scores = wanted.logprobs[len(wanted.prompt) - 1 : -1].gather(1, torch.tensor(wanted.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample["sampler_logprobs"]), scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.tensor(sample["trainer_logprobs"]), scores, rtol=0, atol=1e-5)
+
+
+def test_both_sides_are_at_the_sampling_temperature(ranks, tmp_path):
+    """The log-probabilities that ratios, divergences and importance weights are made of."""
+    config = settings(tmp_path, layout(tp=2), layout(dp=2))
+    ranks(2).run(run_job, replace(config, sampling=SamplingParams(temperature=0.6, max_tokens=8, ignore_eos=True)))
+    model = load(tmp_path)
+    for sample in map(json.loads, (tmp_path / "training/rollouts/iteration-000001.jsonl").open()):
+        prompt, tokens = sample["prompt_token_ids"], sample["token_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        wanted = (logits / 0.6).log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        for side in ("sampler", "trainer"):
+            torch.testing.assert_close(torch.tensor(sample[f"{side}_logprobs"]), wanted, rtol=0, atol=1e-5)
+
+
+def same_reward_twice(rank: int, config: HybridConfig, out: Path) -> None:
+    run_job(rank, config)
+    run_job(rank, replace(config, hybrid=replace(config.hybrid, steps=0), output=TrainOutputSection(folder=str(out))))
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_equal_rewards_change_no_weight(kl, ranks, tmp_path):
+    """Of any value: a tenth is not the mean of tenths."""
+    config = settings(tmp_path / "learnt", layout(), layout())
+    loop = replace(config.hybrid, algorithm="grpo", steps=2, samples_per_prompt=3, kl_coefficient=kl)
+    loop = replace(loop, reward="hybrid_rewards:a_tenth")
+    steady = replace(OPTIMIZER, min_learning_rate=OPTIMIZER.learning_rate)  # or it would depend on hybrid.steps
+    config = replace(config, hybrid=loop, sampling=SamplingParams(max_tokens=4), optimizer=steady)
+    ranks(1).run(same_reward_twice, config, tmp_path / "not")
+    learnt, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("learnt", "not"))
+    assert all(torch.equal(learnt[name], wanted[name]) for name in wanted)
 
 
 ROOM = {"free_kv_while_training": True, "offload_optimizer": True}

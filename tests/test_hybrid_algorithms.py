@@ -2,13 +2,16 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from megalite.config.schema import HybridConfig, HybridSection, SupervisedSection
+from megalite.config.hybrid_rules import hybrid_problems
+from megalite.config.schema import HybridConfig, HybridSection, SamplingParams, SupervisedSection
 from megalite.hybrid.algorithms import (
     Agreement,
     PolicyLoss,
@@ -36,10 +39,41 @@ def test_an_advantage_is_the_distance_from_the_mean_of_the_group():
     torch.testing.assert_close(found, (rewards - rewards.mean()) / rewards.std(correction=0), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("divide", [True, False])
-@pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 1.0])
-def test_a_group_of_equals_teaches_nothing(reward, divide):
-    assert group_advantages([reward] * 7, divide=divide) == [0.0] * 7
+NUMBERS = st.floats(-1e6, 1e6)
+
+
+@given(NUMBERS, st.integers(1, 70), st.booleans())
+def test_a_group_of_equals_teaches_nothing(reward, size, divide):
+    """To the bit: Adam makes a whole step of 1e-11 too."""
+    assert group_advantages([reward] * size, divide=divide) == [0.0] * size
+    noisy = [reward * (1 + 2e-16 * (place % 3)) for place in range(size)]
+    assert group_advantages(noisy, divide=divide) == [0.0] * size, "what differs is rounding"
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=20), st.booleans())
+def test_a_difference_teaches(rewards, divide):
+    found = group_advantages(rewards, divide=divide)
+    if max(rewards) - min(rewards) > 1e-6 * max(1, *map(abs, rewards)):
+        assert max(found) > 0 > min(found)
+        assert sum(found) == pytest.approx(0, abs=1e-6 * sum(map(abs, found)))
+
+
+NOT_SHAPING = {"n", "best_of", "temperature", "max_tokens", "seed", "stop", "stop_token_ids", "logprobs"}
+NOT_SHAPING |= {"include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "skip_special_tokens"}
+
+
+@pytest.mark.parametrize("name", sorted({field.name for field in fields(SamplingParams)} - NOT_SHAPING))
+def test_what_nothing_corrects_for_is_refused(name):
+    """Whatever else changes what a sample is drawn from; a new parameter has to be thought about."""
+    value = {"top_p": 0.9, "min_p": 0.1, "logit_bias": {3: 1.0}, "repetition_penalty": 1.1}.get(name, 1)
+    for algorithm in ("grpo", "rejection"):
+        config = HybridConfig(
+            hybrid=HybridSection(algorithm=algorithm, reward="a:b"),
+            sampling=replace(SamplingParams(max_tokens=4), **{name: value}),
+        )
+        found = [one for one in hybrid_problems(config, None) if one.key == f"sampling.{name}"]
+        assert bool(found) == (algorithm == "grpo")
+        assert all("nothing corrects for that" in one.rule for one in found)
 
 
 def test_the_best_of_a_group_is_the_first_of_equals_and_above_the_bar():

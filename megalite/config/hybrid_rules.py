@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from megalite.config.schema import HybridConfig, HybridSection, ParallelSection, SamplingParams
 from megalite.config.shape import ModelFacts, Rules, problem
 from megalite.errors import Problem
 
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "logit_bias": (None, {}),
+}
+"""What shapes the distribution that a sample is drawn from, other than the temperature; and values that don't."""
+_UNCORRECTED = (
+    "would draw samples from another distribution than the one that learns from them (grpo's ratios, divergence and "
+    "importance weights are over the whole vocabulary at sampling.temperature), and nothing corrects for that"
+)
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """`package.module:function`."""
 
@@ -100,6 +116,9 @@ def _sampling_problems(sampling: SamplingParams, hybrid: HybridSection, model: M
     several = hybrid.samples_per_prompt > 1
     rule = "must be above 0, or the samples of a prompt would all be the same"
     rules.need("temperature", sampling.temperature > 0 or not several, rule)
+    if hybrid.algorithm == "grpo":
+        for name, neutral in _NEUTRAL.items():
+            rules.need(name, getattr(sampling, name) in neutral, _UNCORRECTED, f"Leave it out (it is {neutral[0]!r}).")
     if rules.need("max_tokens", sampling.max_tokens is not None, "is needed") and model is not None:
         most = model.max_position_embeddings
         rule = f"leaves no room for a prompt: the model has {most} positions"

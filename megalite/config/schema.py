@@ -374,8 +374,9 @@ class HybridSection:
     """The loop: sample, reward, update, hand the new weights to the sampler."""
 
     algorithm: Literal["grpo", "rejection"] = "grpo"
-    """grpo: policy gradient with group-normalised advantages (arXiv 2402.03300); rejection: fine-tuning on the best
-    samples."""
+    """grpo: policy gradient with group-normalised advantages (arXiv 2402.03300), of the distribution over the whole
+    vocabulary at sampling.temperature, so nothing else may shape it; an update in which no group has a difference is
+    left out. rejection: fine-tuning on the best samples, whatever they are drawn from."""
     steps: int = 100
     """Iterations."""
     prompts_per_step: int = 16

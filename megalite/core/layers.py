@@ -6,7 +6,7 @@ tp rank in the gradient norm) and `sum_gradient_over_tp` (every tp rank holds th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,10 @@ def store_by_input(module: nn.Module) -> None:
             part.weight.data = part.weight.data.t().contiguous().t()
 
 
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""Of input, weight and bias, as `F.linear`."""
+
+
 class ColumnParallelLinear(nn.Module):
     """y = x W^T + b with the outputs cut over tp; several matrices that share their input are stacked in one weight.
 
@@ -59,8 +63,9 @@ class ColumnParallelLinear(nn.Module):
         self.weight = sharded((sum(self.widths), in_features))
         self.bias = sharded((sum(self.widths),)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(enter_tp(x, self.state), self.weight, self.bias)
+    def forward(self, x: Tensor, product: Product = F.linear) -> Tensor:
+        """`product`: what is made of the whole x, weight and bias; it may use the weight in another way."""
+        return product(enter_tp(x, self.state), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):

@@ -20,10 +20,17 @@ from megalite.train.loss import TokenLoss
 
 DEVIATION_FLOOR = 1e-6
 """Keeps a group of nearly equal rewards from being divided by nothing."""
+EQUAL = 1e-9
+"""Rewards that differ by less, absolutely or of their size, are equal: what is left is rounding."""
 
 
 def group_advantages(rewards: Sequence[float], *, divide: bool) -> list[float]:
-    """How much better each sample is than the mean of its group; with `divide`, in standard deviations of the group."""
+    """How much better each sample is than the mean of its group; with `divide`, in standard deviations of the group.
+
+    In a group of equals they are exactly 0: Adam makes a whole step of any other number, however small.
+    """
+    if math.isclose(min(rewards), max(rewards), rel_tol=EQUAL, abs_tol=EQUAL):
+        return [0.0] * len(rewards)
     mean = statistics.fmean(rewards)
     deviation = statistics.pstdev(rewards) + DEVIATION_FLOOR if divide else 1.0
     return [(reward - mean) / deviation for reward in rewards]

@@ -49,7 +49,7 @@ class Generator:
         self.params = replace(sampling, n=samples)
         self.requests, self.texts = self._prepare(examples)
         longest = max(len(request.prompt_token_ids) for request in self.requests) + self.params.max_tokens
-        self.engine = replica.engine(longest=longest, sequences=samples * at_once)
+        self.engine = replica.engine(longest=longest, sequences=samples * at_once, at_temperature=True)
         self.calls = 0
 
     def _prepare(self, examples: Sequence[Example]) -> tuple[list[Request], list[str]]:

@@ -32,6 +32,7 @@ from megalite.hybrid.rollout import Judged, Rollout
 from megalite.hybrid.sync import Sync
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
+from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
 from megalite.train.flops import peak_of_run
 from megalite.train.model import Scorer
@@ -261,6 +262,7 @@ class Job:
             self.trainer,
             self.config.hybrid,
             micro_batch_tokens=self.config.train.micro_batch_tokens,
+            temperature=policy_temperature(self.config.sampling),
             reference=Scorer(self.reference).logprobs if self.reference is not None else None,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
@@ -49,12 +49,22 @@ class Learner:
     """Updates by one trainer. Every method is collective over the training layout, with the same arguments."""
 
     def __init__(
-        self, trainer: Trainer, section: HybridSection, *, micro_batch_tokens: int, reference: Logprobs | None = None
+        self,
+        trainer: Trainer,
+        section: HybridSection,
+        *,
+        micro_batch_tokens: int,
+        temperature: float = 1.0,
+        reference: Logprobs | None = None,
     ):
-        """`reference`: the model that the run began with, where the loss measures the distance from it."""
+        """`temperature`: at which the rollouts are drawn, and so that of the policy whose log-probabilities count.
+
+        `reference`: the model that the run began with, where the loss measures the distance from it.
+        """
         self.trainer = trainer
         self.section = section
         self.capacity = micro_batch_tokens
+        self.temperature = temperature
         self.reference = reference
 
     def supervise(self, examples: Sequence[Encoded]) -> dict[str, float]:
@@ -128,8 +138,8 @@ class Learner:
 
         metrics = []
         for update, packs in zip(each, mine, strict=True):
-            if reference is None and not any(advantages[index] for index in update):
-                continue  # every sample is as good as its group: nothing to learn
+            if not any(advantages[index] for index in update):
+                continue  # every sample is as good as its group: nothing to learn, and Adam makes steps of rounding
             metrics.append(self._step([self._batch(rollouts, packed, per_token) for packed in packs], loss))
         return metrics
 
@@ -149,7 +159,10 @@ class Learner:
             if not kept:
                 continue
             [packs] = self._plan([[len(rollouts[index].tokens) - 1 for index in kept]])
-            batches = [self._batch(rollouts, [kept[place] for place in packed], lambda index: {}) for packed in packs]
+            batches = [
+                replace(self._batch(rollouts, [kept[place] for place in packed], lambda index: {}), temperature=1.0)
+                for packed in packs
+            ]
             metrics.append(self._step(batches, NEXT_TOKEN))
         return metrics
 
@@ -167,24 +180,19 @@ class Learner:
     def _batch(
         self, rollouts: Sequence[Rollout], packed: Sequence[int], per_token: Callable[[int], dict[str, list[float]]]
     ) -> MicroBatch:
-        """The rollouts at `packed`; their own tokens count, and have the values of `per_token`."""
+        """The rollouts at `packed`, at their temperature; their own tokens count and have the values of `per_token`."""
         if not packed:
             names = per_token(0)
             empty = blank(self._tp)
-            return MicroBatch(
-                ids=empty.ids,
-                targets=empty.targets,
-                weights=empty.weights,
-                lengths=empty.lengths,
-                values={name: torch.zeros(empty.num_tokens) for name in names},
-            )
+            return replace(empty, values={name: torch.zeros(empty.num_tokens) for name in names})
         given = {index: [0.0] * (len(rollouts[index].prompt_token_ids) - 1) for index in packed}
         values = {index: per_token(index) for index in packed}
-        return from_sequences(
+        batch = from_sequences(
             [rollouts[index].tokens for index in packed],
             [given[index] + [1.0] * len(rollouts[index].token_ids) for index in packed],
             {name: [given[index] + values[index][name] for index in packed] for name in values[packed[0]]},
         )
+        return replace(batch, temperature=self.temperature)
 
     def _score(
         self, logprobs: Logprobs, rollouts: Sequence[Rollout], packs: Sequence[Sequence[int]]

@@ -27,7 +27,7 @@ class Rollout:
     text: str
     """Without what ended it."""
     logprobs: tuple[float, ...]
-    """Of each sampled token, by the sampler's full distribution."""
+    """Of each sampled token, by the sampler's full distribution at the sampling temperature."""
     finish_reason: str | None
     weight_version: int
     """Of the weights that it was sampled with."""

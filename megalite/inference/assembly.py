@@ -105,8 +105,13 @@ class Replica:
             return memory.host_memory_available() // self.runtime.local_world_size
         return free_memory(self.device) // ranks_on_device(self.runtime.local_world_size)
 
-    def engine(self, *, longest: int | None = None, sequences: int | None = None) -> Engine:
-        """Make the KV cache and the engine. `longest` and `sequences` say what the work needs, where that is known."""
+    def engine(
+        self, *, longest: int | None = None, sequences: int | None = None, at_temperature: bool = False
+    ) -> Engine:
+        """Make the KV cache and the engine. `longest` and `sequences` say what the work needs, where that is known.
+
+        `at_temperature`: of the log-probabilities of sampled tokens, see `Sampler`.
+        """
         settings = self.settings
         concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
         run_blocks = memory.blocks_for(min(longest or self.max_model_len, self.max_model_len), settings.block_size)
@@ -142,7 +147,7 @@ class Replica:
             use_graphs=on_device and not settings.enforce_eager and self._capturable(),
         )
         outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
-        sampler = Sampler(self.model.vocab_size)
+        sampler = Sampler(self.model.vocab_size, at_temperature=at_temperature)
         return Engine(
             self.state, self._runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
         )

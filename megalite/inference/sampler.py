@@ -2,7 +2,7 @@
 
 What is done to a row of logits, in this order (vLLM's, vllm/v1/sample/sampler.py):
 
-1. log-probabilities are taken from the raw logits, in float32;
+1. log-probabilities are taken from the raw logits, in float32 (or from those over the temperature, see `Sampler`);
 2. min_tokens: ids that would end the output get -inf;
 3. logit_bias is added;
 4. repetition, then frequency, then presence penalty;
@@ -67,7 +67,8 @@ class SampledRows:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of the token, from the raw logits in float32: before penalties, bias and temperature."""
+    """Of the token, from the raw logits in float32: before penalties and bias, and before the temperature unless the
+    sampler is `at_temperature`."""
     top_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """For rows whose params.logprobs is set."""
 
@@ -81,14 +82,22 @@ def uniform(seed: int, index: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
+def policy_temperature(params: SamplingParams) -> float:
+    """The temperature of the distribution that a token's log-probability is taken from; 1 where sampling is greedy."""
+    return params.temperature if params.temperature >= GREEDY_BELOW else 1.0
+
+
 class Sampler:
     """Samples rows of logits; keeps what penalties need to know of a sequence until `forget`.
 
     It works wherever the logits are. Nothing depends on which rows are sampled together.
     """
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, *, at_temperature: bool = False):
+        """`at_temperature`: a sampled token's log-probability is that of the distribution at its request's temperature,
+        which importance weights need; greedy requests stay at temperature 1."""
         self.vocab_size = vocab_size
+        self.at_temperature = at_temperature
         self._id_bits = vocab_size.bit_length()
         # A weight and an id fit into one int64 together, and so does the sum of vocab_size weights.
         self._one = 2 ** (62 - self._id_bits)
@@ -144,7 +153,11 @@ class Sampler:
         ids = self._choose(logits, rows, params)
         logprobs = raw.log_softmax(-1)
         sampled.token_ids.extend(ids.tolist())
-        sampled.logprobs.extend(logprobs.gather(1, ids[:, None])[:, 0].tolist())
+        drawn_from = logprobs
+        if self.at_temperature and any(p.temperature != 1 for p in params):
+            divisors = torch.tensor([policy_temperature(p) for p in params], device=raw.device)
+            drawn_from = (raw / divisors[:, None]).log_softmax(-1)
+        sampled.logprobs.extend(drawn_from.gather(1, ids[:, None])[:, 0].tolist())
         details: list[TokenLogprobs | None] = [None] * len(rows)
         wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
         if wanted:

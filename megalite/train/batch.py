@@ -23,6 +23,8 @@ class MicroBatch:
     """Tokens of each sequence; they sum to T."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """What else a loss needs of each token (advantages, earlier log-probabilities): float32 [T] each."""
+    temperature: float = 1.0
+    """What logits are divided by: log-probabilities are those of the distribution that samples were drawn from."""
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +55,8 @@ class MicroBatch:
         def pad(tensor: Tensor) -> Tensor:
             return torch.cat([tensor, tensor.new_zeros(padding)])
 
-        return MicroBatch(
+        return replace(
+            self,
             ids=pad(self.ids),
             targets=pad(self.targets),
             weights=pad(self.weights),

@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary that is cut over tp: no rank ever holds a whole row of logits. And the losses."""
+"""Log-probabilities over a vocabulary that is cut over tp and never whole in memory; and the losses over them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megalite.core.collectives import all_reduce_sum
+from megalite.core.collectives import all_reduce_max, all_reduce_sum
 from megalite.core.parallel_state import Axis
 from megalite.train.batch import MicroBatch
+
+BLOCK = 1 << 24
+"""Logits in memory at once, in float32: 64 MiB, and a copy or two while they are worked on."""
+LEAST_ROWS = 128
+"""Rows (or columns) of a block even where they are long: fewer would leave a GPU idle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Loss(Protocol):
     metric_names: tuple[str, ...]
 
     def __call__(self, logprobs: Tensor, batch: MicroBatch) -> TokenLoss:
-        """`logprobs`: of each target, by the full distribution: float32 [T]."""
+        """`logprobs`: of each target, by the full distribution at the batch's temperature: float32 [T]."""
 
 
 class NextToken:
@@ -47,40 +52,95 @@ class NextToken:
 NEXT_TOKEN = NextToken()
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, first_row: int, axis: Axis) -> Tensor:
-    """Negative log-likelihood of each target in float32, the same on every rank of the axis: [T].
+def target_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    axis: Axis,
+    first_row: int,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Log-probability of each target by softmax(logits / temperature), the same on every rank of the axis: float32 [T].
 
-    `logits` [T, V / tp] are those of vocabulary rows first_row..first_row + V / tp - 1; `targets` int64 [T] are ids of
-    the whole vocabulary. Megatron-LM (arXiv 1909.08053, section 3): the maximum, the sum of exponentials and the
-    target's logit are reduced over the axis, so T numbers travel instead of T x V.
+    `hidden` [T, D] is what the head is applied to; `weight` [V / tp, D] are this rank's rows of the head, from row
+    `first_row` of the vocabulary on; `targets` int64 [T] are ids of the whole vocabulary. Logits are made of the two a
+    block at a time, forward by rows and backward by columns, so [T, V] exists in no precision unless it is one block.
+    Over the axis only T numbers travel (Megatron-LM, arXiv 1909.08053, section 3).
     """
-    if axis.size == 1:
-        return F.cross_entropy(logits.float(), targets, reduction="none")
-    return _CrossEntropy.apply(logits, targets, first_row, axis)
+    return _TargetLogprobs.apply(hidden, weight, targets, axis, first_row, temperature, softcap)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, first_row: int, axis: Axis) -> Tensor:
-        width = logits.shape[1]
-        scores = logits.float()
-        peak = scores.amax(1)
-        if axis.size > 1:
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group=axis.group)
-        scores = scores - peak[:, None]
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        axis: Axis,
+        first_row: int,
+        temperature: float,
+        softcap: float | None,
+    ) -> Tensor:
+        width = weight.shape[0]
         local = targets - first_row
         mine = (local >= 0) & (local < width)
-        local = local.clamp(0, width - 1)[:, None]
-        chosen = scores.gather(1, local)[:, 0] * mine
-        exps = scores.exp_()
-        total, chosen = all_reduce_sum(torch.stack([exps.sum(1), chosen]), axis)
-        ctx.save_for_backward(exps, total, local, mine)
-        ctx.dtype = logits.dtype
-        return total.log() - chosen
+        peak = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+        total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
+        exps = None
+        for rows in _blocks(hidden.shape[0], width) if width else ():
+            scores = _scores(hidden[rows], weight, temperature, softcap)
+            peak[rows] = scores.amax(1)
+            chosen[rows] = scores.gather(1, local[rows].clamp(0, width - 1)[:, None])[:, 0]
+            exps = scores.sub_(peak[rows, None]).exp_()
+            total[rows] = exps.sum(1)
+        highest = all_reduce_max(peak.clone(), axis)
+        shares = (peak - highest).exp()
+        total, chosen = all_reduce_sum(torch.stack([total * shares, (chosen - highest) * mine]), axis)
+        # One block without a cap is kept for the backward pass: smaller than what is kept of most layers.
+        kept = exps if exps is not None and len(exps) == len(targets) and softcap is None else None
+        ctx.save_for_backward(hidden, weight, local, highest, total, shares, kept)
+        ctx.temperature, ctx.softcap = temperature, softcap
+        return chosen - total.log()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
-        exps, total, local, mine = ctx.saved_tensors
-        grads = exps * (grad / total)[:, None]  # softmax, of which the target's entry is less one
-        grads.scatter_add_(1, local, -(grad * mine)[:, None])
-        return grads.to(ctx.dtype), None, None, None
+        """With p the softmax, the gradient of a row's logits is (onehot(target) - p) grad / temperature."""
+        hidden, weight, local, highest, total, shares, kept = ctx.saved_tensors
+        into_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        into_weight = torch.empty_like(weight)
+        grad = grad / ctx.temperature
+        columns = [slice(0, weight.shape[0])] if kept is not None else _blocks(weight.shape[0], hidden.shape[0])
+        for block in columns:
+            part = weight[block]
+            if kept is not None:
+                scores, grads = None, kept * (-grad * shares / total)[:, None]
+            else:
+                scores = _scores(hidden, part, ctx.temperature, ctx.softcap)
+                grads = (scores - highest[:, None]).exp_().mul_((-grad / total)[:, None])
+            place = local - block.start
+            here = (place >= 0) & (place < len(part))
+            grads.scatter_add_(1, place.clamp(0, len(part) - 1)[:, None], (grad * here)[:, None])
+            if ctx.softcap is not None:  # d (cap tanh(z / cap)) / dz, from the capped logits
+                grads.mul_(1 - (scores * (ctx.temperature / ctx.softcap)).square_())
+            grads = grads.to(weight.dtype)
+            into_hidden += grads @ part
+            torch.mm(grads.t(), hidden, out=into_weight[block])
+        return into_hidden.to(hidden.dtype), into_weight, None, None, None, None, None
+
+
+def _scores(hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """Logits over the temperature, rounded to the model's numbers first as generation does: float32, its own memory."""
+    scores = F.linear(hidden, weight).float()
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    return scores if temperature == 1 else scores.div_(temperature)
+
+
+def _blocks(count: int, width: int) -> list[slice]:
+    """`count` rows of `width` numbers, in blocks of BLOCK numbers or LEAST_ROWS rows."""
+    size = max(LEAST_ROWS, BLOCK // max(width, 1))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

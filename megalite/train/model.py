@@ -18,7 +18,7 @@ from megalite.core.schedules import forward_only
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import BlockCall, Decoder
 from megalite.train.batch import MicroBatch
-from megalite.train.loss import cross_entropy
+from megalite.train.loss import target_logprobs
 
 ChunkModel = Callable[[MicroBatch, Tensor | None, int], Tensor]
 """(micro batch, what the previous stage gave, chunk) -> hidden states, or after the last chunk what is wanted."""
@@ -38,12 +38,27 @@ class LanguageModel(nn.Module):
         self._attention = lru_cache(maxsize=CONTEXTS)(PackedAttention)
 
     def forward(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """After the model's last chunk log-probabilities, by the full distribution: float32 [T]; else as `hidden`."""
+        """After the model's last chunk log-probabilities, by the full distribution: float32 [T]; else as `hidden`.
+
+        They are those of the distribution at the batch's temperature.
+        """
         hidden = self.hidden(batch, received, chunk)
         if not self.decoder.is_end(chunk):
             return hidden
-        logits = self.decoder.logits(hidden)
-        return -cross_entropy(logits, batch.targets, self.first_row, self.decoder.state.tp)
+        return self.decoder.head(self.decoder.norm(hidden), partial(self._logprobs, batch))
+
+    def _logprobs(self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the head makes of its input here: see `Product`."""
+        assert bias is None
+        return target_logprobs(
+            hidden,
+            weight,
+            batch.targets,
+            axis=self.decoder.state.tp,
+            first_row=self.first_row,
+            temperature=batch.temperature,
+            softcap=self.decoder.config.final_softcap,
+        )
 
     def hidden(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after a chunk, `received` being those before it: [T or T/tp, hidden]."""
