@@ -329,7 +329,7 @@ CASES = {
     "prompt that is a number": given("input.prompts=[5]", "a prompt must be text, a list of token ids, or a chat"),
     "prompt that is a mapping": given("input.prompts=[a: b]", "goes in quotes"),
     "token id beyond the vocabulary": given("input.prompts=[[5, 103]]", "prompts[0][1]", "ids are 0 to 102, got 103"),
-    "half a chat": given("input.prompts=[[{role: user}]]", "input.prompts[0][0]: a chat message needs a content"),
+    "half a chat": given("input.prompts=[[{content: a}]]", "input.prompts[0][0]: a chat message needs a role"),
     "no input file": given(
         "input.file=jop.yaml",
         "input.file: no such file, got 'jop.yaml'. Did you mean job.yaml?",

@@ -125,7 +125,8 @@ BAD = {
     "half a character": (rb'{"prompt": "\ud800", "response": "a"}', "'prompt' has half a surrogate pair"),
     "nothing": (b'{"prompt": "a", "response": ""}', "'response' is empty"),
     "no turn": (b'{"messages": [{"role": "user"}]}', "no message has the role 'assistant'"),
-    "no role": (b'{"messages": [{"content": "a"}]}', "message 1 has no 'role'"),
+    "no role": (b'{"messages": [{"content": "a"}]}', "messages[0]: a chat message needs a role"),
+    "tools": (b'{"messages": [{"role": "assistant"}], "tools": "f"}', "tools: must be a list of JSON schemas"),
 }
 
 

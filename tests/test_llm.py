@@ -145,7 +145,7 @@ def test_chat(llm):
         ("hi", r"chats\[0\]: a chat is a list of {role, content}, got 'hi'"),
         (["hi", "you"], r"chats\[0\]: a chat is a list"),
         ([[{"role": "user", "content": "hi"}], [3]], r"chats\[1\]: a chat is a list"),
-        ([{"role": "user"}], r"prompts\[0\]\[0\]: a chat message needs a content"),
+        ([{"content": "a"}], r"prompts\[0\]\[0\]: a chat message needs a role"),
     ],
 )
 def test_what_is_no_chat(llm, chat, says):

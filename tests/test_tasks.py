@@ -57,8 +57,9 @@ def test_held_out_records_depend_on_themselves_alone(tmp_path):
         ({"prompt": "x", "messages": []}, "needs either a prompt or messages"),
         ({"prompt": ""}, "prompt must be a text that is not empty"),
         ({"prompt": [1, 2]}, "prompt must be a text that is not empty"),
-        ({"messages": []}, "messages must be a list of {role, content}"),
-        ({"messages": [{"content": "x"}]}, "messages must be a list of {role, content}"),
+        ({"messages": []}, "messages: must be a list of {role, content}, at least one"),
+        ({"messages": [{"content": "x"}]}, "messages[0]: a chat message needs a role"),
+        ({"messages": [{"role": "user"}], "tools": {}}, "tools: must be a list of JSON schemas, or null"),
         ({"prompt": "x", "response": None}, "response must be text, got null"),
     ],
 )

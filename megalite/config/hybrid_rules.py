@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from megalite.config.chat import section_problems
 from megalite.config.schema import HybridConfig, HybridSection, ParallelSection, SamplingParams
 from megalite.config.shape import ModelFacts, Rules, problem
 from megalite.errors import Problem
@@ -103,7 +104,7 @@ def _data_problems(config: HybridConfig) -> list[Problem]:
         fix = "Leave them out; a file has no arguments."
         rules.problems.append(problem("data.options", "are for a task's function", data.options, fix))
     rules.need("seed", 0 <= data.seed < 2**63, "must be between 0 and 2^63 - 1")
-    return rules.problems
+    return rules.problems + section_problems(data, "data.")
 
 
 def _sampling_problems(sampling: SamplingParams, hybrid: HybridSection, model: ModelFacts | None) -> list[Problem]:

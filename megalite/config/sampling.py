@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
+from megalite.config.chat import messages_problem
 from megalite.config.schema import SamplingParams
 from megalite.config.shape import Rules, hints, misfit, problem, unknown_key
 from megalite.errors import ConfigError, Problem
@@ -133,26 +134,11 @@ def prompt_problem(prompt: Any, *, key: str, vocab_size: int | None = None) -> P
     if not prompt:
         return problem(key, "an empty prompt", prompt, "A prompt holds at least one token.")
     if any(isinstance(message, dict) for message in prompt):
-        return _chat_problem(prompt, key)
+        return messages_problem(prompt, key=key)
     for position, token in enumerate(prompt):
         if type(token) is not int:
             rule = "must be a token id (a whole number); a list of texts is several prompts"
             return problem(f"{key}[{position}]", rule, token)
         if token < 0 or (vocab_size is not None and token >= vocab_size):
             return _bad_token(f"{key}[{position}]", token, vocab_size)
-    return None
-
-
-def _chat_problem(messages: list | tuple, key: str) -> Problem | None:
-    for position, message in enumerate(messages):
-        at = f"{key}[{position}]"
-        if not isinstance(message, dict):
-            return problem(at, "a chat message must be {role: ..., content: ...}", message)
-        for name in ("role", "content"):
-            if name not in message:
-                return problem(at, f"a chat message needs a {name}", message)
-            if not isinstance(message[name], str):
-                return problem(f"{at}.{name}", "must be text", message[name])
-        if not message["role"]:
-            return problem(f"{at}.role", "must not be empty", message["role"], "Usual roles: system, user, assistant.")
     return None

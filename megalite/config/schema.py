@@ -137,7 +137,12 @@ class InputSection:
     prompts: list[Any] | None = None
     """Texts, lists of token ids, or chats (lists of {role, content})."""
     file: str | None = None
-    """JSON lines with `prompt` (text or token ids) or `messages`, optional `id` and `sampling`; `-`: standard input."""
+    """JSON lines with `prompt` (text or token ids) or `messages`, optional `id` and `sampling`, for chats `tools` and
+    `chat_template_kwargs`; `-`: standard input."""
+    tools: list[Any] | None = None
+    """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}; a chat's own of the same name go first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,7 +228,11 @@ class DataSection:
     """`stdlib`: the Python standard library's source of this interpreter; else a file, a folder or a glob of files."""
     format: Literal["auto", "text", "examples"] = "auto"
     """text: texts, or lines with `text`; examples: lines with `prompt` and `response`, or with `messages` for the chat
-    template, and the loss is on responses only; auto: what the first line is."""
+    template (and `tools`, `chat_template_kwargs`), and the loss is on responses only; auto: what the first line is."""
+    tools: list[Any] | None = None
+    """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}; a chat's own of the same name go first."""
     pattern: str = "**/*.py"
     """Files taken from a folder."""
     exclude: list[str] = field(default_factory=list)
@@ -326,10 +335,14 @@ class HybridDataSection:
     """Prompts to sample for, and what the reward needs to know of each."""
 
     source: str | None = None
-    """A task, `package.module:function`, or a file of JSON lines, each with `prompt` or `messages`, what the reward
-    reads, and for supervised steps `response`. Required."""
+    """A task, `package.module:function`, or a file of JSON lines, each with `prompt` or `messages` (and `tools`,
+    `chat_template_kwargs`), what the reward reads, and for supervised steps `response`. Required."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task's function."""
+    tools: list[Any] | None = None
+    """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, e.g. {enable_thinking: false}; a chat's own of the same name go first."""
     seed: int = 0
     """Seed of the order."""
 

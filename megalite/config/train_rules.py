@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megalite.config.chat import section_problems
 from megalite.config.schema import (
     DataSection,
     HybridConfig,
@@ -126,7 +127,7 @@ def data_problems(data: DataSection, model: ModelFacts | None) -> list[Problem]:
         most = model.max_position_embeddings
         rules.need("sequence_length", data.sequence_length <= most, f"the model has {most} positions")
     rules.need("seed", 0 <= data.seed < 2**63, "must be between 0 and 2^63 - 1")
-    return rules.problems
+    return rules.problems + section_problems(data, "data.")
 
 
 def _relative_glob(pattern: str) -> bool:

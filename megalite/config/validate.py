@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from megalite.config.chat import section_problems
 from megalite.config.hybrid_rules import hybrid_problems
 from megalite.config.hybrid_rules import num_ranks as hybrid_ranks
 from megalite.config.parallel_rules import generating_layout_problems, layout_problems, training_layout_problems
@@ -74,6 +75,7 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     else:
         found = engine_problems(config, model)
         found += _input_problems(config.input, model) + _output_problems(config.output, config.input)
+        found += section_problems(config.input, "input.")
         if config.monitor.status_file is not None:
             found += _writable_problems("monitor.status_file", config.monitor.status_file)
     mismatch = world_size_problem(config, world_size)

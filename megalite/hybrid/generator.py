@@ -58,7 +58,15 @@ class Generator:
         requests, texts, problems = [], [], []
         for index, example in enumerate(examples):
             prompt = example.prompt if example.messages is None else list(example.messages)
-            request, text = make_request(prompt, self.params, served, id="", index=index, where=example.where)
+            request, text = make_request(
+                prompt,
+                self.params,
+                served,
+                id="",
+                index=index,
+                where=example.where,
+                chat_variables=example.variables,
+            )
             if request.max_tokens < self.params.max_tokens:
                 rule = (
                     f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megalite.config.chat import section_variables
 from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.hybrid.tasks import Example, load_examples
@@ -48,7 +49,8 @@ class Materials:
         self.references = self.folder / "training" / "reference"
         self.found = state_to_resume(self.states, resume=config.output.resume)
         data = config.data
-        self.examples = load_examples(data.source, data.options, split="train", seed=data.seed)
+        variables = section_variables(data)
+        self.examples = load_examples(data.source, data.options, split="train", seed=data.seed, variables=variables)
         wait()  # until all have looked for a state: what is unfinished goes now
         if is_writer:
             remove_unfinished(self.states)
@@ -88,8 +90,9 @@ class Materials:
             if example.messages is None:
                 found.append(supervised.encode_pair(self.tokenizer, example.prompt, example.response, end))
                 continue
-            answered = [*example.messages, {"role": "assistant", "content": example.response}]
-            found.append(supervised.encode_chat(self.tokenizer, answered, end)[-1])
+            found.append(
+                supervised.encode_answer(self.tokenizer, example.messages, example.response, end, **example.variables)
+            )
         return found
 
     # ---- checkpoints and the model
@@ -139,6 +142,5 @@ class Materials:
 
 
 def _text(example: Example) -> str:
-    """What a tokenizer should know of an example."""
-    said = [str(message.get("content", "")) for message in example.messages or ()]
-    return (example.prompt or "\n".join(said)) + (example.response or "")
+    """What a tokenizer should know of an example; one that is trained here has no template for chats."""
+    return (example.prompt or "") + (example.response or "")

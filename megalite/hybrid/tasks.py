@@ -1,9 +1,9 @@
 """Sources of prompts: `data.source` names a JSON-lines file, or a function such as `megalite.hybrid.tasks:additions`.
 
-A record is a mapping with `prompt` (text) or `messages` (a chat), perhaps with `response` (text, for supervised steps),
-and whatever else its reward looks at. A function `task(*, split, seed, **options)` gives a finite sequence of records;
-`data.options` of the config are its options. It is a pure function: what it gives depends on its arguments alone, so
-that every rank, and a job that is resumed, makes the same list. No torch here.
+A record is a mapping with `prompt` (text) or `messages` (a chat, see config/chat.py), perhaps with `response` (text,
+for supervised steps), and whatever else its reward looks at. A function `task(*, split, seed, **options)` gives a
+finite sequence of records; `data.options` of the config are its options. It is a pure function: what it gives depends
+on its arguments alone, so that every rank, and a job that is resumed, makes the same list. No torch here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
+from megalite.config.chat import chat_problem, chat_variables
 from megalite.config.schema import DataSection
 from megalite.config.shape import nearest_path, shown
 from megalite.errors import ConfigError, Problem
@@ -30,6 +32,7 @@ from megalite.train.records import SourceFile, find_files, is_held_out
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "held_out"]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 GIVEN = ("split", "seed")
 """What a task function is called with beside its options."""
@@ -45,6 +48,8 @@ class Example:
     """None for a chat."""
     messages: Sequence[Mapping[str, Any]] | None
     """None for a text."""
+    variables: Mapping[str, Any]
+    """What a chat's template sees beside the messages, e.g. `tools`."""
     response: str | None
     record: Mapping[str, Any]
     """All of it, as rewards see it; JSON-like."""
@@ -67,12 +72,19 @@ def check_source(source: str, options: Mapping[str, Any]) -> list[Problem]:
 
 
 def load_examples(
-    source: str, options: Mapping[str, Any], *, split: Split, seed: int = 0, held_out: float = 0.0
+    source: str,
+    options: Mapping[str, Any],
+    *,
+    split: Split,
+    seed: int = 0,
+    held_out: float = 0.0,
+    variables: Mapping[str, Any] = NOTHING,
 ) -> list[Example]:
     """Every example of a split, in the source's order; at least one.
 
-    `held_out`: for a file, the share of its records kept for evaluation, chosen by a hash of each record. ConfigError
-    names the file and line, or the function and the place in what it gave, of everything that is wrong there.
+    `held_out`: for a file, the share of its records kept for evaluation, chosen by a hash of each record. `variables`:
+    what the chat template sees beside the messages and what a record gives it. ConfigError names the file and line, or
+    the function and the place in what it gave, of everything that is wrong there.
     """
     if ":" in source:
         function = named_function(source, key="data.source")
@@ -89,7 +101,7 @@ def load_examples(
         try:
             if isinstance(record, ValueError):
                 raise record
-            examples.append(_example(where, record))
+            examples.append(_example(where, record, variables))
         except ValueError as error:
             problems.append(Problem(key=where, rule=str(error)))
     if problems:
@@ -137,7 +149,7 @@ def _read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]
             yield where, ValueError(f"can't be read: {error}")
 
 
-def _example(where: str, record: Any) -> Example:
+def _example(where: str, record: Any, variables: Mapping[str, Any]) -> Example:
     """ValueError: the record is not what an example must be."""
     if not isinstance(record, Mapping):
         raise ValueError(f'must be a mapping such as {{"prompt": "..."}}, got {shown(record)}')
@@ -148,20 +160,17 @@ def _example(where: str, record: Any) -> Example:
     prompt, messages, response = record.get("prompt"), record.get("messages"), record.get("response")
     if "prompt" in record and not (isinstance(prompt, str) and prompt):
         raise ValueError(f"prompt must be a text that is not empty, got {shown(prompt)}")
-    if "messages" in record and not _is_chat(messages):
-        raise ValueError("messages must be a list of {role, content}, at least one")
+    wrong = chat_problem(record) if "messages" in record else None
+    if wrong is not None:
+        raise ValueError(str(wrong).rstrip("."))
     if "response" in record and not isinstance(response, str):
         raise ValueError(f"response must be text, got {shown(response)}")
     try:
         json.dumps(dict(record))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"must be made of texts, numbers, lists and mappings: {error}") from None
-    return Example(where=where, prompt=prompt, messages=messages, response=response, record=record)
-
-
-def _is_chat(messages: Any) -> bool:
-    whole = isinstance(messages, list) and messages
-    return bool(whole) and all(isinstance(one, Mapping) and isinstance(one.get("role"), str) for one in messages)
+    seen = {**variables, **chat_variables(record)} if messages is not None else NOTHING
+    return Example(where=where, prompt=prompt, messages=messages, variables=seen, response=response, record=record)
 
 
 # ---- additions

@@ -9,13 +9,14 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megalite.chat_template import TemplateError
+from megalite.config.chat import CHAT_KEYS, VARIABLES, chat_variables, section_variables, variables_problem
 from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError, Problem
@@ -28,7 +29,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 MAX_LINE = 1 << 26
 """Longest line read from an input file, bytes."""
-_KEYS = ("prompt", "messages", "id", "sampling")
+_KEYS = ("prompt", *CHAT_KEYS, "id", "sampling")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +81,7 @@ class InputBatch:
     order: tuple[str, ...]
     """Every id, in input order."""
     digest: str
-    """SHA-256 of what was read."""
+    """SHA-256 of what was read, and of what the section gives to chat templates."""
 
     def without(self, ids: Iterable[str]) -> InputBatch:
         """The same input, of which `ids` need not run."""
@@ -171,15 +172,19 @@ class _Entry:
     prompt: Any = None
     id: Any = None
     sampling: Any = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template sees beside the messages."""
     error: str | None = None
 
 
 class _Collector:
     """Turns entries into requests and failures, each with an id of its own."""
 
-    def __init__(self, served: Served, defaults: SamplingParams):
+    def __init__(self, served: Served, defaults: SamplingParams, variables: Mapping[str, Any]):
+        """`variables`: what chat templates see, where an entry does not say otherwise."""
         self.served = served
         self.defaults = defaults
+        self.variables = variables
         self.requests: list[Request] = []
         self.failures: list[Failure] = []
         self.texts: dict[str, str] = {}
@@ -199,7 +204,15 @@ class _Collector:
             if problem is not None:
                 raise ConfigError(problem)
             params = self._params(entry)
-            request, text = make_request(entry.prompt, params, self.served, id=own_id, index=index, where=entry.where)
+            request, text = make_request(
+                entry.prompt,
+                params,
+                self.served,
+                id=own_id,
+                index=index,
+                where=entry.where,
+                chat_variables={**self.variables, **entry.variables},
+            )
         except ConfigError as error:
             prompt = entry.prompt if isinstance(entry.prompt, str) else None
             self.failures.append(Failure(id=own_id, error=str(error), prompt=prompt))
@@ -251,8 +264,9 @@ def read_inputs(
 
     `stdin` stands in for standard input. ConfigError: the input as a whole can't be read, or is empty.
     """
-    collector = _Collector(served, defaults)
-    digest = sha256()
+    variables = section_variables(section)
+    collector = _Collector(served, defaults, variables)
+    digest = sha256(json.dumps(variables, default=repr).encode() if variables else b"")
     with _opened(section, stdin) as lines:
         entries = _inline(section.prompts or []) if lines is None else _parsed(lines, _name(section))
         for raw, entry in entries:
@@ -334,7 +348,13 @@ def _entry(raw: bytes, where: str) -> _Entry:
     prompt = value.get("prompt", value.get("messages"))
     if "messages" in value and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
         raise ValueError("messages must be a list of {role, content}, at least one")
-    return _Entry(where, prompt, value.get("id"), value.get("sampling"))
+    wrong = variables_problem(value)
+    if wrong is not None:
+        raise ValueError(str(wrong).rstrip("."))
+    variables = chat_variables(value)
+    if variables and not ("messages" in value or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict))):
+        raise ValueError(f"{' and '.join(VARIABLES)} are for chats, and the prompt is none")
+    return _Entry(where, prompt, value.get("id"), value.get("sampling"), variables)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from megalite.config.chat import chat_variables, section_variables
 from megalite.config.schema import DataSection, TokenizerSection, TrainConfig
 from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
@@ -44,7 +45,7 @@ VERSION = 2
 READING = ("sequence_length", "seed")
 """Keys of the data section that decide how prepared text is read, not what it holds."""
 READING_EXAMPLES = ("seed",)
-ONLY_EXAMPLES = ("too_long",)
+ONLY_EXAMPLES = ("too_long", "tools", "chat_template_kwargs")
 
 log = logging.getLogger(__name__)
 
@@ -263,7 +264,7 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
     problems: list[Problem] = []
     for record in records:
         try:
-            for example in _encoded(record, tokenizer, end):
+            for example in _encoded(record, records.section, tokenizer, end):
                 splits[SPLITS[record.held_out]].add(example, records.section, tokenizer)
         except ValueError as error:
             problems.append(Problem(key="", rule=f"{record.where}: {str(error).rstrip('.')}"))
@@ -274,10 +275,10 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
     return {name: _write_split(folder, name, split) for name, split in splits.items()}
 
 
-def _encoded(record: Record, tokenizer: Tokenizer, end: int) -> list[Encoded]:
+def _encoded(record: Record, section: DataSection, tokenizer: Tokenizer, end: int) -> list[Encoded]:
     values = record.values
     if "messages" in values:
-        variables = {} if values.get("tools") is None else {"tools": values["tools"]}
+        variables = section_variables(section) | chat_variables(values)
         return encode_chat(tokenizer, values["messages"], end, **variables)
     return [encode_pair(tokenizer, values["prompt"], values["response"], end)]
 

@@ -57,38 +57,43 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, end: int, **variables:
     last turn are left out. `variables` reach the template, e.g. `tools`. ValueError (TemplateError is one) if the
     template can't show these messages, or shows a turn otherwise than its prompt begins it.
     """
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    rendered = [_rendered_turn(tokenizer, messages, turn, variables) for turn in turns]
+    spans = [(len(asked), len(answered)) for asked, answered in rendered]
+    texts = [text for pair in rendered for text in pair]
+    if all(later.startswith(earlier) for earlier, later in pairwise(texts)):
+        return [_conversation(tokenizer, texts[-1], spans, end)]
+    return [_conversation(tokenizer, text, [span], end) for (_, text), span in zip(rendered, spans, strict=True)]
+
+
+def encode_answer(tokenizer: Tokenizer, messages: Messages, response: str, end: int, **variables: Any) -> Encoded:
+    """As `encode_chat`, of the one turn in which the assistant answers `messages` with `response`."""
+    answered = [*messages, {"role": "assistant", "content": response}]
+    asked, text = _rendered_turn(tokenizer, answered, len(messages), variables)
+    return _conversation(tokenizer, text, [(len(asked), len(text))], end)
+
+
+def _rendered_turn(
+    tokenizer: Tokenizer, messages: Messages, turn: int, variables: Mapping[str, Any]
+) -> tuple[str, str]:
+    """The texts of a chat up to where message `turn` begins, and with it. ValueError as for `encode_chat`."""
 
     def rendered(some: Messages, *, prompt: bool) -> str:
         return tokenizer.apply_chat_template(some, add_generation_prompt=prompt, **variables)
 
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    after = [rendered(messages[: turn + 1], prompt=False) for turn in turns]
-    before = [rendered(messages[:turn], prompt=True) for turn in turns if turn > 0]
-    if turns[:1] == [0]:
-        opened = rendered(_QUESTION, prompt=True).removeprefix(rendered(_QUESTION, prompt=False))
-        before.insert(0, _up_to(opened, after[0]))
-    for turn, asked, answered in zip(turns, before, after, strict=True):
-        if not answered.startswith(asked):
-            raise ValueError(
-                f"the chat template shows message {turn + 1}, an assistant's, otherwise than the prompt for it begins: "
-                f"the prompt ends with {asked[-40:]!r}, and there the message reads "
-                f"{answered[max(0, len(asked) - 40) :][:60]!r}"
-            )
-    spans = [(len(asked), len(answered)) for asked, answered in zip(before, after, strict=True)]
-    texts = [text for pair in zip(before, after, strict=True) for text in pair]
-    if all(later.startswith(earlier) for earlier, later in pairwise(texts)):
-        return [_conversation(tokenizer, texts[-1], spans, end)]
-    return [_conversation(tokenizer, text, [span], end) for text, span in zip(after, spans, strict=True)]
-
-
-def _up_to(opening: str, text: str) -> str:
-    """The text up to and including `opening`, with which a template begins an assistant's turn.
-
-    It stands in for the prompt of a chat's first message: there is no chat before it that could be shown. If the text
-    doesn't hold it, `opening` alone.
-    """
-    head, found, _ = text.partition(opening) if opening else ("", "", "")
-    return head + found if found else opening
+    answered = rendered(messages[: turn + 1], prompt=False)
+    if turn > 0:
+        asked = rendered(messages[:turn], prompt=True)
+    else:  # no chat before it could be shown: what all answers begin with tells where this one does
+        opening = rendered(_QUESTION, prompt=True).removeprefix(rendered(_QUESTION, prompt=False))
+        asked = answered[: answered.find(opening)] + opening
+    if not answered.startswith(asked):
+        raise ValueError(
+            f"the chat template shows message {turn + 1}, an assistant's, otherwise than the prompt for it begins: "
+            f"the prompt ends with {asked[-40:]!r}, and there the message reads "
+            f"{answered[max(0, len(asked) - 40) :][:60]!r}"
+        )
+    return asked, answered
 
 
 def _conversation(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, int]], end: int) -> Encoded:

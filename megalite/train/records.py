@@ -1,8 +1,8 @@
 """What there is to train on: files found, JSON lines read and checked, each with its place for messages. Torch-free.
 
 A file whose name ends in .jsonl holds JSON lines, any other is one text. A line is a text, `{"text": ...}`, or an
-example: `{"prompt": ..., "response": ...}` or a chat, `{"messages": [{"role": ..., "content": ...}, ...]}`, with
-`"tools"` if the chat template is to see some. What else a line holds is not used.
+example: `{"prompt": ..., "response": ...}` or a chat, `{"messages": [{"role": ..., "content": ...}, ...]}`, see
+config/chat.py. What else a line holds is not used.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from megalite.config.chat import VARIABLES, chat_problem
 from megalite.config.schema import DataSection
 from megalite.errors import ConfigError, Problem
 
@@ -48,7 +49,7 @@ class Record:
     held_out: bool
     """Kept for evaluation."""
     values: dict[str, Any]
-    """The keys of its kind and their values; a chat may have `tools` besides."""
+    """The keys of its kind and their values; a chat may have `tools` and `chat_template_kwargs` besides."""
 
 
 def find_files(section: DataSection) -> list[SourceFile]:
@@ -242,15 +243,9 @@ def _checked(kind: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
         if kind == PAIR and not values["response"]:
             raise ValueError("'response' is empty: there is nothing to learn from")
         return {}
-    messages = values["messages"]
-    if not (isinstance(messages, list) and messages and all(isinstance(one, dict) for one in messages)):
-        raise ValueError("'messages' must be a list of {role, content}, at least one")
-    for index, message in enumerate(messages):
-        if not isinstance(message.get("role"), str):
-            raise ValueError(f"message {index + 1} has no 'role'")
-    if not any(message["role"] == "assistant" for message in messages):
+    wrong = chat_problem(values)
+    if wrong is not None:
+        raise ValueError(str(wrong).rstrip("."))
+    if not any(message["role"] == "assistant" for message in values["messages"]):
         raise ValueError("no message has the role 'assistant': there is nothing to learn from")
-    tools = values.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError(f"'tools' must be a list, got {type(tools).__name__}")
-    return {} if tools is None else {"tools": tools}
+    return {key: values[key] for key in VARIABLES if values.get(key) is not None}
