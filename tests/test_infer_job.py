@@ -178,7 +178,7 @@ def _comparable(value, number: Callable[[float], object]):
 
 
 def test_a_job_from_file_to_file(undisturbed):
-    assert (undisturbed.code, undisturbed.out) == (0, "")
+    assert (undisturbed.code, undisturbed.out) == (5, "")
     assert [result["id"] for result in undisturbed.results] == ids(), "each once, in input order"
     for number, result in enumerate(undisturbed.results, 1):
         assert ("error" in result) == (number in BAD) != bool(result["outputs"])
@@ -200,7 +200,7 @@ def test_bad_lines_are_named(undisturbed):
 @pytest.mark.parametrize("chain", ["killed", "stopped", "stdin through the door", "stdin under deepspeed"])
 def test_the_end_is_the_same(chain, runs, undisturbed):
     last = runs[chain].result()[-1]
-    assert (last.code, last.out if "deepspeed" not in chain else "") == (0, "")
+    assert (last.code, last.out if "deepspeed" not in chain else "") == (5, "")
     for result in last.results if "stdin" in chain else ():  # what is read is called by another name
         for key in {"id", "error"} & result.keys():
             result[key] = result[key].replace("stdin:", "prompts.jsonl:")

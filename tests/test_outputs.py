@@ -529,6 +529,40 @@ def test_a_link_stays_a_link(tmp_path):
     assert link.is_symlink() and lines_of(real) == list("abcd")
 
 
+def failure(name: str, why: str) -> RequestOutput:
+    return RequestOutput(request_id=name, prompt=None, prompt_token_ids=[], error=why)
+
+
+@pytest.mark.parametrize("again", [output("c"), failure("c", "why"), failure("c", "another reason")])
+def test_what_failed_is_tried_again_and_is_there_once(tmp_path, again):
+    path = tmp_path / "out.jsonl"
+    file = opened(path)
+    file.write(failure("c", "why"))
+    write_all(file, "abd")
+    assert file.close() is True
+    whole = path.read_bytes()
+    for ended in (False, True):  # the second attempt may be cut short too
+        file = opened(path)
+        assert file.finished == set("abd")
+        file.write(again)
+        assert file.finished == set(IDS)
+        if ended:
+            assert file.close() is True
+        else:
+            file._lines.close()
+            file._lock.close()
+            file = opened(path)
+            assert ("c" in file.finished) == (again.error is None)
+            file._lines.close()
+            file._lock.close()
+        if again.error is None:
+            break
+    opened(path).close()
+    lines = [RequestOutput.from_line(line) for line in path.read_text().splitlines()]
+    assert lines == [output("a"), output("b"), again, output("d")]
+    assert (path.read_bytes() == whole) == (again.error == "why")
+
+
 KILLED = """
 import sys
 sys.path.insert(0, {tests!r})

@@ -15,6 +15,7 @@ from megalite.config.load import Loaded
 from megalite.config.schema import InferConfig
 from megalite.core import distributed
 from megalite.core.distributed import Runtime
+from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
 from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.engine import Hooks
@@ -34,7 +35,10 @@ _END = b"end"
 
 
 def run(loaded: Loaded) -> int:
-    """Generate for the whole input; every rank calls it. Errors leave by exception, see core/distributed.py."""
+    """Generate for the whole input; every rank calls it. Errors leave by exception, see core/distributed.py.
+
+    The exit code says whether there are prompts that could not run.
+    """
     config = loaded.config
     beside = f"{config.output.file}.status.json" if config.output.file else None
     with distributed.start(
@@ -43,11 +47,12 @@ def run(loaded: Loaded) -> int:
         config_text=loaded.text,
         status_file=config.monitor.status_file or beside,
     ) as runtime:
-        _generate(config, runtime)
-    return 0
+        failed = _generate(config, runtime)
+    return EXIT_PROMPTS_FAILED if failed else EXIT_DONE
 
 
-def _generate(config: InferConfig, runtime: Runtime) -> None:
+def _generate(config: InferConfig, runtime: Runtime) -> int:
+    """How many prompts could not run; the same on every rank."""
     replica, folder = load_replica(config, runtime)
     batch = read_inputs(config.input, config.sampling, serve(replica), stdin=_stdin(config, runtime))
     writer_rank = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=0)
@@ -80,6 +85,7 @@ def _generate(config: InferConfig, runtime: Runtime) -> None:
         agree_on_end(replica, completed)
     if writer and config.monitor.report:
         print(format_report(reports), file=sys.stderr)
+    return len(left.failures)
 
 
 def _stdin(config: InferConfig, runtime: Runtime) -> BytesIO | None:
@@ -126,7 +132,7 @@ class Writer:
 
     @property
     def finished(self) -> frozenset[str]:
-        """Ids that an earlier run has finished."""
+        """Ids that an earlier run has finished; prompts that failed there are tried again."""
         return self.file.finished if self.file else frozenset()
 
     def __enter__(self) -> Writer:

@@ -2,7 +2,8 @@
 
 Beside `out.jsonl` lies `out.jsonl.run.json`: what decides the results of the run that writes the file. Lines are
 appended as prompts finish; when all have, the file is put in input order, whole or not at all. Kill the run at any
-moment, start it again, and every id is there exactly once.
+moment, start it again, and every id is there exactly once. Prompts that failed are tried again by the next run; where
+that changes a line, the old one stays until the file is put in order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -52,9 +53,11 @@ class OutputFile:
         self._order = order
         self.known = frozenset(order)
         """Every id of the run."""
-        self._places = places
-        """Where in the file each finished id's line is."""
-        self._end = sum(length for _, length in places.values())
+        self._places = {name: place for name, place in places.items() if not place.failed}
+        """Where in the file the line of each finished id is."""
+        self._failed = {name: place for name, place in places.items() if place.failed}
+        """Where that of each id is which failed in an earlier run."""
+        self._end = max((place.end for place in places.values()), default=0)
 
     @classmethod
     def open(
@@ -96,29 +99,48 @@ class OutputFile:
         assert name in self.known and name not in self._places, f"id {name!r} is unknown or written already"
         line = output.to_line()
         maybe_fault("output.write")
+        data = line.encode() + b"\n"
+        before = self._failed.get(name)
+        if before is not None and self._said(before) == data:
+            self._places[name] = before
+            return
         self._lines.append(line)
-        length = len(line.encode()) + 1
-        self._places[name] = (self._end, length)
-        self._end += length
+        self._places[name] = _Place(self._end, len(data))
+        self._end += len(data)
+
+    def _said(self, place: _Place) -> bytes:
+        with self.path.open("rb") as lines:
+            lines.seek(place.start)
+            return lines.read(place.length)
 
     def close(self) -> bool:
         """Make what is written durable and, if every id is there, put the lines in input order; True if it is so."""
         self._lines.close()
         complete = len(self._places) == len(self._order)
-        if complete and list(self._places) != list(self._order):
+        size = sum(place.length for place in self._places.values())
+        if complete and (list(self._places) != list(self._order) or size != self._end):
             maybe_fault("output.order")
             with DurableFile(self.path) as ordered, self.path.open("rb") as lines:
                 for name in self._order:
-                    start, length = self._places[name]
-                    lines.seek(start)
-                    ordered.write(lines.read(length))
+                    lines.seek(self._places[name].start)
+                    ordered.write(lines.read(self._places[name].length))
                 maybe_fault("output.ordered")
         self._lock.close()
         return complete
 
 
-_Place = tuple[int, int]
-"""Start and length of a line in the file, bytes."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A line in the file; start and length in bytes."""
+
+    start: int
+    length: int
+    failed: bool = False
+    """It says why the prompt could not run."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 def _locked(path: Path) -> BinaryIO:
@@ -160,19 +182,24 @@ def _compare(path: Path, record: Path, fingerprint: Mapping[str, Any]) -> None:
 
 
 def _read_places(path: Path, order: Sequence[str]) -> dict[str, _Place]:
-    """Where each result of a file of whole lines is. ConfigError: a line is no result of this run."""
+    """Where each result of a file of whole lines is: of one that failed and was tried again, the later.
+
+    ConfigError: a line is no result of this run.
+    """
     known, places, start = frozenset(order), {}, 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                name = RequestOutput.from_line(line).request_id
+                output = RequestOutput.from_line(line)
+                name, failed = output.request_id, output.error is not None
             except (AttributeError, KeyError, TypeError, ValueError):
-                name = None
-            if not isinstance(name, str) or name in places or name not in known:
-                why = "there twice" if isinstance(name, str) and name in places else "of no prompt of this run"
+                name, failed = None, False
+            twice = isinstance(name, str) and name in places and not places[name].failed
+            if not isinstance(name, str) or twice or name not in known:
+                why = "there twice" if twice else "of no prompt of this run"
                 rule = f"line {number}: id {name!r} is {why}" if isinstance(name, str) else f"line {number} is damaged"
                 raise ConfigError(problem("output.file", rule, str(path), _NEW_FILE))
-            places[name] = (start, len(line))
+            places[name] = _Place(start, len(line), failed)
             start += len(line)
     return places
 
