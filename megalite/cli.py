@@ -1,7 +1,7 @@
 """What the launch scripts share: arguments, checks, messages and exit codes. Imports no torch.
 
-Plain `python` is the door: it resolves and checks everything, then runs in this process, or starts `deepspeed` with
-the ranks that the layout needs. Under `deepspeed` or `torchrun` the same script is a rank: it checks that it was
+Plain `python` is the door: it resolves and checks everything, then runs in this process, or starts the ranks that the
+layout needs. Under `deepspeed` or `torchrun` the same script is a rank: it checks that it was
 started as the config asks, and runs.
 """
 
@@ -10,20 +10,21 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-import shutil
+import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from types import FrameType
 
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
 from megalite.config.validate import layout_words, num_ranks, world_size_problem
+from megalite.core.launcher import door_of, run_ranks
 from megalite.core.place import Place
 from megalite.errors import (
     EXIT_CRASH,
@@ -49,7 +50,7 @@ FLAGS = {
     "--debug": "show tracebacks for errors of all kinds",
     "--help": "show this",
 }
-VALUED = ("--config", "--resolved-sha256", "--stdin", "--local_rank", "--local-rank")
+VALUED = ("--config", "--resolved-sha256", "--local_rank", "--local-rank")
 """Options with a value; all but the first are for the ranks, from a launcher or the door."""
 MOST_RANKS_PER_CORE = 8
 QUIET_WAIT = 3.0
@@ -65,8 +66,6 @@ class Options:
     flags: frozenset[str] = frozenset()
     sha256: str = ""
     """Of the resolved config, when the door started this rank."""
-    stdin: str = ""
-    """File that stands in for standard input, which the ranks behind the door don't have."""
 
 
 def no_checks(config: Config) -> list[Problem]:
@@ -90,7 +89,8 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
 
     try:
         place = Place.of(os.environ)
-        return _main(kind, run_here, arguments, place, checks)
+        with _leaving_on_signals(place):
+            return _main(kind, run_here, arguments, place, checks)
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except MegaliteError as error:
@@ -126,9 +126,6 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
         _say(f"{options.config}: no problem found; {layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}")
     if options.flags & {"--print-config", "--dry-run", "--check"}:
         return EXIT_DONE
-    if options.stdin:
-        with open(options.stdin, "rb") as file:
-            os.dup2(file.fileno(), sys.stdin.fileno())
     if place is not None:
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
     if place is not None or num_ranks(loaded.config) == 1:
@@ -177,7 +174,6 @@ def read_arguments(argv: Sequence[str]) -> Options:
         overrides=tuple(overrides),
         flags=frozenset(flags),
         sha256=values.get("--resolved-sha256", ""),
-        stdin=values.get("--stdin", ""),
     )
 
 
@@ -202,6 +198,28 @@ def usage(kind: Kind) -> str:
         "",
     ]
     return "\n".join(lines) + "\n" + explain(kind)
+
+
+@contextmanager
+def _leaving_on_signals(place: Place | None) -> Iterator[None]:
+    """Until the work begins, and takes the signals over, SIGINT and SIGTERM end this process with one line.
+
+    The door and the first rank that a launcher started on a host say it.
+    """
+    speaks = place is None or (place.local_rank == 0 and door_of(os.environ) is None)
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        if speaks:
+            os.write(2, f"stopped by {signal.Signals(signum).name} before the run began.\n".encode())
+        os._exit(128 + signum)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):  # else nohup, or somebody's own
+            signal.signal(signum, leave)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------
@@ -233,27 +251,24 @@ def _launched(place: Place, wanted: int, argv: Sequence[str]) -> tuple[str, str]
 
 
 def _start_ranks(loaded: Loaded, debug: bool) -> int:
-    """Start deepspeed on this host with the resolved config in a file of its own; gives the run's exit code."""
-    from megalite.core.launcher import run_under_deepspeed, spool_stdin
-
+    """Start the ranks on this host with the resolved config in a file without a name; gives the run's exit code."""
     ranks, cores = num_ranks(loaded.config), os.cpu_count() or 1
     if ranks > max(64, MOST_RANKS_PER_CORE * cores):
         raise ResourceError(
             f"parallel: {layout_words(loaded.config)} on this host, which has {cores} cores. Use several hosts "
             "(deepspeed --hostfile), or lower parallel.tp, pp or dp."
         )
-    folder = tempfile.mkdtemp(prefix="megalite-")
-    try:
-        resolved, stdin = Path(folder) / "config.yaml", Path(folder) / "stdin"
-        resolved.write_text(loaded.text, encoding="utf-8")
-        extra = []
-        if isinstance(loaded.config, InferConfig) and loaded.config.input.file == "-":
-            spool_stdin(stdin)
-            extra = ["--stdin", str(stdin)]
-        script = os.path.abspath(sys.argv[0])
-        return run_under_deepspeed(script, resolved, loaded.sha256, ranks, debug, extra)
-    finally:
-        shutil.rmtree(folder)
+    with open(os.memfd_create("config"), "w", encoding="utf-8") as file:
+        file.write(loaded.text)
+        file.flush()
+        resolved = ["--config", f"/proc/self/fd/{file.fileno()}", "--resolved-sha256", loaded.sha256]
+        return run_ranks(
+            [os.path.abspath(sys.argv[0]), *resolved, *(["--debug"] if debug else [])],
+            ranks,
+            stopped_timeout=2 * loaded.config.distributed.peer_timeout,
+            files=[file.fileno()],
+            stdin=isinstance(loaded.config, InferConfig) and loaded.config.input.file == "-",
+        )
 
 
 def _say(text: str) -> None:

@@ -61,7 +61,7 @@ def main() -> int:
                 f"threads {torch.get_num_threads()}",
                 f"open {listening_everywhere()}",
                 f"stdin {given}",
-                f"{sys.argv[5:]}",
+                f"{sys.argv[3:]}",
             ]
             os.write(1, (", ".join(has) + "\n").encode())  # in one go: the other ranks write too
     except Stopped as stopped:

@@ -567,25 +567,28 @@ def test_only_one_rank_of_a_host_tells(job, monkeypatch, capfd):
 
 
 def test_a_stage_below_the_launcher_gets_the_resolved_file(job, monkeypatch):
-    calls = []
-    monkeypatch.setattr("megalite.core.launcher.run_under_deepspeed", lambda *args: calls.append(args) or 7)
     monkeypatch.setattr(sys, "argv", ["launch/infer.py"])
     seen = {}
 
-    def run_under_deepspeed(script, resolved, sha256, num_ranks, debug, extra):
+    def run_ranks(command, num_ranks, *, files, stdin, stopped_timeout):
+        script, config, resolved, digest, sha256, debug = command
+        assert (config, digest, resolved, stdin) == (
+            "--config",
+            "--resolved-sha256",
+            f"/proc/self/fd/{files[0]}",
+            False,
+        )
         seen.update(script=script, text=Path(resolved).read_text(), sha256=sha256, ranks=num_ranks, debug=debug)
         ran = []
         put_under_launcher(monkeypatch, 0, 4)
-        seen["rank"] = cli.main(
-            "infer", lambda loaded: ran.append(loaded) or 0, ["--config", str(resolved), "--resolved-sha256", sha256]
-        )
+        seen["rank"] = cli.main("infer", lambda loaded: ran.append(loaded) or 0, command[1:5])
         seen["loaded"] = ran[0]
         return 7
 
-    monkeypatch.setattr("megalite.core.launcher.run_under_deepspeed", run_under_deepspeed)
+    monkeypatch.setattr(cli, "run_ranks", run_ranks)
     args = ("parallel.tp=2", "parallel.pp=2", "sampling.stop=${x}", "--debug")
     assert start("infer", args, config=JOB) == (7, [])
-    assert (seen["ranks"], seen["debug"], seen["rank"]) == (4, True, 0)
+    assert (seen["ranks"], seen["debug"], seen["rank"]) == (4, "--debug", 0)
     assert os.path.isabs(seen["script"])
     assert seen["loaded"].sha256 == seen["sha256"] and seen["loaded"].text == seen["text"]
     assert seen["loaded"].config.sampling.stop == "${x}"

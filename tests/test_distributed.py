@@ -1,27 +1,32 @@
 """How ranks find each other, what they tell the user when they don't, and one rank's whole life."""
 
 import dataclasses
+import errno
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed import FileStore
 
 from megalite.config.schema import DistributedSection
-from megalite.core import distributed, rendezvous
+from megalite.core import distributed, rendezvous, run_folder
 from megalite.core.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
 from megalite.core.place import Place
-from megalite.core.rendezvous import Card, Deadline, claim, meet, open_store, run_folder
-from megalite.core.status import StatusFile, read_status
-from megalite.errors import ConfigError, RankLost, Stopped
+from megalite.core.rendezvous import Card, Deadline, meet, open_store
+from megalite.core.status import StatusFile
+from megalite.errors import ConfigError, RankLost, ResourceError, Stopped
 from megalite.monitor.processes import Process
 from megalite.monitor.referee import End, Peer
 
@@ -256,21 +261,44 @@ def test_one_host_meets_in_a_file(tmp_path):
     assert stores[1].get("key") == b"value" and (tmp_path / "store").exists()
 
 
-def test_the_folder_of_a_run_is_private_found_by_all_and_swept_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(rendezvous.tempfile, "gettempdir", lambda: str(tmp_path))
+@pytest.fixture
+def tmpdir_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def test_the_folder_of_a_run_is_private_found_by_all_and_swept_later(tmpdir_is):
     child = subprocess.Popen(["sleep", "60"])
     owner = Process.of(child.pid)
-    folder = run_folder(owner)
-    assert folder == run_folder(owner) != run_folder(owner, "1")
+    folder = run_folder.run_folder(owner)
+    assert folder == run_folder.run_folder(owner) != run_folder.run_folder(owner, "1")
     assert folder.stat().st_mode & 0o777 == 0o700 == folder.parent.stat().st_mode & 0o777
-    assert claim(folder) and not claim(folder)
+    assert run_folder.claim(folder) and not run_folder.claim(folder)
     child.kill()
     child.wait()
-    mine = run_folder(Process.of(os.getpid()))
+    me = Process.of(os.getpid())
+    mine = run_folder.run_folder(me)
     assert mine.exists() and not folder.exists()
+    assert run_folder.claim(folder), "a rank that outlived it still speaks"
+    run_folder.remove_run_folder(me)
+    assert not mine.exists()
     os.chmod(mine.parent, 0o755)
     with pytest.raises(ConfigError, match="must be a folder of yours that nobody else can open"):
-        run_folder(owner)
+        run_folder.run_folder(owner)
+
+
+def test_a_full_tmpdir_is_said_before_any_rank_starts(tmpdir_is, monkeypatch):
+    me = Process.of(os.getpid())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1024))
+        with pytest.raises(ResourceError, match="TMPDIR: .* has 1 KiB left; a run needs 1 MiB there"):
+            run_folder.run_folder(me)
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(ResourceError, match=r"TMPDIR: .*\(No space left on device\)"):
+        run_folder.run_folder(me)
 
 
 # ---- the status file
@@ -286,26 +314,36 @@ def test_the_folder_of_a_run_is_private_found_by_all_and_swept_later(tmp_path, m
     ],
 )
 def test_status_tells_the_state_and_keeps_the_first_end(tmp_path, end, state, guilty):
-    paths = [tmp_path / "a.json", tmp_path / "b" / "c.json"]
-    status = StatusFile([*paths, paths[0]])
-    assert read_status(paths[0]) == {}
+    path = tmp_path / "b" / "c.json"
+    door, pipe = os.pipe()
+    status = StatusFile(path, pipe)
     status.peers = [Peer(0, "a", 10), Peer(1, "b", 11)]
     status.running()
-    first = read_status(paths[1])
+    first = json.loads(path.read_text())
     assert (first["state"], first["exit_code"]) == ("running", None)
     assert first["ranks"] == [{"rank": 0, "host": "a", "pid": 10}, {"rank": 1, "host": "b", "pid": 11}]
     status.ended(end)
     status.running()
     status.failed(1, "later")
-    found = read_status(paths[0])
+    found = json.loads(path.read_text())
     assert (found["state"], found["exit_code"], found["guilty"]) == (state, end.code, guilty)
     assert found["started"] == first["started"] <= found["updated"]
+    assert os.read(door, 100) == f"running\nended {end.code}\n".encode()
+    os.close(door)
+    os.close(pipe)
 
 
-def test_a_status_that_can_not_be_written_is_a_warning(tmp_path, capsys):
+def test_a_status_that_can_not_be_written_is_a_warning_and_the_door_hears_it(tmp_path, capsys):
     (tmp_path / "file").touch()
-    StatusFile([tmp_path / "file" / "status.json"]).running()
+    door, pipe = os.pipe()
+    status = StatusFile(tmp_path / "file" / "status.json", pipe)
+    status.running()
+    status.ended(End(code=0))
     assert "warning: the run's status was not written" in capsys.readouterr().err
+    assert os.read(door, 100) == b"running\nended 0\n"
+    os.close(door)
+    StatusFile(None, pipe).failed(1, "the door is gone")
+    os.close(pipe)
 
 
 # ---- a run of one rank, in this process
@@ -328,7 +366,7 @@ def test_one_rank_without_a_launcher(alone, tmp_path):
     with start_alone(status_file=path) as runtime:
         assert (runtime.rank, runtime.world_size, runtime.local_rank, runtime.local_world_size) == (0, 1, 0, 1)
         assert (str(runtime.device), runtime.backend, runtime.hostname) == ("cpu", "gloo", socket.gethostname())
-        assert runtime.signal_received() is None and read_status(path)["state"] == "running"
+        assert runtime.signal_received() is None and json.loads(path.read_text())["state"] == "running"
         runtime.store.set("key", "value")
         os.kill(os.getpid(), signal.SIGALRM)
         time.sleep(0.1)
@@ -338,7 +376,7 @@ def test_one_rank_without_a_launcher(alone, tmp_path):
         while runtime.signal_received() is None and time.monotonic() < until:
             time.sleep(0.01)
         assert runtime.signal_received() == signal.SIGTERM
-    assert read_status(path)["state"] == "done" and signal.getsignal(signal.SIGTERM) == handler
+    assert json.loads(path.read_text())["state"] == "done" and signal.getsignal(signal.SIGTERM) == handler
     runtime.stop()
     signal.signal(signal.SIGALRM, alarm)
     until = time.monotonic() + 30
@@ -377,7 +415,7 @@ def test_an_exception_leaves_the_block_and_is_written_down(tmp_path, error, stat
     path = tmp_path / "status.json"
     done = subprocess.run([sys.executable, "-c", ALONE, path, error], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip().split("\n")[-1] == last and done.returncode == 1
-    assert read_status(path)["state"] == state
+    assert json.loads(path.read_text())["state"] == state
 
 
 def test_no_gpu_is_a_config_error(alone, monkeypatch):

@@ -2,29 +2,30 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from megalite.core import launcher
-from megalite.core.launcher import environment, run_under_deepspeed, spool_stdin
-from megalite.core.status import StatusFile
-from megalite.errors import ResourceError
-from megalite.monitor.processes import Process, descendants, launcher_name
-from megalite.monitor.referee import End, Peer
+from megalite.core.launcher import door_of, environment, run_ranks
+from megalite.core.place import Place
+from megalite.monitor.processes import Process, descendants
 
 HERE = Path(__file__).parent
 WATCHED, JOINED = HERE / "watched_rank.py", HERE / "joined_rank.py"
 DOOR = """
 import sys
-from megalite.core.launcher import run_under_deepspeed
-script, resolved, sha256, ranks, *extra = sys.argv[1:]
-sys.exit(run_under_deepspeed(script, resolved, sha256, int(ranks), bool(extra), extra))
+from megalite.core.launcher import run_ranks
+ranks, stdin, *command = sys.argv[1:]
+sys.exit(run_ranks(command, int(ranks), stopped_timeout=3.0, stdin=stdin == "stdin"))
 """
 
 
@@ -63,9 +64,6 @@ class Started:
     def _marks(self, mark: str) -> int:
         return len(list(self.folder.glob(f"{mark}-*")))
 
-    def named(self, name: str) -> Process:
-        return next(process for process in self.all if launcher_name(process) == name)
-
     def rank(self, rank: int) -> Process:
         return Process.of(json.loads((self.folder / f"card-{rank}").read_text())["pid"])
 
@@ -92,27 +90,34 @@ class Started:
             file.close()
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def door(folder: Path, behaviours: str) -> Started:
     """The door over torch-free ranks that behave so."""
     ranks = len(behaviours.split(","))
-    return Started(folder, [sys.executable, "-c", DOOR, WATCHED, folder, behaviours, ranks])
+    return Started(folder, [sys.executable, "-c", DOOR, ranks, "no", WATCHED, folder, behaviours])
 
 
 DOORS = {
     "rank": "stuck,work",
-    "inner": "stuck,work",
-    "outer": "stuck,work",
+    "stopped": "stuck,work",
+    "standing": "late,late",
     "door": "stuck,work",
     "exception": "stuck,fail:3",
     "interrupt": "work,work",
     "twice": "stuck,stuck",
     "late": "stuck,late",
+    **dict.fromkeys(("SIGTERM", "SIGINT", "SIGKILL"), "late,late"),
 }
 
 
 @pytest.fixture(scope="module")
 def doors(tmp_path_factory):
-    """Runs under the door, by name. All are started at once: DeepSpeed's launcher mostly waits for its own imports."""
+    """Runs under the door, by name, all started at once."""
     folder = tmp_path_factory.mktemp("doors")
     started = {name: door(folder / name, behaviours) for name, behaviours in DOORS.items()}
     yield started
@@ -128,22 +133,42 @@ def test_a_killed_rank_is_70_and_named(doors):
     assert len(run.err) == 1 and f"rank 1 (pid {victim.pid} on here) was lost" in run.err[0]
 
 
+def test_a_stopped_rank_does_not_hold_the_door(doors):
+    """Its guardian, which would end it, is stopped with it."""
+    run = doors["stopped"].ready(2)
+    victim = run.rank(1)
+    os.killpg(victim.pid, signal.SIGSTOP)
+    assert run.ended(60) == 70
+    assert run.err == [f"error: rank 1 (pid {victim.pid}) was lost: stopped for 3 s."]
+
+
+def test_a_rank_that_is_stopped_while_it_loads_does_not_hold_the_door(doors):
+    run = doors["standing"].ready(2, "loads")
+    victim = next(process for process in run.all[1:] if b"RANK=0" in process.environment())
+    victim.kill(signal.SIGSTOP)
+    assert run.ended(60) == 70
+    assert run.err == [f"error: rank 0 (pid {victim.pid}) was lost: stopped for 3 s."]
+
+
 @pytest.mark.parametrize(
-    ("victim", "name", "code"),
-    [("inner", "deepspeed.launcher.launch", 70), ("outer", "deepspeed.launcher.runner", 70)],
+    ("signum", "code", "says"),
+    [
+        (signal.SIGTERM, 143, "stopped by SIGTERM before the run began."),
+        (signal.SIGINT, 130, "stopped by SIGINT before the run began."),
+        (signal.SIGKILL, 70, "error: rank 1 (pid {}) was killed by signal 9 before the run began."),
+    ],
 )
-def test_a_killed_launcher_is_70_and_named(doors, victim, name, code):
-    run = doors[victim].ready(2)
-    process = run.named(name)
-    process.kill()
-    assert run.ended() == code
-    assert len(run.err) == 1 and f"{name} (pid {process.pid}) on here" in run.err[0]
+def test_a_rank_that_is_signalled_while_it_loads(doors, signum, code, says):
+    run = doors[signal.Signals(signum).name].ready(2, "loads")
+    victim = next(process for process in run.all[1:] if b"RANK=1" in process.environment())
+    victim.kill(signum)
+    assert (run.ended(30), run.err) == (code, [says.format(victim.pid)])
 
 
 def test_a_killed_door_takes_all_along(doors):
     run = doors["door"].ready(2)
     run.process.kill()
-    assert run.ended() == -signal.SIGKILL
+    assert run.ended(30) == -signal.SIGKILL
     assert (
         len(run.err) == 1 and f"(pid {run.process.pid}) on here, which started its ranks (0, 1), is gone" in run.err[0]
     )
@@ -187,10 +212,11 @@ def a_config(folder: Path, **values: object) -> Path:
 
 def test_a_whole_run_through_the_door_is_quiet(tmp_path):
     path = a_config(tmp_path, steps=2, stdin="true")
-    run = Started(tmp_path, [sys.executable, "-c", DOOR, JOINED, path, "x", 2, "a b", "$(x)"], OMP_NUM_THREADS=None)
+    command = [sys.executable, "-c", DOOR, 2, "stdin", JOINED, "--config", path, "a b", "$(x)"]
+    run = Started(tmp_path, command, OMP_NUM_THREADS=None)
     assert (run.process.wait(90), run.err) == (0, [])
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    says = "rank {} of 2: sum 1, 2 here, gloo on lo, threads {}, open False, stdin '', ['--debug', 'a b', '$(x)']"
+    says = "rank {} of 2: sum 1, 2 here, gloo on lo, threads {}, open False, stdin '', ['a b', '$(x)']"
     assert run.out == [says.format(rank, threads) for rank in range(2)]
     assert run.ended() == 0
 
@@ -198,7 +224,7 @@ def test_a_whole_run_through_the_door_is_quiet(tmp_path):
 def test_a_run_whose_groups_never_go_is_done_all_the_same(tmp_path):
     """They have longer than the ranks are watched for signs of life, and its work is done."""
     path = a_config(tmp_path, steps=2, peer_timeout=2, goodbye=4)
-    run = Started(tmp_path, [sys.executable, "-c", DOOR, JOINED, path, "x", 2])
+    run = Started(tmp_path, [sys.executable, "-c", DOOR, 2, "no", JOINED, "--config", path])
     assert run.process.wait(90) == 0 and len(run.out) == 2
     why = "its process groups were not destroyed within 4 s; it leaves without that"
     assert sorted(run.err) == [f"rank {rank}: {why}" for rank in range(2)]
@@ -209,12 +235,12 @@ def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("hostA slots=1\nhostB slots=1\n")
     path = a_config(tmp_path, steps=600)
-    common = ["--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", launcher._free_port()]
+    common = ["--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
     quiet = ["--no_local_rank", "--log_level", "critical"]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *common, *quiet]
     hosts = []
     for node in range(2):
-        line = [*command, "--node_rank", node, JOINED, "--config", path, "--resolved-sha256", "x"]
+        line = [*command, "--node_rank", node, JOINED, "--config", path]
         hosts.append(Started(tmp_path / f"host{node}", line, MEGALITE_FAULT="step@1#5=kill"))
     codes = [host.process.wait(90) for host in hosts]
     assert codes == [70, 247]
@@ -226,7 +252,7 @@ def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
 
 def test_torchrun_and_a_missing_rank(tmp_path):
     path = a_config(tmp_path, steps=2, start_timeout=2)
-    run = [shutil.which("torchrun"), "--nproc-per-node", 2, JOINED, "--config", path, "x", "x"]
+    run = [shutil.which("torchrun"), "--nproc-per-node", 2, JOINED, "--config", path]
     started = Started(tmp_path, run, MEGALITE_FAULT="start@1=hang")
     assert started.process.wait(90) != 0
     lines = [line for line in started.err if line.startswith("error:")]
@@ -234,85 +260,86 @@ def test_torchrun_and_a_missing_rank(tmp_path):
     started.kill()
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_one_rank_alone_loads(tmp_path, signum, code):
+    command = [sys.executable, HERE.parent / "launch" / "infer.py", "--config", HERE.parent / "configs/infer/demo.yaml"]
+    run = Started(tmp_path, command, MEGALITE_FAULT="start=hang")
+    status = Path(f"/proc/{run.process.pid}/status")
+    caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)  # noqa: E731
+    wait_until(lambda: caught() >> signal.SIGTERM - 1 & 1, 60, "it takes signals")
+    run.process.send_signal(signum)
+    assert run.ended(30) == code
+    assert run.err == [f"stopped by {signal.Signals(signum).name} before the run began."]
+
+
 # ---- what the door decides
 
 
-def test_the_environment_of_the_ranks(tmp_path, monkeypatch):
+def test_the_environment_of_the_ranks(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    monkeypatch.setattr(launcher, "_gpu_in_sight", lambda env: False)
-    made = environment({"A": "b"}, 5, tmp_path / "status.json")
-    assert made["OMP_NUM_THREADS"] == "2" and made["DS_ACCELERATOR"] == "cpu" and made["A"] == "b"
-    assert made["MEGALITE_STATUS"] == str(tmp_path / "status.json") and made["MEGALITE_DOOR"] == str(os.getpid())
-    assert environment({}, 50, tmp_path)["OMP_NUM_THREADS"] == "1"
-    assert environment({"OMP_NUM_THREADS": "7"}, 2, tmp_path)["OMP_NUM_THREADS"] == "7"
-    monkeypatch.setattr(launcher, "_gpu_in_sight", lambda env: True)
-    made = environment({"CUDA_VISIBLE_DEVICES": "GPU-1"}, 2, tmp_path)
-    assert made["MEGALITE_VISIBLE_DEVICES"] == "GPU-1"
-    assert "CUDA_VISIBLE_DEVICES" not in made and "DS_ACCELERATOR" not in made
+    made = environment({"A": "b", "RANK": "9", "CUDA_VISIBLE_DEVICES": "GPU-1"}, 3, 5, "7:8")
+    place = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "5", "MASTER_ADDR": "127.0.0.1"}
+    assert made.items() >= {"A": "b", "CUDA_VISIBLE_DEVICES": "GPU-1", "OMP_NUM_THREADS": "2", **place}.items()
+    assert Place.of(made).started_here == 5
+    assert environment({}, 0, 50, "")["OMP_NUM_THREADS"] == "1"
+    assert environment({"OMP_NUM_THREADS": "7"}, 0, 2, "")["OMP_NUM_THREADS"] == "7"
 
 
-@pytest.mark.parametrize("hidden", ["", "-1"])
-def test_hidden_gpus_are_not_in_sight(monkeypatch, hidden):
-    monkeypatch.setattr(launcher.Path, "glob", lambda self, pattern: iter([self / "nvidia0"]))
-    assert launcher._gpu_in_sight({}) and not launcher._gpu_in_sight({"CUDA_VISIBLE_DEVICES": hidden})
+def test_a_door_is_the_parent_and_nobody_else():
+    """What a rank starts inherits its environment, and must not write to that descriptor."""
+    assert door_of({"MEGALITE_DOOR": f"{os.getppid()}:5"}) == (os.getppid(), 5)
+    for other in ("", "5", f"{os.getpid()}:5", f"{os.getppid()}:", f"{os.getppid()}:x"):
+        assert door_of({"MEGALITE_DOOR": other}) is None
+
+
+class Left:
+    """A rank that has ended."""
+
+    def __init__(self, code: int):
+        self.returncode, self.pid = code, 77
+
+    def poll(self) -> int:
+        return self.returncode
 
 
 @pytest.mark.parametrize(
-    ("end", "launcher_code", "code", "says"),
+    ("said", "codes", "code", "says"),
     [
-        (End(code=0), 0, 0, ""),
-        (End(code=0), 1, 1, ""),
-        (End(code=0), 247, 70, "ended with code 247 after the run ended"),
-        (End(code=3, speaker=1), 0, 3, ""),
-        (End(code=70, lost=(1,)), 247, 70, ""),
-        (End(code=130, speaker=0), 130, 130, ""),
-        ("running", 0, 70, "ended with code 0 while its ranks were at work"),
-        ("running", -9, 70, "was killed by signal 9 while its ranks were at work"),
-        ("running", 1, 70, "ended with code 1 while its ranks were at work"),
-        (None, 0, 70, "ended with code 0 before the run began"),
-        (None, 2, 2, ""),
-        (None, 247, 70, "ended with code 247 before the run began"),
+        ("running ended 0", [0, 0], 0, ""),
+        ("running ended 0", [5, 5], 5, ""),
+        ("running ended 0", [0, 1], 1, ""),
+        ("running ended 0", [0, -9], 70, "error: rank 1 (pid 77) was killed by signal 9 after the run ended"),
+        ("running ended 3", [0, 0], 3, ""),
+        ("running ended 3 ended 70", [3, 3], 3, ""),
+        ("running ended 70", [70, -9], 70, ""),
+        ("ended 70", [70, 70], 70, ""),
+        ("running ended 130", [130, 130], 130, ""),
+        ("running", [0, 0], 70, "error: the ranks left without a word"),
+        ("running", [-9, 70], 70, "error: rank 0 (pid 77) was killed by signal 9 while the ranks were at work"),
+        ("running", [0, 1], 70, "error: rank 1 (pid 77) left with code 1 while the ranks were at work"),
+        ("", [0, 0], 70, "error: the ranks left without a word"),
+        ("", [2, 0], 2, ""),
+        ("", [-11, 0], 70, "error: rank 0 (pid 77) was killed by signal 11 before the run began"),
+        ("", [0, 143], 143, "stopped by SIGTERM before the run began"),
+        ("", [-2, 0], 130, "stopped by SIGINT before the run began"),
     ],
 )
-def test_the_true_exit_code(tmp_path, capsys, end, launcher_code, code, says):
-    path = tmp_path / "status.json"
-    status = StatusFile([path])
-    status.peers = [Peer(0, "a", 1)]
-    if end == "running":
-        status.running()
-    elif end is not None:
-        status.ended(end)
-    assert launcher._Door([], {}, path)._truth(launcher_code) == code
-    error = capsys.readouterr().err
-    assert error == (
-        f"error: deepspeed {says}: a rank or a launcher was killed, or left without a word.\n" if says else ""
-    )
+def test_the_true_exit_code(capsys, said, codes, code, says):
+    door = launcher._Door(2, 1.0)
+    door._ranks = [Left(code) for code in codes]
+    os.write(door._their_end, said.replace(" ended", "\nended").encode() + b"\n" if said else b"")
+    assert door._until_end() == code
+    assert capsys.readouterr().err == (f"{says}.\n" if says else "")
 
 
-def test_a_script_that_fails_before_the_run_begins(tmp_path, capfd):
+def test_a_script_that_fails_before_the_run_begins(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.exit(2)")
     bystander = subprocess.Popen(["sleep", "60"])
-    assert run_under_deepspeed(script, tmp_path / "c", "x", 1) == 2
+    assert run_ranks([str(script)], 2, stopped_timeout=5) == 2
     assert bystander.poll() is None, "only processes of the run are cleaned up"
     bystander.kill()
     bystander.wait()
     assert capfd.readouterr() == ("", "")
-
-
-SPOOL = "import sys; from megalite.core.launcher import spool_stdin; print(spool_stdin(sys.argv[1]))"
-
-
-def test_standard_input_is_kept_for_the_ranks(tmp_path):
-    path = tmp_path / "input"
-    done = subprocess.run(
-        [sys.executable, "-c", SPOOL, path], input=b"a\xff\n" * 100_000, capture_output=True, timeout=30
-    )
-    assert done.stdout == b"300000\n" and path.read_bytes() == b"a\xff\n" * 100_000
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_standard_input_that_can_not_be_kept(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", open(__file__))
-    with sys.stdin, pytest.raises(ResourceError, match="/dev/full: standard input could not be kept there"):
-        spool_stdin("/dev/full")
+    assert [path.name for path in tmp_path.rglob("*") if path != script] == [f"megalite-{os.getuid()}"]

@@ -55,7 +55,7 @@ class Run:
             assert self.launcher.poll() is None, self.errors
             return all((self.folder / f"ready-{rank}").exists() for rank in range(self.size))
 
-        wait_until(ready, 30, "ready")
+        wait_until(ready, 120, "ready")
         self.all = [Process.of(self.launcher.pid), *descendants(self.launcher.pid)]
         self.ranks = [Process.of(json.loads((self.folder / f"card-{r}").read_text())["pid"]) for r in range(self.size)]
         return self

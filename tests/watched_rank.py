@@ -4,21 +4,21 @@ test_watchdog.py and test_launcher.py run it.
 
 `watched_rank.py launch FOLDER TIMEOUT BEHAVIOUR...` starts one rank for each behaviour and waits for them all.
 `watched_rank.py rank FOLDER TIMEOUT RANK WORLD BEHAVIOUR` is such a rank.
-`watched_rank.py --config FOLDER --resolved-sha256 BEHAVIOUR,BEHAVIOUR...` is one that the door started; it keeps the
-run's status file.
+`watched_rank.py FOLDER BEHAVIOUR,BEHAVIOUR...` is one that the door started.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-from megalite.core.launcher import DOOR_VARIABLE
-from megalite.core.status import STATUS_VARIABLE, StatusFile
-from megalite.monitor.processes import Process, launchers
+from megalite.core.launcher import door_of
+from megalite.core.status import StatusFile
+from megalite.monitor.processes import Process, die_with_parent, launchers
 from megalite.monitor.referee import Peer
 from megalite.monitor.watchdog import Watchdog, listen
 
@@ -44,6 +44,8 @@ def meet(folder: Path, rank: int, world: int, port: int) -> list[dict]:
 
 def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) -> int:
     if behaviour == "late":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        (folder / f"loads-{rank}").touch()
         time.sleep(60)
     (folder / f"come-{rank}").touch()
     listener = listen("127.0.0.1") if rank == 0 else None
@@ -56,7 +58,8 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
             return False
         return True
 
-    status = StatusFile([os.environ[STATUS_VARIABLE]] if STATUS_VARIABLE in os.environ else [])
+    door, pipe = door_of(os.environ) or (None, None)
+    status = StatusFile(None, pipe)
     status.peers = [Peer(other, "here", card["pid"]) for other, card in enumerate(cards)]
 
     def on_end(end) -> None:
@@ -69,12 +72,13 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         token=b"secret" if behaviour != "stranger" else b"guess",
         hub=listener or ("127.0.0.1", cards[0]["port"]),
         timeout=timeout,
-        launchers=launchers(Process.of(os.getpid()), int(os.environ.get(DOOR_VARIABLE, "0"))),
+        launchers=launchers(Process.of(os.getpid()), door),
         handle_signals=True,
         on_end=on_end,
         claim=claim,
     )
     watchdog.start(30.0)
+    die_with_parent(0)
     if not watchdog.together.wait(float(os.environ.get("PATIENCE", "60"))):
         print(f"missing {watchdog.missing()}", flush=True)
         os._exit(9)
@@ -106,7 +110,7 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         sys.exit(launch(sys.argv[2], sys.argv[3], sys.argv[4:]))
-    if sys.argv[1] == "--config":
+    if sys.argv[1] != "rank":
         number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        sys.exit(rank(Path(sys.argv[2]), 30.0, number, world, sys.argv[4].split(",")[number]))
+        sys.exit(rank(Path(sys.argv[1]), 30.0, number, world, sys.argv[2].split(",")[number]))
     sys.exit(rank(Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]))

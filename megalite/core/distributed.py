@@ -36,12 +36,13 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.schema import DistributedSection
-from megalite.core.launcher import DOOR_VARIABLE, VISIBLE_VARIABLE
+from megalite.core.launcher import door_of
 from megalite.core.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
 from megalite.core.parallel_state import forget_groups
 from megalite.core.place import Place
-from megalite.core.rendezvous import Card, Deadline, claim, meet, open_store, run_folder
-from megalite.core.status import STATUS_VARIABLE, StatusFile
+from megalite.core.rendezvous import Card, Deadline, meet, open_store
+from megalite.core.run_folder import claim, run_folder
+from megalite.core.status import StatusFile
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_SIGINT,
@@ -52,7 +53,7 @@ from megalite.errors import (
     Stopped,
     maybe_fault,
 )
-from megalite.monitor.processes import Process, die_with_parent, launcher_name, launchers
+from megalite.monitor.processes import Process, die_with_parent, launcher_name, launchers, this_process
 from megalite.monitor.referee import End, Peer
 from megalite.monitor.watchdog import Watchdog, listen
 
@@ -196,27 +197,25 @@ def start(
     """Join the run that the launcher started, or be a run of one rank without a launcher. Every rank calls it.
 
     `sha256` and `config_text` are compared over the ranks before anything else. `status_file`: where rank 0 keeps the
-    run's state as JSON, besides the place that the door asks for. `handle_signals`: SIGINT and SIGTERM set
-    `signal_received` instead of ending the process; needs the main thread.
+    run's state as JSON. `handle_signals`: SIGINT and SIGTERM set `signal_received` instead of ending the process; needs
+    the main thread.
 
     Returns when all ranks are there, connected, and watch each other: within `section.start_timeout` seconds.
     ConfigError when the ranks disagree or an option does not fit the machine, RankLost naming who never came; raised
     by one rank, the others leave by SystemExit with the same code.
     """
     deadline = Deadline(section.start_timeout)
-    if VISIBLE_VARIABLE in os.environ:  # deepspeed's launcher has put its own numbers in place of the user's
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ[VISIBLE_VARIABLE]
     place = Place.of(os.environ)
     maybe_fault("start", place.rank if place else 0)
-    status = StatusFile([path for path in (os.environ.get(STATUS_VARIABLE), status_file) if path])
+    door, pipe = door_of(os.environ) or (None, None)
+    status = StatusFile(status_file, pipe)
     chain: list[Process] = []
     if place is None:
         meeting = _meet_nobody(section)
     else:
-        door = os.environ.get(DOOR_VARIABLE, "")
-        chain = launchers(_me(), int(door) if door.isdecimal() else None)
-        die_with_parent(0)  # a rank may have asked for it while it imported; from here on the watch does it better
-        meeting = _meet_all(section, place, chain, status, sha256=sha256, config_text=config_text, deadline=deadline)
+        chain = launchers(this_process(), door)
+        owner = next((process for process in chain if process.pid == door or launcher_name(process)), None)
+        meeting = _meet_all(section, place, owner, status, sha256=sha256, config_text=config_text, deadline=deadline)
     status.peers = meeting.peers
     watchdog = Watchdog(
         rank=meeting.rank,
@@ -237,6 +236,8 @@ def start(
             f"{meeting.card}: no connection to rank 0's watch at {meeting.plan['hub']} ({error.strerror or error}). "
             "A firewall between the hosts must let their ranks connect to each other on any port."
         ) from error
+    if place is not None:
+        die_with_parent(0)  # asked for while there was no watch; from here on it does that better
     runtime = Runtime(meeting, watchdog)
     try:
         _connect(section, meeting, watchdog, deadline)
@@ -247,12 +248,6 @@ def start(
         runtime.stop(error)
         raise
     return runtime
-
-
-def _me() -> Process:
-    me = Process.of(os.getpid())
-    assert me is not None, "this process lives"
-    return me
 
 
 # ---- who is here -----------------------------------------------------------------------------------------------------
@@ -269,7 +264,7 @@ def _introduce(section: DistributedSection, rank: int, local_rank: int, address:
         rank=rank,
         host=socket.gethostname(),
         pid=os.getpid(),
-        start=_me().start,
+        start=this_process().start,
         machine=machine_id(),
         pids=pid_namespace(),
         network=network_namespace(),
@@ -316,14 +311,13 @@ def _meet_nobody(section: DistributedSection) -> _Meeting:
 def _meet_all(
     section: DistributedSection,
     place: Place,
-    chain: Sequence[Process],
+    owner: Process | None,
     status: StatusFile,
     *,
     sha256: str,
     config_text: str,
     deadline: Deadline,
 ) -> _Meeting:
-    owner = next((process for process in chain if launcher_name(process)), None)
     folder = run_folder(owner, place.restart) if owner else None
     try:
         store = open_store(place, folder, deadline)

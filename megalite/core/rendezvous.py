@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import shutil
 import socket
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -83,50 +79,6 @@ class Card:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
-
-
-# ---- the folder of a run on one host ---------------------------------------------------------------------------------
-
-
-def run_folder(owner: Process, restart: str = "0") -> Path:
-    """A folder for the ranks that `owner` started on this host, which no other user can open; made if missing.
-
-    All of them find the same one without a word, because it is named for a process that they have in common.
-    """
-    base = Path(tempfile.gettempdir()) / f"megalite-{os.getuid()}"
-    base.mkdir(mode=0o700, exist_ok=True)
-    found = base.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        rule = "must be a folder of yours that nobody else can open"
-        fix = f"Remove it, or `chmod 700 {base}`, or set TMPDIR to another place."
-        raise ConfigError(Problem(key=str(base), rule=rule, fix=fix))
-    folder = base / f"{_prefix()}{owner.pid}-{owner.start}-{restart}"
-    if not folder.exists():
-        _sweep(base)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
-def _prefix() -> str:
-    boot, namespace = pid_namespace().split("/")
-    return f"run-{boot[:8]}-{namespace}-"
-
-
-def _sweep(base: Path) -> None:
-    """Remove the folders of earlier runs on this host, whose owner is gone."""
-    for folder in base.glob(f"{_prefix()}*"):
-        pid, start, _ = folder.name.removeprefix(_prefix()).split("-")
-        if not Process(int(pid), int(start)).alive():
-            shutil.rmtree(folder, ignore_errors=True)  # another run may be sweeping too
-
-
-def claim(folder: Path) -> bool:
-    """True for the first process that asks in a run's folder: that one tells the user how the run ended."""
-    try:
-        os.close(os.open(folder / "told", os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-    except FileExistsError:
-        return False
-    return True
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------

@@ -1,22 +1,19 @@
-"""`status.json`: what a run's ranks last agreed on. Rank 0 writes it; whoever started the run reads the truth there."""
+"""`status.json`: what a run's ranks last agreed on, for whoever looks, and the same in a word for the door."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import EXIT_RANK_LOST, EXIT_SIGINT, EXIT_SIGTERM, MegaliteError
 from megalite.files import write_json
 from megalite.monitor.referee import End, Peer
-
-STATUS_VARIABLE = "MEGALITE_STATUS"
-"""Environment variable with the path of a status file that the run has to write."""
 
 
 class StatusFile:
@@ -26,8 +23,10 @@ class StatusFile:
     file when it can't be written.
     """
 
-    def __init__(self, paths: Sequence[str | os.PathLike[str]]):
-        self._paths = list(dict.fromkeys(Path(path) for path in paths))
+    def __init__(self, path: str | os.PathLike[str] | None, door: int | None = None):
+        """`door`: pipe to a process that is told of beginning and end too, see `core.launcher`."""
+        self._path = None if path is None else Path(path)
+        self._door = door
         self._started = time.time()
         self._lock = threading.Lock()
         self._over = False
@@ -61,16 +60,11 @@ class StatusFile:
             if self._over:
                 return
             self._over = code is not None
-            for path in self._paths:
+            if self._door is not None:
+                with suppress(OSError):  # the door is gone, and this rank soon too
+                    os.write(self._door, b"running\n" if code is None else f"ended {code}\n".encode())
+            if self._path is not None:
                 try:
-                    write_json(path, value)
+                    write_json(self._path, value)
                 except MegaliteError as error:
                     sys.stderr.write(f"warning: the run's status was not written: {error}\n")
-
-
-def read_status(path: Path) -> dict[str, Any]:
-    """What the run last wrote; empty if it wrote nothing."""
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}

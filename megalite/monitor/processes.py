@@ -79,6 +79,18 @@ def _stat(pid: int) -> _Stat | None:
     return _Stat(state=fields[0], parent=int(fields[1]), start=int(fields[19]))
 
 
+def this_process() -> Process:
+    me = Process.of(os.getpid())
+    assert me is not None, "this process lives"
+    return me
+
+
+def is_stopped(pid: int) -> bool:
+    """By a signal (SIGSTOP), not by a debugger."""
+    stat = _stat(pid)
+    return stat is not None and stat.state == "T"
+
+
 def launcher_name(process: Process) -> str:
     """Which known launcher the process is: `deepspeed`, `deepspeed.launcher.launch`, `torchrun`...; '' if none."""
     arguments = process.command()[1:8]

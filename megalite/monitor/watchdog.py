@@ -39,7 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalite.monitor.processes import Process
+from megalite.monitor.processes import Process, launcher_name
 from megalite.monitor.referee import LOST, End, Peer, Referee, lost_line
 from megalite.monitor.wire import Connection, Message, end_fields, end_of, proof
 
@@ -49,7 +49,7 @@ _TICK = 0.25
 _AGAIN = 1.0
 """Seconds after which the same signal counts as a second one: launchers and service managers repeat the first."""
 _ORPHAN_WAIT = 2.0
-"""Seconds until a vanished launcher counts: a Ctrl-C ends launchers, and reaches ranks on other hosts later."""
+"""Seconds until a vanished `deepspeed` or `torchrun` counts: a Ctrl-C ends it and reaches other hosts' ranks later."""
 _SIGNAL_EXCUSE = 40.0
 """Seconds after a signal in which launchers may vanish: the ranks are draining, and DeepSpeed kills them after 30."""
 _HEAD_START = 0.5
@@ -93,7 +93,9 @@ class Watchdog:
         `on_end`: called in the thread by the rank that decides the end, before anyone leaves; must not raise.
         `claim`: True for one rank of this host, the first that asks; that one tells the user."""
         self._rank, self._peers, self._token, self._timeout = rank, tuple(peers), token, timeout
-        self._launchers = [(process, str(process)) for process in launchers]
+        self._launchers = [
+            (process, str(process), _ORPHAN_WAIT if launcher_name(process) else 0.0) for process in launchers
+        ]
         self._handle_signals, self._on_end, self._claim = handle_signals, on_end, claim
         self._hub = hub
         self._alone = len(self._peers) == 1 and not launchers
@@ -272,11 +274,12 @@ class Watchdog:
                 self._guardian.stdin.write(b".")
 
     def _look_up(self, now: float) -> None:
-        gone = next((name for process, name in self._launchers if not process.alive()), None)
-        if gone is None or now < self._excused:
+        missed = ((name, wait) for process, name, wait in self._launchers if not process.alive())
+        gone, patience = next(missed, ("", 0.0))
+        if not gone or (patience and now < self._excused):
             return
         self._orphaned = self._orphaned or now
-        if now - self._orphaned >= _ORPHAN_WAIT and self._last_resort is None:
+        if now - self._orphaned >= patience and self._last_resort is None:
             host = self._peers[self._rank].host
             ranks = ", ".join(str(peer.rank) for peer in self._peers if peer.host == host)
             line = f"error: {gone} on {host}, which started its ranks ({ranks}), is gone. The run was stopped."
