@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -153,6 +155,28 @@ def test_samples_arrive_as_they_were_sent():
     sent = [ROLLOUT, replace(ROLLOUT, sample=2, token_ids=(), logprobs=(), text="", finish_reason=None)]
     assert unpack_groups(pack_groups({12: sent, 3: []})) == {12: sent, 3: []}
     assert unpack_groups(pack_groups({})) == {}
+
+
+def test_two_million_tokens_leave_time_for_other_threads():
+    """One call that holds Python's lock for as long as it takes to write them as text would silence a rank."""
+    ids = tuple(range(8192))
+    long = replace(ROLLOUT, token_ids=ids, logprobs=tuple(-one / 7 for one in ids))
+    groups = {number: [long] * 8 for number in range(32)}
+    gaps, over = [0.0], threading.Event()
+
+    def look() -> None:
+        last = time.thread_time(), time.process_time()
+        while not over.wait(0.001):
+            now = time.thread_time(), time.process_time()
+            gaps.append(now[1] - last[1] - (now[0] - last[0]))  # of this process' own work, not of a busy machine
+            last = now
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    arrived = unpack_groups(pack_groups(groups))
+    over.set()
+    watcher.join()
+    assert arrived == groups and max(gaps) < 0.5
 
 
 def test_samples_are_kept_with_what_became_of_them(tmp_path):

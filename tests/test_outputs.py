@@ -22,7 +22,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.errors import ConfigError
 from megalite.inference.output_file import OutputFile, fingerprint, print_output
-from megalite.inference.outputs import CompletionOutput, Logprob, OutputProcessor, RequestOutput
+from megalite.inference.outputs import (
+    CompletionOutput,
+    Logprob,
+    OutputProcessor,
+    RequestOutput,
+    pack_outputs,
+    unpack_outputs,
+)
 from megalite.inference.request import Request, Sequence
 from megalite.inference.stopping import StopChecker
 from megalite.monitor.progress import Progress
@@ -352,12 +359,14 @@ def test_lines_read_back(made):
     assert RequestOutput.from_line(line.encode()) == made
 
 
-def test_log_probabilities_of_tokens_travel_where_asked_for():
-    made = output()
+def test_outputs_travel_whole():
+    """Ids and log-probabilities to the last bit, of one output or of none."""
+    made, failed = output(), RequestOutput(request_id="b", prompt="\u2028", prompt_token_ids=[], error="why")
     made.outputs[0].token_logprobs = [-0.1, -math.inf]
-    assert RequestOutput.from_line(made.to_line(token_logprobs=True)) == made
-    made.outputs[0].token_logprobs = []
-    assert RequestOutput.from_line(made.to_line()) == made
+    made.outputs.append(CompletionOutput(index=1, text="", token_ids=[2**31 - 1], cumulative_logprob=0.0))
+    assert unpack_outputs(pack_outputs([made, failed, made])) == [made, failed, made]
+    assert unpack_outputs(pack_outputs([])) == []
+    assert RequestOutput.from_line(made.to_line()).outputs[0].token_logprobs == []
 
 
 def test_half_a_surrogate_pair_can_be_written():

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from megalite.files import write_durably
+from megalite.inference.packed import pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,18 +52,28 @@ class Judged:
     """Of the sampled tokens, by the trainer before the update."""
 
 
+_NUMBERS = ("prompt_token_ids", "token_ids", "logprobs")
+"""Fields that travel as arrays."""
+
+
 def pack_groups(groups: Mapping[int, Sequence[Rollout]]) -> bytes:
     """Groups of samples by number, for the way from rank to rank; `unpack_groups` is the inverse."""
-    return json.dumps({number: [_values(rollout) for rollout in group] for number, group in groups.items()}).encode()
+    rollouts = [rollout for group in groups.values() for rollout in group]
+    words = [{name: value for name, value in _values(rollout).items() if name not in _NUMBERS} for rollout in rollouts]
+    sizes = {number: len(group) for number, group in groups.items()}
+    lines = "\n".join(json.dumps(one) for one in [sizes, *words]).encode()
+    ids = [row for rollout in rollouts for row in (rollout.prompt_token_ids, rollout.token_ids)]
+    return pack(lines, ids, [rollout.logprobs for rollout in rollouts])
 
 
 def unpack_groups(data: bytes) -> dict[int, list[Rollout]]:
-    return {int(number): [_rollout(values) for values in group] for number, group in json.loads(data).items()}
-
-
-def _rollout(values: dict[str, Any]) -> Rollout:
-    lists = ("prompt_token_ids", "token_ids", "logprobs")
-    return Rollout(**{**values, **{name: tuple(values[name]) for name in lists}})
+    lines, ids, logprobs = unpack(data)
+    sizes, *words = map(json.loads, lines.split(b"\n"))
+    numbers = zip(map(tuple, ids[::2]), map(tuple, ids[1::2]), map(tuple, logprobs), strict=True)
+    rollouts = (
+        Rollout(**one, **dict(zip(_NUMBERS, rows, strict=True))) for one, rows in zip(words, numbers, strict=True)
+    )
+    return {int(number): list(islice(rollouts, size)) for number, size in sizes.items()}
 
 
 def rollout_file(folder: Path, iteration: int) -> Path:

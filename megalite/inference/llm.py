@@ -27,7 +27,7 @@ from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import Feed, Share, SharedQueue, broadcast_bytes, deal
 from megalite.inference.engine import Engine, Hooks
 from megalite.inference.inputs import Prompt, Served, make_request
-from megalite.inference.outputs import RequestOutput
+from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
 from megalite.inference.request import Request
 from megalite.preflight import read_model
 
@@ -306,11 +306,8 @@ def _exchanged(mine: Sequence[RequestOutput], replica: Replica) -> list[RequestO
     """The outputs of all control ranks."""
     outputs = []
     for source in replica.layout.control_ranks:
-        lines = None
-        if replica.state.rank == source:
-            lines = "\n".join(output.to_line(token_logprobs=True) for output in mine).encode()
-        received = broadcast_bytes(lines, source, replica.state.world)
-        outputs += [RequestOutput.from_line(line) for line in received.splitlines()]
+        packed = pack_outputs(mine) if replica.state.rank == source else None
+        outputs += unpack_outputs(broadcast_bytes(packed, source, replica.state.world))
     return outputs
 
 

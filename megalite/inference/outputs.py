@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from megalite.inference.packed import pack, unpack
 from megalite.inference.request import FinishReason, Request
 from megalite.inference.request import Sequence as Sampling
 from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
@@ -73,16 +74,13 @@ class RequestOutput:
     error: str | None = None
     """Why it could not run; there are no outputs then."""
 
-    def to_line(self, *, token_logprobs: bool = False) -> str:
+    def to_line(self) -> str:
         """One line of JSON, without its newline; `from_line` reads it back. What is not there is left out."""
         value: dict[str, Any] = {"id": self.request_id, "prompt": self.prompt}
         value["prompt_token_ids"] = self.prompt_token_ids
         if self.prompt_logprobs is not None:
             value["prompt_logprobs"] = [_plain(entry) for entry in self.prompt_logprobs]
         value["outputs"] = [_completion_value(output) for output in self.outputs]
-        if token_logprobs:
-            for made, output in zip(value["outputs"], self.outputs, strict=True):
-                made["token_logprobs"] = [_finite(one) for one in output.token_logprobs]
         value["replica"] = self.replica
         if self.error is not None:
             value["error"] = self.error
@@ -104,6 +102,28 @@ class RequestOutput:
             replica=value["replica"],
             error=value.get("error"),
         )
+
+
+def pack_outputs(outputs: Sequence[RequestOutput]) -> bytes:
+    """For the way from rank to rank; `unpack_outputs` is the inverse. Ids and the tokens' logprobs go as arrays."""
+    lines, ids, logprobs = [], [], []
+    for output in outputs:
+        bare = [replace(one, token_ids=[], token_logprobs=[]) for one in output.outputs]
+        lines.append(replace(output, prompt_token_ids=[], outputs=bare).to_line().encode())
+        ids += [output.prompt_token_ids, *(one.token_ids for one in output.outputs)]
+        logprobs += [one.token_logprobs for one in output.outputs]
+    return pack(b"\n".join(lines), ids, logprobs)
+
+
+def unpack_outputs(data: bytes) -> list[RequestOutput]:
+    lines, ids, logprobs = unpack(data)
+    outputs = [RequestOutput.from_line(line) for line in lines.splitlines()]
+    next_ids, next_logprobs = iter(ids), iter(logprobs)
+    for output in outputs:
+        output.prompt_token_ids = next(next_ids)
+        for one in output.outputs:
+            one.token_ids, one.token_logprobs = next(next_ids), next(next_logprobs)
+    return outputs
 
 
 def _is_unicode(text: str) -> bool:
@@ -163,7 +183,6 @@ def _completion(value: dict[str, Any]) -> CompletionOutput:
         token_ids=value["token_ids"],
         cumulative_logprob=_number(value["cumulative_logprob"]),
         logprobs=logprobs and [_logprobs(entry) or {} for entry in logprobs],
-        token_logprobs=[_number(one) for one in value.get("token_logprobs", ())],
         finish_reason=value["finish_reason"],
         stop_reason=value.get("stop_reason"),
     )
