@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from os.path import commonprefix
 from pathlib import Path
@@ -25,6 +25,7 @@ _UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "sp
 """Older forms of a tokenizer, from which tokenizer.json can be made."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PAIRS_CACHED = 1 << 16
+_BATCH_CHARACTERS = 1 << 20
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -92,8 +93,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written in the text count as such. ValueError: it is not valid Unicode."""
-        ids = self._encoding(text).ids
-        return [*self._head, *ids, *self._tail] if add_special_tokens else ids
+        return self._whole(self._encoding(text), add_special_tokens)
+
+    def _whole(self, encoding: tokenizers.Encoding, add_special_tokens: bool) -> list[int]:
+        return [*self._head, *encoding.ids, *self._tail] if add_special_tokens else encoding.ids
 
     def encode_with_offsets(
         self, text: str, *, add_special_tokens: bool = True
@@ -125,6 +128,30 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
         return self.backend.encode(text)
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int] | ValueError]:
+        """What `encode` gives or raises for each text, on all cores."""
+        encoded: list[list[int] | ValueError] = []
+        start = 0
+        for end in _batches(texts):
+            encoded += self._encode_together(texts[start:end], add_special_tokens)
+            start = end
+        return encoded
+
+    def _encode_together(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int] | ValueError]:
+        try:
+            together = self.backend.encode_batch_fast(texts)
+            return [self._whole(encoding, add_special_tokens) for encoding in together]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # one text spoils its batch, whatever the library raises; find out which
+            return [self._encode_alone(text, add_special_tokens) for text in texts]
+
+    def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int] | ValueError:
+        try:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        except ValueError as error:
+            return error
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
@@ -165,6 +192,16 @@ class Tokenizer:
 
     def _named_id(self, name: str) -> int | None:
         return self.backend.token_to_id(self.names[name]) if name in self.names else None
+
+
+def _batches(texts: Sequence[str]) -> Iterator[int]:
+    """Where each batch of texts ends: encodings take many times the memory of their text until their ids are taken."""
+    length = 0
+    for place, text in enumerate(texts, 1):
+        length += len(text) + 1
+        if length >= _BATCH_CHARACTERS or place == len(texts):
+            yield place
+            length = 0
 
 
 # ---- reading the folder

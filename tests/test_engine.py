@@ -23,11 +23,12 @@ from tiny_tokenizer import with_tokenizer
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
+from megalite.errors import ConfigError
 from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
-from megalite.inference.inputs import make_request
-from megalite.inference.llm import make_feed, run_everywhere, serve
+from megalite.inference.inputs import Asked, make_request
+from megalite.inference.llm import make_feed, prepare, run_everywhere, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
 from megalite.tokenizer import Tokenizer
@@ -446,6 +447,63 @@ def texts(rank: int, folder: Path, store: str) -> list[str | None]:
 def test_texts_of_one_call_do_not_show_up_in_the_next(talking, ranks, tmp_path):
     shown = ranks(2).run(texts, talking, str(tmp_path / "store"))
     assert shown == [[[("ab", 1), ("cd", 0)], [(None, 0), (None, 1)]]] * 2
+
+
+def prepared(rank: int, folder: Path, given: dict[str, list], store: str) -> dict[str, object]:
+    """Of each case what the ranks make of `given`, one entry a rank: ids, or why not; and who tokenised how often."""
+    replica = make_replica(rank, folder, Setting(layout=Layout(1, 2, 2)), store)
+    served, encode, encoded = serve(replica), replica.tokenizer.encode_batch, []
+    replica.tokenizer.encode_batch = lambda texts, **options: encoded.append(len(texts)) or encode(texts, **options)
+    found = {}
+    for case, each in given.items():
+        asked = [
+            Asked(prompt=prompt, params=SamplingParams(**params), id=str(place), index=place, where=f"prompts[{place}]")
+            for place, (prompt, params) in enumerate(each[rank % len(each)])
+        ]
+        try:
+            found[case] = [
+                (request.prompt_token_ids, request.seed, text) for request, text in prepare(replica, asked, served)
+            ]
+        except ConfigError as error:
+            found[case] = str(error)
+    return {**found, "encoded": sum(encoded)}
+
+
+def test_ranks_are_given_the_same_and_tokenise_it_once_a_replica(talking, ranks, tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    same = [("one text", {}), (chat, {"seed": 3}), ([5, 6, 7], {}), ("Grüße 🙂", {"n": 2})]
+    other = {
+        "a text": [("another text", {}), *same[1:]],
+        "a text as long": [("one test", {}), *same[1:]],
+        "a chat": [same[0], ([{"role": "user", "content": "ho"}], {"seed": 3}), *same[2:]],
+        "ids": [*same[:2], ([5, 6, 8], {}), same[3]],
+        "a parameter": [("one text", {"temperature": 0.5}), *same[1:]],
+        "a seed": [*same[:1], (chat, {"seed": 4}), *same[2:]],
+        "more of them": [*same, ("one more", {})],
+        "fewer of them": same[:3],
+        "the order": same[::-1],
+        "a prompt that can't run": [("", {}), *same[1:]],
+    }
+    given = {"same": [same], "refused": [[*same, ("x" * 500, {})]]}
+    given |= {name: [same, same, same, case] for name, case in other.items()}
+    given |= {"two of them": [same, other["ids"], same, other["a seed"]], "same again": [same]}
+    results = ranks(4).run(prepared, talking, given, str(tmp_path / "store"))
+    tokenizer = Tokenizer.load(talking)
+    texts = ["one text", tokenizer.apply_chat_template(chat), None, same[3][0]]
+    ids = [
+        tokenizer.encode(texts[0]),
+        tokenizer.encode(texts[1], add_special_tokens=False),
+        [5, 6, 7],
+        tokenizer.encode(texts[3]),
+    ]
+    for found in results:
+        assert [(list(i), text) for i, _, text in found["same"]] == list(zip(ids, texts, strict=True))
+        assert found["same again"] == found["same"] and found["same"][1][1] == 3
+        assert "prompts[4]: the prompt has" in found["refused"]
+        for case in other:
+            assert "prompts and sampling parameters: rank 3 has others than rank 0" in found[case], case
+        assert "ranks 1, 3 have others than rank 0" in found["two of them"]
+    assert [found["encoded"] for found in results] == [0, 10, 0, 10], "the control ranks, and nothing that differs"
 
 
 def out_of_step(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> None:

@@ -286,6 +286,25 @@ def test_no_template(tmp_path):
         ours.apply_chat_template(MESSAGES)
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_a_batch_is_encoded_as_its_texts_are(tmp_path, special, monkeypatch):
+    ours = Tokenizer.load(write(tmp_path))
+    texts = [*TEXTS[0].split(), "", "a\ud800", *TEXTS[1].split(), "</s>a <s>", "x" * 3000]
+
+    def alone(text: str) -> list[int] | str:
+        try:
+            return ours.encode(text, add_special_tokens=special)
+        except ValueError as error:
+            return str(error)
+
+    expected = [alone(text) for text in texts]
+    for size in (1, 20, 1 << 20):  # characters a batch
+        monkeypatch.setattr("megalite.tokenizer._BATCH_CHARACTERS", size)
+        together = ours.encode_batch(texts, add_special_tokens=special)
+        assert [str(one) if isinstance(one, ValueError) else one for one in together] == expected
+    assert ours.encode_batch([]) == []
+
+
 def test_half_a_surrogate_is_refused():
     with pytest.raises(ValueError, match="half a surrogate pair at character 2"):
         tokenizer("byte_level").encode("ab\ud800")

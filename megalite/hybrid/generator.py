@@ -12,8 +12,8 @@ from megalite.hybrid.rollout import Rollout, pack_groups, unpack_groups
 from megalite.hybrid.tasks import Example
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
-from megalite.inference.inputs import derived_seed, make_request
-from megalite.inference.llm import run_here, serve
+from megalite.inference.inputs import Asked, derived_seed
+from megalite.inference.llm import prepare, run_here, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
 
@@ -55,18 +55,19 @@ class Generator:
     def _prepare(self, examples: Sequence[Example]) -> tuple[list[Request], list[str]]:
         """A request and the prompt's text for each example; ids and seeds are those of the iteration that asks."""
         served = serve(self.replica)
-        requests, texts, problems = [], [], []
-        for index, example in enumerate(examples):
-            prompt = example.prompt if example.messages is None else list(example.messages)
-            request, text = make_request(
-                prompt,
-                self.params,
-                served,
-                id="",
+        asked = [
+            Asked(
+                prompt=example.prompt if example.messages is None else list(example.messages),
+                params=self.params,
+                id=str(index),
                 index=index,
                 where=example.where,
                 chat_variables=example.variables,
             )
+            for index, example in enumerate(examples)
+        ]
+        requests, texts, problems = [], [], []
+        for example, (request, text) in zip(examples, prepare(self.replica, asked, served), strict=True):
             if request.max_tokens < self.params.max_tokens:
                 rule = (
                     f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from megalite.hybrid.reward_pool import RewardPool, Sample, Scored
 from megalite.hybrid.rollout import Judged, Rollout
 from megalite.hybrid.sync import Sync
 from megalite.inference.assembly import Replica
-from megalite.inference.control import broadcast_bytes
+from megalite.inference.control import broadcast_bytes, compare_ranks
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
 from megalite.train.flops import peak_of_run
@@ -76,6 +77,7 @@ class Job:
         """The rank that rewards, logs and keeps the samples."""
         self.progress = Progress()
         self.materials = Materials(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
+        compare_ranks(sha256(repr(self.materials.examples).encode()).digest(), "data.source")
         self.train_state = ParallelState.join(
             self.train_layout, sequence_parallel=config.train.parallel.sequence_parallel
         )

@@ -7,7 +7,7 @@ sampled token ids, which stop strings completed, how much new work the replica t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.core.parallel_state import Axis, ParallelState
+from megalite.errors import ConfigError, Problem
 from megalite.inference.request import Request, Sampled
 
 _STOP, _EXHAUSTED = 1, 2
@@ -171,3 +172,37 @@ def broadcast_bytes(data: bytes | None, source: int, axis: Axis | None = None) -
     if buffer.numel():
         dist.broadcast(buffer, source, group=group)
     return buffer.numpy().tobytes()
+
+
+def compare_ranks(digest: bytes, what: str, axis: Axis | None = None) -> None:
+    """ConfigError on every rank of `axis` (None: of the run), naming those that differ, unless all digests are equal.
+
+    Collective. `digest`: 32 bytes made of what this rank was given; `what` names that in the message.
+    """
+    if not dist.is_initialized() or (axis is not None and axis.size == 1):
+        return
+    ranks = axis.ranks if axis is not None else range(dist.get_world_size())
+    mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+    each = [torch.empty_like(mine) for _ in ranks]
+    dist.all_gather(each, mine, group=axis.group if axis is not None else None)
+    different = [rank for rank, other in zip(ranks, each, strict=True) if not torch.equal(other, each[0])]
+    if different:
+        names = ", ".join(map(str, different))
+        who = f"rank {names} has" if len(different) == 1 else f"ranks {names} have"
+        fix = "Every rank must be given the same; a file must be the same on every host."
+        raise ConfigError(Problem(key=what, rule=f"{who} others than rank {ranks[0]}", fix=fix))
+
+
+class Ranks:
+    """The ranks of a layout when they are given work, see `inputs.Together`; `what` names the work in messages."""
+
+    def __init__(self, state: ParallelState, what: str):
+        self.state = state
+        self.what = what
+
+    def once(self, make: Callable[[], bytes]) -> bytes:
+        """`make` is called on the control rank."""
+        return broadcast_bytes(make() if self.state.is_control else None, self.state.control_rank, self.state.replica)
+
+    def compare(self, digest: bytes) -> None:
+        compare_ranks(digest, self.what, self.state.world)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from hashlib import blake2b, sha256
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from megalite.chat_template import TemplateError
 from megalite.config.chat import CHAT_KEYS, VARIABLES, chat_variables, section_variables, variables_problem
@@ -91,37 +93,108 @@ class InputBatch:
         return replace(self, requests=requests, failures=failures)
 
 
-def make_request(
-    prompt: Prompt,
-    params: SamplingParams,
-    served: Served,
-    *,
-    id: str,
-    index: int,
-    where: str = "prompt",
-    chat_variables: Mapping[str, Any] | None = None,
-) -> tuple[Request, str | None]:
-    """The request for a prompt, and the prompt as text if it is not token ids.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A prompt and what is asked of it, not tokenised yet."""
 
-    `params` have passed `sampling_problems`, but for max_tokens 0, which only scores the prompt. `index`: place in the
-    input, which decides the seed where params have none; `where` names the prompt in messages. `chat_variables` reach
-    the chat template. ConfigError: this prompt can't run.
+    prompt: Prompt
+    params: SamplingParams
+    """Have passed `sampling_problems`, but for max_tokens 0, which only scores the prompt."""
+    id: str
+    index: int
+    """Place in the input, which decides the seed where params have none."""
+    where: str = "prompt"
+    """Names the prompt in messages."""
+    chat_variables: Mapping[str, Any] = field(default_factory=dict)
+    """Reach the chat template."""
+
+
+Encoded = tuple[Sequence[int], str | None] | ConfigError
+"""Token ids of a prompt, and its text where it is not ids itself; or why there are none."""
+
+
+class Together(Protocol):
+    """What the ranks of a run do together when they are given prompts; every rank calls every method alike."""
+
+    def once(self, make: Callable[[], bytes]) -> bytes:
+        """What `make` gives on one rank of the replica, on all of them."""
+
+    def compare(self, digest: bytes) -> None:
+        """ConfigError on every rank, naming those that differ, unless all pass the same 32 bytes."""
+
+
+def make_requests(
+    asked: Sequence[Asked], served: Served, together: Together | None = None
+) -> list[tuple[Request, str | None] | ConfigError]:
+    """The request for each prompt, and the prompt as text if it is not token ids; or why this one can't run.
+
+    `together`: of the ranks of a run, all of which call this. One of each replica renders and tokenises. ConfigError:
+    they were not given the same, or do not make the same requests of it.
     """
-    problem = prompt_problem(prompt, key=where, vocab_size=served.vocab_size)
+    if together is not None:
+        together.compare(_digest((one.id, one.prompt, dict(one.chat_variables), one.params) for one in asked))
+    refused = [_refusal(one, served) for one in asked]
+    written = [one for one, error in zip(asked, refused, strict=True) if error is None and not _is_ids(one.prompt)]
+    if together is None or not written:
+        encoded = iter(_encode(written, served))
+    else:
+        encoded = iter(_unpack(together.once(lambda: _pack(_encode(written, served)))))
+    made: list[tuple[Request, str | None] | ConfigError] = []
+    for one, error in zip(asked, refused, strict=True):
+        found = error or ((one.prompt, None) if _is_ids(one.prompt) else next(encoded))
+        made.append(found if isinstance(found, ConfigError) else _request(one, served, *found))
+    if together is not None:
+        requests = (one[0] for one in made if not isinstance(one, ConfigError))
+        together.compare(_digest((one.id, one.prompt_token_ids, one.seed, one.max_tokens) for one in requests))
+    return made
+
+
+def _digest(values: Iterable[object]) -> bytes:
+    digest = sha256()
+    for value in values:
+        digest.update(repr(value).encode())
+    return digest.digest()
+
+
+def make_request(prompt: Prompt, params: SamplingParams, served: Served, **asked: Any) -> tuple[Request, str | None]:
+    """As `make_requests`, for one prompt; `asked`: the other fields of `Asked`. ConfigError: it can't run."""
+    [made] = make_requests([Asked(prompt=prompt, params=params, **asked)], served)
+    if isinstance(made, ConfigError):
+        raise made
+    return made
+
+
+def _is_ids(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and not isinstance(prompt[0], dict)
+
+
+def _refusal(one: Asked, served: Served) -> ConfigError | None:
+    """What is wrong with a prompt before anything is made of it."""
+    problem = prompt_problem(one.prompt, key=one.where, vocab_size=served.vocab_size)
     if problem is not None:
-        raise ConfigError(problem)
-    if params.stop and served.tokenizer is None:
-        raise _refused(where, "stop strings need a tokenizer, and the model has none", "Use stop_token_ids.")
-    ids, text = _token_ids(prompt, served, where, chat_variables or {})
-    room = served.max_model_len - len(ids)
+        return ConfigError(problem)
+    if served.tokenizer is None and one.params.stop:
+        return _refused(one.where, "stop strings need a tokenizer, and the model has none", "Use stop_token_ids.")
+    if served.tokenizer is None and not _is_ids(one.prompt):
+        fix = "Give the prompt as token ids, or set model.tokenizer."
+        return _refused(one.where, "the model has no tokenizer.json", fix)
+    return None
+
+
+def _request(
+    one: Asked, served: Served, ids: Sequence[int], text: str | None
+) -> tuple[Request, str | None] | ConfigError:
+    params, room = one.params, served.max_model_len - len(ids)
     if room < (0 if params.max_tokens == 0 else 1):
         rule = f"the prompt has {len(ids)} tokens, and with the output it must fit in {served.max_model_len}"
-        raise _refused(where, rule, "Shorten it, or raise engine.max_model_len.")
-    seed = params.seed if params.seed is not None else derived_seed(served.seed, index)
-    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-    stops = served.stop_ids(params)
+        return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")
     request = Request(
-        id=id, prompt_token_ids=tuple(ids), params=params, seed=seed, max_tokens=max_tokens, stop_token_ids=stops
+        id=one.id,
+        prompt_token_ids=tuple(ids),
+        params=params,
+        seed=params.seed if params.seed is not None else derived_seed(served.seed, one.index),
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        stop_token_ids=served.stop_ids(params),
     )
     return request, text
 
@@ -136,29 +209,63 @@ def _refused(where: str, rule: str, fix: str = "") -> ConfigError:
     return ConfigError(Problem(key=where, rule=rule, fix=fix))
 
 
-def _token_ids(
-    prompt: Prompt, served: Served, where: str, variables: Mapping[str, Any]
-) -> tuple[Sequence[int], str | None]:
-    """Token ids of a prompt of the right shape, and its text."""
-    is_chat = not isinstance(prompt, str) and isinstance(prompt[0], dict)
-    if not (is_chat or isinstance(prompt, str)):
-        return prompt, None
-    if served.tokenizer is None:
-        raise _refused(
-            where, "the model has no tokenizer.json", "Give the prompt as token ids, or set model.tokenizer."
-        )
+def _encode(written: Sequence[Asked], served: Served) -> list[Encoded]:
+    """Token ids of prompts that are texts or chats."""
+    texts = [_text(one, served) for one in written]
+    encoded: list[Encoded] = list(texts)
+    for is_chat in (False, True):  # a template writes the special tokens itself
+        places = [
+            i for i, one in enumerate(written) if isinstance(texts[i], str) and is_chat != isinstance(one.prompt, str)
+        ]
+        if places:
+            together = served.tokenizer.encode_batch([texts[i] for i in places], add_special_tokens=not is_chat)
+            for i, ids in zip(places, together, strict=True):
+                encoded[i] = _checked(ids, texts[i], written[i].where, served)
+    return encoded
+
+
+def _text(one: Asked, served: Served) -> str | ConfigError:
+    """A prompt as text, its chat template applied."""
+    if isinstance(one.prompt, str):
+        return one.prompt
     try:
-        text = served.tokenizer.apply_chat_template(list(prompt), **variables) if is_chat else prompt
-        ids = served.tokenizer.encode(text, add_special_tokens=not is_chat)  # a template writes them itself
-    except (TemplateError, ValueError) as error:
-        raise _refused(where, str(error)) from None
+        return served.tokenizer.apply_chat_template(list(one.prompt), **one.chat_variables)
+    except TemplateError as error:
+        return _refused(one.where, str(error))
+
+
+def _checked(ids: list[int] | ValueError, text: str, where: str, served: Served) -> Encoded:
+    if isinstance(ids, ValueError):
+        return _refused(where, str(ids))
     if not ids:
-        raise _refused(where, "an empty prompt: the tokenizer makes no token of it")
+        return _refused(where, "an empty prompt: the tokenizer makes no token of it")
     beyond = next((token_id for token_id in ids if token_id >= served.vocab_size), None)
     if beyond is not None:
         rule = f"the tokenizer makes token id {beyond} of it, and the model's are 0 to {served.vocab_size - 1}"
-        raise _refused(where, rule, "The tokenizer is not this model's.")
+        return _refused(where, rule, "The tokenizer is not this model's.")
     return ids, text
+
+
+def _pack(encoded: Sequence[Encoded]) -> bytes:
+    """Encoded prompts for the way to other ranks; `_unpack` is the inverse."""
+    found = [one for one in encoded if not isinstance(one, ConfigError)]
+    head = [str(one) if isinstance(one, ConfigError) else [len(one[0]), one[1]] for one in encoded]
+    return json.dumps(head).encode() + b"\n" + array("i", chain.from_iterable(ids for ids, _ in found)).tobytes()
+
+
+def _unpack(data: bytes) -> list[Encoded]:
+    head, _, tail = data.partition(b"\n")
+    ids = array("i", tail)
+    encoded: list[Encoded] = []
+    start = 0
+    for entry in json.loads(head):
+        if isinstance(entry, str):
+            encoded.append(ConfigError(entry))
+            continue
+        count, text = entry
+        encoded.append((ids[start : start + count], text))
+        start += count
+    return encoded
 
 
 # ---- many prompts
@@ -178,16 +285,15 @@ class _Entry:
 
 
 class _Collector:
-    """Turns entries into requests and failures, each with an id of its own."""
+    """Turns entries into what is asked and failures, each with an id of its own."""
 
     def __init__(self, served: Served, defaults: SamplingParams, variables: Mapping[str, Any]):
         """`variables`: what chat templates see, where an entry does not say otherwise."""
         self.served = served
         self.defaults = defaults
         self.variables = variables
-        self.requests: list[Request] = []
-        self.failures: list[Failure] = []
-        self.texts: dict[str, str] = {}
+        self.asked: list[Asked] = []
+        self.failures: dict[str, Failure] = {}
         self.places: dict[str, str] = {}
         """Where each id was used first, in input order."""
 
@@ -204,22 +310,22 @@ class _Collector:
             if problem is not None:
                 raise ConfigError(problem)
             params = self._params(entry)
-            request, text = make_request(
-                entry.prompt,
-                params,
-                self.served,
+        except ConfigError as error:
+            self._fail(own_id, entry.prompt, error)
+            return
+        self.asked.append(
+            Asked(
+                prompt=entry.prompt,
+                params=params,
                 id=own_id,
                 index=index,
                 where=entry.where,
                 chat_variables={**self.variables, **entry.variables},
             )
-        except ConfigError as error:
-            prompt = entry.prompt if isinstance(entry.prompt, str) else None
-            self.failures.append(Failure(id=own_id, error=str(error), prompt=prompt))
-            return
-        self.requests.append(request)
-        if text is not None:
-            self.texts[own_id] = text
+        )
+
+    def _fail(self, id: str, prompt: Any, error: ConfigError) -> None:
+        self.failures[id] = Failure(id=id, error=str(error), prompt=prompt if isinstance(prompt, str) else None)
 
     def _params(self, entry: _Entry) -> SamplingParams:
         if entry.sampling is None:
@@ -231,11 +337,22 @@ class _Collector:
             raise ConfigError(*problems)
         return params
 
-    def batch(self, digest: str) -> InputBatch:
+    def batch(self, digest: str, together: Together | None) -> InputBatch:
+        requests: list[Request] = []
+        texts: dict[str, str] = {}
+        results = make_requests(self.asked, self.served, together)
+        for one, made in zip(self.asked, results, strict=True):
+            if isinstance(made, ConfigError):
+                self._fail(one.id, one.prompt, made)
+                continue
+            request, text = made
+            requests.append(request)
+            if text is not None:
+                texts[one.id] = text
         return InputBatch(
-            requests=tuple(self.requests),
-            failures=tuple(self.failures),
-            texts=self.texts,
+            requests=tuple(requests),
+            failures=tuple(self.failures[id] for id in self.places if id in self.failures),
+            texts=texts,
             order=tuple(self.places),
             digest=digest,
         )
@@ -258,11 +375,17 @@ def _chosen_id(entry: _Entry, index: int) -> tuple[str, str | None]:
 
 
 def read_inputs(
-    section: InputSection, defaults: SamplingParams, served: Served, *, stdin: BinaryIO | None = None
+    section: InputSection,
+    defaults: SamplingParams,
+    served: Served,
+    *,
+    stdin: BinaryIO | None = None,
+    together: Together | None = None,
 ) -> InputBatch:
     """Read every prompt that `section` names, sampled by `defaults` unless its line says otherwise.
 
-    `stdin` stands in for standard input. ConfigError: the input as a whole can't be read, or is empty.
+    `stdin` stands in for standard input; `together`: see `make_requests`. ConfigError: the input as a whole can't be
+    read, is empty, or is not the same on every rank.
     """
     variables = section_variables(section)
     collector = _Collector(served, defaults, variables)
@@ -272,12 +395,13 @@ def read_inputs(
         for raw, entry in entries:
             digest.update(b"%d:" % len(raw) + raw)
             collector.add(entry)
+    batch = collector.batch(digest.hexdigest(), together)
     if served.tokenizer is not None:
         served.tokenizer.close()
     if not collector.places:
         key = "input.file" if section.file is not None else "input.prompts"
         raise ConfigError(Problem(key=key, rule="has no prompts"))
-    return collector.batch(digest.hexdigest())
+    return batch
 
 
 def _name(section: InputSection) -> str:

@@ -17,7 +17,7 @@ from megalite.core import distributed
 from megalite.core.distributed import Runtime
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
 from megalite.inference.assembly import Replica, load_replica
-from megalite.inference.control import broadcast_bytes
+from megalite.inference.control import Ranks, broadcast_bytes
 from megalite.inference.engine import Hooks
 from megalite.inference.inputs import InputBatch, read_inputs
 from megalite.inference.llm import agree_on_end, make_feed, serve
@@ -54,7 +54,9 @@ def run(loaded: Loaded) -> int:
 def _generate(config: InferConfig, runtime: Runtime) -> int:
     """How many prompts could not run; the same on every rank."""
     replica, folder = load_replica(config, runtime)
-    batch = read_inputs(config.input, config.sampling, serve(replica), stdin=_stdin(config, runtime))
+    together = Ranks(replica.state, "input.prompts" if config.input.file is None else "input.file")
+    stdin = _stdin(config, runtime)
+    batch = read_inputs(config.input, config.sampling, serve(replica), stdin=stdin, together=together)
     writer_rank = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=0)
     with ExitStack() as stack:
         writer = None

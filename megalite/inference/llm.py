@@ -1,7 +1,7 @@
 """Generation from Python, in vLLM's spelling: `LLM(model=...).generate(prompts, SamplingParams(...))`.
 
 In a plain process the model has one rank. Under `deepspeed` or `torchrun` every rank runs the same script and makes the
-same calls, and every rank gets all results.
+same calls, with the same prompts or there is an error, and every rank gets all results.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from megalite.core import distributed
 from megalite.core.rendezvous import Place
 from megalite.errors import ConfigError, Problem, Stopped
 from megalite.inference.assembly import Replica, load_replica
-from megalite.inference.control import Feed, Share, SharedQueue, broadcast_bytes, deal
+from megalite.inference.control import Feed, Ranks, Share, SharedQueue, broadcast_bytes, deal
 from megalite.inference.engine import Engine, Hooks
-from megalite.inference.inputs import Prompt, Served, make_request
+from megalite.inference.inputs import Asked, Prompt, Served, make_requests
 from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
 from megalite.inference.request import Request
 from megalite.preflight import read_model
@@ -178,20 +178,19 @@ class LLM:
             raise ConfigError(f"generate: {len(prompts)} prompts but {len(each)} sampling params")
         if not checked:
             self._check_sampling(each)
-        requests, texts = [], {}
-        for index, (prompt, sampling) in enumerate(zip(prompts, each, strict=True)):
-            request, text = make_request(
-                prompt,
-                sampling,
-                self._served,
+        asked = [
+            Asked(
+                prompt=prompt,
+                params=sampling,
                 id=str(self._asked + index),
                 index=self._asked + index,
                 where=f"prompts[{index}]",
-                chat_variables=chat_variables,
+                chat_variables=chat_variables or {},
             )
-            requests.append(request)
-            if text is not None:
-                texts[request.id] = text
+            for index, (prompt, sampling) in enumerate(zip(prompts, each, strict=True))
+        ]
+        made = prepare(self.replica, asked, self._served)
+        requests, texts = [request for request, _ in made], {one.id: text for one, text in made if text is not None}
         if self._engine is None:
             self._engine = self.replica.engine()
         self._calls += 1
@@ -241,6 +240,19 @@ def serve(replica: Replica) -> Served:
         eos_token_ids=replica.model.eos_token_ids,
         seed=replica.settings.seed,
     )
+
+
+def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tuple[Request, str | None]]:
+    """The requests for all prompts, and their texts. Collective over the layout.
+
+    ConfigError: the first of them that can't run, or that ranks were given different ones.
+    """
+    together = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
+    made = make_requests(asked, served, together)
+    refused = next((one for one in made if isinstance(one, ConfigError)), None)
+    if refused is not None:
+        raise refused
+    return made
 
 
 def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
