@@ -19,7 +19,8 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported
 
 from megalite.errors import ResourceError  # noqa: E402
-from megalite.model import kernels  # noqa: E402
+from megalite.model import attention, kernels  # noqa: E402
+from megalite.model.attention import PackedAttention  # noqa: E402
 from megalite.model.config import AttentionSpec  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -304,20 +305,19 @@ def test_without_triton_generation_says_what_is_missing(monkeypatch):
         step.run()
 
 
-PACKED = {"one": [1], "even": [12, 12, 12], "ragged": [5, 1, 30, 17]}
+PACKED = {"one": [1], "even": [12, 12, 12], "ragged": [5, 1, 30, 17], "alike": [2, 2, 2, 9, 9, 20, 2]}
 
 
 def packed_case(lengths, heads, kv_heads, dim, dtype=torch.float32):
     torch.manual_seed(len(lengths) + heads)
     fused = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, device=DEVICE).to(dtype).requires_grad_()
-    starts = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-    return fused, fused.split([heads, kv_heads, kv_heads], 1), starts
+    return fused, fused.split([heads, kv_heads, kv_heads], 1)
 
 
 def check_packed(lengths, heads, kv_heads, spec, *, dim=32, dtype=torch.float32, tolerance):
     """Outputs and gradients against the reference, sequence by sequence."""
-    fused, qkv, starts = packed_case(lengths, heads, kv_heads, dim, dtype)
-    out = kernels.packed_attention(*qkv, starts, max(lengths), spec)
+    fused, qkv = packed_case(lengths, heads, kv_heads, dim, dtype)
+    out = PackedAttention(lengths, DEVICE).attend(spec, *qkv)
     weight = torch.randn_like(out)
     (gradient,) = torch.autograd.grad((out * weight).sum(), fused)
     rows = zip(*(x.split(lengths) for x in qkv), strict=True)
@@ -332,13 +332,13 @@ def check_packed(lengths, heads, kv_heads, spec, *, dim=32, dtype=torch.float32,
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("window, softcap", [(None, None), (6, None), (None, 1.5), (6, 1.5), (100, None)])
 def test_packed_attention(lengths, heads, kv_heads, window, softcap, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK", 8)
+    monkeypatch.setattr(attention, "CHUNK", 8)
     check_packed(lengths, heads, kv_heads, make_spec(32, window, softcap), tolerance=1e-5)
 
 
 def test_packed_attention_without_heads():
-    _, (q, k, v), starts = packed_case([3, 4], 4, 2, 8)
-    assert kernels.packed_attention(q[:, :0], k, v, starts, 4, make_spec(8)).shape == (7, 0, 8)
+    _, (q, k, v) = packed_case([3, 4], 4, 2, 8)
+    assert PackedAttention([3, 4], DEVICE).attend(make_spec(8), q[:, :0], k, v).shape == (7, 0, 8)
 
 
 @needs_cuda
@@ -428,12 +428,13 @@ def test_caches_of_more_than_2_to_the_31_elements():
 def test_no_launch_waits_for_the_device():
     decode = Step(DECODE, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)
     mixed = Step(MIXED, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)
-    _, qkv, starts = packed_case([5, 1, 30], 4, 2, 64, torch.bfloat16)
+    _, qkv = packed_case([5, 1, 30], 4, 2, 64, torch.bfloat16)
+    packed = PackedAttention([5, 1, 30], DEVICE)
     decode.run(), mixed.run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         decode.run(), mixed.run()
-        kernels.packed_attention(*qkv, starts, 30, decode.spec)
+        packed.attend(decode.spec, *qkv)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,5 +1,6 @@
 """What a trainer gives besides steps in layouts with stages: log-probabilities, samples and room."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from megalite.model import families
 from megalite.train import card
 from megalite.train.batch import from_sequences, from_windows
 from megalite.train.loss import TokenLoss
-from megalite.train.model import Scorer
+from megalite.train.model import LanguageModel, Scorer
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, get_whole
 from megalite.weights.transfer import build, initialise
@@ -175,6 +176,52 @@ def test_stages_train_in_bfloat16_as_one_process_does(layout, zero_stage, tiny, 
     [wanted] = ranks(1).run(bfloat16_steps, tiny("qwen3"), Layout(), 1)
     for found in ranks(layout.size).run(bfloat16_steps, tiny("qwen3"), layout, zero_stage):
         assert found == pytest.approx(wanted, rel=5e-3)
+
+
+TINY, TINY_BATCHES = 2**-9, 32
+
+
+def long_accumulation(rank: int, folder: Path, layout: Layout, zero_stage: int, gradient_dtype: str):
+    """The gradient of one step by Adam's first moment, and the sum of the micro batches' gradients in float64.
+
+    The first micro batch weighs 512 times as much as each of the others: one of them is lost beside it in bfloat16.
+    """
+    with as_run(rank):
+        state = ParallelState(layout)
+        decoder = build(families.read(folder), state, dtype=torch.bfloat16, device=CPU)
+        initialise(decoder, seed=3)
+        windows = torch.randint(decoder.config.vocab_size, (2, 1, 9), generator=torch.Generator().manual_seed(1))
+        large, small = (from_windows(window) for window in windows)
+        small = replace(small, weights=small.weights * TINY)
+        batches = [large] + [small] * TINY_BATCHES if state.dp.is_first else [small] * (TINY_BATCHES + 1)
+        wanted: dict[str, torch.Tensor] = {}
+        everywhere = TINY_BATCHES + (layout.dp - 1) * (TINY_BATCHES + 1)
+        weight = 8 * (1 + everywhere * TINY)
+        for batch, times in ((large, 1), (small, everywhere)):
+            logprobs = LanguageModel(decoder)(batch)
+            (-(logprobs * batch.weights).sum() * layout.dp / weight).backward()
+            for name, param in decoder.named_parameters():
+                wanted[name] = wanted.get(name, 0) + param.grad.double() * times / layout.dp
+                param.grad = None
+        options = replace(OPTIMIZER, gradient_clipping=0, gradient_dtype=gradient_dtype)
+        trainer = Trainer(decoder, options, steps=4, zero_stage=zero_stage)
+        trainer.step(batches)
+        params = dict(decoder.named_parameters())
+        found = {name: get_whole(params[name], MOMENTS[0]).double() / (1 - OPTIMIZER.betas[0]) for name in params}
+        norm = torch.stack([value.square().sum() for value in wanted.values()]).sum().sqrt()
+        errors = torch.stack([(found[name] - wanted[name]).square().sum() for name in wanted]).sum().sqrt()
+        return float(errors / norm), trainer.gradient_norm / float(norm)
+
+
+@pytest.mark.parametrize("dp, zero_stage", [(1, 1), (2, 1), (2, 2), (2, 3)])
+def test_small_gradients_are_not_lost_beside_large_ones(dp, zero_stage, tiny, ranks):
+    for error, norm in ranks(dp).run(long_accumulation, tiny("qwen3"), Layout(dp=dp), zero_stage, "float32"):
+        assert error < 2e-3 and norm == pytest.approx(1, abs=2e-3)
+
+
+def test_gradients_in_bfloat16_are_there_for_who_asks(tiny, ranks):
+    [(error, _)] = ranks(1).run(long_accumulation, tiny("qwen3"), Layout(), 1, "bfloat16")
+    assert error > 0.02
 
 
 def blocks_run(rank: int, folder: Path, recompute: bool) -> int:

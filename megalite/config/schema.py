@@ -265,6 +265,9 @@ class OptimizerSection:
     """Added to the root of the mean square."""
     gradient_clipping: float = 1.0
     """Largest global gradient norm; 0: none."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Numbers that gradients are added up in, over micro batches and replicas. bfloat16 halves their memory and loses
+    what is small beside the sum; only for a model in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

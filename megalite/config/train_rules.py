@@ -32,6 +32,8 @@ DEEPSPEED_KEYS = {
     "optimizer": "the optimizer section",
     "scheduler": "the optimizer section",
     "steps_per_print": "train.log_every",
+    "data_types": "optimizer.gradient_dtype",
+    "communication_data_type": "optimizer.gradient_dtype",
     "zero_allow_untested_optimizer": "megalite itself",
     "tensor_parallel": "parallel.tp",
     "pipeline": "parallel.pp",
@@ -50,6 +52,10 @@ def learning_problems(
 ) -> list[Problem]:
     """The rules of the sections that every job which trains has; `steps`: optimizer steps, and what they are called."""
     found = _model_problems(config, model) + _optimizer_problems(config.optimizer, steps, steps_are)
+    if config.optimizer.gradient_dtype != "float32" and config.model.dtype == "float32":
+        fix = "Leave it out, or train in bfloat16."
+        rule = "model.dtype is float32, and so are its gradients"
+        found.append(problem("optimizer.gradient_dtype", rule, config.optimizer.gradient_dtype, fix))
     found += [
         problem(f"deepspeed.{key}", f"is set by {ours}", value, "Leave it out here.")
         for key, ours in DEEPSPEED_KEYS.items()

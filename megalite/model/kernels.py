@@ -1,10 +1,9 @@
-"""Attention for CUDA tensors: Triton kernels over the paged KV cache, and torch's fused attention for whole sequences.
+"""Attention for CUDA tensors in generation: Triton kernels over the paged KV cache.
 
-`store_kv` and `paged_attention` serve generation. The cache of a layer is two tensors [kv_heads, slots, head_dim] with
+The cache of a layer is two tensors [kv_heads, slots, head_dim] with
 slot = block * block_size + offset; a row is one sequence of the step, its queries are its newest tokens. Every launch
 depends on shapes and on the arguments that are plain Python numbers, never on a tensor's values, so a decode step can
-be captured in a CUDA graph. The current CUDA device must be the one that holds the tensors. `packed_attention` serves
-training and scoring; it needs no Triton, works on any device and has gradients.
+be captured in a CUDA graph. The current CUDA device must be the one that holds the tensors.
 
 The paged kernel is FlashAttention-2 (arXiv 2307.08691, algorithm 1) over block tables (PagedAttention, arXiv
 2309.06180), with the query heads that share a KV head stacked in one tile. A decode step of few rows is cut along the
@@ -16,9 +15,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megalite.errors import ResourceError
 from megalite.model.config import AttentionSpec
@@ -33,8 +30,6 @@ PROGRAMS = 512
 """Programs a decode step is cut into when its rows alone are fewer: a few for each multiprocessor of a large GPU."""
 MAX_SPLITS = 32
 """Parts that the keys of one row are cut into at most."""
-CHUNK = 512
-"""Queries whose scores exist at a time where no fused attention of torch can be used."""
 
 
 def _jit(kernel):
@@ -342,71 +337,6 @@ def _num_splits(rows: int, kv_heads: int) -> int:
     """Parts to cut the keys of each row into: a power of two that grows as rows and KV heads get fewer."""
     wanted = min(MAX_SPLITS, max(1, PROGRAMS // (rows * kv_heads)))
     return 1 << (wanted.bit_length() - 1)
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_lengths: Tensor, max_len: int, spec: AttentionSpec) -> Tensor:
-    """Causal attention within each of the sequences laid end to end: [T, H, D], [T, K, D], [T, K, D] -> [T, H, D].
-
-    cu_lengths int [B + 1] holds where sequences start, and T last; `max_len` is the longest. Sequences of one length
-    are a view; others are padded on the right, where no real query can see. What runs then:
-
-    - no softcap, no window below max_len: torch's fused causal attention, FlashAttention but for float32 on CUDA, where
-      it is the memory-efficient kernel;
-    - a window: the memory-efficient kernel with a mask [max_len, max_len];
-    - a softcap: the scores are written out, `CHUNK` queries at a time, and made again in the backward pass.
-    """
-    if q.shape[0] == 0 or q.shape[1] == 0:
-        return torch.empty_like(q)
-    batch = cu_lengths.shape[0] - 1
-    if q.shape[0] == batch * max_len:
-        q, k, v = (x.unflatten(0, (batch, max_len)).transpose(1, 2) for x in (q, k, v))  # [B, H, L, D]
-        return _attend_batch(q, k, v, spec).transpose(1, 2).flatten(0, 1)
-    starts = cu_lengths.long()
-    sequence = torch.repeat_interleave(starts.diff(), output_size=q.shape[0])  # of each token
-    place = torch.arange(q.shape[0], device=q.device) - starts[sequence] + sequence * max_len
-
-    def pad(x: Tensor) -> Tensor:
-        padded = x.new_zeros((batch * max_len, *x.shape[1:])).index_copy(0, place, x)
-        return padded.unflatten(0, (batch, max_len)).transpose(1, 2)
-
-    attended = _attend_batch(pad(q), pad(k), pad(v), spec)
-    return attended.transpose(1, 2).flatten(0, 1).index_select(0, place)
-
-
-def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """q [B, H, L, D], k and v [B, K, L, D] -> [B, H, L, D]."""
-    length, group = q.shape[2], q.shape[1] // k.shape[1]
-    window = spec.window if spec.window is not None and spec.window < length else None
-    if spec.softcap is None and window is None and not (q.is_cuda and q.dtype == torch.float32):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=group > 1)
-    if group > 1:  # only flash attention knows groups; without this the others would fall back to written-out scores
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    if spec.softcap is None and window is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
-    if spec.softcap is None:
-        mask = _seen(0, length, 0, length, window, q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
-    chunks = []
-    for first in range(0, length, CHUNK):
-        last = min(first + CHUNK, length)
-        low = 0 if window is None else max(0, first - window + 1)
-        mask = _seen(first, last, low, last, window, q.device)
-        parts = q[:, :, first:last], k[:, :, low:last], v[:, :, low:last]
-        chunks.append(checkpoint(_attend_capped, *parts, mask, spec, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(chunks, 2)
-
-
-def _seen(first: int, last: int, low: int, high: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [last - first, high - low]: which keys low..high the queries first..last see."""
-    query = torch.arange(first, last, device=device)[:, None]
-    key = torch.arange(low, high, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
-
-
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
-    scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v
 
 
 def free_memory(device: torch.device) -> int:

@@ -41,6 +41,7 @@ def deepspeed_config(
     optimizer: OptimizerSection, *, zero_stage: int, dtype: torch.dtype, more: Mapping[str, Any]
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, and `more` from the `deepspeed` section (the config's rules keep them apart)."""
+    gradients = "bf16" if dtype == torch.bfloat16 and optimizer.gradient_dtype == "bfloat16" else "fp32"
     return {
         **more,
         "steps_per_print": 1 << 40,
@@ -51,4 +52,6 @@ def deepspeed_config(
         "zero_optimization": {**more.get("zero_optimization", {}), "stage": zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": gradients},
+        "communication_data_type": gradients,
     }

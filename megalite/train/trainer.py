@@ -93,13 +93,16 @@ class Trainer:
         self.holders = complete_gradients(decoder)
         """Of each row of the parameters that have rows on several tp ranks: how many hold it."""
         self.optimizer = make_optimizer(decoder, optimizer)
-        self.engine, *_ = deepspeed.initialize(
-            model=LanguageModel(decoder),
-            optimizer=self.optimizer,
-            config=deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {}),
-            mpu=self.state.as_mpu(),
-            dist_init_required=False,
-        )
+        with zero.one_optimizer_for_stages_1_and_2():
+            self.engine, *_ = deepspeed.initialize(
+                model=LanguageModel(decoder),
+                optimizer=self.optimizer,
+                config=deepspeed_config(
+                    optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {}
+                ),
+                mpu=self.state.as_mpu(),
+                dist_init_required=False,
+            )
         zero.begin_optimizer(self.optimizer, self.engine.optimizer, zero_stage)
         self.pipeline = make_pipeline(decoder)
         self.scorer = Scorer(decoder, self.engine, self.pipeline)

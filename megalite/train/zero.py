@@ -6,8 +6,8 @@ group over dp; stage 3 cuts every parameter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,25 @@ from torch import Tensor, nn
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, in PyTorch's names."""
 WEIGHT = "weight"
+
+
+@contextmanager
+def one_optimizer_for_stages_1_and_2() -> Iterator[None]:
+    """While DeepSpeed makes an engine, stage 1 gets the optimizer of stage 2 for any numbers of weights and gradients.
+
+    For bfloat16 weights with float32 gradients it would take its BF16_Optimizer, which can't offload its state, counts
+    padding into other partitions, and keeps all that is read and set here under other names. The usual one accumulates
+    in float32 just as well; it is what float16 weights with float32 gradients get.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    check = DeepSpeedEngine._do_optimizer_sanity_check
+    DeepSpeedEngine._do_optimizer_sanity_check = lambda engine, optimizer: ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = check
 
 
 def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None:
