@@ -208,6 +208,8 @@ class NewModelSection:
     null."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Numbers of the forward and backward pass; optimizer state is float32."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of a mixture of experts; null: as config.json says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

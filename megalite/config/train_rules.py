@@ -98,6 +98,9 @@ def _model_problems(config: TrainConfig | HybridConfig, model: ModelFacts | None
     std = (section.config or {}).get("initializer_range", 1.0)
     if type(std) not in (int, float) or not 0 < std <= 1:
         found.append(problem("model.config.initializer_range", "must be a number above 0 and at most 1", std))
+    weight = section.router_aux_loss_coef
+    if weight is not None and weight < 0:
+        found.append(problem("model.router_aux_loss_coef", "must be >= 0, or null for what config.json says", weight))
     if section.path is not None and not Path(section.path).is_dir():
         found.append(problem("model.path", "no such folder", section.path, nearest_path(section.path, folders=True)))
     if tokenizer.path is not None:

@@ -21,6 +21,37 @@ FEW_TOKENS = 256
 """Up to here every expert runs on every token on a GPU: reading the weights costs more than the products."""
 
 
+class Routing:
+    """What the routers did on the way through some layers, summed over those of their tokens that count."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.listens = False
+        self.counts: Tensor | None = None
+        """How many assignments each expert got: float32 [experts], no gradient; None before the first layer."""
+        self.probabilities: Tensor | None = None
+        """Sums of each expert's probability: float32 [experts], with gradient."""
+
+    def begin(self, rows: int) -> None:
+        """Forget what was; from now on the first `rows` tokens count."""
+        self.rows, self.listens, self.counts, self.probabilities = rows, True, None, None
+
+    def end(self) -> None:
+        """A layer that is run again for its backward pass adds nothing."""
+        self.listens = False
+
+    def add(self, probabilities: Tensor, experts: Tensor) -> None:
+        """Of one layer: [T, experts] and [T, top_k]."""
+        chosen = experts[: self.rows].flatten()
+        counts = torch.zeros_like(probabilities[0]).scatter_add_(
+            0, chosen, torch.ones_like(chosen, dtype=torch.float32)
+        )
+        sums = probabilities[: self.rows].sum(0)
+        if self.listens:
+            self.counts = counts if self.counts is None else self.counts + counts
+            self.probabilities = sums if self.probabilities is None else self.probabilities + sums
+
+
 class MixtureOfExperts(nn.Module):
     """[T, dim] -> [T, dim]: softmax router, the top_k experts of each token, gated MLPs as experts.
 
@@ -44,6 +75,8 @@ class MixtureOfExperts(nn.Module):
         self.top_k = top_k
         self.normalize_top_k = normalize_top_k
         self.activation = activation
+        self.routing: Routing | None = None
+        """Who wants to know, in training."""
         self.first, end = share(num_experts, state.tp.size, state.tp.rank)
         self.num_local = end - self.first
         self.router = replicated((num_experts, dim), partial_gradient=True)
@@ -54,6 +87,8 @@ class MixtureOfExperts(nn.Module):
         """Weights [T, top_k] and global expert ids [T, top_k] of each token; float32 softmax over all experts."""
         probabilities = F.linear(x, self.router).float().softmax(-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.routing is not None and torch.is_grad_enabled():
+            self.routing.add(probabilities, experts)
         if self.normalize_top_k:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(x.dtype), experts

@@ -243,6 +243,7 @@ class Job:
             steps=config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step,
             zero_stage=config.train.zero_stage,
             recompute=config.train.recompute,
+            router_aux_loss_coef=config.model.router_aux_loss_coef,
             deepspeed_keys=config.deepspeed,
         )
 

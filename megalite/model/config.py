@@ -109,6 +109,8 @@ class ModelConfig:
     """Multiplies the embedding, rounded to the model's dtype."""
     final_softcap: float | None = None
     """Logits become softcap * tanh(logit / softcap)."""
+    router_aux_loss_coef: float = 0.0
+    """Training's weight of the load-balancing loss of experts."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the checkpoint says its numbers are."""
     bos_token_id: int | None = None

@@ -253,6 +253,7 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
         rope=rope,
         embedding_scale=hidden**0.5 if family.scaled_embedding else None,
         final_softcap=config.optional_number("final_logit_softcapping") if family.softcaps else None,
+        router_aux_loss_coef=config.number_or_zero("router_aux_loss_coef") if family.moe is not dense else 0.0,
         dtype=config.dtype(),
         bos_token_id=next((token for token in begin if token < vocab), None),
         eos_token_ids=tuple(token for token in generation.eos_token_ids if token < vocab),

@@ -144,6 +144,11 @@ class HFConfig:
         value = self.raw(key)
         return None if value is None else self.checked_number(key, value)
 
+    def number_or_zero(self, key: str) -> float:
+        """A finite number that is not negative; zero where it is absent."""
+        value = self.raw(key)
+        return 0.0 if value is None or (type(value) in (int, float) and value == 0) else self.checked_number(key, value)
+
     def checked_number(self, key: str, value: object) -> float:
         if type(value) not in (int, float):
             raise self.problem(key, "must be a number", value)

@@ -23,12 +23,18 @@ class MicroBatch:
     """Tokens of each sequence; they sum to T."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """What else a loss needs of each token (advantages, earlier log-probabilities): float32 [T] each."""
+    padding: int = 0
+    """Tokens at the end that stand for nothing."""
     temperature: float = 1.0
     """What logits are divided by: log-probabilities are those of the distribution that samples were drawn from."""
 
     @property
     def num_tokens(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def num_real(self) -> int:
+        return self.num_tokens - self.padding
 
     def to(self, device: torch.device) -> MicroBatch:
         """On `device`; the copy does not wait for a GPU."""
@@ -62,6 +68,7 @@ class MicroBatch:
             weights=pad(self.weights),
             lengths=(*self.lengths, padding),
             values={name: pad(value) for name, value in self.values.items()},
+            padding=self.padding + padding,
         )
 
 
@@ -105,4 +112,4 @@ def from_sequences(
 def blank(tokens: int) -> MicroBatch:
     """A batch that does not count: replicas that have run out of work compute one while the others have work."""
     zeros = torch.zeros(tokens, dtype=torch.int64)
-    return MicroBatch(ids=zeros, targets=zeros, weights=torch.zeros(tokens), lengths=(tokens,))
+    return MicroBatch(ids=zeros, targets=zeros, weights=torch.zeros(tokens), lengths=(tokens,), padding=tokens)

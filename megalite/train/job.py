@@ -88,6 +88,7 @@ class Job:
             steps=config.train.steps,
             zero_stage=config.train.zero_stage,
             recompute=config.train.recompute,
+            router_aux_loss_coef=config.model.router_aux_loss_coef,
             deepspeed_keys=config.deepspeed,
         )
         self.reader = open_reader(self.corpus, config.data, config.train, self.state)

@@ -24,6 +24,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.train import zero
+from megalite.train.balance import LoadBalance
 from megalite.train.batch import MicroBatch
 from megalite.train.gradients import TiedEmbedding, complete_gradients
 from megalite.train.loss import NEXT_TOKEN, Loss
@@ -71,11 +72,13 @@ class Trainer:
         steps: int,
         zero_stage: int = 1,
         recompute: bool = False,
+        router_aux_loss_coef: float | None = None,
         deepspeed_keys: Mapping[str, Any] | None = None,
     ):
         """`steps`: over which the learning rate falls. `recompute`: keep only the inputs of layers for the backward.
 
-        `deepspeed_keys`: further keys for DeepSpeed's config.
+        `router_aux_loss_coef`: weight of the load-balancing loss; None: the model's. `deepspeed_keys`: further keys for
+        DeepSpeed's config.
         """
         import deepspeed  # 0.5 s, and only training needs it
 
@@ -90,6 +93,8 @@ class Trainer:
         if recompute:
             recompute_blocks(decoder)
         self.tied = TiedEmbedding(decoder)
+        coefficient = decoder.config.router_aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef
+        self.balance = LoadBalance(decoder, coefficient)
         self.holders = complete_gradients(decoder)
         """Of each row of the parameters that have rows on several tp ranks: how many hold it."""
         self.optimizer = make_optimizer(decoder, optimizer)
@@ -111,18 +116,21 @@ class Trainer:
     def step(self, batches: Sequence[MicroBatch], loss: Loss = NEXT_TOKEN) -> StepReport:
         """One optimizer step over this replica's micro batches; every replica has as many.
 
-        What is minimised is the mean of `loss` over the tokens of all replicas, weighted by `batch.weights`.
+        What is minimised is the mean of `loss` over the tokens of all replicas, weighted by `batch.weights`, and with
+        experts the load-balancing loss of the micro batches, weighted by their tokens.
         """
         rate = learning_rate(self.section, self.steps_done, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        weight = self._total_weight(batches)
+        weight, tokens = self._totals(batches)
         work = _TrainingWork(
             self.engine,
             self.decoder,
             [prepared(batch, self.state, self.device) for batch in batches],
             loss,
-            self.state.dp.size / max(weight, 1e-9),  # DeepSpeed takes the mean over the replicas
+            self.balance,
+            weight=weight,
+            tokens=tokens,
         )
         layout = self.state.layout
         self.pipeline.run(training(layout.pp, self.state.pp.rank, len(batches), layout.interleave), work)
@@ -130,7 +138,7 @@ class Trainer:
         self.tied.complete_gradient(partial(zero.accumulated_gradient, self.engine.optimizer))
         self.engine.step()
         self.steps_done += 1
-        return StepReport(sums=work.sums, weight=weight, names=("loss", *loss.metric_names))
+        return StepReport(sums=work.sums, weight=weight, names=work.names)
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probability of each target of this replica's micro batches, on every rank of it: float32 [T] each."""
@@ -180,47 +188,93 @@ class Trainer:
         finally:
             self.engine.train()
 
-    def _total_weight(self, batches: Sequence[MicroBatch]) -> float:
-        own = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
-        return float(all_reduce_sum(own, self.state.dp))
+    def _totals(self, batches: Sequence[MicroBatch]) -> tuple[float, float]:
+        """Sum of the weights, and number of tokens, over all replicas."""
+        weights = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
+        tokens = weights.new_tensor(sum(batch.num_real for batch in batches))
+        weight, count = all_reduce_sum(torch.stack([weights, tokens]), self.state.dp).tolist()
+        return max(weight, 1e-9), max(count, 1.0)
 
 
 class _TrainingWork:
     """A stage's forward and backward passes in one step; DeepSpeed keeps their gradients. See `StageWork`."""
 
-    def __init__(self, engine: Any, decoder: Decoder, batches: Sequence[MicroBatch], loss: Loss, scale: float):
+    def __init__(
+        self,
+        engine: Any,
+        decoder: Decoder,
+        batches: Sequence[MicroBatch],
+        loss: Loss,
+        balance: LoadBalance,
+        *,
+        weight: float,
+        tokens: float,
+    ):
+        """`weight`, `tokens`: of all replicas' batches."""
         self.engine = engine
         self.decoder = decoder
         self.batches = batches
         self.loss = loss
-        self.scale = scale
+        self.balance = balance
+        self.weight = weight
+        self.tokens = tokens
+        self.replicas = decoder.state.dp.size  # DeepSpeed takes the mean over them
+        self.names = ("loss", *loss.metric_names, *balance.metric_names)
         device = next(decoder.parameters()).device
-        self.sums = torch.zeros(1 + len(loss.metric_names), dtype=torch.float64, device=device)
-        self.open: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        """Between forward and backward: what was received, and what came of it (hidden states or the scaled loss)."""
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        self.open: dict[tuple[int, int], _Open] = {}
+        """Between forward and backward."""
 
     def rows(self, micro_batch: int) -> int:
-        return hidden_rows(self.batches[micro_batch], self.decoder.state)
+        return hidden_rows(self.batches[micro_batch], self.decoder.state) + self.balance.extra_rows
 
     def forward(self, micro_batch: int, chunk: int, received: Tensor | None) -> Tensor | None:
-        batch = self.batches[micro_batch]
+        batch, counts = self.batches[micro_batch], self.balance.nothing
         if received is not None:
+            received, counts = self.balance.unpack(received)
             received.requires_grad_()
-        output = self.engine(batch, received, chunk)
+        with self.balance.observing(batch) as seen:
+            output = self.engine(batch, received, chunk)
+        counts = counts if seen.counts is None else counts + seen.counts
         if not self.decoder.is_end(chunk):
-            self.open[micro_batch, chunk] = received, output
-            return output.detach()
+            self.open[micro_batch, chunk] = _Open(received, output, seen.probabilities, counts)
+            return self.balance.pack(output.detach(), counts)
         found = self.loss(output, batch)
         weighted = (found.loss * batch.weights).sum()
         metrics = [(found.metrics[name] * batch.weights).sum() for name in self.loss.metric_names]
-        self.sums += torch.stack([weighted.detach(), *metrics]).double()
-        self.open[micro_batch, chunk] = received, weighted * self.scale
+        values = torch.stack([weighted.detach(), *metrics])
+        self.sums[: len(values)] += values.double()
+        scaled = weighted * (self.replicas / self.weight)
+        self.open[micro_batch, chunk] = _Open(received, scaled, seen.probabilities, counts)
         return None
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        received, output = self.open.pop((micro_batch, chunk))
-        self.engine.backward(output if gradient is None else _WithGradient.apply(output, gradient))
-        return None if received is None else received.grad
+        opened = self.open.pop((micro_batch, chunk))
+        scalar, counts = opened.output, opened.counts
+        if gradient is not None:
+            gradient, counts = self.balance.unpack(gradient)
+            scalar = _WithGradient.apply(opened.output, gradient)
+        if opened.probabilities is not None:
+            batch = self.batches[micro_batch]
+            part = self.balance.loss(batch, counts, opened.probabilities)
+            share = batch.num_real / self.tokens
+            self.sums[-1] += part.detach().double() * share * self.weight
+            scalar = scalar + part * (self.balance.weigh(share) * self.replicas)
+        self.engine.backward(scalar)
+        return None if opened.received is None else self.balance.pack(opened.received.grad, counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A chunk's pass over a micro batch that waits for its backward pass."""
+
+    received: Tensor | None
+    """What the chunk was given."""
+    output: Tensor
+    """Hidden states, or after the last chunk the scaled loss."""
+    probabilities: Tensor | None
+    counts: Tensor
+    """Of this chunk's routers, and of all up to it; see `LoadBalance`."""
 
 
 class _WithGradient(torch.autograd.Function):
