@@ -10,7 +10,8 @@ import codecs
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from contextlib import contextmanager, suppress
+from functools import cached_property, lru_cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from tokenizers import AddedToken
 
 from megalite.chat_template import ChatTemplate, TemplateError
 from megalite.errors import CheckpointError
+from megalite.text_limit import MAX_TEXT, characters_per_token
 
 _UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 """Older forms of a tokenizer, from which tokenizer.json can be made."""
@@ -30,6 +32,10 @@ _BATCH_CHARACTERS = 1 << 20
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """What a tokenizer is in a model folder, the first always, the others where it has them."""
+
+
+class TokenizerError(ValueError):
+    """The tokenizer failed at a text; it can be used for others."""
 
 
 class Detokenizer(Protocol):
@@ -92,7 +98,10 @@ class Tokenizer:
             raise CheckpointError(f"{folder}/tokenizer_config.json: can't be used: {error}") from error
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens written in the text count as such. ValueError: it is not valid Unicode."""
+        """Token ids; special tokens written in the text count as such.
+
+        ValueError: it is not valid Unicode, or (TokenizerError) the tokenizer fails at it.
+        """
         return self._whole(self._encoding(text), add_special_tokens)
 
     def _whole(self, encoding: tokenizers.Encoding, add_special_tokens: bool) -> list[int]:
@@ -127,7 +136,21 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
-        return self.backend.encode(text)
+        with _failing_alone():
+            return self.backend.encode(text)
+
+    def most_characters(self, num_tokens: int, *, is_ascii: bool) -> int:
+        """Length beyond which no text need be tokenised: it has more than `num_tokens` tokens, or is beyond a limit.
+
+        The limits are MAX_TEXT and, where the length of a text says nothing of its tokens, MOST_CHARACTERS for each.
+        """
+        return min(MAX_TEXT, num_tokens * self._characters_per_token[0 if is_ascii else 1])
+
+    @cached_property
+    def _characters_per_token(self) -> tuple[int, int]:
+        normalizer = self.backend.normalizer
+        normalized = normalizer.normalize_str if normalizer is not None else str
+        return characters_per_token(json.loads(self.backend.to_str()), normalized, _Bytes.BYTES)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int] | ValueError]:
         """What `encode` gives or raises for each text, on all cores."""
@@ -140,11 +163,10 @@ class Tokenizer:
 
     def _encode_together(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int] | ValueError]:
         try:
-            together = self.backend.encode_batch_fast(texts)
+            with _failing_alone():
+                together = self.backend.encode_batch_fast(texts)
             return [self._whole(encoding, add_special_tokens) for encoding in together]
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException:  # one text spoils its batch, whatever the library raises; find out which
+        except TokenizerError:  # one text spoils its batch; find out which
             return [self._encode_alone(text, add_special_tokens) for text in texts]
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int] | ValueError:
@@ -202,6 +224,37 @@ def _batches(texts: Sequence[str]) -> Iterator[int]:
         if length >= _BATCH_CHARACTERS or place == len(texts):
             yield place
             length = 0
+
+
+@contextmanager
+def _failing_alone() -> Iterator[None]:
+    """The library's failures as TokenizerError.
+
+    It raises plain Exception, and where Rust panics, as when a pattern backtracks for too long, pyo3's PanicException,
+    which has no public name and is no Exception, so that it would end the run.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"the tokenizer fails at this text: {error}") from None
+
+
+def encode_each(
+    backend: tokenizers.Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
+) -> list[list[int] | TokenizerError]:
+    """Token ids of each text, or why it has none: in one batch, or one by one where a text fails."""
+    with suppress(TokenizerError), _failing_alone():
+        return [found.ids for found in backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
+    found: list[list[int] | TokenizerError] = []
+    for text in texts:
+        try:
+            with _failing_alone():
+                found.append(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        except TokenizerError as error:
+            found.append(error)
+    return found
 
 
 # ---- reading the folder

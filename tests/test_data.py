@@ -162,6 +162,25 @@ def test_a_tokenizer_of_ones_own(source, prepared, tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (prepared.folder / "tokenizer.json").read_bytes()
 
 
+def test_what_the_tokenizer_fails_at_costs_itself_only(tmp_path, caplog):
+    """A pattern that backtracks for ever panics; the tokenizer's other texts, and examples, are trained on."""
+    folder = tmp_path / "tokenizer"
+    bpe.save(bpe.train(["ab ca"], 300), folder)
+    made = json.loads((folder / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(?:(a+)+)+b"}, "behavior": "Isolated", "invert": False}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [pattern, made["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    words = [f"ab {number}" for number in range(20)] + ["a" * 40]
+    for number, keys in enumerate((["text"], ["prompt", "response"])):
+        source = tmp_path / f"{number}.jsonl"
+        source.write_text("".join(json.dumps(dict.fromkeys(keys, word)) + "\n" for word in words))
+        prepared = tmp_path / str(number)
+        prepare(section(source, sequence_length=200), TokenizerSection(path=str(folder)), prepared)
+        facts = json.loads((prepared / "data.json").read_text())
+        assert sum(split["documents"] for split in facts["splits"].values()) == 20
+        assert f"{number}.jsonl:21 is left out: the tokenizer fails at this text" in caplog.text
+
+
 def test_the_tokenizer_means_the_same_to_transformers_and_to_us(prepared):
     from transformers import AutoTokenizer
 

@@ -13,8 +13,8 @@ from itertools import count
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError
@@ -163,6 +163,16 @@ def test_the_digest_is_of_the_content():
         ('{"prompt": "a", "sampling": {"temperature": -1}}', "stdin:2: sampling.temperature: must be >= 0, got -1"),
         ('{"prompt": "a", "sampling": {"n": 3, "best_of": 2}}', "at least n = 3"),
         ('{"prompt": "a", "sampling": {"stop_token_ids": [300]}}', "token ids are 0 to 257"),
+        (
+            '{"prompt": "a", "sampling": {"n": 1000000000}}',
+            "sampling.n: must be at most 16384, got 1000000000",
+        ),
+        ('{"prompt": "a", "sampling": {"n": 1e9}}', "sampling.n"),
+        ('{"prompt": "a", "sampling": {"best_of": 16385}}', "sampling.best_of: must be at most 16384"),
+        ('{"prompt": "a", "sampling": {"stop": [%s"a"]}}' % ('"a",' * 1024), "at most 1024 texts"),
+        ('{"prompt": "a", "sampling": {"stop": "%s"}}' % ("a" * 65537), "at most 65536 characters together"),
+        ('{"prompt": "a", "sampling": {"stop_token_ids": [%s 1]}}' % ("1," * (1 << 18)), "at most 262144"),
+        ('{"prompt": "a", "sampling": {"logprobs": 21}}', "logprobs: must be between 0 and 20"),
         ('{"prompt": "%s"}' % ("a" * 63), "the prompt has 64 tokens, and with the output it must fit in 64"),
     ],
     ids=lambda value: value[:40],
@@ -178,6 +188,115 @@ def test_bad_line(line, message):
     output = failure.output()
     assert output.error == failure.error and output.outputs == []
     assert json.loads(output.to_line().encode())["id"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "sampling", "message"),
+    [
+        (1 << 20, {"n": 129, "max_tokens": None}, "129 samples of up to 1048576 tokens are 135266304 tokens"),
+        (1 << 20, {"n": 1, "best_of": 129, "max_tokens": 1 << 30}, "one request may have 134217728"),
+        (1 << 20, {"n": 8, "logprobs": 20, "max_tokens": 1 << 19}, "88080384 log-probabilities"),
+        (64, {"n": 16384, "stop": ["a"] * 1024, "logit_bias": {"5": 1.0}}, "16793600 values"),
+    ],
+)
+def test_a_request_has_a_price_as_a_whole(max_model_len, sampling, message):
+    """Each value is fine by itself."""
+    lines = [{"prompt": [1, 2], "sampling": sampling}, {"prompt": [1, 2]}]
+    batch = read(lines, max_model_len=max_model_len)
+    assert [request.id for request in batch.requests] == ["1"]
+    assert message in errors(batch)[0], errors(batch)
+    lines[0]["sampling"] = {**sampling, "n": 1, "best_of": None}
+    assert read(lines, max_model_len=max_model_len).failures == ()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"id": "x", "messages": []}',
+        '{"messages": [], "id": "x"}',
+        '{"id": "x"}',
+        '{"id": "x", "promt": "a"}',
+        '{"id": "x", "prompt": "a", "prompt": "b"}',
+        '{"prompt": [NaN], "id": "x"}',
+        '{"id": "x", "prompt": "a", "sampling": {"n": 0}}',
+        '{"id": "x", "prompt": "a", "sampling": {"n": 1000000000}}',
+        '{"id": "x", "prompt": "a", "sampling": 3}',
+        '{"id": "x", "prompt": ""}',
+        '{"id": "x", "prompt": [%s]}' % ("9" * 5000),
+        '{"id": "x", "prompt": "breaks off',
+        '{"id": "x", "prompt": "a", "tools": 3}',
+        '{"id": "x", "messages": [{"role": "user", "content": 3}]}',
+        ' { "id" : "x" , "prompt": "a",}',
+        b'{"prompt": "\xff", "id": "x"}',
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_line_that_is_wrong_keeps_its_own_id(line):
+    raw = line if isinstance(line, bytes) else line.encode()
+    batch = read(raw + b'\n{"id": "0", "prompt": "a"}\n{"prompt": "b"}')
+    assert [failure.id for failure in batch.failures] == ["x"], errors(batch)
+    assert [request.id for request in batch.requests] == ["0", "2"]
+    assert batch.order == ("x", "0", "2")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[]",
+        "{}",
+        '{"prompt": ""}',
+        '{"prompt": "a", "sampling": {"n": 0}}',
+        '{"prompt": "\\ud800"}',
+        '{"id": "x", "id": "y", "prompt": "a"}',
+        b'{"id": "\xff", "prompt": "a"}',
+        '{"id": true}',
+    ],
+    ids=str,
+)
+def test_a_line_that_is_wrong_and_has_no_id_takes_none_away(line):
+    raw = line if isinstance(line, bytes) else line.encode()
+    batch = read(raw + b'\n{"id": 0, "prompt": "a"}\n{"id": "stdin:1", "prompt": "b"}')
+    assert [request.id for request in batch.requests] == ["0", "stdin:1"]
+    assert batch.order == ("stdin:1'", "0", "stdin:1")
+
+
+class Counting:
+    """A tokenizer's backend that notes how many characters it was given."""
+
+    def __init__(self, backend: Backend):
+        self.backend, self.given = backend, 0
+
+    def encode_batch_fast(self, texts: list[str]):
+        self.given += sum(map(len, texts))
+        return self.backend.encode_batch_fast(texts)
+
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+
+def test_a_text_that_is_far_too_long_is_not_tokenised():
+    """The longest token, `</s>`, has 4 characters: 256 of them may be 64 tokens."""
+    counting = Counting(tokenizer().backend)
+    counted = Tokenizer(counting, {"bos_token": "<s>", "eos_token": "</s>"}, {"default": CHAT})
+    chat = [{"role": "user", "content": "a" * 250}]
+    batch = read(
+        [{"prompt": "a" * 257}, {"prompt": "ab"}, {"messages": chat}, {"prompt": "a" * 256}], tokenizer=counted
+    )
+    assert [request.id for request in batch.requests] == ["1"]
+    says = "{} characters, and no text of more than 256 is taken"
+    assert says.format(257) in errors(batch)[0] and says.format(259) in errors(batch)[1]
+    assert "the prompt has 256 tokens" in errors(batch)[2]
+    assert counting.given == 2 + 256
+
+
+def test_a_tokenizer_that_panics_costs_one_prompt():
+    """A pattern that backtracks for ever ends in pyo3's PanicException, which is no Exception."""
+    backend = Backend(models.BPE(vocab={"a": 0, "b": 1, "c": 2}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?:(a+)+)+b"), "isolated")
+    batch = read([{"prompt": "ab"}, {"prompt": "a" * 32}, {"prompt": "ca"}], tokenizer=Tokenizer(backend, {}, {}))
+    assert [request.prompt_token_ids for request in batch.requests] == [(0, 1), (2, 0)]
+    assert "stdin:2: the tokenizer fails at this text: " in errors(batch)[0]
 
 
 def test_bytes_that_are_not_utf8():
@@ -202,8 +321,11 @@ def test_duplicate_ids_keep_the_first():
     assert [request.id for request in batch.requests] == ["x", "1", "3"]
     assert errors(batch) == ["stdin:2: the id 'x' is used by stdin:1 already."]
     assert batch.order == ("x", "stdin:2", "1", "3")
-    taken = read([{"prompt": "a", "id": "1"}, {"prompt": "b"}])
-    assert errors(taken) == ["stdin:2: the id '1' is used by stdin:1 already."]
+
+
+def test_a_place_that_is_anothers_id_is_no_id():
+    batch = read([{"prompt": "a", "id": "1"}, {"prompt": "b"}, {"prompt": "c"}, {"prompt": "d", "id": 2}])
+    assert batch.failures == () and batch.order == ("1", "stdin:2", "stdin:3", "2")
 
 
 def test_ids_stay_unique_whatever_they_are():

@@ -18,7 +18,7 @@ LEVELS = [
     {"megalite.files", "megalite.monitor"},
     {"megalite.config"},
     {"megalite.core"},
-    {"megalite.model", "megalite.tokenizer", "megalite.chat_template"},
+    {"megalite.model", "megalite.tokenizer", "megalite.chat_template", "megalite.text_limit"},
     {"megalite.weights"},
     {"megalite.preflight"},
     {"megalite.inference", "megalite.train"},
@@ -28,7 +28,11 @@ LEVELS = [
 ]
 """From the bottom. Rooms of one level do not know each other."""
 
-SAME_LEVEL = {("megalite.tokenizer", "megalite.chat_template"), ("megalite.cli", "megalite.dry_run")}
+SAME_LEVEL = {
+    ("megalite.tokenizer", "megalite.chat_template"),
+    ("megalite.tokenizer", "megalite.text_limit"),
+    ("megalite.cli", "megalite.dry_run"),
+}
 """Neighbours that are parts of one thing: (importer, imported)."""
 
 ISOLATED = {"megalite.monitor"}
@@ -51,6 +55,7 @@ TORCH_FREE = (
     "megalite/dry_run.py",
     "megalite/tokenizer.py",
     "megalite/chat_template.py",
+    "megalite/text_limit.py",
     "megalite/config/",
     "megalite/monitor/",
     "megalite/core/layout.py",

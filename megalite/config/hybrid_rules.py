@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from megalite.config.chat import section_problems
+from megalite.config.sampling import MAX_SAMPLES
 from megalite.config.schema import HybridConfig, HybridSection, ParallelSection, SamplingParams
 from megalite.config.shape import ModelFacts, Rules, problem
 from megalite.errors import Problem
@@ -25,6 +26,8 @@ _UNCORRECTED = (
     "would draw samples from another distribution than the one that learns from them (grpo's ratios, divergence and "
     "importance weights are over the whole vocabulary at sampling.temperature), and nothing corrects for that"
 )
+MAX_PROMPTS = 1 << 20
+"""Most prompts of an iteration."""
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 """`package.module:function`."""
 
@@ -69,6 +72,8 @@ def _loop_problems(hybrid: HybridSection) -> list[Problem]:
     least = 2 if hybrid.algorithm == "grpo" else 1
     rule = "must be >= 2 for grpo: an advantage is a sample's reward beside those of its group"
     rules.need("samples_per_prompt", hybrid.samples_per_prompt >= least, rule if least == 2 else "must be >= 1")
+    rules.need("samples_per_prompt", hybrid.samples_per_prompt <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
+    rules.need("prompts_per_step", hybrid.prompts_per_step <= MAX_PROMPTS, f"must be at most {MAX_PROMPTS}")
     if rules.need("updates_per_step", hybrid.updates_per_step >= 1, "must be >= 1"):
         rule = f"must divide prompts_per_step = {hybrid.prompts_per_step}: whole groups are dealt out to the updates"
         rules.need("updates_per_step", hybrid.prompts_per_step % hybrid.updates_per_step == 0, rule)

@@ -13,6 +13,24 @@ from megalite.errors import ConfigError, Problem
 MAX_LOGPROBS = 20
 """Most likeliest tokens listed for a position."""
 MAX_SEED = 2**63
+MAX_KEY = 100
+"""Characters of an unknown key that are shown."""
+MAX_KEYS = 100
+"""Keys of a mapping that are looked at."""
+MAX_SAMPLES = 1 << 14
+"""Most completions sampled for a prompt."""
+MAX_STOPS = 1 << 10
+"""Most stop strings of a request."""
+MAX_STOP_CHARS = 1 << 16
+"""Characters of all of them together."""
+MAX_TOKEN_IDS = 1 << 18
+"""Most token ids in a list or mapping of a request: as many as a large vocabulary has."""
+MAX_REQUEST_TOKENS = 1 << 27
+"""Most tokens of a request: its samples, each with the prompt and its longest output."""
+MAX_REQUEST_LOGPROBS = 1 << 26
+"""Most log-probabilities listed for a request."""
+MAX_REQUEST_RULES = 1 << 24
+"""Most stop strings and biased tokens of a request, counted for each sample: all are looked at for every token."""
 
 
 def sampling_problems(
@@ -37,10 +55,50 @@ def sampling_problems(
     return rules.problems
 
 
+def price_problem(
+    params: SamplingParams,
+    *,
+    key: str,
+    max_tokens: int,
+    prompt_tokens: int = 1,
+    samples: int | None = None,
+    vocab_size: int | None = None,
+) -> Problem | None:
+    """What is wrong with the size of one request as a whole: values that are fine alone can be too much together.
+
+    `params` have passed `sampling_problems`. `max_tokens`: of the longest output that can be; `samples`: of the prompt,
+    None: those of `params`.
+    """
+    samples = samples or params.best_of or params.n
+    longest = prompt_tokens + max_tokens
+    listed = samples * max_tokens * _listed(params.logprobs, vocab_size)
+    listed += prompt_tokens * _listed(params.prompt_logprobs, vocab_size)
+    stops = 1 if isinstance(params.stop, str) else len(params.stop or ())
+    rules = samples * (stops + len(params.logit_bias or ()))
+    less = "Lower n or max_tokens, or ask several times."
+    for amount, most, what, fix in (
+        (samples * longest, MAX_REQUEST_TOKENS, f"{samples} samples of up to {longest} tokens are {{}} tokens", less),
+        (listed, MAX_REQUEST_LOGPROBS, "up to {} log-probabilities would be listed", f"Lower logprobs. {less}"),
+        (rules, MAX_REQUEST_RULES, "stop strings and logit_bias of all samples are {} values", less),
+    ):
+        if amount > most:
+            return Problem(key=key, rule=f"{what.format(amount)}, and one request may have {most}", fix=fix)
+    return None
+
+
+def _listed(logprobs: int | None, vocab_size: int | None) -> int:
+    """Entries at one position: the token itself and the likeliest, which -1 takes for all."""
+    if logprobs is None:
+        return 0
+    return (vocab_size or 1) if logprobs < 0 else logprobs + 1
+
+
 def _choice_rules(params: SamplingParams, rules: Rules) -> None:
     """How a token is chosen."""
     rules.need("n", params.n >= 1, "must be >= 1")
+    rules.need("n", params.n <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
     if params.best_of is not None:
+        rules.need("best_of", params.best_of <= MAX_SAMPLES, f"must be at most {MAX_SAMPLES}")
         if rules.need("best_of", params.best_of >= 1, "must be >= 1, or null for n"):
             fix = f"Set best_of to {params.n} or more, or leave it out."
             rules.need("best_of", params.best_of >= params.n, f"must be at least n = {params.n}", fix)
@@ -69,6 +127,9 @@ def _length_rules(params: SamplingParams, rules: Rules) -> None:
         texts = isinstance(stops, list | tuple) and all(isinstance(stop, str) for stop in stops)
         if rules.need("stop", texts, "must be text, a list of texts, or null", "Put numbers in quotes."):
             rules.need("stop", all(stops), "must not hold an empty text: it would end every output at once")
+            rules.need("stop", len(stops) <= MAX_STOPS, f"must be at most {MAX_STOPS} texts")
+            long = f"must be at most {MAX_STOP_CHARS} characters together"
+            rules.need("stop", sum(map(len, stops)) <= MAX_STOP_CHARS, long)
 
 
 def _token_rules(params: SamplingParams, rules: Rules, vocab_size: int | None) -> None:
@@ -79,6 +140,8 @@ def _token_rules(params: SamplingParams, rules: Rules, vocab_size: int | None) -
         rules.need(name, value is None or 0 <= value <= most, f"must be between 0 and {most}, or null for none")
     ids = {"stop_token_ids": params.stop_token_ids or (), "logit_bias": params.logit_bias or {}}
     for name, tokens in ids.items():
+        if not rules.need(name, len(tokens) <= MAX_TOKEN_IDS, f"must hold at most {MAX_TOKEN_IDS} token ids"):
+            continue
         for token in tokens:
             if token < 0 or (vocab_size is not None and token >= vocab_size):
                 rules.problems.append(_bad_token(f"{rules.prefix}{name}", token, vocab_size))
@@ -104,6 +167,10 @@ def sampling_from_mapping(base: SamplingParams, mapping: Any, *, prefix: str = "
     if not isinstance(mapping, dict):
         raise ConfigError(problem(prefix.rstrip("."), "must be an object of sampling keys", mapping))
     changes = dict(mapping)
+    for name, value in changes.items():
+        if isinstance(value, list | dict) and len(value) > MAX_TOKEN_IDS:  # before each of them is looked at
+            rule = f"has {len(value)} entries, and at most {MAX_TOKEN_IDS} are read"
+            raise ConfigError(Problem(key=f"{prefix}{name[:MAX_KEY]}", rule=rule))
     if isinstance(changes.get("logit_bias"), dict):
         changes["logit_bias"] = {token_key(key): bias for key, bias in changes["logit_bias"].items()}
     problems: list[Problem | None] = []
@@ -111,8 +178,10 @@ def sampling_from_mapping(base: SamplingParams, mapping: Any, *, prefix: str = "
         if name in hints(SamplingParams):
             problems.append(misfit(f"{prefix}{name}", hints(SamplingParams)[name], value))
         else:
-            found = unknown_key(str(name), SamplingParams)
+            found = unknown_key(str(name)[:MAX_KEY], SamplingParams)
             problems.append(replace(found, key=f"{prefix}{found.key}"))
+        if len(problems) == MAX_KEYS:  # more than there are keys
+            break
     wrong = [one for one in problems if one]
     if wrong:
         raise ConfigError(*wrong)

@@ -87,9 +87,10 @@ class SamplingParams:
     """How one request is sampled and when it ends. The same class as the `sampling` section and the Python API."""
 
     n: int = 1
-    """Completions returned for a prompt."""
+    """Completions returned for a prompt; at most 16384, and with all of them a request has at most 2^27 tokens."""
     best_of: int | None = None
-    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n."""
+    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n.
+    At most 16384."""
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
@@ -112,20 +113,21 @@ class SamplingParams:
     seed: int | None = None
     """Seed of this request; null: by engine.seed and the request's place in the input, in Python in all calls."""
     stop: Any = None
-    """A string or list of strings that end the output; not part of the text unless include_stop_str_in_output."""
+    """A string or list of strings that end the output; not part of the text unless include_stop_str_in_output. At most
+    1024, and 65536 characters together; times the samples, with logit_bias, at most 2^24."""
     stop_token_ids: list[int] | None = None
-    """Token ids that end the output."""
+    """Token ids that end the output; at most 2^18."""
     include_stop_str_in_output: bool = False
     """Keep the stop string that ended the output in its text."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
     logprobs: int | None = None
     """For each generated token, log-probabilities of the token and of this many likeliest; of the model's full
-    distribution."""
+    distribution. At most 20; of all samples and the prompt together at most 2^26."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     logit_bias: dict[int, float] | None = None
-    """Added to the logits of these token ids; -100 to 100."""
+    """Added to the logits of these token ids; -100 to 100. At most 2^18."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
 
@@ -138,7 +140,8 @@ class InputSection:
     """Texts, lists of token ids, or chats (lists of {role, content})."""
     file: str | None = None
     """JSON lines with `prompt` (text or token ids) or `messages`, optional `id` and `sampling`, for chats `tools` and
-    `chat_template_kwargs`; `-`: standard input."""
+    `chat_template_kwargs`; `-`: standard input. A line may have 64 MiB, a text 2^24 characters, or 1024 for
+    each token of max_model_len where the tokenizer drops characters."""
     tools: list[Any] | None = None
     """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -398,9 +401,9 @@ class HybridSection:
     steps: int = 100
     """Iterations."""
     prompts_per_step: int = 16
-    """Prompts in one iteration."""
+    """Prompts in one iteration; at most 2^20."""
     samples_per_prompt: int = 8
-    """Samples of each prompt: the group that advantages are taken over."""
+    """Samples of each prompt: the group that advantages are taken over; at most 16384."""
     updates_per_step: int = 1
     """Optimizer steps that the samples of an iteration are dealt out to."""
     sync_every: int = 1

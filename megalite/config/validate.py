@@ -18,7 +18,7 @@ from megalite.config.chat import section_problems
 from megalite.config.hybrid_rules import hybrid_problems
 from megalite.config.hybrid_rules import num_ranks as hybrid_ranks
 from megalite.config.parallel_rules import generating_layout_problems, layout_problems, training_layout_problems
-from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
+from megalite.config.sampling import price_problem, prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import (
     Config,
     DistributedSection,
@@ -29,6 +29,7 @@ from megalite.config.schema import (
     ModelSection,
     OutputSection,
     ParallelSection,
+    SamplingParams,
     TrainConfig,
 )
 from megalite.config.shape import ModelFacts, Rules, nearest_path, printable, problem
@@ -101,7 +102,7 @@ def _hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Pro
     found += training_layout_problems(train.parallel, train.zero_stage, model, prefix="train.parallel.")
     found += generating_layout_problems(infer.parallel, prefix="infer.parallel.")
     found += _engine_problems(infer.engine, model, prefix="infer.engine.")
-    found += sampling_problems(config.sampling, vocab_size=model.vocab_size if model else None)
+    found += _sampling_problems(config.sampling, infer.engine, model, samples=config.hybrid.samples_per_prompt)
     return found
 
 
@@ -109,7 +110,7 @@ def engine_problems(config: InferConfig, model: ModelFacts | None) -> list[Probl
     """The rules for an engine by itself, without the input, output and ranks of a job."""
     found = _model_problems(config.model) + layout_problems(config.parallel, model)
     found += generating_layout_problems(config.parallel) + _engine_problems(config.engine, model)
-    found += sampling_problems(config.sampling, vocab_size=model.vocab_size if model else None)
+    found += _sampling_problems(config.sampling, config.engine, model)
     found += _distributed_problems(config.distributed)
     if config.model.dtype == "float16" and config.distributed.device == "cpu":
         rule = "float16 is for GPUs, and distributed.device is cpu"
@@ -243,6 +244,20 @@ def _engine_problems(engine: EngineSection, model: ModelFacts | None, *, prefix:
         rules.need("max_num_batched_tokens", tokens >= engine.max_num_seqs, rule, "Raise it, or lower max_num_seqs.")
     rules.need("seed", 0 <= engine.seed < 2**63, "must be between 0 and 2^63 - 1")
     return rules.problems
+
+
+def _sampling_problems(
+    sampling: SamplingParams, engine: EngineSection, model: ModelFacts | None, *, samples: int | None = None
+) -> list[Problem]:
+    """Of the sampling section; `samples` of a prompt, None: as it says."""
+    vocab_size = model.vocab_size if model else None
+    found = sampling_problems(sampling, vocab_size=vocab_size)
+    longest = engine.max_model_len or (model.max_position_embeddings if model else None)
+    if found or sampling.max_tokens is None or longest is None:
+        return found  # how long an output can be shows at each prompt
+    longest = min(longest, sampling.max_tokens)
+    price = price_problem(sampling, key="sampling", max_tokens=longest, samples=samples, vocab_size=vocab_size)
+    return [price] if price else []
 
 
 def _distributed_problems(distributed: DistributedSection) -> list[Problem]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,10 +14,12 @@ from megalite.hybrid.rollout import Rollout, pack_groups, unpack_groups
 from megalite.hybrid.tasks import Example
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
-from megalite.inference.inputs import Asked, derived_seed
-from megalite.inference.llm import prepare, run_here, serve
+from megalite.inference.inputs import Asked, TokenizerFailed, derived_seed
+from megalite.inference.llm import prepare_each, run_here, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
+
+log = logging.getLogger(__name__)
 
 _STOPPED = b"stopped "
 """Begins what is told instead of samples when a signal has come."""
@@ -35,7 +39,7 @@ class Generator:
         at_once: int,
         stop_requested: Callable[[], bool],
     ):
-        """`samples` of each of up to `at_once` prompts are asked for in a call of `sample`.
+        """`samples` of each of up to `at_once` prompts are asked for in a call of `sample`. Collective over the run.
 
         ConfigError names every example that leaves no room for its output.
         """
@@ -44,15 +48,26 @@ class Generator:
         self.stop_requested = stop_requested
         self.sampled_tokens = 0
         """Of all samples so far."""
+        self.params = replace(sampling, n=samples)
+        self.requests: dict[int, Request] = {}
+        self.texts: dict[int, str] = {}
+        if replica is not None:
+            self._prepare(examples)
+        first = layout.control_ranks[0]
+        known = (
+            json.dumps(list(self.requests)).encode() if replica is not None and replica.state.rank == first else None
+        )
+        self.places: list[int] = json.loads(broadcast_bytes(known, first))
+        """Of the examples that can be sampled for, the same everywhere."""
+        if not self.places:
+            raise ConfigError(Problem(key="tokenizer.path", rule="the tokenizer fails at every example"))
         if replica is None:
             return
-        self.params = replace(sampling, n=samples)
-        self.requests, self.texts = self._prepare(examples)
-        longest = max(len(request.prompt_token_ids) for request in self.requests) + self.params.max_tokens
+        longest = max(len(request.prompt_token_ids) for request in self.requests.values()) + self.params.max_tokens
         self.engine = replica.engine(longest=longest, sequences=samples * at_once, at_temperature=True)
         self.calls = 0
 
-    def _prepare(self, examples: Sequence[Example]) -> tuple[list[Request], list[str]]:
+    def _prepare(self, examples: Sequence[Example]) -> None:
         """A request and the prompt's text for each example; ids and seeds are those of the iteration that asks."""
         served = serve(self.replica)
         asked = [
@@ -66,22 +81,29 @@ class Generator:
             )
             for index, example in enumerate(examples)
         ]
-        requests, texts, problems = [], [], []
-        for example, (request, text) in zip(examples, prepare(self.replica, asked, served), strict=True):
+        problems: list[Problem | str] = []
+        for place, (example, made) in enumerate(zip(examples, prepare_each(self.replica, asked, served), strict=True)):
+            if isinstance(made, TokenizerFailed):  # no fault of the example's
+                log.warning("%s is left out", made)
+                continue
+            if isinstance(made, ConfigError):
+                problems += made.problems
+                continue
+            request, text = made
             if request.max_tokens < self.params.max_tokens:
                 rule = (
                     f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "
                     f"{self.params.max_tokens} is more than max_model_len = {served.max_model_len}"
                 )
                 problems.append(Problem(key=example.where, rule=rule, fix="Shorten it, or lower sampling.max_tokens."))
-            requests.append(request)
-            texts.append(text)
+            self.requests[place], self.texts[place] = request, text
         if problems:
             raise ConfigError(*problems[:10])
-        return requests, texts
 
     def sample(self, places: Sequence[int], *, first: int, weight_version: int) -> list[Rollout]:
-        """The samples of the examples at `places`, group after group. Collective over the run, the same everywhere.
+        """The samples of the examples at `places`, some of `self.places`, group after group.
+
+        Collective over the run, the same everywhere.
 
         `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
         and its place in the group, so no two are clones. Stopped on every rank, if a signal has stopped the sampling.

@@ -89,7 +89,7 @@ class Job:
         self.decoder = self._make_generating_decoder()
         self.sync = self._make_sync()
         self.generator = self._make_generator()
-        self.order = ExampleOrder(len(self.materials.examples), config.data.seed)
+        self.order = ExampleOrder(len(self.generator.places), config.data.seed)
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
@@ -165,7 +165,8 @@ class Job:
                 self._push()
         with self.record.timed("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
-            places = self.order.indices(first, config.prompts_per_step).tolist()
+            order = self.order.indices(first, config.prompts_per_step).tolist()
+            places = [self.generator.places[number] for number in order]
             rollouts = self.generator.sample(places, first=first, weight_version=self.progress.weight_version)
         maybe_fault("hybrid.sampled", self.runtime.rank)
         with self.record.timed("rewarding"):

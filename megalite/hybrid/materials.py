@@ -11,6 +11,7 @@ outputs/run/config.json model.safetensors tokenizer.json ...   the model, at the
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.hybrid.tasks import Example, load_examples
 from megalite.model.decoder import Decoder
-from megalite.tokenizer import Tokenizer
+from megalite.tokenizer import Tokenizer, TokenizerError
 from megalite.train import bpe
 from megalite.train import examples as supervised
 from megalite.train.checkpoint import (
@@ -35,6 +36,8 @@ from megalite.train.checkpoint import (
 from megalite.train.export import export_folder, files_beside, model_config
 from megalite.train.new_model import shape_of
 from megalite.train.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 class Materials:
@@ -86,14 +89,19 @@ class Materials:
             raise ConfigError(Problem(key="supervised.steps", rule=rule, value=self.config.supervised.steps))
         found = []
         for example in self.examples:
-            end = self.tokenizer.eos_token_id
-            if example.messages is None:
-                found.append(supervised.encode_pair(self.tokenizer, example.prompt, example.response, end))
-                continue
-            found.append(
-                supervised.encode_answer(self.tokenizer, example.messages, example.response, end, **example.variables)
-            )
+            try:
+                found.append(self._response(example))
+            except TokenizerError as error:  # no fault of the example's
+                log.warning("%s is left out: %s", example.where, error)
+        if not found:
+            raise ConfigError(Problem(key="tokenizer.path", rule="the tokenizer fails at every example"))
         return found
+
+    def _response(self, example: Example) -> supervised.Encoded:
+        end = self.tokenizer.eos_token_id
+        if example.messages is None:
+            return supervised.encode_pair(self.tokenizer, example.prompt, example.response, end)
+        return supervised.encode_answer(self.tokenizer, example.messages, example.response, end, **example.variables)
 
     # ---- checkpoints and the model
 

@@ -6,9 +6,11 @@ A prompt that can't run becomes a `Failure` that names its line; the others run.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -19,12 +21,13 @@ from typing import Any, BinaryIO, Protocol
 
 from megalite.chat_template import TemplateError
 from megalite.config.chat import CHAT_KEYS, VARIABLES, chat_variables, section_variables, variables_problem
-from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
+from megalite.config.sampling import MAX_KEY, price_problem, prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import InputSection, SamplingParams
+from megalite.config.shape import shown
 from megalite.errors import ConfigError, Problem
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
-from megalite.tokenizer import Tokenizer
+from megalite.tokenizer import Tokenizer, TokenizerError
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 """Text, token ids, or a chat: a list of {role, content}."""
@@ -32,6 +35,9 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 MAX_LINE = 1 << 26
 """Longest line read from an input file, bytes."""
 _KEYS = ("prompt", *CHAT_KEYS, "id", "sampling")
+_NO_OBJECT = 'must be a JSON object such as {"prompt": "..."}'
+_LEADING_ID = re.compile(r'\s*\{\s*"id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*"|[0-9]{1,18})\s*[,}]')
+"""The id of a line that breaks off later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +115,10 @@ class Asked:
     """Reach the chat template."""
 
 
+class TokenizerFailed(ConfigError):
+    """The tokenizer fails at a prompt, which is no fault of the prompt's."""
+
+
 Encoded = tuple[Sequence[int], str | None] | ConfigError
 """Token ids of a prompt, and its text where it is not ids itself; or why there are none."""
 
@@ -170,6 +180,10 @@ def _is_ids(prompt: Prompt) -> bool:
 
 def _refusal(one: Asked, served: Served) -> ConfigError | None:
     """What is wrong with a prompt before anything is made of it."""
+    if isinstance(one.prompt, list | tuple) and one.prompt and _is_ids(one.prompt):
+        refused = _too_long(len(one.prompt), one, served)  # before each of them is looked at
+        if refused is not None:
+            return refused
     problem = prompt_problem(one.prompt, key=one.where, vocab_size=served.vocab_size)
     if problem is not None:
         return ConfigError(problem)
@@ -184,19 +198,48 @@ def _refusal(one: Asked, served: Served) -> ConfigError | None:
 def _request(
     one: Asked, served: Served, ids: Sequence[int], text: str | None
 ) -> tuple[Request, str | None] | ConfigError:
-    params, room = one.params, served.max_model_len - len(ids)
-    if room < (0 if params.max_tokens == 0 else 1):
-        rule = f"the prompt has {len(ids)} tokens, and with the output it must fit in {served.max_model_len}"
-        return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")
+    params = one.params
+    room = served.max_model_len - len(ids)
+    refused = _too_long(len(ids), one, served)
+    if refused is not None:
+        return refused
+    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    price = price_problem(
+        params, key=one.where, max_tokens=max_tokens, prompt_tokens=len(ids), vocab_size=served.vocab_size
+    )
+    if price is not None:
+        return ConfigError(price)
     request = Request(
         id=one.id,
         prompt_token_ids=tuple(ids),
         params=params,
         seed=params.seed if params.seed is not None else derived_seed(served.seed, one.index),
-        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+        max_tokens=max_tokens,
         stop_token_ids=served.stop_ids(params),
     )
     return request, text
+
+
+def _too_long(count: int, one: Asked, served: Served) -> ConfigError | None:
+    """What is wrong with a prompt of `count` tokens."""
+    if served.max_model_len - count >= (0 if one.params.max_tokens == 0 else 1):
+        return None
+    rule = f"the prompt has {count} tokens, and with the output it must fit in {served.max_model_len}"
+    return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")
+
+
+def _far_too_long(text: str, where: str, served: Served) -> ConfigError | None:
+    """What is wrong with a text that is so long that it need not be tokenised, which takes time, to be refused."""
+    if len(text) <= served.max_model_len:
+        return None
+    most = served.tokenizer.most_characters(served.max_model_len, is_ascii=text.isascii())
+    if len(text) <= most:
+        return None
+    rule = (
+        f"the text has {len(text)} characters, and no text of more than {most} is taken where prompt and output must "
+        f"fit in {served.max_model_len} tokens"
+    )
+    return _refused(where, rule, "Shorten it, or raise engine.max_model_len.")
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -226,15 +269,18 @@ def _encode(written: Sequence[Asked], served: Served) -> list[Encoded]:
 
 def _text(one: Asked, served: Served) -> str | ConfigError:
     """A prompt as text, its chat template applied."""
-    if isinstance(one.prompt, str):
-        return one.prompt
+    text = one.prompt
     try:
-        return served.tokenizer.apply_chat_template(list(one.prompt), **one.chat_variables)
+        if not isinstance(text, str):
+            text = served.tokenizer.apply_chat_template(list(text), **one.chat_variables)
     except TemplateError as error:
         return _refused(one.where, str(error))
+    return _far_too_long(text, one.where, served) or text
 
 
 def _checked(ids: list[int] | ValueError, text: str, where: str, served: Served) -> Encoded:
+    if isinstance(ids, TokenizerError):
+        return TokenizerFailed(Problem(key=where, rule=str(ids)))
     if isinstance(ids, ValueError):
         return _refused(where, str(ids))
     if not ids:
@@ -249,7 +295,10 @@ def _checked(ids: list[int] | ValueError, text: str, where: str, served: Served)
 def _pack(encoded: Sequence[Encoded]) -> bytes:
     """Encoded prompts for the way to other ranks; `_unpack` is the inverse."""
     found = [one for one in encoded if not isinstance(one, ConfigError)]
-    head = [str(one) if isinstance(one, ConfigError) else [len(one[0]), one[1]] for one in encoded]
+    head = [
+        [str(one), isinstance(one, TokenizerFailed)] if isinstance(one, ConfigError) else [len(one[0]), one[1]]
+        for one in encoded
+    ]
     return json.dumps(head).encode() + b"\n" + array("i", chain.from_iterable(ids for ids, _ in found)).tobytes()
 
 
@@ -258,11 +307,10 @@ def _unpack(data: bytes) -> list[Encoded]:
     ids = array("i", tail)
     encoded: list[Encoded] = []
     start = 0
-    for entry in json.loads(head):
-        if isinstance(entry, str):
-            encoded.append(ConfigError(entry))
+    for count, text in json.loads(head):
+        if isinstance(count, str):
+            encoded.append((TokenizerFailed if text else ConfigError)(count))
             continue
-        count, text = entry
         encoded.append((ids[start : start + count], text))
         start += count
     return encoded
@@ -287,9 +335,12 @@ class _Entry:
 class _Collector:
     """Turns entries into what is asked and failures, each with an id of its own."""
 
-    def __init__(self, served: Served, defaults: SamplingParams, variables: Mapping[str, Any]):
-        """`variables`: what chat templates see, where an entry does not say otherwise."""
+    def __init__(self, served: Served, defaults: SamplingParams, variables: Mapping[str, Any], named: Collection[str]):
+        """`variables`: what chat templates see, where an entry does not say otherwise; `named`: the ids that entries
+        give themselves, which none gets by its place.
+        """
         self.served = served
+        self.named = named
         self.defaults = defaults
         self.variables = variables
         self.asked: list[Asked] = []
@@ -299,11 +350,13 @@ class _Collector:
 
     def add(self, entry: _Entry) -> None:
         index = len(self.places)
-        own_id, problem = _chosen_id(entry, index)
-        if own_id in self.places:
+        given, wrong = _given_id(entry)
+        own_id, problem = str(index) if given is None else given, entry.error or wrong
+        if given is not None and own_id in self.places:
             problem = problem or f"{entry.where}: the id {own_id!r} is used by {self.places[own_id]} already."
+        if own_id in self.places or (given is None and own_id in self.named):
             own_id = entry.where
-            while own_id in self.places:
+            while own_id in self.places or own_id in self.named:
                 own_id += "'"
         self.places[own_id] = entry.where
         try:
@@ -358,19 +411,19 @@ class _Collector:
         )
 
 
-def _chosen_id(entry: _Entry, index: int) -> tuple[str, str | None]:
-    """The id of an entry (by default its place in the input, from 0), and what is wrong with the entry already."""
+def _given_id(entry: _Entry) -> tuple[str | None, str | None]:
+    """The id that an entry gives itself, and what is wrong with it; by default it is the place in the input, from 0."""
     given = entry.id
-    if entry.error is not None or given is None:
-        return str(index), entry.error
+    if given is None:
+        return None, None
     if type(given) is int:
         return str(given), None
     if not isinstance(given, str) or not given:
-        return str(index), f"{entry.where}: id: must be a text that is not empty, or a whole number, got {given!r}."
+        return None, f"{entry.where}: id: must be a text that is not empty, or a whole number, got {shown(given)}."
     try:
         given.encode()
     except UnicodeEncodeError:
-        return str(index), f"{entry.where}: id: has half a surrogate pair, got {given!r}."
+        return None, f"{entry.where}: id: has half a surrogate pair, got {shown(given)}."
     return given, None
 
 
@@ -388,13 +441,16 @@ def read_inputs(
     read, is empty, or is not the same on every rank.
     """
     variables = section_variables(section)
-    collector = _Collector(served, defaults, variables)
     digest = sha256(json.dumps(variables, default=repr).encode() if variables else b"")
+    entries = []
     with _opened(section, stdin) as lines:
-        entries = _inline(section.prompts or []) if lines is None else _parsed(lines, _name(section))
-        for raw, entry in entries:
+        for raw, entry in _inline(section.prompts or []) if lines is None else _parsed(lines, _name(section)):
             digest.update(b"%d:" % len(raw) + raw)
-            collector.add(entry)
+            entries.append(entry)
+    named = {given for given, _ in map(_given_id, entries) if given is not None}
+    collector = _Collector(served, defaults, variables, named)
+    for entry in entries:
+        collector.add(entry)
     batch = collector.batch(digest.hexdigest(), together)
     if served.tokenizer is not None:
         served.tokenizer.close()
@@ -441,53 +497,72 @@ def _parsed(lines: BinaryIO, name: str) -> Iterator[tuple[bytes, _Entry]]:
                 rest = lines.readline(MAX_LINE)
             yield raw, _Entry(where, error=f"{where}: the line is longer than {MAX_LINE >> 20} MiB.")
         elif raw.strip():
-            try:
-                entry = _entry(raw, where)
-            except ValueError as error:
-                entry = _Entry(where, error=f"{where}: {error}.")
-            yield raw.strip(), entry
+            yield raw.strip(), _entry(raw, where)
 
 
 def _entry(raw: bytes, where: str) -> _Entry:
-    """What one line says. ValueError: it is not what a line must be."""
+    """What one line says. One that is wrong keeps the id that it gives itself, as far as that can be read."""
+    wrong: list[str] = []
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 at byte {error.start + 1}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON at column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        wrong.append(f"is not UTF-8 at byte {error.start + 1}")
+        text = raw.decode("utf-8-sig", "replace")
+    value = _read_json(text, wrong)
     if not isinstance(value, dict):
-        raise ValueError('must be a JSON object such as {"prompt": "..."}')
+        return _Entry(where, error=f"{where}: {(wrong or [_NO_OBJECT])[0]}.")
+    own_id = value.get("id")
+    if wrong and "\ufffd" in str(own_id):  # no id that the line gives
+        own_id = None
+    wrong += filter(None, [_shape_problem(value)])
+    if wrong:
+        return _Entry(where, id=own_id, error=f"{where}: {wrong[0]}.")
+    prompt = value.get("prompt", value.get("messages"))
+    return _Entry(where, prompt, own_id, value.get("sampling"), chat_variables(value))
+
+
+def _read_json(text: str, wrong: list[str]) -> Any:
+    """The value of a JSON text, and what is wrong with it added to `wrong`; what it begins with if it is no JSON."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            wrong.append(f"the key {shown(twice)} occurs twice")
+            del made[twice]
+        return made
+
+    def no_constant(name: str) -> None:
+        wrong.append(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        wrong.append(f"is not valid JSON at column {error.colno}: {error.msg}")
+    except ValueError as error:  # a number of very many digits
+        wrong.append(str(error))
+    except RecursionError:
+        wrong.append("is nested too deeply")
+    begun = _LEADING_ID.match(text)
+    return {"id": json.loads(begun[1])} if begun else None
+
+
+def _shape_problem(value: dict[str, Any]) -> str | None:
+    """What is wrong with the keys of a line."""
     for key in value:
         if key not in _KEYS:
-            close = get_close_matches(key, _KEYS, n=1)
+            close = get_close_matches(key[:MAX_KEY], _KEYS, n=1)
             hint = f"perhaps {close[0]!r} is meant" if close else f"the keys are {', '.join(_KEYS)}"
-            raise ValueError(f"unknown key {key!r}; {hint}")
+            return f"unknown key {shown(key)}; {hint}"
     if ("prompt" in value) == ("messages" in value):
-        raise ValueError("needs either a prompt or messages")
+        return "needs either a prompt or messages"
     prompt = value.get("prompt", value.get("messages"))
     if "messages" in value and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
-        raise ValueError("messages must be a list of {role, content}, at least one")
+        return "messages must be a list of {role, content}, at least one"
     wrong = variables_problem(value)
     if wrong is not None:
-        raise ValueError(str(wrong).rstrip("."))
-    variables = chat_variables(value)
-    if variables and not ("messages" in value or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict))):
-        raise ValueError(f"{' and '.join(VARIABLES)} are for chats, and the prompt is none")
-    return _Entry(where, prompt, value.get("id"), value.get("sampling"), variables)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
-    return made
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+        return str(wrong).rstrip(".")
+    is_chat = "messages" in value or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict))
+    if chat_variables(value) and not is_chat:
+        return f"{' and '.join(VARIABLES)} are for chats, and the prompt is none"
+    return None

@@ -242,13 +242,20 @@ def serve(replica: Replica) -> Served:
     )
 
 
-def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tuple[Request, str | None]]:
-    """The requests for all prompts, and their texts. Collective over the layout.
+def prepare_each(
+    replica: Replica, asked: Sequence[Asked], served: Served
+) -> list[tuple[Request, str | None] | ConfigError]:
+    """The request for each prompt and its text, or why it can't run. Collective over the layout.
 
-    ConfigError: the first of them that can't run, or that ranks were given different ones.
+    ConfigError: ranks were given different ones.
     """
     together = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
-    made = make_requests(asked, served, together)
+    return make_requests(asked, served, together)
+
+
+def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tuple[Request, str | None]]:
+    """As `prepare_each`; ConfigError also for the first that can't run."""
+    made = prepare_each(replica, asked, served)
     refused = next((one for one in made if isinstance(one, ConfigError)), None)
     if refused is not None:
         raise refused

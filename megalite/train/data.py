@@ -29,7 +29,7 @@ from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import DurableFile, write_json
 from megalite.model.hf_config import read_json
-from megalite.tokenizer import TOKENIZER_FILES, Tokenizer
+from megalite.tokenizer import TOKENIZER_FILES, Tokenizer, TokenizerError, encode_each
 from megalite.train import bpe
 from megalite.train.examples import Encoded, encode_chat, encode_pair
 from megalite.train.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
@@ -176,10 +176,13 @@ def _write_texts(records: Records, tokenizer: Tokenizer, folder: Path, end: int)
     stop = np.array([end], dtype)
     splits = {name: _Texts([stop]) for name in SPLITS}  # the first document, too, begins after an end
     for batch in _chunks(records, TEXTS_AT_ONCE):
-        encodings = backend.encode_batch([record.values["text"] for record in batch], add_special_tokens=False)
-        for record, encoding in zip(batch, encodings, strict=True):
+        texts = [record.values["text"] for record in batch]
+        for record, ids in zip(batch, encode_each(backend, texts, add_special_tokens=False), strict=True):
+            if isinstance(ids, TokenizerError):
+                log.warning("%s is left out: %s", record.where, ids)
+                continue
             split = splits[SPLITS[record.held_out]]
-            split.parts += [np.array(encoding.ids, dtype), stop]
+            split.parts += [np.array(ids, dtype), stop]
             split.documents += 1
             split.size += len(record.values["text"].encode())
     contents = {}
@@ -266,6 +269,8 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
         try:
             for example in _encoded(record, records.section, tokenizer, end):
                 splits[SPLITS[record.held_out]].add(example, records.section, tokenizer)
+        except TokenizerError as error:  # no fault of the line's
+            log.warning("%s is left out: %s", record.where, error)
         except ValueError as error:
             problems.append(Problem(key="", rule=f"{record.where}: {str(error).rstrip('.')}"))
             if len(problems) == MOST_PROBLEMS:
