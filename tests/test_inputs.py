@@ -279,6 +279,7 @@ def test_a_text_that_is_far_too_long_is_not_tokenised():
     """The longest token, `</s>`, has 4 characters: 256 of them may be 64 tokens."""
     counting = Counting(tokenizer().backend)
     counted = Tokenizer(counting, {"bos_token": "<s>", "eos_token": "</s>"}, {"default": CHAT})
+    counting.given = 0
     chat = [{"role": "user", "content": "a" * 250}]
     batch = read(
         [{"prompt": "a" * 257}, {"prompt": "ab"}, {"messages": chat}, {"prompt": "a" * 256}], tokenizer=counted
