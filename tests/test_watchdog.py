@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from megalite.monitor import guardian, wire
+from megalite.monitor import wire
 from megalite.monitor.processes import Process, ancestors, descendants, launcher_name, launchers
 from megalite.monitor.referee import End, Peer, Referee
-from megalite.monitor.watchdog import Watchdog, listen
+from megalite.monitor.watchdog import Watchdog, guardian_command, listen
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 
@@ -134,6 +134,12 @@ def test_stopped_rank_is_named_and_killed(start, victim, timeout):
     assert timeout / 2 < run.gone(timeout + 10)
     assert len(run.errors) == 1 and f"rank {victim} " in run.errors[0] and "no sign of life" in run.errors[0]
     assert run.codes[victim] == -signal.SIGKILL and sorted(run.codes)[1:] == [70, 70]
+
+
+def test_a_call_that_holds_pythons_lock_is_no_loss(start):
+    """For longer than a rank is waited for, on rank 0 and on another."""
+    run = start("hog:5", "work:1", "hog:5", timeout=2.0)
+    assert run.launcher.wait(90) == 0 and run.errors == [] and run.codes == [0, 0, 0]
 
 
 def test_two_ranks_lost_together_are_one_line(start):
@@ -274,7 +280,7 @@ def test_strangers_do_not_disturb_a_run(tmp_path):
 def test_a_connection_knows_what_broke_it(does, fault):
     with listen("127.0.0.1") as listener, socket.create_connection(listener.getsockname()) as peer:
         wait_until(lambda: select.select([listener], [], [], 0)[0], 5, "it arrives")
-        one = wire.Connection(listener.accept()[0], now=0.0)
+        one = wire.Connection(listener.accept()[0], now=0.0, timeout=60.0)
         does(peer, one)
         wait_until(lambda: one.receive(1.0) or one.closed, 5, "it is closed")
         assert one.fault == fault
@@ -285,19 +291,17 @@ def test_a_connection_knows_what_broke_it(does, fault):
 
 
 def test_guardian_is_told_to_go_or_goes_with_its_rank():
-    with subprocess.Popen(
-        [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), "60"], stdin=subprocess.PIPE
-    ) as process:
-        process.stdin.write(b".")
-        process.stdin.flush()
+    ours, its = socket.socketpair()
+    with its, subprocess.Popen(guardian_command(os.getpid(), 60.0), stdin=its) as process:
+        its.close()
         status = Path(f"/proc/{process.pid}/status")
         mask = sum(1 << signum - 1 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
         ignored = lambda: int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16)  # noqa: E731
-        wait_until(lambda: ignored() & mask == mask, 5, "it is set up")
+        wait_until(lambda: ignored() & mask == mask, 60, "it is set up")
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         assert process.poll() is None
-        process.stdin.close()
+        ours.close()
         assert process.wait(30) == 0
 
 
@@ -365,14 +369,14 @@ def test_drained_run_has_the_signals_code():
         b"",
         b"null",
         b"{}",
-        b'{"kind": "beat", "more": 1}',
+        b'{"kind": "stopped", "more": 1}',
         b'{"kind": "signal"}',
         b'{"kind": "signal", "signum": true}',
         b'{"kind": "signal", "signum": -1}',
         b'{"kind": "signal", "signum": "2"}',
         b'{"kind": "fail", "code": 1, "crash": 0}',
         b'{"kind": "__class__"}',
-        b'{"kind": ["beat"]}',
+        b'{"kind": ["stopped"]}',
     ],
 )
 def test_what_is_not_a_message_is_refused(line):

@@ -7,6 +7,7 @@ test_watchdog.py and test_launcher.py run it.
 `watched_rank.py FOLDER BEHAVIOUR,BEHAVIOUR...` is one that the door started.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from megalite.core.launcher import door_of
 from megalite.core.status import StatusFile
 from megalite.monitor.processes import Process, die_with_parent, launchers
 from megalite.monitor.referee import Peer
-from megalite.monitor.watchdog import Watchdog, listen
+from megalite.monitor.watchdog import ORPHAN_WAIT, Watchdog, listen
 
 
 def launch(folder: str, timeout: str, behaviours: list[str]) -> int:
@@ -73,6 +74,7 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         hub=listener or ("127.0.0.1", cards[0]["port"]),
         timeout=timeout,
         launchers=launchers(Process.of(os.getpid()), door),
+        orphan_wait=ORPHAN_WAIT if door is None else 0.0,
         handle_signals=True,
         on_end=on_end,
         claim=claim,
@@ -86,6 +88,8 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         status.running()
     (folder / f"ready-{rank}").touch()
     what, _, detail = behaviour.partition(":")
+    if what == "hog":
+        ctypes.PyDLL(None).sleep(int(detail))  # holds the interpreter's lock, as one long json.dumps does
     if what == "stuck":
         threading.Event().wait()
     if what == "vanish":

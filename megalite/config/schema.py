@@ -176,8 +176,9 @@ class DistributedSection:
 
     start_timeout: float = 60.0
     """Seconds within which every rank must have come."""
-    peer_timeout: float = 6.0
-    """Seconds without a sign of life after which a rank counts as lost."""
+    peer_timeout: float = 15.0
+    """Seconds after which a rank counts as lost that is stopped, or whose host does not answer. Those that died do at
+    once; those that are busy, for however long, never do."""
     backend: Literal["nccl", "gloo"] | None = None
     """null: nccl where each rank has a GPU of its own, else gloo."""
     device: Literal["cpu", "cuda"] | None = None

@@ -55,7 +55,7 @@ from megalite.errors import (
 )
 from megalite.monitor.processes import Process, die_with_parent, launcher_name, launchers, this_process
 from megalite.monitor.referee import End, Peer
-from megalite.monitor.watchdog import Watchdog, listen
+from megalite.monitor.watchdog import ORPHAN_WAIT, Watchdog, listen
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait inside one collective. Lost ranks are noticed in seconds by the watch; this bounds a deadlock."""
@@ -224,6 +224,7 @@ def start(
         hub=meeting.listener or meeting.plan["hub"],
         timeout=section.peer_timeout,
         launchers=chain,
+        orphan_wait=ORPHAN_WAIT if door is None else 0.0,
         handle_signals=handle_signals,
         # where rank 0's files are not, its status can't be written
         on_end=status.ended if meeting.card.machine == meeting.cards[0].machine else lambda end: None,

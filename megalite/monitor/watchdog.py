@@ -1,21 +1,22 @@
 """Every rank watches its launcher and its peers, so that a run ends as a whole and with one story.
 
-One daemon thread a rank. Rank 0 is the hub: the others keep a TCP connection to it and both sides send a beat every
-sixth of `timeout`. The thread, not the main thread, notices and acts, so a rank that is stuck inside a collective still
-leaves. What ends a run:
+One daemon thread a rank. Rank 0 is the hub: the others keep a TCP connection to it, whose ends the kernels probe, so
+that no sign of life hangs on a thread that gets its turn. The thread, not the main thread, notices and acts, so a rank
+that is stuck inside a collective still leaves. What ends a run:
 - every rank reports `finish`: the agreed end, with code 0, or 130/143 when a signal asked for it;
 - a rank reports `fail` (its exception): all leave with its exit code, and only that rank speaks;
-- a connection closes without a word, or nothing is heard for `timeout` seconds: the rank is lost, code 70;
+- a connection closes without a word, or its host does not answer for `timeout` seconds, or a rank has been stopped
+  for as long (`guardian`): the rank is lost, code 70;
 - a process above a rank (its launcher, see `processes.launchers`) is gone: code 70;
 - a second SIGINT or SIGTERM: code 130/143 at once.
 The hub decides (`referee`), tells the user in one line and tells the ranks; they leave quietly. When the hub itself is
 lost, the ranks of each host leave and the first of them tells the user.
 
-A rank that holds Python's interpreter lock for longer than `timeout` in one call counts as lost: long native calls
-release it. A rank that lives but never finishes is not seen here; the timeout of the collectives bounds that.
+A rank that lives but never finishes is not seen here, nor one call that holds Python's interpreter lock for long; the
+timeout of the collectives bounds that.
 
 What is received is data (`wire`): known messages, from peers that proved to know the run's token (HMAC-SHA256 over a
-nonce); nothing in it is run, or opened as a file. The beats are not encrypted: as with gloo and NCCL themselves, a
+nonce); nothing in it is run, or opened as a file. It is not encrypted: as with gloo and NCCL themselves, a
 network between hosts has to be trusted. Imports nothing of megalite outside monitor.
 """
 
@@ -39,7 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalite.monitor.processes import Process, launcher_name
+from megalite.monitor.processes import Process
 from megalite.monitor.referee import LOST, End, Peer, Referee, lost_line
 from megalite.monitor.wire import Connection, Message, end_fields, end_of, proof
 
@@ -48,16 +49,16 @@ _TICK = 0.25
 """Seconds between two looks at the launchers and the clocks."""
 _AGAIN = 1.0
 """Seconds after which the same signal counts as a second one: launchers and service managers repeat the first."""
-_ORPHAN_WAIT = 2.0
-"""Seconds until a vanished `deepspeed` or `torchrun` counts: a Ctrl-C ends it and reaches other hosts' ranks later."""
+ORPHAN_WAIT = 2.0
+"""Seconds until a vanished launcher counts: a Ctrl-C ends launchers, and reaches ranks on other hosts later."""
 _SIGNAL_EXCUSE = 40.0
 """Seconds after a signal in which launchers may vanish: the ranks are draining, and DeepSpeed kills them after 30."""
-_HEAD_START = 0.5
-"""Seconds the others have to notice that a rank is stuck before its guardian ends it."""
 _HUB_WAIT = 1.5
 """Seconds a rank waits for the hub's answer before it ends by itself."""
-_HANDSHAKE = 5.0
+_HANDSHAKE = 20.0
 """Seconds for a stranger to prove itself."""
+_GUARDIAN_COMES = 10.0
+"""Seconds a rank waits for its guardian to be ready."""
 _LINGER = 1.0
 """Seconds the hub stays after the end so that the others hear of it."""
 _LAST_WORDS = 5.0
@@ -85,6 +86,7 @@ class Watchdog:
         hub: socket.socket | Sequence[Any] | None,
         timeout: float,
         launchers: Sequence[Process],
+        orphan_wait: float = ORPHAN_WAIT,
         handle_signals: bool,
         on_end: Callable[[End], None],
         claim: Callable[[], bool],
@@ -93,9 +95,8 @@ class Watchdog:
         `on_end`: called in the thread by the rank that decides the end, before anyone leaves; must not raise.
         `claim`: True for one rank of this host, the first that asks; that one tells the user."""
         self._rank, self._peers, self._token, self._timeout = rank, tuple(peers), token, timeout
-        self._launchers = [
-            (process, str(process), _ORPHAN_WAIT if launcher_name(process) else 0.0) for process in launchers
-        ]
+        self._launchers = [(process, str(process)) for process in launchers]
+        self._orphan_wait = orphan_wait
         self._handle_signals, self._on_end, self._claim = handle_signals, on_end, claim
         self._hub = hub
         self._alone = len(self._peers) == 1 and not launchers
@@ -107,6 +108,7 @@ class Watchdog:
         self._connections: list[Connection] = []
         """To rank 0, or on rank 0 from the others and from strangers (`rank` is None)."""
         self._guardian: subprocess.Popen[bytes] | None = None
+        self._to_guardian: socket.socket | None = None
         self._signals: dict[int, float] = {}
         """When each signal first came to this process."""
         self._excused = 0.0
@@ -114,7 +116,6 @@ class Watchdog:
         self._last_resort: tuple[float, End] | None = None
         """What this rank does by itself, and when, if the hub stays silent."""
         self._orphaned: float | None = None
-        self._beaten = 0.0
         self._main_waits = False
         self._over = threading.Event()
         self._restore: Callable[[], None] = lambda: None
@@ -133,14 +134,16 @@ class Watchdog:
             self._selector.register(self._hub, selectors.EVENT_READ, self._on_arrival)
         elif self._hub is not None:
             sock = socket.create_connection(tuple(self._hub), timeout=seconds)
-            self._add(Connection(sock, now=time.monotonic(), rank=0))
+            self._add(Connection(sock, now=time.monotonic(), timeout=self._timeout, rank=0))
         if len(self._peers) == 1:
             self.together.set()
         for end in (self._wake, self._woken):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, self._on_wake)
         if self._launchers:
-            self._guardian = _guardian(self._timeout + _HEAD_START)
+            self._guardian, self._to_guardian = _guardian(self._timeout)
+        for connection in self._connections:
+            self._show(connection)
         if self._handle_signals:
             self._take_signals()
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
@@ -196,7 +199,7 @@ class Watchdog:
             if isinstance(sock, socket.socket):
                 sock.close()
         if self._guardian is not None:
-            self._guardian.stdin.close()
+            self._to_guardian.close()
             self._guardian.wait()
 
     # ---- the thread
@@ -210,18 +213,12 @@ class Watchdog:
             os._exit(1)
 
     def _watch(self) -> None:
-        looked = time.monotonic()
         while self.end is None:
             for key, _ in self._selector.select(None if self._alone and not self._main_waits else _TICK):
                 key.data()
             now = time.monotonic()
-            if now - looked > self._timeout / 2:  # suspended, or starved: what the others sent may still wait in line
-                for connection in self._connections:
-                    connection.heard = now
-            looked = now
-            self._beat(now)
             self._look_up(now)
-            self._count_silence(now)
+            self._drop_broken(now)
             if self.end is None and self._is_hub:
                 self.end = self._referee.verdict(now)
             if self.end is None and self._last_resort is not None and now >= self._last_resort[0]:
@@ -261,37 +258,30 @@ class Watchdog:
             if connection.rank is not None:
                 connection.send(kind, **fields)
 
-    def _beat(self, now: float) -> None:
-        if now - self._beaten < self._timeout / 6:
-            return
-        self._beaten = now
-        self._say("beat")
-        self._calm_guardian()
-
-    def _calm_guardian(self) -> None:
-        if self._guardian is not None:
-            with suppress(BrokenPipeError, BlockingIOError):  # without its guardian the rank still has its peers
-                self._guardian.stdin.write(b".")
+    def _show(self, connection: Connection) -> None:
+        """Give the guardian a copy, for its last word."""
+        if self._to_guardian is not None:
+            with suppress(OSError):  # it was killed; the rank still has its peers
+                socket.send_fds(self._to_guardian, [b"."], [connection.socket.fileno()])
 
     def _look_up(self, now: float) -> None:
-        missed = ((name, wait) for process, name, wait in self._launchers if not process.alive())
-        gone, patience = next(missed, ("", 0.0))
-        if not gone or (patience and now < self._excused):
+        gone = next((name for process, name in self._launchers if not process.alive()), None)
+        if gone is None or now < self._excused:
             return
         self._orphaned = self._orphaned or now
-        if now - self._orphaned >= patience and self._last_resort is None:
+        if now - self._orphaned >= self._orphan_wait and self._last_resort is None:
             host = self._peers[self._rank].host
             ranks = ", ".join(str(peer.rank) for peer in self._peers if peer.host == host)
             line = f"error: {gone} on {host}, which started its ranks ({ranks}), is gone. The run was stopped."
             self._referee.orphaned(line)
             self._ask_hub(End(code=LOST, line=line), "orphan", line=line)
 
-    def _count_silence(self, now: float) -> None:
+    def _drop_broken(self, now: float) -> None:
         for connection in list(self._connections):
             if connection.rank is None and now - connection.heard > _HANDSHAKE:
                 self._drop(connection, "")
-            elif connection.rank is not None and now - connection.heard > self._timeout:
-                self._drop(connection, f"no sign of life for {self._timeout:g} s (stopped, stuck or cut off)")
+            elif connection.silent:
+                self._drop(connection, f"no sign of life for {self._timeout:g} s (stopped or cut off)")
             elif connection.closed:
                 broke = connection.fault and f"the connection to its watch broke: {connection.fault}"
                 self._drop(connection, broke or "ended without a word (killed, out of memory or crashed)")
@@ -317,7 +307,7 @@ class Watchdog:
         assert isinstance(self._hub, socket.socket)
         with suppress(BlockingIOError, ConnectionAbortedError):  # it went away again
             sock, _ = self._hub.accept()
-            connection = Connection(sock, now=time.monotonic())
+            connection = Connection(sock, now=time.monotonic(), timeout=self._timeout)
             connection.nonce = secrets.token_hex(16)
             connection.send("nonce", nonce=connection.nonce)
             self._add(connection)
@@ -326,7 +316,9 @@ class Watchdog:
         now = time.monotonic()
         hear = self._hear_rank if self._is_hub else self._hear_hub
         for message in connection.receive(now):
-            if self.end is None:
+            if message.kind == "stopped":
+                connection.silent = True
+            elif self.end is None:
                 hear(connection, message, now)
 
     def _hear_hub(self, connection: Connection, message: Message, now: float) -> None:
@@ -359,6 +351,7 @@ class Watchdog:
         known = message.kind == "hello" and message["rank"] in self.missing()
         if known and hmac.compare_digest(message["proof"], proof(self._token, connection.nonce, message["rank"])):
             connection.rank = message["rank"]
+            self._show(connection)
             if not self.missing():
                 self._say("together")
                 self.together.set()
@@ -400,7 +393,6 @@ class Watchdog:
             self._over.set()
             deadline = time.monotonic() + _LAST_WORDS
             while time.monotonic() < deadline:
-                self._calm_guardian()
                 time.sleep(_TICK)
         _flush()
         os._exit(end.code)
@@ -409,20 +401,32 @@ class Watchdog:
         """Stay until the others have read the end and closed: leaving earlier would reset their connections."""
         deadline = time.monotonic() + _LINGER
         while any(c.rank is not None for c in self._connections) and time.monotonic() < deadline:
-            self._calm_guardian()
             for key, _ in self._selector.select(0.05):
                 if key.data not in (self._on_wake, self._on_arrival):
                     key.data()
-            self._count_silence(time.monotonic())
+            self._drop_broken(time.monotonic())
 
 
-def _guardian(limit: float) -> subprocess.Popen[bytes]:
-    """Start the dead man's switch of this process."""
-    script, nothing = str(Path(__file__).with_name("guardian.py")), subprocess.DEVNULL
-    command = [sys.executable, "-I", "-S", script, str(os.getpid()), str(limit)]
-    guardian = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nothing, stderr=nothing, bufsize=0)
-    os.set_blocking(guardian.stdin.fileno(), False)
-    return guardian
+def guardian_command(rank: int, limit: float) -> list[str]:
+    """Without site packages, of which it needs none: it starts in an instant."""
+    root = str(Path(__file__).parents[2])
+    code = (
+        f"import sys; sys.path.insert(0, {root!r}); from megalite.monitor.guardian import main; main({rank}, {limit})"
+    )
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+def _guardian(limit: float) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the guardian of this process; the socket leads to it."""
+    ours, its = socket.socketpair()
+    nothing = subprocess.DEVNULL
+    with its:
+        guardian = subprocess.Popen(guardian_command(os.getpid(), limit), stdin=its, stdout=nothing, stderr=nothing)
+    ours.settimeout(_GUARDIAN_COMES)
+    with suppress(TimeoutError):
+        ours.recv(1)  # from here on it lets go of this rank's connections when the rank dies
+    ours.setblocking(False)
+    return guardian, ours
 
 
 def _flush() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import hmac
 import json
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +16,14 @@ from megalite.monitor.referee import End
 _LONGEST = 4096
 """Bytes of one line; who sends more is not one of us."""
 
+_UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
+"""How the kernel says that the other host has not answered."""
+
 _FIELDS: dict[str, dict[str, Any]] = {
     "nonce": {"nonce": str},
     "hello": {"rank": int, "proof": str},
     "together": {},
-    "beat": {},
+    "stopped": {},
     "signal": {"signum": int},
     "finish": {"code": int},
     "fail": {"code": int, "crash": bool},
@@ -76,9 +81,14 @@ def proof(token: bytes, nonce: str, rank: int) -> str:
 class Connection:
     """One end of a connection between two watchdogs. Never blocks; a peer that breaks the rules is `closed`."""
 
-    def __init__(self, sock: socket.socket, *, now: float, rank: int | None = None):
+    def __init__(self, sock: socket.socket, *, now: float, timeout: float, rank: int | None = None):
+        """`timeout`: seconds without an answer of the other host's kernel after which it counts as gone."""
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout * 1000))
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(timeout / 4)))
         self.socket = sock
         self.rank = rank
         """The rank at the other end; None until it has proved itself."""
@@ -86,6 +96,8 @@ class Connection:
         self.heard = now
         """When anything last came (monotonic seconds)."""
         self.closed = False
+        self.silent = False
+        """The rank gives no sign of life: it is stopped, or its host does not answer."""
         self.fault = ""
         """What closed it, where that was not the peer."""
         self._rest = b""
@@ -99,7 +111,7 @@ class Connection:
         except (BrokenPipeError, ConnectionResetError):
             self.closed = True
         except OSError as error:
-            self._break(f"sending failed: {error.strerror}")
+            self._break(f"sending failed: {error.strerror}", error)
 
     def receive(self, now: float) -> list[Message]:
         """What has come; sets `closed` at the end of the stream, on an error and on anything that is not a message."""
@@ -111,7 +123,7 @@ class Connection:
             data = b""
         except OSError as error:
             data = b""
-            self._break(f"receiving failed: {error.strerror}")
+            self._break(f"receiving failed: {error.strerror}", error)
         self.heard = now
         self.closed |= not data
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -124,9 +136,12 @@ class Connection:
             self._break("it sent what is no message")
         return messages
 
-    def _break(self, fault: str) -> None:
+    def _break(self, fault: str, error: OSError | None = None) -> None:
         self.closed, self.fault = True, self.fault or fault
+        self.silent |= error is not None and error.errno in _UNREACHED
 
     def close(self) -> None:
         self.closed = True
+        with suppress(OSError):  # it is broken already
+            self.socket.shutdown(socket.SHUT_RDWR)  # for the guardian's copy too
         self.socket.close()
