@@ -56,6 +56,7 @@ class Replica:
         self.block_size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
         self.host_blocks = options.get("host_blocks", 0)
         self.shared = options.get("prefix_caching", True)
+        self.key_variant = options.get("key_variant", lambda limit: 0)
         self.scheduler = Scheduler(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -168,4 +169,5 @@ class Replica:
 
     def _truth(self, seq: Sequence, position: int) -> tuple:
         """The history that stands at a position; with prefix caching off it belongs to one request alone."""
-        return None if self.shared else seq.request.id, tuple(seq.token_ids[: position + 1])
+        owner = None if self.shared else seq.request.id
+        return owner, self.key_variant(seq.limit), tuple(seq.token_ids[: position + 1])

@@ -62,7 +62,7 @@ def test_host_attention(spec, name):
         expected.append(formula(spec, q[start:], k, v, start))
         packs.append((q[start:], k[start:], v[start:]))
     q, k, v = (torch.cat(parts) for parts in zip(*packs, strict=True))
-    context = HostAttention(cache, rows, torch.tensor(positions), torch.tensor(slots))
+    context = HostAttention(cache, rows, torch.tensor(positions), torch.tensor(positions), torch.tensor(slots))
     torch.testing.assert_close(context.attend(spec, q, k, v), torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
@@ -75,4 +75,5 @@ def test_packed_attention(spec, lengths):
     expected = torch.cat([formula(spec, *part, 0) for part in parts])
     context = PackedAttention(lengths)
     assert context.positions.tolist() == [place for length in lengths for place in range(length)]
+    assert context.lengths.tolist() == [length for length in lengths for _ in range(length)]
     torch.testing.assert_close(context.attend(spec, q, k, v), expected, atol=1e-5, rtol=1e-5)

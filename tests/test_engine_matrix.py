@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pool_runtime import PoolRuntime
-from test_layout_matrix import LAYOUTS, MAX_TOKENS, TOLERANCE, VARIANT_NAMES, cases
+from test_layout_matrix import LAYOUTS, MAX_TOKENS, PROMPTS, TOLERANCE, VARIANT_NAMES
 from tiny_models import VOCAB
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
@@ -17,7 +17,7 @@ from megalite.inference.inputs import make_request
 from megalite.inference.llm import run_everywhere, serve
 
 
-def generate(rank: int, folder: Path, layout: Layout, prompts: list[list[int]], max_length: int | None):
+def generate(rank: int, folder: Path, layout: Layout):
     """(tokens, log-probabilities [prompt + output - 1, vocab] after all positions but the last) of each prompt.
 
     The engine has small blocks and a small token budget, so that prompts are prefilled in chunks and wait for places.
@@ -25,14 +25,14 @@ def generate(rank: int, folder: Path, layout: Layout, prompts: list[list[int]], 
     config = InferConfig(
         model=ModelSection(path=str(folder), dtype="float32"),
         parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp),
-        engine=EngineSection(max_model_len=max_length, block_size=4, max_num_batched_tokens=16, max_num_seqs=3),
+        engine=EngineSection(block_size=4, max_num_batched_tokens=16, max_num_seqs=3),
     )
     replica, _ = load_replica(config, PoolRuntime(rank, layout.size))
     served = serve(replica)
     params = SamplingParams(
         temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=VOCAB, prompt_logprobs=VOCAB
     )
-    requests = [make_request(prompt, params, served, id=str(i), index=i)[0] for i, prompt in enumerate(prompts)]
+    requests = [make_request(prompt, params, served, id=str(i), index=i)[0] for i, prompt in enumerate(PROMPTS)]
     results = []
     for output in run_everywhere(replica, replica.engine(), requests, {}, key="matrix"):
         entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
@@ -45,9 +45,8 @@ def generate(rank: int, folder: Path, layout: Layout, prompts: list[list[int]], 
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_engine_equals_transformers(name, layout, tiny, reference, ranks):
     layout = Layout(*layout)
-    for prompts, max_length in cases(name):
-        expected = reference(name, prompts, MAX_TOKENS)
-        for results in ranks(layout.size).run(generate, tiny(name), layout, prompts, max_length):
-            for want, (tokens, logprobs) in zip(expected, results, strict=True):
-                assert tokens == want.tokens
-                torch.testing.assert_close(logprobs, want.logprobs[:-1], atol=TOLERANCE, rtol=0)
+    expected = reference(name, PROMPTS, MAX_TOKENS)
+    for results in ranks(layout.size).run(generate, tiny(name), layout):
+        for want, (tokens, logprobs) in zip(expected, results, strict=True):
+            assert tokens == want.tokens
+            torch.testing.assert_close(logprobs, want.logprobs[:-1], atol=TOLERANCE, rtol=0)

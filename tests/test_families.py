@@ -282,7 +282,7 @@ DAMAGED = {
     "theta of a thousand digits": ({**LLAMA, "rope_theta": 10**1000}, "rope_theta must be positive and finite"),
     "theta a string": ({**LLAMA, "rope_theta": "10000"}, "rope_theta must be a number"),
     "scaling a string": ({**LLAMA, "rope_scaling": "yarn"}, "rope_scaling must be an object"),
-    "unknown scaling": (scaled(rope_type="dynamic", factor=2.0), "rope_scaling has an unsupported rope_type"),
+    "unknown scaling": (scaled(rope_type="proportional", factor=2.0), "rope_scaling has an unsupported rope_type"),
     "scaling kind a number": (scaled(rope_type=3, factor=2.0), "rope_scaling has an unsupported rope_type"),
     "scaling without a kind": (scaled(factor=2.0), "has a factor but no rope_type"),
     "scaling without factor": (scaled(rope_type="linear"), "factor is missing"),

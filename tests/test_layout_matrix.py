@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import Generated
-from tiny_models import LONGROPE, VARIANTS, VOCAB
+from tiny_models import VARIANTS, VOCAB
 
 from megalite.core.collectives import gather_columns
 from megalite.core.layout import Layout
@@ -26,27 +26,13 @@ MAX_TOKENS = 12
 
 _random = random.Random(1)
 PROMPTS = [[_random.randrange(3, VOCAB) for _ in range(length)] for length in (1, 7, 19, 40)]
-LONGROPE_LIMIT = LONGROPE["original_max_position_embeddings"]
 
 
-def cases(name: str) -> list[tuple[list[list[int]], int | None]]:
-    """(prompts, longest length served) to compare.
-
-    transformers chooses LongRoPE's divisors by each sequence's length, megalite by the longest that is served.
-    """
-    if name != "phi3_longrope":
-        return [(PROMPTS, None)]
-    return [
-        ([prompt for prompt in PROMPTS if len(prompt) + MAX_TOKENS <= LONGROPE_LIMIT], LONGROPE_LIMIT),
-        ([prompt for prompt in PROMPTS if len(prompt) > LONGROPE_LIMIT], None),
-    ]
-
-
-def packed_logprobs(rank: int, folder: Path, layout: Layout, sequences: list[list[int]], max_length: int | None):
+def packed_logprobs(rank: int, folder: Path, layout: Layout, sequences: list[list[int]]):
     """Log-probabilities [T, vocab] of all sequences in one packed forward pass, on the control rank."""
     config = families.read(folder)
     state = ParallelState(layout)
-    decoder = build(config, state, dtype=torch.float32, device=torch.device("cpu"), max_length=max_length)
+    decoder = build(config, state, dtype=torch.float32, device=torch.device("cpu"))
     with open_checkpoint(folder, prefix=families.weight_names(config).prefix) as checkpoint:
         check_names(config, checkpoint, str(folder))
         load(decoder, checkpoint)
@@ -73,7 +59,7 @@ def assert_same(expected: list[Generated], logprobs: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_greedy_choices_of_the_reference_are_not_near_ties(name, reference):
     """Otherwise equal tokens would be luck."""
-    generated = [g for prompts, _ in cases(name) for g in reference(name, prompts, MAX_TOKENS)]
+    generated = reference(name, PROMPTS, MAX_TOKENS)
     assert min(g.margin for g in generated) > 10 * TOLERANCE
     assert len({token for g in generated for token in g.tokens}) > 4
 
@@ -82,11 +68,9 @@ def test_greedy_choices_of_the_reference_are_not_near_ties(name, reference):
 @pytest.mark.parametrize("name", VARIANT_NAMES)
 def test_packed_forward_equals_transformers(name, layout, tiny, reference, ranks):
     layout = Layout(*layout)
-    for prompts, max_length in cases(name):
-        expected = reference(name, prompts, MAX_TOKENS)
-        sequences = [g.ids for g in expected]
-        results = ranks(layout.size).run(packed_logprobs, tiny(name), layout, sequences, max_length)
-        controls = [logprobs for logprobs in results if logprobs is not None]
-        assert len(controls) == layout.dp
-        for logprobs in controls:
-            assert_same(expected, logprobs)
+    expected = reference(name, PROMPTS, MAX_TOKENS)
+    results = ranks(layout.size).run(packed_logprobs, tiny(name), layout, [g.ids for g in expected])
+    controls = [logprobs for logprobs in results if logprobs is not None]
+    assert len(controls) == layout.dp
+    for logprobs in controls:
+        assert_same(expected, logprobs)

@@ -102,6 +102,14 @@ def test_a_later_request_finds_what_an_earlier_one_left():
     assert rows(replica.step()) == [("b", 0, 8, 4, True)]
 
 
+def test_what_was_computed_with_other_keys_is_not_found():
+    replica = Replica(key_variant=lambda limit: limit > 14)
+    for name, max_tokens, hits in (("a", 4, 0), ("longer", 5, 0), ("as long", 9, 8), ("shorter", 1, 16)):
+        replica.add(request(name, 10, max_tokens))
+        replica.drain()
+        assert replica.scheduler.stats.prefix_hit_tokens == hits, name
+
+
 def test_of_a_prompt_that_is_cached_whole_the_last_token_is_computed():
     replica = Replica()
     replica.add(request("a", 8, 1))

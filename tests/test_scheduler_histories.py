@@ -22,6 +22,7 @@ OPTIONS = st.fixed_dictionaries(
         "host_blocks": st.sampled_from([0, 5]),
         "prefix_caching": st.booleans(),
         "contiguous": st.booleans(),
+        "key_variant": st.sampled_from([lambda limit: 0, lambda limit: limit > 12, lambda limit: limit]),
     }
 )
 # Few different beginnings, so that prompts meet in the prefix cache.

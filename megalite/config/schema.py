@@ -58,7 +58,7 @@ class EngineSection:
     """Memory and batching of the inference engine."""
 
     max_model_len: int | None = None
-    """Longest prompt + output in tokens; null: the largest that fits, at most the model's own."""
+    """Longest prompt + output in tokens; null: what fits, at most the model's own (its rope's stretch counts)."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that weights, activations and KV cache may take; on CPU, of the memory
     available at start."""

@@ -137,6 +137,7 @@ class Replica:
             prefix_caching=settings.enable_prefix_caching,
             host_blocks=self.host_blocks,
             contiguous=not on_device,
+            key_variant=self.model.key_variant,
         )
         self._runner = Runner(
             self.decoder,
@@ -191,7 +192,7 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
     folder = ModelFolder.open(fetch(section, runtime), tokenizer=section.tokenizer)
     dtype = choose_dtype(section.dtype, folder.model, runtime.device)
     before = reset_peak_memory()
-    decoder = build(folder.model, state, dtype=dtype, device=runtime.device, max_length=config.engine.max_model_len)
+    decoder = build(folder.model, state, dtype=dtype, device=runtime.device)
     if section.load_format == "dummy":
         initialise(decoder, config.engine.seed)
     else:

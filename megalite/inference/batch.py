@@ -51,7 +51,8 @@ def _pack_host(plan: StepPlan, cache: HostCache) -> Batch:
             slots += _slots(row, size)
         rows.append(CacheRow(offset, row.start, row.count, first_slot, gathered))
         offset += row.count
-    context = HostAttention(cache, rows, torch.tensor(_positions(plan)), torch.tensor(slots))
+    positions, lengths = torch.tensor([_positions(plan), _lengths(plan)])
+    context = HostAttention(cache, rows, positions, lengths, torch.tensor(slots))
     return Batch(torch.tensor(_token_ids(plan)), context, torch.tensor(logit_rows(plan), dtype=torch.int64))
 
 
@@ -60,11 +61,11 @@ def _pack_device(plan: StepPlan, cache: DeviceCache) -> Batch:
     same result."""
     decode = is_decode(plan)
     padding = decode_rows(len(plan.rows)) - len(plan.rows) if decode else 0
-    starts, tables, lengths = [0], [], []
+    starts, tables, context_len = [0], [], []
     for row in plan.rows:
         starts.append(starts[-1] + row.count)
-        lengths.append(row.start + row.count)
-        tables.append(row.sequence.blocks[: -(-lengths[-1] // cache.block_size)])
+        context_len.append(row.start + row.count)
+        tables.append(row.sequence.blocks[: -(-context_len[-1] // cache.block_size)])
     width = max(map(len, tables))
     tables = [table + [0] * (width - len(table)) for table in tables] + [[0] * width] * padding
     starts += range(starts[-1] + 1, starts[-1] + 1 + padding)
@@ -74,12 +75,14 @@ def _pack_device(plan: StepPlan, cache: DeviceCache) -> Batch:
         return torch.tensor(values, dtype=dtype).to(cache.device, non_blocking=True)
 
     blank = [0] * padding
+    positions, lengths = send([_positions(plan) + blank, _lengths(plan) + blank], torch.int64)
     context = DeviceAttention(
         cache=cache,
-        positions=send(_positions(plan) + blank, torch.int64),
+        positions=positions,
+        lengths=lengths,
         slots=send(slots + [-1] * padding, torch.int64),
         query_start=send(starts, torch.int32),
-        context_len=send(lengths + blank, torch.int32),
+        context_len=send(context_len + blank, torch.int32),
         block_table=send(tables, torch.int32),
         max_query_len=max(row.count for row in plan.rows),
     )
@@ -100,6 +103,7 @@ def blank_decode_batch(cache: DeviceCache, rows: int, table_width: int) -> Batch
     context = DeviceAttention(
         cache=cache,
         positions=zeros(rows, dtype=torch.int64),
+        lengths=zeros(rows, dtype=torch.int64),
         slots=zeros(rows, dtype=torch.int64) - 1,
         query_start=torch.arange(rows + 1, dtype=torch.int32, device=cache.device),
         context_len=zeros(rows, dtype=torch.int32),
@@ -114,6 +118,7 @@ def fill_decode_batch(static: Batch, batch: Batch) -> None:
     source, target = batch.context, static.context
     static.token_ids.copy_(batch.token_ids)
     target.positions.copy_(source.positions)
+    target.lengths.copy_(source.lengths)
     target.slots.copy_(source.slots)
     target.context_len.copy_(source.context_len)
     target.block_table[:, : source.block_table.shape[1]].copy_(source.block_table)
@@ -131,6 +136,14 @@ def _positions(plan: StepPlan) -> list[int]:
     for row in plan.rows:
         positions += range(row.start, row.start + row.count)
     return positions
+
+
+def _lengths(plan: StepPlan) -> list[int]:
+    """Of each token the longest length of its sequence, by its own prompt and parameters."""
+    lengths: list[int] = []
+    for row in plan.rows:
+        lengths += [row.sequence.limit] * row.count
+    return lengths
 
 
 def _slots(row: Row, size: int) -> Iterable[int]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from zlib import crc32
@@ -52,6 +53,7 @@ class Scheduler:
         prefix_caching: share prompts between requests; without it only the samples of one request share.
         host_blocks: blocks of host memory to swap preempted sequences to; one that finds no room is recomputed.
         contiguous: prefer neighbouring blocks for a sequence (worth it on CPU).
+        key_variant: of prompt + max_tokens; where it differs, equal tokens have other keys, and nothing is shared.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Scheduler:
         prefix_caching: bool = True,
         host_blocks: int = 0,
         contiguous: bool = True,
+        key_variant: Callable[[int], int] = lambda limit: 0,
     ):
         self.pool = BlockPool(num_blocks, block_size, contiguous=contiguous)
         self.stats = SchedulerStats()
@@ -77,6 +80,7 @@ class Scheduler:
         """Most sequences running at once, over all cohorts."""
         self._max_model_len = max_model_len
         self._prefix_caching = prefix_caching
+        self._key_variant = key_variant
         self._host_free = list(reversed(range(host_blocks)))
         self._waiting: deque[Sequence] = deque()  # by arrival
         self._running: list[list[Sequence]] = [[] for _ in range(cohorts)]  # each by arrival
@@ -112,7 +116,7 @@ class Scheduler:
                 f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) do not fit "
                 f"into the KV cache of {pool.num_blocks} blocks of {pool.block_size} tokens"
             )
-        salt = self._salt(self._arrivals)
+        salt = self._salt(self._arrivals, limit)
         sequences = []
         for index in range(request.num_samples):
             seq = Sequence(request, index, list(prompt), arrival=self._arrivals, limit=limit, chain=[salt])
@@ -160,7 +164,7 @@ class Scheduler:
         self._cache_age += 1
         for seq in self._waiting:
             if not seq.host_blocks:
-                seq.chain = [self._salt(seq.arrival - seq.index)]
+                seq.chain = [self._salt(seq.arrival - seq.index, seq.limit)]
 
     # ---- one step
 
@@ -267,9 +271,10 @@ class Scheduler:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def _salt(self, first_arrival: int) -> bytes:
+    def _salt(self, first_arrival: int, limit: int) -> bytes:
         """Start of a request's chain of content keys; `first_arrival` is its first sample's, so unlike any other's."""
-        return array("q", (self._cache_age, -1 if self._prefix_caching else first_arrival)).tobytes()
+        owner = -1 if self._prefix_caching else first_arrival
+        return array("q", (self._cache_age, owner, self._key_variant(limit))).tobytes()
 
     def _row(self, seq: Sequence, count: int) -> Row:
         """Schedule the next `count` tokens of a sequence that has the blocks for them."""

@@ -37,6 +37,10 @@ class AttentionContext(Protocol):
     def positions(self) -> Tensor:
         """Position of each token in its sequence: int64 [T]."""
 
+    @property
+    def lengths(self) -> Tensor:
+        """Longest length that each token's sequence is meant to get: int64 [T]. Of that its rotation may depend."""
+
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of layer `spec.layer`: [T, H, D], [T, K, D], [T, K, D] -> [T, H, D]."""
 
@@ -47,14 +51,17 @@ class PackedAttention:
     Nothing is padded. Neighbours of one length are attended to as a batch: sequences in the order of their lengths, as
     `packing.pack` puts them, need at most sqrt(2 T) batches for T tokens. A GPU attends to all of them in one kernel
     where torch has one: float16 or bfloat16, no softcap.
+
+    `beyond`: further tokens of each sequence that are not in the pack, because they are targets only.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", *, beyond: int = 0):
         self.longest = max(lengths)
         self.runs = [(len(list(alike)), length) for length, alike in groupby(lengths)]
         """Number of neighbours alike, and their length."""
         self.cu_lengths = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        self.lengths = torch.cat([torch.full((length,), length + beyond, device=device) for length in lengths])
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """With gradients."""

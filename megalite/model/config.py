@@ -16,9 +16,10 @@ from megalite.core.layout import LayerCosts
 class RopeScaling:
     """A change of the rotary frequencies for contexts longer than the model was first trained on."""
 
-    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float = 1.0
-    original_max_position: int = 0
+    original_max_position: int
+    """Longest sequence before the stretch."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original_max_position / this are divided by `factor`."""
     high_freq_factor: float = 4.0
@@ -27,12 +28,12 @@ class RopeScaling:
     """yarn (arXiv 2309.00071): rotations above which a frequency is kept."""
     beta_slow: float = 1.0
     """yarn: rotations below which a frequency is divided by `factor`."""
-    attention_factor: float | None = None
-    """yarn, longrope: multiplies cos and sin; null: the paper's default."""
+    attention_factor: float = 1.0
+    """yarn, longrope: multiplies cos and sin."""
     short_factor: tuple[float, ...] = ()
-    """longrope (arXiv 2402.13753): divisors for contexts up to original_max_position, one a frequency."""
+    """longrope (arXiv 2402.13753): divisors for sequences up to original_max_position, one a frequency."""
     long_factor: tuple[float, ...] = ()
-    """longrope: divisors for longer contexts."""
+    """longrope: divisors for longer sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +85,7 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_position_embeddings: int
+    """Longest sequence that the model is made for, with its rope's stretch; rows of learned positions."""
     attention: tuple[AttentionSpec, ...]
     """One entry a layer."""
     moe: tuple[MoESpec | None, ...]
@@ -124,6 +126,13 @@ class ModelConfig:
     def kv_elements_per_token(self) -> int:
         """Elements of keys and values of one token in one layer, over all KV heads."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    def key_variant(self, length: int) -> int:
+        """Equal for the longest lengths of two sequences if equal tokens have equal keys in both; see model/rope.py."""
+        scaling = self.rope.scaling if self.rope is not None else None
+        if scaling is None or length <= scaling.original_max_position:
+            return 0
+        return {"longrope": 1, "dynamic": length}.get(scaling.kind, 0)
 
     def layer_parameters(self, layer: int) -> int:
         """Parameters of one layer, norms and biases aside."""

@@ -9,7 +9,6 @@ indices on every stage.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.elementwise import gated, rotate
+from megalite.core.elementwise import gated
 from megalite.core.layers import (
     ColumnParallelLinear,
     LayerNorm,
@@ -30,7 +29,8 @@ from megalite.core.layout import Even, KVHeads, QueryHeads
 from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
-from megalite.model.config import ModelConfig, Rope, RopeScaling
+from megalite.model.config import ModelConfig
+from megalite.model.rope import Rotary, Rotation
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
@@ -42,71 +42,6 @@ def make_norm(config: ModelConfig, state: ParallelState) -> nn.Module:
         return LayerNorm(config.hidden_size, config.norm_eps, partial_gradient=partial_gradient)
     zero_centred = config.norm == "rms_zero_centred"
     return RMSNorm(config.hidden_size, config.norm_eps, zero_centred=zero_centred, partial_gradient=partial_gradient)
-
-
-def rope_frequencies(rope: Rope, max_length: int) -> tuple[Tensor, float]:
-    """Angle per position of each rotated channel pair (float32 [rotary_dim / 2]) and the factor on cos and sin."""
-    exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
-    frequencies = 1.0 / rope.theta**exponent
-    scaling = rope.scaling
-    if scaling is None:
-        return frequencies, 1.0
-    return _SCALINGS[scaling.kind](frequencies, rope, scaling, max_length)
-
-
-def _linear(frequencies: Tensor, rope: Rope, scaling: RopeScaling, max_length: int) -> tuple[Tensor, float]:
-    return frequencies / scaling.factor, 1.0
-
-
-def _llama3(frequencies: Tensor, rope: Rope, scaling: RopeScaling, max_length: int) -> tuple[Tensor, float]:
-    """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1 model card)."""
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)  # rotations over the original context
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor), 1.0
-
-
-def _yarn(frequencies: Tensor, rope: Rope, scaling: RopeScaling, max_length: int) -> tuple[Tensor, float]:
-    """YaRN, arXiv 2309.00071: a ramp over channels between kept and stretched, and a warmer softmax."""
-
-    def channel(rotations: float) -> float:
-        wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
-        return rope.rotary_dim * math.log(wavelength) / (2 * math.log(rope.theta))
-
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), rope.rotary_dim - 1)
-    ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
-    kept = 1 - ramp.clamp(0, 1)
-    factor = scaling.attention_factor
-    if factor is None:
-        factor = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return frequencies * (kept + (1 - kept) / scaling.factor), factor
-
-
-def _longrope(frequencies: Tensor, rope: Rope, scaling: RopeScaling, max_length: int) -> tuple[Tensor, float]:
-    """LongRoPE, arXiv 2402.13753. The longest length the engine serves chooses the divisors, once for all requests."""
-    divisors = scaling.long_factor if max_length > scaling.original_max_position else scaling.short_factor
-    factor = scaling.attention_factor
-    if factor is None:
-        stretch = scaling.factor
-        factor = math.sqrt(1 + math.log(stretch) / math.log(scaling.original_max_position)) if stretch > 1 else 1.0
-    return frequencies / torch.tensor(divisors), factor
-
-
-_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
-
-
-class Rotation:
-    """Rotates heads by their token's angle: the cos and sin of one forward pass, shared by its layers."""
-
-    def __init__(self, frequencies: Tensor, factor: float, positions: Tensor, dtype: torch.dtype):
-        angles = positions[:, None].float() * frequencies  # [T, rotary / 2]
-        self.cos = (angles.cos() * factor).to(dtype)[:, None]
-        self.sin = (angles.sin() * factor).to(dtype)[:, None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, H, D] -> [T, H, D]; channels beyond the rotated ones pass through."""
-        return rotate(x, self.cos, self.sin)
 
 
 class Attention(nn.Module):
@@ -222,11 +157,10 @@ class Embedding(nn.Module):
 class Decoder(nn.Module):
     """The layers of this rank's pipeline stage, with the embedding on the first and the head on the last.
 
-    They are run chunk by chunk, see `Layout`; in inference a stage has one chunk. `max_length` is the longest sequence
-    it will be used for; only families with LongRoPE depend on it.
+    They are run chunk by chunk, see `Layout`; in inference a stage has one chunk.
     """
 
-    def __init__(self, config: ModelConfig, state: ParallelState, *, max_length: int | None = None):
+    def __init__(self, config: ModelConfig, state: ParallelState):
         super().__init__()
         self.config = config
         self.state = state
@@ -245,22 +179,13 @@ class Decoder(nn.Module):
         self._chunks: list[list[BlockCall]] = [
             [self.layers[str(layer)] for layer in chunk] for chunk in state.layout.chunks(state.pp.rank, costs)
         ]
-        self._frequencies, self._rope_factor = (None, 1.0)
-        if config.rope is not None:
-            with torch.device("cpu"):
-                self._frequencies, self._rope_factor = rope_frequencies(
-                    config.rope, max_length or config.max_position_embeddings
-                )
+        self._rotary = Rotary(config.rope) if config.rope is not None else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
         """Token ids int64 [T] in the model's first chunk, hidden states [T or T/tp, hidden] in others -> hidden."""
         if self.embed is not None and chunk == 0:
             x = self.embed(x, ctx.positions)
-        rotation = None
-        if self._frequencies is not None:
-            if self._frequencies.device != x.device:
-                self._frequencies = self._frequencies.to(x.device)
-            rotation = Rotation(self._frequencies, self._rope_factor, ctx.positions, x.dtype)
+        rotation = self._rotary(ctx.positions, ctx.lengths, x.dtype) if self._rotary is not None else None
         for block in self._chunks[chunk]:
             x = block(x, ctx, rotation)
         return x

@@ -56,6 +56,8 @@ class DeviceAttention:
     cache: DeviceCache
     positions: Tensor
     """int64 [T]."""
+    lengths: Tensor
+    """int64 [T]; see `AttentionContext`."""
     slots: Tensor
     """Cache slot of each token, int64 [T]; -1: padding, not written."""
     query_start: Tensor

@@ -162,7 +162,11 @@ FAMILIES: dict[str, Family] = {
             **dict.fromkeys(("q", "k", "v"), "model.layers.{layer}.self_attn.qkv_proj.weight"),
             **dict.fromkeys(("gate", "up"), "model.layers.{layer}.mlp.gate_up_proj.weight"),
         },
-        defaults={"max_position_embeddings": 4096, "norm_eps": 1e-5},
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "norm_eps": 1e-5,
+        },
         partial_rotary=True,
         rope_kinds={"su": "longrope", "yarn": "longrope"},
         windows=window_everywhere,

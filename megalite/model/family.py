@@ -14,7 +14,7 @@ from pathlib import Path
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
 from megalite.model.generation import GenerationConfig
-from megalite.model.hf_config import REQUIRED, HFConfig, read_rope
+from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -244,7 +244,7 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=config.size("intermediate_size", 4 * hidden if family.wide_mlp_by_default else REQUIRED),
-        max_position_embeddings=config.size("max_position_embeddings"),
+        max_position_embeddings=longest_sequence(rope, config.size("max_position_embeddings")),
         attention=_attention(family, config, head_dim, layers),
         moe=family.moe(config, layers),
         tie_embeddings=config.flag("tie_word_embeddings"),

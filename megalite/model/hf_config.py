@@ -46,7 +46,7 @@ UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
 """Keys that change what a model computes in ways no family here does: harmless values, why others are refused."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-ROPE_KINDS = ("linear", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -240,9 +240,14 @@ def read_rope(config: HFConfig, head_dim: int, *, partial: bool, kinds: Mapping[
 
 def _scaling(config: HFConfig, inner: HFConfig, kind: str, rotary_dim: int) -> RopeScaling:
     """The stretch of the frequencies; `inner` holds the scaling's keys over those of the file."""
-    if kind == "linear":
-        return RopeScaling(kind="linear", factor=inner.number("factor"))
     longest = config.size("max_position_embeddings")
+    if kind == "linear":
+        original = inner.optional_size("original_max_position_embeddings") or longest
+        return RopeScaling(kind="linear", factor=inner.number("factor"), original_max_position=original)
+    if kind == "dynamic":
+        if rotary_dim < 4:
+            raise config.problem("rope_type", "dynamic needs 4 rotated channels or more", rotary_dim)
+        return RopeScaling(kind="dynamic", factor=inner.number("factor"), original_max_position=longest)
     # The key beside the scaling wins over the one in it, as in transformers (Phi-3 keeps it there).
     original = config.optional_size("original_max_position_embeddings") or inner.size(
         "original_max_position_embeddings", REQUIRED if kind == "longrope" else longest, low=2
@@ -281,6 +286,18 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: str, rotary_dim: int) -> R
         short_factor=_divisors(inner, "short_factor", rotary_dim // 2),
         long_factor=_divisors(inner, "long_factor", rotary_dim // 2),
     )
+
+
+def longest_sequence(rope: Rope | None, stated: int) -> int:
+    """How long a sequence may get: `stated` (max_position_embeddings), or the original length times the stretch.
+
+    As vLLM reads it: for llama3 and longrope `stated` is with the stretch, where it is above the original length.
+    """
+    scaling = rope.scaling if rope is not None else None
+    if scaling is None or (scaling.kind in ("llama3", "longrope") and stated > scaling.original_max_position):
+        return stated
+    stretched = scaling.original_max_position * scaling.factor
+    return max(stated, int(min(stretched, SIZE_LIMITS["max_position_embeddings"])))
 
 
 def _yarn_attention_factor(inner: HFConfig, factor: float) -> float:

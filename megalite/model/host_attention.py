@@ -195,9 +195,10 @@ class HostAttention:
     A row whose slots are one run reads them in place; others gather their blocks.
     """
 
-    def __init__(self, cache: HostCache, rows: Sequence[CacheRow], positions: Tensor, slots: Tensor):
+    def __init__(self, cache: HostCache, rows: Sequence[CacheRow], positions: Tensor, lengths: Tensor, slots: Tensor):
         self.cache = cache
         self.positions = positions
+        self.lengths = lengths
         self.slots = slots
         """Cache slot of each token of the pack: int64 [T]."""
         num_slots = next(iter(cache.layers.values())).shape[2]

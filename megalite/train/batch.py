@@ -21,6 +21,8 @@ class MicroBatch:
     """How much each target counts in the loss: float32 [T]; 0 for what is given (prompts, padding)."""
     lengths: tuple[int, ...]
     """Tokens of each sequence; they sum to T."""
+    beyond: int = 0
+    """Tokens that each sequence has besides, because they are targets only: LongRoPE goes by whole sequences."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """What else a loss needs of each token (advantages, earlier log-probabilities): float32 [T] each."""
     padding: int = 0
@@ -105,6 +107,7 @@ def from_sequences(
         targets=torch.tensor(targets, dtype=torch.int64),
         weights=per_token(weights),
         lengths=tuple(len(sequence) - 1 for sequence in sequences),
+        beyond=1,
         values={name: per_token(rows) for name, rows in (values or {}).items()},
     )
 

@@ -62,7 +62,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
         """Hidden states after a chunk, `received` being those before it: [T or T/tp, hidden]."""
-        context = self._attention(batch.lengths, batch.ids.device)
+        context = self._attention(batch.lengths, batch.ids.device, beyond=batch.beyond)
         return self.decoder(batch.ids if received is None else received, context, chunk)
 
 

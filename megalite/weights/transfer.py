@@ -66,17 +66,10 @@ def _new_parameters(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def build(
-    config: ModelConfig,
-    state: ParallelState,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_length: int | None = None,
-) -> Decoder:
+def build(config: ModelConfig, state: ParallelState, *, dtype: torch.dtype, device: torch.device) -> Decoder:
     """This rank's stage with uninitialised parameters; follow with `load` or `initialise`."""
     with _new_parameters(dtype, device):
-        decoder = Decoder(config, state, max_length=max_length)
+        decoder = Decoder(config, state)
     return decoder
 
 

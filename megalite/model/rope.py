@@ -1,0 +1,99 @@
+"""Rotary position embedding: the angle of each token's channels by its position and, where the model was stretched that
+way, by the length of its sequence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from megalite.core.elementwise import rotate
+from megalite.model.config import Rope, RopeScaling
+
+
+class Rotary:
+    """The rope of a model; called once in every forward pass, it gives what rotates its tokens.
+
+    LongRoPE and dynamic NTK rotate by frequencies that follow from the longest length that a sequence is meant to get,
+    see `AttentionContext.lengths`; the others by the same ones everywhere.
+    """
+
+    def __init__(self, rope: Rope):
+        self.scaling = rope.scaling
+        with torch.device("cpu"):
+            exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
+            plain = 1.0 / rope.theta**exponent
+            self._table = plain[None] if rope.scaling is None else _TABLES[rope.scaling.kind](plain, rope, rope.scaling)
+        self.factor = (rope.scaling.attention_factor if rope.scaling is not None else None) or 1.0
+        """Multiplies cos and sin."""
+
+    def __call__(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
+        """Of tokens at `positions` of sequences that are at most `lengths` long, int64 [T] each."""
+        angles = positions[:, None].float() * self.frequencies(lengths)
+        return Rotation((angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype))
+
+    def frequencies(self, lengths: Tensor) -> Tensor:
+        """Angle per position of each rotated channel pair: float32 [T, rotary_dim / 2], or [1, ...] for all tokens."""
+        if self._table.device != lengths.device:
+            self._table = self._table.to(lengths.device)
+        if len(self._table) == 1:
+            return self._table
+        scaling, lengths = self.scaling, lengths[:, None]
+        if scaling.kind == "longrope":
+            return torch.where(lengths > scaling.original_max_position, self._table[1], self._table[0])
+        stretch = (lengths / scaling.original_max_position).clamp(min=1)
+        return self._table[0] * (scaling.factor * stretch - (scaling.factor - 1)) ** self._table[1]
+
+
+class Rotation:
+    """Rotates heads by their token's angle: the cos and sin [T, rotary_dim / 2] of one forward pass."""
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        self.cos, self.sin = cos[:, None], sin[:, None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, H, D] -> [T, H, D]; channels beyond the rotated ones pass through."""
+        return rotate(x, self.cos, self.sin)
+
+
+def _linear(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
+    return (plain / scaling.factor)[None]
+
+
+def _dynamic(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
+    """Dynamic NTK: theta grows with the sequence, so that the slowest pair is stretched as far as it. The frequencies
+    of short sequences, and the power of theta's growth by which each falls."""
+    pairs = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32)
+    return torch.stack([plain, -pairs / (rope.rotary_dim - 2)])
+
+
+def _llama3(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
+    """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1 model card)."""
+    turns = scaling.original_max_position * plain / (2 * math.pi)  # rotations over the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (plain * (kept + (1 - kept) / scaling.factor))[None]
+
+
+def _yarn(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
+    """YaRN, arXiv 2309.00071: a ramp over channels between kept and stretched."""
+
+    def channel(rotations: float) -> float:
+        wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
+        return rope.rotary_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+    low = max(math.floor(channel(scaling.beta_fast)), 0)
+    high = min(math.ceil(channel(scaling.beta_slow)), rope.rotary_dim - 1)
+    ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    kept = 1 - ramp.clamp(0, 1)
+    return (plain * (kept + (1 - kept) / scaling.factor))[None]
+
+
+def _longrope(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
+    """LongRoPE, arXiv 2402.13753: divisors for sequences up to the original length, and for longer ones."""
+    return plain / torch.tensor([scaling.short_factor, scaling.long_factor], dtype=torch.float32)
+
+
+_TABLES = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
+"""Rows [1 or 2, rotary_dim / 2] of which `Rotary.frequencies` makes the angles; one row: the same for every length."""
