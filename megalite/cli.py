@@ -36,6 +36,7 @@ from megalite.errors import (
     ResourceError,
     Stopped,
 )
+from megalite.model.config import ModelConfig
 from megalite.monitor.processes import die_with_parent
 from megalite.preflight import check
 
@@ -44,12 +45,14 @@ Checks = Callable[[Config], list[Problem]]
 """What a job checks of its config besides what holds for all jobs; before torch is imported."""
 
 FLAGS = {
-    "--check": "stop after the checks",
+    "--check": "stop after the checks, to which each line of input.file belongs then",
     "--print-config": "print every value and where it came from, then stop",
     "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",
     "--debug": "show tracebacks for errors of all kinds",
     "--help": "show this",
 }
+LINES_SHOWN = 10
+"""Lines of input that can't run, listed by --check."""
 VALUED = ("--config", "--resolved-sha256", "--local_rank", "--local-rank")
 """Options with a value; all but the first are for the ranks, from a launcher or the door."""
 MOST_RANKS_PER_CORE = 8
@@ -123,6 +126,7 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
 
         _say(describe(loaded.config, model))
     elif "--check" in options.flags and speaks:
+        _check_input(loaded.config, model)
         _say(f"{options.config}: no problem found; {layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}")
     if options.flags & {"--print-config", "--dry-run", "--check"}:
         return EXIT_DONE
@@ -131,6 +135,18 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
     if place is not None or num_ranks(loaded.config) == 1:
         return run(loaded)
     return _start_ranks(loaded, "--debug" in options.flags)
+
+
+def _check_input(config: Config, model: ModelConfig | None) -> None:
+    """Read the whole input file. ConfigError for lines that can't run, which would cost a run these lines only."""
+    if not isinstance(config, InferConfig) or config.input.file in (None, "-"):
+        return
+    from megalite.inference.inputs import input_problems
+
+    found = input_problems(config.input, config.sampling, model.vocab_size if model else None)
+    if found:
+        more = [f"and {len(found) - LINES_SHOWN} more lines like these"] if len(found) > LINES_SHOWN else []
+        raise ConfigError(*found[:LINES_SHOWN], *more)
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.control import Share, SharedQueue, deal, predicted_tokens
+from megalite.inference.control import BACKLOG, Share, SharedQueue, deal, predicted_tokens
 from megalite.inference.request import Request
 
 
@@ -34,7 +34,7 @@ def test_deal_covers_everything_and_balances(shapes, replicas):
 
 
 def test_a_share_is_handed_out_once():
-    share = Share([4, 2, 7])
+    share = Share([4, 2, 7], [1, 1, 1])
     assert not share.exhausted
     assert share.take(1) == (0, 3)
     assert share.exhausted
@@ -46,7 +46,7 @@ def test_shared_queue_gives_each_place_once(tmp_path, replicas):
     taken = [[] for _ in range(replicas)]
 
     def replica(number: int) -> None:
-        queue = SharedQueue(range(50), dist.FileStore(str(tmp_path / "store"), replicas), "queue", replicas)
+        queue = SharedQueue(range(50), [1] * 50, dist.FileStore(str(tmp_path / "store"), replicas), "queue", replicas)
         while not queue.exhausted:
             taken[number].append(queue.take(room=4))
 
@@ -60,8 +60,35 @@ def test_shared_queue_gives_each_place_once(tmp_path, replicas):
     assert all(hi - lo <= 4 for claims in taken for lo, hi in claims)
 
 
+def test_a_share_is_not_taken_at_once_if_it_is_very_large():
+    share = Share(range(9), [BACKLOG] * 9)
+    assert share.take(room=2) == (0, 1)
+    assert share.take(room=-BACKLOG) == (1, 1)
+    assert share.take(room=BACKLOG) == (1, 3)
+    assert share.take(room=9 * BACKLOG) == (3, 9) and share.exhausted
+
+
+@given(st.lists(st.integers(1, 20), max_size=30), st.lists(st.integers(-2, 40), min_size=1), st.integers(1, 3))
+def test_a_claim_fills_the_room_that_there_is(samples, rooms, replicas):
+    """Room is of sequences: a request of 8 samples takes 8. A first one that takes more is taken whole."""
+    queues = [SharedQueue(range(len(samples)), samples, store := dist.HashStore(), "queue", replicas)]
+    queues += [SharedQueue(range(len(samples)), samples, store, "queue", replicas) for _ in range(replicas - 1)]
+    place = turn = 0
+    while place < len(samples):
+        queue, room = queues[turn % replicas], max(rooms[turn % len(rooms)], turn % 2)
+        lo, hi = queue.take(room)
+        if room > 0:
+            assert lo == place and hi > lo
+            assert hi == lo + 1 or sum(samples[lo:hi]) <= room
+            place = hi
+        else:
+            assert lo == hi
+        turn += 1
+    assert all(queue.take(9) == (0, 0) and queue.exhausted for queue in queues)
+
+
 def test_shared_queue_respects_room(tmp_path):
-    queue = SharedQueue(range(3), dist.FileStore(str(tmp_path / "store"), 1), "queue", 1)
+    queue = SharedQueue(range(3), [1] * 3, dist.FileStore(str(tmp_path / "store"), 1), "queue", 1)
     assert queue.take(room=0) == (0, 0)
     assert queue.take(room=10) == (0, 1)
     assert [queue.take(10), queue.take(10), queue.take(10)] == [(1, 2), (2, 3), (0, 0)]

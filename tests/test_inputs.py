@@ -375,6 +375,17 @@ def test_every_line_is_one_request_or_one_failure(lines):
 # ---- the input as a whole
 
 
+def test_what_is_wrong_shows_before_a_model_is_read(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "a"}, {"promt": "a"}, {"prompt": [300]}, {"prompt": ""}, {"prompt": "a", "sampling": {"n": 0}}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    says = ["2: unknown key", "3[0]: the model's token ids", "4: an empty prompt", "5: sampling.n: must be >= 1"]
+    found = inputs.input_problems(InputSection(file=str(path)), DEFAULTS, 258)
+    assert len(found) == 4
+    assert all(one.startswith(f"prompts.jsonl:{start}") for one, start in zip(found, says, strict=True)), found
+    assert len(inputs.input_problems(InputSection(file=str(path)), DEFAULTS, None)) == 3
+
+
 def test_missing_and_empty_input(tmp_path):
     with pytest.raises(ConfigError, match=r"input.file: No such file or directory, got .*nothing.jsonl"):
         read_inputs(InputSection(file=str(tmp_path / "nothing.jsonl")), DEFAULTS, served())

@@ -22,6 +22,7 @@ from tiny_tokenizer import with_tokenizer
 from megalite import LLM, SamplingParams
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.outputs import RequestOutput
+from megalite.monitor.processes import descendants
 
 MODEL = "llama3"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -123,6 +124,15 @@ def test_as_many_tokens_as_fit(llm):
 
 
 # ---- chat and score
+
+
+def test_nothing_is_left_of_a_chat(folder):
+    with LLM(folder, max_model_len=64) as llm:
+        before = {one.pid for one in descendants(os.getpid())}
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+        started = {one.pid for one in descendants(os.getpid())} - before
+        assert started
+    assert not started & {one.pid for one in descendants(os.getpid())}
 
 
 def test_chat(llm):

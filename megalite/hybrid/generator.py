@@ -97,6 +97,7 @@ class Generator:
                 )
                 problems.append(Problem(key=example.where, rule=rule, fix="Shorten it, or lower sampling.max_tokens."))
             self.requests[place], self.texts[place] = request, text
+        served.tokenizer.close()
         if problems:
             raise ConfigError(*problems[:10])
 

@@ -63,6 +63,7 @@ class Materials:
             config.model, vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_token_id
         )
         self.responses = self._responses()
+        self.tokenizer.close()
 
     def _open_tokenizer(self, wait: Callable[[], None]) -> tuple[Path, Tokenizer]:
         """The one named, the model's own, or one trained on the task's texts."""

@@ -6,9 +6,12 @@ sampled token ids, which stop strings completed, how much new work the replica t
 
 from __future__ import annotations
 
+import secrets
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,6 +22,8 @@ from megalite.errors import ConfigError, Problem
 from megalite.inference.request import Request, Sampled
 
 _STOP, _EXHAUSTED = 1, 2
+BACKLOG = 1 << 12
+"""Sequences beyond those with room that a replica takes from its own share at once: not all, as each takes memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,8 @@ class Message:
     """For the sampled rows of the plan that this message answers, in order."""
     arrivals: tuple[int, int] = (0, 0)
     """Half-open range of places in the feed's order: the requests that the replica takes on now."""
+    arriving: int = 0
+    """Sequences of these; known on the control rank only."""
     exhausted: bool = False
     """No more arrivals will follow."""
     stop: bool = False
@@ -60,8 +67,8 @@ class ReplicaChannel:
 
     @property
     def num_arriving(self) -> int:
-        """Requests that messages on their way announce; known on the control rank."""
-        return sum(hi - lo for lo, hi in (message.arrivals for message, _, _ in self.sent))
+        """Sequences that messages on their way announce; known on the control rank."""
+        return sum(message.arriving for message, _, _ in self.sent)
 
     def receive(self, num_results: int) -> Message:
         """The next message; `num_results` is the number of sampled rows in the plan it answers."""
@@ -85,7 +92,12 @@ class Feed(Protocol):
     """Indices into the run's requests, in the order in which they are handed out."""
 
     def take(self, room: int) -> tuple[int, int]:
-        """Claim about `room` places of `order` for this replica; an empty range when none is left."""
+        """Claim places of `order` for this replica whose samples fill `room` sequences; an empty range if there are
+        none left, or no room. A request is claimed whole, so the first may take more than the room.
+        """
+
+    def sequences(self, start: int, end: int) -> int:
+        """Of the requests at these places."""
 
     @property
     def exhausted(self) -> bool:
@@ -95,13 +107,18 @@ class Feed(Protocol):
 class Share:
     """Synchronous data parallelism: the replica's share is fixed before the start."""
 
-    def __init__(self, order: Sequence[int]):
+    def __init__(self, order: Sequence[int], samples: Sequence[int]):
+        """`samples`: sequences of the request at each place of `order`."""
         self.order = order
         self.taken = 0
+        self._before = _sums(samples)
 
     def take(self, room: int) -> tuple[int, int]:
-        start, self.taken = self.taken, len(self.order)
+        start, self.taken = self.taken, _end(self._before, self.taken, room + BACKLOG)
         return start, self.taken
+
+    def sequences(self, start: int, end: int) -> int:
+        return self._before[end] - self._before[start]
 
     @property
     def exhausted(self) -> bool:
@@ -111,31 +128,53 @@ class Share:
 class SharedQueue:
     """Asynchronous data parallelism: replicas take places from one counter in the run's store as they have room.
 
-    A claim is at most half of an even share of what is left, so that early claims are large, late ones small, and the
-    replicas end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    A claim is at most half of an even share of the sequences that are left, so that early claims are large, late ones
+    small, and the replicas end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
     """
 
-    def __init__(self, order: Sequence[int], store: dist.Store, key: str, replicas: int):
+    def __init__(self, order: Sequence[int], samples: Sequence[int], store: dist.Store, key: str, replicas: int):
+        """`samples`: sequences of the request at each place of `order`."""
         self.order = order
         self.store = store
         self.key = key
         self.replicas = replicas
         self.next = 0
         """Places known to be taken, by any replica."""
+        self._before = _sums(samples)
+        self._seen = ""
+        """What the store holds, as far as is known: the places taken and who took the last ones."""
+        self._name = secrets.token_hex(8)
 
     def take(self, room: int) -> tuple[int, int]:
-        left = len(self.order) - self.next
-        claim = min(room, max(1, left // (2 * self.replicas)))
-        if left <= 0 or claim <= 0:
-            return 0, 0
-        self.next = self.store.add(self.key, claim)
-        end = min(self.next, len(self.order))
-        start = self.next - claim
-        return (start, end) if start < end else (0, 0)
+        """What fits is known only where the claim begins, so a claim fails if another replica was faster."""
+        while room > 0 and not self.exhausted:
+            left = self._before[-1] - self._before[self.next]
+            start, end = self.next, _end(self._before, self.next, min(room, max(1, left // (2 * self.replicas))))
+            claim = f"{end} {self._name}"
+            self._seen = self.store.compare_set(self.key, self._seen, claim).decode()
+            self.next = int(self._seen.split()[0])
+            if self._seen == claim:
+                return start, end
+        return 0, 0
+
+    def sequences(self, start: int, end: int) -> int:
+        return self._before[end] - self._before[start]
 
     @property
     def exhausted(self) -> bool:
         return self.next >= len(self.order)
+
+
+def _sums(samples: Sequence[int]) -> list[int]:
+    """Sequences before each place, and of all."""
+    return list(accumulate(samples, initial=0))
+
+
+def _end(before: Sequence[int], start: int, room: int) -> int:
+    """The end of as many places from `start` as fit into `room` sequences, at least one; none without room."""
+    if room <= 0 or start == len(before) - 1:
+        return start
+    return max(start + 1, bisect_right(before, before[start] + room) - 1)
 
 
 def predicted_tokens(request: Request) -> int:

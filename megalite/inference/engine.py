@@ -26,7 +26,7 @@ from megalite.inference.scheduler import Scheduler
 from megalite.monitor.metrics import Meter
 
 LOOKAHEAD = 2
-"""Requests beyond the running ones that a replica claims from a shared queue, so that a place is refilled at once."""
+"""Sequences beyond the running ones that a replica claims from a shared queue, so that a place is refilled at once."""
 
 
 @dataclass(kw_only=True)
@@ -175,7 +175,9 @@ class Engine:
         room -= self.channel.num_arriving
         arrivals = (0, 0) if stop else feed.take(room)
         state_hash = made.state_hash if made else 0
-        return Message(results, arrivals, exhausted=feed.exhausted, stop=stop, state_hash=state_hash)
+        return Message(
+            results, arrivals, feed.sequences(*arrivals), exhausted=feed.exhausted, stop=stop, state_hash=state_hash
+        )
 
     def _sample(self, plan: StepPlan, logits: Tensor | None, hooks: Hooks) -> tuple[Sampled, ...]:
         """Sample a plan's rows and record what was sampled; control rank only."""

@@ -364,7 +364,7 @@ class _Collector:
                 raise ConfigError(problem)
             params = self._params(entry)
         except ConfigError as error:
-            self._fail(own_id, entry.prompt, error)
+            self.fail(own_id, entry.prompt, error)
             return
         self.asked.append(
             Asked(
@@ -377,7 +377,7 @@ class _Collector:
             )
         )
 
-    def _fail(self, id: str, prompt: Any, error: ConfigError) -> None:
+    def fail(self, id: str, prompt: Any, error: ConfigError) -> None:
         self.failures[id] = Failure(id=id, error=str(error), prompt=prompt if isinstance(prompt, str) else None)
 
     def _params(self, entry: _Entry) -> SamplingParams:
@@ -390,13 +390,17 @@ class _Collector:
             raise ConfigError(*problems)
         return params
 
+    def failed(self) -> tuple[Failure, ...]:
+        """In input order."""
+        return tuple(self.failures[id] for id in self.places if id in self.failures)
+
     def batch(self, digest: str, together: Together | None) -> InputBatch:
         requests: list[Request] = []
         texts: dict[str, str] = {}
         results = make_requests(self.asked, self.served, together)
         for one, made in zip(self.asked, results, strict=True):
             if isinstance(made, ConfigError):
-                self._fail(one.id, one.prompt, made)
+                self.fail(one.id, one.prompt, made)
                 continue
             request, text = made
             requests.append(request)
@@ -404,7 +408,7 @@ class _Collector:
                 texts[one.id] = text
         return InputBatch(
             requests=tuple(requests),
-            failures=tuple(self.failures[id] for id in self.places if id in self.failures),
+            failures=self.failed(),
             texts=texts,
             order=tuple(self.places),
             digest=digest,
@@ -440,6 +444,31 @@ def read_inputs(
     `stdin` stands in for standard input; `together`: see `make_requests`. ConfigError: the input as a whole can't be
     read, is empty, or is not the same on every rank.
     """
+    collector, digest = _collect(section, defaults, served, stdin)
+    batch = collector.batch(digest, together)
+    if served.tokenizer is not None:
+        served.tokenizer.close()
+    if not collector.places:
+        key = "input.file" if section.file is not None else "input.prompts"
+        raise ConfigError(Problem(key=key, rule="has no prompts"))
+    return batch
+
+
+def input_problems(section: InputSection, defaults: SamplingParams, vocab_size: int | None) -> list[str]:
+    """What is wrong with the prompts that `section` names, as far as it shows before a model or tokenizer is read."""
+    served = Served(tokenizer=None, vocab_size=vocab_size or 1 << 62, max_model_len=1 << 62)
+    collector, _ = _collect(section, defaults, served, None)
+    for one in collector.asked:
+        problem = prompt_problem(one.prompt, key=one.where, vocab_size=vocab_size)
+        if problem is not None:
+            collector.fail(one.id, one.prompt, ConfigError(problem))
+    return [failure.error for failure in collector.failed()]
+
+
+def _collect(
+    section: InputSection, defaults: SamplingParams, served: Served, stdin: BinaryIO | None
+) -> tuple[_Collector, str]:
+    """All entries, and the digest of what was read."""
     variables = section_variables(section)
     digest = sha256(json.dumps(variables, default=repr).encode() if variables else b"")
     entries = []
@@ -451,13 +480,7 @@ def read_inputs(
     collector = _Collector(served, defaults, variables, named)
     for entry in entries:
         collector.add(entry)
-    batch = collector.batch(digest.hexdigest(), together)
-    if served.tokenizer is not None:
-        served.tokenizer.close()
-    if not collector.places:
-        key = "input.file" if section.file is not None else "input.prompts"
-        raise ConfigError(Problem(key=key, rule="has no prompts"))
-    return batch
+    return collector, digest.hexdigest()
 
 
 def _name(section: InputSection) -> str:

@@ -99,7 +99,8 @@ class LLM:
         try:
             self.replica, _ = load_replica(config, self.runtime)
         except BaseException as error:
-            self._leave(error)
+            self._closed = True
+            self.runtime.stop(error if self._launched else None)
             raise
         self._engine: Engine | None = None
         self._served = serve(self.replica)
@@ -120,6 +121,8 @@ class LLM:
     def _leave(self, error: BaseException | None) -> None:
         """Ranks end together, with the error of one as everyone's; a plain process goes on after an error."""
         self._closed = True
+        if self._served.tokenizer is not None:
+            self._served.tokenizer.close()  # its process that renders chats
         self.runtime.stop(error if self._launched else None)
 
     def generate(
@@ -265,9 +268,11 @@ def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tu
 def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
     """Where this replica's work comes from; every rank calls it with the same requests."""
     replicas = replica.layout.dp
+    samples = [request.num_samples for request in requests]
     if replica.dp_mode == "async" and replicas > 1:
-        return SharedQueue(range(len(requests)), replica.runtime.store, key, replicas)
-    return Share(deal(requests, replicas)[replica.state.coord.dp])
+        return SharedQueue(range(len(requests)), samples, replica.runtime.store, key, replicas)
+    share = deal(requests, replicas)[replica.state.coord.dp]
+    return Share(share, [samples[index] for index in share])
 
 
 def agree_on_end(replica: Replica, completed: bool) -> None:
