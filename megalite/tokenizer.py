@@ -1,7 +1,7 @@
 """Text to token ids and back: tokenizer.json with the special tokens and chat template beside it. Torch-free.
 
-The only file that imports `tokenizers`. What it does is what transformers does with the same folder, except that
-`clean_up_tokenization_spaces` is never applied: it removes spaces that the model wrote.
+What it does is what transformers does with the same folder, with two exceptions: `clean_up_tokenization_spaces` is
+never applied, because it removes spaces that the model wrote, and an added token always reads as it is written.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tokenizers
-from tokenizers import AddedToken
 
 from megalite.chat_template import ChatTemplate, TemplateError
 from megalite.errors import CheckpointError
 from megalite.text_limit import MAX_TEXT, characters_per_token
+from megalite.tokenizer_files import read_tokenizer
 
 _UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 """Older forms of a tokenizer, from which tokenizer.json can be made."""
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _PAIRS_CACHED = 1 << 16
 _BATCH_CHARACTERS = 1 << 20
 
@@ -57,9 +56,9 @@ class Detokenizer(Protocol):
 class Tokenizer:
     """A model's tokenizer; made by `load`."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any], templates: dict[str, str]):
+    def __init__(self, backend: tokenizers.Tokenizer, names: dict[str, str], templates: dict[str, str]):
         self.backend = backend
-        self.names = {name: text for name in _NAMED if (text := _token_text(config.get(name)))}
+        self.names = names
         """The special tokens that have a name, e.g. `bos_token`, as text."""
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
@@ -85,17 +84,7 @@ class Tokenizer:
                 f"{folder}: has {found[0]} but no tokenizer.json. Where transformers is installed, this makes one:\n"
                 f'python -c "from transformers import AutoTokenizer; {convert}"'
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception, whatever is wrong
-            hint = " It is a Git LFS pointer; fetch the file itself with `git lfs pull`." if _is_pointer(path) else ""
-            raise CheckpointError(f"{path}: is not a tokenizer that can be read: {error}.{hint}") from error
-        config = {**_named_tokens(folder), **_read_json(folder / "tokenizer_config.json")}
-        try:
-            _apply_config(backend, config)
-            return cls(backend, config, _templates(folder, config))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{folder}/tokenizer_config.json: can't be used: {error}") from error
+        return cls(*read_tokenizer(folder))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written in the text count as such.
@@ -176,7 +165,11 @@ class Tokenizer:
             return error
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        ids = list(token_ids)
+        if self._decoding.misread.isdisjoint(ids):
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.feed, ids), detokenizer.flush()])
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, as it reads inside a text; ids without a token are empty."""
@@ -241,107 +234,15 @@ def _failing_alone() -> Iterator[None]:
         raise TokenizerError(f"the tokenizer fails at this text: {error}") from None
 
 
-def encode_each(
-    backend: tokenizers.Tokenizer, texts: Sequence[str], *, add_special_tokens: bool
-) -> list[list[int] | TokenizerError]:
-    """Token ids of each text, or why it has none: in one batch, or one by one where a text fails."""
-    with suppress(TokenizerError), _failing_alone():
-        return [found.ids for found in backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)]
-    found: list[list[int] | TokenizerError] = []
-    for text in texts:
-        try:
-            with _failing_alone():
-                found.append(backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TokenizerError as error:
-            found.append(error)
-    return found
-
-
-# ---- reading the folder
-
-
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs.github.com/")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _named_tokens(folder: Path) -> dict[str, Any]:
-    """Named tokens from special_tokens_map.json, where older checkpoints keep them."""
-    return {name: token for name, token in _read_json(folder / "special_tokens_map.json").items() if name in _NAMED}
-
-
-def _token_text(token: Any) -> str:
-    """The text of a token that a config gives as a string or as a mapping; empty for null."""
-    if token is None:
-        return ""
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise ValueError(f"{token!r} is not a token")
-    return text
-
-
-def _added_token(entry: dict[str, Any], special: bool) -> AddedToken:
-    flags = {flag: entry[flag] for flag in ("single_word", "lstrip", "rstrip", "normalized") if flag in entry}
-    return AddedToken(_token_text(entry), special=special, **flags)
-
-
-def _apply_config(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """What transformers changes in the tokenizer of tokenizer.json for the sake of tokenizer_config.json.
-
-    add_bos_token and add_eos_token are not obeyed: what `encode` adds is what tokenizer.json says.
-    """
-    backend.no_truncation()
-    backend.no_padding()
-    added = {int(token_id): entry for token_id, entry in config.get("added_tokens_decoder", {}).items()}
-    for token_id, entry in sorted(added.items()):
-        backend.add_tokens([_added_token(entry, bool(entry.get("special", False)))])
-        if backend.token_to_id(entry["content"]) != token_id:
-            got = backend.token_to_id(entry["content"])
-            raise ValueError(f"added_tokens_decoder says that {entry['content']!r} is {token_id}, tokenizer.json {got}")
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    listed = [_token_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    named = [_token_text(config.get(name)) for name in _NAMED]
-    for text in dict.fromkeys([*named, *listed]):
-        if text and text not in known:
-            backend.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-
-
-def _templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Chat templates by name: from files if there are any, else from tokenizer_config.json."""
-    files = {"default": folder / "chat_template.jinja"}
-    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    given = config.get("chat_template")
-    if found or given is None:
-        return found
-    named = {"default": given} if isinstance(given, str) else {entry["name"]: entry["template"] for entry in given}
-    if not all(isinstance(text, str) for text in named.values()):
-        raise ValueError("chat_template must be a text or a list of {name, template}")
-    return named
-
-
 def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text, e.g. bos."""
     for text in ("a", *backend.get_vocab()):
-        encoding = backend.encode(text)
-        added = encoding.special_tokens_mask
-        if 0 in added:
-            first, end = added.index(0), len(added) - added[::-1].index(0)
-            return encoding.ids[:first], encoding.ids[end:]
+        with suppress(TokenizerError), _failing_alone():
+            encoding = backend.encode(text)
+            added = encoding.special_tokens_mask
+            if 0 in added:
+                first, end = added.index(0), len(added) - added[::-1].index(0)
+                return encoding.ids[:first], encoding.ids[end:]
     return backend.encode("").ids, []
 
 
@@ -355,6 +256,9 @@ def _composes(character: str) -> bool:
 
 class _Decoding(Protocol):
     """How a tokenizer's decoder can be taken apart into tokens."""
+
+    misread: frozenset[int]
+    """Added tokens that the tokenizer's own decoder would not show as they are written."""
 
     def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer: ...
 
@@ -384,7 +288,10 @@ class _Bytes:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
+        added = {i: (backend.id_to_token(i) or "").encode() for i in backend.get_added_tokens_decoder()}
         self._known: dict[int, bytes] = {}
+        self.misread = frozenset(i for i, content in added.items() if self.bytes_of(i) != content)
+        self._known |= added
 
     def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer:
         return _ByteDetokenizer(self, prompt_ids, skipped)
@@ -438,8 +345,21 @@ class _Pairs:
             self.byte_ids = {}
         self.neutral = next((i for token, i in vocabulary if token.isalnum() and i not in self.byte_ids), None)
         """Some token that is a piece of a word."""
-        self.after = lru_cache(_PAIRS_CACHED)(self.after_run)
+        added = {i: token for i, token in backend.get_added_tokens_decoder().items() if i not in self.byte_ids}
+        if backend.normalizer is not None:  # a token that is normalized stands for its normal form
+            added = {i: token for i, token in added.items() if not token.normalized}
+        self._written = {i: token.content for i, token in added.items() if self._misreads(i, token.content)}
+        self.misread = frozenset(self._written)
+        self.after = lru_cache(_PAIRS_CACHED)(self._after)
         """`after_run` for one token, remembered: the same pairs come again and again."""
+
+    def _misreads(self, token_id: int, content: str) -> bool:
+        inside = self.after_run(self.neutral, token_id)
+        return inside not in (content, f" {content}") or self.after_run(None, token_id) != content
+
+    def _after(self, before: int | None, token_id: int) -> str:
+        written = self._written.get(token_id)
+        return self.after_run(before, token_id) if written is None else written
 
     def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer:
         return _PairDetokenizer(self, prompt_ids, skipped)
@@ -493,7 +413,9 @@ class _PairDetokenizer:
         if token_id in self._pairs.byte_ids:
             self._run.append(token_id)
             return ""
-        if self._run:
+        if self._run and token_id in self._pairs.misread:
+            text = self.flush() + self._pairs.after(self._before, token_id)
+        elif self._run:
             text = self._pairs.after_run(self._before, *self._run, token_id)
             self._run.clear()
         else:

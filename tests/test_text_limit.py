@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from megalite.text_limit import MAX_TEXT, MOST_CHARACTERS
-from megalite.tokenizer import Tokenizer, TokenizerError, encode_each
+from megalite.tokenizer import Tokenizer, TokenizerError
 
 VOCABULARY = {
     text: number for number, text in enumerate(["<unk>", "a", "b", "ab", "é", " ", "▁", "aaaa", "e", "\u0301"])
@@ -99,6 +99,6 @@ def test_most_characters_of_a_token():
 def test_each_text_is_tokenised_whatever_the_others_are():
     backend = Backend(models.BPE(**MERGES))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("(?:(a+)+)+b"), "isolated")
-    fine, failing, other = encode_each(backend, ["ab", "a" * 40, "b"], add_special_tokens=False)
+    fine, failing, other = Tokenizer(backend, {}, {}).encode_batch(["ab", "a" * 40, "b"])
     assert (fine, other) == ([3], [2])
     assert isinstance(failing, TokenizerError)

@@ -18,7 +18,13 @@ LEVELS = [
     {"megalite.files", "megalite.monitor"},
     {"megalite.config"},
     {"megalite.core"},
-    {"megalite.model", "megalite.tokenizer", "megalite.chat_template", "megalite.text_limit"},
+    {
+        "megalite.model",
+        "megalite.tokenizer",
+        "megalite.tokenizer_files",
+        "megalite.chat_template",
+        "megalite.text_limit",
+    },
     {"megalite.weights"},
     {"megalite.preflight"},
     {"megalite.inference", "megalite.train"},
@@ -31,6 +37,7 @@ LEVELS = [
 SAME_LEVEL = {
     ("megalite.tokenizer", "megalite.chat_template"),
     ("megalite.tokenizer", "megalite.text_limit"),
+    ("megalite.tokenizer", "megalite.tokenizer_files"),
     ("megalite.cli", "megalite.dry_run"),
 }
 """Neighbours that are parts of one thing: (importer, imported)."""
@@ -41,7 +48,7 @@ ISOLATED = {"megalite.monitor"}
 PLACES = {
     "deepspeed": ("megalite/train/", "megalite/core/distributed.py", "tests/", "tools/benchmarks/"),
     "transformers": ("tests/", "tools/benchmarks/"),
-    "tokenizers": ("megalite/tokenizer.py", "megalite/train/", "tests/"),
+    "tokenizers": ("megalite/tokenizer.py", "megalite/tokenizer_files.py", "megalite/train/", "tests/"),
     "pickle": ("tests/",),
 }
 """Packages and the only places that may import them."""
@@ -54,6 +61,7 @@ TORCH_FREE = (
     "megalite/preflight.py",
     "megalite/dry_run.py",
     "megalite/tokenizer.py",
+    "megalite/tokenizer_files.py",
     "megalite/chat_template.py",
     "megalite/text_limit.py",
     "megalite/config/",

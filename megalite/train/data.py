@@ -29,7 +29,7 @@ from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import DurableFile, write_json
 from megalite.model.hf_config import read_json
-from megalite.tokenizer import TOKENIZER_FILES, Tokenizer, TokenizerError, encode_each
+from megalite.tokenizer import TOKENIZER_FILES, Tokenizer, TokenizerError
 from megalite.train import bpe
 from megalite.train.examples import Encoded, encode_chat, encode_pair
 from megalite.train.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
@@ -170,15 +170,14 @@ class _Texts:
 
 def _write_texts(records: Records, tokenizer: Tokenizer, folder: Path, end: int) -> dict[str, Any]:
     """Tokenise into `train.npy` and `held_out.npy`; what the manifest says of them."""
-    backend = tokenizer.backend
-    backend.encode_special_tokens = True  # text that spells a special token is text
+    tokenizer.backend.encode_special_tokens = True  # text that spells a special token is text
     dtype = _dtype(tokenizer.vocab_size)
     stop = np.array([end], dtype)
     splits = {name: _Texts([stop]) for name in SPLITS}  # the first document, too, begins after an end
     for batch in _chunks(records, TEXTS_AT_ONCE):
         texts = [record.values["text"] for record in batch]
-        for record, ids in zip(batch, encode_each(backend, texts, add_special_tokens=False), strict=True):
-            if isinstance(ids, TokenizerError):
+        for record, ids in zip(batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            if isinstance(ids, ValueError):
                 log.warning("%s is left out: %s", record.where, ids)
                 continue
             split = splits[SPLITS[record.held_out]]
