@@ -5,12 +5,16 @@ own loss. Both begin with the same weights, get the same new tokens in every rou
 changes. Printed are the medians over the rounds, in milliseconds a step, and the median of the rounds' ratios, megalite
 over transformers: below 1 is faster; by the clock, and by processor time, which other work on the machine disturbs
 less. The losses of both are compared on the way.
+
+With --ragged the sequences are of unequal lengths: transformers pads them, and on a GPU packs them too. "equal" is
+megalite's own step over sequences of one length with as many tokens and the same sum of squared lengths.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -21,15 +25,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megalite.config.schema import DistributedSection, OptimizerSection
 from megalite.core.distributed import prepare_deepspeed, start
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
-from megalite.train.batch import from_windows
+from megalite.train.batch import from_sequences, from_windows
 from megalite.train.optimizer import deepspeed_config, make_optimizer
+from megalite.train.packing import pack
 from megalite.train.trainer import Trainer
+from megalite.train.zero import one_optimizer_for_stages_1_and_2
 from megalite.weights import transfer
 
 ALL_STEPS = 1 << 20
@@ -46,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument(
+        "--ragged",
+        nargs="*",
+        metavar="LENGTH",
+        help="sequences of unequal lengths: these (128x16 is 128 of 16 tokens), or without any drawn up to --length",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of either side")
     parser.add_argument("--json", help="write the figures here")
 
@@ -59,43 +72,81 @@ def run(args: argparse.Namespace) -> int:
     ):
         torch.set_num_threads(args.threads)
         prepare_deepspeed(runtime)
-        print(f"{args.threads} threads, {args.batch} x {args.length} tokens a step, {args.rounds} rounds; ms a step")
-        print(f"{'model':<24}{'numbers':<10}{'megalite':>10}{'transformers':>14}{'ratio':>8}{'of cpu':>8}")
+        print(f"{args.threads} threads, {described(args)} a step, {args.rounds} rounds; ms a step, and ratios")
         for name in args.models:
             folder = Path(tmp) / name
             MODELS[name]().save_pretrained(folder)
             for dtype in args.dtypes:
                 row = {"model": name, "dtype": dtype, **measure(folder, dtype, runtime.device, args)}
                 figures.append(row)
-                line = (
-                    f"{row['megalite']:>10.0f}{row['transformers']:>14.0f}{row['ratio']:>8.2f}{row['cpu_ratio']:>8.2f}"
+                words = ", ".join(
+                    f"{key} {value:.2f}" if value < 10 else f"{key} {value:.0f}"
+                    for key, value in row.items()
+                    if key not in ("model", "dtype")
                 )
-                print(f"{name:<24}{dtype:<10}{line}", flush=True)
+                print(f"{name}, {dtype}: {words}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
+def described(args: argparse.Namespace) -> str:
+    if args.ragged is None:
+        return f"{args.batch} x {args.length} tokens"
+    return f"{' + '.join(args.ragged)} tokens" if args.ragged else f"{args.batch} x 16 to {args.length} tokens"
+
+
+def lengths_of(args: argparse.Namespace, generator: torch.Generator) -> list[int]:
+    """Tokens of the sequences of a step. Drawn ones are as likely to be between 16 and 32 as between 32 and 64."""
+    if args.ragged is None:
+        return [args.length] * args.batch
+    if args.ragged:
+        parts = [part.split("x") for part in args.ragged]
+        return [int(part[-1]) for part in parts for _ in range(int(part[0]) if len(part) > 1 else 1)]
+    drawn = torch.rand(args.batch, generator=generator) * math.log(args.length / 16)
+    return [round(16 * math.exp(one)) for one in drawn.tolist()]
+
+
+def as_equal(lengths: list[int]) -> list[int]:
+    """About as many tokens in sequences of one length, with the same sum of squares: as much work."""
+    length = round(sum(one * one for one in lengths) / sum(lengths))
+    return [length] * max(1, round(sum(lengths) / length))
+
+
 def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
-    """Medians of both sides, and of their ratios."""
-    sides = [ours(folder, dtype, device), theirs(folder, dtype, device)]
+    """Medians of all sides, and of their ratios."""
+    sides = {"megalite": ours(folder, dtype, device), "transformers": theirs(folder, dtype, device, padded)}
+    if args.ragged is not None and device.type == "cuda":
+        sides["packed"] = theirs(folder, dtype, device, packed)
     vocab = families.read(folder).vocab_size
     generator = torch.Generator().manual_seed(0)
-    rounds: list[tuple[Timed, Timed]] = []
+    rounds: list[dict[str, Timed]] = []
     for number in range(args.rounds + 1):
-        windows = torch.randint(vocab, (args.batch, args.length + 1), generator=generator)
-        order = (0, 1) if number % 2 else (1, 0)
-        found = {side: timed(sides[side], windows) for side in order}
-        mine, his = found[0], found[1]
-        assert abs(mine.loss - his.loss) < TOLERANCE[dtype], f"the losses differ: {mine.loss} and {his.loss}"
+        lengths = lengths_of(args, generator)
+        rows = [torch.randint(vocab, (length + 1,), generator=generator) for length in lengths]
+        order = list(sides) if number % 2 else list(reversed(sides))
+        found = {side: timed(sides[side], rows) for side in order}
+        losses = {side: one.loss for side, one in found.items()}
+        assert max(losses.values()) - min(losses.values()) < TOLERANCE[dtype], f"the losses differ: {losses}"
+        if args.ragged is not None:
+            even = as_equal(lengths)
+            rows = list(torch.randint(vocab, (len(even), even[0] + 1), generator=generator))
+            one = timed(sides["megalite"], rows)
+            scale = sum(lengths) / sum(even)  # what rounding has changed
+            found["equal"] = Timed(one.seconds * scale, one.cpu_seconds * scale, one.loss)
+            for name in sides:  # the others learn from the same, or their losses would part
+                if name != "megalite":
+                    sides[name](rows)
         if number:  # the first round warms up
-            rounds.append((mine, his))
-    return {
-        "megalite": 1000 * statistics.median(mine.seconds for mine, _ in rounds),
-        "transformers": 1000 * statistics.median(his.seconds for _, his in rounds),
-        "ratio": statistics.median(mine.seconds / his.seconds for mine, his in rounds),
-        "cpu_ratio": statistics.median(mine.cpu_seconds / his.cpu_seconds for mine, his in rounds),
+            rounds.append(found)
+    mine, others = "megalite", [name for name in rounds[0] if name != "megalite"]
+    medians = {name: 1000 * statistics.median(one[name].seconds for one in rounds) for name in (mine, *others)}
+    ratios = {
+        f"megalite / {name}": statistics.median(one[mine].seconds / one[name].seconds for one in rounds)
+        for name in others
     }
+    cpu = statistics.median(one[mine].cpu_seconds / one["transformers"].cpu_seconds for one in rounds)
+    return {**medians, **ratios, "of processor time": cpu}
 
 
 @dataclass(frozen=True)
@@ -107,22 +158,37 @@ class Timed:
     loss: float
 
 
-def timed(step: Callable[[Tensor], float], windows: Tensor) -> Timed:
+Step = Callable[[list[Tensor]], float]
+"""A step over sequences [L + 1]; gives its mean loss."""
+
+
+def timed(step: Step, rows: list[Tensor]) -> Timed:
     clock, cpu = time.perf_counter(), time.process_time()
-    loss = step(windows)
+    loss = step(rows)
     return Timed(time.perf_counter() - clock, time.process_time() - cpu, loss)
 
 
-def ours(folder: Path, dtype: str, device: torch.device) -> Callable[[Tensor], float]:
-    """A step of windows [B, L + 1]; gives its mean loss."""
+def ours(folder: Path, dtype: str, device: torch.device) -> Step:
     model = families.read(folder)
     decoder = transfer.build(model, ParallelState(Layout()), dtype=transfer.DTYPES[dtype], device=device)
     transfer.load_folder(decoder, folder)
     trainer = Trainer(decoder, OPTIMIZER, steps=ALL_STEPS)
-    return lambda windows: trainer.read(trainer.step([from_windows(windows)]))["loss"]
+
+    def step(rows: list[Tensor]) -> float:
+        lengths = [len(row) - 1 for row in rows]
+        if len(set(lengths)) == 1:
+            batch = from_windows(torch.stack(rows))
+        else:
+            [[order]] = pack(lengths, sum(lengths), 1)
+            batch = from_sequences([rows[place].tolist() for place in order], [[1.0] * lengths[i] for i in order])
+        return trainer.read(trainer.step([batch]))["loss"]
+
+    return step
 
 
-def theirs(folder: Path, dtype: str, device: torch.device) -> Callable[[Tensor], float]:
+def theirs(
+    folder: Path, dtype: str, device: torch.device, arrange: Callable[[list[Tensor]], dict[str, Tensor]]
+) -> Step:
     """The same by transformers, in the same engine with the same optimizer."""
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -132,19 +198,35 @@ def theirs(folder: Path, dtype: str, device: torch.device) -> Callable[[Tensor],
     model.config.use_cache = False
     model.train()
     config = deepspeed_config(OPTIMIZER, zero_stage=1, dtype=number, more={})
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=make_optimizer(model, OPTIMIZER), config=config, dist_init_required=False
-    )
+    with one_optimizer_for_stages_1_and_2():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=make_optimizer(model, OPTIMIZER), config=config, dist_init_required=False
+        )
 
-    def step(windows: Tensor) -> float:
-        windows = windows.to(device)
-        targets = windows[:, 1:].contiguous()
-        loss = engine(input_ids=windows[:, :-1], labels=targets, shift_labels=targets).loss
+    def step(rows: list[Tensor]) -> float:
+        inputs = {name: values.to(device) for name, values in arrange(rows).items()}
+        targets = inputs.pop("targets")
+        loss = engine(**inputs, labels=targets, shift_labels=targets).loss
         engine.backward(loss)
         engine.step()
         return loss.item()
 
     return step
+
+
+def padded(rows: list[Tensor]) -> dict[str, Tensor]:
+    """A batch, on the right filled up to the longest."""
+    ids = pad_sequence([row[:-1] for row in rows], batch_first=True)
+    targets = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
+    mask = targets != -100
+    return {"input_ids": ids, "targets": targets, **({} if mask.all() else {"attention_mask": mask.long()})}
+
+
+def packed(rows: list[Tensor]) -> dict[str, Tensor]:
+    """One row, in which positions say where a sequence begins."""
+    ids, targets = torch.cat([row[:-1] for row in rows]), torch.cat([row[1:] for row in rows])
+    positions = torch.cat([torch.arange(len(row) - 1) for row in rows])
+    return {"input_ids": ids[None], "targets": targets[None], "position_ids": positions[None]}
 
 
 def demo_shape() -> Any:
