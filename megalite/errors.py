@@ -43,8 +43,9 @@ class Problem:
         return f"{head}{self.rule}{got}.{fix}{origin}"
 
 
-class ConfigError(MegaliteError):
-    """The configuration or the command line can't be used; carries every problem found, not just the first."""
+class ConfigError(MegaliteError, ValueError):
+    """The configuration, the command line or an argument can't be used; carries every problem found, not just the
+    first. A ValueError too, which is what callers of a Python API expect of a wrong argument."""
 
     exit_code = EXIT_CONFIG
 

@@ -184,21 +184,40 @@ class Tokenizer:
         return bool(self._templates)
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
     ) -> str:
         """The prompt's text for a chat; encode it with `add_special_tokens=False`, the template writes them.
 
-        `variables` reach the template, e.g. `tools` (JSON schemas) or `enable_thinking`.
-        TemplateError: there is no template, or it can't make a prompt of these messages.
+        `chat_template`: Jinja text, or the name of one of the model's templates; None: the model's. `variables` reach
+        the template, e.g. `tools` (JSON schemas) or `enable_thinking`. `continue_final_message`: the text ends with the
+        last message's content. TemplateError: there is no template, or it can't make a prompt of these messages.
         """
-        if not self._templates:
+        if continue_final_message and add_generation_prompt:
+            raise TemplateError("continue_final_message goes with add_generation_prompt=False")
+        template = self._template(chat_template, tools=variables.get("tools") is not None)
+        text = template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return _up_to_content(text, messages) if continue_final_message else text
+
+    def _template(self, wanted: str | None, *, tools: bool) -> ChatTemplate:
+        """The template of this name, or of this text; None: the one for chats with or without `tools`."""
+        if wanted is not None and wanted not in self._templates:
+            name, source = wanted, wanted
+        elif not self._templates:
             raise TemplateError("the model has no chat template; give a prompt instead of messages")
-        name = "tool_use" if variables.get("tools") is not None and "tool_use" in self._templates else "default"
-        if name not in self._templates:
-            raise TemplateError(f"the model has chat templates {sorted(self._templates)} and none named default")
+        else:
+            name = wanted or ("tool_use" if tools and "tool_use" in self._templates else "default")
+            if name not in self._templates:
+                raise TemplateError(f"the model has chat templates {sorted(self._templates)} and none named default")
+            source = self._templates[name]
         if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(self._templates[name], self.names)
-        return self._compiled[name].render(messages, add_generation_prompt=add_generation_prompt, **variables)
+            self._compiled[name] = ChatTemplate(source, self.names)
+        return self._compiled[name]
 
     def close(self) -> None:
         """End the processes that render chats; a later chat starts them again."""
@@ -232,6 +251,16 @@ def _failing_alone() -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"the tokenizer fails at this text: {error}") from None
+
+
+def _up_to_content(text: str, messages: list[dict[str, Any]]) -> str:
+    """A chat's text without what the template writes after the last message's content."""
+    content = messages[-1].get("content") or ""
+    place = text.rfind(content.strip())
+    if not content.strip() or place < 0:
+        raise TemplateError("continue_final_message: the last message's content is not in the chat template's text")
+    whole = content.lstrip()
+    return text[: place + len(whole if text.startswith(whole, place) else content.strip())]
 
 
 def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

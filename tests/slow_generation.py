@@ -26,6 +26,8 @@ class Ask:
     place: int
     prompt: tuple[int, ...]
     params: SamplingParams
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """In tokens."""
 
     @property
     def seed(self) -> int:
@@ -72,13 +74,20 @@ class Slow:
         stops = {*(params.stop_token_ids or ()), *([] if params.ignore_eos else [EOS])}
         while len(output) < params.max_tokens:
             raw = logits_after(self.folder, [*ask.prompt, *output])[-1]
-            withheld = stops if len(output) < params.min_tokens else set()
+            withheld = set(stops) if len(output) < params.min_tokens else set()
+            withheld |= {word[-1] for word in ask.bad_words if ends_with([*output, word[-1]], word)}
+            if params.allowed_token_ids is not None:
+                withheld |= set(range(VOCAB)) - set(params.allowed_token_ids)
             token = choose(raw.tolist(), ask, output, withheld, random_number(ask.seed, index, len(output)))
             output.append(token)
             logprobs.append(raw.log_softmax(-1)[token].item())
             if token in stops:
                 return Completion(output, logprobs, "stop")
         return Completion(output, logprobs, "length")
+
+
+def ends_with(tokens: Sequence[int], end: Sequence[int]) -> bool:
+    return list(tokens[-len(end) :]) == list(end)
 
 
 def random_number(seed: int, index: int, position: int) -> float:

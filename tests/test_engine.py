@@ -28,9 +28,9 @@ from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
 from megalite.inference.inputs import Asked, make_request
-from megalite.inference.llm import make_feed, prepare, run_everywhere, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
+from megalite.inference.run import make_feed, prepare, run_everywhere, serve
 from megalite.tokenizer import Tokenizer
 
 MODEL = "llama3"
@@ -64,10 +64,17 @@ _ASKED = [
     (LONG[:32] + tokens(20), {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "seed": 1}),
     (LONG[:40], {"max_tokens": 0, "prompt_logprobs": 0}),  # `score` asks so
     (tokens(1), {"max_tokens": 0, "prompt_logprobs": 3}),
+    (tokens(8), {"allowed_token_ids": list(range(20, 90, 3)), "temperature": 1.5, "n": 2}),
+    (tokens(4), {"allowed_token_ids": [50, 51, 52], "temperature": 0, "repetition_penalty": 1.2}),
 ]
 ASKS = [
     Ask(place, prompt, replace(SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2), **changes))
     for place, (prompt, changes) in enumerate(_ASKED)
+]
+_LETTERS = SamplingParams(max_tokens=30, ignore_eos=True, logprobs=2, allowed_token_ids=[30, 31, 32])
+ASKS += [
+    Ask(len(ASKS), tokens(3), _LETTERS, bad_words=((30, 31), (31, 31), (32, 30, 30))),
+    Ask(len(ASKS) + 1, tokens(5), replace(_LETTERS, temperature=0), bad_words=((31,), (30, 30), (30, 32, 30))),
 ]
 
 
@@ -121,7 +128,8 @@ def make_replica(rank: int, folder: Path, setting: Setting, store: str) -> Repli
 
 def requests_for(replica: Replica, asks: Sequence[Ask]) -> list[Request]:
     served = serve(replica)
-    return [make_request(ask.prompt, ask.params, served, id=str(ask.place), index=ask.place)[0] for ask in asks]
+    made = [make_request(ask.prompt, ask.params, served, id=str(ask.place), index=ask.place)[0] for ask in asks]
+    return [replace(request, bad_words=ask.bad_words) for request, ask in zip(made, asks, strict=True)]
 
 
 def assert_idle(engine: Engine) -> None:

@@ -14,7 +14,7 @@ from megalite.config.schema import EngineSection, InferConfig, ModelSection, Par
 from megalite.core.layout import Layout
 from megalite.inference.assembly import load_replica
 from megalite.inference.inputs import make_request
-from megalite.inference.llm import run_everywhere, serve
+from megalite.inference.run import run_everywhere, serve
 
 
 def generate(rank: int, folder: Path, layout: Layout):

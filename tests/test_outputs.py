@@ -21,11 +21,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.errors import ConfigError
+from megalite.inference.logprobs import Logprob
 from megalite.inference.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import (
     CompletionOutput,
-    Logprob,
     OutputProcessor,
+    RequestMetrics,
     RequestOutput,
     pack_outputs,
     unpack_outputs,
@@ -140,6 +141,7 @@ def sequences(of: Request) -> list[Sequence]:
 def generate(tokens: list[int], of: Request, processor: OutputProcessor | None = None) -> CompletionOutput:
     """Feed tokens as the engine does, until one ends the output; max_tokens is reached at the end of `tokens`."""
     processor = processor or OutputProcessor(tokenizer())
+    processor.add(of)
     (sequence,) = sequences(of)
     sequence.finish_reason = "length"
     for token_id in tokens:
@@ -225,6 +227,7 @@ def test_without_tokenizer():
 def test_nothing_is_generated_when_only_the_prompt_is_scored():
     processor = OutputProcessor(tokenizer())
     of = request(prompt_logprobs=0, max_tokens=0)
+    processor.add(of)
     (sequence,) = sequences(of)
     processor.append_prompt(sequence, 0, [Scored(t, -0.5, 1, [(t, -0.5)]) for t in of.prompt_token_ids[1:3]])
     processor.append_prompt(sequence, 2, [Scored(t, -1.5, 2, [(9, -0.1), (t, -1.5)]) for t in of.prompt_token_ids[3:]])
@@ -241,6 +244,7 @@ def test_nothing_is_generated_when_only_the_prompt_is_scored():
 def test_logprobs():
     processor = OutputProcessor(tokenizer())
     of = request(logprobs=2)
+    processor.add(of)
     (sequence,) = sequences(of)
     a, b, c = ids("abc")
     processor.append(sequence, a, -2.0, Scored(a, -2.0, 7, [(b, -0.1), (c, -0.5), (a, -2.0)]))
@@ -256,6 +260,7 @@ def test_logprobs():
 
 def finish_all(processor: OutputProcessor, of: Request, logprobs: list[float], order: list[int]) -> RequestOutput:
     samples = sequences(of)
+    processor.add(of)
     for sequence, logprob in zip(samples, logprobs, strict=True):
         processor.append(sequence, ids("a")[0] + sequence.index, logprob)
     results = []
@@ -283,6 +288,8 @@ def test_requests_side_by_side_and_nothing_kept():
     processor = OutputProcessor(tokenizer(), replica=2)
     processor.texts = {"x": "in: ", "y": "other"}
     one, two = sequences(request("x"))[0], sequences(request("y"))[0]
+    processor.add(one.request)
+    processor.add(two.request)
     for left, right in zip(ids("left"), ids("rite"), strict=True):
         processor.append(one, left, -1.0)
         processor.append(two, right, -2.0)
@@ -291,7 +298,7 @@ def test_requests_side_by_side_and_nothing_kept():
     assert (first.outputs[0].text, first.prompt, first.replica) == ("left", "in: ", 2)
     assert (second.outputs[0].text, second.outputs[0].finish_reason) == ("rite", "abort")
     assert processor._running == {} and processor.texts == {}
-    processor.append(sequences(request("z"))[0], 5, -1.0)
+    processor.add(request("z"))
     processor.clear()
     assert processor._running == {}
 
@@ -366,6 +373,9 @@ def test_outputs_travel_whole():
     made.outputs.append(CompletionOutput(index=1, text="", token_ids=[2**31 - 1], cumulative_logprob=0.0))
     assert unpack_outputs(pack_outputs([made, failed, made])) == [made, failed, made]
     assert unpack_outputs(pack_outputs([])) == []
+    made.num_cached_tokens, made.metrics = 32, RequestMetrics(1.7e9 + 0.123456, 5.5, 6.5, 7.5, 8.5, 2.0, 9)
+    [same] = unpack_outputs(pack_outputs([made]))
+    assert (same.num_cached_tokens, same.metrics) == (made.num_cached_tokens, made.metrics)
     assert RequestOutput.from_line(made.to_line()).outputs[0].token_logprobs == []
 
 

@@ -13,13 +13,15 @@ from megalite.inference.request import Request, Row, Sequence
 from megalite.inference.sampler import CPU_CHUNK, RUN, Sampler, _inverse_cdf, _inverse_cdf_by_runs, uniform
 
 INF = math.inf
+VOCAB = 24
+"""Of the comparison over all options."""
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
 
 
-def make_row(params, *, seed=0, index=0, prompt=(0,), output=(), stop=(), request_id="r"):
+def make_row(params, *, seed=0, index=0, prompt=(0,), output=(), stop=(), bad_words=(), request_id="r"):
     request = Request(
         id=request_id,
         prompt_token_ids=tuple(prompt),
@@ -27,6 +29,7 @@ def make_row(params, *, seed=0, index=0, prompt=(0,), output=(), stop=(), reques
         seed=seed,
         max_tokens=1000,
         stop_token_ids=frozenset(stop),
+        bad_words=tuple(map(tuple, bad_words)),
     )
     tokens = [*prompt, *output]
     return Row(Sequence(request=request, index=index, token_ids=tokens), len(tokens) - 1, 1, True)
@@ -49,9 +52,8 @@ def reference_distribution(logits, row):
     sequence, params = row.sequence, row.sequence.request.params
     prompt, output = sequence.token_ids[: sequence.num_prompt], sequence.token_ids[sequence.num_prompt :]
     logits = list(logits)
-    if len(output) < params.min_tokens:
-        for token in sequence.request.stop_token_ids:
-            logits[token] = -INF
+    for token in ruled_out(row, len(logits)):
+        logits[token] = -INF
     for token, bias in (params.logit_bias or {}).items():
         logits[token] += bias
     for token in {*prompt, *output}:
@@ -83,6 +85,20 @@ def reference_distribution(logits, row):
     return {token: weight[token] / reached for token in nucleus if weight[token] > 0}
 
 
+def ruled_out(row, vocab):
+    """Ids below `vocab` that must not come next."""
+    sequence, params = row.sequence, row.sequence.request.params
+    output = sequence.token_ids[sequence.num_prompt :]
+    out = set(sequence.request.stop_token_ids) if len(output) < params.min_tokens else set()
+    if params.allowed_token_ids is not None:
+        out |= set(range(vocab)) - set(params.allowed_token_ids)
+    for word in sequence.request.bad_words:
+        written = " ".join(map(str, ["", *output, word[-1], ""]))
+        if written.endswith(" ".join(map(str, ["", *word, ""]))):
+            out.add(word[-1])
+    return out
+
+
 def reference_token(logits, row):
     sequence = row.sequence
     distribution = reference_distribution(logits, row)
@@ -109,7 +125,6 @@ def log_softmax(logits):
 
 
 # Quarters and powers of two, so that float32 and the reference's doubles agree on what is a tie.
-VOCAB = 24
 tokens = st.integers(0, VOCAB - 1)
 logit = st.one_of(st.integers(-24, 24).map(lambda n: n / 4), st.just(-INF))
 rows_of_logits = st.lists(logit, min_size=VOCAB, max_size=VOCAB).filter(lambda row: sum(x > -INF for x in row) > 6)
@@ -124,7 +139,8 @@ params = st.builds(
     repetition_penalty=st.sampled_from([1.0, 2.0, 0.5]),
     min_tokens=st.sampled_from([0, 0, 3]),
     logit_bias=st.none() | st.dictionaries(tokens, st.integers(-40, 40).map(lambda n: n / 4), max_size=3),
-    logprobs=st.sampled_from([None, 0, 3]),
+    logprobs=st.sampled_from([None, 0, 3, -1]),
+    allowed_token_ids=st.none() | st.lists(tokens, min_size=1, max_size=30),
 )
 sampled_rows = st.builds(
     make_row,
@@ -132,8 +148,9 @@ sampled_rows = st.builds(
     seed=st.integers(-(2**63), 2**64),
     index=st.integers(0, 5),
     prompt=st.lists(tokens, min_size=1, max_size=6),
-    output=st.lists(tokens, max_size=6),
+    output=st.lists(st.integers(0, 3) | tokens, max_size=6),
     stop=st.sets(tokens, max_size=3),
+    bad_words=st.lists(st.lists(st.integers(0, 3) | tokens, min_size=1, max_size=3), max_size=6),
 )
 
 
@@ -143,7 +160,7 @@ def test_equals_reference_for_every_combination_of_options(cases):
     logits = [values for values, _ in cases]
     rows = [row for _, row in cases]
     for values, row in cases:
-        withheld = row.sequence.request.stop_token_ids
+        withheld = ruled_out(row, VOCAB)
         assume(any(x > -INF for token, x in enumerate(values) if token not in withheld))
     got = Sampler(VOCAB).sample(torch.tensor(logits), rows)
     compared = 0
@@ -406,6 +423,17 @@ def test_extreme_logits(options):
             Sampler(3).sample(logits, rows)
 
 
+def test_bad_words_are_of_the_output_and_come_back_when_it_goes_on():
+    logits = torch.tensor([[3.0, 2.0, 1.0]])
+    greedy = SamplingParams(temperature=0)
+    words = [(0, 0), (2, 1, 0), (1, 1)]
+    for output, token in (((), 0), ((0,), 1), ((1,), 0), ((2, 1), 2), ((0, 0), 1), ((1, 2), 0)):
+        row = make_row(greedy, prompt=(0, 2), output=output, bad_words=words)
+        assert Sampler(3).sample(logits, [row]).token_ids == [token], output
+    beyond = make_row(greedy, bad_words=[(7,), (0,)])  # a tokenizer may know more tokens than the model
+    assert Sampler(3).sample(logits, [beyond]).token_ids == [1]
+
+
 def test_logit_bias_is_added_and_checked():
     assert sample_one([0.0, 5.0, 1.0], SamplingParams(temperature=0, logit_bias={2: 4.5})).token_ids == [2]
     assert sample_one([0.0, 5.0, 1.0], SamplingParams(temperature=0, logit_bias={1: -100.0})).token_ids == [2]
@@ -431,7 +459,7 @@ def test_logprobs_are_of_the_raw_logits(device):
 
 def test_a_token_among_the_likeliest_is_listed_once():
     logits = torch.tensor([2.0, 3.0, 3.0, 1.0])
-    for k, ids in ((0, [1]), (1, [1]), (3, [1, 2, 0]), (9, [1, 2, 0, 3])):
+    for k, ids in ((0, [1]), (1, [1]), (3, [1, 2, 0]), (9, [1, 2, 0, 3]), (-1, [1, 2, 0, 3])):
         detail = sample_one(logits, SamplingParams(temperature=0, logprobs=k)).top_logprobs[0]
         assert [token for token, _ in detail.top] == ids
         assert detail.rank == 1
@@ -451,6 +479,8 @@ def test_prompt_logprobs(device):
         expected = [*best_first[:2], token][: 3 if score.rank > 2 else 2]
         assert [t for t, _ in score.top] == expected
         assert score.logprob == pytest.approx(log_softmax(values)[token], abs=1e-5)
+    everything = Sampler(vocab).prompt_logprobs(logits[:2], next_ids[:2], -1)
+    assert [sorted(token for token, _ in score.top) for score in everything] == [list(range(vocab))] * 2
     plain = Sampler(vocab).prompt_logprobs(logits, next_ids, 0)
     assert [score.logprob for score in plain] == [score.logprob for score in scores]
     assert [score.rank for score in plain] == [score.rank for score in scores]

@@ -20,6 +20,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0.0,),
     "repetition_penalty": (1.0,),
     "logit_bias": (None, {}),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
 }
 """What shapes the distribution that a sample is drawn from, other than the temperature; and values that don't."""
 _UNCORRECTED = (
@@ -119,6 +121,7 @@ def _sampling_problems(sampling: SamplingParams, hybrid: HybridSection, model: M
     rules.need("best_of", sampling.best_of is None, "would choose among the samples that are to be learnt from", fix)
     rules.need("logprobs", sampling.logprobs is None, "is set by the job, which needs those of the samples")
     rules.need("prompt_logprobs", sampling.prompt_logprobs is None, "has no use here")
+    rules.need("detokenize", sampling.detokenize, "must be true: rewards are given for texts")
     several = hybrid.samples_per_prompt > 1
     rule = "must be above 0, or the samples of a prompt would all be the same"
     rules.need("temperature", sampling.temperature > 0 or not several, rule)

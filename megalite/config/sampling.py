@@ -30,7 +30,8 @@ MAX_REQUEST_TOKENS = 1 << 27
 MAX_REQUEST_LOGPROBS = 1 << 26
 """Most log-probabilities listed for a request."""
 MAX_REQUEST_RULES = 1 << 24
-"""Most stop strings and biased tokens of a request, counted for each sample: all are looked at for every token."""
+"""Most stop strings, bad words, allowed and biased tokens of a request, counted for each sample: all are looked at for
+every token."""
 
 
 def sampling_problems(
@@ -74,12 +75,18 @@ def price_problem(
     listed = samples * max_tokens * _listed(params.logprobs, vocab_size)
     listed += prompt_tokens * _listed(params.prompt_logprobs, vocab_size)
     stops = 1 if isinstance(params.stop, str) else len(params.stop or ())
-    rules = samples * (stops + len(params.logit_bias or ()))
+    lists = (params.logit_bias, params.allowed_token_ids, params.bad_words)
+    rules = samples * (stops + sum(len(one or ()) for one in lists))
     less = "Lower n or max_tokens, or ask several times."
     for amount, most, what, fix in (
         (samples * longest, MAX_REQUEST_TOKENS, f"{samples} samples of up to {longest} tokens are {{}} tokens", less),
         (listed, MAX_REQUEST_LOGPROBS, "up to {} log-probabilities would be listed", f"Lower logprobs. {less}"),
-        (rules, MAX_REQUEST_RULES, "stop strings and logit_bias of all samples are {} values", less),
+        (
+            rules,
+            MAX_REQUEST_RULES,
+            "stop, logit_bias, allowed_token_ids and bad_words of all samples are {} values",
+            less,
+        ),
     ):
         if amount > most:
             return Problem(key=key, rule=f"{what.format(amount)}, and one request may have {most}", fix=fix)
@@ -130,6 +137,7 @@ def _length_rules(params: SamplingParams, rules: Rules) -> None:
             rules.need("stop", len(stops) <= MAX_STOPS, f"must be at most {MAX_STOPS} texts")
             long = f"must be at most {MAX_STOP_CHARS} characters together"
             rules.need("stop", sum(map(len, stops)) <= MAX_STOP_CHARS, long)
+            rules.need("detokenize", params.detokenize or not stops, "stop strings are looked for in the text")
 
 
 def _token_rules(params: SamplingParams, rules: Rules, vocab_size: int | None) -> None:
@@ -137,9 +145,16 @@ def _token_rules(params: SamplingParams, rules: Rules, vocab_size: int | None) -
     most = MAX_LOGPROBS if vocab_size is None else min(MAX_LOGPROBS, vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)
-        rules.need(name, value is None or 0 <= value <= most, f"must be between 0 and {most}, or null for none")
-    ids = {"stop_token_ids": params.stop_token_ids or (), "logit_bias": params.logit_bias or {}}
-    for name, tokens in ids.items():
+        rule = f"must be between 0 and {most}, -1 for all, or null for none"
+        rules.need(name, value is None or -1 <= value <= most, rule)
+    allowed, words = params.allowed_token_ids, params.bad_words or ()
+    rules.need("allowed_token_ids", allowed is None or len(allowed) > 0, "must hold a token id, or be null for all")
+    if rules.need("bad_words", all(word.strip() for word in words), "must not hold an empty text"):
+        rules.need("bad_words", len(words) <= MAX_STOPS, f"must be at most {MAX_STOPS} texts")
+        long = f"must be at most {MAX_STOP_CHARS} characters together"
+        rules.need("bad_words", sum(map(len, words)) <= MAX_STOP_CHARS, long)
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        tokens = getattr(params, name) or ()
         if not rules.need(name, len(tokens) <= MAX_TOKEN_IDS, f"must hold at most {MAX_TOKEN_IDS} token ids"):
             continue
         for token in tokens:

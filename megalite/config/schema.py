@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import KW_ONLY, dataclass, field
+from functools import wraps
 from typing import Any, Literal
+
+from megalite.config import vllm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,15 +86,36 @@ class EngineSection:
     """Compare a hash of the scheduler over the ranks every step; for debugging."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+def _takes_vllm_arguments(schema: type) -> type:
+    """Let the constructor of `schema` take what vLLM's takes besides; see config/vllm.py."""
+    made = schema.__init__
+
+    @wraps(made)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        others = {name: value for name, value in given.items() if name not in schema.__dataclass_fields__}
+        own = {name: value for name, value in given.items() if name not in others}
+        made(self, *args, **own, **(vllm.SAMPLING.sort_out(others) if others else {}))
+
+    schema.__init__ = init
+    return schema
+
+
+@_takes_vllm_arguments
+@dataclass(slots=True)
 class SamplingParams:
-    """How one request is sampled and when it ends. The same class as the `sampling` section and the Python API."""
+    """How one request is sampled and when it ends. The same class as the `sampling` section and the Python API.
+
+    May be changed until it is used: a call works on its own copy."""
 
     n: int = 1
     """Completions returned for a prompt; at most 16384, and with all of them a request has at most 2^27 tokens."""
-    best_of: int | None = None
-    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n.
-    At most 16384."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token generated so far; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it was generated; -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858);
+    > 0."""
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
@@ -99,17 +124,6 @@ class SamplingParams:
     """Sample from the k likeliest tokens; 0 or -1: all."""
     min_p: float = 0.0
     """Drop tokens less likely than this share of the likeliest."""
-    max_tokens: int | None = 16
-    """Most tokens generated; null: up to max_model_len."""
-    min_tokens: int = 0
-    """No end-of-sequence, stop token or stop string before this many."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token generated so far; -2 to 2."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it was generated; -2 to 2."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858);
-    > 0."""
     seed: int | None = None
     """Seed of this request; null: by engine.seed and the request's place in the input, in Python in all calls."""
     stop: Any = None
@@ -117,19 +131,40 @@ class SamplingParams:
     1024, and 65536 characters together; times the samples, with logit_bias, at most 2^24."""
     stop_token_ids: list[int] | None = None
     """Token ids that end the output; at most 2^18."""
-    include_stop_str_in_output: bool = False
-    """Keep the stop string that ended the output in its text."""
     ignore_eos: bool = False
     """Go on after the end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Most tokens generated; null: up to max_model_len."""
+    min_tokens: int = 0
+    """No end-of-sequence, stop token or stop string before this many."""
     logprobs: int | None = None
-    """For each generated token, log-probabilities of the token and of this many likeliest; of the model's full
-    distribution. At most 20; of all samples and the prompt together at most 2^26."""
+    """For each generated token, log-probabilities of the token and of this many likeliest, at most 20, or -1: of all;
+    of the model's full distribution. Of all samples and the prompt together at most 2^26."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
-    logit_bias: dict[int, float] | None = None
-    """Added to the logits of these token ids; -100 to 100. At most 2^18."""
+    _: KW_ONLY
+    flat_logprobs: bool = False
+    """In Python, log-probabilities come as FlatLogprobs: a few long lists instead of a dict for each position."""
+    detokenize: bool = True
+    """Make text of the output; false: token ids only."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string that ended the output in its text."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of these token ids; -100 to 100. At most 2^18."""
+    allowed_token_ids: list[int] | None = None
+    """Sample from these token ids only; null: all. At most 2^18."""
+    bad_words: list[str] | None = None
+    """Texts that are not to be generated: the token that would complete one, as the tokenizer writes it at the start,
+    after a space or after a line break, is never sampled. Bounds as for stop."""
+    best_of: int | None = None
+    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n.
+    At most 16384."""
+
+    def clone(self) -> SamplingParams:
+        """A copy that shares no list or mapping."""
+        return deepcopy(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,9 +15,9 @@ from megalite.hybrid.tasks import Example
 from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes
 from megalite.inference.inputs import Asked, TokenizerFailed, derived_seed
-from megalite.inference.llm import prepare_each, run_here, serve
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
+from megalite.inference.run import prepare_each, run_here, serve
 
 log = logging.getLogger(__name__)
 

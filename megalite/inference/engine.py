@@ -123,11 +123,15 @@ class Engine:
                 request = requests[feed.order[place]]
                 self.prompt_tokens += len(request.prompt_token_ids)
                 self.scheduler.add(request)
+                if self.state.is_control:
+                    self.outputs.add(request)
             if message.exhausted and not self.scheduler.has_work():
                 break
             with self.meter.phase("scheduling"):
                 plan = self.scheduler.schedule(step % depth)
             made = _Answered(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
+            if self.state.is_control:
+                self.outputs.scheduled(plan)
             logits = self.runner.execute(plan)
             if self.state.is_control:
                 self.channel.send(self._message(made, self._sample(plan, logits, hooks), feed, hooks))

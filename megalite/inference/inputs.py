@@ -25,6 +25,7 @@ from megalite.config.sampling import MAX_KEY, price_problem, prompt_problem, sam
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.config.shape import shown
 from megalite.errors import ConfigError, Problem
+from megalite.inference.constraints import leaves_nothing, spellings
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
 from megalite.tokenizer import Tokenizer, TokenizerError
@@ -189,6 +190,8 @@ def _refusal(one: Asked, served: Served) -> ConfigError | None:
         return ConfigError(problem)
     if served.tokenizer is None and one.params.stop:
         return _refused(one.where, "stop strings need a tokenizer, and the model has none", "Use stop_token_ids.")
+    if served.tokenizer is None and one.params.bad_words:
+        return _refused(one.where, "bad_words need a tokenizer, and the model has none", "Use logit_bias.")
     if served.tokenizer is None and not _is_ids(one.prompt):
         fix = "Give the prompt as token ids, or set model.tokenizer."
         return _refused(one.where, "the model has no tokenizer.json", fix)
@@ -209,13 +212,22 @@ def _request(
     )
     if price is not None:
         return ConfigError(price)
+    stops, allowed = served.stop_ids(params), params.allowed_token_ids
+    try:
+        bad_words = spellings(tuple(params.bad_words), served.tokenizer) if params.bad_words else ()
+    except ValueError as error:
+        return _refused(one.where, str(error))
+    if allowed is not None and leaves_nothing(allowed, bad_words, stops, params.min_tokens):
+        rule = "allowed_token_ids, bad_words and min_tokens together can leave no token to choose"
+        return _refused(one.where, rule, "Allow more ids.")
     request = Request(
         id=one.id,
         prompt_token_ids=tuple(ids),
         params=params,
         seed=params.seed if params.seed is not None else derived_seed(served.seed, one.index),
         max_tokens=max_tokens,
-        stop_token_ids=served.stop_ids(params),
+        stop_token_ids=stops,
+        bad_words=bad_words,
     )
     return request, text
 

@@ -20,9 +20,9 @@ from megalite.inference.assembly import Replica, load_replica
 from megalite.inference.control import Ranks, broadcast_bytes
 from megalite.inference.engine import Hooks
 from megalite.inference.inputs import InputBatch, read_inputs
-from megalite.inference.llm import agree_on_end, make_feed, serve
 from megalite.inference.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import RequestOutput
+from megalite.inference.run import agree_on_end, make_feed, serve
 from megalite.monitor.metrics import RankReport
 from megalite.monitor.progress import Progress
 from megalite.monitor.report import count, format_bytes, format_report

@@ -7,14 +7,14 @@ same calls, with the same prompts or there is an error, and every rank gets all 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from megalite.config import vllm
 from megalite.config.load import load_config, loaded_from
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
@@ -22,14 +22,21 @@ from megalite.config.shape import hints, misfit, sections
 from megalite.config.validate import engine_problems, world_size_problem
 from megalite.core import distributed
 from megalite.core.rendezvous import Place
-from megalite.errors import ConfigError, Problem, Stopped
-from megalite.inference.assembly import Replica, load_replica
-from megalite.inference.control import Feed, Ranks, Share, SharedQueue, broadcast_bytes, deal
-from megalite.inference.engine import Engine, Hooks
-from megalite.inference.inputs import Asked, Prompt, Served, make_requests
-from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
-from megalite.inference.request import Request
+from megalite.errors import ConfigError, Problem
+from megalite.inference.assembly import load_replica
+from megalite.inference.engine import Engine
+from megalite.inference.inputs import Asked
+from megalite.inference.logprobs import TokenLogprob
+from megalite.inference.outputs import RequestOutput
+from megalite.inference.prompts import GivenPrompt, as_prompts, plain_params
+from megalite.inference.run import prepare, run_everywhere, serve
+from megalite.monitor.progress import Progress
 from megalite.preflight import read_model
+from megalite.tokenizer import Tokenizer
+
+_DTYPES = {"half": "float16", "float": "float32"}
+"""Names that vLLM knows besides."""
+_ENGINE_NAMES = {"num_gpu_blocks_override": "num_kv_blocks"}
 
 
 class LLM:
@@ -41,7 +48,8 @@ class LLM:
         *,
         tokenizer: str | None = None,
         revision: str | None = None,
-        dtype: str = "auto",
+        skip_tokenizer_init: bool = False,
+        dtype: str | torch.dtype = "auto",
         load_format: str = "auto",
         quantization: str | None = None,
         trust_remote_code: bool = False,
@@ -52,28 +60,27 @@ class LLM:
     ):
         """`engine` takes the keys of the config's engine section: max_model_len, gpu_memory_utilization, swap_space...
 
-        Raises ConfigError with every problem found, CheckpointError or ResourceError.
+        Arguments of vLLM's that mean nothing here are passed over, with a line on the log that names them; see
+        config/vllm.py. Raises ConfigError with every problem found, CheckpointError or ResourceError.
         """
-        known = EngineSection.__dataclass_fields__
-        for name in engine:
-            if name not in known:
-                close = get_close_matches(name, [*known, *LLM.__init__.__kwdefaults__], n=1)
-                fix = f"Did you mean {close[0]}?" if close else f"The engine's are {', '.join(known)}."
-                raise ConfigError(Problem(key="LLM", rule="unknown argument", value=name, fix=fix))
+        dtype = str(dtype).removeprefix("torch.")
         config = InferConfig(
             model=ModelSection(
                 path=str(model),
                 tokenizer=tokenizer,
                 revision=revision,
-                dtype=dtype,
+                dtype=_DTYPES.get(dtype, dtype),
                 load_format=load_format,
                 quantization=quantization,
                 trust_remote_code=trust_remote_code,
             ),
             parallel=ParallelSection(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size),
-            engine=EngineSection(**engine),
+            engine=_engine_section(engine),
         )
         self._start(config)
+        if skip_tokenizer_init:
+            self.replica.tokenizer = None
+            self._served = serve(self.replica)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
@@ -127,94 +134,198 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Any = None,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        prompt_token_ids: Any = None,
+        **others: Any,
     ) -> list[RequestOutput]:
-        """Complete each prompt (text or token ids); results in input order, on every rank.
+        """Complete each prompt; results in input order, on every rank.
 
-        `sampling_params`: one for all prompts or one for each; None: the config's. Where they have no seed, it follows
-        from engine.seed and the request's id, which counts the requests of all calls: a second call gives other
-        samples, and the same calls in another LLM the same. A prompt that can't run raises ConfigError before anything
-        is computed.
+        `prompts`: a text, token ids (any sequence or array of whole numbers), {"prompt": text} or {"prompt_token_ids":
+        ids}, or several of these; `prompt_token_ids`: the same for ids, as older versions of vLLM take them.
+        `sampling_params`: one for all prompts or one for each; None: `get_default_sampling_params`. `use_tqdm`: show a
+        progress bar on a terminal; a callable is called as tqdm is, for a bar of one's own. Where the parameters have
+        no seed, it follows from engine.seed and the request's id, which counts the requests of all calls: a second call
+        gives other samples, and the same calls in another LLM the same. A prompt that can't run raises ConfigError (a
+        ValueError) before anything is computed.
         """
-        return self._run(_as_list(prompts), sampling_params)
+        self._refuse_unknown(vllm.CALL.sort_out(others))
+        if prompts is not None and prompt_token_ids is not None:
+            raise ConfigError("generate: give either prompts or prompt_token_ids")
+        given = as_prompts(prompts if prompt_token_ids is None else prompt_token_ids)
+        return self._run(given, sampling_params, use_tqdm)
 
     def chat(
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **chat_variables: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several, through the model's chat template; `chat_variables` reach the template."""
+        """Answer a conversation, or several, through the model's chat template, or `chat_template` (Jinja) instead.
+
+        `tools`: JSON schemas; `chat_template_kwargs` and `chat_variables` reach the template. `continue_final_message`:
+        the last message is the beginning of the answer; it goes with add_generation_prompt=False.
+        """
         alone = isinstance(messages, str) or (len(messages) > 0 and isinstance(messages[0], dict))
         chats = [messages] if alone else list(messages)
         for index, chat in enumerate(chats):
             if not isinstance(chat, list | tuple) or not all(isinstance(message, dict) for message in chat):
                 raise ConfigError(f"chats[{index}]: a chat is a list of {{role, content}}, got {chat!r:.80}")
-        return self._run(chats, sampling_params, chat_variables)
+        variables = {**vllm.CALL.sort_out(chat_variables), **(chat_template_kwargs or {})}
+        variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        variables |= {} if chat_template is None else {"chat_template": chat_template}
+        variables |= {} if tools is None else {"tools": tools}
+        return self._run([GivenPrompt(chat) for chat in chats], sampling_params, use_tqdm, variables)
 
-    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[list[float]]:
-        """Log-probability of each token of each prompt after the first, by the model's full distribution."""
-        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        outputs = self._run(_as_list(prompts), params, checked=True)
+    def logprobs(self, prompts: Any, use_tqdm: bool | Callable[..., Any] = False) -> list[list[TokenLogprob]]:
+        """How likely each token of each prompt after the first is, and whether greedy decoding would have chosen it.
+
+        `prompts` as in `generate`. What a text says is scored, with the tokens that the tokenizer puts before it.
+        """
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
+        outputs = self._run(as_prompts(prompts), params, use_tqdm, checked=True)
         return [
             [
-                entry[token].logprob
+                TokenLogprob(token, entry[token].logprob, entry[token].rank == 1)
                 for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True)
             ]
             for out in outputs
         ]
 
+    def score(self, prompts: Any, *others: Any) -> list[list[float]]:
+        """The log-probabilities of `logprobs` alone, under its older name.
+
+        vLLM's `score` compares pairs of texts, which takes another kind of model.
+        """
+        if others:
+            raise ConfigError("score: pairs of texts are compared by another kind of model; see LLM.logprobs")
+        return [[token.logprob for token in tokens] for tokens in self.logprobs(prompts)]
+
+    def get_tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer; None if it has none."""
+        return self.replica.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """A copy of what `generate` and `chat` sample by when they are not told."""
+        return plain_params(self.config.sampling)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached prompt."""
+        if self._engine is not None:
+            self._engine.renew()
+        return True
+
+    def _refuse_unknown(self, others: dict[str, Any]) -> None:
+        if others:
+            raise ConfigError(Problem(key="generate", rule="unknown argument", value=next(iter(others))))
+
     def _run(
         self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
+        prompts: Sequence[GivenPrompt],
+        params: SamplingParams | Iterable[SamplingParams] | None,
+        use_tqdm: bool | Callable[..., Any],
         chat_variables: dict[str, Any] | None = None,
         *,
         checked: bool = False,
     ) -> list[RequestOutput]:
         if self._closed:
             raise ConfigError("this LLM is closed; make another one")
-        params = params if params is not None else self.config.sampling
-        each = list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
-        if len(each) != len(prompts):
-            raise ConfigError(f"generate: {len(prompts)} prompts but {len(each)} sampling params")
-        if not checked:
-            self._check_sampling(each)
+        each = self._own_params(params, len(prompts), checked=checked)
         asked = [
             Asked(
-                prompt=prompt,
+                prompt=given.prompt,
                 params=sampling,
                 id=str(self._asked + index),
                 index=self._asked + index,
                 where=f"prompts[{index}]",
                 chat_variables=chat_variables or {},
             )
-            for index, (prompt, sampling) in enumerate(zip(prompts, each, strict=True))
+            for index, (given, sampling) in enumerate(zip(prompts, each, strict=True))
         ]
         made = prepare(self.replica, asked, self._served)
-        requests, texts = [request for request, _ in made], {one.id: text for one, text in made if text is not None}
+        requests = [request for request, _ in made]
+        written = [given.text if text is None else text for given, (_, text) in zip(prompts, made, strict=True)]
+        texts = {one.id: text for one, text in zip(requests, written, strict=True) if text is not None}
         if self._engine is None:
             self._engine = self.replica.engine()
         self._calls += 1
         self._asked += len(requests)
-        return run_everywhere(
-            self.replica,
-            self._engine,
-            requests,
-            texts,
-            key=f"generate/{self._calls}",
-            stop_requested=lambda: self._launched and self.runtime.signal_received() is not None,
-        )
+        with _bar(
+            use_tqdm, len(requests), shown=self.replica.state.rank == self.replica.layout.control_ranks[0]
+        ) as bar:
+            return run_everywhere(
+                self.replica,
+                self._engine,
+                requests,
+                texts,
+                key=f"generate/{self._calls}",
+                stop_requested=lambda: self._launched and self.runtime.signal_received() is not None,
+                progress=bar,
+            )
 
-    def _check_sampling(self, each: Sequence[SamplingParams]) -> None:
-        problems = []
-        for params in {id(one): one for one in each}.values():
-            if not isinstance(params, SamplingParams):
-                raise ConfigError(f"generate: sampling params must be SamplingParams, got {params!r:.80}")
-            problems += sampling_problems(params, prefix="", vocab_size=self._served.vocab_size)
+    def _own_params(
+        self, params: SamplingParams | Iterable[SamplingParams] | None, count: int, *, checked: bool
+    ) -> list[SamplingParams]:
+        """A copy of the parameters for each of `count` prompts, checked unless they are known to be right."""
+        params = params if params is not None else self.config.sampling
+        each = list(params) if isinstance(params, list | tuple) else [params] * count
+        if len(each) != count:
+            raise ConfigError(f"generate: {count} prompts but {len(each)} sampling params")
+        copies: dict[int, SamplingParams] = {}
+        problems: list[Problem] = []
+        for one in each:
+            if not isinstance(one, SamplingParams):
+                raise ConfigError(f"generate: sampling params must be SamplingParams, got {one!r:.80}")
+            if id(one) not in copies:
+                copies[id(one)] = plain_params(one)
+                if not checked:
+                    problems += sampling_problems(copies[id(one)], prefix="", vocab_size=self._served.vocab_size)
         if problems:
             raise ConfigError(*problems)
+        return [copies[id(one)] for one in each]
+
+
+class _CallersBar:
+    """A progress bar that the caller makes, in place of `Progress`."""
+
+    def __init__(self, make: Callable[..., Any], total: int):
+        self.bar = make(total=total, desc="prompts", dynamic_ncols=True)
+
+    def advance(self, *, prompts: int = 0, tokens: int = 0) -> None:
+        if prompts:
+            self.bar.update(prompts)
+
+    def __enter__(self) -> _CallersBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+
+def _bar(use_tqdm: bool | Callable[..., Any], total: int, *, shown: bool) -> Progress | _CallersBar:
+    if callable(use_tqdm) and shown:
+        return _CallersBar(use_tqdm, total)
+    return Progress(total, enabled=bool(use_tqdm) and shown)
+
+
+def _engine_section(given: dict[str, Any]) -> EngineSection:
+    """The engine's keys among arguments of `LLM`, of which None leaves the default. ConfigError: there are others."""
+    known = EngineSection.__dataclass_fields__
+    given = {_ENGINE_NAMES.get(name, name): value for name, value in given.items()}
+    for name in vllm.LLM.sort_out({name: value for name, value in given.items() if name not in known}):
+        close = get_close_matches(name, [*known, *LLM.__init__.__kwdefaults__], n=1)
+        fix = f"Did you mean {close[0]}?" if close else f"The engine's are {', '.join(known)}."
+        raise ConfigError(Problem(key="LLM", rule="unknown argument", value=name, fix=fix))
+    return EngineSection(**{name: value for name, value in given.items() if name in known and value is not None})
 
 
 def _check(config: InferConfig, world_size: int) -> None:
@@ -232,110 +343,3 @@ def _check(config: InferConfig, world_size: int) -> None:
         problems += filter(None, [world_size_problem(config, world_size, command=command)])
     if problems:
         raise ConfigError(*problems)
-
-
-def serve(replica: Replica) -> Served:
-    """What making requests needs to know of a replica."""
-    return Served(
-        tokenizer=replica.tokenizer,
-        vocab_size=replica.model.vocab_size,
-        max_model_len=replica.max_model_len,
-        eos_token_ids=replica.model.eos_token_ids,
-        seed=replica.settings.seed,
-    )
-
-
-def prepare_each(
-    replica: Replica, asked: Sequence[Asked], served: Served
-) -> list[tuple[Request, str | None] | ConfigError]:
-    """The request for each prompt and its text, or why it can't run. Collective over the layout.
-
-    ConfigError: ranks were given different ones.
-    """
-    together = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
-    return make_requests(asked, served, together)
-
-
-def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tuple[Request, str | None]]:
-    """As `prepare_each`; ConfigError also for the first that can't run."""
-    made = prepare_each(replica, asked, served)
-    refused = next((one for one in made if isinstance(one, ConfigError)), None)
-    if refused is not None:
-        raise refused
-    return made
-
-
-def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
-    """Where this replica's work comes from; every rank calls it with the same requests."""
-    replicas = replica.layout.dp
-    samples = [request.num_samples for request in requests]
-    if replica.dp_mode == "async" and replicas > 1:
-        return SharedQueue(range(len(requests)), samples, replica.runtime.store, key, replicas)
-    share = deal(requests, replicas)[replica.state.coord.dp]
-    return Share(share, [samples[index] for index in share])
-
-
-def agree_on_end(replica: Replica, completed: bool) -> None:
-    """Raise Stopped on every rank if a replica has left off for a signal. Collective over the layout.
-
-    A rank may not have heard of the signal yet that another's control rank acted on.
-    """
-    signum = torch.tensor([0 if completed else replica.runtime.signal_received() or 0])
-    if replica.state.world.size > 1:
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=replica.state.world.group)
-    if signum:
-        raise Stopped(int(signum))
-
-
-def run_here(
-    replica: Replica,
-    engine: Engine,
-    requests: Sequence[Request],
-    texts: dict[str, str],
-    *,
-    key: str,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> list[RequestOutput]:
-    """Generate; gives what this replica has finished, on its control rank, in any order.
-
-    Collective over the layout; Stopped on every rank if it was stopped.
-    """
-    mine: list[RequestOutput] = []
-    engine.outputs.texts.update(texts)
-    feed = make_feed(replica, requests, key)
-    completed = engine.run(requests, feed, Hooks(on_output=mine.append, stop_requested=stop_requested))
-    engine.outputs.clear()  # the texts of what other ranks have finished
-    agree_on_end(replica, completed)
-    return mine
-
-
-def run_everywhere(
-    replica: Replica,
-    engine: Engine,
-    requests: Sequence[Request],
-    texts: dict[str, str],
-    *,
-    key: str,
-    stop_requested: Callable[[], bool] = lambda: False,
-) -> list[RequestOutput]:
-    """As `run_here`, but gives every rank all outputs, in the order of `requests`."""
-    outputs = run_here(replica, engine, requests, texts, key=key, stop_requested=stop_requested)
-    if replica.state.world.size > 1:
-        outputs = _exchanged(outputs, replica)
-    found = {output.request_id: output for output in outputs}
-    return [found[request.id] for request in requests]
-
-
-def _exchanged(mine: Sequence[RequestOutput], replica: Replica) -> list[RequestOutput]:
-    """The outputs of all control ranks."""
-    outputs = []
-    for source in replica.layout.control_ranks:
-        packed = pack_outputs(mine) if replica.state.rank == source else None
-        outputs += unpack_outputs(broadcast_bytes(packed, source, replica.state.world))
-    return outputs
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt alone (a text or a list of token ids) or several."""
-    alone = not isinstance(prompts, list | tuple) or (len(prompts) > 0 and isinstance(prompts[0], int))
-    return [prompts] if alone else list(prompts)

@@ -6,33 +6,21 @@
 from __future__ import annotations
 
 import json
-import math
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from megalite.config.schema import SamplingParams
+from megalite.inference.logprobs import FlatLogprobs, Logprob, Logprobs, finite, from_json, number, to_json
 from megalite.inference.packed import pack, unpack
-from megalite.inference.request import FinishReason, Request
+from megalite.inference.request import FinishReason, Request, StepPlan
 from megalite.inference.request import Sequence as Sampling
 from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
 from megalite.tokenizer import Detokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from megalite.inference.sampler import TokenLogprobs
-
-
-@dataclass(frozen=True, slots=True)
-class Logprob:
-    """A token's log-probability at one position, by the model's full distribution."""
-
-    logprob: float
-    rank: int | None = None
-    """1 for the likeliest token of the position."""
-    decoded_token: str | None = None
-
-
-Logprobs = dict[int, Logprob]
-"""By token id; the token that is there comes first, then the likeliest ones."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,13 +36,33 @@ class CompletionOutput:
     """All that were sampled, a stop token or the tokens of a stop string included."""
     cumulative_logprob: float
     """Sum over the tokens, by the model's full distribution."""
-    logprobs: list[Logprobs] | None = None
+    logprobs: list[Logprobs] | FlatLogprobs | None = None
     """One entry a token, if asked for."""
     token_logprobs: list[float] = field(default_factory=list)
     """Of each token, by the model's full distribution, asked for or not. Files of results leave it out."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the id among stop_token_ids, that ended it; None for end-of-sequence and length."""
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When what happened to a request; names and clocks are vLLM's."""
+
+    arrival_time: float = 0.0
+    """When the engine took it, by the clock on the wall (seconds since 1970)."""
+    queued_ts: float = 0.0
+    """The same by time.monotonic(), as all that follow."""
+    scheduled_ts: float = 0.0
+    """When its first tokens were scheduled."""
+    first_token_ts: float = 0.0
+    """When its first token was sampled; 0 if none was."""
+    last_token_ts: float = 0.0
+    """When its last token was sampled, of all samples."""
+    first_token_latency: float = 0.0
+    """Seconds from queued_ts to first_token_ts."""
+    num_generation_tokens: int = 0
+    """Of all samples, those that best_of left out included."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,7 +73,7 @@ class RequestOutput:
     prompt: str | None
     """None if it was given as token ids."""
     prompt_token_ids: list[int]
-    prompt_logprobs: list[Logprobs | None] | None = None
+    prompt_logprobs: list[Logprobs | None] | FlatLogprobs | None = None
     """One entry a token, None for the first; if asked for."""
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = True
@@ -73,13 +81,17 @@ class RequestOutput:
     """The replica that ran it."""
     error: str | None = None
     """Why it could not run; there are no outputs then."""
+    num_cached_tokens: int | None = field(default=None, compare=False)
+    """Tokens of the prompt whose keys and values were in the prefix cache."""
+    metrics: RequestMetrics | None = field(default=None, compare=False)
 
     def to_line(self) -> str:
-        """One line of JSON, without its newline; `from_line` reads it back. What is not there is left out."""
+        """One line of JSON, without its newline; `from_line` reads it back. What is not there is left out, and so is
+        what hangs on the batch that the request ran in."""
         value: dict[str, Any] = {"id": self.request_id, "prompt": self.prompt}
         value["prompt_token_ids"] = self.prompt_token_ids
         if self.prompt_logprobs is not None:
-            value["prompt_logprobs"] = [_plain(entry) for entry in self.prompt_logprobs]
+            value["prompt_logprobs"] = [to_json(entry) for entry in self.prompt_logprobs]
         value["outputs"] = [_completion_value(output) for output in self.outputs]
         value["replica"] = self.replica
         if self.error is not None:
@@ -97,32 +109,44 @@ class RequestOutput:
             request_id=value["id"],
             prompt=value["prompt"],
             prompt_token_ids=value["prompt_token_ids"],
-            prompt_logprobs=prompt_logprobs and [_logprobs(entry) for entry in prompt_logprobs],
+            prompt_logprobs=prompt_logprobs and [from_json(entry) for entry in prompt_logprobs],
             outputs=[_completion(output) for output in value["outputs"]],
             replica=value["replica"],
             error=value.get("error"),
         )
 
+    def flatten(self) -> None:
+        """Keep log-probabilities as FlatLogprobs, as params.flat_logprobs asks for."""
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs = FlatLogprobs.of(self.prompt_logprobs)
+        for output in self.outputs:
+            if output.logprobs is not None:
+                output.logprobs = FlatLogprobs.of(output.logprobs)
+
 
 def pack_outputs(outputs: Sequence[RequestOutput]) -> bytes:
-    """For the way from rank to rank; `unpack_outputs` is the inverse. Ids and the tokens' logprobs go as arrays."""
-    lines, ids, logprobs = [], [], []
+    """For the way from rank to rank; `unpack_outputs` is the inverse. Ids, metrics and logprobs travel as arrays."""
+    lines, ids, numbers = [], [], []
     for output in outputs:
         bare = [replace(one, token_ids=[], token_logprobs=[]) for one in output.outputs]
         lines.append(replace(output, prompt_token_ids=[], outputs=bare).to_line().encode())
         ids += [output.prompt_token_ids, *(one.token_ids for one in output.outputs)]
-        logprobs += [one.token_logprobs for one in output.outputs]
-    return pack(b"\n".join(lines), ids, logprobs)
+        measured = () if output.metrics is None else (output.num_cached_tokens, *astuple(output.metrics))
+        numbers += [measured, *(one.token_logprobs for one in output.outputs)]
+    return pack(b"\n".join(lines), ids, numbers)
 
 
 def unpack_outputs(data: bytes) -> list[RequestOutput]:
-    lines, ids, logprobs = unpack(data)
+    lines, ids, numbers = unpack(data)
     outputs = [RequestOutput.from_line(line) for line in lines.splitlines()]
-    next_ids, next_logprobs = iter(ids), iter(logprobs)
+    next_ids, next_numbers = iter(ids), iter(numbers)
     for output in outputs:
         output.prompt_token_ids = next(next_ids)
+        if measured := next(next_numbers):
+            cached, *times, generated = measured
+            output.num_cached_tokens, output.metrics = int(cached), RequestMetrics(*times, int(generated))
         for one in output.outputs:
-            one.token_ids, one.token_logprobs = next(next_ids), next(next_logprobs)
+            one.token_ids, one.token_logprobs = next(next_ids), next(next_numbers)
     return outputs
 
 
@@ -134,40 +158,13 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _plain(logprobs: Logprobs | None) -> dict[str, Any] | None:
-    if logprobs is None:
-        return None
-    return {
-        str(token_id): {"logprob": _finite(entry.logprob), "rank": entry.rank, "decoded_token": entry.decoded_token}
-        for token_id, entry in logprobs.items()
-    }
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity: an impossible token's log-probability becomes null."""
-    return value if math.isfinite(value) else None
-
-
-def _number(value: float | None) -> float:
-    return -math.inf if value is None else value
-
-
-def _logprobs(value: dict[str, Any] | None) -> Logprobs | None:
-    if value is None:
-        return None
-    return {
-        int(token_id): Logprob(_number(entry["logprob"]), entry["rank"], entry["decoded_token"])
-        for token_id, entry in value.items()
-    }
-
-
 def _completion_value(output: CompletionOutput) -> dict[str, Any]:
     value: dict[str, Any] = {
         "index": output.index,
         "text": output.text,
         "token_ids": output.token_ids,
-        "cumulative_logprob": _finite(output.cumulative_logprob),
-        "logprobs": output.logprobs and [_plain(entry) for entry in output.logprobs],
+        "cumulative_logprob": finite(output.cumulative_logprob),
+        "logprobs": output.logprobs and [to_json(entry) for entry in output.logprobs],
         "finish_reason": output.finish_reason,
     }
     if output.stop_reason is not None:
@@ -181,8 +178,8 @@ def _completion(value: dict[str, Any]) -> CompletionOutput:
         index=value["index"],
         text=value["text"],
         token_ids=value["token_ids"],
-        cumulative_logprob=_number(value["cumulative_logprob"]),
-        logprobs=logprobs and [_logprobs(entry) or {} for entry in logprobs],
+        cumulative_logprob=number(value["cumulative_logprob"]),
+        logprobs=logprobs and [from_json(entry) or {} for entry in logprobs],
         finish_reason=value["finish_reason"],
         stop_reason=value.get("stop_reason"),
     )
@@ -204,7 +201,7 @@ class _Sample:
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
         self.token_logprobs: list[float] = []
-        self.logprobs: list[Logprobs] | None = None if params.logprobs is None else []
+        self.logprobs = None if params.logprobs is None else _listing(params)
         self.final_token: int | None = None
         """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
         self.finish_reason: FinishReason | None = None
@@ -275,8 +272,12 @@ class _Sample:
         )
 
 
+def _listing(params: SamplingParams) -> list[Any] | FlatLogprobs:
+    return FlatLogprobs() if params.flat_logprobs else []
+
+
 def _detokenizer(request: Request, tokenizer: Tokenizer | None) -> Detokenizer | None:
-    if tokenizer is None:
+    if tokenizer is None or not request.params.detokenize:
         return None
     return tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens)
 
@@ -288,8 +289,12 @@ class _Running:
         self.request = request
         self.samples = [_Sample(request, tokenizer) for _ in range(request.num_samples)]
         self.unfinished = request.num_samples
-        count = len(request.prompt_token_ids)
-        self.prompt_logprobs = None if request.params.prompt_logprobs is None else [None] * count
+        self.prompt_logprobs = None
+        if request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = _listing(request.params)
+            self.prompt_logprobs.append(None)
+        self.num_cached_tokens = 0
+        self.metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
 
     def best(self) -> list[_Sample]:
         """The n samples with the highest cumulative log-probability, best first; all in order if best_of is n."""
@@ -309,24 +314,48 @@ class OutputProcessor:
         """Prompts as text, by request id; who has them puts them here, each leaves with its result."""
         self._running: dict[str, _Running] = {}
 
+    def add(self, request: Request) -> None:
+        """A request has come."""
+        self._running[request.id] = _Running(request, self.tokenizer)
+
+    def scheduled(self, plan: StepPlan) -> None:
+        """Note when a request first has a part in a plan, and how much of its prompt was cached by then."""
+        now = time.monotonic()
+        for row in plan.rows:
+            sequence = row.sequence
+            if sequence.index == 0 and row.start < len(sequence.request.prompt_token_ids):
+                state = self._running[sequence.request.id]
+                if state.metrics.scheduled_ts == 0:
+                    state.metrics.scheduled_ts = now
+                    state.num_cached_tokens = row.start
+
     def append(self, sequence: Sampling, token_id: int, logprob: float, details: TokenLogprobs | None = None) -> bool:
         """Record a sampled token; True when it completes a stop string.
 
         `logprob` is by the model's full distribution; `details` where params.logprobs asks for them.
         """
-        entry = None if details is None else self._entry(details)
-        return self._state(sequence).samples[sequence.index].append(token_id, logprob, entry)
+        state = self._running[sequence.request.id]
+        metrics = state.metrics
+        metrics.num_generation_tokens += 1
+        metrics.last_token_ts = time.monotonic()
+        if metrics.num_generation_tokens == 1:
+            metrics.first_token_ts = metrics.last_token_ts
+            metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
+        entry = None if details is None else self._entry(details, state.request.params)
+        return state.samples[sequence.index].append(token_id, logprob, entry)
 
     def append_prompt(self, sequence: Sampling, start: int, scores: Iterable[TokenLogprobs]) -> None:
         """Record prompt log-probabilities: `scores` are of the tokens at positions start + 1 and on."""
-        logprobs = self._state(sequence).prompt_logprobs
+        state = self._running[sequence.request.id]
+        logprobs = state.prompt_logprobs
         assert logprobs is not None, "nobody asked for prompt log-probabilities"
-        for position, details in enumerate(scores, start + 1):
-            logprobs[position] = self._entry(details)
+        assert len(logprobs) == start + 1, "they come in order"
+        for details in scores:
+            logprobs.append(self._entry(details, state.request.params))
 
     def finish(self, sequence: Sampling) -> RequestOutput | None:
         """End a sample, for its finish_reason; the request's result when it was the last one."""
-        state = self._state(sequence)
+        state = self._running[sequence.request.id]
         state.samples[sequence.index].finish(sequence.finish_reason)
         state.unfinished -= 1
         if state.unfinished:
@@ -340,6 +369,8 @@ class OutputProcessor:
             prompt_logprobs=state.prompt_logprobs,
             outputs=[sample.output(index) for index, sample in enumerate(state.best())],
             replica=self.replica,
+            num_cached_tokens=state.num_cached_tokens,
+            metrics=state.metrics,
         )
 
     def clear(self) -> None:
@@ -347,20 +378,16 @@ class OutputProcessor:
         self._running.clear()
         self.texts.clear()
 
-    def _state(self, sequence: Sampling) -> _Running:
-        request = sequence.request
-        state = self._running.get(request.id)
-        if state is None:
-            state = self._running[request.id] = _Running(request, self.tokenizer)
-        return state
-
-    def _entry(self, details: TokenLogprobs) -> Logprobs:
+    def _entry(self, details: TokenLogprobs, params: SamplingParams) -> Logprobs:
         """vLLM's form: the token itself, then the likeliest by rank."""
-        entry = {details.token_id: self._logprob(details.token_id, details.logprob, details.rank)}
+        text = self.tokenizer.token_text if self.tokenizer is not None and params.detokenize else _no_text
+        token_id = details.token_id
+        entry = {token_id: Logprob(details.logprob, details.rank, text(token_id))}
         for rank, (token_id, logprob) in enumerate(details.top, 1):
             if token_id != details.token_id:
-                entry[token_id] = self._logprob(token_id, logprob, rank)
+                entry[token_id] = Logprob(logprob, rank, text(token_id))
         return entry
 
-    def _logprob(self, token_id: int, logprob: float, rank: int) -> Logprob:
-        return Logprob(logprob, rank, None if self.tokenizer is None else self.tokenizer.token_text(token_id))
+
+def _no_text(token_id: int) -> None:
+    return None

@@ -24,6 +24,8 @@ class Request:
     """Resolved: params.max_tokens, at most max_model_len - len(prompt); 0 only scores the prompt."""
     stop_token_ids: frozenset[int] = frozenset()
     """Resolved: params.stop_token_ids, and the model's end-of-sequence ids unless ignore_eos."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Resolved: the spellings of params.bad_words in tokens; the last token of one never follows its others."""
 
     @property
     def num_samples(self) -> int:

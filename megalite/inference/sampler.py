@@ -3,7 +3,8 @@
 What is done to a row of logits, in this order (vLLM's, vllm/v1/sample/sampler.py):
 
 1. log-probabilities are taken from the raw logits, in float32 (or from those over the temperature, see `Sampler`);
-2. min_tokens: ids that would end the output get -inf;
+2. ids outside allowed_token_ids, ids that would complete one of bad_words and, before min_tokens, ids that would end
+   the output get -inf;
 3. logit_bias is added;
 4. repetition, then frequency, then presence penalty;
 5. temperature 0 (below 1e-5): the largest logit wins, of equal ones the lowest id;
@@ -123,10 +124,11 @@ class Sampler:
     ) -> list[TokenLogprobs]:
         """Log-probabilities of the tokens that follow in a prompt.
 
-        `logits` [T, V], `next_ids` [T] the token after each row; `k` likeliest tokens are listed beside it. A token
-        that the model rules out has -inf. Raises MegaliteError for NaN.
+        `logits` [T, V], `next_ids` [T] the token after each row; `k` likeliest tokens are listed beside it, -1: all. A
+        token that the model rules out has -inf. Raises MegaliteError for NaN.
         """
         scores: list[TokenLogprobs] = []
+        k = self._listed(k)
         step = self._chunk_rows(logits)
         for start in range(0, len(next_ids), step):
             ids = torch.tensor(next_ids[start : start + step], device=logits.device)
@@ -137,6 +139,10 @@ class Sampler:
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence that ended."""
         self._seen.pop(sequence, None)
+
+    def _listed(self, k: int) -> int:
+        """How many likeliest tokens `k` asks for."""
+        return self.vocab_size if k < 0 else k
 
     def _chunk_rows(self, logits: Tensor) -> int:
         budget = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
@@ -161,7 +167,7 @@ class Sampler:
         details: list[TokenLogprobs | None] = [None] * len(rows)
         wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
         if wanted:
-            ks = [params[i].logprobs or 0 for i in wanted]
+            ks = [self._listed(params[i].logprobs) for i in wanted]
             described = self._describe(_rows(raw, wanted), _rows(logprobs, wanted), _rows(ids, wanted), ks)
             for i, detail in zip(wanted, described, strict=True):
                 details[i] = detail
@@ -179,16 +185,19 @@ class Sampler:
         mixed[drawn] = ids
         return mixed
 
-    # Edits: min_tokens, logit_bias, penalties
+    # Edits: allowed_token_ids, bad_words, min_tokens, logit_bias, penalties
 
     def _edit(self, raw: Tensor, rows: SequenceOf[Row]) -> Tensor:
         """`raw`, or a changed copy where a row asks for it; float32 [R, V]."""
+        narrowed: dict[int, list[int]] = {}
         masked: list[int] = []
         biased: list[int] = []
         biases: list[float] = []
         penalised: list[int] = []
         for i, row in enumerate(rows):
             params = row.sequence.request.params
+            if params.allowed_token_ids is not None:
+                narrowed[i] = params.allowed_token_ids
             # A stop token beyond the vocabulary can never be sampled, so there is nothing to withhold.
             masked += (i * self.vocab_size + id for id in _withheld(row.sequence) if 0 <= id < self.vocab_size)
             for id, bias in (params.logit_bias or {}).items():
@@ -201,10 +210,13 @@ class Sampler:
                 biases.append(bias)
             if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
                 penalised.append(i)
-        if not (masked or biased or penalised):
+        if not (narrowed or masked or biased or penalised):
             return raw
         logits = raw.clone(memory_format=torch.contiguous_format)
         flat = logits.view(-1)
+        for i, allowed in narrowed.items():
+            ids = torch.tensor(allowed, device=flat.device)
+            logits[i].fill_(-math.inf)[ids] = raw[i, ids]
         if masked:
             flat[torch.tensor(masked, device=flat.device)] = -math.inf
         if biased:
@@ -353,11 +365,15 @@ class _Seen:
         self._known = len(sequence.token_ids)
 
 
-def _withheld(sequence: Sequence) -> frozenset[int]:
-    """Ids that may not come yet because of min_tokens; stop_token_ids includes end-of-sequence unless ignore_eos."""
-    if sequence.num_output < sequence.request.params.min_tokens:
-        return sequence.request.stop_token_ids
-    return frozenset()
+def _withheld(sequence: Sequence) -> set[int]:
+    """Ids that may not come now: before min_tokens those that end the output (stop_token_ids includes end-of-sequence
+    unless ignore_eos), and those that would complete a bad word whose other tokens the output ends with."""
+    request, output = sequence.request, sequence.num_output
+    ids = set(request.stop_token_ids) if output < request.params.min_tokens else set()
+    for *head, last in request.bad_words:
+        if len(head) <= output and sequence.token_ids[len(sequence.token_ids) - len(head) :] == head:
+            ids.add(last)
+    return ids
 
 
 def _share_of(total: Tensor, shares: Tensor) -> Tensor:
@@ -447,7 +463,7 @@ def _sound(logits: Tensor, request_ids: list[str]) -> Tensor:
             )
         if peak == -math.inf:
             raise MegaliteError(
-                f"request {request_id}: every token is ruled out (logit -inf) by the model, logit_bias or min_tokens"
+                f"request {request_id}: every token is ruled out (logit -inf) by the model or the sampling settings"
             )
     # Far from float32's largest, so that no penalty turns it into infinity again.
     return logits.clamp(max=1e30) if math.inf in peaks else logits

@@ -1,0 +1,134 @@
+"""Running requests over all replicas: who takes which, how a run ends everywhere, and results for every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megalite.errors import ConfigError, Stopped
+from megalite.inference.assembly import Replica
+from megalite.inference.control import Feed, Ranks, Share, SharedQueue, broadcast_bytes, deal
+from megalite.inference.engine import Engine, Hooks
+from megalite.inference.inputs import Asked, Served, make_requests
+from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
+from megalite.inference.request import Request
+from megalite.monitor.progress import Progress
+
+
+def serve(replica: Replica) -> Served:
+    """What making requests needs to know of a replica."""
+    return Served(
+        tokenizer=replica.tokenizer,
+        vocab_size=replica.model.vocab_size,
+        max_model_len=replica.max_model_len,
+        eos_token_ids=replica.model.eos_token_ids,
+        seed=replica.settings.seed,
+    )
+
+
+def prepare_each(
+    replica: Replica, asked: Sequence[Asked], served: Served
+) -> list[tuple[Request, str | None] | ConfigError]:
+    """The request for each prompt and its text, or why it can't run. Collective over the layout.
+
+    ConfigError: ranks were given different ones.
+    """
+    together = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
+    return make_requests(asked, served, together)
+
+
+def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tuple[Request, str | None]]:
+    """As `prepare_each`; ConfigError also for the first that can't run."""
+    made = prepare_each(replica, asked, served)
+    refused = next((one for one in made if isinstance(one, ConfigError)), None)
+    if refused is not None:
+        raise refused
+    return made
+
+
+def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
+    """Where this replica's work comes from; every rank calls it with the same requests."""
+    replicas = replica.layout.dp
+    samples = [request.num_samples for request in requests]
+    if replica.dp_mode == "async" and replicas > 1:
+        return SharedQueue(range(len(requests)), samples, replica.runtime.store, key, replicas)
+    share = deal(requests, replicas)[replica.state.coord.dp]
+    return Share(share, [samples[index] for index in share])
+
+
+def agree_on_end(replica: Replica, completed: bool) -> None:
+    """Raise Stopped on every rank if a replica has left off for a signal. Collective over the layout.
+
+    A rank may not have heard of the signal yet that another's control rank acted on.
+    """
+    signum = torch.tensor([0 if completed else replica.runtime.signal_received() or 0])
+    if replica.state.world.size > 1:
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=replica.state.world.group)
+    if signum:
+        raise Stopped(int(signum))
+
+
+def run_here(
+    replica: Replica,
+    engine: Engine,
+    requests: Sequence[Request],
+    texts: dict[str, str],
+    *,
+    key: str,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+) -> list[RequestOutput]:
+    """Generate; gives what this replica has finished, on its control rank, in any order.
+
+    Collective over the layout; Stopped on every rank if it was stopped.
+    """
+    mine: list[RequestOutput] = []
+    progress = progress or Progress(len(requests), enabled=False)
+
+    def on_output(output: RequestOutput) -> None:
+        mine.append(output)
+        progress.advance(prompts=1)
+
+    engine.outputs.texts.update(texts)
+    hooks = Hooks(
+        on_output=on_output, on_step=lambda tokens: progress.advance(tokens=tokens), stop_requested=stop_requested
+    )
+    completed = engine.run(requests, make_feed(replica, requests, key), hooks)
+    engine.outputs.clear()  # the texts of what other ranks have finished
+    agree_on_end(replica, completed)
+    return mine
+
+
+def run_everywhere(
+    replica: Replica,
+    engine: Engine,
+    requests: Sequence[Request],
+    texts: dict[str, str],
+    *,
+    key: str,
+    stop_requested: Callable[[], bool] = lambda: False,
+    progress: Progress | None = None,
+) -> list[RequestOutput]:
+    """As `run_here`, but gives every rank all outputs, in the order of `requests`."""
+    mine = run_here(replica, engine, requests, texts, key=key, stop_requested=stop_requested, progress=progress)
+    outputs = mine
+    if replica.state.world.size > 1:
+        outputs = _exchanged(mine, replica)
+    if progress is not None:
+        progress.advance(prompts=len(requests) - len(mine))  # of other replicas
+    found = {output.request_id: output for output in outputs}
+    for request in requests:
+        if request.params.flat_logprobs and replica.state.world.size > 1:
+            found[request.id].flatten()
+    return [found[request.id] for request in requests]
+
+
+def _exchanged(mine: Sequence[RequestOutput], replica: Replica) -> list[RequestOutput]:
+    """The outputs of all control ranks."""
+    outputs = []
+    for source in replica.layout.control_ranks:
+        packed = pack_outputs(mine) if replica.state.rank == source else None
+        outputs += unpack_outputs(broadcast_bytes(packed, source, replica.state.world))
+    return outputs
