@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_data import TOKENIZER
+from test_tokenizer import tokenizer as tokenizer_of
 from tiny_tokenizer import CHAT, with_tokenizer
 from tokenizer_family import FAMILY, bytes_of
 from tokenizers import Tokenizer as Backend
@@ -259,6 +260,52 @@ def check_border(spelled, learnt, text: str, border: int) -> None:
         done += len(token)
         if token:
             assert counts == (char_of[done - 1] >= border), (token, done)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@settings(max_examples=10, deadline=None)
+@given(contents=st.lists(PARTS.filter(lambda text: "<" not in text), min_size=1, max_size=5), begins=st.booleans())
+@example(contents=["hell", "o the", ": ", " the"], begins=True)
+def test_the_turns_of_a_chat_read_as_its_template_shows_them(name, contents, begins):
+    made, known = of_family(name)
+    roles = ["assistant", "user"] if begins else ["user", "assistant"]
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    if not any(message["role"] == "assistant" for message in messages):
+        return
+    (example,) = encode_chat(known, messages, END)
+    while messages[-1]["role"] != "assistant":
+        messages.pop()
+    text = known.apply_chat_template(messages, add_generation_prompt=False)
+    assert list(example.ids) == made.encode(text, add_special_tokens=False).ids
+    answers = "".join(f"{message['content']}</s>" for message in messages if message["role"] == "assistant")
+    answers = unicodedata.normalize("NFC", answers) if "NFC" in name else answers
+    assert learnt(known, example).replace(" ", "") == answers.replace(" ", "")
+    if name.startswith("byte level") and "prefix" not in name:
+        assert learnt(known, example) == answers
+
+
+@cache
+def places_by_transformers(kind: str):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind).backend)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "metaspace", "word_suffix", "plain_words"])
+@settings(max_examples=15, deadline=None)
+@given(prompt=PARTS, response=PARTS)
+@example(prompt="the quick", response=" brown fox")
+@example(prompt="the qu", response="ick")
+def test_tokenizers_that_drop_characters_learn_what_is_left(kind, prompt, response):
+    """Against the places of tokens that transformers gives, from which a token that reaches over the border counts."""
+    theirs = places_by_transformers(kind)(prompt + response, return_offsets_mapping=True)
+    if len(theirs.input_ids) == 0:
+        return
+    example = encode_pair(tokenizer_of(kind), prompt, response, END)
+    assert list(example.ids)[: len(theirs.input_ids)] == theirs.input_ids
+    wanted = [stop > len(prompt) for _, stop in theirs.offset_mapping]
+    if unicodedata.is_normalized("NFD", prompt + response) and "\u0301" not in response[:1]:
+        assert list(example.learnt)[: len(wanted)] == wanted
 
 
 def test_marks_that_a_tokenizer_composes_go_with_their_letter():
