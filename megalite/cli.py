@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from megalite import terminal
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
@@ -80,6 +81,7 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
 
     `checks` are made by the process that the user starts, not again by each rank.
     """
+    terminal.guard()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     place = None
@@ -93,7 +95,9 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
     try:
         place = Place.of(os.environ)
         with _leaving_on_signals(place):
-            return _main(kind, run_here, arguments, place, checks)
+            code = _main(kind, run_here, arguments, place, checks)
+        terminal.warn_of_loss()
+        return code
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except MegaliteError as error:
@@ -130,6 +134,8 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
         _say(f"{options.config}: no problem found; {layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}")
     if options.flags & {"--print-config", "--dry-run", "--check"}:
         return EXIT_DONE
+    if isinstance(loaded.config, InferConfig) and loaded.config.output.file is None:
+        terminal.require_stdout()
     if place is not None:
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
     if place is not None or num_ranks(loaded.config) == 1:
@@ -288,10 +294,9 @@ def _start_ranks(loaded: Loaded, debug: bool) -> int:
 
 
 def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # the reader (`| head`) has seen enough; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print what the command was started for."""
+    print(text)
+    terminal.require_stdout()
 
 
 def _report(error: MegaliteError, place: Place | None, debug: bool) -> None:

@@ -2,6 +2,7 @@
 
 `write_durably` and `DurableFile` put the bytes in a temporary file beside the target, flush them to the disk, give the
 file the mode the umask asks for, rename it over the target and flush the folder. `LineFile` appends whole lines.
+`open_regular` and `read_whole` read what a user names, without trusting that it is a file.
 """
 
 from __future__ import annotations
@@ -101,6 +102,24 @@ def write_durably(path: str | os.PathLike[str], content: bytes | str, *, mode: i
 def left_behind(folder: Path) -> list[Path]:
     """Temporary files of writers that were killed: only for who knows that no other process writes in the folder."""
     return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file to read. OSError also for a pipe, a device or a socket, which could keep a reader waiting for ever."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "a pipe or a device, not a file", os.fspath(path))
+
+
+def read_whole(path: str | os.PathLike[str], most: int) -> bytes:
+    """The content of a file of at most `most` bytes. OSError, which says why: larger, no regular file, unreadable."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB, so not what it should be", os.fspath(path))
+    return content
 
 
 def as_json(value: object) -> str:

@@ -75,7 +75,7 @@ class Tokenizer:
         """The tokenizer in `folder`, or None if there is none. CheckpointError: it is damaged or of an older form."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not path.exists():
             found = [name for name in _UNCONVERTED if (folder / name).is_file()]
             if not found:
                 return None

@@ -23,7 +23,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from megalite.errors import CheckpointError
+from megalite.files import read_whole
 
+MAX_BYTES = 128 << 20
+"""Of a file."""
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA, _ADDITIONAL, _OWN = "extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"
 """Keys of special tokens beside the usual ones: their present and older name, and that of those with names."""
@@ -120,10 +123,12 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
     CheckpointError: a file is damaged.
     """
     path = folder / "tokenizer.json"
+    content = _content(path)
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exception, whatever is wrong
-        hint = " It is a Git LFS pointer; fetch the file itself with `git lfs pull`." if _is_pointer(path) else ""
+        is_pointer = content.startswith(b"version https://git-lfs.github.com/")
+        hint = " It is a Git LFS pointer; fetch the file itself with `git lfs pull`." if is_pointer else ""
         raise CheckpointError(f"{path}: is not a tokenizer that can be read: {error}.{hint}") from error
     try:
         values, tokens = _read_values(folder)
@@ -139,17 +144,22 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
         raise CheckpointError(f"{folder}/tokenizer_config.json: can't be used: {error}") from error
 
 
-def _is_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(40).startswith(b"version https://git-lfs.github.com/")
+def _content(path: Path) -> bytes:
+    """Of one of the files, empty if it does not exist. CheckpointError: it is none, or too large for what it is."""
+    try:
+        return read_whole(path, MAX_BYTES)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty if the file does not exist."""
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_content(path).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -286,7 +296,7 @@ def _templates(folder: Path, values: Mapping[str, Any]) -> dict[str, str]:
     """Chat templates by name: from files if there are any, else from tokenizer_config.json."""
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    found = {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
+    found = {name: _content(path).decode("utf-8") for name, path in files.items() if path.exists()}
     given = values.get("chat_template")
     if found or given is None:
         return found

@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,6 +94,25 @@ def shard_missing(folder: Path) -> None:
 
 def pickled(folder: Path) -> None:
     (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
+
+
+def odd_files(name: str) -> Iterator[tuple[str, Callable[[Path], None], str]]:
+    """What is no file under a name, how to put it there, and what is said of it."""
+    place = {"input.file": "prompts.jsonl"}.get(name, name)
+
+    def put(make: Callable[[Path], object]) -> Callable[[Path], None]:
+        def setup(folder: Path) -> None:
+            if "index" in place:
+                remove("model/model.safetensors")(folder)
+            (folder / place).unlink(missing_ok=True)
+            make(folder / place)
+
+        return setup
+
+    yield "pipe", put(os.mkfifo), "a pipe or a device, not a file"
+    yield "device", put(lambda path: path.symlink_to("/dev/zero")), "a pipe or a device, not a file"
+    if name != "input.file":
+        yield "50 MB", put(lambda path: path.write_bytes(bytes(50_000_000))), " MiB, so not what it should be"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +395,17 @@ CASES = {
     "nowhere to train to": Case(
         kind="train", config=TRAIN.replace("output", "#output"), says=("output.folder: is needed",)
     ),
+    # ---- what is no file, or too large a one
+    **{
+        f"{what} as {name}": Case(setup=setup, config=config, args=args, says=(f"{name}: ", why), code=code)
+        for name, config, args, code in (
+            ("other.yaml", "", ("--config", "other.yaml"), USAGE),
+            ("input.file", "model: {path: model}", ("input.file=prompts.jsonl",), USAGE),
+            ("model/config.json", JOB, (), CHECKPOINT),
+            ("model/model.safetensors.index.json", JOB, (), CHECKPOINT),
+        )
+        for what, setup, why in odd_files(name)
+    },
     # ---- a hybrid job
     "no folder for a hybrid job": hybrid("output.folder=null", "output.folder: is needed"),
     "DeepSpeed's key in a hybrid job": hybrid(

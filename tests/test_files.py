@@ -3,13 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from megalite.errors import CheckpointError, ResourceError
-from megalite.files import DurableFile, LineFile, write_durably, write_json
+from megalite.files import DurableFile, LineFile, read_whole, write_durably, write_json
 
 
 def run_python(code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
@@ -155,3 +156,24 @@ def test_anew_empties_and_a_line_has_no_newline(tmp_path):
 def test_lines_to_a_pipe():
     code = "from megalite.files import LineFile\nwith LineFile('/dev/stdout') as f: f.cut_torn_line(); f.append('x')"
     assert run_python(code).stdout == "x\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("pipe", "a pipe or a device"),
+        ("/dev/zero", "a pipe or a device"),
+        ("socket", "No such device"),
+        (".", "Is a directory"),
+        ("large", "larger than"),
+        ("none", "No such file"),
+    ],
+)
+def test_what_is_no_file_of_a_sane_size_is_refused_at_once(tmp_path, name, says):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large").write_bytes(bytes(1001))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        with pytest.raises(OSError, match=says):
+            read_whole(tmp_path / name, 1000)
+    assert len(read_whole(tmp_path / "large", 1001)) == 1001

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import math
@@ -537,6 +539,23 @@ def test_two_runs_do_not_share_a_file(tmp_path):
             opened(path, overwrite=overwrite)
     first.close()
     assert opened(path).finished == {"a"}
+
+
+def test_a_lock_as_nfs_gives_it(tmp_path, monkeypatch):
+    """There an exclusive lock needs a descriptor that is open for writing, flock(2)."""
+
+    def flock(file, operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY and operation & fcntl.LOCK_EX:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(file, operation)
+
+    real = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file = opened(tmp_path / "out.jsonl")
+    with pytest.raises(ConfigError, match="another run is writing it"):
+        opened(tmp_path / "out.jsonl")
+    write_all(file, "dcba")
+    assert file.close() and lines_of(tmp_path / "out.jsonl") == list(IDS)
 
 
 def test_a_link_stays_a_link(tmp_path):

@@ -37,6 +37,8 @@ BATCH = 8
 LENGTH = 10
 STEP = 5
 """At which the states are that were not trained."""
+STRAY = {"step-by-step", "notes.txt", "step-00000001"}
+"""What a user may have put beside the states."""
 
 
 @pytest.fixture
@@ -60,7 +62,8 @@ def load_newest(trainer: Trainer, folder: Path) -> None:
 
 
 def only(folder: Path) -> Path:
-    (path,) = folder.iterdir()
+    (path,) = (path for path in folder.iterdir() if path.name not in STRAY)
+    assert path.is_dir()
     return path
 
 
@@ -272,13 +275,21 @@ def test_damage_is_found_also_by_a_run_of_another_layout(layout, tiny, run, tmp_
 
 
 def test_a_state_is_not_saved_over_a_state_of_the_same_step(tiny, run, tmp_path):
-    """As by a run of another layout before its first step; killed meanwhile, the folder must hold one that is whole."""
+    """As by a run of another layout before its first step; killed meanwhile, the folder must hold one that is whole.
+
+    What a user has put beside the states stays where it is, and ends no run.
+    """
     names, kept = [], tmp_path / "kept"
+    (tmp_path / "states" / "step-by-step").mkdir(parents=True)
+    (tmp_path / "states" / "notes.txt").touch()
+    (tmp_path / "states" / "step-00000001").touch()
     for job, layout in ((write_truth, Layout(dp=2)), (look_and_save, Layout(tp=2)), (look_and_save, Layout(dp=2))):
         run(2, job, tiny("qwen3"), tmp_path / "states", layout)
         names.append(only(tmp_path / "states").name)
         shutil.copytree(tmp_path / "states", kept, dirs_exist_ok=True)
     assert names == ["step-00000005", "step-00000005-2", "step-00000005-3"]
+    remove_unfinished(tmp_path / "states")
+    assert {path.name for path in (tmp_path / "states").iterdir()} == {names[-1], *STRAY}
     assert newest_state(kept)[0].name == names[-1]
     assert newest_state(tmp_path / "none") is None
 

@@ -7,6 +7,7 @@ modules must stay importable without torch.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 
 LEVELS = [
     {"megalite.errors"},
-    {"megalite.files", "megalite.monitor"},
+    {"megalite.files", "megalite.terminal", "megalite.monitor"},
     {"megalite.config"},
     {"megalite.core"},
     {
@@ -57,6 +58,7 @@ TORCH_FREE = (
     "megalite/__init__.py",
     "megalite/errors.py",
     "megalite/files.py",
+    "megalite/terminal.py",
     "megalite/cli.py",
     "megalite/preflight.py",
     "megalite/dry_run.py",
@@ -172,7 +174,13 @@ def check(root: Path) -> list[str]:
     return found
 
 
-if __name__ == "__main__":
+def run(args: argparse.Namespace) -> int:
     problems = check(Path(__file__).resolve().parent.parent)
     print("\n".join(problems) if problems else "imports point down only")
-    sys.exit(bool(problems))
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    from toolkit import Parser, main
+
+    sys.exit(main(Parser((__doc__ or "").strip()), run))

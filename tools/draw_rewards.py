@@ -17,7 +17,7 @@ from svg import COLOURS, page, text
 from toolkit import Parser, main
 
 from megalite.errors import ConfigError, Problem
-from megalite.files import write_durably
+from megalite.files import open_regular, write_durably
 
 EPILOG = """\
 example:
@@ -29,8 +29,8 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 730, 60, 320
 def read(path: Path, key: str) -> list[float]:
     """The values under `key` in a job's log, one an iteration, from the first."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        logged = [values for values in map(json.loads, lines) if "iteration" in values]
+        with open_regular(path) as lines:
+            logged = [values for values in map(json.loads, lines) if "iteration" in values]
     except (OSError, ValueError) as error:
         raise ConfigError(Problem(key=str(path), rule=f"is not the log of a hybrid job: {error}")) from error
     if [values["iteration"] for values in logged] != list(range(1, len(logged) + 1)) or not logged:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from megalite import terminal
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
 from megalite.weights.convert import default_jobs
@@ -138,17 +139,12 @@ def report(outcome: Outcome, seconds: float, last: str) -> None:
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
     """The whole of a tool; gives its exit code."""
+    terminal.guard()
     debug = "--debug" in sys.argv
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, parser.stop)
     try:
-        args = parser.parse_args()
-        if args.family_module:
-            _import_family(args.family_module)
-        return run(args)
-    except BrokenPipeError:  # the reader (`| head`) has seen enough; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _run(parser, run)
     except MegaliteError as error:
         if debug:
             traceback.print_exc()
@@ -158,6 +154,23 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
     except Exception:
         traceback.print_exc()
         return EXIT_CRASH
+
+
+def _run(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
+    """The work; whether what it prints arrives counts where nothing else comes of it."""
+    try:
+        args = parser.parse_args()
+    except SystemExit as end:  # after --help
+        terminal.require_stdout()
+        return end.code
+    if args.family_module:
+        _import_family(args.family_module)
+    code = run(args)
+    if hasattr(args, "out"):
+        terminal.warn_of_loss()
+    elif code == 0:
+        terminal.require_stdout()
+    return code
 
 
 def _import_family(name: str) -> None:

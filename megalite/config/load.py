@@ -35,12 +35,15 @@ from megalite.config.shape import (
     with_floats,
 )
 from megalite.errors import ConfigError, Problem
+from megalite.files import read_whole
 
 Kind = Literal["infer", "train", "hybrid"]
 SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig, "hybrid": HybridConfig}
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
 _KEY = re.compile(r"-*[a-z_]+\.[a-z_]|.*=")
+MOST_BYTES = 1 << 20
+"""Of a config file. Prompts that take more belong in a file of their own."""
 LITERAL_KEYS = ("input.prompts", "sampling.stop", "train.sample_prompts")
 """Text for the model, in which `${...}` is ordinary text."""
 
@@ -157,7 +160,7 @@ def _collect(
 def _read_text(path: Path) -> str:
     name = printable(path)
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_whole(path, MOST_BYTES).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ConfigError(Problem(key=name, rule="no such file", fix=nearest_path(path))) from error
     except IsADirectoryError as error:

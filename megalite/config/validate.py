@@ -6,6 +6,7 @@ imported.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -35,6 +36,7 @@ from megalite.config.schema import (
 from megalite.config.shape import ModelFacts, Rules, nearest_path, printable, problem
 from megalite.config.train_rules import learning_problems, train_problems
 from megalite.errors import Problem
+from megalite.files import open_regular
 
 __all__ = [
     "engine_problems",
@@ -301,10 +303,10 @@ def _readable_problems(key: str, name: str) -> list[Problem]:
     if not path.exists():
         return [problem(key, "no such file", name, nearest_path(name))]
     try:
-        if path.is_file():  # opening a pipe would take bytes from it, or wait
-            path.open("rb").close()
+        open_regular(path).close()
     except OSError as error:
-        return [problem(key, f"can't be read ({error.strerror})", name)]
+        fix = "Give a file, or - for standard input." if error.errno == errno.EINVAL else ""
+        return [problem(key, f"can't be read: {error.strerror}", name, fix)]
     return []
 
 

@@ -25,6 +25,7 @@ from megalite.config.sampling import MAX_KEY, price_problem, prompt_problem, sam
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.config.shape import shown
 from megalite.errors import ConfigError, Problem
+from megalite.files import open_regular
 from megalite.inference.constraints import leaves_nothing, spellings
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
@@ -508,7 +509,7 @@ def _opened(section: InputSection, stdin: BinaryIO | None) -> Iterator[BinaryIO 
         yield stdin or sys.stdin.buffer
     else:
         try:
-            file = open(section.file, "rb")
+            file = open_regular(section.file)
         except OSError as error:
             raise ConfigError(Problem(key="input.file", value=section.file, rule=f"{error.strerror}")) from error
         with file:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
+from megalite import terminal
 from megalite.config.load import Loaded
 from megalite.config.schema import InferConfig
 from megalite.core import distributed
@@ -74,10 +76,11 @@ def _generate(config: InferConfig, runtime: Runtime) -> int:
             writer.fail(left)
         engine.outputs.texts.update(left.texts)
         mail = Mailbox(replica)
+        enough = writer or mail
         hooks = Hooks(
             on_output=writer.write if writer else mail.post,
             on_step=(lambda tokens: (writer.advance(tokens), writer.collect(mail))) if writer else lambda tokens: None,
-            stop_requested=lambda: runtime.signal_received() is not None,
+            stop_requested=lambda: runtime.signal_received() is not None or enough.reader_has_left,
         )
         replica.meter.start()
         completed = engine.run(left.requests, make_feed(replica, left.requests, _MAIL + "/next"), hooks)
@@ -120,12 +123,18 @@ def _announce(name: str, replica: Replica) -> None:
 
 
 class Writer:
-    """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
+    """Takes the results of all replicas to the output file, or in input order to the terminal. Lives on one rank."""
 
     def __init__(self, config: InferConfig, replica: Replica, weights: str, batch: InputBatch):
         """`weights`: what identifies those of the model."""
         self.file = None
         self.dp = replica.layout.dp
+        self.reader_has_left = False
+        """Results go to standard output, and nobody reads it any more."""
+        self.early: dict[str, RequestOutput] = {}
+        """Results for the terminal that wait for those before them."""
+        self.unprinted = deque(batch.order)
+        """Ids, in the order in which their results are printed."""
         if config.output.file:
             decided = fingerprint(config, weights=weights, inputs=batch.digest)
             self.file = OutputFile.open(config.output.file, decided, batch.order, overwrite=config.output.overwrite)
@@ -144,6 +153,8 @@ class Writer:
         self.progress.close()
         if self.file:
             self.file.close()
+        else:  # stopped before all were done
+            self._print(self.early.pop(name) for name in self.unprinted if name in self.early)
 
     def go_on(self) -> None:
         """Say what an earlier run has left to do."""
@@ -161,17 +172,32 @@ class Writer:
         if self.file:
             self.file.write(output)
         else:
-            with self.progress.aside():
-                print_output(output, sys.stdout)
+            self.early[output.request_id] = output
+            self._print(self._next())
         self.progress.advance(prompts=1)
+
+    def _next(self) -> Iterator[RequestOutput]:
+        """The results whose turn it is."""
+        while self.unprinted and self.unprinted[0] in self.early:
+            yield self.early.pop(self.unprinted.popleft())
+
+    def _print(self, outputs: Iterable[RequestOutput]) -> None:
+        """ResourceError if they can't be written."""
+        with self.progress.aside():
+            for output in outputs:
+                print_output(output, sys.stdout)
+        terminal.require_stdout()
+        self.reader_has_left = terminal.reader_has_left()
 
     def advance(self, tokens: int) -> None:
         self.progress.advance(tokens=tokens * self.dp)  # the other replicas' tokens are guessed from this one's
 
     def collect(self, mail: Mailbox) -> None:
-        """Write what the other replicas have sent, if it is time to look."""
+        """Write what the other replicas have sent, if it is time to look; let them know that nobody reads it."""
         if mail.senders and time.monotonic() - self.last_look > MAIL_INTERVAL:
             self.last_look = time.monotonic()
+            if self.reader_has_left:
+                mail.stop()
             for output in mail.take():
                 self.write(output)
 
@@ -185,10 +211,17 @@ class Mailbox:
         self.senders: Sequence[int] = range(1, replica.layout.dp)
         """Replicas that may still send."""
         self.posted = 0
+        self.reader_has_left = False
+        """As the writer has said; known after a letter to it."""
         self.taken = dict.fromkeys(self.senders, 0)
 
     def post(self, output: RequestOutput) -> None:
         self._put(output.to_line())
+        self.reader_has_left = self.store.check([f"{_MAIL}/enough"])
+
+    def stop(self) -> None:
+        """Tell the other replicas to leave off."""
+        self.store.set(f"{_MAIL}/enough", "1")
 
     def _put(self, line: str) -> None:
         self.store.set(self._key(self.replica.state.coord.dp, self.posted), line)

@@ -144,9 +144,12 @@ class _Place:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """An open file that keeps other runs from writing `path` until it is closed or this process ends."""
+    """An open file that keeps other runs from writing `path` until it is closed or this process ends.
+
+    Open for writing, without which NFS gives no exclusive lock (flock(2): EBADF).
+    """
     while True:
-        lock = path.open("rb")
+        lock = path.open("r+b", buffering=0)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CheckpointError
+from megalite.files import read_whole
 from megalite.model.config import Rope, RopeScaling
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -52,16 +53,13 @@ ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder; CheckpointError if there is none."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CONFIG_BYTES + 1)
+        text = read_whole(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise CheckpointError(f"{path.parent}: no such model folder") from None
         raise CheckpointError(f"{path}: missing. A model folder needs it; is this a model folder?") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    if len(text) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_CONFIG_BYTES >> 20} MiB, so not what it should be")
     try:
         values = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

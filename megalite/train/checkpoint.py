@@ -12,6 +12,7 @@ of any layout goes on from it. What it holds does not depend on dp and the ZeRO 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shutil
@@ -43,8 +44,9 @@ from megalite.weights.shards import expected, stored_layout
 from megalite.weights.tensor_file import DTYPE_BYTES, new_header
 
 KINDS = (WEIGHT, *MOMENTS)
-_SAVED_AGAIN = re.compile(r"step-\d+-([1-9]\d{0,8})")
+_NAME = re.compile(r"step-\d+(?:-([1-9]\d{0,8}))?")
 DIGEST_BYTES = 16
+log = logging.getLogger(__name__)
 Held = dict[str, tuple[tuple[int, ...], list[Owned]]]
 """Shape of each parameter that a rank stores, and the ranges it is made of."""
 
@@ -81,9 +83,9 @@ def save_state(
         manifests.write(target, manifest)
         sync_folder(folder)
         maybe_fault("state.clean", state.rank)
-        for other in folder.iterdir():
+        for other in _states(folder):
             if other != target:
-                shutil.rmtree(other)
+                _remove(other)
     else:
         _send_digests(state, digests)
     all_reduce_sum(torch.zeros(1), state.world)  # everybody waits for the first rank
@@ -98,14 +100,27 @@ def _new_folder(folder: Path, step: int) -> Path:
     return folder / (f"step-{step:08d}" if taken == 0 else f"step-{step:08d}-{taken + 1}")
 
 
+def _states(folder: Path) -> list[Path]:
+    """The folders of states, whole or not. What else lies there is not ours."""
+    return [path for path in sorted(folder.glob("step-*")) if _NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _remove(path: Path) -> None:
+    """A state that is not needed any more. If it can't be removed, that is not worth ending a run for."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log.warning("%s: could not be removed: %s", path, error.strerror or error)
+
+
 def _is_whole(path: Path) -> bool:
     return (path / manifests.NAME).exists()
 
 
 def _count(path: Path) -> int:
     """Which save of its step a state is, from its name; 1 if that doesn't say so."""
-    found = _SAVED_AGAIN.fullmatch(path.name)
-    return int(found[1]) if found else 1
+    found = _NAME.fullmatch(path.name)
+    return int(found[1]) if found and found[1] else 1
 
 
 def _stored_rank(state: ParallelState) -> int:
@@ -251,7 +266,7 @@ def _stored_file(held: Held, layout: Layout, wide: set[str], rank: int, kind: st
 
 def newest_state(folder: Path) -> tuple[Path, Manifest] | None:
     """The last complete state in `folder`, of whatever layout, and its manifest."""
-    found = [(path, shards.open_manifest(path)) for path in sorted(folder.glob("step-*")) if _is_whole(path)]
+    found = [(path, shards.open_manifest(path)) for path in _states(folder) if _is_whole(path)]
     return max(found, key=lambda one: (_step(*one), _count(one[0])), default=None)
 
 
@@ -283,9 +298,9 @@ def _step(path: Path, manifest: Manifest) -> int:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what saves that were killed have left. For one process, before any rank saves."""
-    for path in folder.glob("step-*"):
+    for path in _states(folder):
         if not _is_whole(path):
-            shutil.rmtree(path)
+            _remove(path)
 
 
 def load_state(trainer: Trainer, path: Path) -> None:

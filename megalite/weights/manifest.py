@@ -18,7 +18,7 @@ import xxhash
 
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
-from megalite.files import write_durably
+from megalite.files import read_whole, write_durably
 from megalite.weights.tensor_file import WEIGHT_DTYPES, is_plain_name
 
 NAME = "manifest.json"
@@ -158,18 +158,10 @@ def read(folder: Path) -> Manifest:
     held against the weight files yet.
     """
     path = folder / NAME
-    return decode(_content(path), path)
-
-
-def _content(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        return decode(read_whole(path, MAX_BYTES), path)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-    if len(content) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 20} MiB, so not a manifest")
-    return content
 
 
 def decode(content: bytes, path: Path) -> Manifest:
