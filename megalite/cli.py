@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -24,7 +24,9 @@ from megalite import terminal
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
+from megalite.config.shape import hints, holds_text
 from megalite.config.validate import layout_words, num_ranks, world_size_problem
+from megalite.core.hosts import check_hostfile, distrust, pack_config, run_over_hosts, unpack_config
 from megalite.core.launcher import door_of, run_ranks
 from megalite.core.place import Place
 from megalite.errors import (
@@ -49,13 +51,16 @@ FLAGS = {
     "--check": "stop after the checks, to which each line of input.file belongs then",
     "--print-config": "print every value and where it came from, then stop",
     "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",
+    "--no_ssh": "with --hostfile and --node_rank N: start this host's ranks only",
     "--debug": "show tracebacks for errors of all kinds",
     "--help": "show this",
 }
 LINES_SHOWN = 10
 """Lines of input that can't run, listed by --check."""
-VALUED = ("--config", "--resolved-sha256", "--local_rank", "--local-rank")
-"""Options with a value; all but the first are for the ranks, from a launcher or the door."""
+HOSTS = ("--hostfile", "--include", "--exclude", "--master_addr", "--master_port", "--ssh_port", "--node_rank")
+"""Options with a value that go to deepspeed; the last with its flag --no_ssh, once on each host."""
+VALUED = ("--config", *HOSTS, "--resolved-config", "--resolved-sha256", "--local_rank", "--local-rank")
+"""Options with a value; the last four are for the ranks, from a launcher or the door."""
 MOST_RANKS_PER_CORE = 8
 QUIET_WAIT = 3.0
 """Seconds that ranks wait which leave the message to another: a launcher kills the rest when the first one ends."""
@@ -68,8 +73,16 @@ class Options:
     config: str = ""
     overrides: tuple[str, ...] = ()
     flags: frozenset[str] = frozenset()
+    hosts: tuple[str, ...] = ()
+    """What deepspeed is told when the run is over several hosts."""
+    resolved: str = ""
+    """The resolved config, packed, when the door on another host started this rank."""
     sha256: str = ""
     """Of the resolved config, when the door started this rank."""
+
+    @property
+    def for_ranks(self) -> list[str]:
+        return ["--debug"] if "--debug" in self.flags else []
 
 
 def no_checks(config: Config) -> list[Problem]:
@@ -117,11 +130,15 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
     if "--help" in options.flags:
         _say(usage(kind))
         return EXIT_DONE
-    loaded, problems = resolve(kind, options.config, options.overrides)
+    with ExitStack() as stack:
+        path = options.config
+        if options.resolved:
+            path = _nameless_file(unpack_config(options.resolved), stack)
+        loaded, problems = resolve(kind, path, options.overrides)
     speaks = place is None or place.rank == 0
     if "--print-config" in options.flags and speaks:
         _say(table(loaded))
-    more = _misplaced(loaded, place, argv, options.sha256)
+    more = _misplaced(loaded, place, argv, options)
     if not options.sha256:
         more += checks(loaded.config)
     model = check(loaded, problems, more, read_headers=place is None)
@@ -138,9 +155,11 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
         terminal.require_stdout()
     if place is not None:
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
+    if options.hosts:
+        return _start_hosts(loaded, options)
     if place is not None or num_ranks(loaded.config) == 1:
         return run(loaded)
-    return _start_ranks(loaded, "--debug" in options.flags)
+    return _start_ranks(loaded, options)
 
 
 def _check_input(config: Config, model: ModelConfig | None) -> None:
@@ -184,7 +203,11 @@ def read_arguments(argv: Sequence[str]) -> Options:
             problems.append(_usage_problem(name, "is given twice", "Keep one."))
     if "--help" in flags:
         return Options(flags=frozenset(flags))
-    if not values.get("--config"):
+    hosts = [word for name in HOSTS if name in values for word in (name, values[name])]
+    hosts += [] if "--no_ssh" not in flags else ["--no_ssh"]
+    if hosts and "--hostfile" not in values:
+        problems.append(_usage_problem(hosts[0], "needs --hostfile", "Add --hostfile FILE."))
+    if not values.get("--config") and "--resolved-config" not in values:
         stray = next((one for one in overrides if one.endswith((".yaml", ".yml"))), "")
         overrides = [one for one in overrides if one != stray]
         fix = f"Write --config {stray or 'configs/infer/demo.yaml'}."
@@ -192,9 +215,11 @@ def read_arguments(argv: Sequence[str]) -> Options:
     if problems:
         raise ConfigError(*problems)
     return Options(
-        config=values["--config"],
+        config=values.get("--config", ""),
         overrides=tuple(overrides),
         flags=frozenset(flags),
+        hosts=tuple(hosts),
+        resolved=values.get("--resolved-config", ""),
         sha256=values.get("--resolved-sha256", ""),
     )
 
@@ -208,10 +233,13 @@ def usage(kind: Kind) -> str:
     script = f"launch/{kind}.py"
     lines = [
         f"usage: python {script} --config FILE [section.key=value ...] [options]",
+        f"       python {script} --hostfile HOSTS --config FILE [section.key=value ...] [options]",
         f"       deepspeed --num_gpus N {script} --config FILE [section.key=value ...] [options]",
         f"       torchrun --nproc_per_node N {script} --config FILE [section.key=value ...] [options]",
         "",
         "python starts the ranks that the config asks for, tp * pp * dp; under deepspeed or torchrun N must be that.",
+        "With --hostfile (lines `HOST slots=RANKS`) it starts them on several hosts through deepspeed, which also takes",
+        "--include, --exclude, --master_addr, --master_port, --ssh_port and --node_rank from it.",
         "",
         "options:",
         *(f"  {name:16}{meaning}" for name, meaning in {"--config FILE": "the config, YAML", **FLAGS}.items()),
@@ -247,12 +275,20 @@ def _leaving_on_signals(place: Place | None) -> Iterator[None]:
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], sha256: str) -> list[Problem]:
+def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], options: Options) -> list[Problem]:
     """What is wrong with how this rank was started, if it is one."""
     found: list[Problem | None] = []
     if place is not None:
         started, command = _launched(place, num_ranks(loaded.config), argv)
         found.append(world_size_problem(loaded.config, place.world_size, started, command))
+        if options.hosts:
+            found.append(_usage_problem(options.hosts[0], "can't be used by a rank", "Start with plain python."))
+        if place.launcher == "deepspeed" and place.over_hosts and not options.sha256:
+            texts = [key for key, hint in hints(type(loaded.config)).items() if holds_text(hint)]
+            given = [key for key in texts if loaded.origins[key] == COMMAND_LINE]
+            instead = f"python {sys.argv[0]} --hostfile HOSTS --config {options.config} KEY=VALUE ..."
+            found += distrust(given, options.overrides, instead)
+    sha256 = options.sha256
     if sha256 and sha256 != loaded.sha256:
         rule = f"config differs from the one the run was started with (sha256 {loaded.sha256[:16]}, not {sha256[:16]})"
         found.append(Problem(key=f"host {socket.gethostname()}", rule=rule, fix="Start the run again."))
@@ -272,24 +308,46 @@ def _launched(place: Place, wanted: int, argv: Sequence[str]) -> tuple[str, str]
     return started, shlex.join([*command.split(), sys.argv[0], *kept])
 
 
-def _start_ranks(loaded: Loaded, debug: bool) -> int:
+def _nameless_file(text: str, stack: ExitStack) -> str:
+    """The path of a file in memory that holds `text`, for this process and those that get its descriptor."""
+    file = stack.enter_context(open(os.memfd_create("config"), "w", encoding="utf-8"))
+    file.write(text)
+    file.flush()
+    return f"/proc/self/fd/{file.fileno()}"
+
+
+def _reads_stdin(loaded: Loaded) -> bool:
+    return isinstance(loaded.config, InferConfig) and loaded.config.input.file == "-"
+
+
+def _start_hosts(loaded: Loaded, options: Options) -> int:
+    """Start the ranks on several hosts through deepspeed; gives its exit code."""
+    filtered = "--include" in options.hosts or "--exclude" in options.hosts
+    check_hostfile(options.hosts[1], num_ranks(loaded.config), filtered)
+    if _reads_stdin(loaded):
+        rule = "standard input can't be read on another host"
+        raise ConfigError(Problem(key="input.file", rule=rule, value="-", fix="Give a file that every host has."))
+    resolved = ["--resolved-config", pack_config(loaded.text), "--resolved-sha256", loaded.sha256]
+    return run_over_hosts(options.hosts, os.path.abspath(sys.argv[0]), [*resolved, *options.for_ranks])
+
+
+def _start_ranks(loaded: Loaded, options: Options) -> int:
     """Start the ranks on this host with the resolved config in a file without a name; gives the run's exit code."""
     ranks, cores = num_ranks(loaded.config), os.cpu_count() or 1
     if ranks > max(64, MOST_RANKS_PER_CORE * cores):
         raise ResourceError(
             f"parallel: {layout_words(loaded.config)} on this host, which has {cores} cores. Use several hosts "
-            "(deepspeed --hostfile), or lower parallel.tp, pp or dp."
+            "(--hostfile), or lower parallel.tp, pp or dp."
         )
-    with open(os.memfd_create("config"), "w", encoding="utf-8") as file:
-        file.write(loaded.text)
-        file.flush()
-        resolved = ["--config", f"/proc/self/fd/{file.fileno()}", "--resolved-sha256", loaded.sha256]
+    with ExitStack() as stack:
+        path = _nameless_file(loaded.text, stack)
+        resolved = ["--config", path, "--resolved-sha256", loaded.sha256]
         return run_ranks(
-            [os.path.abspath(sys.argv[0]), *resolved, *(["--debug"] if debug else [])],
+            [os.path.abspath(sys.argv[0]), *resolved, *options.for_ranks],
             ranks,
             stopped_timeout=2 * loaded.config.distributed.peer_timeout,
-            files=[file.fileno()],
-            stdin=isinstance(loaded.config, InferConfig) and loaded.config.input.file == "-",
+            files=[int(os.path.basename(path))],
+            stdin=_reads_stdin(loaded),
         )
 
 

@@ -624,6 +624,34 @@ def test_a_stage_below_the_launcher_gets_the_resolved_file(job, monkeypatch):
     assert seen["loaded"].config.sampling.stop == "${x}"
 
 
+def test_text_in_arguments_of_a_bare_multi_host_launch_is_refused(job, monkeypatch, capfd):
+    put_under_launcher(monkeypatch, 0, 2)
+    monkeypatch.setenv("CROSS_SIZE", "2")
+    monkeypatch.setenv("LOCAL_SIZE", "1")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert start("infer", ("parallel.tp=2", "sampling.seed=3", "model.dtype=float32"), config=JOB)[0] == 0
+    assert start("infer", ("parallel.tp=2", "input.prompts=[/root]"), config=JOB) == (USAGE, [])
+    error = capfd.readouterr().err
+    assert error.startswith("error: input.prompts: text in arguments goes through a shell on every host")
+    assert "--hostfile HOSTS --config job.yaml KEY=VALUE ..." in error
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (("--master_port", "3"), "--master_port: needs --hostfile"),
+        (("--no_ssh",), "--no_ssh: needs --hostfile"),
+        (("--hostfile", "hosts", "input.prompts=null", "input.file=-"), "input.file: standard input can't be read on"),
+        (("--hostfile", "nowhere"), "--hostfile: can't be read"),
+        (("--hostfile", "hosts", "parallel.tp=2"), "its hosts start 1 ranks, and the layout needs 2"),
+    ],
+)
+def test_a_start_over_hosts_that_can_not_be(job, capfd, args, says):
+    Path("hosts").write_text("a slots=1\n")
+    assert start("infer", args, config=JOB) == (USAGE, [])
+    assert says in capfd.readouterr().err
+
+
 # ---- what is printed ---------------------------------------------------------------------------------------------
 
 

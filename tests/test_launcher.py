@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from megalite.core import launcher
+from megalite.core import hosts, launcher
 from megalite.core.launcher import door_of, environment, run_ranks
 from megalite.core.place import Place
+from megalite.errors import ConfigError
 from megalite.monitor.processes import Process, descendants
 
 HERE = Path(__file__).parent
@@ -270,6 +271,106 @@ def test_a_signal_while_one_rank_alone_loads(tmp_path, signum, code):
     run.process.send_signal(signum)
     assert run.ended(30) == code
     assert run.err == [f"stopped by {signal.Signals(signum).name} before the run began."]
+
+
+# ---- several hosts
+
+PDSH = """#!{python}
+# What pdsh and ssh do with a command: its words are joined, %n and %h replaced, and each host's shell reads the rest.
+import subprocess, sys
+hosts = sys.argv[sys.argv.index("-w") + 1].split(",")
+words = " ".join(sys.argv[sys.argv.index("-w") + 2 :])
+shells = [
+    subprocess.Popen(["sh", "-c", words.replace("%n", str(number)).replace("%h", host)])
+    for number, host in enumerate(hosts)
+]
+sys.exit(max(shell.wait() for shell in shells))
+"""
+
+
+def test_no_shell_between_the_hosts_changes_a_value(tmp_path):
+    """Two hosts of one rank, behind what pdsh does to arguments."""
+    for name, text in {"pdsh": PDSH.format(python=sys.executable), "ssh": "#!/bin/sh\nexit 0\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("hostA slots=1  # the first\n\nhostB slots=1\n")
+    hostile = """$HOME $(echo x) `echo y` %h %n "quoted" \\"half ${PATH} 'one' ~ * ; ü"""
+    options = ["--hostfile", hosts, "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    config = HERE.parent / "configs" / "infer" / "demo.yaml"
+    output = tmp_path / "out.jsonl"
+    values = ["parallel.tp=2", "sampling.max_tokens=2", f"output.file={output}", "monitor.report=false"]
+    values.append(f"input.prompts={json.dumps([hostile])}")
+    run = Started(
+        tmp_path / "run",
+        [sys.executable, HERE.parent / "launch" / "infer.py", *options, "--config", config, *values],
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+    )
+    assert run.process.wait(180) == 0, run.err
+    assert json.loads(output.read_text())["prompt"] == hostile
+
+
+LONG = [f"word {number * 7919 % 99991}" for number in range(60_000)]
+
+
+@pytest.mark.parametrize("text", ["", "a: $HOME `x` %h\n", "ä" * 100_000, "\u2028\0"])
+def test_a_config_is_packed_in_harmless_letters(text):
+    packed = hosts.pack_config(text)
+    assert hosts.unpack_config(packed) == text and re.fullmatch("[A-Za-z0-9_=-]*", packed)
+
+
+def test_a_config_that_can_not_be_sent(tmp_path):
+    with pytest.raises(ConfigError, match=r"--hostfile: the config is too long .* \(input.file\)"):
+        hosts.pack_config("\n".join(LONG))
+    for damaged in ("x", "eJwDAAAAAAE", "%h"):
+        with pytest.raises(ConfigError, match="--resolved-config: was changed on its way to this host"):
+            hosts.unpack_config(damaged)
+    with pytest.raises(ConfigError, match="holds characters that a remote shell would change"):
+        hosts.run_over_hosts(["--hostfile", "a b"], "launch/infer.py", [])
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("a slots=2\nb slots=2\n", ""),
+        ("# one\na slots=4 # two\n", ""),
+        ("a slots=2\n", "its hosts start 2 ranks, and the layout needs 4"),
+        ("a\n", "hosts:1: must be `HOST slots=NUMBER`, got 'a'"),
+        ("a slots=2\nb slots=two", "hosts:2: must be"),
+        (None, "--hostfile: can't be read: .*No such file"),
+    ],
+)
+def test_a_hostfile_is_checked_first(tmp_path, lines, says):
+    path = tmp_path / "hosts"
+    if lines is not None:
+        path.write_text(lines)
+    if says:
+        with pytest.raises(ConfigError, match=says):
+            hosts.check_hostfile(str(path), 4, filtered=False)
+    else:
+        hosts.check_hostfile(str(path), 4, filtered=False)
+
+
+@pytest.mark.parametrize(
+    ("texts", "overrides", "remote", "refused"),
+    [
+        ([], [], True, ""),
+        ([], ["parallel.tp=2", "model.dtype=float32"], True, ""),
+        (["model.path"], ["model.path=/root/model"], True, "model.path"),
+        (["model.path"], ["model.path=/root/model"], False, ""),
+        ([], ["sampling.seed=$RANDOM"], False, "sampling.seed=$RANDOM"),
+        (["input.file"], ["input.file=`date`"], False, "input.file=`date`"),
+        (["output.file"], ["output.file=out-%h"], False, "output.file=out-%h"),
+        (["output.file"], ["output.file=100%"], False, ""),
+    ],
+)
+def test_ranks_distrust_text_that_came_through_shells(monkeypatch, texts, overrides, remote, refused):
+    monkeypatch.setattr(hosts, "ancestors", lambda process: [] if remote else [process])
+    monkeypatch.setattr(hosts, "launcher_name", lambda process: "deepspeed")
+    found = [str(problem) for problem in hosts.distrust(texts, overrides, "python x --hostfile HOSTS")]
+    assert bool(found) == bool(refused)
+    for line in found:
+        assert line.startswith(f"{refused}: text in arguments goes through a shell") and "python x --hostfile" in line
 
 
 # ---- what the door decides

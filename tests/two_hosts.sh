@@ -74,7 +74,7 @@ ranks_on() { # ranks_on HOST: process ids of its ranks
 }
 
 start_run() { # start_run STEPS: start it in the background on host a, wait until all ranks are at work
-    echo "steps: $1" >"$work/config.yaml"
+    printf 'steps: %s\npeer_timeout: 6\n' "$1" >"$work/config.yaml"
     on $a python -m deepspeed.launcher.runner --hostfile "$work/hostfile" --no_ssh_check --master_addr 10.77.0.1 \
         --log_level critical --no_local_rank "$here/joined_rank.py" --config "$work/config.yaml" x x \
         >"$work/out" 2>"$work/err" &

@@ -162,6 +162,11 @@ def is_text(hint: Any) -> bool:
     return str in (get_args(hint) if _is_union(hint) else (hint,))
 
 
+def holds_text(hint: Any) -> bool:
+    """The field holds text somewhere, other than one of a few words."""
+    return hint in (str, Any) or (get_origin(hint) is not Literal and any(map(holds_text, get_args(hint))))
+
+
 def is_mapping(hint: Any) -> bool:
     """The field holds a mapping (or null)."""
     return any(get_origin(one) is dict for one in (get_args(hint) if _is_union(hint) else (hint,)))

@@ -29,6 +29,11 @@ class Place:
     launcher: str
     """What to call it in messages."""
 
+    @property
+    def over_hosts(self) -> bool:
+        """The launcher says that there are ranks on other hosts."""
+        return self.started_here is not None and self.started_here < self.world_size
+
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Place | None:
         """None without a launcher; ConfigError if its variables are incomplete or make no sense."""
