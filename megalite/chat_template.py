@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -44,7 +44,7 @@ class ChatTemplate:
         self._timeouts = 0
         self._child: _Child | None = None
 
-    def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The prompt's text. `variables` and messages are JSON-like; TemplateError if the template refuses or fails."""
         if self._timeouts >= MAX_TIMEOUTS:
             raise TemplateError(f"the chat template ran out of time {self._timeouts} times and is not tried again")
@@ -70,7 +70,7 @@ class ChatTemplate:
             self._child = None
 
 
-def _normalized(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _normalized(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as transformers shows them to templates: no null fields, reasoning under all the names it goes by."""
     shown = []
     for message in messages:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from os.path import commonprefix
@@ -27,6 +27,8 @@ _UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "sp
 """Older forms of a tokenizer, from which tokenizer.json can be made."""
 _PAIRS_CACHED = 1 << 16
 _BATCH_CHARACTERS = 1 << 20
+_GOES_ON = "[the last message goes on here] "
+"""Stands in a chat where an answer is to go on; the space tells whether the template cuts white space off."""
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -71,8 +73,11 @@ class Tokenizer:
         self._decoding = _decoding(backend)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer | None:
-        """The tokenizer in `folder`, or None if there is none. CheckpointError: it is damaged or of an older form."""
+    def load(cls, folder: str | Path, *, model: Mapping[str, Any] | None = None) -> Tokenizer | None:
+        """The tokenizer in `folder`, or None if there is none. CheckpointError: it is damaged or of an older form.
+
+        `model`: config.json of the model that it is for, if that is not in the folder; see tokenizer_files.py.
+        """
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.exists():
@@ -84,7 +89,7 @@ class Tokenizer:
                 f"{folder}: has {found[0]} but no tokenizer.json. Where transformers is installed, this makes one:\n"
                 f'python -c "from transformers import AutoTokenizer; {convert}"'
             )
-        return cls(*read_tokenizer(folder))
+        return cls(*read_tokenizer(folder, model))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; special tokens written in the text count as such.
@@ -185,7 +190,7 @@ class Tokenizer:
 
     def apply_chat_template(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -201,8 +206,9 @@ class Tokenizer:
         if continue_final_message and add_generation_prompt:
             raise TemplateError("continue_final_message goes with add_generation_prompt=False")
         template = self._template(chat_template, tools=variables.get("tools") is not None)
-        text = template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return _up_to_content(text, messages) if continue_final_message else text
+        shown = _marked(messages) if continue_final_message else messages
+        text = template.render(shown, add_generation_prompt=add_generation_prompt, **variables)
+        return _up_to_mark(text) if continue_final_message else text
 
     def _template(self, wanted: str | None, *, tools: bool) -> ChatTemplate:
         """The template of this name, or of this text; None: the one for chats with or without `tools`."""
@@ -253,14 +259,27 @@ def _failing_alone() -> Iterator[None]:
         raise TokenizerError(f"the tokenizer fails at this text: {error}") from None
 
 
-def _up_to_content(text: str, messages: list[dict[str, Any]]) -> str:
-    """A chat's text without what the template writes after the last message's content."""
-    content = messages[-1].get("content") or ""
-    place = text.rfind(content.strip())
-    if not content.strip() or place < 0:
-        raise TemplateError("continue_final_message: the last message's content is not in the chat template's text")
-    whole = content.lstrip()
-    return text[: place + len(whole if text.startswith(whole, place) else content.strip())]
+def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The messages with _GOES_ON at the end of the last one's text. TemplateError: it has none."""
+    *before, last = messages
+    content = last.get("content")
+    if isinstance(content, list):
+        texts = [i for i, part in enumerate(content) if isinstance(part, Mapping) and isinstance(part.get("text"), str)]
+        if texts:
+            place = texts[-1]
+            part = {**content[place], "text": content[place]["text"] + _GOES_ON}
+            return [*before, {**last, "content": [*content[:place], part, *content[place + 1 :]]}]
+    elif isinstance(content, str):
+        return [*before, {**last, "content": content + _GOES_ON}]
+    raise TemplateError("continue_final_message: the last message has no text that could go on")
+
+
+def _up_to_mark(text: str) -> str:
+    """A chat's text up to where the last message's content ends; white space there stays if the template keeps it."""
+    place = text.rfind(_GOES_ON.strip())
+    if place < 0:
+        raise TemplateError("continue_final_message: the chat template does not show the last message's content")
+    return text[:place] if text.startswith(_GOES_ON, place) else text[:place].rstrip()
 
 
 def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

@@ -117,10 +117,12 @@ _OF_FAMILY_ALONE = ("qwen2",)
 _AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizer", "PreTrainedTokenizerFast")
 
 
-def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
+def read_tokenizer(
+    folder: Path, model: Mapping[str, Any] | None = None
+) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[str, str]]:
     """The tokenizer of a folder with a tokenizer.json, its named tokens, and its chat templates by name.
 
-    CheckpointError: a file is damaged.
+    `model`: what config.json says, None: the folder's. CheckpointError: a file is damaged.
     """
     path = folder / "tokenizer.json"
     content = _content(path)
@@ -132,7 +134,7 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], 
         raise CheckpointError(f"{path}: is not a tokenizer that can be read: {error}.{hint}") from error
     try:
         values, tokens = _read_values(folder)
-        kind = _class(folder, values, path)
+        kind = _class(values, _read_json(folder / "config.json") if model is None else model, path)
         named = _named_tokens(values, kind)
         backend = _made_anew(backend, path, kind, values, named) if kind is not None else backend
         _add_tokens(backend, tokens, named, _additional(values), kind)
@@ -198,9 +200,8 @@ def _take_named(values: dict[str, Any]) -> None:
         values[_OWN] = {**values.get(_OWN, {}), **values.pop(_EXTRA)}
 
 
-def _class(folder: Path, values: Mapping[str, Any], path: Path) -> _Class | None:
-    """The class that makes the tokenizer anew; None: it is tokenizer.json as it is."""
-    config = _read_json(folder / "config.json")
+def _class(values: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> _Class | None:
+    """The class that makes the tokenizer anew, by tokenizer_config.json and config.json; None: it is as it is."""
     family = config.get("model_type")
     given = values.get("tokenizer_class") or config.get("tokenizer_class")
     given = given.removesuffix("Fast") if given else None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tokenizer_family import FAMILY
 
+from megalite.chat_template import TemplateError
 from megalite.config.schema import DataSection, InputSection, SamplingParams
 from megalite.hybrid.tasks import load_examples
 from megalite.inference.inputs import Served, read_inputs
@@ -126,3 +127,26 @@ def test_turns_of_a_chat_are_learnt_wherever_it_begins():
     spans = [i for i, counts in enumerate(example.learnt) if counts]
     read = ours().decode([example.ids[i] for i in spans], skip_special_tokens=False)
     assert read.replace(" ", "") == "hello</s>b</s>" and text.startswith("<|user|>default<|assistant|>hello</s>")
+
+
+@pytest.mark.parametrize(
+    "content", ["e", "hello ", " the\n", [{"type": "text", "text": "a "}, {"text": "e ", "type": "text"}]]
+)
+@pytest.mark.parametrize("template", ["whole", "trimmed"])
+def test_an_answer_that_goes_on_ends_where_its_content_does(content, template):
+    trimmed = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|user|>{% endfor %}"
+    chat_template = TEMPLATE if template == "whole" else trimmed
+    if template == "trimmed" and not isinstance(content, str):
+        return
+    messages = [USER, {"role": "assistant", "content": content}]
+    options = {"chat_template": chat_template, "add_generation_prompt": False, "continue_final_message": True}
+    got = ours().apply_chat_template(messages, **options)
+    assert got == theirs().apply_chat_template(messages, tokenize=False, **options)
+
+
+def test_an_answer_without_text_can_not_go_on():
+    for content in (None, [], [{"type": "text"}]):
+        with pytest.raises(TemplateError, match="the last message has no text"):
+            ours().apply_chat_template(
+                [{"role": "assistant", "content": content}], add_generation_prompt=False, continue_final_message=True
+            )
