@@ -129,6 +129,15 @@ def test_turns_of_a_chat_are_learnt_wherever_it_begins():
     assert read.replace(" ", "") == "hello</s>b</s>" and text.startswith("<|user|>default<|assistant|>hello</s>")
 
 
+def test_a_template_that_opens_no_answers_shows_where_the_first_begins():
+    template = "{{ bos_token }}default!{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    known = Tokenizer(FAMILY["byte level"](), {"bos_token": "<s>", "eos_token": "</s>"}, {"default": template})
+    (example,) = encode_chat(known, [{"role": "assistant", "content": "hello"}, USER], END)
+    known.close()
+    read = [known.token_text(token) for token, counts in zip(example.ids, example.learnt, strict=True) if counts]
+    assert "".join(read) == "assistant: hello</s>"
+
+
 @pytest.mark.parametrize(
     "content", ["e", "hello ", " the\n", [{"type": "text", "text": "a "}, {"text": "e ", "type": "text"}]]
 )

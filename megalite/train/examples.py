@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
 from megalite.tokenizer import Tokenizer
@@ -84,9 +85,10 @@ def _rendered_turn(
     answered = rendered(messages[: turn + 1], prompt=False)
     if turn > 0:
         asked = rendered(messages[:turn], prompt=True)
-    else:  # no chat before it could be shown: what all answers begin with tells where this one does
-        opening = rendered(_QUESTION, prompt=True).removeprefix(rendered(_QUESTION, prompt=False))
-        asked = answered[: answered.find(opening)] + opening
+    else:  # no chat before it could be shown: what all answers, or else all chats begin with tells where this one does
+        question = rendered(_QUESTION, prompt=False)
+        opening = rendered(_QUESTION, prompt=True).removeprefix(question)
+        asked = answered[: answered.find(opening)] + opening if opening else commonprefix((answered, question))
     if not answered.startswith(asked):
         raise ValueError(
             f"the chat template shows message {turn + 1}, an assistant's, otherwise than the prompt for it begins: "
