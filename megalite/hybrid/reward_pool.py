@@ -19,6 +19,7 @@ import math
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -137,9 +138,8 @@ class RewardPool:
         busy = [worker for worker in self._workers if worker.sample is not None]
         with selectors.DefaultSelector() as selector:
             for worker in busy:
-                selector.register(worker.answers, selectors.EVENT_READ)
-                if worker.unsent:
-                    selector.register(worker.requests, selectors.EVENT_WRITE)
+                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.unsent else 0)
+                selector.register(worker.line, wanted)
             selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
 
 
@@ -157,11 +157,7 @@ class _Worker:
     """One process, and the sample it works on."""
 
     def __init__(self, reward: str, time_limit: float):
-        self._process = _start(reward)
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self.requests, self.answers = self._process.stdin.fileno(), self._process.stdout.fileno()
-        os.set_blocking(self.requests, False)
-        os.set_blocking(self.answers, False)
+        self._process, self.line = _start(reward)
         self._reward, self._time_limit = reward, time_limit
         self._ready = False
         """It has imported the reward."""
@@ -210,17 +206,20 @@ class _Worker:
         with suppress(BlockingIOError):
             try:
                 while self.unsent:
-                    self.unsent = self.unsent[os.write(self.requests, self.unsent) :]
-            except BrokenPipeError:  # it has ended, which shows when it is heard
+                    self.unsent = self.unsent[self.line.send(self.unsent) :]
+            except (BrokenPipeError, ConnectionResetError):  # it has ended, which shows when it is heard
                 self.unsent = b""
 
     def _hear(self) -> bool:
         """Take in what it has said; False once it can say no more."""
-        with suppress(BlockingIOError):
-            while piece := os.read(self.answers, _PIECE):
+        try:
+            while piece := self.line.recv(_PIECE):
                 self._heard += piece
-            return False
-        return True
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:  # it ended before it had read all
+            pass
+        return False
 
     def _line(self) -> bytes:
         line, _, self._heard = self._heard.partition(b"\n")
@@ -242,14 +241,15 @@ class _Worker:
 
     def dismiss(self) -> None:
         """Ask it to leave: it does when it has nothing to do."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(OSError):  # it may have ended
+            self.line.shutdown(socket.SHUT_WR)
 
     def end(self, patience: float = 0.0) -> None:
         """Kill what is left of it after `patience` seconds."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
         _end(self._process)
+        self.line.close()
 
 
 def _read_answer(line: bytes) -> _Answer:
@@ -260,14 +260,21 @@ def _read_answer(line: bytes) -> _Answer:
     return _Answer(reward=message.get("reward"), failure=message.get("failure"), spent=message["children"])
 
 
-def _start(reward: str) -> subprocess.Popen[bytes]:
-    """A worker process, in a session of its own so that it can be killed as a group."""
+def _start(reward: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A worker process, in a session of its own so that it can be killed as a group, and our end of the line to it.
+
+    A socket, not pipes: those can be opened by every process of the user through /proc.
+    """
     command = [sys.executable, "-P", "-m", "megalite.hybrid.reward_worker", reward]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True)
+    ours.setblocking(False)
+    return process, ours
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and all that it started, collect it, and close its pipes."""
+    """Kill a worker and all that it started, and collect it."""
     with suppress(ProcessLookupError):
         if process.poll() is None:
             # Stopped, it starts nothing more, and the orphans below it still come to it and can be found.
@@ -278,6 +285,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                     one.kill()
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()

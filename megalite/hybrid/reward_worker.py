@@ -23,8 +23,8 @@ from megalite.hybrid.named import described, named_function
 from megalite.monitor.processes import adopt_orphans, die_with_parent
 
 
-def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """The two pipes under numbers of their own; whoever reads or prints gets nothing, or standard error."""
+def _take_over_line() -> tuple[BinaryIO, BinaryIO]:
+    """Both directions under numbers of their own; whoever reads or prints gets nothing, or standard error."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -75,7 +75,7 @@ def _main(name: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # a wish: when memory runs out, rather this process than a rank
-    requests, answers = _take_over_pipes()
+    requests, answers = _take_over_line()
     adopt_orphans()
     try:
         reward = named_function(name, key="hybrid.reward")
