@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megalite import LLM, SamplingParams
+from megalite.inference.memory import graph_bytes
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -99,6 +100,28 @@ def test_bfloat16_graphs_change_nothing(model):
     graphs = generate(folder, "bfloat16", enforce_eager=False)
     assert [output.token_ids for output in graphs] == [output.token_ids for output in eager]
     assert [output.cumulative_logprob for output in graphs] == [output.cumulative_logprob for output in eager]
+
+
+def test_graphs_take_no_more_than_the_estimate(model):
+    """And give the same in whatever order steps of different sizes come, though they share their temporary memory."""
+    name, folder = model
+    given = prompts(4096)
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    with LLM(folder, dtype="float32", max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.3) as llm:
+        replica = llm.replica
+        llm._engine = replica.engine()
+        llm.generate(given[:1], SamplingParams(max_tokens=1, ignore_eos=True))  # no decode step: libraries begin
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        made = {}
+        for count in (1, 3, 2, 16, 1, 5, 3, 16, 1):
+            some = [given[i % len(given)] for i in range(count)]
+            tokens = [output.outputs[0].token_ids for output in llm.generate(some, params)]
+            assert made.setdefault(count, tokens) == tokens
+        assert sorted(replica._runner.graphs.captured) == [1, 2, 4, 8, 16]
+        torch.cuda.empty_cache()
+        size = {"max_rows": 16, "max_blocks": 512 // 16, "itemsize": 4}
+        assert torch.cuda.memory_reserved() - before <= graph_bytes(replica.model, replica.layout, 0, **size)
 
 
 def test_bfloat16_stays_near_float32(model):

@@ -155,10 +155,10 @@ class Spy:
         self.seen.recomputed += not victim.host_blocks
         return victim
 
-    def _on_execute(self, plan):
+    def _on_execute(self, plan, *on_prompt):
         self.seen.scattered += sum(not row.sequence.contiguous for row in plan.rows)
         self.seen.chunks += sum(row.start + row.count < row.sequence.num_prompt for row in plan.rows)
-        return self.execute(plan)
+        return self.execute(plan, *on_prompt)
 
     def take(self) -> Seen:
         """What was seen since the last time."""

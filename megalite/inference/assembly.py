@@ -79,12 +79,11 @@ class Replica:
         place = {"config": self.model, "layout": self.layout, "rank": self.state.rank}
         self.block_bytes = memory.kv_block_bytes(**place, block_size=engine.block_size, itemsize=self.dtype.itemsize)
         budget = self._memory() * engine.gpu_memory_utilization
-        budget -= memory.activation_bytes(
-            **place,
-            max_tokens=engine.max_num_batched_tokens,
-            max_rows=engine.max_num_seqs,
-            itemsize=self.dtype.itemsize,
-        )
+        rows = {"max_rows": engine.max_num_seqs, "itemsize": self.dtype.itemsize}
+        budget -= memory.activation_bytes(**place, max_tokens=engine.max_num_batched_tokens, **rows)
+        if self._captures():
+            longest = engine.max_model_len or self.model.max_position_embeddings
+            budget -= memory.graph_bytes(**place, max_blocks=memory.blocks_for(longest, engine.block_size), **rows)
         mine = engine.num_kv_blocks or max(0, int(budget // self.block_bytes))
         self.fitting_blocks = _least(mine, self.state.replica.group, self.state.replica.size)
         fitting_everywhere = _least(mine, world.group, world.size)
@@ -145,7 +144,8 @@ class Replica:
             host,
             meter=self.meter,
             max_blocks=memory.blocks_for(self.max_model_len, settings.block_size),
-            use_graphs=on_device and not settings.enforce_eager and self._capturable(),
+            use_graphs=self._captures(),
+            scored_rows=memory.scored_rows(self.model, settings.max_num_seqs),
         )
         outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
         sampler = Sampler(self.model.vocab_size, at_temperature=at_temperature)
@@ -180,9 +180,10 @@ class Replica:
             preemptions=stats.preemptions,
         )
 
-    def _capturable(self) -> bool:
-        """Collectives inside a stage can be captured only when they run on the device."""
-        return self.state.tp.size == 1 or self.runtime.backend == "nccl"
+    def _captures(self) -> bool:
+        """Whether decode steps run as graphs; collectives inside a stage can be captured if the device runs them."""
+        capturable = self.state.tp.size == 1 or self.runtime.backend == "nccl"
+        return self.device.type != "cpu" and not self.settings.enforce_eager and capturable
 
 
 def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelFolder]:

@@ -22,7 +22,9 @@ class Batch:
     """int64 [T]; read by the first stage only."""
     context: AttentionContext
     logit_rows: Tensor
-    """int64 [R]: tokens whose logits are computed: first the sampled row of each sequence, then the prompt's."""
+    """int64 [R]: tokens from which is sampled, in the plan's order."""
+    prompt_rows: Tensor
+    """int64 [P]: tokens of prompts whose logits score the next one, in the plan's order."""
 
 
 def is_decode(plan: StepPlan) -> bool:
@@ -53,7 +55,8 @@ def _pack_host(plan: StepPlan, cache: HostCache) -> Batch:
         offset += row.count
     positions, lengths = torch.tensor([_positions(plan), _lengths(plan)])
     context = HostAttention(cache, rows, positions, lengths, torch.tensor(slots))
-    return Batch(torch.tensor(_token_ids(plan)), context, torch.tensor(logit_rows(plan), dtype=torch.int64))
+    wanted = (torch.tensor(rows, dtype=torch.int64) for rows in logit_rows(plan))
+    return Batch(torch.tensor(_token_ids(plan)), context, *wanted)
 
 
 def _pack_device(plan: StepPlan, cache: DeviceCache) -> Batch:
@@ -86,7 +89,9 @@ def _pack_device(plan: StepPlan, cache: DeviceCache) -> Batch:
         block_table=send(tables, torch.int32),
         max_query_len=max(row.count for row in plan.rows),
     )
-    return Batch(send(_token_ids(plan) + blank, torch.int64), context, send(logit_rows(plan), torch.int64))
+    sampled, prompt = logit_rows(plan)
+    prompt_rows = send(prompt, torch.int64) if prompt else context.positions[:0]
+    return Batch(send(_token_ids(plan) + blank, torch.int64), context, send(sampled, torch.int64), prompt_rows)
 
 
 def decode_rows(rows: int) -> int:
@@ -110,7 +115,8 @@ def blank_decode_batch(cache: DeviceCache, rows: int, table_width: int) -> Batch
         block_table=zeros(rows, table_width, dtype=torch.int32),
         max_query_len=1,
     )
-    return Batch(zeros(rows, dtype=torch.int64), context, torch.arange(rows, device=cache.device))
+    every, none = torch.arange(rows, device=cache.device), zeros(0, dtype=torch.int64)
+    return Batch(zeros(rows, dtype=torch.int64), context, every, none)
 
 
 def fill_decode_batch(static: Batch, batch: Batch) -> None:
@@ -152,8 +158,8 @@ def _slots(row: Row, size: int) -> Iterable[int]:
     return (blocks[place // size] * size + place % size for place in range(row.start, row.start + row.count))
 
 
-def logit_rows(plan: StepPlan) -> list[int]:
-    """Indices in the pack of the tokens whose logits are wanted: sampled ones in plan order, then prompt ranges."""
+def logit_rows(plan: StepPlan) -> tuple[list[int], list[int]]:
+    """Indices in the pack of the tokens whose logits are wanted: to sample from, and to score prompts."""
     sampled: list[int] = []
     prompt: list[int] = []
     offset = 0
@@ -163,4 +169,4 @@ def logit_rows(plan: StepPlan) -> list[int]:
         lo, hi = row.prompt_logits
         prompt += range(offset + lo - row.start, offset + hi - row.start)
         offset += row.count
-    return sampled + prompt
+    return sampled, prompt

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,9 +133,10 @@ class Engine:
             made = _Answered(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
             if self.state.is_control:
                 self.outputs.scheduled(plan)
-            logits = self.runner.execute(plan)
-            if self.state.is_control:
+                logits = self.runner.execute(plan, partial(self._record_prompts, plan))
                 self.channel.send(self._message(made, self._sample(plan, logits, hooks), feed, hooks))
+            else:
+                self.runner.execute(plan)
             answered.append(made)
             step += 1
             decoded = sum(row.count for row in plan.rows if row.count == 1)
@@ -189,10 +191,7 @@ class Engine:
             return ()
         with self.meter.phase("sampling"), torch.inference_mode():
             rows = plan.sampled
-            self._record_prompts(plan, logits[len(rows) :])
-            if not rows:
-                return ()
-            sampled = self.sampler.sample(logits[: len(rows)], rows)
+            sampled = self.sampler.sample(logits, rows)
             results = tuple(
                 Sampled(token_id, self.outputs.append(row.sequence, token_id, logprob, top))
                 for row, token_id, logprob, top in zip(
@@ -203,17 +202,19 @@ class Engine:
         hooks.on_step(len(results))
         return results
 
-    def _record_prompts(self, plan: StepPlan, logits: Tensor) -> None:
-        """Log-probabilities of prompt tokens: row p's logits score token p + 1."""
-        offset = 0
-        for row in plan.rows:
-            lo, hi = row.prompt_logits
-            if lo == hi:
-                continue
-            next_ids = row.sequence.token_ids[lo + 1 : hi + 1]
-            request = row.sequence.request
-            scores = self.sampler.prompt_logprobs(
-                logits[offset : offset + hi - lo], next_ids, request.params.prompt_logprobs or 0, request_id=request.id
-            )
-            self.outputs.append_prompt(row.sequence, lo, scores)
-            offset += hi - lo
+    def _record_prompts(self, plan: StepPlan, first: int, logits: Tensor) -> None:
+        """Log-probabilities of prompt tokens from `logits` [C, vocab] of the plan's prompt rows `first` and on: those
+        of row p score token p + 1."""
+        with self.meter.phase("sampling"):
+            offset = 0  # of the sequence's first prompt row
+            for row in plan.rows:
+                lo, hi = row.prompt_logits
+                begin, end = max(first, offset), min(first + len(logits), offset + hi - lo)
+                if begin < end:
+                    start, stop = lo + begin - offset, lo + end - offset
+                    request, next_ids = row.sequence.request, row.sequence.token_ids[start + 1 : stop + 1]
+                    count = request.params.prompt_logprobs or 0
+                    mine = logits[begin - first : end - first]
+                    scores = self.sampler.prompt_logprobs(mine, next_ids, count, request_id=request.id)
+                    self.outputs.append_prompt(row.sequence, start, scores)
+                offset += hi - lo

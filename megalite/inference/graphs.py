@@ -27,6 +27,8 @@ class DecodeGraphs:
         self.max_blocks = max_blocks
         """Width of the block table: blocks of the longest sequence."""
         self.captured: dict[int, _Captured] = {}
+        self.stream: torch.cuda.Stream | None = None
+        """Where captures are warmed up: one for all, or the memory of each would be kept for itself."""
 
     def run(self, batch: Batch, x: Tensor) -> Tensor:
         """Same result as `forward(batch, x)` for a decode batch."""
@@ -42,14 +44,18 @@ class DecodeGraphs:
     def _capture(self, rows: int, x: Tensor) -> _Captured:
         batch = blank_decode_batch(self.cache, rows, self.max_blocks)
         static_x = batch.token_ids if x.dtype == torch.int64 else torch.zeros_like(x)
-        stream = torch.cuda.Stream()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        stream = self.stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compile kernels and warm up libraries outside the capture
             for _ in range(2):
                 self.forward(batch, static_x)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # They share their temporary memory, for none runs before another's result is copied.
+        pool = next((other.graph.pool() for other in self.captured.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
             out = self.forward(batch, static_x)
         return _Captured(graph, batch, static_x, out)
 

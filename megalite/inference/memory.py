@@ -7,6 +7,12 @@ from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
 
 GIB = 2**30
+SCORED_LOGITS = 2**24
+"""Logits of scored prompts that exist at a time, where those of the sampled rows are not more already."""
+SAMPLING_CHUNK = 2**23
+"""Logits that the sampler works on at once on an accelerator (on a CPU fewer), with about 25 bytes for each."""
+GRAPH_OVERHEAD = 64 << 20
+"""Bytes left for what the driver keeps of captured graphs."""
 
 
 def kv_heads_on(config: ModelConfig, layout: Layout, rank: int) -> int:
@@ -27,7 +33,8 @@ def activation_bytes(
     """Upper estimate of a forward pass's temporary memory on a rank.
 
     The widest moment of a layer (residual, norm, stacked projection and its activation), and on the last stage the
-    float32 logits of max_rows rows, whole and as this rank's slice.
+    logits of max_rows rows, or of a chunk of a scored prompt, whole and as this rank's slice on its way to the others,
+    and what the sampler makes of a chunk of them.
     """
     place = layout.coord(rank)
     queries = QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim)
@@ -37,8 +44,29 @@ def activation_bytes(
     widest = 3 * config.hidden_size + max(3 * heads, 2 * inner)
     total = max_tokens * widest * itemsize
     if place.pp == layout.pp - 1:
-        total += 3 * max_rows * config.vocab_size * 4
+        rows = max(max_rows, min(max_tokens, scored_rows(config, max_rows)))
+        logits = rows * config.vocab_size
+        total += 3 * logits * 4 + 25 * min(logits, max(SAMPLING_CHUNK, config.vocab_size))
     return total
+
+
+def scored_rows(config: ModelConfig, max_rows: int) -> int:
+    """Rows of scored prompts that the head is applied to at a time; `max_rows` are sampled from at most."""
+    return max(max_rows, SCORED_LOGITS // config.vocab_size, 1)
+
+
+def graph_bytes(
+    config: ModelConfig, layout: Layout, rank: int, *, max_rows: int, max_blocks: int, itemsize: int
+) -> int:
+    """Upper estimate of what decode steps as captured graphs keep on a rank, for up to `max_rows` sequences.
+
+    There is a graph for each power of two rows, so all of them take at most twice what the largest does, in buffers and
+    temporary memory, and the warm-up before a capture as much again.
+    """
+    rows = 1 << (max_rows - 1).bit_length()
+    step = activation_bytes(config, layout, rank, max_tokens=rows, max_rows=rows, itemsize=itemsize)
+    buffers = rows * (4 * max_blocks + config.hidden_size * itemsize + 64)
+    return 2 * (2 * step + buffers) + GRAPH_OVERHEAD
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,9 @@ from megalite.model.device_attention import DeviceCache
 from megalite.model.host_attention import HostCache
 from megalite.monitor.metrics import Meter
 
+PromptLogits = Callable[[int, Tensor], None]
+"""Takes logits [C, vocab] of a plan's prompt rows from the given one on; all of them come, in order."""
+
 
 class Runner:
     """One stage of one replica. `execute` is collective over the replica: every rank runs the same plans in order."""
@@ -29,22 +34,26 @@ class Runner:
         meter: Meter,
         max_blocks: int,
         use_graphs: bool,
+        scored_rows: int,
     ):
+        """`scored_rows`: of prompts that are scored, at most so many logits exist at a time."""
         self.decoder = decoder
         self.state = decoder.state
         self.cache = cache
         self.host = host
         """Host memory for swapped-out blocks."""
         self.meter = meter
+        self.scored_rows = scored_rows
         weight = next(decoder.parameters())
         self.link = StageLink(
             self.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device
         )
-        self.graphs = DecodeGraphs(self._forward, cache, max_blocks=max_blocks) if use_graphs else None
+        self.graphs = DecodeGraphs(self._decode, cache, max_blocks=max_blocks) if use_graphs else None
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> Tensor | None:
-        """Run this stage. On the last stage: logits [R, vocab], sampled rows first, then prompt rows; else None."""
+    def execute(self, plan: StepPlan, on_prompt: PromptLogits = lambda first, logits: None) -> Tensor | None:
+        """Run this stage. On the last stage: logits [R, vocab] of the sampled rows, after `on_prompt` has had those of
+        the prompt rows; else None."""
         self._copy_blocks(plan)
         if not plan.rows:
             return None
@@ -54,18 +63,38 @@ class Runner:
         if not self.state.is_first_stage:
             with self.meter.phase("waiting"):
                 x = self.link.receive(batch.token_ids.shape[0])
-        with self.meter.phase("compute"):
-            decode = self.graphs is not None and is_decode(plan)
-            out = self.graphs.run(batch, x) if decode else self._forward(batch, x)
-        if not self.state.is_last_stage:
-            with self.meter.phase("communication"):
-                self.link.send(out)
-            return None
-        rows = batch.logit_rows.shape[0]
-        return gather_columns(out[:rows], self.decoder.vocab_widths, self.state.tp) if rows else None
+        if self.graphs is not None and is_decode(plan):
+            with self.meter.phase("compute"):
+                out = self.graphs.run(batch, x)
+            if self.state.is_last_stage:
+                return self._gathered(out[: batch.logit_rows.shape[0]])
+        else:
+            with self.meter.phase("compute"):
+                out = self.decoder(x, batch.context)
+            if self.state.is_last_stage:
+                return self._logits(batch, out, on_prompt)
+        with self.meter.phase("communication"):
+            self.link.send(out)
+        return None
 
-    def _forward(self, batch: Batch, x: Tensor) -> Tensor:
-        """Token ids or hidden states -> hidden states, or this rank's slice of the wanted logits on the last stage."""
+    def _logits(self, batch: Batch, hidden: Tensor, on_prompt: PromptLogits) -> Tensor | None:
+        """What `execute` gives on the last stage."""
+        for first in range(0, batch.prompt_rows.shape[0], self.scored_rows):
+            with self.meter.phase("compute"):
+                logits = self.decoder.logits(hidden[batch.prompt_rows[first : first + self.scored_rows]])
+            on_prompt(first, self._gathered(logits))
+        if not batch.logit_rows.shape[0]:
+            return None
+        with self.meter.phase("compute"):
+            logits = self.decoder.logits(hidden[batch.logit_rows])
+        return self._gathered(logits)
+
+    def _gathered(self, logits: Tensor) -> Tensor:
+        """This rank's columns -> all of them."""
+        return gather_columns(logits, self.decoder.vocab_widths, self.state.tp)
+
+    def _decode(self, batch: Batch, x: Tensor) -> Tensor:
+        """A decode step: hidden states, or on the last stage this rank's columns of the logits."""
         hidden = self.decoder(x, batch.context)
         return self.decoder.logits(hidden[batch.logit_rows]) if self.state.is_last_stage else hidden
 

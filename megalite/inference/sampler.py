@@ -29,6 +29,7 @@ from torch import Tensor
 
 from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError
+from megalite.inference.memory import SAMPLING_CHUNK
 from megalite.inference.request import Row, Sequence
 
 GREEDY_BELOW = 1e-5
@@ -36,7 +37,7 @@ GREEDY_BELOW = 1e-5
 
 CPU_CHUNK = 2**17
 """Logits worked on at once on a CPU: what stays in its cache."""
-DEVICE_CHUNK = 2**23
+DEVICE_CHUNK = SAMPLING_CHUNK
 """The same on an accelerator: what bounds temporary memory (about 25 bytes for each)."""
 
 LONG_ROW = 2**14
