@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
-from megalite.inference.memory import activation_bytes, kv_block_bytes
+from megalite.inference.memory import activation_bytes, blocks_for, graph_bytes, kv_block_bytes
 from megalite.model.config import ModelConfig
 from megalite.weights.mapping import local_elements
 
@@ -98,11 +98,16 @@ def _engine_columns(engine: EngineSection, dtype: str, item: int) -> tuple[Colum
             found["kv a token"].append(size(token))
             found[full].append(size(token * length * engine.max_num_seqs))
             found["activations"].append(size(activation_bytes(model, layout, rank, **batch)))
+            if not engine.enforce_eager:
+                width = blocks_for(length, engine.block_size)
+                graphs = graph_bytes(model, layout, rank, max_rows=engine.max_num_seqs, max_blocks=width, itemsize=item)
+                found.setdefault("graphs", []).append(size(graphs))
         return found
 
     notes = [
         f"numbers are {dtype}; weights are exact, activations an upper estimate for "
-        f"{engine.max_num_batched_tokens} tokens a step",
+        f"{engine.max_num_batched_tokens} tokens a step"
+        + ("" if engine.enforce_eager else ", and graphs, which only GPUs have, of decode steps"),
         "the KV cache takes what is left of the memory, and never more than the work needs",
     ]
     return columns, notes
