@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Backend
 
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError
-from megalite.inference import inputs
+from megalite.inference import entries, inputs
 from megalite.inference.inputs import InputBatch, Served, derived_seed, make_request, read_inputs
 from megalite.tokenizer import Tokenizer
 
@@ -307,7 +307,7 @@ def test_bytes_that_are_not_utf8():
 
 
 def test_a_huge_line_is_skipped_without_being_kept(monkeypatch):
-    monkeypatch.setattr(inputs, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(entries, "MAX_LINE", 1 << 20)
     huge = b'{"prompt": "' + b"a" * (5 << 20) + b'"}'
     batch = read(b'{"prompt": "a"}\n' + huge + b'\n{"prompt": "b"}\n' + huge)
     assert errors(batch) == ["stdin:2: the line is longer than 1 MiB.", "stdin:4: the line is longer than 1 MiB."]

@@ -84,6 +84,7 @@ TORCH_FREE = (
     "megalite/inference/blocks.py",
     "megalite/inference/scheduler.py",
     "megalite/inference/memory.py",
+    "megalite/inference/entries.py",
     "megalite/inference/inputs.py",
     "megalite/inference/outputs.py",
     "megalite/train/data.py",
