@@ -200,6 +200,19 @@ def test_turns_that_are_shown_otherwise_later_are_learnt_as_they_were_generated(
     assert "assistant: 4</s>" in known.decode(second.ids, **RAW), "as the template shows it then"
 
 
+def test_templates_see_what_a_line_or_the_config_gives_them(tokenizer, tmp_path):
+    template = "{{ mood }}{{ tools | length if tools }}: " + ENDED
+    chats = [{"messages": [*TALK, {"role": "user", "content": str(i)}]} for i in range(12)]
+    own = {"tools": [{}, {}], "chat_template_kwargs": {"mood": "wild"}}
+    source = lines(tmp_path / "chats.jsonl", *chats, *({**chat, **own} for chat in chats))
+    tokenizer(template)
+    data = section(source, sequence_length=96, tools=[{}], chat_template_kwargs={"mood": "calm"})
+    prepare(data, TokenizerSection(path=str(tmp_path / "0")), tmp_path / "prepared")
+    corpus = Corpus.open(tmp_path / "prepared")
+    found = [text.partition(":")[0] for text in [*texts(corpus, "train"), *texts(corpus, "held_out")]]
+    assert sorted(found) == ["calm1"] * 12 + ["wild2"] * 12
+
+
 def test_a_template_whose_prompt_is_no_beginning_is_refused_by_line(folder, tmp_path, tokenizer):
     template = ENDED.replace("assistant: {% endif %}", "assistant (thinks): {% endif %}")
     source = lines(tmp_path / "chats.jsonl", *[{"messages": TALK}] * 2)

@@ -35,6 +35,15 @@ def test_a_file_of_records(tmp_path):
     assert [first.record, second.record] == records
 
 
+def test_what_templates_see_is_the_records_before_the_configs(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    own = {**chat, "tools": [{"name": "f"}], "chat_template_kwargs": {"mood": "wild"}}
+    source = write(tmp_path / "tasks.jsonl", chat, own, {"prompt": "a", "tools": "for the reward"})
+    given = {"tools": [{}], "mood": "calm", "think": False}
+    seen = [dict(one.variables) for one in load_examples(source, {}, split="train", variables=given)]
+    assert seen == [given, {"tools": [{"name": "f"}], "mood": "wild", "think": False}, {}]
+
+
 def test_held_out_records_depend_on_themselves_alone(tmp_path):
     lines = [{"prompt": f"question {number}"} for number in range(200)]
     splits = {}
