@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_origins
-from megalite.config.schema import Config, HybridConfig, InferConfig, TokenizerSection
+from megalite.config.schema import Config, InferConfig, TokenizerSection
 from megalite.config.validate import model_location, validate
-from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
@@ -98,7 +97,6 @@ def _check_weights(config: Config, model: ModelConfig | None) -> None:
     if model is None or config.model.path is None or dummy:
         return
     if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks
-        parallel = config.train.parallel if isinstance(config, HybridConfig) else config.parallel
-        shards.check_layout(config.model.path, Layout(parallel.tp, parallel.pp, interleave=parallel.interleave))
+        shards.open_manifest(config.model.path)
     else:
-        open_checkpoint(config.model.path, prefix=families.weight_names(model).prefix)
+        open_checkpoint(config.model.path, names=families.weight_names(model))

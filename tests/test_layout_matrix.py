@@ -16,8 +16,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.core.pipeline import StageLink
 from megalite.model import families
 from megalite.model.attention import PackedAttention
-from megalite.weights.hf import open_checkpoint
-from megalite.weights.transfer import build, check_names, load
+from megalite.weights.transfer import build, load_folder
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (3, 1, 1), (1, 3, 1)]
 VARIANT_NAMES = [*VARIANTS, "gpt2_bare"]
@@ -33,9 +32,7 @@ def packed_logprobs(rank: int, folder: Path, layout: Layout, sequences: list[lis
     config = families.read(folder)
     state = ParallelState(layout)
     decoder = build(config, state, dtype=torch.float32, device=torch.device("cpu"))
-    with open_checkpoint(folder, prefix=families.weight_names(config).prefix) as checkpoint:
-        check_names(config, checkpoint, str(folder))
-        load(decoder, checkpoint)
+    load_folder(decoder, folder)
     link = StageLink(state, hidden_size=config.hidden_size, dtype=torch.float32, device=torch.device("cpu"))
     x = torch.tensor(sum(sequences, []))
     with torch.inference_mode():

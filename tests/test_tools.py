@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -79,18 +78,6 @@ def test_a_model_of_the_hub_with_all_that_belongs_to_it(tmp_path):
         )
     assert {name: (tmp_path / "cut" / name).read_bytes() for name in beside} == beside
     assert verify(tmp_path / "cut", model).is_well and not (tmp_path / "cut" / "modeling_tiny.py").exists()
-
-
-def test_the_command_in_the_message_about_a_layout_works(cut, tmp_path):
-    from megalite.errors import CheckpointError
-    from megalite.weights import shards
-
-    with pytest.raises(CheckpointError) as caught:
-        shards.check_layout(cut, Layout(3, 1))
-    command = shlex.split(str(caught.value).splitlines()[-1])
-    assert command[0] == "python"
-    subprocess.run([sys.executable, *command[1:]], check=True, cwd=ROOT, capture_output=True)
-    assert shards.check_layout(command[-1], Layout(3, 1)).layout == Layout(3)
 
 
 def test_verify_says_what_differs_with_exit_code_1(cut, tmp_path):

@@ -27,7 +27,6 @@ from megalite.train import examples as supervised
 from megalite.train.checkpoint import (
     check_same_model,
     load_state,
-    load_weights,
     newest_state,
     remove_unfinished,
     save_state,
@@ -36,6 +35,7 @@ from megalite.train.checkpoint import (
 from megalite.train.export import export_folder, files_beside, model_config
 from megalite.train.new_model import shape_of
 from megalite.train.trainer import Trainer
+from megalite.weights.transfer import load_folder
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class Materials:
             fix = "Set it to 0 as before, or choose another output.folder."
             value = self.config.hybrid.kl_coefficient
             raise ConfigError(Problem(key="hybrid.kl_coefficient", rule=rule, value=value, fix=fix))
-        load_weights(decoder, found[0])
+        load_folder(decoder, found[0], whole=True)
 
     def _save(self, trainer: Trainer, folder: Path, training: dict[str, Any]) -> None:
         copies = self._files_beside("float32")

@@ -48,6 +48,8 @@ class WeightNames:
     """What every name but the head's begins with; checkpoints of the bare model leave it out."""
     ignored: tuple[str, ...]
     """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
+    tied_head: str | None
+    """What the head would be called, where it is the embedding."""
     embed: Source
     final_norm: Source
     attn_norm: Source
@@ -291,8 +293,10 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
             sources[weight] = Source(hf.removesuffix(".weight") + ".bias", start)
         else:
             sources[weight] = Source(hf, start, transpose=family.transposed and base in LINEAR)
-    tied = (f"^{re.escape(family.weights['lm_head'])}$",) if config.tie_embeddings else ()
-    return WeightNames(prefix=family.prefix, ignored=(*COMMON_IGNORED, *family.ignored, *tied), **sources)
+    head = family.weights["lm_head"] if config.tie_embeddings else None
+    tied = (f"^{re.escape(head)}$",) if head else ()
+    ignored = (*COMMON_IGNORED, *family.ignored, *tied)
+    return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, **sources)
 
 
 def _weights_of(config: ModelConfig) -> list[str]:

@@ -31,17 +31,16 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, sync_folder, write_durably
 from megalite.model.config import ModelConfig
-from megalite.model.decoder import Decoder
 from megalite.train.export import as_bytes
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
 from megalite.weights import manifest as manifests
 from megalite.weights import shards
-from megalite.weights.local import read_local
 from megalite.weights.manifest import Manifest, Range, StoredFile, StoredTensor, digest_of, file_name
 from megalite.weights.mapping import Owned, pieces
 from megalite.weights.shards import expected, stored_layout
 from megalite.weights.tensor_file import DTYPE_BYTES, new_header
+from megalite.weights.transfer import read_parameters
 
 KINDS = (WEIGHT, *MOMENTS)
 _NAME = re.compile(r"step-\d+(?:-([1-9]\d{0,8}))?")
@@ -306,27 +305,15 @@ def remove_unfinished(folder: Path) -> None:
 def load_state(trainer: Trainer, path: Path) -> None:
     """Continue from a state that was saved in any layout. Collective. CheckpointError if it is damaged.
 
-    Every rank reads what it needs by itself, see `read_local`; one parameter is in memory at a time. In the layout of
-    the saved run weights and moments are then what they were, bit for bit.
+    Every rank reads what it needs by itself, see `read_parameters`; one parameter is in memory at a time. In the layout
+    of the saved run weights and moments are then what they were, bit for bit.
     """
     state = trainer.state
     manifest = shards.open_manifest(path)
     step = _step(path, manifest)
-    layout = stored_layout(state.layout)
     params = dict(trainer.decoder.named_parameters())
     for kind in KINDS:
-        for name, value in read_local(path, manifest, trainer.decoder.config, layout, _stored_rank(state), kind):
+        for name, value in read_parameters(path, trainer.decoder.config, state.layout, state.rank, kind):
             set_whole(params[name], kind, _as_trained(trainer, name, kind, value).to(trainer.device))
     finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.zero_stage, step)
     trainer.steps_done = step
-
-
-def load_weights(decoder: Decoder, path: Path) -> None:
-    """Fill a decoder that no trainer has with the weights of a state, saved in any layout; see `load_state`."""
-    layout = stored_layout(decoder.state.layout)
-    params = dict(decoder.named_parameters())
-    with torch.no_grad():
-        for name, value in read_local(
-            path, shards.open_manifest(path), decoder.config, layout, _stored_rank(decoder.state), WEIGHT
-        ):
-            params[name].copy_(value)

@@ -72,7 +72,7 @@ def import_checkpoint(
         rule = "is needed: DeepSpeed's checkpoints are pickles, which can run any code when they are read"
         raise ConfigError(Problem(key="--allow-pickle", rule=rule, fix="Add it only for files that you trust."))
     checkpoint, out = Path(checkpoint), Path(out)
-    folder = resolve(model, weights=False, also=companions.BESIDE)
+    folder = resolve(model, weights=False, beside=True)
     config = families.read(folder)
     files, infos = hf_files(config, out, dict.fromkeys(hf_shapes(config), NAMES[dtype]), max_shard_bytes)
     copies = companions.chosen(folder, read_json(folder / companions.CONFIG), dtype)

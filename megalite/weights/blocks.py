@@ -21,6 +21,9 @@ from megalite.weights.mapping import Owned, Piece, pieces
 from megalite.weights.shards import expected
 from megalite.weights.tensor_file import DTYPE_BYTES, TensorInfo
 
+Region = tuple[int, int, int, int]
+"""Of a part's matrix: top, left, rows, columns."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Part:
@@ -67,7 +70,7 @@ class Block:
         return self.rows * self.cols * DTYPE_BYTES[self.dtype]
 
     @property
-    def region(self) -> tuple[int, int, int, int]:
+    def region(self) -> Region:
         return self.top, self.left, self.rows, self.cols
 
     @property
@@ -116,6 +119,12 @@ def hf_blocks(config: ModelConfig, tensors: Mapping[str, TensorInfo], kind: str 
     return found
 
 
+def region_of(one: Owned) -> Region:
+    """Where a rank's range lies in the matrix of its part."""
+    at, size = one.lo - one.piece.hf_start, one.hi - one.lo
+    return (at, 0, *_matrix(one.piece, size)) if one.piece.dim == 0 else (0, at, *_matrix(one.piece, size))
+
+
 def stored_blocks(
     config: ModelConfig,
     layout: Layout,
@@ -131,8 +140,8 @@ def stored_blocks(
         info = tensors[name]
         row = DTYPE_BYTES[info.dtype] * (shape[1] if len(shape) == 2 else 1)
         for index, one in enumerate(parts):
-            piece, at = one.piece, one.lo - one.piece.hf_start
-            rows, cols = _matrix(piece, one.hi - one.lo)
+            piece = one.piece
+            top, left, rows, cols = region_of(one)
             yield (
                 name,
                 one,
@@ -142,8 +151,8 @@ def stored_blocks(
                     info.dtype,
                     info.offset + (one.start * row if piece.dim == 0 else 0),
                     row,
-                    at if piece.dim == 0 else 0,
-                    at if piece.dim == 1 else 0,
+                    top,
+                    left,
                     rows,
                     cols,
                     False,
@@ -186,18 +195,33 @@ def plan(sources: Blocks, targets: Blocks) -> list[Move]:
     return sorted(moves, key=lambda move: (str(move.sources[0].file), move.sources[0].offset))
 
 
-def plan_needed(sources: Blocks, targets: Blocks) -> list[Move]:
-    """As `plan`, in the order of `targets`, with only those sources that a target overlaps: what one rank has to read.
+def reading(part: Part, sources: list[Block], region: Region, *, whole: bool) -> tuple[Move, int, int]:
+    """The move without targets that brings a region of a part; and the row and column of its matrix where that begins.
 
-    Sources are taken whole, so that their digests can be checked. The matrix of such a move begins where they begin.
+    Of the sources only what lies in the region is read, so the digest of a block is checked where all of it is needed.
+    `whole`: blocks are read whole, and every digest is checked.
     """
-    moves = []
-    for part, wanted in targets.items():
-        needed = [block for block in sources[part] if any(_overlap(block, target) for target in wanted)]
-        top, left = min(block.top for block in needed), min(block.left for block in needed)
-        shifted = ([_shifted(block, top, left) for block in blocks] for blocks in (needed, wanted))
-        moves.append(_move(part, *shifted))
-    return moves
+    needed = [block for block in sources if _overlap(block.region, region)]
+    if not whole:
+        needed = [_clipped(block, region) for block in needed]
+    top, left = min(block.top for block in needed), min(block.left for block in needed)
+    move = _move(part, [replace(block, top=block.top - top, left=block.left - left) for block in needed], [])
+    row, column = region[0] - top, region[1] - left
+    inside = row >= 0 and column >= 0 and row + region[2] <= move.rows and column + region[3] <= move.cols
+    assert inside, f"{part}: no source holds all of {region}"
+    return move, row, column
+
+
+def _clipped(block: Block, region: Region) -> Block:
+    """What of a block lies in a region that it overlaps."""
+    top, left = max(block.top, region[0]), max(block.left, region[1])
+    rows = min(block.top + block.rows, region[0] + region[2]) - top
+    cols = min(block.left + block.cols, region[1] + region[3]) - left
+    if (top, left, rows, cols) == block.region:
+        return block
+    across, down = (top - block.top, left - block.left) if block.transposed else (left - block.left, top - block.top)
+    offset = block.offset + down * block.stride + across * DTYPE_BYTES[block.dtype]
+    return replace(block, top=top, left=left, rows=rows, cols=cols, offset=offset, digest="")
 
 
 def _move(part: Part, sources: list[Block], targets: list[Block]) -> Move:
@@ -218,13 +242,8 @@ def _move(part: Part, sources: list[Block], targets: list[Block]) -> Move:
     return Move(part, rows, cols, tuple(chosen), tuple(targets))
 
 
-def _overlap(one: Block, other: Block) -> bool:
-    across = one.top < other.top + other.rows and other.top < one.top + one.rows
-    return across and one.left < other.left + other.cols and other.left < one.left + one.cols
-
-
-def _shifted(block: Block, top: int, left: int) -> Block:
-    return replace(block, top=block.top - top, left=block.left - left)
+def _overlap(one: Region, other: Region) -> bool:
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
 
 
 def _matrix(piece: Piece, size: int) -> tuple[int, int]:

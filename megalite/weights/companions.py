@@ -1,26 +1,30 @@
-"""The files that go along with a model's weights: configuration, tokenizer, licence. Importable without torch."""
+"""The files that go along with a model's weights: configuration, tokenizer, licence, and all else but code.
+
+Torch-free.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from megalite.errors import maybe_fault
-from megalite.files import DurableFile, write_durably
+from megalite.errors import CheckpointError, maybe_fault
+from megalite.files import DurableFile, left_behind, write_durably
+from megalite.weights import manifest as manifests
 from megalite.weights.folder import CONFIG
-from megalite.weights.hf import inside
+from megalite.weights.hf import CODE, INDEX, is_weights
 from megalite.weights.manifest import digest_of
-from megalite.weights.shards import STEP
+from megalite.weights.shards import JOURNAL, STEP
+from megalite.weights.tensor_file import is_plain_name
 
-BESIDE = (
-    CONFIG,
-    "generation_config.json",
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -31,20 +35,75 @@ BESIDE = (
     "*.tiktoken",
     "spiece.model",
     "sentencepiece.bpe.model",
-    "LICENSE*",
-    "README.md",
+    "additional_chat_templates/*",
 )
-"""Files that go along with the weights; code never does."""
+"""What a tokenizer is made of, in all its forms."""
+MODEL = (CONFIG, "generation_config.json", *TOKENIZER, "LICENSE*", "README.md")
+"""What must not be left of one model beside the weights of another."""
+_NOT_ALONG = {manifests.NAME, INDEX, JOURNAL}
+"""They tell of weight files, and go with those."""
 
 Companions = dict[str, Path | bytes]
-"""By name: the file to copy, or its new content."""
+"""By name, `folder/file` in subfolders: the file to copy, or its new content."""
 
 
-def beside(folder: Path) -> list[Path]:
-    """The files of a model folder that go along with its weights; CheckpointError if one links out of the folder."""
-    names = sorted(path.name for path in folder.iterdir() if any(fnmatchcase(path.name, one) for one in BESIDE))
-    paths = [inside(folder, name) for name in names]
-    return [path for path in paths if path.is_file()]
+def beside(folder: Path) -> dict[str, Path]:
+    """The files of a model folder that go along with its weights, by name, those in subfolders too.
+
+    Left out are weights in any format, code, hidden files, names that are not plain, and subfolders that are models or
+    training runs of their own. A file may be a link to where the weights or config.json really are. CheckpointError if
+    it leads anywhere else.
+    """
+    homes = {folder.resolve()}
+    homes |= {path.resolve().parent for path in folder.iterdir() if is_weights(path.name) or path.name == CONFIG}
+    found = {}
+    for name in _names(folder, "", set()):
+        real = (folder / name).resolve()
+        if not any(real.is_relative_to(home) for home in homes):
+            raise CheckpointError(
+                f"{folder / name}: links to {real}, which is outside the model folder and not beside its weights. "
+                "Put the file itself there."
+            )
+        if real.is_file():
+            found[name] = folder / name
+    return found
+
+
+def _names(folder: Path, prefix: str, seen: set[Path]) -> Iterator[str]:
+    """Of the files in a folder and below; each real folder once, so that links can't go round in circles."""
+    if folder.resolve() in seen:
+        return
+    seen.add(folder.resolve())
+    litter = {path.name for path in left_behind(folder)}
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name.startswith(".") or not is_plain_name(name) or name in _NOT_ALONG | litter:
+            continue
+        if path.is_dir():
+            if not _is_apart(path):
+                yield from _names(path, f"{prefix}{name}/", seen)
+        elif not is_weights(name) and not any(fnmatchcase(name, one) for one in CODE):
+            yield prefix + name
+
+
+def _is_apart(folder: Path) -> bool:
+    """Whether a subfolder is a model of its own, such as a trainer's checkpoint-500, or what a training run keeps."""
+    names = {path.name for path in folder.iterdir()}
+    return (CONFIG in names and any(map(is_weights, names))) or (folder.name == "training" and "log.jsonl" in names)
+
+
+def code_in(folder: Path) -> list[str]:
+    """Names of the programs in a folder, which are left behind."""
+    return sorted(path.name for path in folder.iterdir() if any(fnmatchcase(path.name, one) for one in CODE))
+
+
+def of_model(folder: Path) -> list[Path]:
+    """The files that must not stay in a folder beside the weights of another model."""
+    mine = {path.name for path in folder.iterdir() if any(fnmatchcase(path.name, one) for one in MODEL)}
+    mine |= {path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*")}
+    with suppress(CheckpointError):
+        mine |= manifests.read(folder).copies.keys()
+    return [folder / name for name in sorted(mine) if (folder / name).is_file() or (folder / name).is_symlink()]
 
 
 def with_dtype(values: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -55,12 +114,16 @@ def with_dtype(values: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     return {**values, key: dtype}
 
 
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """As transformers writes a config."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def chosen(folder: Path, values: Mapping[str, Any], dtype: str | None) -> Companions:
     """What is to be put beside the weights: byte for byte, but for config.json where the dtype changes."""
-    companions: Companions = {path.name: path for path in beside(folder)}
+    companions: Companions = dict(beside(folder))
     if dtype is not None:
-        text = json.dumps(with_dtype(values, dtype), indent=2, ensure_ascii=False)
-        companions[CONFIG] = (text + "\n").encode()
+        companions[CONFIG] = as_json(with_dtype(values, dtype))
     return companions
 
 
@@ -72,6 +135,7 @@ def write(companions: Companions, out: Path) -> dict[str, str]:
     """Put them in place; gives their digests."""
     digests = {}
     for name, content in companions.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             write_durably(out / name, content)
         else:

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
-from megalite.model.families import weight_names
+from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
 from megalite.weights.mapping import hf_shapes
-from megalite.weights.tensor_file import TensorFiles, TensorInfo, read_header
+from megalite.weights.tensor_file import TensorFiles, TensorInfo, is_plain_name, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPLATES = "additional_chat_templates"
+"""The only subfolder of a model that decides what it does."""
 CONFIG_PATTERNS = ["*.json", "*.jinja"]
-"""What of a hub repository is needed besides weights: config, generation config, tokenizer.json, chat template."""
+"""What of a hub repository is needed besides weights: config, generation config, tokenizer.json, chat templates."""
 WEIGHT_PATTERNS = ["*.safetensors"]
-UNUSED_PATTERNS = ["*/*", "consolidated*"]
-"""Other formats' folders, and Mistral's second copy of the weights."""
+SECOND_COPY = "consolidated*"
+"""Mistral's second copy of the weights."""
+CODE = ("*.py", "*.pyc", "*.so")
+"""Never downloaded, copied or run."""
+COMPARED_ROWS = 64
 HUB_TIMEOUT = 5.0
 """Seconds the hub has to answer before a cached copy is used instead."""
 
@@ -37,17 +42,26 @@ OTHER_FORMATS = {
     ".gguf": "GGUF",
     ".h5": "TensorFlow",
     ".msgpack": "Flax",
+    ".onnx": "ONNX",
+    ".onnx_data": "ONNX",
 }
 
 log = logging.getLogger(__name__)
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, in whatever format, or lists those that do."""
+    return Path(name).suffix in {".safetensors", ".part", *OTHER_FORMATS} or name.endswith(".index.json")
+
+
 class Checkpoint(TensorFiles):
     """A model folder whose headers have been checked; nothing of its weights is read yet."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]):
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], *, bare: bool = False):
         super().__init__(tensors)
         self.folder = folder
+        self.bare = bare
+        """Its files hold the bare model, whose names lack the family's prefix."""
 
     @property
     def nbytes(self) -> int:
@@ -55,20 +69,46 @@ class Checkpoint(TensorFiles):
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def open_checkpoint(path: str | Path, revision: str | None = None, *, prefix: str = "") -> Checkpoint:
+def open_checkpoint(path: str | Path, revision: str | None = None, *, names: WeightNames | None = None) -> Checkpoint:
     """The weights of a model folder or hub id.
 
-    `prefix`: what the family's tensor names begin with (`WeightNames.prefix`); a checkpoint of the bare model, saved
-    without it, is given the full names. CheckpointError names the file that is missing, damaged or refused.
+    With `names`, what the model's tensors are called, they are found as transformers finds them: those of the bare
+    model, saved without the family's prefix, get their full names, and an embedding that is stored only as the head it
+    is tied to gets its own. CheckpointError names the file that is missing, damaged or refused.
     """
     folder = resolve(path, revision)
-    tensors = _read_headers(folder)
-    if prefix and not any(name.startswith(prefix) for name in tensors):
-        tensors = {name if name.startswith("lm_head.") else prefix + name: info for name, info in tensors.items()}
-    return Checkpoint(folder, tensors)
+    head = names.tied_head if names is not None else None
+    tensors = _read_headers(folder, may_be_absent=head)
+    bare = names is not None and not any(name.startswith(names.prefix) for name in tensors)
+    if bare:
+        tensors = {name if name.startswith("lm_head.") else names.prefix + name: info for name, info in tensors.items()}
+    if head in tensors:
+        if names.embed.hf in tensors:
+            _check_tied(tensors[names.embed.hf], tensors[head])
+        else:
+            tensors[names.embed.hf] = tensors.pop(head)
+    return Checkpoint(folder, tensors, bare=bare)
 
 
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+def _check_tied(embedding: TensorInfo, head: TensorInfo) -> None:
+    """CheckpointError if a head that config.json calls tied is stored beside the embedding and is another matrix.
+
+    Rows all over both are compared: heads that were trained apart differ everywhere.
+    """
+    with TensorFiles({"embedding": embedding, "head": head}) as files:
+        equal = (embedding.dtype, embedding.shape) == (head.dtype, head.shape) and all(
+            files.read_bytes("embedding", 0, row, row + 1) == files.read_bytes("head", 0, row, row + 1)
+            for row in range(0, head.shape[0], max(1, head.shape[0] // COMPARED_ROWS))
+        )
+    if not equal:
+        raise CheckpointError(
+            f"{head.file}: {head.name} is not {embedding.name}, though config.json ties them. If they are two, "
+            "set tie_word_embeddings to false in config.json, else remove one."
+        )
+
+
+def _read_headers(folder: Path, may_be_absent: str | None) -> dict[str, TensorInfo]:
+    """Of all weight files, by name. `may_be_absent`: a tensor that an index may list although no file has it."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() or single.is_symlink():
         return read_header(inside(folder, SINGLE))
@@ -90,6 +130,8 @@ def _read_headers(folder: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{info.file}: tensor {name} is also in {tensors[name].file.name}")
             tensors[name] = info
     for name, shard in weight_map.items():
+        if name == may_be_absent and name not in tensors:
+            continue
         if name not in tensors or tensors[name].file.name != shard:
             raise CheckpointError(f"{index}: tensor {name} is not in {shard}, where the index says it is")
     return tensors
@@ -106,17 +148,13 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder; CheckpointError if it links to somewhere else.
+    """The path of a file of the folder, of which something in the folder has told the name.
 
-    The hub's cache links its snapshots/COMMIT/NAME to ../../blobs/HASH, which is let pass.
+    CheckpointError if the name leads out of it. The file itself may be a link to anywhere: so models are shared on a
+    cluster, and so the hub's cache is made.
     """
-    root = folder.resolve()
-    real = (folder / name).resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-    if not any(real.is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{folder / name}: links to {real}, outside the model folder. Put the file itself there.")
+    if not all(is_plain_name(part) for part in name.split("/")):
+        raise CheckpointError(f"{folder}: {name[:100]!r} is not the name of a file in it")
     return folder / name
 
 
@@ -169,12 +207,12 @@ def _no_weights(folder: Path) -> CheckpointError:
     return CheckpointError(f"{folder}: has no weights ({SINGLE}, or {INDEX} and its files)")
 
 
-def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True, also: Sequence[str] = ()) -> Path:
+def resolve(path: str | Path, revision: str | None = None, *, weights: bool = True, beside: bool = False) -> Path:
     """The local folder of a model: the path itself, or the cached snapshot of a hub id, downloaded if need be.
 
-    `weights=False` fetches only the configuration and tokenizer; `also` has patterns of more files to fetch. With
-    HF_HUB_OFFLINE=1, or when the hub does not answer, a complete cached snapshot is used. CheckpointError if there is
-    none.
+    `weights=False` fetches only the configuration and tokenizer; `beside` all that goes along with weights, see
+    `companions`. With HF_HUB_OFFLINE=1, or when the hub does not answer, a complete cached snapshot is used.
+    CheckpointError if there is none.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -183,10 +221,28 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
         raise CheckpointError(f"{path}: a model is a folder, this is a file")
     if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", str(path)) or local.parent.is_dir():
         raise CheckpointError(f"{path}: no such model folder (a model of the hub is written owner/name)")
-    return Path(_snapshot(str(path), revision, [*CONFIG_PATTERNS, *(WEIGHT_PATTERNS if weights else ()), *also]))
+    wanted = ["*"] if beside else [*CONFIG_PATTERNS, *(WEIGHT_PATTERNS if weights else ())]
+    unwanted = [SECOND_COPY, *(_all_but_weights(weights) if beside else _other_folders(TEMPLATES))]
+    return Path(_snapshot(str(path), revision, wanted, unwanted))
 
 
-def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+def _all_but_weights(weights: bool) -> Iterator[str]:
+    """Patterns of files that are not part of a model: other formats of its weights, code, hidden files."""
+    yield from (*CODE, ".*", "*/.*", "*/*.safetensors")
+    yield from (f"*{suffix}" for suffix in OTHER_FORMATS)
+    if not weights:
+        yield "*.safetensors"
+
+
+def _other_folders(name: str) -> Iterator[str]:
+    """Patterns that together match every path in a folder but those in `name`; in patterns `*` crosses folders."""
+    for length in range(len(name)):
+        yield f"{name[:length]}/*"
+        yield f"{name[:length]}[!{name[length]}/]*/*"
+    yield f"{name}[!/]*/*"
+
+
+def _snapshot(repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> str:
     from huggingface_hub import snapshot_download
 
     unreachable = _probe(repo, revision)
@@ -194,8 +250,8 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
         return snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=UNUSED_PATTERNS,
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
             local_files_only=unreachable is not None,
             library_name="megalite",
         )

@@ -28,7 +28,7 @@ from megalite.errors import CheckpointError, ConfigError, Problem, ResourceError
 from megalite.files import LineFile, left_behind, sync_folder, told_clearly
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Block, Move, Part
-from megalite.weights.companions import beside
+from megalite.weights.companions import of_model
 from megalite.weights.copying import Reading, allow_open_files, digest_block, in_parallel, perform
 from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.shards import JOURNAL, STEP
@@ -164,7 +164,7 @@ class Output:
         with told_clearly(self.folder):
             names = sorted(path.name for path in self.folder.iterdir())
         weights = [self.folder / name for name in names if name in _SEALS or _OURS.fullmatch(name)]
-        return weights + beside(self.folder) if weights else []
+        return weights + of_model(self.folder) if weights else []
 
     def _clear(self) -> None:
         """Begin anew in a folder that is empty or was given up."""

@@ -4,42 +4,28 @@
            manifest.json                written last: a folder without one is unfinished
            config.json tokenizer.json   as in the Hugging Face folder
 
-A rank reads its file straight into its parameters. `expected` derives from the weight table what each file must hold,
+`expected` derives from the weight table what each file must hold,
 so that writing, loading, resharding and verifying agree. Importable without torch.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megalite.core.layout import Layout
-from megalite.errors import CheckpointError, maybe_fault
+from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.hf import INDEX, SINGLE, inside
 from megalite.weights.manifest import Manifest, StoredFile, file_name
 from megalite.weights.mapping import Owned, owned
-from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorFiles, TensorInfo, read_header
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from megalite.model.decoder import Decoder
+from megalite.weights.tensor_file import TensorInfo, read_header
 
 JOURNAL = ".unfinished.jsonl"
 """Where a conversion notes what it has done, until the manifest takes its place."""
 STEP = "shards.step"
 """Fault point that is passed after every change to a folder under construction, so that tests can kill at each."""
-READERS = 4
-"""Threads that read a rank's file."""
-READ_ROWS_BYTES = 16 << 20
-"""What is read at a time on the way to a device, or to another dtype."""
 
 
 def is_sharded(folder: str | Path) -> bool:
@@ -92,17 +78,6 @@ def layout_words(layout: Layout) -> str:
 def metadata(layout: Layout, rank: int, kind: str) -> dict[str, str]:
     """What a rank file says of itself in its header."""
     return {"format": "pt", "layout": layout_words(layout), "rank": str(rank), "kind": kind}
-
-
-def check_layout(folder: str | Path, layout: Layout) -> Manifest:
-    """The manifest, if the shards are cut for the tp and pp of `layout`; else CheckpointError with the way out."""
-    manifest = open_manifest(folder)
-    if manifest.layout != stored_layout(layout):
-        cut, wanted = layout_words(manifest.layout), layout_words(layout)
-        out = f"{os.path.normpath(folder)}-{re.sub('[=,]', '', wanted)}"
-        command = ["python", "tools/reshard.py", "--from", str(folder), "--layout", wanted, "--out", out]
-        raise CheckpointError(f"{folder}: cut for {cut}, this run has {wanted}. Cut it anew:\n  {shlex.join(command)}")
-    return manifest
 
 
 def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Owned]]]:
@@ -163,39 +138,3 @@ def check_file(folder: Path, file: StoredFile, config: ModelConfig, layout: Layo
             f"{path}: its header does not say of {wrong} what {manifests.NAME} says. Is it the file of another rank?"
         )
     return tensors
-
-
-def load(decoder: Decoder, folder: str | Path) -> None:
-    """Fill a decoder from its rank's file. CheckpointError if the folder is unfinished, damaged or cut otherwise."""
-    import torch
-
-    folder, state = Path(folder), decoder.state
-    manifest = check_layout(folder, state.layout)
-    rank = manifest.layout.rank(tp=state.tp.rank, pp=state.pp.rank)
-    tensors = check_file(folder, manifest.files[file_name(rank)], decoder.config, manifest.layout)
-    params = {name: param for name, param in decoder.named_parameters() if param.numel()}
-    assert params.keys() == tensors.keys(), "the weight table and the decoder disagree"
-
-    def fill(name: str) -> None:
-        maybe_fault("weights.read", state.rank)
-        with torch.no_grad():
-            _fill(params[name].detach(), files, name)
-
-    with TensorFiles(tensors) as files, ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(fill, tensors):
-            pass
-
-
-def _fill(param: Tensor, files: TensorFiles, name: str) -> None:
-    import torch
-
-    info = files.tensors[name]
-    stored = getattr(torch, WEIGHT_DTYPES[info.dtype])
-    if param.device.type == "cpu" and param.dtype == stored and param.is_contiguous():
-        files.read_into(memoryview(param.view(-1).view(torch.uint8).numpy()), name)
-        return
-    row = max(1, info.nbytes // info.shape[0])
-    step = max(1, READ_ROWS_BYTES // row)
-    for lo in range(0, info.shape[0], step):
-        hi = min(lo + step, info.shape[0])
-        param[lo:hi].copy_(files.read(name, 0, lo, hi))

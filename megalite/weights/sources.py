@@ -16,12 +16,11 @@ from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Blocks, hf_blocks, merged, rank_blocks
-from megalite.weights.companions import BESIDE
 from megalite.weights.folder import CONFIG, ModelFolder
-from megalite.weights.hf import check_names, open_checkpoint, resolve
+from megalite.weights.hf import Checkpoint, check_names, open_checkpoint, resolve
 from megalite.weights.manifest import Manifest, StoredFile
-from megalite.weights.mapping import hf_shapes
-from megalite.weights.shards import check_file, is_sharded, open_manifest
+from megalite.weights.mapping import hf_shapes, owned
+from megalite.weights.shards import check_file, is_sharded, open_manifest, stored_layout
 from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorInfo
 
 
@@ -72,23 +71,55 @@ class Source:
 
 def open_source(path: str | Path, revision: str | None = None) -> Source:
     """The checkpoint at a path or under a hub id. CheckpointError if it is none, unfinished, damaged or hostile."""
-    folder = resolve(path, revision, also=BESIDE)
+    folder = resolve(path, revision, beside=True)
     return _open_shards(folder) if is_sharded(folder) else _open_hf(folder)
+
+
+def blocks_for(folder: Path, model: ModelConfig, layout: Layout, rank: int, kind: str = manifests.WEIGHT) -> Blocks:
+    """Where the parts of which `rank` of `layout` holds something lie: in a Hugging Face folder, or in rank shards.
+
+    Shards may be cut for any layout; where they are cut for this one, the rank's own file holds everything. Headers are
+    checked, of those files only. CheckpointError: the folder is damaged, unfinished or of another model.
+    """
+    if not is_sharded(folder):
+        return hf_blocks(model, _open_weights(folder, model).tensors)
+    manifest = open_manifest(folder)
+    files = [file for file in manifest.files.values() if file.kind == kind]
+    if manifest.layout == stored_layout(layout):
+        place = layout.coord(rank)
+        own = manifest.layout.rank(tp=place.tp, pp=place.pp)
+        files = [file for file in files if file.rank == own]
+    else:
+        names = {one.piece.hf for one in owned(model, layout, rank)}
+        files = [file for file in files if not names.isdisjoint(_tensors_of(file))]
+    return merged(file_blocks(folder, file, model, manifest.layout)[1] for file in files)
+
+
+def _tensors_of(file: StoredFile) -> set[str]:
+    """The Hugging Face tensors of which a rank file holds something."""
+    return {one.hf for held in file.tensors.values() for one in held.ranges}
+
+
+def _open_weights(folder: Path, model: ModelConfig) -> Checkpoint:
+    """The weights of a Hugging Face folder, once they are known to be the model's."""
+    checkpoint = open_checkpoint(folder, names=families.weight_names(model))
+    check_names(model, checkpoint, str(folder))
+    for name in hf_shapes(model):
+        info = checkpoint.tensors[name]
+        if info.dtype not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name} is {info.dtype}; weights must be {', '.join(WEIGHT_DTYPES)}"
+            )
+    return checkpoint
 
 
 def _open_hf(folder: Path) -> Source:
     beside = ModelFolder.open(folder)
     model = beside.model
-    with open_checkpoint(folder, prefix=families.weight_names(model).prefix) as checkpoint:
-        check_names(model, checkpoint, str(folder))
-        tensors = checkpoint.tensors
-    shapes = hf_shapes(model)
+    checkpoint = _open_weights(folder, model)
+    tensors, shapes = checkpoint.tensors, hf_shapes(model)
     files: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        if name in shapes and info.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name} is {info.dtype}; weights must be {', '.join(WEIGHT_DTYPES)}"
-            )
+    for info in tensors.values():
         files.setdefault(info.file.name, {})[info.name] = info
     left_out = tuple(sorted(info.name for name, info in tensors.items() if name not in shapes))
     notes = [f"left out, as the model does not use them: {', '.join(left_out[:4])}{', ...' * (len(left_out) > 4)}"]
@@ -100,7 +131,7 @@ def _open_hf(folder: Path) -> Source:
         files=files,
         dtypes={name: tensors[name].dtype for name in shapes},
         identity=["hf", *_states(folder, files)],
-        bare=any(tensors[name].name != name for name in shapes),
+        bare=checkpoint.bare,
         left_out=left_out,
         notes=notes if left_out else [],
     )

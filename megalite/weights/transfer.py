@@ -1,58 +1,36 @@
-"""Fills a decoder with weights: from a checkpoint by byte ranges, or at random. Every piece goes through `owned`."""
+"""Fills a decoder with weights: out of a checkpoint of any form and layout by byte ranges, or at random.
+
+Every piece goes through `owned`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import maybe_fault
-from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights import shards
-from megalite.weights.hf import check_names, open_checkpoint
+from megalite.weights.blocks import Blocks, Move, Part, reading, region_of
+from megalite.weights.copying import Reading, in_parallel, matrices
+from megalite.weights.manifest import WEIGHT
 from megalite.weights.mapping import Owned, Piece, owned
-
-__all__ = [
-    "DTYPES",
-    "WeightSource",
-    "build",
-    "check_names",
-    "initialise",
-    "load",
-    "load_folder",
-    "random_matrix",
-    "twin",
-]
+from megalite.weights.shards import expected
+from megalite.weights.sources import blocks_for
+from megalite.weights.tensor_file import WEIGHT_DTYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INIT_STD = 0.02
 """Standard deviation of new weights (GPT-2, Llama)."""
-
-
-class TensorInfo(Protocol):
-    """What is known of a stored tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    offset: int
-
-
-class WeightSource(Protocol):
-    """Anything that gives ranges of Hugging Face tensors."""
-
-    tensors: Mapping[str, TensorInfo]
-
-    def read(self, name: str, dim: int, lo: int, hi: int) -> Tensor:
-        """Rows (dim 0) or columns (dim 1) lo..hi of a stored tensor, in its stored dtype."""
+READERS = 4
+"""Threads that read a rank's files."""
 
 
 @contextmanager
@@ -84,32 +62,74 @@ def twin(decoder: Decoder, state: ParallelState) -> Decoder:
     return other
 
 
-def load_folder(decoder: Decoder, folder: str | Path) -> None:
-    """Fill a decoder from a folder in Hugging Face layout, or of rank shards such as a training state.
+def load_folder(decoder: Decoder, folder: str | Path, *, whole: bool = False) -> None:
+    """Fill a decoder from a folder in Hugging Face layout, or of rank shards of any layout, such as a training state.
 
-    CheckpointError if the folder is damaged, is of another model or is cut for another layout.
+    A rank reads its own ranges and no others, and what is read of shards is checked where a range is read whole.
+    `whole`: it always is. CheckpointError if the folder is damaged or of another model.
     """
-    if shards.is_sharded(folder):
-        shards.load(decoder, folder)
-        return
-    prefix = families.weight_names(decoder.config).prefix
-    with open_checkpoint(folder, prefix=prefix) as checkpoint:
-        check_names(decoder.config, checkpoint, str(folder))
-        load(decoder, checkpoint)
+    state = decoder.state
+    place = (decoder.config, state.layout, state.rank)
+    fill(dict(decoder.named_parameters()), owned(*place), blocks_for(Path(folder), *place), whole=whole)
 
 
 @torch.no_grad()
-def load(decoder: Decoder, source: WeightSource) -> None:
-    """Read this rank's ranges, and only those, into the decoder; one tensor is in flight at a time."""
-    state = decoder.state
-    filled = _Filled(decoder)
-    parts = list(owned(decoder.config, state.layout, state.rank))
-    parts.sort(key=lambda part: (source.tensors[part.piece.hf].file, source.tensors[part.piece.hf].offset))
-    for part in parts:  # in file order: disks and caches like that
-        maybe_fault("weights.read", state.rank)
-        values = source.read(part.piece.hf, part.piece.hf_dim, part.lo, part.hi)
-        filled.target(part).copy_(values.t() if part.piece.transpose else values)
-    filled.check()
+def fill(
+    params: Mapping[str, Tensor], parts: Iterable[Owned], blocks: Blocks, *, kind: str = WEIGHT, whole: bool = False
+) -> None:
+    """Read local parameters, by name, which are made of `parts`, out of the files that `blocks` of `kind` lie in.
+
+    They may be of any dtype and on any device. Files are read in order, by a few threads, each of which holds a band of
+    rows; of a matrix that the file holds turned (GPT-2) the whole. `whole`: see `blocks.reading`.
+    """
+    work: list[tuple[Move, Tensor, int, int]] = []
+    left = {name: param.numel() for name, param in params.items()}
+    for one in parts:
+        name = one.piece.param
+        left[name] -= one.elements
+        view = params[name].detach().narrow(one.piece.dim, one.start, one.hi - one.lo)
+        part = Part(one.piece.hf, one.piece.hf_start, kind)
+        move, row, column = reading(part, blocks[part], region_of(one), whole=whole)
+        work.append((move, view if view.ndim == 2 else view[:, None], row, column))
+    assert not any(left.values()), f"the weight table does not fill {[name for name, count in left.items() if count]}"
+    work.sort(key=lambda item: (str(item[0].sources[0].file), item[0].sources[0].offset))  # disks and caches like that
+    with Reading() as files:
+
+        def copy(item: tuple[Move, tuple[Move, Tensor, int, int]]) -> None:
+            move, (_, view, row, column) = item
+            maybe_fault("weights.read")
+            _copy(files, move, view, row, column)
+
+        moves = files.expecting([move for move, *_ in work])
+        in_parallel(copy, zip(moves, work, strict=True), READERS)
+
+
+@torch.no_grad()
+def _copy(files: Reading, move: Move, view: Tensor, row: int, column: int) -> None:
+    """Fill `view` with the rows and columns of a move's matrix that begin at `row` and `column`."""
+    rows, columns = view.shape
+    dtype = getattr(torch, WEIGHT_DTYPES[move.dtype])
+    for lo, hi, band in matrices(files, move):
+        first, last = max(lo, row), min(hi, row + rows)
+        if first < last:
+            values = torch.from_numpy(band[first - lo : last - lo]).view(dtype)
+            view[first - row : last - row].copy_(values[:, column : column + columns])
+
+
+def read_parameters(
+    folder: Path, config: ModelConfig, layout: Layout, rank: int, kind: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and values, on the CPU and in the stored dtype, of each parameter that `rank` holds, one after the other.
+
+    Out of rank shards of any layout, whose digests are all checked: a rank reads each range whole of which it needs
+    some rows. With twice the tp of the files that is twice the bytes. CheckpointError if a file is damaged.
+    """
+    blocks = blocks_for(folder, config, layout, rank, kind)
+    for name, (shape, parts) in expected(config, layout, rank).items():
+        source = blocks[Part(parts[0].piece.hf, parts[0].piece.hf_start, kind)][0]
+        values = torch.empty(shape, dtype=getattr(torch, WEIGHT_DTYPES[source.dtype]))
+        fill({name: values}, parts, blocks, kind=kind, whole=True)
+        yield name, values
 
 
 @torch.no_grad()
