@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -20,13 +19,14 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import FAULT_VARIABLE, CheckpointError
 from megalite.train.batch import from_windows
 from megalite.train.checkpoint import KINDS, load_state, newest_state, remove_unfinished, save_state
-from megalite.train.export import export_model
+from megalite.train.export import export_model, files_beside
 from megalite.train.trainer import Trainer
 from megalite.train.zero import WEIGHT, get_whole, set_whole, whole_shape
 from megalite.weights import manifest as manifests
 from megalite.weights import shards
 from megalite.weights.convert import export, reshard
 from megalite.weights.describe import describe, describe_tensor
+from megalite.weights.folder import ModelFolder
 from megalite.weights.mapping import owned
 from megalite.weights.transfer import random_matrix
 from megalite.weights.verify import verify
@@ -53,8 +53,8 @@ def trainer_of(model: Path, layout: Layout, zero: int = 1) -> Trainer:
 
 
 def save(trainer: Trainer, model: Path, folder: Path) -> None:
-    config = (model / "config.json").read_bytes()
-    save_state(trainer, folder, {"data": "some"}, json.loads(config), {"config.json": config})
+    base = ModelFolder.open(model)
+    save_state(trainer, folder, {"data": "some"}, base, files_beside(base))
 
 
 def load_newest(trainer: Trainer, folder: Path) -> None:

@@ -10,7 +10,6 @@ outputs/run/config.json model.safetensors tokenizer.json ...   the model, at the
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -32,9 +31,11 @@ from megalite.train.checkpoint import (
     save_state,
     state_to_resume,
 )
-from megalite.train.export import export_folder, files_beside, model_config
-from megalite.train.new_model import shape_of
+from megalite.train.data import end_of_text
+from megalite.train.export import export_folder, files_beside
+from megalite.train.new_model import starting_point
 from megalite.train.trainer import Trainer
+from megalite.weights.folder import ModelFolder
 from megalite.weights.transfer import load_folder
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,20 @@ class Materials:
             remove_unfinished(self.states)
             remove_unfinished(self.references)
         self.tokenizer_folder, self.tokenizer = self._open_tokenizer(wait)
-        self.model, self.hf_config = shape_of(
-            config.model, vocab_size=self.tokenizer.vocab_size, eos_token_id=self.tokenizer.eos_token_id
-        )
+        named = ModelFolder.open(config.model.path).generation.eos_token_ids if config.model.path else ()
+        self.end = end_of_text(self.tokenizer, named)
         self.responses = self._responses()
         self.tokenizer.close()
+        endings = {*self.tokenizer.special_ids, self.end}
+        self.base = starting_point(
+            config.model,
+            tokenizer=self.tokenizer_folder,
+            vocab_size=self.tokenizer.vocab_size,
+            end=self.end,
+            taught=sorted(set().union(*(response.ends(endings) for response in self.responses))),
+        )
+        self.model = self.base.model
+        self.beside = files_beside(self.base)
 
     def _open_tokenizer(self, wait: Callable[[], None]) -> tuple[Path, Tokenizer]:
         """The one named, the model's own, or one trained on the task's texts."""
@@ -76,8 +86,6 @@ class Materials:
         tokenizer = Tokenizer.load(folder)
         if tokenizer is None:
             raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no tokenizer.json", fix="Name one."))
-        if tokenizer.eos_token_id is None:
-            raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no end-of-text token", fix="Name one."))
         return folder, tokenizer
 
     def _responses(self) -> list[supervised.Encoded]:
@@ -99,10 +107,10 @@ class Materials:
         return found
 
     def _response(self, example: Example) -> supervised.Encoded:
-        end = self.tokenizer.eos_token_id
         if example.messages is None:
-            return supervised.encode_pair(self.tokenizer, example.prompt, example.response, end)
-        return supervised.encode_answer(self.tokenizer, example.messages, example.response, end, **example.variables)
+            return supervised.encode_pair(self.tokenizer, example.prompt, example.response, self.end)
+        chat = (example.messages, example.response, self.end)
+        return supervised.encode_answer(self.tokenizer, *chat, **example.variables)
 
     # ---- checkpoints and the model
 
@@ -115,7 +123,7 @@ class Materials:
         if self.found is None:
             return None
         path, manifest = self.found
-        check_same_model(manifest, model_config(self.hf_config, "float32"))
+        check_same_model(manifest, self.base)
         progress = manifest.training.get("progress")
         if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations", "weight_version"}:
             raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
@@ -138,16 +146,12 @@ class Materials:
         load_folder(decoder, found[0], whole=True)
 
     def _save(self, trainer: Trainer, folder: Path, training: dict[str, Any]) -> None:
-        copies = self._files_beside("float32")
-        save_state(trainer, folder, training, json.loads(copies["config.json"]), copies)
+        save_state(trainer, folder, training, self.base, self.beside)
 
     def export(self, trainer: Trainer) -> None:
         """Make the folder hold the present model. Collective over the training layout."""
         dtype = self.config.model.dtype
-        export_folder(trainer.decoder, self.folder, self._files_beside(dtype), dtype)
-
-    def _files_beside(self, dtype: str) -> dict[str, bytes]:
-        return files_beside(self.hf_config, self.model, dtype, self.tokenizer_folder)
+        export_folder(trainer.decoder, self.folder, self.base, self.beside, dtype)
 
 
 def _text(example: Example) -> str:

@@ -29,13 +29,15 @@ from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Layout, Whole, width
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
-from megalite.files import DurableFile, sync_folder, write_durably
+from megalite.files import DurableFile, sync_folder
 from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
+from megalite.weights import companions, shards
 from megalite.weights import manifest as manifests
-from megalite.weights import shards
+from megalite.weights.companions import Companions
+from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.manifest import Manifest, Range, StoredFile, StoredTensor, digest_of, file_name
 from megalite.weights.mapping import Owned, pieces
 from megalite.weights.shards import expected, stored_layout
@@ -43,6 +45,8 @@ from megalite.weights.tensor_file import DTYPE_BYTES, new_header
 from megalite.weights.transfer import read_parameters
 
 KINDS = (WEIGHT, *MOMENTS)
+DTYPE = "float32"
+"""Of the weights in a state."""
 _NAME = re.compile(r"step-\d+(?:-([1-9]\d{0,8}))?")
 DIGEST_BYTES = 16
 log = logging.getLogger(__name__)
@@ -54,13 +58,13 @@ Held = dict[str, tuple[tuple[int, ...], list[Owned]]]
 
 
 def save_state(
-    trainer: Trainer, folder: Path, training: Mapping[str, Any], config: dict[str, Any], copies: Mapping[str, bytes]
+    trainer: Trainer, folder: Path, training: Mapping[str, Any], base: ModelFolder, beside: Companions
 ) -> None:
     """Save all that a resumed run needs as `folder/step-N` and remove older states.
 
-    `training` goes into the manifest, beside the step; `config` is that of config.json, which is among `copies`: files
-    by name. Collective; done on all ranks when it returns on one. Each tp and pp rank has its files, which different
-    replicas write at the same time. Killed at any moment, the newest complete state is the old or the new one.
+    `training` goes into the manifest, beside the step; `beside` are the `files_beside` of `base`. Collective; done on
+    all ranks when it returns on one. Each tp and pp rank has its files, which different replicas write at the same
+    time. Killed at any moment, the newest complete state is the old or the new one.
     """
     state, model = trainer.state, trainer.decoder.config
     layout = stored_layout(state.layout)
@@ -69,13 +73,13 @@ def save_state(
     digests = _write_files(trainer, layout, wide, target)
     if state.rank == state.layout.first_rank:
         files = _collect(state, model, layout, wide, digests)
-        for name, content in copies.items():
-            write_durably(target / name, content)
+        config = companions.with_dtype(base.values, DTYPE)
+        copies = companions.write({**beside, CONFIG: companions.as_json(config)}, target)
         manifest = Manifest(
             layout=layout,
             config=config,
             files=files,
-            copies={name: digest_of(content) for name, content in copies.items()},
+            copies=copies,
             training={"step": trainer.steps_done, **training},
         )
         maybe_fault("state.manifest", state.rank)
@@ -278,8 +282,9 @@ def state_to_resume(folder: Path, *, resume: bool) -> tuple[Path, Manifest] | No
     return found
 
 
-def check_same_model(manifest: Manifest, config: dict[str, Any]) -> None:
-    """ConfigError if a state is of another model than that of `config`, a config.json in float32."""
+def check_same_model(manifest: Manifest, base: ModelFolder) -> None:
+    """ConfigError if a state is of another model than the one that training began with."""
+    config = companions.with_dtype(base.values, DTYPE)
     keys = sorted(config.keys() | manifest.config.keys())
     changed = [key for key in keys if config.get(key) != manifest.config.get(key)]
     if changed:

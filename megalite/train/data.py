@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -29,10 +29,11 @@ from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import DurableFile, write_json
 from megalite.model.hf_config import read_json
-from megalite.tokenizer import TOKENIZER_FILES, Tokenizer, TokenizerError
+from megalite.tokenizer import Tokenizer, TokenizerError
 from megalite.train import bpe
 from megalite.train.examples import Encoded, encode_chat, encode_pair
 from megalite.train.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
+from megalite.weights import companions
 
 PREPARED = Path("training/data")
 """The prepared folder of a run, in its output folder."""
@@ -59,12 +60,14 @@ def check(config: TrainConfig) -> list[Problem]:
     return [] if began or data_problems(config.data, None) else line_problems(config.data)
 
 
-def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_use: bool = False) -> None:
+def prepare(
+    data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_use: bool = False, ends: Sequence[int] = ()
+) -> None:
     """Make `folder` hold the tokenizer and both splits, unless it does so already for the same settings.
 
     For one process; the others wait. `in_use`: a training run has begun with what the folder holds, so it is not made
     anew for other settings or by another VERSION. ConfigError for those, for lines that can't be used, or if a split
-    would be empty.
+    would be empty. `ends`: the model's end tokens, of which the first ends texts where the tokenizer has none.
     """
     manifest = folder / MANIFEST
     made = read_json(manifest) if manifest.exists() else {}
@@ -84,10 +87,11 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_
     bring_tokenizer(tokenizer, records, folder)
     known = Tokenizer.load(folder)
     assert known is not None, "it was just brought"
+    end = end_of_text(known, ends)
     if records.format == "text":
-        contents = _write_texts(records, known, folder, _end_of_text(known))
+        contents = _write_texts(records, known, folder, end)
     else:
-        contents = _write_examples(records, known, folder, _end_of_text(known))
+        contents = _write_examples(records, known, folder, end)
         known.close()
     write_json(
         manifest,
@@ -97,7 +101,7 @@ def prepare(data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_
             "settings": _settings(data, tokenizer, records.format),
             "python": f"{platform.python_implementation()} {platform.python_version()}",
             "vocab_size": known.vocab_size,
-            "eos_token_id": _end_of_text(known),
+            "eos_token_id": end,
             "splits": contents,
         },
     )
@@ -129,13 +133,10 @@ def bring_tokenizer(section: TokenizerSection, records: Iterable[Record], folder
         bpe.save(bpe.train(texts, section.vocab_size), folder)
         return
     source = Path(section.path)
-    if not (source / TOKENIZER_FILES[0]).is_file():
-        rule = f"must hold {TOKENIZER_FILES[0]}"
+    if not (source / "tokenizer.json").is_file():
+        rule = "must hold tokenizer.json"
         raise ConfigError(Problem(key="tokenizer.path", rule=rule, value=section.path))
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            with DurableFile(folder / name) as file:
-                file.write((source / name).read_bytes())
+    companions.write(companions.of_tokenizer(source), folder)
 
 
 def _words_of(record: Record) -> str:
@@ -146,9 +147,16 @@ def _words_of(record: Record) -> str:
     return "".join(record.values.values())
 
 
-def _end_of_text(tokenizer: Tokenizer) -> int:
+def end_of_text(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int:
+    """The token that ends a text: the tokenizer's own, else the first of the model's `ends`, else one so called.
+
+    ConfigError if there is none.
+    """
     if tokenizer.eos_token_id is not None:
         return tokenizer.eos_token_id
+    known = [token for token in ends if token < tokenizer.vocab_size]
+    if known:
+        return known[0]
     for name in (bpe.END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"):
         token = tokenizer.backend.token_to_id(name)
         if token is not None:
@@ -230,12 +238,15 @@ class _Examples:
     """Longer than data.sequence_length, and so cut or left out."""
     left_out: int = 0
     """Of them; also when no token of a response would be left."""
+    ends: set[int] = field(default_factory=set)
+    """Tokens that responses end with."""
 
-    def add(self, example: Encoded, section: DataSection, tokenizer: Tokenizer) -> None:
+    def add(self, example: Encoded, section: DataSection, tokenizer: Tokenizer, end: int) -> None:
         """Take the example in, as far as it fits. ValueError: it is too long, and data.too_long says error."""
         fitted = self._fitted(example, section)
         if fitted is None:
             return
+        self.ends |= example.ends({*tokenizer.special_ids, end})
         dtype = _dtype(tokenizer.vocab_size)
         self.ids.append(np.array(fitted.ids, dtype))
         self.learnt.append(np.array(fitted.learnt, np.bool_))
@@ -267,7 +278,7 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
     for record in records:
         try:
             for example in _encoded(record, records.section, tokenizer, end):
-                splits[SPLITS[record.held_out]].add(example, records.section, tokenizer)
+                splits[SPLITS[record.held_out]].add(example, records.section, tokenizer, end)
         except TokenizerError as error:  # no fault of the line's
             log.warning("%s is left out: %s", record.where, error)
         except ValueError as error:
@@ -302,6 +313,7 @@ def _write_split(folder: Path, name: str, split: _Examples) -> dict[str, Any]:
         "learnt": int(sum(learnt[1:].sum() for learnt in split.learnt)),
         "too_long": split.too_long,
         "left_out": split.left_out,
+        "ends": sorted(split.ends),
         "sha256": digest.hexdigest(),
     }
 
@@ -339,6 +351,9 @@ class Corpus:
     held_out: np.ndarray | ExampleSet
     vocab_size: int
     eos_token_id: int
+    """Ends texts, and responses that nothing else ends."""
+    ends: tuple[int, ...]
+    """Every token that a model learns to end with."""
     facts: dict[str, Any]
     """The manifest."""
 
@@ -357,6 +372,7 @@ class Corpus:
             held_out=held_out,
             vocab_size=facts["vocab_size"],
             eos_token_id=facts["eos_token_id"],
+            ends=tuple(facts["splits"]["train"].get("ends", [facts["eos_token_id"]])),
             facts=facts,
         )
 

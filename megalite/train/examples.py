@@ -9,7 +9,7 @@ response is what rendering with it adds to rendering up to it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os.path import commonprefix
@@ -36,6 +36,12 @@ class Encoded:
     def cut(self, length: int) -> Encoded:
         """Its first `length` tokens."""
         return Encoded(self.ids[:length], self.learnt[:length])
+
+    def ends(self, end_tokens: Collection[int]) -> set[int]:
+        """Those of `end_tokens` that end a response: what a model that has learnt this stops with."""
+        followed = (*self.learnt[1:], False)
+        counted = zip(self.ids, self.learnt, followed, strict=True)
+        return {token for token, counts, more in counted if counts and not more and token in end_tokens}
 
     @property
     def num_learnt(self) -> int:

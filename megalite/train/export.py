@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalite.errors import maybe_fault
-from megalite.files import DurableFile, write_durably
+from megalite.files import DurableFile
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.tokenizer import TOKENIZER_FILES
+from megalite.model.generation import NAME as GENERATION
 from megalite.train.zero import WEIGHT, get_whole
+from megalite.weights.companions import Companions, as_json, beside, is_of_tokenizer, of_tokenizer, with_dtype, write
+from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import SINGLE
 from megalite.weights.mapping import Owned, hf_shapes, pieces
 from megalite.weights.shards import expected, stored_layout
 from megalite.weights.tensor_file import new_header
 from megalite.weights.transfer import DTYPES
 
+SMALL_BYTES = 64 << 20
+"""Files up to this size are kept in memory."""
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -100,27 +102,23 @@ def _place(local: Tensor, parts: list[Owned], whole: dict[str, Tensor]) -> None:
         target.copy_(values.t() if one.piece.transpose else values)
 
 
-def model_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json of the model with weights in `dtype`."""
-    return {**config, "dtype": dtype}
+def files_beside(base: ModelFolder) -> Companions:
+    """What belongs beside weights that were trained from `base`, by name.
+
+    All that goes along with the base's own weights but its model card, with the tokenizer of `base.tokenizer_path`.
+    What is small is read now: the base may be gone when the training ends.
+    """
+    found: Companions = {}
+    if (base.path / CONFIG).exists():
+        found = {name: path for name, path in beside(base.path).items() if not is_of_tokenizer(name)}
+        found.pop("README.md", None)
+    found |= of_tokenizer(base.tokenizer_path)
+    found = {name: path.read_bytes() if path.stat().st_size <= SMALL_BYTES else path for name, path in found.items()}
+    return {**found, CONFIG: as_json(base.values), GENERATION: base.generation.to_bytes()}
 
 
-def files_beside(config: dict[str, Any], model: ModelConfig, dtype: str, tokenizer_folder: Path) -> dict[str, bytes]:
-    """What a model folder holds beside weights in `dtype`, by name."""
-    ends = list(model.eos_token_ids)
-    end = ends[0] if len(ends) == 1 else ends
-    generation = {"eos_token_id": end, "pad_token_id": ends[0], "do_sample": True, "temperature": 0.7, "top_p": 0.95}
-    files = {"config.json": model_config(config, dtype), "generation_config.json": generation}
-    found = {name: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode() for name, values in files.items()}
-    for name in TOKENIZER_FILES:
-        if (tokenizer_folder / name).is_file():
-            found[name] = (tokenizer_folder / name).read_bytes()
-    return found
-
-
-def export_folder(decoder: Decoder, folder: Path, files: Mapping[str, bytes], dtype: str) -> None:
-    """Make `folder` hold the present model, with `files` beside its weights. Collective."""
+def export_folder(decoder: Decoder, folder: Path, base: ModelFolder, files: Companions, dtype: str) -> None:
+    """Make `folder` hold the present model, trained from `base`, with its `files_beside`. Collective."""
     if decoder.state.rank == decoder.state.layout.first_rank:
-        for name, content in files.items():
-            write_durably(folder / name, content)
+        write({**files, CONFIG: as_json(with_dtype(base.values, dtype))}, folder)
     export_model(decoder, folder / SINGLE, DTYPES[dtype])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
@@ -21,20 +20,20 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
-from megalite.model.config import ModelConfig
 from megalite.tokenizer import TOKENIZER_FILES
 from megalite.train import card
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
 from megalite.train.data import PREPARED, Corpus, prepare
-from megalite.train.export import export_folder, files_beside, model_config
+from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed
 from megalite.train.model import Scorer
-from megalite.train.new_model import make_decoder, shape_of
+from megalite.train.new_model import make_decoder, starting_point
 from megalite.train.optimizer import learning_rate
 from megalite.train.reading import open_reader
 from megalite.train.trainer import StepReport, Trainer
 from megalite.weights import transfer
+from megalite.weights.folder import ModelFolder
 
 
 @dataclass
@@ -81,7 +80,9 @@ class Job:
         self.states = self.folder / "training" / "state"
         self.found = state_to_resume(self.states, resume=config.output.resume)
         self.corpus = self._open_corpus()
-        self.model, self.hf_config = self._make_config()
+        self.base = self._open_base()
+        self.model = self.base.model
+        self.beside = files_beside(self.base)
         self.trainer = Trainer(
             make_decoder(config.model, self.model, self.state, device=self.device, seed=config.train.seed),
             config.optimizer,
@@ -129,23 +130,31 @@ class Job:
             remove_unfinished(self.states)
             config = self.config
             tokenizer = replace(config.tokenizer, path=config.tokenizer.path or config.model.path)
-            prepare(config.data, tokenizer, folder, in_use=self.found is not None)
+            named = config.model.path and ModelFolder.open(config.model.path).generation.eos_token_ids
+            prepare(config.data, tokenizer, folder, in_use=self.found is not None, ends=named or ())
         self._wait_for_all()
         return Corpus.open(folder)
 
-    def _make_config(self) -> tuple[ModelConfig, dict[str, Any]]:
+    def _open_base(self) -> ModelFolder:
         corpus = self.corpus
-        model, values = shape_of(self.config.model, vocab_size=corpus.vocab_size, eos_token_id=corpus.eos_token_id)
+        base = starting_point(
+            self.config.model,
+            tokenizer=corpus.folder,
+            vocab_size=corpus.vocab_size,
+            end=corpus.eos_token_id,
+            taught=corpus.ends,
+        )
+        model = base.model
         if model.max_position_embeddings < self.config.data.sequence_length:
             rule = f"must be at most the model's {model.max_position_embeddings} positions"
             raise ConfigError(Problem(key="data.sequence_length", rule=rule, value=self.config.data.sequence_length))
-        return model, values
+        return base
 
     def _resume(self) -> None:
         if self.found is None:
             return
         path, manifest = self.found
-        check_same_model(manifest, model_config(self.hf_config, "float32"))
+        check_same_model(manifest, self.base)
         if manifest.training.get("data") != self.corpus.digest:
             raise CheckpointError(f"{path}: the run read other text than {self.corpus.folder} holds now")
         load_state(self.trainer, path)
@@ -248,17 +257,13 @@ class Job:
     # ---- files ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        copies = self._files_beside("float32")
         training = {"data": self.corpus.digest, "progress": asdict(self.progress)}
-        save_state(self.trainer, self.states, training, json.loads(copies["config.json"]), copies)
+        save_state(self.trainer, self.states, training, self.base, self.beside)
 
     def _export(self) -> None:
         """Make the output folder hold the present model."""
         dtype = self.config.model.dtype
-        export_folder(self.trainer.decoder, self.folder, self._files_beside(dtype), dtype)
-
-    def _files_beside(self, dtype: str) -> dict[str, bytes]:
-        return files_beside(self.hf_config, self.model, dtype, self.corpus.folder)
+        export_folder(self.trainer.decoder, self.folder, self.base, self.beside, dtype)
 
     def _finish(self) -> None:
         """Read the exported model back, measure it, let it write, and make the model card of that."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +15,42 @@ from megalite.errors import ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.model.hf_config import read_json
+from megalite.model.generation import GenerationConfig
 from megalite.weights import transfer
+from megalite.weights.folder import CONFIG, ModelFolder
 
 
-def shape_of(
-    section: NewModelSection, *, vocab_size: int, eos_token_id: int | None
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's shape and its config.json: as given, with what the tokenizer decides filled in.
+def starting_point(
+    section: NewModelSection, *, tokenizer: Path, vocab_size: int, end: int, taught: Collection[int]
+) -> ModelFolder:
+    """What the model that training begins with is, but for its weights: a folder's, or of `section.config`.
 
-    ConfigError if the tokenizer has more tokens than the model.
+    `tokenizer`: the folder of its tokenizer, which has `vocab_size` tokens. A new model ends its texts with `end`;
+    either ends with the tokens `taught` too, for that is what it will do. ConfigError if the tokenizer has more tokens
+    than the model.
     """
-    path = Path(section.path or "model.config") / "config.json"
-    values = dict(read_json(path) if section.path else section.config or {})
+    if section.path is not None:
+        base = ModelFolder.open(section.path, tokenizer=tokenizer)
+    else:
+        base = _new(dict(section.config or {}), tokenizer, vocab_size, end)
+    if base.model.vocab_size < vocab_size:
+        rule = f"must be at least the tokenizer's {vocab_size} tokens"
+        raise ConfigError(Problem(key="model.config.vocab_size", rule=rule, value=base.model.vocab_size))
+    generation = base.generation.with_ends(taught)
+    return replace(base, generation=generation, model=families.from_values(base.path / CONFIG, base.values, generation))
+
+
+def _new(values: dict[str, Any], tokenizer: Path, vocab_size: int, end: int) -> ModelFolder:
+    """A model of `section.config`; what the tokenizer decides is filled in."""
+    path = Path("model.config")
     values.setdefault("vocab_size", vocab_size)
-    values.setdefault("eos_token_id", eos_token_id)
-    model = families.from_values(path, values)
+    if values.get("eos_token_id") is None:
+        values["eos_token_id"] = end
+    model = families.from_values(path / CONFIG, values)
     values.setdefault("model_type", model.family)
     values.setdefault("architectures", [families.FAMILIES[model.family].architecture])
-    if model.vocab_size < vocab_size:
-        rule = f"must be at least the tokenizer's {vocab_size} tokens"
-        raise ConfigError(Problem(key="model.config.vocab_size", rule=rule, value=model.vocab_size))
-    return model, values
+    generation = GenerationConfig.of_config(path / CONFIG, values)
+    return ModelFolder(path=path, tokenizer_path=tokenizer, values=values, generation=generation, model=model)
 
 
 def make_decoder(

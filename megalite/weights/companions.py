@@ -19,7 +19,7 @@ from megalite.errors import CheckpointError, maybe_fault
 from megalite.files import DurableFile, left_behind, write_durably
 from megalite.weights import manifest as manifests
 from megalite.weights.folder import CONFIG
-from megalite.weights.hf import CODE, INDEX, is_weights
+from megalite.weights.hf import CODE, INDEX, TEMPLATES, is_weights
 from megalite.weights.manifest import digest_of
 from megalite.weights.shards import JOURNAL, STEP
 from megalite.weights.tensor_file import is_plain_name
@@ -35,9 +35,8 @@ TOKENIZER = (
     "*.tiktoken",
     "spiece.model",
     "sentencepiece.bpe.model",
-    "additional_chat_templates/*",
 )
-"""What a tokenizer is made of, in all its forms."""
+"""What a tokenizer is made of, in all its forms, with the folder of more chat templates."""
 MODEL = (CONFIG, "generation_config.json", *TOKENIZER, "LICENSE*", "README.md")
 """What must not be left of one model beside the weights of another."""
 _NOT_ALONG = {manifests.NAME, INDEX, JOURNAL}
@@ -67,6 +66,16 @@ def beside(folder: Path) -> dict[str, Path]:
         if real.is_file():
             found[name] = folder / name
     return found
+
+
+def of_tokenizer(folder: Path) -> Companions:
+    """The files of a folder that make up its tokenizer."""
+    return {name: folder / name for name in _names(folder, "", set()) if is_of_tokenizer(name)}
+
+
+def is_of_tokenizer(name: str) -> bool:
+    templates = name.startswith(f"{TEMPLATES}/")
+    return templates or ("/" not in name and any(fnmatchcase(name, one) for one in TOKENIZER))
 
 
 def _names(folder: Path, prefix: str, seen: set[Path]) -> Iterator[str]:
@@ -100,7 +109,7 @@ def code_in(folder: Path) -> list[str]:
 def of_model(folder: Path) -> list[Path]:
     """The files that must not stay in a folder beside the weights of another model."""
     mine = {path.name for path in folder.iterdir() if any(fnmatchcase(path.name, one) for one in MODEL)}
-    mine |= {path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*")}
+    mine |= {path.relative_to(folder).as_posix() for path in folder.glob(f"{TEMPLATES}/*")}
     with suppress(CheckpointError):
         mine |= manifests.read(folder).copies.keys()
     return [folder / name for name in sorted(mine) if (folder / name).is_file() or (folder / name).is_symlink()]

@@ -224,10 +224,10 @@ class _Reader:
             raise self.problem(where, f"has a name that is not plain: {str(value)[:100]!r}")
         return value
 
-    def path_name(self, value: Any, where: str) -> str:
-        """A file's name, or its path in a subfolder."""
+    def path_name(self, value: str) -> str:
+        """The name of a file beside the weights, or its path in a subfolder."""
         for part in value.split("/"):
-            self.name(part, where)
+            self.name(part, "copies")
         return value
 
     def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
@@ -249,7 +249,7 @@ class _Reader:
             layout=layout,
             config=dict(self.mapping(values["config"], "config")),
             files={name: self.file(name, file) for name, file in self.mapping(values["files"], "files").items()},
-            copies={self.path_name(key, "copies"): self.digest(value, f"copies.{key}") for key, value in copies.items()},
+            copies={self.path_name(key): self.digest(value, f"copies.{key}") for key, value in copies.items()},
             bare=values["bare"],
             left_out=tuple(self.name(name, "left_out") for name in values["left_out"]),
             made_from=values["made_from"],
