@@ -97,6 +97,17 @@ def test_describe(cut, tmp_path):
     said = tool("describe", cut)
     assert f"{cut}: rank shards" in said and "llama (LlamaForCausalLM), 3 layers" in said
     assert "tp 1, pp 0, layers 0.." in said
+    assert "head and embedding apart" in said
+    demo = tool("describe", DEMO)
+    for words in (
+        "8 query, 2 key/value, 64 wide, hidden size 320",
+        "1,024 tokens",
+        "4,096, head and embedding tied",
+        "4,096 tokens, no chat template",
+        "ends with   0 <|endoftext|>",
+        "temperature=0.7, top_p=0.95",
+    ):
+        assert words in demo
     facts = json.loads(tool("describe", cut, "--json"))
     assert facts["layout"] == {"tp": 2, "pp": 2} and facts["dtypes"].keys() == {"BF16"}
     model = json.loads(tool("describe", cut.parent / "model", "--json"))

@@ -26,6 +26,19 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
     yield f"{facts['path']}: {facts['form']}"
     yield f"  family      {facts['family']} ({facts['architecture']}), {facts['layers']} layers"
     yield f"  parameters  {facts['parameters']:,}"
+    heads, experts = facts["heads"], facts["experts"]
+    some = f"; {experts['per_token']} of {experts['count']} experts a token" if experts else ""
+    wide = f"{heads['size']} wide, hidden size {facts['hidden_size']}"
+    yield f"  heads       {heads['query']} query, {heads['key_value']} key/value, {wide}{some}"
+    scaling = f", {facts['rope_scaling']} rope" if facts["rope_scaling"] else ""
+    windows = "".join(f", window {window}" for window in facts["windows"])
+    yield f"  context     {facts['context']:,} tokens{scaling}{windows}"
+    tied = "head and embedding tied" if facts["tied_embeddings"] else "head and embedding apart"
+    yield f"  vocabulary  {facts['vocabulary']:,}, {tied}"
+    yield f"  tokenizer   {_tokenizer(facts)}"
+    yield f"  ends with   {', '.join(map(_token, facts['end_tokens'])) or 'what the tokenizer says'}"
+    if facts["sampling"]:
+        yield "  sampling    " + ", ".join(f"{key}={value:g}" for key, value in facts["sampling"].items())
     yield f"  size        {in_words(facts['bytes'])}: " + ", ".join(
         f"{dtype} {in_words(count)}" for dtype, count in facts["dtypes"].items()
     )
@@ -52,6 +65,19 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
         yield f"    ... and {len(facts['tensors']) - shown} more (--all lists them)"
     for note in facts["notes"]:
         yield f"  note: {note}"
+
+
+def _tokenizer(facts: dict[str, Any]) -> str:
+    tokenizer = facts["tokenizer"]
+    if tokenizer is None:
+        return "none"
+    if isinstance(tokenizer, str):
+        return f"damaged: {tokenizer}"
+    return f"{tokenizer:,} tokens, {'a' if facts['chat_template'] else 'no'} chat template"
+
+
+def _token(token: dict[str, Any]) -> str:
+    return f"{token['id']} {token['text']}" if token["text"] else str(token["id"])
 
 
 def tensor_lines(facts: dict[str, Any]) -> Iterator[str]:

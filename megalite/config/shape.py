@@ -6,8 +6,10 @@ No value is converted, except a whole number where a number is wanted: `"2"`, `2
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
+import shlex
 import types
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -139,6 +141,8 @@ def nearest_key(key: str, schema: type) -> str:
 def nearest_path(path: str | Path, *, folders: bool = False) -> str:
     """For a path that leads nowhere: what is there instead, as advice; empty if nothing is alike."""
     path = Path(path)
+    if path.suffix == ".gguf" and path.is_file():
+        return gguf_advice(path.parent, path.name)
     if path.parts[:1] and path.parts[0].startswith("~"):
         return f"`~` is not expanded here; write {printable(os.path.expanduser(path))}."
     if not path.parent.is_dir():
@@ -149,6 +153,21 @@ def nearest_path(path: str | Path, *, folders: bool = False) -> str:
         return f"The folder {printable(path.parent)} may not be read."
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"Did you mean {printable(path.parent / close[0])}?" if close else ""
+
+
+def gguf_advice(folder: str | Path, name: str) -> str:
+    """What to do with a GGUF file, which is not read: `folder` is where it lies, a hub id too."""
+    source, file = json.dumps(str(folder)), json.dumps(name)
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"m = M.from_pretrained({source}, gguf_file={file}); m.hf_quantizer = None; "
+        f'm.config.__dict__.pop("quantization_config", None); m.save_pretrained("NEW_FOLDER"); '
+        f'T.from_pretrained({source}, gguf_file={file}).save_pretrained("NEW_FOLDER")'
+    )
+    return (
+        "GGUF is not read. Give the folder or hub id of the model that it was made from; or, with transformers, gguf "
+        f"and accelerate installed, make one of it:\n  python -c {shlex.quote(code)}"
+    )
 
 
 def printable(text: object) -> str:

@@ -212,6 +212,8 @@ def _path_problems(path: str) -> list[Problem]:
         return [problem("model.path", rule, path, nearest_path(path, folders=True))]
     if not Path(path).is_dir():
         fix = "Give the folder that holds config.json and the .safetensors files."
+        if path.endswith(".gguf"):
+            fix = nearest_path(path)
         return [problem("model.path", "must be a folder, not a file", path, fix)]
     return []
 

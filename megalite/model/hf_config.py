@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megalite.config.shape import gguf_advice
 from megalite.errors import CheckpointError
 from megalite.files import read_whole
 from megalite.model.config import Rope, RopeScaling
@@ -54,9 +55,15 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder; CheckpointError if there is none."""
     try:
         text = read_whole(path, MAX_CONFIG_BYTES)
-    except FileNotFoundError:
-        if not path.parent.is_dir():
-            raise CheckpointError(f"{path.parent}: no such model folder") from None
+    except (FileNotFoundError, NotADirectoryError):
+        folder = path.parent
+        if folder.is_file() and folder.suffix == ".gguf":
+            raise CheckpointError(f"{folder}: {gguf_advice(folder.parent, folder.name)}") from None
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such model folder") from None
+        quantized = min(folder.glob("*.gguf"), default=None)
+        if quantized is not None:
+            raise CheckpointError(f"{quantized}: {gguf_advice(folder, quantized.name)}") from None
         raise CheckpointError(f"{path}: missing. A model folder needs it; is this a model folder?") from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megalite.config.schema import TrainConfig
 from megalite.model.config import ModelConfig
@@ -18,6 +21,11 @@ from megalite.weights.mapping import hf_shapes
 SAMPLE_TOKENS = 160
 SAMPLE_TEMPERATURE = 0.5
 CURVE_ROWS = 12
+PSF_LICENCE = "https://docs.python.org/3/license.html"
+LICENCE = ("license", "license_name", "license_link")
+"""Keys of a model card's front matter."""
+FRONT_MATTER_BYTES = 1 << 16
+"""Within which a card's front matter is looked for."""
 
 
 def complete(scorer: Scorer, prompt: Sequence[int], count: int, *, temperature: float, seed: int) -> list[int]:
@@ -63,31 +71,49 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in hf_shapes(model).values())
 
 
-def write(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Result) -> str:
-    """The card, in Markdown."""
+def licence_of(folder: Path) -> dict[str, Any]:
+    """What the model card in a folder says of its licence, by the keys of a card's front matter; empty if nothing."""
+    try:
+        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
+            text = file.read(FRONT_MATTER_BYTES)
+        found = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
+        values = yaml.safe_load(found[1]) if found else None
+    except (OSError, yaml.YAMLError, RecursionError, ValueError):
+        values = None
+    kept = {key: values[key] for key in LICENCE if values.get(key)} if isinstance(values, dict) else {}
+    if not kept and (folder / "LICENSE").is_file():
+        return {"license": "other", "license_name": "of-the-base-model", "license_link": "LICENSE"}
+    return kept
+
+
+def write(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Result, base_licence: dict[str, Any]) -> str:
+    """The card, in Markdown. `base_licence`: `licence_of` the model that was trained further; empty for a new one."""
     parts = [
-        _front_matter(config),
+        _front_matter(config, base_licence),
         f"# {_title(model)}\n\n{_summary(config)}",
         _shape(model),
         _data(config, corpus),
         _training(config, model, corpus, result),
-        _samples(config, result),
+        _samples(config, corpus, result),
     ]
     return "\n".join(parts)
 
 
 def _title(model: ModelConfig) -> str:
-    return f"A {num_parameters(model) / 1e6:.1f}M-parameter {model.family} model trained with megalite"
+    count = num_parameters(model)
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
+    return f"A {size}-parameter {model.family} model trained with megalite"
 
 
-def _front_matter(config: TrainConfig) -> str:
+def _front_matter(config: TrainConfig, base_licence: dict[str, Any]) -> str:
+    """A model trained further is under its base's licence; what is not known is not claimed."""
     stdlib = config.data.source == "stdlib"
-    name = "psf-2.0" if stdlib else "see-training-text"
-    language = "tags: [code, python]\n" if stdlib else ""
-    return (
-        f"---\nlicense: other\nlicense_name: {name}\nlibrary_name: transformers\n"
-        f"pipeline_tag: text-generation\n{language}---\n"
-    )
+    new = {"license": "other", "license_name": "psf-2.0", "license_link": PSF_LICENCE} if stdlib else {}
+    licence = (base_licence if config.model.path is not None else new) or {"license": "unknown"}
+    values = {**licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    if stdlib:
+        values["tags"] = ["code", "python"]
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _summary(config: TrainConfig) -> str:
@@ -118,8 +144,7 @@ def _data(config: TrainConfig, corpus: Corpus) -> str:
     if config.data.source == "stdlib":
         what = (
             f"The standard library's own source as it comes with {corpus.facts['python']}: `{config.data.pattern}`. It "
-            "is under the [PSF License Version 2](https://docs.python.org/3/license.html), and this model is given on "
-            "the same terms."
+            f"is under the [PSF License Version 2]({PSF_LICENCE}), and this model is given on the same terms."
         )
     else:
         what = f"The files of `{config.data.source}`. The licence of that text decides how this model may be used."
@@ -166,9 +191,17 @@ def _curve(evaluations: list[dict[str, Any]]) -> str:
     return "".join(f"| {row['step']} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |\n" for row in rows)
 
 
-def _samples(config: TrainConfig, result: Result) -> str:
+def _samples(config: TrainConfig, corpus: Corpus, result: Result) -> str:
     if not result.samples:
         return ""
     head = f"## Samples\n\nTemperature {SAMPLE_TEMPERATURE}, up to {SAMPLE_TOKENS} tokens, the first try of each.\n"
-    fence = "~~~python" if config.data.source == "stdlib" or config.data.pattern.endswith(".py") else "~~~"
-    return head + "".join(f"\n{fence}\n{prompt}{completion}\n~~~\n" for prompt, completion in result.samples)
+    data = config.data
+    files = data.pattern if data.source == "stdlib" or Path(data.source).is_dir() else data.source
+    language = "python" if corpus.facts["format"] == "text" and files.endswith(".py") else ""
+    return head + "".join(f"\n{_fenced(prompt + completion, language)}" for prompt, completion in result.samples)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block of code in Markdown, behind a fence that does not occur in it."""
+    fence = "~" * max(3, 1 + max(map(len, re.findall("~+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}\n"

@@ -83,6 +83,7 @@ class Job:
         self.base = self._open_base()
         self.model = self.base.model
         self.beside = files_beside(self.base)
+        self.base_licence = card.licence_of(self.base.path)
         self.trainer = Trainer(
             make_decoder(config.model, self.model, self.state, device=self.device, seed=config.train.seed),
             config.optimizer,
@@ -292,7 +293,9 @@ class Job:
             samples=samples,
         )
         if self.is_writer:
-            write_durably(self.folder / "README.md", card.write(self.config, self.model, self.corpus, result))
+            write_durably(
+                self.folder / "README.md", card.write(self.config, self.model, self.corpus, result, self.base_licence)
+            )
         bits = card.bits_per_byte(loss, self.corpus)
         line = f"the model of step {progress.best_step} is in {self.folder}"
         self._say(

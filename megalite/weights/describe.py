@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.errors import ConfigError, Problem
+from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
+from megalite.model.config import ModelConfig
 from megalite.weights.blocks import Block, Blocks, Move, plan
 from megalite.weights.copying import Reading, matrices
 from megalite.weights.dtypes import STORAGE, to_float
+from megalite.weights.folder import ModelFolder
 from megalite.weights.manifest import WEIGHT
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.sources import Source, open_source
@@ -46,6 +48,8 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
         "architecture": families.FAMILIES[source.model.family].architecture,
         "parameters": sum(math.prod(shape) for shape in shapes.values()),
         "layers": source.model.num_layers,
+        **_model(source.model),
+        **_beside(source.beside),
         "layout": _layout(source) if source.form == "shards" else None,
         "bytes": source.nbytes,
         "dtypes": dict(dtypes.most_common()),
@@ -56,6 +60,37 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
         "training": _plain(source.manifest.training) if source.manifest else {},
         "notes": source.notes,
     }
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    """Its shape, in the words of a model card."""
+    experts = next((moe for moe in model.moe if moe is not None), None)
+    return {
+        "hidden_size": model.hidden_size,
+        "heads": {"query": model.num_heads, "key_value": model.num_kv_heads, "size": model.head_dim},
+        "experts": {"count": experts.num_experts, "per_token": experts.top_k} if experts else None,
+        "context": model.max_position_embeddings,
+        "rope_scaling": model.rope.scaling.kind if model.rope and model.rope.scaling else None,
+        "windows": sorted({spec.window for spec in model.attention if spec.window is not None}),
+        "vocabulary": model.vocab_size,
+        "tied_embeddings": model.tie_embeddings,
+    }
+
+
+def _beside(folder: ModelFolder) -> dict[str, Any]:
+    """Tokenizer and generation settings; null for what there is none of, and what is wrong with a damaged one."""
+    found: dict[str, Any] = {"end_tokens": [], "sampling": {}, "tokenizer": None, "chat_template": False}
+    try:
+        found["end_tokens"] = [{"id": token, "text": None} for token in folder.generation.eos_token_ids]
+        found["sampling"] = folder.generation.sampling
+        tokenizer = folder.tokenizer
+    except CheckpointError as error:
+        return {**found, "tokenizer": str(error)}
+    if tokenizer is not None:
+        found |= {"tokenizer": tokenizer.vocab_size, "chat_template": tokenizer.has_chat_template}
+        for end in found["end_tokens"]:
+            end["text"] = tokenizer.token_text(end["id"]) or None
+    return found
 
 
 def _form(source: Source) -> str:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from megalite.config.shape import gguf_advice
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
@@ -197,7 +198,9 @@ def _no_weights(folder: Path) -> CheckpointError:
     for name in names:
         kind = OTHER_FORMATS.get(Path(name).suffix)
         if kind == "GGUF":
-            return CheckpointError(f"{folder / name}: GGUF is not read. Use the model's safetensors version.")
+            return CheckpointError(f"{folder / name}: {gguf_advice(folder, name)}")
+        if kind == "ONNX":
+            continue
         if kind and name not in ("training_args.bin", "optimizer.pt", "scheduler.pt"):
             return CheckpointError(
                 f"{folder / name}: {kind} can run code when read, so they are refused. If you trust it, convert it: "
@@ -217,6 +220,8 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     local = Path(path).expanduser()
     if local.is_dir():
         return local
+    if local.is_file() and local.suffix == ".gguf":
+        raise CheckpointError(f"{path}: {gguf_advice(local.parent, local.name)}")
     if local.is_file():
         raise CheckpointError(f"{path}: a model is a folder, this is a file")
     if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", str(path)) or local.parent.is_dir():
@@ -282,7 +287,7 @@ def _probe(repo: str, revision: str | None) -> Exception | None:
     )
 
     try:
-        HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
+        info = HfApi().model_info(repo, revision=revision, timeout=HUB_TIMEOUT)
     except OfflineModeIsEnabled as error:
         return error
     except GatedRepoError as error:
@@ -299,6 +304,10 @@ def _probe(repo: str, revision: str | None) -> Exception | None:
     except Exception as error:  # see _snapshot: no answer, whatever the reason
         log.warning("%s: the hub can't be asked (%s); looking in the cache", repo, _first_line(error))
         return error
+    files = [file.rfilename for file in info.siblings or ()]
+    quantized = min((name for name in files if name.endswith(".gguf")), default=None)
+    if quantized is not None and not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError(f"{repo}: has only GGUF files. {gguf_advice(repo, quantized)}")
     return None
 
 
