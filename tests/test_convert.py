@@ -28,7 +28,7 @@ from megalite.weights import manifest as manifests
 from megalite.weights.convert import convert, export, parse_layout, reshard
 from megalite.weights.dtypes import STORAGE
 from megalite.weights.dtypes import convert as convert_values
-from megalite.weights.hf import open_checkpoint
+from megalite.weights.hf import is_weights, open_checkpoint
 from megalite.weights.mapping import hf_shapes
 from megalite.weights.output import NewFile, Output
 from megalite.weights.shards import JOURNAL, expected
@@ -346,6 +346,41 @@ def test_a_tokenizer_that_links_elsewhere_is_not_copied(model, tmp_path):
     with pytest.raises(CheckpointError, match="outside the model folder"):
         convert(model, Layout(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_other_file_goes_along_in_subfolders_too(model, tmp_path):
+    """There and back; not what is another form of the weights, a model or a training run of its own, or hidden."""
+    along = ("LICENSE", "NOTICE", "additional_chat_templates/tool_use.jinja", "assets/deep/a.svg", "b/c.json")
+    other = ("b/consolidated.00.pth", "onnx/model.onnx", "pytorch_model.bin", ".git/config", "x/.hidden")
+    apart = ("checkpoint-5/config.json", "checkpoint-5/model.safetensors", "training/log.jsonl", "training/data/a.npy")
+    for name in (*along, *other, *apart):
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(name)
+    (model / "assets" / "round").symlink_to(model / "assets")
+    convert(model, Layout(2), tmp_path / "cut")
+    export(tmp_path / "cut", tmp_path / "out")
+    assert verify(tmp_path / "cut", model).is_well
+    for folder in (tmp_path / "cut", tmp_path / "out"):
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        kept = {name for name in names if not is_weights(name) and name != "manifest.json"}
+        assert kept == {"config.json", "generation_config.json", "tokenizer.json", *along}
+        assert all((folder / name).read_bytes() == (model / name).read_bytes() for name in kept)
+    (tmp_path / "cut" / "assets" / "deep" / "a.svg").write_text("another")
+    assert "not as it was when the shards were written" in verify(tmp_path / "cut").findings[0]
+    (tmp_path / "cut" / "mine.txt").write_text("mine")
+    convert(model, Layout(), tmp_path / "cut", overwrite=True)
+    assert verify(tmp_path / "cut", model).is_well and (tmp_path / "cut" / "mine.txt").exists()
+
+
+def test_a_folder_of_links_is_a_model(model, tmp_path):
+    """As models are shared on a cluster."""
+    (model / "assets").mkdir()
+    (model / "assets" / "a.txt").write_text("a")
+    (tmp_path / "links").mkdir()
+    for path in model.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    convert(tmp_path / "links", Layout(2), tmp_path / "cut")
+    assert verify(tmp_path / "cut", model).is_well and (tmp_path / "cut" / "assets" / "a.txt").read_text() == "a"
 
 
 def test_code_in_a_model_folder_stays_there(model, tmp_path):

@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from test_examples import TALK, lines, section
 from tiny_tokenizer import with_tokenizer
 from transformers import GenerationConfig
 
-from megalite.config.schema import NewModelSection, TokenizerSection
+from megalite.config.schema import DataSection, NewModelSection, TokenizerSection, TrainConfig
 from megalite.tokenizer import Tokenizer
+from megalite.train import card
 from megalite.train.data import Corpus, prepare
 from megalite.train.export import files_beside
 from megalite.train.new_model import starting_point
@@ -18,6 +20,7 @@ from megalite.weights import companions
 from megalite.weights.folder import ModelFolder
 
 START = 1
+FINE_TUNE = TrainConfig(model=NewModelSection(path="base"), data=DataSection(source="chats.jsonl"))
 TURNS = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}<s>\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -129,6 +132,37 @@ def test_all_that_the_base_has_goes_along_but_its_card_and_code(model, chats, tm
         *("additional_chat_templates/tool_use.jinja", "added_tokens.json", "LICENSE", "NOTICE.txt", "assets/logo.svg"),
     }
     assert (folder / "config.json").read_text() == json.dumps(ModelFolder.open(model).values, indent=2) + "\n"
+
+
+CARDS = {
+    "---\nlicense: apache-2.0\nlanguage: en\n---\n# A model": {"license": "apache-2.0"},
+    "---\r\nlicense: other\r\nlicense_name: llama3\r\nlicense_link: LICENSE\r\n---\r\n": {
+        **{"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+    },
+    "---\nlicense: [mit, bsd]\n---": {"license": ["mit", "bsd"]},
+    "---\n{license: [\n---": {},
+    "---\n- license\n---": {},
+    "# no front matter\n---\nlicense: mit\n---": {},
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), CARDS.items())
+def test_the_card_carries_the_bases_licence(text, wanted, tmp_path):
+    (tmp_path / "README.md").write_bytes(text.encode())
+    assert card.licence_of(tmp_path) == wanted
+    front = card._front_matter(FINE_TUNE, card.licence_of(tmp_path)).split("---\n")
+    values = yaml.safe_load(front[1])
+    assert front[0] == front[2] == "" and values["library_name"] == "transformers"
+    assert {key: values[key] for key in card.LICENCE if key in values} == (wanted or {"license": "unknown"})
+    (tmp_path / "LICENSE").write_text("terms")
+    assert card.licence_of(tmp_path)["license"] == wanted.get("license", "other")
+
+
+@pytest.mark.parametrize("text", ["plain", "~~~\ncode\n~~~\n", "`````\n~~~~~", "a ~ b"])
+def test_a_fence_is_longer_than_what_it_holds(text):
+    block = card._fenced(text, "python").splitlines()
+    assert block[0] == f"{block[-1]}python" and len(block[-1]) >= 3 and set(block[-1]) == {"~"}
+    assert block[-1] not in text and "\n".join(block[1:-1]).rstrip("\n") == text.rstrip("\n")
 
 
 def test_another_tokenizer_takes_the_place_of_the_bases(model, tiny, tmp_path):

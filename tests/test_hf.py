@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import struct
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
 
+from megalite import cli
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model.families import read, weight_names
@@ -440,6 +443,40 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed(hub, tmp_path):
 def test_configuration_alone(hub, tmp_path):
     load(hub, tmp_path, weights=False)
     assert hub.downloads() == ["chat_template.jinja", "config.json", INDEX, "tokenizer.json"]
+
+
+def test_of_subfolders_only_that_of_chat_templates_is_needed(hub, tmp_path):
+    template = "additional_chat_templates/tool_use.jinja"
+    hub.add(REPO, {**FILES, template: b"t", "onnx/config.json": b"{}", "a/b.jinja": b""})
+    (folder, *_), _ = load(hub, tmp_path)
+    assert set(hub.downloads()) == {*NEEDED, "tool_use.jinja"} and (Path(folder) / template).is_file()
+
+
+def test_gguf_is_answered_with_the_way_out(hub, tmp_path):
+    hub.add("owner/quantized", {"tiny-q8.gguf": b"GGUF", "README.md": b""})
+    said = load(hub, tmp_path, "owner/quantized")[1]
+    assert 'from_pretrained("owner/quantized", gguf_file="tiny-q8.gguf")' in said and not hub.downloads()
+    (tmp_path / "tiny-q8.gguf").write_bytes(b"GGUF")
+    for action in (
+        lambda: read(tmp_path),
+        lambda: resolve(tmp_path / "tiny-q8.gguf"),
+        lambda: read(tmp_path / "tiny-q8.gguf"),
+        lambda: open_checkpoint(tmp_path),
+    ):
+        with pytest.raises(CheckpointError, match="tiny-q8.gguf: GGUF is not read. Give the folder or hub id") as error:
+            action()
+        command = shlex.split(str(error.value).splitlines()[1])
+        assert command[:2] == ["python", "-c"] and f'"{tmp_path}", gguf_file="tiny-q8.gguf"' in command[2]
+        compile(command[2], "the command", "exec")
+
+
+@pytest.mark.parametrize("job", ["infer", "train", "hybrid"])
+def test_every_job_answers_a_gguf_file(job, tmp_path, capsys):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "job.yaml").write_text("{}")
+    for path in (tmp_path, tmp_path / "a.gguf"):
+        assert cli.main(job, None, ["--config", str(tmp_path / "job.yaml"), "--check", f"model.path={path}"]) != 0
+        assert "GGUF is not read. Give the folder or hub id" in capsys.readouterr().err
 
 
 def test_a_revision(hub, tmp_path):
