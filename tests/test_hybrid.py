@@ -35,6 +35,7 @@ from megalite.config.schema import (
     TrainOutputSection,
 )
 from megalite.hybrid.job import Job
+from megalite.train import bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {
@@ -126,6 +127,25 @@ def test_the_sampler_generates_what_transformers_does_with_the_trained_model(pai
         scores = wanted.logprobs[len(wanted.prompt) - 1 : -1].gather(1, torch.tensor(wanted.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample["sampler_logprobs"]), scores, rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.tensor(sample["trainer_logprobs"]), scores, rtol=0, atol=1e-5)
+
+
+def test_an_example_that_the_tokenizer_fails_at_costs_itself_only(ranks, tmp_path):
+    """On every rank, also on those that do not tokenise; in supervised steps and when sampling."""
+    source, folder = tmp_path / "sums.jsonl", tmp_path / "tokenizer"
+    prompts = [*(f"{number}+1=" for number in range(7)), "a" * 26]
+    lines = [json.dumps({"prompt": prompt, "answer": "1", "response": "1\n"}) for prompt in prompts]
+    source.write_text("\n".join(lines))
+    bpe.save(bpe.train(prompts, 257), folder)
+    made = json.loads((folder / "tokenizer.json").read_text())
+    backtracks = {"type": "Split", "pattern": {"Regex": "(?:(a+)+)+b"}, "behavior": "Isolated", "invert": False}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [backtracks, made["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(made))
+    config = settings(tmp_path / "out", layout(), layout(first_rank=1))
+    config = replace(config, data=HybridDataSection(source=str(source)), tokenizer=TokenizerSection(path=str(folder)))
+    ranks(2).run(run_job, config)
+    rollouts = tmp_path / "out/training/rollouts/iteration-000001.jsonl"
+    sampled = [json.loads(line)["prompt"] for line in rollouts.open()]
+    assert len(sampled) == 8 and set(sampled) == set(prompts[:7])
 
 
 def test_both_sides_are_at_the_sampling_temperature(ranks, tmp_path):
