@@ -1,6 +1,7 @@
 """How work is dealt out over replicas."""
 
 import threading
+from hashlib import sha256
 
 import pytest
 import torch.distributed as dist
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.control import BACKLOG, Share, SharedQueue, deal, predicted_tokens
+from megalite.errors import ConfigError
+from megalite.inference.control import BACKLOG, Share, SharedQueue, compare_ranks, deal, predicted_tokens
 from megalite.inference.request import Request
 
 
@@ -92,3 +94,23 @@ def test_shared_queue_respects_room(tmp_path):
     assert queue.take(room=0) == (0, 0)
     assert queue.take(room=10) == (0, 1)
     assert [queue.take(10), queue.take(10), queue.take(10)] == [(1, 2), (2, 3), (0, 0)]
+
+
+def compared(rank: int, given: list[str]) -> str:
+    try:
+        compare_ranks(sha256(given[rank].encode()).digest(), "data.source")
+    except ConfigError as error:
+        return str(error)
+    return "the same"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["a", "a", "a"], "the same"),
+        (["a", "b", "a"], "data.source: rank 1 has others than rank 0."),
+        (["b", "a", "a"], "data.source: ranks 1, 2 have others than rank 0."),
+    ],
+)
+def test_ranks_that_were_given_something_else_are_named_on_all(given, says, ranks):
+    assert all(said.startswith(says) for said in ranks(3).run(compared, given))
