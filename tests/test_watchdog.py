@@ -348,8 +348,8 @@ def test_drain_is_bounded():
     referee = Referee(PEERS)
     referee.finished(0, 130, 10.0)
     referee.finished(2, 130, 12.0)
-    assert referee.verdict(29.9) is None
-    end = referee.verdict(30.0)
+    assert referee.verdict(129.9) is None
+    end = referee.verdict(130.0)
     assert end.code == 70 and end.lost == (1,) and "rank 1 (pid 11 on a)" in end.line
 
 

@@ -13,8 +13,8 @@ _GATHER = 0.3
 """Seconds after a rank is lost in which others may turn out to be lost with it: one dead host is one line."""
 _CRASH_WAIT = 1.0
 """Seconds an unexpected exception waits for its cause: when a peer dies, collectives fail here before it is missed."""
-_DRAIN = 20.0
-"""Seconds from the first rank that stopped for a signal to the last."""
+_DRAIN = 120.0
+"""Seconds from the first rank that stopped for a signal to the last: one may still write what others have written."""
 
 
 @dataclass(frozen=True)
