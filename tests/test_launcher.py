@@ -57,7 +57,7 @@ class Started:
         self.all: list[Process] = []
 
     def ready(self, ranks: int, mark: str = "ready") -> "Started":
-        wait_until(lambda: self._marks(mark) == ranks or self.process.poll() is not None, 90, mark)
+        wait_until(lambda: self._marks(mark) == ranks or self.process.poll() is not None, 240, mark)
         assert self._marks(mark) == ranks, self.err
         self.all = [Process.of(self.process.pid), *descendants(self.process.pid)]
         return self
@@ -68,7 +68,7 @@ class Started:
     def rank(self, rank: int) -> Process:
         return Process.of(json.loads((self.folder / f"card-{rank}").read_text())["pid"])
 
-    def ended(self, seconds: float = 10) -> int:
+    def ended(self, seconds: float = 60) -> int:
         """Wait until every process is gone; the exit code."""
         code = self.process.wait(seconds)
         wait_until(lambda: not any(process.alive() for process in self.all), seconds, "all are gone")
@@ -139,7 +139,7 @@ def test_a_stopped_rank_does_not_hold_the_door(doors):
     run = doors["stopped"].ready(2)
     victim = run.rank(1)
     os.killpg(victim.pid, signal.SIGSTOP)
-    assert run.ended(60) == 70
+    assert run.ended() == 70
     assert run.err == [f"error: rank 1 (pid {victim.pid}) was lost: stopped for 3 s."]
 
 
@@ -147,7 +147,7 @@ def test_a_rank_that_is_stopped_while_it_loads_does_not_hold_the_door(doors):
     run = doors["standing"].ready(2, "loads")
     victim = next(process for process in run.all[1:] if b"RANK=0" in process.environment())
     victim.kill(signal.SIGSTOP)
-    assert run.ended(60) == 70
+    assert run.ended() == 70
     assert run.err == [f"error: rank 0 (pid {victim.pid}) was lost: stopped for 3 s."]
 
 
@@ -163,13 +163,13 @@ def test_a_rank_that_is_signalled_while_it_loads(doors, signum, code, says):
     run = doors[signal.Signals(signum).name].ready(2, "loads")
     victim = next(process for process in run.all[1:] if b"RANK=1" in process.environment())
     victim.kill(signum)
-    assert (run.ended(30), run.err) == (code, [says.format(victim.pid)])
+    assert (run.ended(), run.err) == (code, [says.format(victim.pid)])
 
 
 def test_a_killed_door_takes_all_along(doors):
     run = doors["door"].ready(2)
     run.process.kill()
-    assert run.ended(30) == -signal.SIGKILL
+    assert run.ended() == -signal.SIGKILL
     assert (
         len(run.err) == 1 and f"(pid {run.process.pid}) on here, which started its ranks (0, 1), is gone" in run.err[0]
     )
@@ -177,7 +177,7 @@ def test_a_killed_door_takes_all_along(doors):
 
 def test_an_exception_gives_its_code_and_speaks_once(doors):
     run = doors["exception"]
-    assert (run.process.wait(90), run.err) == (3, ["rank 1 speaks: fail:3"])
+    assert (run.process.wait(240), run.err) == (3, ["rank 1 speaks: fail:3"])
 
 
 def test_an_interrupt_at_the_terminal_drains(doors):
@@ -215,7 +215,7 @@ def test_a_whole_run_through_the_door_is_quiet(tmp_path):
     path = a_config(tmp_path, steps=2, stdin="true")
     command = [sys.executable, "-c", DOOR, 2, "stdin", JOINED, "--config", path, "a b", "$(x)"]
     run = Started(tmp_path, command, OMP_NUM_THREADS=None)
-    assert (run.process.wait(90), run.err) == (0, [])
+    assert (run.process.wait(240), run.err) == (0, [])
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     says = "rank {} of 2: sum 1, 2 here, gloo on lo, threads {}, open False, stdin '', ['a b', '$(x)']"
     assert run.out == [says.format(rank, threads) for rank in range(2)]
@@ -226,7 +226,7 @@ def test_a_run_whose_groups_never_go_is_done_all_the_same(tmp_path):
     """They have longer than the ranks are watched for signs of life, and its work is done."""
     path = a_config(tmp_path, steps=2, peer_timeout=2, goodbye=4)
     run = Started(tmp_path, [sys.executable, "-c", DOOR, 2, "no", JOINED, "--config", path])
-    assert run.process.wait(90) == 0 and len(run.out) == 2
+    assert run.process.wait(240) == 0 and len(run.out) == 2
     why = "its process groups were not destroyed within 4 s; it leaves without that"
     assert sorted(run.err) == [f"rank {rank}: {why}" for rank in range(2)]
     assert run.ended() == 0
@@ -235,7 +235,7 @@ def test_a_run_whose_groups_never_go_is_done_all_the_same(tmp_path):
 def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("hostA slots=1\nhostB slots=1\n")
-    path = a_config(tmp_path, steps=600)
+    path = a_config(tmp_path, steps=600, start_timeout=200)
     common = ["--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
     quiet = ["--no_local_rank", "--log_level", "critical"]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *common, *quiet]
@@ -243,7 +243,7 @@ def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
     for node in range(2):
         line = [*command, "--node_rank", node, JOINED, "--config", path]
         hosts.append(Started(tmp_path / f"host{node}", line, MEGALITE_FAULT="step@1#5=kill"))
-    codes = [host.process.wait(90) for host in hosts]
+    codes = [host.process.wait(240) for host in hosts]
     assert codes == [70, 247]
     errors = [line for host in hosts for line in host.err]
     assert len(errors) == 1 and "rank 1 " in errors[0] and errors == hosts[0].err
@@ -255,7 +255,7 @@ def test_torchrun_and_a_missing_rank(tmp_path):
     path = a_config(tmp_path, steps=2, start_timeout=2)
     run = [shutil.which("torchrun"), "--nproc-per-node", 2, JOINED, "--config", path]
     started = Started(tmp_path, run, MEGALITE_FAULT="start@1=hang")
-    assert started.process.wait(90) != 0
+    assert started.process.wait(240) != 0
     lines = [line for line in started.err if line.startswith("error:")]
     assert lines and "rank 1 never came within 2 s (of 2; here are 0 on" in lines[0]
     started.kill()
@@ -269,7 +269,7 @@ def test_a_signal_while_one_rank_alone_loads(tmp_path, signum, code):
     caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)  # noqa: E731
     wait_until(lambda: caught() >> signal.SIGTERM - 1 & 1, 60, "it takes signals")
     run.process.send_signal(signum)
-    assert run.ended(30) == code
+    assert run.ended() == code
     assert run.err == [f"stopped by {signal.Signals(signum).name} before the run began."]
 
 
@@ -306,7 +306,7 @@ def test_no_shell_between_the_hosts_changes_a_value(tmp_path):
         [sys.executable, HERE.parent / "launch" / "infer.py", *options, "--config", config, *values],
         PATH=f"{tmp_path}:{os.environ['PATH']}",
     )
-    assert run.process.wait(180) == 0, run.err
+    assert run.process.wait(300) == 0, run.err
     assert json.loads(output.read_text())["prompt"] == hostile
 
 
