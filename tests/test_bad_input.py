@@ -326,6 +326,7 @@ CASES = {
         args=("sampling.best_of=2", "sampling.temperature=0"), says=("with temperature 0 all samples are equal",)
     ),
     "top_p": given("sampling.top_p=1.5", "sampling.top_p: must be above 0 and at most 1"),
+    "a billion samples": given("sampling.n=1000000000", "sampling.n: must be at most 16384"),
     "top_k": given("sampling.top_k=-2", "sampling.top_k: must be >= 1, or 0 or -1"),
     "min_p": given("sampling.min_p=2", "sampling.min_p: must be between 0 and 1"),
     "no tokens": given("sampling.max_tokens=0", "sampling.max_tokens: must be >= 1"),
@@ -415,6 +416,12 @@ CASES = {
         "hybrid.steps=20", "optimizer.warmup_steps: must be at most supervised.steps"
     ),
     "weights without spread": train("model.config.initializer_range=0", "initializer_range: must be a number above 0"),
+    "a billion samples a prompt": hybrid(
+        "hybrid.samples_per_prompt=1000000000", "hybrid.samples_per_prompt: must be at most 16384"
+    ),
+    "a billion prompts": hybrid(
+        "hybrid.prompts_per_step=1000000000", "hybrid.prompts_per_step: must be at most 1048576"
+    ),
     "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.hybrid.rewards:"),
     "reward that is no function": hybrid("hybrid.reward=parses", "must be package.module:function, got 'parses'"),
     "reward in no module": hybrid("hybrid.reward=no_such:thing", "hybrid.reward", "no_such"),
