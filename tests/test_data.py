@@ -120,6 +120,28 @@ def documents(corpus: Corpus, split: str) -> list[str]:
 # ---- preparing
 
 
+def test_text_is_tokenised_as_the_exported_model_will_be_read(source, tmp_path):
+    """transformers makes a Qwen2's tokenizer anew, with words of its own, whatever tokenizer_config.json says."""
+    from transformers import AutoTokenizer
+
+    prepare(section(source), TOKENIZER, tmp_path, model={"model_type": "qwen2"})
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    corpus = Corpus.open(tmp_path)
+    end = corpus.eos_token_id
+    for split in ("train", "held_out"):
+        tokens = getattr(corpus, split).tolist()
+        wanted = [
+            end,
+            *(
+                token
+                for text in documents(corpus, split)
+                for token in (*theirs.encode(text, split_special_tokens=True), end)
+            ),
+        ]
+        assert tokens == wanted
+
+
 def test_a_prepared_folder_is_kept_until_the_settings_change(source, tmp_path):
     prepare(section(source), TOKENIZER, tmp_path)
     digest = Corpus.open(tmp_path).digest

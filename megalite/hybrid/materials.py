@@ -33,7 +33,7 @@ from megalite.train.checkpoint import (
 )
 from megalite.train.data import end_of_text
 from megalite.train.export import export_folder, files_beside
-from megalite.train.new_model import starting_point
+from megalite.train.new_model import config_of, starting_point
 from megalite.train.trainer import Trainer
 from megalite.weights.folder import ModelFolder
 from megalite.weights.transfer import load_folder
@@ -83,7 +83,7 @@ class Materials:
         if named is None and self.is_writer and self.found is None:
             bpe.save(bpe.train(map(_text, self.examples), config.tokenizer.vocab_size), folder)
         wait()
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder, model=config_of(config.model))
         if tokenizer is None:
             raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no tokenizer.json", fix="Name one."))
         return folder, tokenizer

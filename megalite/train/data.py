@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -61,13 +61,20 @@ def check(config: TrainConfig) -> list[Problem]:
 
 
 def prepare(
-    data: DataSection, tokenizer: TokenizerSection, folder: Path, *, in_use: bool = False, ends: Sequence[int] = ()
+    data: DataSection,
+    tokenizer: TokenizerSection,
+    folder: Path,
+    *,
+    in_use: bool = False,
+    ends: Sequence[int] = (),
+    model: Mapping[str, Any] | None = None,
 ) -> None:
     """Make `folder` hold the tokenizer and both splits, unless it does so already for the same settings.
 
     For one process; the others wait. `in_use`: a training run has begun with what the folder holds, so it is not made
     anew for other settings or by another VERSION. ConfigError for those, for lines that can't be used, or if a split
-    would be empty. `ends`: the model's end tokens, of which the first ends texts where the tokenizer has none.
+    would be empty. `ends`: the model's end tokens, of which the first ends texts where the tokenizer has none; `model`:
+    its config.json, which decides with the tokenizer's files how they are read, here as in the exported model.
     """
     manifest = folder / MANIFEST
     made = read_json(manifest) if manifest.exists() else {}
@@ -85,7 +92,7 @@ def prepare(
     files.sort(key=lambda file: hash_of(file.name[::-1]))
     records = Records(files, data)
     bring_tokenizer(tokenizer, records, folder)
-    known = Tokenizer.load(folder)
+    known = Tokenizer.load(folder, model=model)
     assert known is not None, "it was just brought"
     end = end_of_text(known, ends)
     if records.format == "text":

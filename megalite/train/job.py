@@ -28,7 +28,7 @@ from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed
 from megalite.train.model import Scorer
-from megalite.train.new_model import make_decoder, starting_point
+from megalite.train.new_model import config_of, make_decoder, starting_point
 from megalite.train.optimizer import learning_rate
 from megalite.train.reading import open_reader
 from megalite.train.trainer import StepReport, Trainer
@@ -132,7 +132,14 @@ class Job:
             config = self.config
             tokenizer = replace(config.tokenizer, path=config.tokenizer.path or config.model.path)
             named = config.model.path and ModelFolder.open(config.model.path).generation.eos_token_ids
-            prepare(config.data, tokenizer, folder, in_use=self.found is not None, ends=named or ())
+            prepare(
+                config.data,
+                tokenizer,
+                folder,
+                in_use=self.found is not None,
+                ends=named or (),
+                model=config_of(config.model),
+            )
         self._wait_for_all()
         return Corpus.open(folder)
 

@@ -16,8 +16,14 @@ from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.generation import GenerationConfig
+from megalite.model.hf_config import read_json
 from megalite.weights import transfer
 from megalite.weights.folder import CONFIG, ModelFolder
+
+
+def config_of(section: NewModelSection) -> dict[str, Any]:
+    """config.json of the model, as far as it is known without its tokenizer."""
+    return read_json(Path(section.path) / CONFIG) if section.path else dict(section.config or {})
 
 
 def starting_point(
@@ -32,7 +38,7 @@ def starting_point(
     if section.path is not None:
         base = ModelFolder.open(section.path, tokenizer=tokenizer)
     else:
-        base = _new(dict(section.config or {}), tokenizer, vocab_size, end)
+        base = _new(config_of(section), tokenizer, vocab_size, end)
     if base.model.vocab_size < vocab_size:
         rule = f"must be at least the tokenizer's {vocab_size} tokens"
         raise ConfigError(Problem(key="model.config.vocab_size", rule=rule, value=base.model.vocab_size))
