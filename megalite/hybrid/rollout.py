@@ -69,10 +69,8 @@ def pack_groups(groups: Mapping[int, Sequence[Rollout]]) -> bytes:
 def unpack_groups(data: bytes) -> dict[int, list[Rollout]]:
     lines, ids, logprobs = unpack(data)
     sizes, *words = map(json.loads, lines.split(b"\n"))
-    numbers = zip(map(tuple, ids[::2]), map(tuple, ids[1::2]), map(tuple, logprobs), strict=True)
-    rollouts = (
-        Rollout(**one, **dict(zip(_NUMBERS, rows, strict=True))) for one, rows in zip(words, numbers, strict=True)
-    )
+    rows = zip(words, ids[::2], ids[1::2], logprobs, strict=True)
+    rollouts = (Rollout(**one, **dict(zip(_NUMBERS, map(tuple, row), strict=True))) for one, *row in rows)
     return {int(number): list(islice(rollouts, size)) for number, size in sizes.items()}
 
 
