@@ -27,8 +27,14 @@ setup(
         "psutil>=5.9",
         "pyyaml>=6",
     ],
+    entry_points={
+        # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so its command is given here too.
+        "lm_eval.models": ["megalite = megalite.evals:MegaliteLM"],
+        "console_scripts": ["lm_eval = megalite.evals:main", "lm-eval = megalite.evals:main"],
+    },
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
+        "eval": ["lm_eval>=0.4.13,<0.5"],
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.17,<6", "ruff>=0.9"],
     },
 )

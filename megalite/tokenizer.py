@@ -188,6 +188,11 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._templates)
 
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """Jinja texts by name; the usual one is `default`."""
+        return dict(self._templates)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -29,7 +29,7 @@ LEVELS = [
     {"megalite.weights"},
     {"megalite.preflight"},
     {"megalite.inference", "megalite.train"},
-    {"megalite.hybrid", "megalite.serve"},
+    {"megalite.hybrid", "megalite.serve", "megalite.evals"},
     {"megalite.cli", "megalite.dry_run"},
     {"launch", "tools"},
 ]
@@ -51,6 +51,7 @@ PLACES = {
     "transformers": ("tests/", "tools/benchmarks/"),
     "tokenizers": ("megalite/tokenizer.py", "megalite/tokenizer_files.py", "megalite/train/", "tests/"),
     "pickle": ("tests/",),
+    "lm_eval": ("megalite/evals.py", "tests/"),
 }
 """Packages and the only places that may import them."""
 

@@ -84,7 +84,6 @@ _LLM_REFUSED = {
     "convert": Refused("models generate, and nothing else", (None, "auto", "none")),
     "cpu_offload_gb": Refused("weights are never offloaded; spread them over more ranks", (None, 0)),
     "decode_context_parallel_size": Refused(_NO_PARALLEL, (None, 1)),
-    "device": Refused("the device is set by distributed.device in a config file", (None, "auto")),
     "disable_sliding_window": Refused("a window of the model's is always obeyed"),
     "download_dir": Refused("the hub's cache is set by the environment variable HF_HOME", (None,)),
     "enable_lora": Refused("adapters are not read; merge them into the weights"),

@@ -212,7 +212,8 @@ class Engine:
                 begin, end = max(first, offset), min(first + len(logits), offset + hi - lo)
                 if begin < end:
                     start, stop = lo + begin - offset, lo + end - offset
-                    request, next_ids = row.sequence.request, row.sequence.token_ids[start + 1 : stop + 1]
+                    request = row.sequence.request
+                    next_ids = request.prompt_token_ids[start + 1 : stop + 1]
                     count = request.params.prompt_logprobs or 0
                     mine = logits[begin - first : end - first]
                     scores = self.sampler.prompt_logprobs(mine, next_ids, count, request_id=request.id)

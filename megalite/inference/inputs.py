@@ -193,7 +193,7 @@ def _request(
     refused = _too_long(len(ids), one, served)
     if refused is not None:
         return refused
-    max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+    max_tokens = room if params.max_tokens is None else max(0, min(params.max_tokens, room))
     price = price_problem(
         params, key=one.where, max_tokens=max_tokens, prompt_tokens=len(ids), vocab_size=served.vocab_size
     )
@@ -221,7 +221,8 @@ def _request(
 
 def _too_long(count: int, one: Asked, served: Served) -> ConfigError | None:
     """What is wrong with a prompt of `count` tokens."""
-    if served.max_model_len - count >= (0 if one.params.max_tokens == 0 else 1):
+    room = served.max_model_len - count
+    if room >= (-1 if one.params.max_tokens == 0 else 1):  # of a text that is only scored the last token is no input
         return None
     rule = f"the prompt has {count} tokens, and with the output it must fit in {served.max_model_len}"
     return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")

@@ -17,7 +17,14 @@ import torch
 from megalite.config import vllm
 from megalite.config.load import load_config, loaded_from
 from megalite.config.sampling import sampling_problems
-from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
+from megalite.config.schema import (
+    DistributedSection,
+    EngineSection,
+    InferConfig,
+    ModelSection,
+    ParallelSection,
+    SamplingParams,
+)
 from megalite.config.shape import hints, misfit, sections
 from megalite.config.validate import engine_problems, world_size_problem
 from megalite.core import distributed
@@ -50,6 +57,7 @@ class LLM:
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
         dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
         load_format: str = "auto",
         quantization: str | None = None,
         trust_remote_code: bool = False,
@@ -76,6 +84,7 @@ class LLM:
             ),
             parallel=ParallelSection(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size),
             engine=_engine_section(engine),
+            distributed=DistributedSection(device=None if device in (None, "auto") else str(device).partition(":")[0]),
         )
         self._start(config)
         if skip_tokenizer_init:

@@ -21,7 +21,8 @@ class Request:
     seed: int
     """Resolved: params.seed, or derived from engine.seed and the request's place in the input."""
     max_tokens: int
-    """Resolved: params.max_tokens, at most max_model_len - len(prompt); 0 only scores the prompt."""
+    """Resolved: params.max_tokens, at most max_model_len - len(prompt); 0 only scores the prompt, which may then have
+    one token more than max_model_len."""
     stop_token_ids: frozenset[int] = frozenset()
     """Resolved: params.stop_token_ids, and the model's end-of-sequence ids unless ignore_eos."""
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -41,7 +42,7 @@ class Sequence:
     index: int
     """Sample number within the request, from 0; part of the seed, so that samples are never clones."""
     token_ids: list[int]
-    """Prompt and output so far."""
+    """Prompt and output so far; without the last one, where the prompt is only scored."""
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache once the plans handed out so far have run."""
     blocks: list[int] = field(default_factory=list)

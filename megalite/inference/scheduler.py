@@ -101,7 +101,10 @@ class Scheduler:
             ResourceError: prompt and output can never be in the KV cache at once.
         """
         prompt, pool = request.prompt_token_ids, self.pool
-        limit = len(prompt) + request.max_tokens
+        known = list(prompt)
+        if request.max_tokens == 0 and len(prompt) > 1:
+            known.pop()  # the last token of a text that is only scored is never an input
+        limit = len(known) + request.max_tokens
         if request.id in self._unfinished:
             raise MegaliteError(f"request {request.id}: a request of this id is unfinished")
         if not prompt:
@@ -111,7 +114,7 @@ class Scheduler:
                 f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) exceed "
                 f"max_model_len ({self._max_model_len})"
             )
-        if self._blocks_for(max(len(prompt), limit - 1)) > pool.num_blocks:  # the last token is never an input
+        if self._blocks_for(max(len(known), limit - 1)) > pool.num_blocks:  # the last token is never an input
             raise ResourceError(
                 f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) do not fit "
                 f"into the KV cache of {pool.num_blocks} blocks of {pool.block_size} tokens"
@@ -119,7 +122,7 @@ class Scheduler:
         salt = self._salt(self._arrivals, limit)
         sequences = []
         for index in range(request.num_samples):
-            seq = Sequence(request, index, list(prompt), arrival=self._arrivals, limit=limit, chain=[salt])
+            seq = Sequence(request, index, list(known), arrival=self._arrivals, limit=limit, chain=[salt])
             if index == 0 and request.params.prompt_logprobs is not None:
                 seq.score_end = len(prompt) - 1
             self._arrivals += 1

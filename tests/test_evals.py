@@ -1,0 +1,126 @@
+"""lm-evaluation-harness: the same results as by its own hf backend, on small tasks made here."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from tiny_tokenizer import with_tokenizer
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+pytest.importorskip("accelerate", reason="the harness's hf backend needs accelerate and peft")
+pytest.importorskip("peft", reason="the harness's hf backend needs accelerate and peft")
+
+TASKS = {
+    "tiny_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
+    },
+    "tiny_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "tiny_answer": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[0]}}",
+        "generation_kwargs": {"until": ["e", "Q"], "max_gen_toks": 20, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    return with_tokenizer(tiny("llama3"), tmp_path_factory.mktemp("evals") / "model")
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder of tasks; some texts are longer than the model's 128 positions, some shorter."""
+    place = tmp_path_factory.mktemp("tasks")
+    words = random.Random(3)
+    text = ["".join(words.choice("abc de fgh.XY\n") for _ in range(length)) for length in (20, 127, 128, 129, 400)]
+    lines = [
+        {"text": one, "question": f"Q{n}: {one[:30]}", "choices": [" yes", " no it is", "x"], "label": n % 3}
+        for n, one in enumerate(text)
+    ]
+    data = place / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, task in TASKS.items():
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+        (place / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path_factory, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def evaluate(model: str, folder: Path, tasks: Path) -> dict:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    return simple_evaluate(
+        model=model,
+        model_args=f"pretrained={folder},dtype=float32",
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        device="cpu",
+        batch_size=1,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+
+
+def test_agrees_with_the_hf_backend(folder, tasks):
+    import megalite.evals  # noqa: F401
+
+    ours, theirs = evaluate("megalite", folder, tasks), evaluate("hf", folder, tasks)
+    for name in TASKS:
+        for metric, value in theirs["results"][name].items():
+            same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            assert ours["results"][name][metric] == same, (name, metric)
+        for mine, wanted in zip(ours["samples"][name], theirs["samples"][name], strict=True):
+            for [got], [answer] in zip(mine["resps"], wanted["resps"], strict=True):
+                if isinstance(answer, tuple):
+                    assert got == (pytest.approx(answer[0], abs=1e-3), answer[1])
+                else:
+                    assert got == (answer if isinstance(answer, str) else pytest.approx(answer, abs=1e-2))
+
+
+def test_the_command_knows_our_model_and_the_harness_own(monkeypatch):
+    """The command itself takes a minute to list the harness's tasks."""
+    import lm_eval.__main__
+    from lm_eval.api.registry import get_model
+
+    from megalite.evals import MegaliteLM, main
+
+    known = []
+    names = ("megalite", "hf", "dummy")
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: known.extend(map(get_model, names)))
+    main()
+    assert known[0] is MegaliteLM and [model.__name__ for model in known[1:]] == ["HFLM", "DummyLM"]
+
+
+def test_chats_and_settings(folder):
+    from megalite.evals import MegaliteLM
+
+    lm = MegaliteLM(str(folder), max_length=50, chat_template_args={"name": "bot"}, device="cuda:0")
+    chat = [{"role": "user", "content": "hi"}]
+    assert lm.apply_chat_template(chat) == "<s>user: hi\nbot: "
+    begun = [*chat, {"role": "assistant", "content": "well"}]
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == "<s>user: hi\nassistant: well"
+    assert lm.chat_template(True) and lm.max_length == 50 and lm.prefix_token_id == 1
+    lm.llm.close()
