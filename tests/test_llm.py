@@ -15,6 +15,7 @@ from pathlib import Path
 
 import llm_rank
 import pytest
+import torch
 from reference import score
 from tiny_models import edit_config
 from tiny_tokenizer import with_tokenizer
@@ -163,6 +164,10 @@ def test_what_is_no_chat(llm, chat, says):
         llm.chat(chat, GREEDY)
 
 
+def ids_of(tokens: list[int]) -> torch.Tensor:
+    return torch.tensor(tokens)[:, None]
+
+
 def test_score(llm, tiny):
     texts = ["some text", "!"]
     prompts = [llm.replica.tokenizer.encode(text) for text in texts] + [PROMPTS[1]]
@@ -171,7 +176,18 @@ def test_score(llm, tiny):
         logprobs = score(tiny(MODEL), prompt)
         assert got == pytest.approx([logprobs[i, token].item() for i, token in enumerate(prompt[1:])], abs=1e-4)
     assert llm.score(PROMPTS[1]) == [pytest.approx(scores[2], abs=1e-5)]
-    assert len(llm.score([[5] * 100])[0]) == 99, "a prompt that leaves no room for output can be scored"
+    long = [3 + n * n % 90 for n in range(101)]  # the last token is no input, so it needs no position
+    [tokens] = llm.logprobs({"prompt_token_ids": long})
+    logprobs = score(tiny(MODEL), long)
+    assert [token.token_id for token in tokens] == long[1:]
+    assert [token.logprob for token in tokens] == pytest.approx(
+        logprobs[:-1].gather(1, ids_of(long[1:]))[:, 0].tolist(), abs=1e-4
+    )
+    assert [token.is_greedy for token in tokens] == (logprobs[:-1].argmax(-1) == ids_of(long[1:])[:, 0]).tolist()
+    with pytest.raises(ValueError, match="the prompt has 102 tokens"):
+        llm.logprobs([[5] * 102])
+    with pytest.raises(ConfigError, match="see LLM.logprobs"):
+        llm.score("a", "b")
 
 
 # ---- what is refused, and when

@@ -322,7 +322,7 @@ def test_no_output_wanted_only_scores_the_prompt():
     replica = Replica(budget=4)
     (seq,) = replica.add(request("a", 6, 0, prompt_logprobs=1))
     plans = [replica.step(), replica.step()]
-    assert [rows(plan) for plan in plans] == [[("a", 0, 0, 4, False)], [("a", 0, 4, 2, False)]]
+    assert [rows(plan) for plan in plans] == [[("a", 0, 0, 4, False)], [("a", 0, 4, 1, False)]], "the last is no input"
     assert [plan.rows[0].prompt_logits for plan in plans] == [(0, 4), (4, 5)]
     assert replica.settle() == [seq] and seq.finish_reason == "length" and seq.num_output == 0
 

@@ -75,7 +75,7 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return max(0, len(self.token_ids) - len(self.request.prompt_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
