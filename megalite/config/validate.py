@@ -19,7 +19,13 @@ from megalite.config.chat import section_problems
 from megalite.config.hybrid_rules import hybrid_problems
 from megalite.config.hybrid_rules import num_ranks as hybrid_ranks
 from megalite.config.parallel_rules import generating_layout_problems, layout_problems, training_layout_problems
-from megalite.config.sampling import price_problem, prompt_problem, sampling_from_mapping, sampling_problems
+from megalite.config.sampling import (
+    MAX_SAMPLES,
+    price_problem,
+    prompt_problem,
+    sampling_from_mapping,
+    sampling_problems,
+)
 from megalite.config.schema import (
     Config,
     DistributedSection,
@@ -257,8 +263,8 @@ def _sampling_problems(
     vocab_size = model.vocab_size if model else None
     found = sampling_problems(sampling, vocab_size=vocab_size)
     longest = engine.max_model_len or (model.max_position_embeddings if model else None)
-    if found or sampling.max_tokens is None or longest is None:
-        return found  # how long an output can be shows at each prompt
+    if found or sampling.max_tokens is None or longest is None or (samples or 1) > MAX_SAMPLES:
+        return found  # else how long an output can be shows at each prompt
     longest = min(longest, sampling.max_tokens)
     price = price_problem(sampling, key="sampling", max_tokens=longest, samples=samples, vocab_size=vocab_size)
     return [price] if price else []
