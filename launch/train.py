@@ -11,9 +11,10 @@ from megalite.errors import Problem
 
 
 def run(loaded: Loaded) -> int:
-    from megalite.train import job  # imports torch, so only once everything has been checked
+    from megalite.hybrid.samples import write_samples  # these import torch: only once everything has been checked
+    from megalite.train import job
 
-    return job.run(loaded)
+    return job.run(loaded, write_samples)
 
 
 def checks(config: TrainConfig) -> list[Problem]:

@@ -18,10 +18,8 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import PackedAttention
 from megalite.tokenizer import Tokenizer
-from megalite.train import card
 from megalite.train.batch import MicroBatch, from_windows
 from megalite.train.export import export_model
-from megalite.train.model import Scorer
 from megalite.train.optimizer import learning_rate
 from megalite.train.records import find_files, is_held_out
 from megalite.train.trainer import Trainer
@@ -255,12 +253,3 @@ def test_the_demo_model_predicts_held_out_files_as_its_card_says():
         nats += float(F.cross_entropy(logits_of(decoder, ids[:-1]), ids[1:], reduction="sum"))
         size += len(text.encode())
     assert nats / math.log(2) / size < 2 * stated
-
-
-def test_the_card_writes_what_the_model_would():
-    """At a temperature near zero the samples of a card are the likeliest tokens."""
-    decoder, tokenizer = build_from(DEMO, ParallelState(Layout())), Tokenizer.load(DEMO)
-    prompt = list(tokenizer.encode("import os\nimport "))
-    new = card.complete(Scorer(decoder), prompt, 8, temperature=1e-4, seed=0)
-    likeliest = logits_of(decoder, torch.tensor(prompt + new)).argmax(-1)
-    assert new == likeliest[len(prompt) - 1 : -1].tolist() and len(new) == 8

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from reference import greedy
 from safetensors.torch import load_file
+from tiny_tokenizer import with_tokenizer
 from train_helpers import as_run, build_from, logits_of, transformers_logits
 
 from megalite.config.schema import (
@@ -25,6 +27,7 @@ from megalite.config.schema import (
     NewModelSection,
     OptimizerSection,
     ParallelSection,
+    SamplingParams,
     TokenizerSection,
     TrainConfig,
     TrainOutputSection,
@@ -33,7 +36,9 @@ from megalite.config.schema import (
 from megalite.config.train_rules import train_problems
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
-from megalite.errors import FAULT_VARIABLE, MegaliteError
+from megalite.errors import FAULT_VARIABLE, MegaliteError, Stopped
+from megalite.hybrid.samples import write_samples
+from megalite.tokenizer import Tokenizer
 from megalite.train.checkpoint import newest_state
 from megalite.train.job import Job
 from megalite.train.records import find_files
@@ -96,7 +101,7 @@ def run_job(rank: int, config: TrainConfig, stop_at: int = 0, fault: str = "") -
         if stop_at and rank == dist.get_world_size() - 1:
             runtime.signal_received = lambda: signal.SIGTERM if next(steps) >= stop_at else None
         try:
-            Job(config, runtime).run()
+            Job(config, runtime, write_samples).run()
         except (MegaliteError, RuntimeError) as error:
             return f"{said.getvalue()}{type(error).__name__}: {error}"
     return said.getvalue()
@@ -326,6 +331,80 @@ def test_an_exported_model_is_the_trained_one_to_everybody(job, ranks):
     torch.testing.assert_close(torch.cat(results, 1), want, rtol=0, atol=1e-4)
     text = (output(config) / "README.md").read_text()
     assert "~~~python\ndef f(" in text and "8 steps of 64 tokens" in text and "tests included" not in text
+
+
+def completions(rank: int, folder: Path, layout: Layout, prompts: list) -> list[str | None]:
+    with as_run(rank) as runtime:
+        decoder = build_from(folder, ParallelState(layout))
+        greedily = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        return write_samples(decoder, folder, prompts, runtime, sampling=greedily, seed=0, chat_variables={})
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, dp=2), Layout(pp=2)], ids=str)
+def test_a_trained_model_writes_what_transformers_does(layout, tiny, ranks, tmp_path):
+    folder = with_tokenizer(tiny("llama_tied"), tmp_path / "model")
+    chat = [{"role": "user", "content": "hi"}]
+    wanted = []
+    known = Tokenizer.load(folder)
+    for text, plain in (("def f(", True), (known.apply_chat_template(chat, add_generation_prompt=True), False)):
+        ids = known.encode(text, add_special_tokens=plain)
+        wanted.append(known.decode(greedy(folder, ids, 8).tokens))
+    too_long = "x" * 500
+    for found in ranks(layout.size).run(completions, folder, layout, ["def f(", chat, too_long]):
+        assert found == [*wanted, None], "a prompt that can't run costs itself only"
+
+
+def stopped_while_it_writes(rank: int, config: TrainConfig, signum: int) -> str:
+    said = io.StringIO()
+
+    def then(decoder, folder, prompts, runtime, **more):
+        if rank == dist.get_world_size() - 1:
+            runtime.signal_received = lambda: signum
+        return write_samples(decoder, folder, prompts, runtime, **more)
+
+    with as_run(rank) as runtime, redirect_stdout(said):
+        try:
+            Job(config, runtime, then).run()
+        except Stopped as stop:
+            return f"{said.getvalue()}Stopped {stop.signum}"
+    return said.getvalue()
+
+
+def test_a_signal_while_the_model_writes_ends_the_run(job, ranks):
+    config = job("stopped", parallel={"pp": 2}, steps=2, sample_prompts=["def f(", "import "])
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        said = ranks(2).run(stopped_while_it_writes, config, signum)
+        assert "stopped by SIG" in said[0] and "before the model card" in said[0]
+        assert all(one.endswith(f"Stopped {int(signum)}") == (signum == signal.SIGINT) for one in said)
+        assert not (output(config) / "README.md").exists()
+    assert "writing 2 samples" in ranks(2).run(run_job, config)[0]
+    assert "def f(" in (output(config) / "README.md").read_text()
+
+
+def asked_of_a_model(rank: int, config: TrainConfig) -> list:
+    """The prompts that the trained model is given."""
+    asked = []
+    with as_run(rank) as runtime, redirect_stdout(io.StringIO()):
+        Job(config, runtime, lambda decoder, folder, prompts, *_, **more: asked.extend(prompts) or ["Hello."]).run()
+    return asked
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_a_model_tuned_on_chats_is_asked_as_in_a_chat(chats, job, tiny, ranks, tmp_path):
+    folder = with_tokenizer(tiny("llama_tied"), tmp_path / "model")
+    lines = []
+    for number in range(40):
+        pair = {"prompt": f"say {number}", "response": "hi"}
+        chat = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": "hi"}]
+        lines.append(json.dumps({"messages": chat} if chats else pair) + "\n")
+    (tmp_path / "lines.jsonl").write_text("".join(lines))
+    config = job("tuned", steps=1, sample_prompts=["say 7"])
+    config = replace(config, model=NewModelSection(path=str(folder), dtype="float32"), tokenizer=TokenizerSection())
+    config = changed(config, "data", source=str(tmp_path / "lines.jsonl"), sequence_length=64)
+    [asked] = ranks(1).run(asked_of_a_model, config)
+    assert asked == [[{"role": "user", "content": "say 7"}]] if chats else asked == ["say 7"]
+    shown = "user: say 7\n\nassistant: Hello." if chats else "say 7Hello."
+    assert shown in (output(config) / "README.md").read_text()
 
 
 def logits_of_state(rank: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:

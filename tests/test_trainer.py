@@ -1,4 +1,4 @@
-"""What a trainer gives besides steps in layouts with stages: log-probabilities, samples and room."""
+"""What a trainer gives besides steps in layouts with stages: log-probabilities, sums of gradients and room."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.model import families
-from megalite.train import card
 from megalite.train.batch import from_sequences, from_windows
 from megalite.train.loss import TokenLoss
 from megalite.train.model import LanguageModel, Scorer
@@ -43,7 +42,7 @@ def make_trainer(decoder, **options) -> Trainer:
 
 
 def score(rank: int, folder: Path, layout: Layout, sequence_parallel: bool, zero_stage: int):
-    """Of trainer and scorer: log-probabilities of all sequences, and the mean loss. And a sample."""
+    """Of trainer and scorer: log-probabilities of all sequences, and the mean loss."""
     with as_run(rank):
         state = ParallelState(layout, sequence_parallel=sequence_parallel)
         scorer = Scorer(build_from(folder, state))
@@ -57,7 +56,7 @@ def score(rank: int, folder: Path, layout: Layout, sequence_parallel: bool, zero
                 (scorer.logprobs, scorer.mean_loss),
             )
         ]
-        return found, card.complete(scorer, rows[0], 5, temperature=1e-4, seed=0)
+        return found
 
 
 @pytest.mark.parametrize(
@@ -83,14 +82,10 @@ def test_every_rank_knows_the_log_probabilities(layout, sequence_parallel, zero_
             for row in rows
         ]
     )
-    tokens = list(rows[0])
-    for _ in range(5):
-        tokens.append(int(logits_of(decoder, torch.tensor(tokens))[-1].argmax()))
-    for found, sample in results:
+    for found in results:
         for logprobs, loss in found:
             torch.testing.assert_close(logprobs, wanted, atol=1e-5, rtol=0)
             assert loss == pytest.approx(-float(wanted.mean()), rel=1e-5)
-        assert sample == tokens[len(rows[0]) :]
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ class TrainSection:
     seed: int = 0
     """Of new weights."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Texts that the model card shows the model's completions of."""
+    """Texts that the model card shows the model's completions of; after training on chats, its answers to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

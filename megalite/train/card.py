@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from megalite.config.schema import TrainConfig
 from megalite.model.config import ModelConfig
 from megalite.train.data import Corpus
-from megalite.train.model import Scorer
 from megalite.weights.mapping import hf_shapes
 
 SAMPLE_TOKENS = 160
@@ -26,23 +23,6 @@ LICENCE = ("license", "license_name", "license_link")
 """Keys of a model card's front matter."""
 FRONT_MATTER_BYTES = 1 << 16
 """Within which a card's front matter is looked for."""
-
-
-def complete(scorer: Scorer, prompt: Sequence[int], count: int, *, temperature: float, seed: int) -> list[int]:
-    """Up to `count` tokens after `prompt`, sampled; the end-of-text token ends them and is left out.
-
-    Collective over the replica, and the same on every rank of it. The whole text is computed anew for each token: a few
-    samples for a model card need no cache.
-    """
-    config, tokens = scorer.decoder.config, list(prompt)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(min(count, config.max_position_embeddings - len(prompt))):
-        scores = scorer.next_scores(tokens).cpu()
-        token = int(torch.multinomial((scores / temperature).softmax(0), 1, generator=generator))
-        if token in config.eos_token_ids:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,6 +245,8 @@ class _Examples:
     """Longer than data.sequence_length, and so cut or left out."""
     left_out: int = 0
     """Of them; also when no token of a response would be left."""
+    chats: int = 0
+    """Of them, turns of chats."""
     ends: set[int] = field(default_factory=set)
     """Tokens that responses end with."""
 
@@ -285,7 +287,9 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
     for record in records:
         try:
             for example in _encoded(record, records.section, tokenizer, end):
-                splits[SPLITS[record.held_out]].add(example, records.section, tokenizer, end)
+                split = splits[SPLITS[record.held_out]]
+                split.add(example, records.section, tokenizer, end)
+                split.chats += "messages" in record.values
         except TokenizerError as error:  # no fault of the line's
             log.warning("%s is left out: %s", record.where, error)
         except ValueError as error:
@@ -320,6 +324,7 @@ def _write_split(folder: Path, name: str, split: _Examples) -> dict[str, Any]:
         "learnt": int(sum(learnt[1:].sum() for learnt in split.learnt)),
         "too_long": split.too_long,
         "left_out": split.left_out,
+        "chats": split.chats,
         "ends": sorted(split.ends),
         "sha256": digest.hexdigest(),
     }

@@ -5,23 +5,24 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 
+from megalite.config.chat import section_variables
 from megalite.config.load import Loaded
-from megalite.config.schema import TrainConfig
+from megalite.config.schema import SamplingParams, TrainConfig
 from megalite.core import distributed
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
-from megalite.tokenizer import TOKENIZER_FILES
 from megalite.train import card
+from megalite.train.batch import MicroBatch
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
 from megalite.train.data import PREPARED, Corpus, prepare
 from megalite.train.export import export_folder, files_beside
@@ -56,24 +57,37 @@ class Progress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(loaded: Loaded) -> int:
-    """Train as the config says; every rank calls it. Returns the exit code, 0 also after a SIGTERM and a save."""
+WriteSamples = Callable[..., list[str | None]]
+"""See `hybrid.samples.write_samples`, which is above this room: training knows no engine."""
+
+
+def no_samples(decoder: Any, folder: Path, prompts: Sequence[Any], *_: object, **__: object) -> list[str | None]:
+    """The model is not asked."""
+    return [None] * len(prompts)
+
+
+def run(loaded: Loaded, write_samples: WriteSamples = no_samples) -> int:
+    """Train as the config says; every rank calls it. Returns the exit code, 0 also after a SIGTERM and a save.
+
+    `write_samples` lets the trained model write.
+    """
     config = loaded.config
     with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
         distributed.prepare_deepspeed(runtime)
-        Job(config, runtime).run()
+        Job(config, runtime, write_samples).run()
     return EXIT_DONE
 
 
 class Job:
     """One training run, from its output folder to its model card."""
 
-    def __init__(self, config: TrainConfig, runtime: distributed.Runtime):
+    def __init__(self, config: TrainConfig, runtime: distributed.Runtime, write_samples: WriteSamples = no_samples):
         parallel = config.parallel
         layout = Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, interleave=parallel.interleave)
         self.config = config
+        self.runtime = runtime
         self.device = runtime.device
-        self._signal_received = runtime.signal_received
+        self._write_samples = write_samples
         self.state = ParallelState(layout, sequence_parallel=parallel.sequence_parallel)
         self.is_writer = self.state.rank == layout.first_rank
         self.folder = Path(config.output.folder)
@@ -210,7 +224,9 @@ class Job:
         """What the clock or a signal on any rank asks for, agreed on by all."""
         limit = self.config.train.max_seconds
         late = limit is not None and time.monotonic() - self.began > limit
-        asked = torch.tensor([self._signal_received() or 0, int(late)], dtype=torch.int32)  # not on the device: no wait
+        asked = torch.tensor(
+            [self.runtime.signal_received() or 0, int(late)], dtype=torch.int32
+        )  # not on the device: no wait
         if self.state.layout.size > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.stop_signal, late = asked.tolist()
@@ -274,22 +290,21 @@ class Job:
         export_folder(self.trainer.decoder, self.folder, self.base, self.beside, dtype)
 
     def _finish(self) -> None:
-        """Read the exported model back, measure it, let it write, and make the model card of that."""
+        """Read the exported model back, measure it, let it write, and make the model card of that.
+
+        A signal ends it without the card; what was trained is in the folder already. Raises Stopped for a SIGINT.
+        """
         self._wait_for_all()
-        decoder = transfer.build(
-            self.model, self.state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device
-        )
-        transfer.load_folder(decoder, self.folder)
-        scorer = Scorer(decoder)
-        loss = scorer.mean_loss(self.reader.held_out(None))
-        tokenizer = Tokenizer.from_file(str(self.corpus.folder / TOKENIZER_FILES[0]))
-        samples = []
-        for prompt in self.config.train.sample_prompts:
-            ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-            new = card.complete(
-                scorer, ids, card.SAMPLE_TOKENS, temperature=card.SAMPLE_TEMPERATURE, seed=self.config.train.seed
+        try:
+            loss, samples = self._exported_model()
+        except Stopped as stop:
+            self._say(
+                f"stopped by {signal.Signals(stop.signum).name} before the model card: the model of step "
+                f"{self.progress.best_step} is in {self.folder}, and a further run writes its card"
             )
-            samples.append((prompt, tokenizer.decode(new)))
+            if stop.signum == signal.SIGINT:
+                raise
+            return
         progress = self.progress
         result = card.Result(
             step=progress.best_step,
@@ -309,6 +324,38 @@ class Job:
             f"{line}: held-out loss {loss:.4f}, {bits:.4f} bits per byte",
             {"exported_step": progress.best_step, "held_out_loss": loss, "bits_per_byte": bits},
         )
+
+    def _exported_model(self) -> tuple[float, list[tuple[str, str]]]:
+        """Held-out loss of the model in the folder, and what it makes of train.sample_prompts."""
+        layout = self.state.layout
+        state = ParallelState(Layout(layout.tp, layout.pp, layout.dp))  # generation knows no interleaving
+        decoder = transfer.build(self.model, state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device)
+        transfer.load_folder(decoder, self.folder)
+        loss = Scorer(decoder).mean_loss(self._until_stopped(self.reader.held_out(None)))
+        written = self.config.train.sample_prompts
+        if not written:
+            return loss, []
+        self._say(f"writing {len(written)} sample{'s' if len(written) > 1 else ''} for the model card")
+        chats = self.corpus.facts["splits"]["train"].get("chats", 0) > 0
+        answers = self._write_samples(
+            decoder,
+            self.folder,
+            [[{"role": "user", "content": text}] for text in written] if chats else written,
+            self.runtime,
+            sampling=SamplingParams(temperature=card.SAMPLE_TEMPERATURE, max_tokens=card.SAMPLE_TOKENS),
+            seed=self.config.train.seed,
+            chat_variables=section_variables(self.config.data),
+        )
+        shown = [f"user: {text}\n\nassistant: " for text in written] if chats else written
+        return loss, [(text, answer) for text, answer in zip(shown, answers, strict=True) if answer is not None]
+
+    def _until_stopped(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """The batches; Stopped on every rank when a signal has reached one."""
+        for batch in batches:
+            self._stop_asked()
+            if self.stop_signal:
+                raise Stopped(self.stop_signal)
+            yield batch
 
     # ---- small things --------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megalite.core.collectives import all_reduce_sum, broadcast_from_last, gather_columns
+from megalite.core.collectives import all_reduce_sum, broadcast_from_last
 from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
 from megalite.core.pipeline import Pipeline
@@ -133,24 +133,6 @@ class Scorer:
                 sums += found
         total, weight = all_reduce_sum(all_reduce_sum(sums, self.state.pp), self.state.dp).tolist()
         return total / weight
-
-    def next_scores(self, tokens: Sequence[int]) -> Tensor:
-        """Logits of the token after `tokens`, on every rank: float32 [vocab]."""
-        ids = torch.tensor(tokens)
-        nothing = torch.zeros(len(tokens))
-        text = MicroBatch(ids=ids, targets=torch.zeros_like(ids), weights=nothing, lengths=(len(tokens),))
-        last = len(tokens) - 1
-        language = LanguageModel(self.decoder)
-
-        def logits(batch: MicroBatch, received: Tensor | None, chunk: int) -> Tensor:
-            hidden = language.hidden(batch, received, chunk)
-            return self.decoder.logits(hidden)[last : last + 1] if self.decoder.is_end(chunk) else hidden
-
-        [found] = self.outputs(logits, [text])
-        whole = torch.empty(self.decoder.config.vocab_size, dtype=torch.float32, device=self.device)
-        if found is not None:
-            whole.copy_(gather_columns(found, self.decoder.vocab_widths, self.state.tp)[0])
-        return broadcast_from_last(whole, self.state.pp)
 
     @torch.no_grad()
     def outputs(self, model: ChunkModel, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
