@@ -89,7 +89,9 @@ def test_every_request_ends_once_with_the_tokens_of_its_own_history(options, eve
             assert name in aborted and output == expected[: len(output)]
         else:
             assert (output, seq.finish_reason) == (expected, reason)
-        assert tuple(seq.token_ids[: seq.num_prompt]) == seq.request.prompt_token_ids
+        prompt = seq.request.prompt_token_ids
+        inputs = prompt if seq.request.max_tokens or len(prompt) == 1 else prompt[:-1]
+        assert tuple(seq.token_ids[: seq.num_prompt]) == inputs
         if seq.index == 0 and seq.request.params.prompt_logprobs is not None:
             scored = replica.scored.get(name, [])
             assert scored == list(range(len(scored))), "each position once, in order"
