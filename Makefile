@@ -19,7 +19,7 @@ $(BIN)/.megalite-test: $(BIN)/.megalite
 	touch $@
 
 demo: $(BIN)/.megalite  ## Install, then generate with the demo model split over two processes
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus 2 launch/infer.py --config configs/infer/demo.yaml parallel.tp=2
+	$(BIN)/python launch/infer.py --config configs/infer/demo.yaml parallel.tp=2
 
 test: $(BIN)/.megalite-test  ## Install the test extra and run the tests
 	$(BIN)/pytest -q

@@ -9,6 +9,7 @@ from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
 from megalite.inference.memory import activation_bytes, blocks_for, graph_bytes, kv_block_bytes
 from megalite.model.config import ModelConfig
+from megalite.monitor.words import format_bytes
 from megalite.weights.mapping import local_elements
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -94,14 +95,14 @@ def _engine_columns(engine: EngineSection, dtype: str, item: int) -> tuple[Colum
         for rank in ranks:
             token = kv_block_bytes(model, layout, rank, block_size=1, itemsize=item)
             batch = {"max_tokens": engine.max_num_batched_tokens, "max_rows": engine.max_num_seqs, "itemsize": item}
-            found["weights"].append(size(local_elements(model, layout, rank) * item))
-            found["kv a token"].append(size(token))
-            found[full].append(size(token * length * engine.max_num_seqs))
-            found["activations"].append(size(activation_bytes(model, layout, rank, **batch)))
+            found["weights"].append(format_bytes(local_elements(model, layout, rank) * item))
+            found["kv a token"].append(format_bytes(token))
+            found[full].append(format_bytes(token * length * engine.max_num_seqs))
+            found["activations"].append(format_bytes(activation_bytes(model, layout, rank, **batch)))
             if not engine.enforce_eager:
                 width = blocks_for(length, engine.block_size)
                 graphs = graph_bytes(model, layout, rank, max_rows=engine.max_num_seqs, max_blocks=width, itemsize=item)
-                found.setdefault("graphs", []).append(size(graphs))
+                found.setdefault("graphs", []).append(format_bytes(graphs))
         return found
 
     notes = [
@@ -121,9 +122,9 @@ def _training_columns(stage: int, dtype: str) -> tuple[Columns, list[str]]:
         found: dict[str, list[str]] = {"weights": [], "gradients": [], "optimizer": []}
         for rank in ranks:
             count = local_elements(model, layout, rank)
-            found["weights"].append(size(count * item // (layout.dp if stage == 3 else 1)))
-            found["gradients"].append(size(count * item // (layout.dp if stage >= 2 else 1)))
-            found["optimizer"].append(size(count * 12 // layout.dp))
+            found["weights"].append(format_bytes(count * item // (layout.dp if stage == 3 else 1)))
+            found["gradients"].append(format_bytes(count * item // (layout.dp if stage >= 2 else 1)))
+            found["optimizer"].append(format_bytes(count * 12 // layout.dp))
         return found
 
     notes = [
@@ -137,15 +138,3 @@ def _range(lo: int, hi: int) -> str:
     if hi <= lo:
         return "-"
     return str(lo) if hi == lo + 1 else f"{lo}-{hi - 1}"
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    if count < 1024:
-        return f"{count} B"
-    value, unit = count / 1024, "KiB"
-    for larger in ("MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.1f} {unit}"

@@ -664,7 +664,7 @@ def test_a_start_over_hosts_that_can_not_be(job, capfd, args, says):
 
 def test_check_stops_after_the_checks(job, capfd):
     assert start("infer", ("--check", "parallel.tp=2"), config=JOB) == (0, [])
-    assert "job.yaml: no problem found; tp=2, pp=1, dp=1: 2 ranks" in capfd.readouterr().out
+    assert "job.yaml: no problem found; tp=2,pp=1,dp=1: 2 ranks" in capfd.readouterr().out
 
 
 def test_print_config_shows_origins(job, capfd):

@@ -6,9 +6,12 @@ import sys
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalite.monitor.metrics import PHASES, Meter, RankReport, peak_memory, reset_peak_memory
-from megalite.monitor.report import format_bytes, format_report, hints
+from megalite.monitor.report import format_report, hints
+from megalite.monitor.words import COLUMNS, format_bytes, format_count, format_duration, format_rate, wrapped
 
 MIB = 2**20
 
@@ -200,17 +203,86 @@ def cells(text, number):
 
 
 def test_one_healthy_rank():
-    text = format_report([rank(0)])
-    lines = text.splitlines()
-    assert len(lines) == 3
-    names = ("rank", "dp/pp/tp", "layers", "weights", "KV cache", "load peak / bound", "prefill tok/s", "comm")
-    assert all(name in lines[0] for name in names)
-    row = cells(text, 0)
-    assert row.split() == ("0 0/0/0 0-7 20.0 MiB 64.0 MiB 21.0 MiB / 22.0 MiB 2,000 400 70% 10% 5% 15%".split())
-    assert lines[2] == (
-        "total: 64 prompts, 2,064 tokens in 10.0 s, 206 tokens/s, 25% of prompt tokens from the prefix cache, "
-        "0 preemptions; most memory in one process 400 MiB"
+    lines = format_report([rank(0)]).splitlines()
+    assert lines[0].split() == "rank dp/pp/tp layers weights KV cache prefill decode busy comm wait".split()
+    row = cells("\n".join(lines), 0)
+    assert row.split() == "0 0/0/0 0-7 20.0 MiB 64.0 MiB 2,000 400 70% 10% 5%".split()
+    assert " ".join(line.strip() for line in lines[2:]) == (
+        "total: 64 prompts, 2,064 tokens in 10.0 s, 206 tokens/s, 25% of prompt tokens from the prefix cache; "
+        "most memory in one process 400 MiB"
     )
+
+
+def test_a_rank_that_trains():
+    training = {
+        "kv_bytes": 0,
+        "prefill_tokens": 0,
+        "decode_tokens": 0,
+        "prompts": 0,
+        "output_tokens": 0,
+        "cached_tokens": 0,
+    }
+    ranks = [rank(n, tp=n, **training, learnt_tokens=5000 * (n == 0), steps=1) for n in range(2)]
+    lines = format_report(ranks).splitlines()
+    assert lines[0].split() == "rank dp/pp/tp layers weights memory busy comm wait".split()
+    assert cells("\n".join(lines), 1).split() == "1 0/0/1 0-7 20.0 MiB 400 MiB 70% 10% 5%".split()
+    total = " ".join(line.strip() for line in lines[3:])
+    assert total == "total: 1 step, 5,000 tokens in 10.0 s, 500 tokens/s; most memory in one process 400 MiB"
+
+
+sizes = st.integers(0, 10**16)
+shares = st.floats(0, 10)
+
+
+@given(
+    st.lists(
+        st.builds(
+            rank,
+            st.integers(0, 9999),
+            tp=st.integers(0, 63),
+            pp=st.integers(0, 9),
+            dp=st.integers(0, 99),
+            layers=st.sampled_from([(0, 8), (90, 126), (3, 3)]),
+            weight_bytes=sizes,
+            kv_bytes=sizes,
+            load_peak_bytes=sizes,
+            peak_bytes=sizes,
+            starved=st.floats(0, 1),
+            compute=shares,
+            communication=shares,
+            waiting=shares,
+            prefill_tokens=st.integers(0, 10**9),
+            decode_tokens=st.integers(0, 10**9),
+            preemptions=sizes,
+            prompts=sizes,
+            output_tokens=st.integers(0, 10**9),
+        ),
+        min_size=1,
+        max_size=9,
+    )
+)
+def test_a_report_fits_a_terminal(ranks):
+    assert max(map(len, format_report(ranks).splitlines())) <= COLUMNS == 80
+
+
+def test_threads_that_fight_for_cores_are_named():
+    (hint,) = hints([rank(0, starved=0.15), rank(1, tp=1, starved=0.6, communication=8.0)])
+    assert hint.startswith("rank 1 had threads that could have run and got no core for up to 60% of the time")
+    assert "OMP_NUM_THREADS=1" in hint
+    assert hints([rank(0, starved=0.9, seconds=9.0)]) == [], "a short run says little"
+
+
+def test_a_thread_without_a_core_is_seen():
+    """Busy processes on the one core that this one may use; the share is theirs."""
+    code = (
+        "import os, sys, time; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+        "from megalite.monitor.metrics import Meter; meter = Meter(); end = time.process_time() + 0.3\n"
+        "while time.process_time() < end: pass\n"
+        "print(meter.report(rank=0, tp=0, pp=0, dp=0, layers=(0, 1)).starved)"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    found = [float(process.communicate(timeout=120)[0]) for process in started]
+    assert all(0 <= share <= 1 for share in found) and max(found) > 0.2
 
 
 def test_totals_count_each_replica_once_and_failed_prompts():
@@ -238,8 +310,8 @@ def test_totals_count_each_replica_once_and_failed_prompts():
     rows = text.splitlines()[1:9]
     assert [row.split()[0] for row in rows] == list("01234567")
     assert rows[6].split()[1:3] == ["1/1/0", "4-7"]
-    assert "total: 64 prompts (1 failed), 2,000 tokens in 11.0 s, 182 tokens/s, 20% of prompt tokens" in text
-    assert "2 preemptions;" in text
+    assert "total: 64 prompts (1 failed), 2,000 tokens in 11.0 s, 182 tokens/s, 20% of" in text
+    assert "2 preemptions;" in " ".join(text.split())
     assert "pipeline idle: 5% (stage 0: 5%, stage 1: 5%)" in text
     assert "hint" not in text
 
@@ -247,20 +319,42 @@ def test_totals_count_each_replica_once_and_failed_prompts():
 def test_what_was_not_measured_is_a_dash():
     empty = RankReport(rank=0, tp=0, pp=0, dp=0, layers=(3, 3))
     text = format_report([empty])
-    assert cells(text, 0).split() == "0 0/0/0 none 0 KiB 0 KiB - / - - - 0% 0% 0% 0%".split()
-    assert "total: 0 prompts, 0 tokens in 0.0 s, - tokens/s, 0% of prompt tokens" in text
+    assert cells(text, 0).split() == "0 0/0/0 none 0 B 0 B 0% 0% 0%".split()
+    assert "total: 0 prompts, 0 tokens in 0.0 s, - tokens/s; most memory" in text
     assert "hint" not in text
 
 
 def test_bytes_are_readable():
-    assert [format_bytes(n) for n in (0, 640 * 2**10, 12.5 * MIB, 300 * MIB, 3.25 * 2**30, 5000 * 2**30)] == [
-        "0 KiB",
-        "640 KiB",
-        "12.5 MiB",
-        "300 MiB",
-        "3.2 GiB",
-        "5000 GiB",
-    ]
+    sizes = (0, 1, 1023, 640 * 2**10, 12.5 * MIB, 300 * MIB, 1023.9 * MIB, 3.25 * 2**30, 5000 * 2**30)
+    words = ["0 B", "1 B", "1023 B", "640 KiB", "12.5 MiB", "300 MiB", "1.0 GiB", "3.2 GiB", "4.9 TiB"]
+    assert [format_bytes(int(size)) for size in sizes] == words
+    assert [format_count(n, "prompt") for n in (0, 1, 2000)] == ["0 prompts", "1 prompt", "2,000 prompts"]
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds", "words"),
+    [
+        (0, 1, "-"),
+        (5, 0, "-"),
+        (1, 32, "0.031"),
+        (3, 4, "0.75"),
+        (0.004, 1, "0.004"),
+        (42, 10, "4.2"),
+        (99.4, 10, "9.9"),
+        (99.6, 10, "10"),
+        (1300, 1, "1,300"),
+        (99_999, 1, "99,999"),
+        (123_456, 1, "123k"),
+        (1_100_000, 1, "1.1M"),
+    ],
+)
+def test_rates_are_readable(number, seconds, words):
+    assert format_rate(number, seconds) == words
+
+
+def test_durations_and_lines_are_readable():
+    assert [format_duration(s) for s in (0.4, 89, 90, 7000, 11_100)] == ["0 s", "89 s", "2 min", "117 min", "3 h 5 min"]
+    assert wrapped("a " * 50).splitlines() == ["a " * 39 + "a", "  " + ("a " * 10).strip()]
 
 
 def stages(*waits, **changes):
@@ -277,7 +371,7 @@ def test_a_slow_stage_is_named():
     assert "It holds 4 layers" in hint
     text = format_report(ranks)
     assert "pipeline idle: 45% (stage 0: 3%, stage 1: 61%, stage 2: 70%)" in text
-    assert text.splitlines()[-1] == f"hint: {hint}"
+    assert " ".join(text.split()).endswith(f"hint: {hint}")
     (last,) = hints(stages(5.5, 0.1))
     assert "stage 1 is slow" in last and "stage 0 (55%) waited" in last
     assert hints(stages(4.9, 4.9)) == []

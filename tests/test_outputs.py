@@ -677,8 +677,8 @@ def test_printing():
     print_output(output("r", outputs=[], error="too long"), stream)
     shown = stream.getvalue()
     assert shown == (
-        "=== q ===\nin\n--- completion 1 of 2 (1 tokens, stop)\nfirst\n\tline \\x1b[2J\n"
-        "--- completion 2 of 2 (1 tokens, stop)\ntoken ids [4]\n\n"
+        "=== q ===\nin\n--- completion 1 of 2 (1 token, stop)\nfirst\n\tline \\x1b[2J\n"
+        "--- completion 2 of 2 (1 token, stop)\ntoken ids [4]\n\n"
         "=== r ===\nin\n--- error: too long\n\n"
     )
 

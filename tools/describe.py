@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from toolkit import Parser, in_words, main
+from toolkit import Parser, main
 
+from megalite.monitor.words import format_bytes
 from megalite.weights.describe import describe, describe_tensor
 
 DESCRIPTION = """\
@@ -39,12 +40,12 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
     yield f"  ends with   {', '.join(map(_token, facts['end_tokens'])) or 'what the tokenizer says'}"
     if facts["sampling"]:
         yield "  sampling    " + ", ".join(f"{key}={value:g}" for key, value in facts["sampling"].items())
-    yield f"  size        {in_words(facts['bytes'])}: " + ", ".join(
-        f"{dtype} {in_words(count)}" for dtype, count in facts["dtypes"].items()
+    yield f"  size        {format_bytes(facts['bytes'])}: " + ", ".join(
+        f"{dtype} {format_bytes(count)}" for dtype, count in facts["dtypes"].items()
     )
     if facts["layout"]:
         kinds = ", ".join(facts["kinds"])
-        sizes = ", ".join(f"{key}={size}" for key, size in facts["layout"].items())
+        sizes = ",".join(f"{key}={size}" for key, size in facts["layout"].items())
         yield f"  layout      {sizes}; stored: {kinds}"
     for key, value in facts["training"].items():
         yield f"  {key:10}  {value}"
@@ -56,11 +57,11 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
         if "rank" in file:
             layers = ", ".join(f"{start}..{stop}" for start, stop in file["layers"])
             place = f"  tp {file['tp']}, pp {file['pp']}, layers {layers}"
-        yield f"    {file['name']:32} {in_words(file['bytes']):>10}  {file['tensors']:5} tensors{place}"
+        yield f"    {file['name']:32} {format_bytes(file['bytes']):>10}  {file['tensors']:5} tensors{place}"
     yield "  tensors"
     for tensor in facts["tensors"][:shown]:
         shape = " x ".join(map(str, tensor["shape"]))
-        yield f"    {tensor['name']:56} {tensor['dtype']:5} {shape:>16}  {in_words(tensor['bytes']):>10}"
+        yield f"    {tensor['name']:56} {tensor['dtype']:5} {shape:>16}  {format_bytes(tensor['bytes']):>10}"
     if len(facts["tensors"]) > shown:
         yield f"    ... and {len(facts['tensors']) - shown} more (--all lists them)"
     for note in facts["notes"]:

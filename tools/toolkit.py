@@ -18,6 +18,7 @@ from tqdm import tqdm
 from megalite import terminal
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
+from megalite.monitor.words import format_bytes, format_count
 from megalite.weights.convert import default_jobs
 from megalite.weights.output import Outcome
 
@@ -73,21 +74,6 @@ def size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-def in_words(count: int) -> str:
-    """Bytes for people."""
-    if count < 1000:
-        return f"{count} B"
-    value, units = float(count), iter(("KB", "MB", "GB", "TB", "PB"))
-    unit = "B"
-    while value >= 1000:
-        value, unit = value / 1000, next(units)
-    return f"{value:.1f} {unit}"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 class Bar:
     """Bytes done, rate and time left on one line of a terminal; nothing where standard error is not one."""
 
@@ -97,9 +83,10 @@ class Bar:
             desc=title,
             unit="B",
             unit_scale=True,
+            unit_divisor=1024,
             disable=None,
             mininterval=0.2,
-            bar_format="{desc} |{bar}| {n_fmt}B of {total_fmt}B, {rate_fmt}, {remaining} left",
+            bar_format="{desc} |{bar}| {n_fmt}iB of {total_fmt}iB, {rate_noinv_fmt}, {remaining} left",
         )
         self.began = time.monotonic()
 
@@ -129,11 +116,11 @@ def report(outcome: Outcome, seconds: float, last: str) -> None:
     if outcome.was_done:
         print(f"{outcome.folder}: already whole, nothing to do")
         return
-    reused = f", {in_words(outcome.reused)} of an interrupted run kept" if outcome.reused else ""
-    rate = in_words(int(outcome.written / max(seconds, 1e-3)))
+    reused = f", {format_bytes(outcome.reused)} of an interrupted run kept" if outcome.reused else ""
+    rate = format_bytes(int(outcome.written / max(seconds, 1e-3)))
     print(
-        f"{outcome.folder}: {plural(outcome.files, 'weight file')}, "
-        f"{in_words(outcome.written)} written in {seconds:.1f} s ({rate}/s){reused}; {last}"
+        f"{outcome.folder}: {format_count(outcome.files, 'weight file')}, "
+        f"{format_bytes(outcome.written)} written in {seconds:.1f} s ({rate}/s){reused}; {last}"
     )
 
 

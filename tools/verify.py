@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from toolkit import Bar, Parser, in_words, main, plural
+from toolkit import Bar, Parser, main
 
+from megalite.monitor.words import format_bytes, format_count
 from megalite.weights.verify import verify
 
 DESCRIPTION = """\
@@ -29,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
         print(finding)
     if len(report.findings) > SHOWN:
         print(f"... and {len(report.findings) - SHOWN} more")
-    checked = f"{plural(report.files, 'weight file')}, {plural(report.ranges, 'range')}, {in_words(report.nbytes)}"
-    verdict = "all is well" if report.is_well else plural(len(report.findings), "finding")
-    print(f"{report.folder}: {verdict}; {checked} compared in {bar.seconds:.1f} s")
+    checked = f"{format_count(report.files, 'weight file')}, {format_count(report.ranges, 'range')}"
+    verdict = "all is well" if report.is_well else format_count(len(report.findings), "finding")
+    print(f"{report.folder}: {verdict}; {checked}, {format_bytes(report.nbytes)} compared in {bar.seconds:.1f} s")
     return 0 if report.is_well else 1
 
 

@@ -206,6 +206,14 @@ class MonitorSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainMonitorSection:
+    """What is told about the run besides its log."""
+
+    report: bool = True
+    """Print memory, speed and where the time went, for each rank, at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedSection:
     """The processes of a run and how they find and watch each other."""
 
@@ -371,6 +379,7 @@ class TrainConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for DeepSpeed's own config; keys that megalite sets itself are refused."""
     output: TrainOutputSection = field(default_factory=TrainOutputSection)
+    monitor: TrainMonitorSection = field(default_factory=TrainMonitorSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
 
 
@@ -496,6 +505,7 @@ class HybridConfig:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further keys for DeepSpeed's own config; keys that megalite sets itself are refused."""
     output: TrainOutputSection = field(default_factory=TrainOutputSection)
+    monitor: TrainMonitorSection = field(default_factory=TrainMonitorSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
 
 

@@ -134,10 +134,10 @@ def num_ranks(config: Config) -> int:
 
 
 def layout_words(config: Config) -> str:
-    """The layouts and the number of ranks, for messages: `tp=2, pp=1, dp=1: 2 ranks`."""
+    """The layouts and the number of ranks, for messages: `tp=2,pp=1,dp=1: 2 ranks`."""
 
     def words(parallel: ParallelSection) -> str:
-        return f"tp={parallel.tp}, pp={parallel.pp}, dp={parallel.dp}"
+        return f"tp={parallel.tp},pp={parallel.pp},dp={parallel.dp}"
 
     count = num_ranks(config)
     if isinstance(config, HybridConfig):

@@ -7,11 +7,14 @@ arXiv 1909.08053 figure 3 and arXiv 2205.05198 figure 5).
 
 from __future__ import annotations
 
+import json
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.parallel_state import Axis, ParallelState
+from megalite.monitor.metrics import RankReport
 
 
 def enter_tp(x: Tensor, state: ParallelState) -> Tensor:
@@ -141,3 +144,17 @@ def _reduce_scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
     with axis.meter.phase("communication"):
         dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
     return out
+
+
+def gather_reports(own: RankReport) -> list[RankReport]:
+    """Every rank's report, on every rank of the run. Collective over the run."""
+    if not dist.is_initialized():
+        return [own]
+    mine = torch.frombuffer(bytearray(json.dumps(own.as_dict()).encode()), dtype=torch.uint8)
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)]))
+    longest = int(max(sizes))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+    pairs = zip(texts, sizes, strict=True)
+    return [RankReport.from_dict(json.loads(text[: int(size)].numpy().tobytes())) for text, size in pairs]

@@ -9,6 +9,7 @@ samples to all ranks, and the decision to stop.
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from megalite.config.load import Loaded
 from megalite.config.schema import HybridConfig, ParallelSection
 from megalite.core import distributed
+from megalite.core.collectives import gather_reports
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -35,7 +37,10 @@ from megalite.inference.assembly import Replica
 from megalite.inference.control import broadcast_bytes, compare_ranks
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
+from megalite.monitor.metrics import Meter
+from megalite.monitor.report import format_report
 from megalite.train.flops import peak_of_run
+from megalite.train.log import training_report
 from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder
 from megalite.train.order import ExampleOrder
@@ -78,10 +83,11 @@ class Job:
         self.progress = Progress()
         self.materials = Materials(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
         compare_ranks(sha256(repr(self.materials.examples).encode()).digest(), "data.source")
+        meter = Meter()  # one for both sides, which take turns
         self.train_state = ParallelState.join(
-            self.train_layout, sequence_parallel=config.train.parallel.sequence_parallel
+            self.train_layout, sequence_parallel=config.train.parallel.sequence_parallel, meter=meter
         )
-        self.infer_state = ParallelState.join(self.infer_layout)
+        self.infer_state = ParallelState.join(self.infer_layout, meter=meter)
         ParallelState.make_training_groups(self.train_layout)
         self.trainer = self._make_trainer() if self.train_state else None
         self.reference = self._make_reference()
@@ -125,9 +131,13 @@ class Job:
             self._supervise()
             if self.reference is not None and self.config.supervised.steps > 0:
                 self.materials.load_reference(self.reference)
+            before = self.progress.iterations
+            self._watched.meter.start()
             while self.progress.iterations < self.config.hybrid.steps:
                 self._iterate()
                 self._stop_if_asked()
+            self._watched.meter.stop()
+            self._tell_report(self.progress.iterations - before)
         except Stopped as stop:
             self.record.say(
                 f"stopped by {signal.Signals(stop.signum).name} after {self.progress.iterations} iterations"
@@ -138,6 +148,21 @@ class Job:
             return
         self._save()
         self._export()
+
+    @property
+    def _watched(self) -> ParallelState:
+        """What the report is about on this rank: the side that learns, where it is on both."""
+        return self.train_state or self.infer_state
+
+    def _tell_report(self, iterations: int) -> None:
+        """Memory, speed and where the time went, on every rank. Collective."""
+        if not (self.config.monitor.report and iterations):
+            return
+        decoder = self.trainer.decoder if self.trainer else self.decoder
+        own = training_report(decoder, self.runtime.rank, steps=iterations, tokens=self.record.learnt_tokens)
+        reports = gather_reports(own)
+        if self.runtime.rank == self.home:
+            print(format_report(reports), file=sys.stderr, flush=True)
 
     def _supervise(self) -> None:
         """Steps on the task's own responses, before the first samples."""

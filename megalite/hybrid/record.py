@@ -15,6 +15,7 @@ from megalite.files import LineFile
 from megalite.hybrid.learner import Lesson
 from megalite.hybrid.rollout import Judged, Rollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
+from megalite.monitor.words import format_duration, format_rate
 from megalite.train.flops import training_flops
 from megalite.train.log import Board, continued
 
@@ -36,6 +37,9 @@ class Record:
         self.board: Board | None = None
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
+        self.learnt_tokens = 0
+        """Of all iterations of this run; likewise the next, in seconds."""
+        self.lasted: list[float] = []
 
     def go_on(self, supervised_steps: int, iterations: int) -> None:
         """Open the log, without what it says of work that is to be done again."""
@@ -68,9 +72,12 @@ class Record:
             return
         write_rollouts(rollout_file(self.rollouts, number), number, rollouts, judged)
         values = self._values(rollouts, judged, lesson)
+        self.learnt_tokens += sum(len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts)
+        self.lasted.append(values["seconds"])
         line = None
         if number % self.config.log_every == 0 or number == self.config.steps:
-            line = _line(number, self.config.steps, values)
+            left = (self.config.steps - number) * statistics.median(self.lasted)
+            line = _line(number, self.config.steps, values, left)
         self._tell(line, {"iteration": number, **values})
         if self.board is not None:
             self.board.write(number, values)
@@ -120,8 +127,8 @@ class Record:
             self.board.close()
 
 
-def _line(number: int, steps: int, values: dict[str, Any]) -> str:
-    """For the terminal."""
+def _line(number: int, steps: int, values: dict[str, Any], left: float) -> str:
+    """For the terminal; `left`: seconds that the iterations to come will take."""
     parts = [
         f"iteration {number}/{steps}",
         f"reward {values['reward']:.3f} (best of each prompt {values['reward_of_best']:.3f})",
@@ -133,9 +140,9 @@ def _line(number: int, steps: int, values: dict[str, Any]) -> str:
         parts.append("nothing to learn")
     parts += [
         f"log-probabilities within {values['logprob_difference_max']:.1e}",
-        f"{values['sampled_tokens_per_second']:,.0f} tokens/s sampled",
-        f"{values['learnt_tokens_per_second']:,.0f} learnt",
-        f"{values['seconds']:.1f} s",
+        f"{format_rate(values['sampled_tokens_per_second'], 1)} tokens/s sampled",
+        f"{format_rate(values['learnt_tokens_per_second'], 1)} learnt",
+        f"{values['seconds']:.1f} s" + (f", {format_duration(left)} left" if number < steps else ""),
     ]
     if values["mfu"] is not None:
         parts.append(f"MFU {values['mfu']:.1%}")

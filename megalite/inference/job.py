@@ -13,9 +13,10 @@ from io import BytesIO
 from pathlib import Path
 
 from megalite import terminal
-from megalite.config.load import Loaded
+from megalite.config.load import DEFAULT, Loaded
 from megalite.config.schema import InferConfig
 from megalite.core import distributed
+from megalite.core.collectives import gather_reports
 from megalite.core.distributed import Runtime
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
 from megalite.inference.assembly import Replica, load_replica
@@ -25,9 +26,9 @@ from megalite.inference.inputs import InputBatch, read_inputs
 from megalite.inference.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.run import agree_on_end, make_feed, serve
-from megalite.monitor.metrics import RankReport
 from megalite.monitor.progress import Progress
-from megalite.monitor.report import count, format_bytes, format_report
+from megalite.monitor.report import format_report
+from megalite.monitor.words import format_bytes, format_count, wrapped
 
 MAIL_INTERVAL = 0.05
 """Seconds between looks into the mailbox."""
@@ -49,12 +50,13 @@ def run(loaded: Loaded) -> int:
         config_text=loaded.text,
         status_file=config.monitor.status_file or beside,
     ) as runtime:
-        failed = _generate(config, runtime)
+        failed = _generate(loaded, runtime)
     return EXIT_PROMPTS_FAILED if failed else EXIT_DONE
 
 
-def _generate(config: InferConfig, runtime: Runtime) -> int:
+def _generate(loaded: Loaded, runtime: Runtime) -> int:
     """How many prompts could not run; the same on every rank."""
+    config = loaded.config
     replica, folder = load_replica(config, runtime)
     together = Ranks(replica.state, "input.prompts" if config.input.file is None else "input.file")
     stdin = _stdin(config, runtime)
@@ -86,10 +88,13 @@ def _generate(config: InferConfig, runtime: Runtime) -> int:
         completed = engine.run(left.requests, make_feed(replica, left.requests, _MAIL + "/next"), hooks)
         replica.meter.stop()
         mail.finish(writer)
-        reports = _gather(replica.report(engine, failed=len(left.failures) if writer else 0), runtime)
+        reports = gather_reports(replica.report(engine, failed=len(left.failures) if writer else 0))
         agree_on_end(replica, completed)
     if writer and config.monitor.report:
         print(format_report(reports), file=sys.stderr)
+    if writer and writer.cut and loaded.origins.get("sampling.max_tokens") == DEFAULT:
+        hint = f"{format_count(writer.cut, 'prompt')} had output that ended at sampling.max_tokens = "
+        print(wrapped(f"hint: {hint}{config.sampling.max_tokens}, the default; set it to allow more."), file=sys.stderr)
     return len(left.failures)
 
 
@@ -100,13 +105,6 @@ def _stdin(config: InferConfig, runtime: Runtime) -> BytesIO | None:
     return BytesIO(broadcast_bytes(sys.stdin.buffer.read() if runtime.rank == 0 else None, 0))
 
 
-def _gather(own: RankReport, runtime: Runtime) -> list[RankReport]:
-    """Every rank's report, on every rank."""
-    mine = json.dumps(own.as_dict()).encode()
-    each = (broadcast_bytes(mine if runtime.rank == rank else None, rank) for rank in range(runtime.world_size))
-    return [RankReport.from_dict(json.loads(report)) for report in each]
-
-
 def _announce(name: str, replica: Replica) -> None:
     """What was decided for the user."""
     own = replica.model.max_position_embeddings
@@ -114,12 +112,13 @@ def _announce(name: str, replica: Replica) -> None:
     if not replica.settings.max_model_len and replica.max_model_len < own:
         why = f"the largest that fits; the model's own is {own}"
     block = replica.settings.block_size
-    print(
-        f"{name}: {replica.model.family}, {str(replica.dtype).removeprefix('torch.')} on "
-        f"{replica.device.type}, {replica.layout}; max_model_len {replica.max_model_len} ({why}); "
-        f"{count(replica.num_blocks, 'KV block')} of {block} tokens, {format_bytes(replica.kv_bytes)} a rank",
-        file=sys.stderr,
+    dtype = str(replica.dtype).removeprefix("torch.")
+    told = (
+        f"{name}: {replica.model.family}, {dtype} on {replica.device.type}, {replica.layout}",
+        f"max_model_len {replica.max_model_len} ({why}); {format_count(replica.num_blocks, 'KV block')} of {block} "
+        f"tokens, {format_bytes(replica.kv_bytes)} a rank",
     )
+    print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 
 class Writer:
@@ -129,6 +128,9 @@ class Writer:
         """`weights`: what identifies those of the model."""
         self.file = None
         self.dp = replica.layout.dp
+        self.max_tokens = config.sampling.max_tokens
+        self.cut = 0
+        """Prompts of this run with output that ended there."""
         self.reader_has_left = False
         """Results go to standard output, and nobody reads it any more."""
         self.early: dict[str, RequestOutput] = {}
@@ -169,6 +171,8 @@ class Writer:
             self.write(failure.output())
 
     def write(self, output: RequestOutput) -> None:
+        ends = {(one.finish_reason, len(one.token_ids)) for one in output.outputs}
+        self.cut += ("length", self.max_tokens) in ends
         if self.file:
             self.file.write(output)
         else:

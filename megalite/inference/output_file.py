@@ -24,6 +24,7 @@ from megalite.config.shape import printable, problem, shown
 from megalite.errors import ConfigError, maybe_fault
 from megalite.files import DurableFile, LineFile, write_json
 from megalite.inference.outputs import RequestOutput
+from megalite.monitor.words import format_count
 
 _NEW_FILE = "Set output.overwrite=true to start anew, or write to another file."
 _SHOWN_CHANGES = 8
@@ -222,7 +223,7 @@ def print_output(output: RequestOutput, stream: TextIO) -> None:
     for completion in output.outputs:
         place = f" {completion.index + 1} of {len(output.outputs)}" if len(output.outputs) > 1 else ""
         why = completion.finish_reason or "unfinished"
-        parts.append(f"--- completion{place} ({len(completion.token_ids)} tokens, {why})")
+        parts.append(f"--- completion{place} ({format_count(len(completion.token_ids), 'token')}, {why})")
         parts.append(completion.text or f"token ids {completion.token_ids}")
     stream.write("\n".join(_harmless(part) for part in parts) + "\n\n")
     stream.flush()

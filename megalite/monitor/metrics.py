@@ -6,7 +6,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Phase = Literal["compute", "communication", "waiting", "sampling", "scheduling"]
@@ -44,7 +46,11 @@ class RankReport:
     waiting: float = 0.0
     sampling: float = 0.0
     scheduling: float = 0.0
+    starved: float = 0.0
+    """Share of `seconds` in which its most hindered thread could have run and had no core."""
     steps: int = 0
+    learnt_tokens: int = 0
+    """Tokens of all training steps of the run, on all ranks together."""
     prefill_tokens: int = 0
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -110,6 +116,7 @@ class Meter:
         self._spent: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._began = self._step_began = self._clock()
         self._ended: float | None = None
+        self._delayed = _run_delays()
         self._steps = self._prefill_tokens = self._decode_tokens = 0
         self._prefill_seconds = self._decode_seconds = 0.0
 
@@ -151,9 +158,12 @@ class Meter:
 
     def report(self, **facts: Any) -> RankReport:
         """What was measured from `start` to `stop` (or now), and the fields of RankReport that the caller knows."""
+        seconds = (self._clock() if self._ended is None else self._ended) - self._began
+        delays = [delay - self._delayed.get(thread, 0.0) for thread, delay in _run_delays().items()]
         return RankReport(
             **self._spent,
-            seconds=(self._clock() if self._ended is None else self._ended) - self._began,
+            seconds=seconds,
+            starved=min(1.0, max(delays, default=0.0) / seconds) if seconds > 0 else 0.0,
             steps=self._steps,
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
@@ -185,6 +195,15 @@ def reset_peak_memory() -> int:
     except OSError:
         return peak_memory()
     return _status()["VmRSS"]
+
+
+def _run_delays() -> dict[str, float]:
+    """Seconds that each thread of this process has been ready to run without a core; empty where nobody counts them."""
+    found = {}
+    for thread in Path("/proc/self/task").glob("*"):
+        with suppress(OSError, ValueError, IndexError):  # it has just ended
+            found[thread.name] = int((thread / "schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    return found
 
 
 def _status() -> dict[str, int]:

@@ -12,6 +12,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from megalite.monitor.words import format_rate
+
 WINDOW = 5.0
 """Seconds over which the shown speed is measured."""
 
@@ -65,7 +67,7 @@ class Progress:
             return
         self._tokens += tokens
         if prompts or self._clock() - self._marks[-1][0] >= self._bar.mininterval:
-            self._bar.set_postfix_str(f"{self.tokens_per_second:.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"{format_rate(self.tokens_per_second, 1)} tokens/s", refresh=False)
             self._marks.append((self._clock(), self._tokens))
             self._bar.update(prompts)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from megalite.monitor.metrics import RankReport
+from megalite.monitor.words import format_bytes, format_count, format_rate, wrapped
 
 SHORT_RUN = 10.0
 """Seconds. Where the time of a run that is over sooner went says little, and nobody has waited for it."""
@@ -17,30 +18,36 @@ UNEVEN_REPLICAS = 0.7
 LOADING_SLACK = 64 * 2**20
 """Bytes a process may take for itself while it loads: imported code, buffers, threads."""
 
-_HEADER = (
-    "rank",
-    "dp/pp/tp",
-    "layers",
-    "weights",
-    "KV cache",
-    "load peak / bound",
-    "prefill tok/s",
-    "decode tok/s",
-    "compute",
-    "comm",
-    "wait",
-    "other",
-)
+THREADS_ARE_STARVED = 0.2
+"""Share of the time in which a thread could have run and had no core."""
+
+_COLUMNS: dict[str, Callable[[RankReport], str]] = {
+    "rank": lambda rank: str(rank.rank),
+    "dp/pp/tp": lambda rank: f"{rank.dp}/{rank.pp}/{rank.tp}",
+    "layers": lambda rank: _range(*rank.layers),
+    "weights": lambda rank: format_bytes(rank.weight_bytes),
+    "KV cache": lambda rank: format_bytes(rank.kv_bytes) if rank.kv_bytes else "-",
+    "prefill": lambda rank: format_rate(rank.prefill_tokens, rank.prefill_seconds),
+    "decode": lambda rank: format_rate(rank.decode_tokens, rank.decode_seconds),
+    "memory": lambda rank: format_bytes(rank.peak_bytes),
+    "busy": lambda rank: _percent(rank.share("compute")),
+    "comm": lambda rank: _percent(rank.share("communication")),
+    "wait": lambda rank: _percent(rank.share("waiting")),
+}
+"""Tokens a second; the last three are shares of the time, and what is missing to 100% is the host's own work."""
+_OF_GENERATION = ("KV cache", "prefill", "decode")
 
 
 def format_report(reports: Iterable[RankReport]) -> str:
-    """The whole report for the ranks of a run, in any order; at least one. Several lines, no newline at the end."""
+    """The whole report for the ranks of a run, in any order; at least one. Lines that fit a terminal of 80 columns."""
     ranks = sorted(reports, key=lambda report: report.rank)
-    lines = _table([_HEADER, *map(_row, ranks)])
+    left_out = ("memory",) if any(report.kv_bytes for report in ranks) else _OF_GENERATION
+    columns = {name: cell for name, cell in _COLUMNS.items() if name not in left_out}
+    lines = _table([tuple(columns), *(tuple(cell(report) for cell in columns.values()) for report in ranks)])
     if max(report.pp for report in ranks) > 0:
-        lines.append(_pipeline_idle(ranks))
-    lines.append(_totals(ranks))
-    lines += [f"hint: {hint}" for hint in hints(ranks)]
+        lines.append(wrapped(_pipeline_idle(ranks)))
+    lines.append(wrapped(_totals(ranks)))
+    lines += [wrapped(f"hint: {hint}") for hint in hints(ranks)]
     return "\n".join(lines)
 
 
@@ -48,51 +55,18 @@ def hints(ranks: list[RankReport]) -> list[str]:
     """What cost memory or speed, in plain words, and what to try; of speed only where the run was long enough."""
     found = _overloaded(ranks)
     if max(report.seconds for report in ranks) >= SHORT_RUN:
-        found += _waiting(ranks) + _communicating(ranks) + _preempted(ranks) + _uneven_replicas(ranks)
+        found += _starved(ranks) or _waiting(ranks) + _communicating(ranks)
+        found += _preempted(ranks) + _uneven_replicas(ranks)
     return found
 
 
-def format_bytes(count: int) -> str:
-    """E.g. `640 KiB`, `12.5 MiB`, `3.2 GiB`."""
-    size = count / 1024
-    for unit in ("KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "KiB" else f"{size:.1f} {unit}"
-
-
-def count(number: int, noun: str) -> str:
-    """E.g. `1 prompt`, `2,000 prompts`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _row(report: RankReport) -> tuple[str, ...]:
-    lo, hi = report.layers
-    loaded = "-" if report.load_peak_bytes is None else format_bytes(report.load_peak_bytes)
-    bound = "-" if report.load_bound_bytes is None else format_bytes(report.load_bound_bytes)
-    shares = [report.share(phase) for phase in ("compute", "communication", "waiting")]
-    return (
-        str(report.rank),
-        f"{report.dp}/{report.pp}/{report.tp}",
-        f"{lo}-{hi - 1}" if lo < hi else "none",
-        format_bytes(report.weight_bytes),
-        format_bytes(report.kv_bytes),
-        f"{loaded} / {bound}",
-        _rate(report.prefill_tokens, report.prefill_seconds),
-        _rate(report.decode_tokens, report.decode_seconds),
-        *(_percent(share) for share in shares),
-        _percent(max(0.0, 1 - sum(shares)) if report.seconds > 0 else 0.0),
-    )
+def _range(lo: int, hi: int) -> str:
+    return f"{lo}-{hi - 1}" if lo < hi else "none"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:,.0f}" if tokens and seconds > 0 else "-"
 
 
 def _percent(share: float) -> str:
@@ -120,7 +94,7 @@ def _control_ranks(ranks: list[RankReport]) -> list[RankReport]:
 
 def _pipeline_idle(ranks: list[RankReport]) -> str:
     shares = []
-    for stage in range(max(report.pp for report in ranks) + 1):
+    for stage in sorted({report.pp for report in ranks}):
         idle = _mean(report.share("waiting") for report in ranks if report.pp == stage)
         shares.append(f"stage {stage}: {_percent(idle)}")
     return f"pipeline idle: {_percent(_mean(report.share('waiting') for report in ranks))} ({', '.join(shares)})"
@@ -132,13 +106,33 @@ def _totals(ranks: list[RankReport]) -> str:
         sum(getattr(report, name) for report in replicas)
         for name in ("prompts", "failed_prompts", "output_tokens", "prompt_tokens", "cached_tokens", "preemptions")
     )
+    steps, learnt = (max(getattr(report, name) for report in ranks) for name in ("steps", "learnt_tokens"))
     seconds = max(report.seconds for report in ranks)
-    parts = [f"{count(prompts, 'prompt')}{f' ({failed:,} failed)' if failed else ''}"]
-    parts.append(f"{count(tokens, 'token')} in {seconds:.1f} s")
-    parts.append(f"{_rate(tokens, seconds)} tokens/s")
-    parts.append(f"{_percent(cached / looked_up if looked_up else 0.0)} of prompt tokens from the prefix cache")
-    parts.append(count(preemptions, "preemption"))
+    if learnt:
+        parts = [format_count(steps, "step")]
+        tokens = learnt
+    else:
+        parts = [f"{format_count(prompts, 'prompt')}{f' ({failed:,} failed)' if failed else ''}"]
+    parts.append(f"{format_count(tokens, 'token')} in {seconds:.1f} s")
+    parts.append(f"{format_rate(tokens, seconds)} tokens/s")
+    if cached:
+        parts.append(f"{_percent(cached / looked_up)} of prompt tokens from the prefix cache")
+    if preemptions:
+        parts.append(format_count(preemptions, "preemption"))
     return f"total: {', '.join(parts)}; most memory in one process {format_bytes(max(r.peak_bytes for r in ranks))}"
+
+
+def _starved(ranks: list[RankReport]) -> list[str]:
+    """Threads that fight for cores: with each other, or with other programs."""
+    found = [report for report in ranks if report.starved > THREADS_ARE_STARVED]
+    if not found:
+        return []
+    most = max(report.starved for report in found)
+    return [
+        f"{_names(found)} had threads that could have run and got no core for up to {_percent(most)} of the time: more "
+        "threads are at work than this machine has cores. OMP_NUM_THREADS=1 often is faster by far then; or use fewer "
+        "ranks, or end other programs."
+    ]
 
 
 def _waiting(ranks: list[RankReport]) -> list[str]:
@@ -161,8 +155,8 @@ def _waiting(ranks: list[RankReport]) -> list[str]:
             names = ", ".join(f"{pp} ({_percent(mine[pp])})" for pp in idle)
             found.append(
                 f"replica {replica}: stage {slow} is slow: it waited {_percent(mine[slow])} of the time, "
-                f"stage {names} waited for it. It holds {count(hi - lo, 'layer')}; check that nothing else runs on "
-                "its machine, or use a smaller parallel.pp with a larger parallel.tp."
+                f"stage {names} waited for it. It holds {format_count(hi - lo, 'layer')}; check that nothing "
+                "else runs on its machine, or use a smaller parallel.pp with a larger parallel.tp."
             )
     return found
 
@@ -195,9 +189,9 @@ def _preempted(ranks: list[RankReport]) -> list[str]:
     for report in _control_ranks(ranks):
         if report.preemptions > PREEMPTIONS_ARE_MANY * max(report.prompts, 1):
             found.append(
-                f"replica {report.dp} ran out of KV cache: {count(report.preemptions, 'preemption')} for "
-                f"{count(report.prompts, 'prompt')}. Raise engine.gpu_memory_utilization or engine.num_kv_blocks, set "
-                "engine.swap_space, or lower engine.max_num_seqs."
+                f"replica {report.dp} ran out of KV cache: {format_count(report.preemptions, 'preemption')} for "
+                f"{format_count(report.prompts, 'prompt')}. Raise engine.gpu_memory_utilization or "
+                "engine.num_kv_blocks, set engine.swap_space, or lower engine.max_num_seqs."
             )
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,17 +18,20 @@ from megalite.config.chat import section_variables
 from megalite.config.load import Loaded
 from megalite.config.schema import SamplingParams, TrainConfig
 from megalite.core import distributed
+from megalite.core.collectives import gather_reports
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
+from megalite.monitor.report import format_report
+from megalite.monitor.words import format_rate
 from megalite.train import card
 from megalite.train.batch import MicroBatch
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
 from megalite.train.data import PREPARED, Corpus, prepare
 from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
-from megalite.train.log import RunLog, Speed
+from megalite.train.log import RunLog, Speed, training_report
 from megalite.train.model import Scorer
 from megalite.train.new_model import config_of, make_decoder, starting_point
 from megalite.train.optimizer import learning_rate
@@ -127,7 +131,11 @@ class Job:
                 board = self.config.output.tensorboard
                 self.log = RunLog(self.folder / "training", step=self.trainer.steps_done, tensorboard=board)
             self._say(self.reader.describe())
+            before, read = self.trainer.steps_done, self.progress.tokens
+            self.state.meter.start()
             reason = self._train()
+            self.state.meter.stop()
+            self._tell_report(self.trainer.steps_done - before, self.progress.tokens - read)
             self._say(f"training ends after step {self.trainer.steps_done}: {reason}")
             if self.stop_signal == signal.SIGINT:
                 raise Stopped(self.stop_signal)
@@ -211,6 +219,14 @@ class Job:
                     self._save()
         return reason
 
+    def _tell_report(self, steps: int, tokens: int) -> None:
+        """Memory, speed and where the time went, on every rank. Collective."""
+        if not (self.config.monitor.report and steps):
+            return
+        reports = gather_reports(training_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens))
+        if self.is_writer:
+            print(format_report(reports), file=sys.stderr, flush=True)
+
     def _done(self) -> str | None:
         """Why there is nothing left to do; the same on every rank."""
         train = self.config.train
@@ -240,7 +256,7 @@ class Job:
         tokens, flops = speed.read()
         rate = learning_rate(optimizer, trainer.steps_done - 1, steps)
         line = f"step {trainer.steps_done}/{steps}  loss {value:.4f}  lr {rate:.2e}  norm {norm:.3f}"
-        line += f"  {tokens:,.0f} tokens/s"
+        line += f"  {format_rate(tokens, 1)} tokens/s"
         values = {"loss": value, "lr": rate, "gradient_norm": norm, "tokens_per_second": tokens}
         if self.device.type == "cuda":
             utilisation = flops / self.peak if self.peak is not None else None

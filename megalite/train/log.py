@@ -6,11 +6,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megalite.files import LineFile, write_durably
+from megalite.model.decoder import Decoder
+from megalite.monitor.metrics import RankReport
 
 
 def continued(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> LineFile:
@@ -77,6 +80,25 @@ class RunLog:
     def close(self) -> None:
         self._lines.close()
         self._board.close()
+
+
+def training_report(decoder: Decoder, rank: int, *, steps: int, tokens: int) -> RankReport:
+    """What a rank did since the start of its decoder's meter: `steps` of the run, of `tokens` on all ranks together.
+
+    All that is neither communication nor waiting counts as computing; so does what DeepSpeed sends by itself.
+    """
+    state, layers = decoder.state, [int(name) for name in decoder.layers]
+    measured = state.meter.report(
+        rank=rank,
+        tp=state.coord.tp,
+        pp=state.coord.pp,
+        dp=state.coord.dp,
+        layers=(min(layers), max(layers) + 1) if layers else (0, 0),
+        weight_bytes=sum(param.nbytes for param in decoder.parameters()),
+        learnt_tokens=tokens,
+    )
+    rest = measured.seconds - measured.communication - measured.waiting
+    return replace(measured, steps=steps, compute=max(0.0, rest), sampling=0.0, scheduling=0.0)
 
 
 class Speed:

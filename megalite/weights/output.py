@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from megalite.errors import CheckpointError, ConfigError, Problem, ResourceError, maybe_fault
 from megalite.files import LineFile, left_behind, sync_folder, told_clearly
+from megalite.monitor.words import format_bytes
 from megalite.weights import manifest as manifests
 from megalite.weights.blocks import Block, Move, Part
 from megalite.weights.companions import of_model
@@ -194,8 +195,8 @@ class Output:
         free = shutil.disk_usage(self.folder).free
         if needed > free + held:
             raise ResourceError(
-                f"{self.folder}: {_size(needed)} are needed and {_size(free)} are free. Free some space, or write to "
-                "another disk."
+                f"{self.folder}: {format_bytes(needed)} are needed and {format_bytes(free)} are free. Free some "
+                "space, or write to another disk."
             )
 
     def _lock_folder(self) -> None:
@@ -380,10 +381,6 @@ def _start_writeback(descriptor: int, offset: int, count: int) -> None:
     """
     if count >= _WRITEBACK_BYTES and _sync_file_range is not None:
         _sync_file_range(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def total_bytes(moves: Iterable[Move]) -> int:

@@ -1,0 +1,47 @@
+"""Numbers for people: the one way in which bytes, counts and rates are written, and lines that fit a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+
+COLUMNS = 80
+"""What a terminal shows on one line."""
+
+
+def format_bytes(count: int) -> str:
+    """E.g. `12 B`, `640 KiB`, `12.5 MiB`, `3.2 GiB`; at most eight characters below 10,000 TiB."""
+    if count < 1024:
+        return f"{count} B"
+    size, units = float(count), iter(("KiB", "MiB", "GiB", "TiB"))
+    unit = "B"
+    while size >= 999.5 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.1f} {unit}" if size < 99.95 else f"{size:.0f} {unit}"
+
+
+def format_count(number: int, noun: str) -> str:
+    """E.g. `1 prompt`, `2,000 prompts`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def format_rate(number: float, seconds: float) -> str:
+    """How many a second, to two or more digits: `0.031`, `4.2`, `57`, `1,300`, `1.1M`; `-` where there is nothing."""
+    if number <= 0 or seconds <= 0:
+        return "-"
+    rate = number / seconds
+    if rate >= 99_999.5:
+        return f"{rate / 1e3:.0f}k" if rate < 999_500 else f"{rate / 1e6:.3g}M"
+    return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
+
+
+def format_duration(seconds: float) -> str:
+    """About how long: `40 s`, `12 min`, `3 h 5 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def wrapped(text: str) -> str:
+    """A line as several that fit a terminal, the further ones indented; words are not cut."""
+    return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
