@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -115,12 +116,12 @@ def test_an_unknown_phase_is_an_error():
 
 
 def test_a_phase_costs_next_to_nothing():
-    meter = Meter()
+    meter = Meter(time.process_time)  # other programs on the machine do not count
     for _ in range(20_000):
         with meter.phase("compute"):
             pass
     report = report_of(meter)
-    assert report.seconds < 0.5  # 25 us each, where about 1 us is normal: a busy machine passes
+    assert report.seconds < 0.5  # 25 us each, where about 1 us is normal
 
 
 def test_a_report_travels_as_json():
