@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llm_rank
+import numpy as np
 import pytest
 import torch
 from reference import score
@@ -122,6 +123,93 @@ def test_as_many_tokens_as_fit(llm):
     assert len(output.outputs[0].token_ids) == 10
     [output] = llm.generate([[5] * 99], SamplingParams(max_tokens=50, ignore_eos=True))
     assert len(output.outputs[0].token_ids) == 1 and output.outputs[0].finish_reason == "length"
+
+
+def test_the_model_owners_sampling_is_used_where_nothing_is_said(folder, tmp_path, config):
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    values = {"temperature": 0.25, "top_k": 5, "max_new_tokens": 3, "do_sample": True}
+    file.write_text(json.dumps({**(json.loads(file.read_text()) if file.exists() else {}), **values}))
+    with LLM(tmp_path / "model", dtype="float32") as made:
+        params = made.get_default_sampling_params()
+        assert params == SamplingParams(temperature=0.25, top_k=5, max_tokens=3)
+        params.temperature = 2.0
+        assert made.get_default_sampling_params().temperature == 0.25
+        assert len(made.generate([[5, 6]])[0].outputs[0].token_ids) <= 3
+        assert len(made.generate([[5, 6]], GREEDY)[0].outputs[0].token_ids) == 8, "what is given is taken as it is"
+    with LLM(tmp_path / "model", dtype="float32", generation_config="vllm") as made:
+        assert made.get_default_sampling_params() == SamplingParams()
+    with LLM.from_config(config, [f"model.path={tmp_path}/model"]) as made:
+        params = made.get_default_sampling_params()
+        assert (params.temperature, params.max_tokens, params.top_k) == (0, 5, 5), "a config goes before the model"
+
+
+PASSED_OVER = {"disable_log_stats": True, "enable_chunked_prefill": False, "distributed_executor_backend": "mp"}
+
+
+def test_what_code_for_vllm_passes(folder, caplog):
+    with LLM(
+        model=str(folder),
+        dtype=torch.float32,
+        seed=None,
+        num_gpu_blocks_override=40,
+        tokenizer_mode="auto",
+        **PASSED_OVER,
+    ) as made:
+        assert "passed over: disable_log_stats, distributed_executor_backend, enable_chunked_prefill" in caplog.text
+        ids = made.get_tokenizer().encode("Hi")
+        forms = ["Hi", {"prompt": "Hi"}, {"prompt_token_ids": ids}, np.array(ids), torch.tensor(ids), tuple(ids)]
+        forms += [{"prompt_token_ids": np.array(ids), "prompt": "Hi"}, [np.int64(token) for token in ids]]
+        outputs = made.generate(forms, GREEDY, use_tqdm=False)
+        assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
+        assert [output.prompt for output in outputs] == ["Hi", "Hi", None, None, None, None, "Hi", None]
+        for alone in forms[:4]:
+            assert len(made.generate(alone, GREEDY)) == 1
+        assert len(made.generate(np.array([ids, ids]), GREEDY)) == 2
+        assert len(made.generate(prompt_token_ids=[ids, ids], sampling_params=GREEDY)) == 2
+        assert outputs[-1].metrics.first_token_latency > 0 and outputs[-1].metrics.num_generation_tokens == 8
+        bars = []
+        made.generate(["a", "b"], GREEDY, use_tqdm=lambda **given: bars.append(Bar(**given)) or bars[0])
+        assert (bars[0].total, bars[0].done, bars[0].closed) == (2, 2, True)
+        params = SamplingParams(1, 0.0, 0.0, 1.0, 0.0, max_tokens=4, logprobs=-1, flat_logprobs=True)
+        [output] = made.generate("Hi", params)
+        params.max_tokens = 2
+        flat = output.outputs[0].logprobs
+        assert len(flat) == len(output.outputs[0].token_ids) and len(flat[0]) == 103 and len(flat.token_ids) % 103 == 0
+        [silent] = made.generate("Hi", SamplingParams(temperature=0, max_tokens=4, detokenize=False))
+        assert silent.outputs[0].text == "" and silent.outputs[0].token_ids == output.outputs[0].token_ids
+        shared = [5, 6, 7, 8] * 10
+        made.generate([shared], GREEDY)
+        assert made.generate([[*shared, 9]], GREEDY)[0].num_cached_tokens == 32
+        assert made.reset_prefix_cache() and made.generate([[*shared, 9]], GREEDY)[0].num_cached_tokens == 0
+        [plain] = made.generate("Hi", GREEDY)
+        for count in range(3):
+            word = plain.outputs[0].text[count : count + 2]
+            [other] = made.generate(
+                "Hi", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, bad_words=[word])
+            )
+            assert not word.strip() or word.strip() not in other.outputs[0].text
+        for wrong in ({"prompt": "a", "image": 1}, {"text": "a"}, 7.5, np.array([0.5])):
+            with pytest.raises(ValueError):
+                made.generate(wrong, GREEDY)
+    for wrong in ({"cpu_offload_gb": 4}, {"kv_cache_dtype": "fp8"}, {"task": "embed"}):
+        with pytest.raises(ValueError, match="is not supported"):
+            LLM(folder, **wrong)
+
+
+@dataclass
+class Bar:
+    total: int
+    desc: str
+    dynamic_ncols: bool
+    done: int = 0
+    closed: bool = False
+
+    def update(self, count: int) -> None:
+        self.done += count
+
+    def close(self) -> None:
+        self.closed = True
 
 
 # ---- chat and score

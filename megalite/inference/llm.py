@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from megalite.config import vllm
-from megalite.config.load import load_config, loaded_from
+from megalite.config.load import DEFAULT, load_config, loaded_from
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import (
     DistributedSection,
@@ -25,7 +26,7 @@ from megalite.config.schema import (
     ParallelSection,
     SamplingParams,
 )
-from megalite.config.shape import hints, misfit, sections
+from megalite.config.shape import hints, misfit, problem, sections
 from megalite.config.validate import engine_problems, world_size_problem
 from megalite.core import distributed
 from megalite.core.rendezvous import Place
@@ -56,6 +57,7 @@ class LLM:
         tokenizer: str | None = None,
         revision: str | None = None,
         skip_tokenizer_init: bool = False,
+        generation_config: Literal["auto", "vllm"] = "auto",
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         load_format: str = "auto",
@@ -68,9 +70,13 @@ class LLM:
     ):
         """`engine` takes the keys of the config's engine section: max_model_len, gpu_memory_utilization, swap_space...
 
-        Arguments of vLLM's that mean nothing here are passed over, with a line on the log that names them; see
-        config/vllm.py. Raises ConfigError with every problem found, CheckpointError or ResourceError.
+        `generation_config`: "vllm" leaves the sampling settings of the model's generation_config.json out of
+        `get_default_sampling_params`. Arguments of vLLM's that mean nothing here are passed over, with a line on the
+        log that names them; see config/vllm.py. Raises ConfigError with every problem found, CheckpointError or
+        ResourceError.
         """
+        if generation_config not in ("auto", "vllm"):
+            raise ConfigError(problem("LLM: generation_config", 'must be "auto" or "vllm"', generation_config))
         dtype = str(dtype).removeprefix("torch.")
         config = InferConfig(
             model=ModelSection(
@@ -86,7 +92,7 @@ class LLM:
             engine=_engine_section(engine),
             distributed=DistributedSection(device=None if device in (None, "auto") else str(device).partition(":")[0]),
         )
-        self._start(config)
+        self._start(config, generation_config=generation_config)
         if skip_tokenizer_init:
             self.replica.tokenizer = None
             self._served = serve(self.replica)
@@ -95,10 +101,12 @@ class LLM:
     def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
         """The model, layout, engine and default sampling of a config file; `overrides` as on the command line."""
         llm = cls.__new__(cls)
-        llm._start(load_config("infer", path, overrides).config)
+        loaded = load_config("infer", path, overrides)
+        llm._start(loaded.config, [key for key, origin in loaded.origins.items() if origin != DEFAULT])
         return llm
 
-    def _start(self, config: InferConfig) -> None:
+    def _start(self, config: InferConfig, given: Sequence[str] = (), generation_config: str = "auto") -> None:
+        """`given`: keys that the config sets; of sampling, what it leaves out is as generation_config.json says."""
         place = Place.of(os.environ)
         _check(config, place.world_size if place else 1)
         loaded = loaded_from(config)
@@ -113,7 +121,11 @@ class LLM:
             handle_signals=self._launched,
         )
         try:
-            self.replica, _ = load_replica(config, self.runtime)
+            self.replica, folder = load_replica(config, self.runtime)
+            usual = folder.generation.sampling if generation_config == "auto" else {}
+            self._sampling = replace(
+                config.sampling, **{key: value for key, value in usual.items() if f"sampling.{key}" not in given}
+            )
         except BaseException as error:
             self._closed = True
             self.runtime.stop(error if self._launched else None)
@@ -225,7 +237,7 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """A copy of what `generate` and `chat` sample by when they are not told."""
-        return plain_params(self.config.sampling)
+        return plain_params(self._sampling)
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prompt."""
@@ -285,7 +297,7 @@ class LLM:
         self, params: SamplingParams | Iterable[SamplingParams] | None, count: int, *, checked: bool
     ) -> list[SamplingParams]:
         """A copy of the parameters for each of `count` prompts, checked unless they are known to be right."""
-        params = params if params is not None else self.config.sampling
+        params = params if params is not None else self._sampling
         each = list(params) if isinstance(params, list | tuple) else [params] * count
         if len(each) != count:
             raise ConfigError(f"generate: {count} prompts but {len(each)} sampling params")
@@ -344,7 +356,7 @@ def _check(config: InferConfig, world_size: int) -> None:
         for name, schema in sections(InferConfig).items()
         for key, hint in hints(schema).items()
     ]
-    problems = [problem for problem in problems if problem is not None]
+    problems = [one for one in problems if one is not None]
     if not problems:
         parallel = config.parallel
         command = f"deepspeed --num_gpus {parallel.tp * parallel.pp * parallel.dp} SCRIPT"
