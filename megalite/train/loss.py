@@ -15,8 +15,8 @@ from megalite.core.collectives import all_reduce_max, all_reduce_sum
 from megalite.core.parallel_state import Axis
 from megalite.train.batch import MicroBatch
 
-BLOCK = 1 << 24
-"""Logits in memory at once, in float32: 64 MiB, and a copy or two while they are worked on."""
+BLOCK = 1 << 25
+"""Logits in memory at once, in float32: 128 MiB, and a copy or two while they are worked on."""
 LEAST_ROWS = 128
 """Rows (or columns) of a block even where they are long: fewer would leave a GPU idle."""
 
@@ -87,57 +87,57 @@ class _TargetLogprobs(torch.autograd.Function):
         width = weight.shape[0]
         local = targets - first_row
         mine = (local >= 0) & (local < width)
-        peak = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
-        total, chosen = torch.zeros_like(peak), torch.zeros_like(peak)
-        exps = None
+        lse = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
+        """Log of the sum of exponentials over this rank's columns."""
+        chosen, logs = torch.zeros_like(lse), None
         for rows in _blocks(hidden.shape[0], width) if width else ():
             scores = _scores(hidden[rows], weight, temperature, softcap)
-            peak[rows] = scores.amax(1)
-            chosen[rows] = scores.gather(1, local[rows].clamp(0, width - 1)[:, None])[:, 0]
-            exps = scores.sub_(peak[rows, None]).exp_()
-            total[rows] = exps.sum(1)
-        highest = all_reduce_max(peak.clone(), axis)
-        shares = (peak - highest).exp()
-        total, chosen = all_reduce_sum(torch.stack([total * shares, (chosen - highest) * mine]), axis)
+            logs = scores.log_softmax(1, dtype=torch.float32)
+            highest, place = scores.max(1)
+            lse[rows] = highest.float() - logs.gather(1, place[:, None])[:, 0]
+            chosen[rows] = logs.gather(1, local[rows].clamp(0, width - 1)[:, None])[:, 0]
+        peak = all_reduce_max(lse.clone(), axis)
+        share = lse - peak - all_reduce_sum((lse - peak).exp(), axis).log()
+        """Log of this rank's share of the probability."""
         # One block without a cap is kept for the backward pass: smaller than what is kept of most layers.
-        kept = exps if exps is not None and len(exps) == len(targets) and softcap is None else None
-        ctx.save_for_backward(hidden, weight, local, highest, total, shares, kept)
+        kept = logs if logs is not None and len(logs) == len(targets) and softcap is None else None
+        ctx.save_for_backward(hidden, weight, local, lse, share, kept)
         ctx.temperature, ctx.softcap = temperature, softcap
-        return chosen - total.log()
+        return all_reduce_sum(torch.where(mine, chosen + share, 0.0), axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         """With p the softmax, the gradient of a row's logits is (onehot(target) - p) grad / temperature."""
-        hidden, weight, local, highest, total, shares, kept = ctx.saved_tensors
+        hidden, weight, local, lse, share, kept = ctx.saved_tensors
         into_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         into_weight = torch.empty_like(weight)
-        grad = grad / ctx.temperature
+        grad = (-grad / ctx.temperature)[:, None]
         columns = [slice(0, weight.shape[0])] if kept is not None else _blocks(weight.shape[0], hidden.shape[0])
         for block in columns:
-            part = weight[block]
+            part, scores = weight[block], None
             if kept is not None:
-                scores, grads = None, kept * (-grad * shares / total)[:, None]
+                probabilities = (kept + share[:, None]).exp_()
             else:
                 scores = _scores(hidden, part, ctx.temperature, ctx.softcap)
-                grads = (scores - highest[:, None]).exp_().mul_((-grad / total)[:, None])
+                probabilities = (scores - (lse - share)[:, None]).exp_()
             place = local - block.start
             here = (place >= 0) & (place < len(part))
-            grads.scatter_add_(1, place.clamp(0, len(part) - 1)[:, None], (grad * here)[:, None])
+            probabilities.scatter_add_(1, place.clamp(0, len(part) - 1)[:, None], -here[:, None].float())
             if ctx.softcap is not None:  # d (cap tanh(z / cap)) / dz, from the capped logits
-                grads.mul_(1 - (scores * (ctx.temperature / ctx.softcap)).square_())
-            grads = grads.to(weight.dtype)
+                probabilities.mul_(1 - (scores * (ctx.temperature / ctx.softcap)).square_())
+            grads = torch.mul(probabilities, grad, out=torch.empty_like(probabilities, dtype=weight.dtype))
             into_hidden += grads @ part
             torch.mm(grads.t(), hidden, out=into_weight[block])
         return into_hidden.to(hidden.dtype), into_weight, None, None, None, None, None
 
 
 def _scores(hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Logits over the temperature, rounded to the model's numbers first as generation does: float32, its own memory."""
-    scores = F.linear(hidden, weight).float()
+    """Logits over the temperature: in the numbers of the model, as generation has them, or float32 once changed."""
+    scores = F.linear(hidden, weight)
     if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
-    return scores if temperature == 1 else scores.div_(temperature)
+        scores = scores.float().div_(softcap).tanh_().mul_(softcap)
+    return scores if temperature == 1 else scores.float() / temperature
 
 
 def _blocks(count: int, width: int) -> list[slice]:
