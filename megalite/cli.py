@@ -61,6 +61,12 @@ HOSTS = ("--hostfile", "--include", "--exclude", "--master_addr", "--master_port
 """Options with a value that go to deepspeed; the last with its flag --no_ssh, once on each host."""
 VALUED = ("--config", *HOSTS, "--resolved-config", "--resolved-sha256", "--local_rank", "--local-rank")
 """Options with a value; the last four are for the ranks, from a launcher or the door."""
+_DEEPSPEED = (
+    "DeepSpeed's keys go into a training config's section `deepspeed`; batch size, ZeRO stage, clipping, optimizer and "
+    "dtype are keys of its other sections (see --help)."
+)
+ELSEWHERE = {"--deepspeed": _DEEPSPEED, "--deepspeed_config": _DEEPSPEED, "--deepspeed-config": _DEEPSPEED}
+"""Options of scripts that DeepSpeed's argument parser makes, and what to do here instead."""
 MOST_RANKS_PER_CORE = 8
 QUIET_WAIT = 3.0
 """Seconds that ranks wait which leave the message to another: a launcher kills the rest when the first one ends."""
@@ -196,6 +202,7 @@ def read_arguments(argv: Sequence[str]) -> Options:
         elif name not in VALUED:
             close = difflib.get_close_matches(name, [*FLAGS, "--config"], n=1)
             fix = f"Did you mean {close[0]}?" if close else "--help lists all options."
+            fix = ELSEWHERE.get(name, fix)
             problems.append(_usage_problem(name, "unknown option", fix))
         elif not equals and (not rest or rest[0].startswith("-")):
             problems.append(_usage_problem(name, "needs a value", f"Write {name} VALUE."))

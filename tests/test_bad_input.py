@@ -161,6 +161,10 @@ FROM_HERE = "(from the command line)"
 CASES = {
     # ---- the command line
     "no config": Case(args=("--nothing",), says=("--nothing: unknown option",)),
+    "DeepSpeed's option": Case(
+        args=("--deepspeed_config", "ds.json"),
+        says=("DeepSpeed's keys go into a training config's section `deepspeed`",),
+    ),
     "misspelt option": Case(args=("--chek",), says=("--chek: unknown option. Did you mean --check?",)),
     "option with a value": Case(args=("--check=yes",), says=("--check: takes no value",)),
     "option without a value": Case(args=("--resolved-sha256",), says=("--resolved-sha256: needs a value",)),
