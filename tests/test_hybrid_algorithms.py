@@ -61,7 +61,14 @@ def test_a_difference_teaches(rewards, divide):
 
 
 NOT_SHAPING = {"n", "best_of", "temperature", "max_tokens", "seed", "stop", "stop_token_ids", "logprobs"}
-NOT_SHAPING |= {"include_stop_str_in_output", "ignore_eos", "prompt_logprobs", "skip_special_tokens"}
+NOT_SHAPING |= {
+    "detokenize",
+    "flat_logprobs",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "prompt_logprobs",
+    "skip_special_tokens",
+}
 
 
 @pytest.mark.parametrize("name", sorted({field.name for field in fields(SamplingParams)} - NOT_SHAPING))

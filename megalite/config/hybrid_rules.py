@@ -125,6 +125,7 @@ def _sampling_problems(sampling: SamplingParams, hybrid: HybridSection, model: M
     several = hybrid.samples_per_prompt > 1
     rule = "must be above 0, or the samples of a prompt would all be the same"
     rules.need("temperature", sampling.temperature > 0 or not several, rule)
+    rules.need("detokenize", sampling.detokenize, "must be true: rewards read the text of a sample")
     if hybrid.algorithm == "grpo":
         for name, neutral in _NEUTRAL.items():
             rules.need(name, getattr(sampling, name) in neutral, _UNCORRECTED, f"Leave it out (it is {neutral[0]!r}).")
