@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,7 +223,10 @@ def test_nothing_is_left_of_a_chat(folder):
         llm.chat([{"role": "user", "content": "hi"}], GREEDY)
         started = {one.pid for one in descendants(os.getpid())} - before
         assert started
+        weight = weakref.ref(next(llm.replica.decoder.parameters()))
     assert not started & {one.pid for one in descendants(os.getpid())}
+    gc.collect()
+    assert weight() is None, "the memory of a closed LLM is free, though the name is still known"
 
 
 def test_chat(llm):

@@ -165,8 +165,8 @@ class Runtime:
         return self._watchdog.fail(EXIT_CRASH, crash=True)
 
     def _close(self) -> None:
-        for give_back in self.before_groups_go:
-            give_back()
+        while self.before_groups_go:
+            self.before_groups_go.pop(0)()
         self._watchdog.close()
         late = threading.Timer(_GOODBYE, self._leave_groups)
         late.daemon = True

@@ -38,6 +38,7 @@ from megalite.inference.logprobs import TokenLogprob
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.prompts import GivenPrompt, as_prompts, plain_params
 from megalite.inference.run import prepare, run_everywhere, serve
+from megalite.model.kernels import release_memory
 from megalite.monitor.progress import Progress
 from megalite.preflight import read_model
 from megalite.tokenizer import Tokenizer
@@ -143,7 +144,7 @@ class LLM:
         self._leave(error)
 
     def close(self) -> None:
-        """Leave the run; under a launcher every rank must. Idempotent."""
+        """Leave the run and give its memory back; under a launcher every rank must. Idempotent."""
         self._leave(None)
 
     def _leave(self, error: BaseException | None) -> None:
@@ -151,7 +152,12 @@ class LLM:
         self._closed = True
         if self._served.tokenizer is not None:
             self._served.tokenizer.close()  # its process that renders chats
-        self.runtime.stop(error if self._launched else None)
+        try:
+            self.runtime.stop(error if self._launched else None)
+        finally:
+            self._engine = None
+            vars(self).pop("replica", None)
+            release_memory(self.runtime.device)
 
     def generate(
         self,

@@ -12,6 +12,7 @@ keys too (Flash-Decoding) and the parts are merged by their log-sum-exp.
 
 from __future__ import annotations
 
+import gc
 import math
 
 import torch
@@ -343,6 +344,13 @@ def free_memory(device: torch.device) -> int:
     """Bytes of a CUDA device that nobody holds."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
+
+
+def release_memory(device: torch.device) -> None:
+    """Give a CUDA device what this process holds of it and uses no more."""
+    if device.type == "cuda":
+        gc.collect()  # an engine's objects know each other
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:
