@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -41,7 +41,7 @@ from megalite.errors import (
 )
 from megalite.model.config import ModelConfig
 from megalite.monitor.processes import die_with_parent
-from megalite.preflight import check
+from megalite.preflight import as_sampled, check
 
 Run = Callable[[Loaded], int]
 Checks = Callable[[Config], list[Problem]]
@@ -143,7 +143,10 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
         loaded, problems = resolve(kind, path, options.overrides)
     speaks = place is None or place.rank == 0
     if "--print-config" in options.flags and speaks:
-        _say(table(loaded))
+        shown = loaded
+        with suppress(MegaliteError):  # of a damaged folder, which the checks name
+            shown = as_sampled(loaded)
+        _say(table(shown))
     more = _misplaced(loaded, place, argv, options)
     if not options.sha256:
         more += checks(loaded.config)
@@ -153,7 +156,7 @@ def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Ch
 
         _say(describe(loaded.config, model))
     elif "--check" in options.flags and speaks:
-        _check_input(loaded.config, model)
+        _check_input(as_sampled(loaded).config, model)
         _say(f"{options.config}: no problem found; {layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}")
     if options.flags & {"--print-config", "--dry-run", "--check"}:
         return EXIT_DONE
@@ -334,7 +337,7 @@ def _start_hosts(loaded: Loaded, options: Options) -> int:
     if _reads_stdin(loaded):
         rule = "standard input can't be read on another host"
         raise ConfigError(Problem(key="input.file", rule=rule, value="-", fix="Give a file that every host has."))
-    resolved = ["--resolved-config", pack_config(loaded.text), "--resolved-sha256", loaded.sha256]
+    resolved = ["--resolved-config", pack_config(loaded.given), "--resolved-sha256", loaded.sha256]
     return run_over_hosts(options.hosts, os.path.abspath(sys.argv[0]), [*resolved, *options.for_ranks])
 
 
@@ -347,7 +350,7 @@ def _start_ranks(loaded: Loaded, options: Options) -> int:
             "(--hostfile), or lower parallel.tp, pp or dp."
         )
     with ExitStack() as stack:
-        path = _nameless_file(loaded.text, stack)
+        path = _nameless_file(loaded.given, stack)
         resolved = ["--config", path, "--resolved-sha256", loaded.sha256]
         return run_ranks(
             [os.path.abspath(sys.argv[0]), *resolved, *options.for_ranks],

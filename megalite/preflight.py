@@ -12,8 +12,10 @@ from megalite.config.validate import model_location, validate
 from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
+from megalite.model.generation import GenerationConfig
+from megalite.model.hf_config import read_json
 from megalite.weights import shards
-from megalite.weights.hf import open_checkpoint
+from megalite.weights.hf import at_hand, open_checkpoint
 
 
 def check(
@@ -28,11 +30,12 @@ def check(
     model, damage = None, None
     try:
         model = read_model(config)
+        loaded = as_sampled(loaded)
     except CheckpointError as error:
         damage = error
     except ConfigError as error:
         problems = [*problems, *error.problems]
-    rules = [*validate(config, model, None), *(more or [])]
+    rules = [*validate(loaded.config, model, None), *(more or [])]
     found = with_origins([*problems, *_unforeseen(rules, problems)], loaded.origins)
     if damage and found:
         found += [Problem(key="", rule=line) for line in str(damage).rstrip(".").splitlines()]
@@ -62,6 +65,18 @@ def read_model(config: Config) -> ModelConfig | None:
     if path is None or model_location(path) != "folder" or not Path(path).is_dir():
         return None
     return families.read(path)
+
+
+def as_sampled(loaded: Loaded) -> Loaded:
+    """The config with the sampling that the model's owner sets where it sets none; as it is if the model is not here.
+
+    CheckpointError: what the folder says of it is damaged.
+    """
+    model = loaded.config.model
+    folder = at_hand(model.path, model.revision) if isinstance(loaded.config, InferConfig) and model.path else None
+    if folder is None:
+        return loaded
+    return GenerationConfig.read(folder, read_json(folder / "config.json")).under(loaded)
 
 
 def _new_model(values: dict[str, Any], tokenizer: TokenizerSection) -> ModelConfig | None:

@@ -631,7 +631,8 @@ def test_a_stage_below_the_launcher_gets_the_resolved_file(job, monkeypatch):
     assert start("infer", args, config=JOB) == (7, [])
     assert (seen["ranks"], seen["debug"], seen["rank"]) == (4, "--debug", 0)
     assert os.path.isabs(seen["script"])
-    assert seen["loaded"].sha256 == seen["sha256"] and seen["loaded"].text == seen["text"]
+    assert seen["loaded"].sha256 == seen["sha256"] and seen["loaded"].given == seen["text"]
+    assert seen["loaded"].origins["sampling.max_tokens"] == "default", "what nobody set stays so on the ranks"
     assert seen["loaded"].config.sampling.stop == "${x}"
 
 
@@ -677,6 +678,30 @@ def test_print_config_shows_origins(job, capfd):
     assert ["model.path", "model", "job.yaml:1"] in lines
     assert ["parallel.tp", "2", "the", "command", "line"] in lines
     assert ["parallel.pp", "1", "default"] in lines
+
+
+def test_print_config_shows_the_owners_sampling(job, capfd):
+    owners = job / "model" / "generation_config.json"
+
+    def sampling(*args: str) -> dict[str, list[str]]:
+        assert start("infer", ("--print-config", *args), config=JOB) == (0, [])
+        lines = [line.split() for line in capfd.readouterr().out.splitlines()]
+        return {line[0].removeprefix("sampling."): line[1:] for line in lines if line[0].startswith("sampling.")}
+
+    # max_length counts as little as it does for vLLM
+    owners.write_text('{"temperature": 0.25, "top_k": 9, "max_new_tokens": 7, "max_length": 5, "do_sample": false}')
+    shown = sampling("sampling.top_k=3")
+    origin = "model/generation_config.json"
+    assert shown["temperature"] == ["0.25", origin] and shown["max_tokens"] == ["7", origin]
+    assert shown["top_k"] == ["3", "the", "command", "line"] and shown["top_p"] == ["1.0", "default"]
+    none = sampling("model.generation_config=none")
+    assert none["temperature"] == ["1.0", "default"] and none["max_tokens"] == ["16", "default"]
+    owners.write_text('{"temperature": -1}')
+    assert start("infer", (), config=JOB)[0] == USAGE
+    assert "sampling.temperature: must be >= 0, got -1.0. (from model/generation_config.json)" in capfd.readouterr().err
+    owners.write_text('{"top_p": "high"}')
+    assert start("infer", (), config=JOB)[0] == CHECKPOINT
+    assert "generation_config.json: top_p must be a number" in capfd.readouterr().err
 
 
 def test_dry_run_counts_what_each_rank_holds(job, capfd):

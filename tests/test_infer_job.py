@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,10 +129,32 @@ def stopped(jobs: Jobs) -> list[Run]:
     return [*runs, jobs.run("stopped")]
 
 
+OWNERS = {"temperature": 0.0, "top_k": 7, "top_p": 0.5}
+
+
+def owners_sampling(jobs: Jobs) -> list[Run]:
+    """Sampling left to the model's owner on two ranks; the same by the config; and neither."""
+    (folder := jobs.folder / "owners").mkdir()
+    model = Path(shutil.copytree(jobs.folder / "model", folder / "model"))
+    (model / "generation_config.json").write_text(json.dumps(OWNERS))
+    own = Jobs(folder, model)
+    own.config.write_text(f"model: {{path: {model}, dtype: float32}}\nsampling: {{top_p: 0.9, ignore_eos: true}}\n")
+    line = {"prompt": [5, 6, 7]}
+    lines = [line, line, {**line, "sampling": {"temperature": 50, "top_k": 0, "top_p": 1}}]
+    own.input.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    none = "model.generation_config=none"
+    return [
+        own.run("owners", "parallel.pp=2"),
+        own.run("owners", none, "sampling.temperature=0", "sampling.top_k=7"),
+        own.run("owners", none),
+    ]
+
+
 CHAINS: dict[str, Callable[[Jobs], list[Run]]] = {
     "undisturbed": lambda jobs: [jobs.run("undisturbed")],
     "killed": killed,
     "stopped": stopped,
+    "the owner's sampling": owners_sampling,
     "stdin through the door": lambda jobs: [jobs.run("stdin", "parallel.tp=2", stdin=True)],
     "stdin under deepspeed": lambda jobs: [jobs.run("deepspeed", "parallel.pp=2", stdin=True, command=DEEPSPEED)],
 }
@@ -228,6 +251,21 @@ def test_stops_drain_and_leave_the_output_whole(runs):
     [line] = refused.err.splitlines()
     assert line.startswith("error: output.file: holds results of another run (engine.seed was 0, is 1; ")
     assert "sampling.temperature was 0.9, is 0.8)" in line and "output.overwrite=true" in line
+
+
+def test_the_owners_sampling_counts_where_the_config_is_silent(runs):
+    first, same, refused = runs["the owner's sampling"].result()
+    assert first.code == 0
+    assert "sampling: temperature 0, top_k 7, as the model's generation_config.json says" in " ".join(first.err.split())
+    greedy, again, hot = [result["outputs"][0]["token_ids"] for result in first.results]
+    assert greedy == again != hot and len(greedy) == 16
+    assert (
+        "hint: 3 prompts had output that ended at sampling.max_tokens = 16, the default; set it to allow more."
+        in " ".join(first.err.split())
+    )
+    assert same.code == 0 and "3 of 3 prompts are done already" in same.err and same.results == first.results
+    assert "as the model's" not in same.err and refused.code == 2
+    assert "sampling.temperature was 0.0, is 1.0" in refused.err and "sampling.top_k was 7, is 0" in refused.err
 
 
 def test_the_report_and_the_dry_run_agree(jobs, runs):

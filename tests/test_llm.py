@@ -127,7 +127,7 @@ def test_as_many_tokens_as_fit(llm):
     assert len(output.outputs[0].token_ids) == 1 and output.outputs[0].finish_reason == "length"
 
 
-def test_the_model_owners_sampling_is_used_where_nothing_is_said(folder, tmp_path, config):
+def test_the_model_owners_sampling_is_used_where_nothing_is_said(folder, tmp_path, config, caplog):
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
     values = {"temperature": 0.25, "top_k": 5, "max_new_tokens": 3, "do_sample": True}
@@ -141,6 +141,10 @@ def test_the_model_owners_sampling_is_used_where_nothing_is_said(folder, tmp_pat
         assert len(made.generate([[5, 6]], GREEDY)[0].outputs[0].token_ids) == 8, "what is given is taken as it is"
     with LLM(tmp_path / "model", dtype="float32", generation_config="vllm") as made:
         assert made.get_default_sampling_params() == SamplingParams()
+        for told in ("2 outputs ended at max_tokens = 16, the default of SamplingParams", ""):
+            caplog.clear()
+            made.generate([[5, 6], [7]], SamplingParams(ignore_eos=True))
+            assert told in caplog.text and bool(caplog.text) == bool(told), "said once"
     with LLM.from_config(config, [f"model.path={tmp_path}/model"]) as made:
         params = made.get_default_sampling_params()
         assert (params.temperature, params.max_tokens, params.top_k) == (0, 5, 5), "a config goes before the model"

@@ -57,6 +57,8 @@ class Loaded:
     """For every `section.key`: `FILE:LINE`, `the command line` or `default`."""
     text: str
     """Every value, as YAML; read again it gives an equal config."""
+    given: str
+    """The values that were set, as YAML; read again it gives an equal config with the same keys at their defaults."""
     sha256: str
     """Of `text`: equal configs have equal digests, however they were written."""
 
@@ -102,14 +104,25 @@ def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tupl
 
 def loaded_from(config: Config, origins: dict[str, str] | None = None) -> Loaded:
     """A config object, e.g. one made in Python, with its canonical text and digest."""
-    tree = asdict(config)
+    tree, given = asdict(config), {}
+    origins = dict.fromkeys(hints(type(config)), DEFAULT) | (origins or {})
     for key, hint in hints(type(config)).items():
         *section, name = key.split(".")
         inner = reduce(getitem, section, tree)
         inner[name] = with_floats(hint, inner[name])
+        if origins[key] != DEFAULT:
+            reduce(lambda there, part: there.setdefault(part, {}), section, given)[name] = inner[name]
     text = document.write(tree)
-    origins = dict.fromkeys(hints(type(config)), DEFAULT) | (origins or {})
-    return Loaded(config=config, origins=origins, text=text, sha256=hashlib.sha256(text.encode()).hexdigest())
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    return Loaded(config=config, origins=origins, text=text, given=document.write(given), sha256=sha256)
+
+
+def with_defaults(loaded: Loaded, section: str, values: dict[str, Any], origin: str) -> Loaded:
+    """The same with other values, from `origin`, for those keys of a section that nobody has set."""
+    taken = {key: value for key, value in values.items() if loaded.origins[f"{section}.{key}"] == DEFAULT}
+    changed = replace(getattr(loaded.config, section), **taken)
+    origins = loaded.origins | {f"{section}.{key}": origin for key in taken}
+    return loaded_from(replace(loaded.config, **{section: changed}), origins)
 
 
 def with_origins(problems: Iterable[Problem], origins: dict[str, str]) -> list[Problem]:

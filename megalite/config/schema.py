@@ -27,6 +27,9 @@ class ModelSection:
     """Numbers of weights and activations; auto: as the checkpoint says, float32 where the CPU has no fast bfloat16."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: read the weights; dummy: random weights from config.json alone, for benchmarks."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: keys of `sampling` that are not set here are as the model's generation_config.json says; none: it names
+    end tokens only."""
     quantization: str | None = None
     """Must be null: no quantized format is supported yet."""
     trust_remote_code: bool = False
@@ -499,6 +502,7 @@ class HybridConfig:
     train: HybridTrainSection = field(default_factory=HybridTrainSection)
     infer: HybridInferSection = field(default_factory=HybridInferSection)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    """The model's generation_config.json sets none of it: what is sampled from is part of the training."""
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     supervised: SupervisedSection = field(default_factory=SupervisedSection)
     hybrid: HybridSection = field(default_factory=HybridSection)

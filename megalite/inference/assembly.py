@@ -8,11 +8,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from megalite.config.load import Loaded, with_origins
+from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, InferConfig, ModelSection
 from megalite.core.distributed import Runtime
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
+from megalite.errors import ConfigError
 from megalite.inference import memory
 from megalite.inference.engine import Engine
 from megalite.inference.outputs import OutputProcessor
@@ -209,6 +212,15 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
         load_peak_bytes=peak_memory() - before,
     )
     return replica, folder
+
+
+def as_sampled(loaded: Loaded, folder: ModelFolder) -> Loaded:
+    """The config with the sampling that the model's owner sets where it sets none. ConfigError: that can't be."""
+    loaded = folder.generation.under(loaded)
+    problems = sampling_problems(loaded.config.sampling, vocab_size=folder.model.vocab_size)
+    if problems:
+        raise ConfigError(*with_origins(problems, loaded.origins))
+    return loaded
 
 
 def fetch(section: ModelSection, runtime: Runtime) -> Path:

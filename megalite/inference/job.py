@@ -19,7 +19,7 @@ from megalite.core import distributed
 from megalite.core.collectives import gather_reports
 from megalite.core.distributed import Runtime
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
-from megalite.inference.assembly import Replica, load_replica
+from megalite.inference.assembly import Replica, as_sampled, load_replica
 from megalite.inference.control import Ranks, broadcast_bytes
 from megalite.inference.engine import Hooks
 from megalite.inference.inputs import InputBatch, read_inputs
@@ -29,6 +29,7 @@ from megalite.inference.run import agree_on_end, make_feed, serve
 from megalite.monitor.progress import Progress
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
+from megalite.weights.folder import ModelFolder
 
 MAIL_INTERVAL = 0.05
 """Seconds between looks into the mailbox."""
@@ -56,8 +57,9 @@ def run(loaded: Loaded) -> int:
 
 def _generate(loaded: Loaded, runtime: Runtime) -> int:
     """How many prompts could not run; the same on every rank."""
+    replica, folder = load_replica(loaded.config, runtime)
+    loaded = as_sampled(loaded, folder)
     config = loaded.config
-    replica, folder = load_replica(config, runtime)
     together = Ranks(replica.state, "input.prompts" if config.input.file is None else "input.file")
     stdin = _stdin(config, runtime)
     batch = read_inputs(config.input, config.sampling, serve(replica), stdin=stdin, together=together)
@@ -73,7 +75,7 @@ def _generate(loaded: Loaded, runtime: Runtime) -> int:
             sequences=sum(request.num_samples for request in left.requests) or 1,
         )
         if writer:
-            _announce(config.model.path, replica)
+            _announce(loaded, folder, replica)
             writer.go_on()
             writer.fail(left)
         engine.outputs.texts.update(left.texts)
@@ -105,7 +107,7 @@ def _stdin(config: InferConfig, runtime: Runtime) -> BytesIO | None:
     return BytesIO(broadcast_bytes(sys.stdin.buffer.read() if runtime.rank == 0 else None, 0))
 
 
-def _announce(name: str, replica: Replica) -> None:
+def _announce(loaded: Loaded, folder: ModelFolder, replica: Replica) -> None:
     """What was decided for the user."""
     own = replica.model.max_position_embeddings
     why = "as asked" if replica.settings.max_model_len else "the model's own"
@@ -114,10 +116,16 @@ def _announce(name: str, replica: Replica) -> None:
     block = replica.settings.block_size
     dtype = str(replica.dtype).removeprefix("torch.")
     told = (
-        f"{name}: {replica.model.family}, {dtype} on {replica.device.type}, {replica.layout}",
+        f"{loaded.config.model.path}: {replica.model.family}, {dtype} on {replica.device.type}, {replica.layout}",
         f"max_model_len {replica.max_model_len} ({why}); {format_count(replica.num_blocks, 'KV block')} of {block} "
         f"tokens, {format_bytes(replica.kv_bytes)} a rank",
     )
+    theirs = [
+        key for key in folder.generation.sampling if loaded.origins[f"sampling.{key}"] == str(folder.generation.path)
+    ]
+    if theirs:
+        values = ", ".join(f"{key} {getattr(loaded.config.sampling, key):g}" for key in theirs)
+        told += (f"sampling: {values}, as the model's {folder.generation.path.name} says",)
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 

@@ -6,9 +6,9 @@ same calls, with the same prompts or there is an error, and every rank gets all 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from megalite.config import vllm
-from megalite.config.load import DEFAULT, load_config, loaded_from
+from megalite.config.load import Loaded, load_config, loaded_from
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import (
     DistributedSection,
@@ -31,7 +31,7 @@ from megalite.config.validate import engine_problems, world_size_problem
 from megalite.core import distributed
 from megalite.core.rendezvous import Place
 from megalite.errors import ConfigError, Problem
-from megalite.inference.assembly import load_replica
+from megalite.inference.assembly import as_sampled, load_replica
 from megalite.inference.engine import Engine
 from megalite.inference.inputs import Asked
 from megalite.inference.logprobs import TokenLogprob
@@ -40,11 +40,15 @@ from megalite.inference.prompts import GivenPrompt, as_prompts, plain_params
 from megalite.inference.run import prepare, run_everywhere, serve
 from megalite.model.kernels import release_memory
 from megalite.monitor.progress import Progress
+from megalite.monitor.words import format_count
 from megalite.preflight import read_model
 from megalite.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"half": "float16", "float": "float32"}
 """Names that vLLM knows besides."""
+_DEFAULT_LENGTH = SamplingParams().max_tokens
 _ENGINE_NAMES = {"num_gpu_blocks_override": "num_kv_blocks"}
 
 
@@ -86,6 +90,7 @@ class LLM:
                 revision=revision,
                 dtype=_DTYPES.get(dtype, dtype),
                 load_format=load_format,
+                generation_config="auto" if generation_config == "auto" else "none",
                 quantization=quantization,
                 trust_remote_code=trust_remote_code,
             ),
@@ -93,7 +98,7 @@ class LLM:
             engine=_engine_section(engine),
             distributed=DistributedSection(device=None if device in (None, "auto") else str(device).partition(":")[0]),
         )
-        self._start(config, generation_config=generation_config)
+        self._start(loaded_from(config))
         if skip_tokenizer_init:
             self.replica.tokenizer = None
             self._served = serve(self.replica)
@@ -102,15 +107,13 @@ class LLM:
     def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
         """The model, layout, engine and default sampling of a config file; `overrides` as on the command line."""
         llm = cls.__new__(cls)
-        loaded = load_config("infer", path, overrides)
-        llm._start(loaded.config, [key for key, origin in loaded.origins.items() if origin != DEFAULT])
+        llm._start(load_config("infer", path, overrides))
         return llm
 
-    def _start(self, config: InferConfig, given: Sequence[str] = (), generation_config: str = "auto") -> None:
-        """`given`: keys that the config sets; of sampling, what it leaves out is as generation_config.json says."""
+    def _start(self, loaded: Loaded) -> None:
+        config = loaded.config
         place = Place.of(os.environ)
         _check(config, place.world_size if place else 1)
-        loaded = loaded_from(config)
         self.config = config
         self._launched = place is not None
         self._closed = False
@@ -123,10 +126,7 @@ class LLM:
         )
         try:
             self.replica, folder = load_replica(config, self.runtime)
-            usual = folder.generation.sampling if generation_config == "auto" else {}
-            self._sampling = replace(
-                config.sampling, **{key: value for key, value in usual.items() if f"sampling.{key}" not in given}
-            )
+            self._sampling = as_sampled(loaded, folder).config.sampling
         except BaseException as error:
             self._closed = True
             self.runtime.stop(error if self._launched else None)
@@ -134,6 +134,8 @@ class LLM:
         self._engine: Engine | None = None
         self._served = serve(self.replica)
         self._calls = 0
+        self._told = False
+        """That outputs ended at the default of max_tokens."""
         self._asked = 0
         """Requests so far: what the id of the next one is, and the seed where its parameters have none."""
 
@@ -289,7 +291,7 @@ class LLM:
         with _bar(
             use_tqdm, len(requests), shown=self.replica.state.rank == self.replica.layout.control_ranks[0]
         ) as bar:
-            return run_everywhere(
+            outputs = run_everywhere(
                 self.replica,
                 self._engine,
                 requests,
@@ -297,6 +299,20 @@ class LLM:
                 key=f"generate/{self._calls}",
                 stop_requested=lambda: self._launched and self.runtime.signal_received() is not None,
                 progress=bar,
+            )
+        self._tell_of_default(outputs)
+        return outputs
+
+    def _tell_of_default(self, outputs: Sequence[RequestOutput]) -> None:
+        """Say once that outputs end where nobody may have meant them to."""
+        ends = [(one.finish_reason, len(one.token_ids)) for output in outputs for one in output.outputs]
+        cut = ends.count(("length", _DEFAULT_LENGTH))
+        if cut and not self._told and self.replica.state.rank == self.replica.layout.control_ranks[0]:
+            self._told = True
+            log.warning(
+                "%s ended at max_tokens = %d, the default of SamplingParams; set it to allow more",
+                format_count(cut, "output"),
+                _DEFAULT_LENGTH,
             )
 
     def _own_params(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megalite.config.load import Loaded, with_defaults
 from megalite.model.hf_config import HFConfig, read_json
 
 NAME = "generation_config.json"
@@ -83,6 +84,12 @@ class GenerationConfig:
                 raise given.problem(key, f"must be a {'whole ' if kind is int else ''}number", value)
             found[field] = kind(value)
         return found
+
+    def under(self, loaded: Loaded) -> Loaded:
+        """The config of an inference job with this sampling where it sets none, if it asks for it."""
+        if loaded.config.model.generation_config == "none":
+            return loaded
+        return with_defaults(loaded, "sampling", self.sampling, str(self.path))
 
     def with_ends(self, token_ids: Iterable[int]) -> GenerationConfig:
         """The same, naming `token_ids` as end tokens too. Where it names them all, nothing changes, not even a byte."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from megalite.config.shape import gguf_advice
+from megalite.config.validate import model_location
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
@@ -229,6 +230,18 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     wanted = ["*"] if beside else [*CONFIG_PATTERNS, *(WEIGHT_PATTERNS if weights else ())]
     unwanted = [SECOND_COPY, *(_all_but_weights(weights) if beside else _other_folders(TEMPLATES))]
     return Path(_snapshot(str(path), revision, wanted, unwanted))
+
+
+def at_hand(path: str | Path, revision: str | None = None) -> Path | None:
+    """The folder of a model that is on this disk already, of a hub id its snapshot in the cache; nobody is asked."""
+    if Path(path).is_dir():
+        return Path(path)
+    if model_location(str(path)) != "hub":
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(str(path), "config.json", revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def _all_but_weights(weights: bool) -> Iterator[str]:
