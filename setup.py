@@ -28,7 +28,8 @@ setup(
         "pyyaml>=6",
     ],
     entry_points={
-        # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so its command is given here too.
+        # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so its command is given here too:
+        # docs/structure.md says what that means.
         "lm_eval.models": ["megalite = megalite.evals:MegaliteLM"],
         "console_scripts": ["lm_eval = megalite.evals:main", "lm-eval = megalite.evals:main"],
     },

@@ -8,6 +8,7 @@ model is laid out over N ranks, every rank makes the same calls, and the first r
 from __future__ import annotations
 
 import atexit
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ImportError(f"megalite.evals needs lm-evaluation-harness: pip install 'megalite[eval]' ({error})") from error
+
+log = logging.getLogger(__name__)
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """What tasks call the longest output, in the order in which they count."""
@@ -143,7 +146,11 @@ class MegaliteLM(TemplateLM):
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         texts = []
         for request, output, until in zip(requests, outputs, stops, strict=True):
-            text = self.tokenizer.decode(output.outputs[0].token_ids)
+            [one] = output.outputs
+            if output.error is not None:
+                log.warning("the text of one output is not whole: %s", output.error)
+            whole = output.error is None
+            text = self.tokenizer.decode(one.token_ids, skip_special_tokens=True) if whole else one.text
             for stop in until:
                 text = text.split(stop)[0]
             texts.append(text)
@@ -168,7 +175,7 @@ class MegaliteLM(TemplateLM):
         return params, [stop for stop in until if stop]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        return self.tokenizer.chat_text(
             chat_history,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,

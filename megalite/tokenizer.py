@@ -6,27 +6,28 @@ never applied, because it removes spaces that the model wrote, and an added toke
 
 from __future__ import annotations
 
-import codecs
 import json
 import unicodedata
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property, lru_cache
-from os.path import commonprefix
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
 from megalite.chat_template import ChatTemplate, TemplateError
+from megalite.detokenizer import BYTES, Detokenizer, TokenizerError, decoded, decoding_of, failing_alone
 from megalite.errors import CheckpointError
 from megalite.text_limit import MAX_TEXT, characters_per_token
 from megalite.tokenizer_files import read_tokenizer
 
 _UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 """Older forms of a tokenizer, from which tokenizer.json can be made."""
-_PAIRS_CACHED = 1 << 16
 _BATCH_CHARACTERS = 1 << 20
+_TEMPLATES_KEPT = 4
+"""Enough for the usual one, one for tools, and some of the caller's own."""
 _GOES_ON = "[the last message goes on here] "
 """Stands in a chat where an answer is to go on; the space tells whether the template cuts white space off."""
 
@@ -35,24 +36,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 """What a tokenizer is in a model folder, the first always, the others where it has them."""
 
 
-class TokenizerError(ValueError):
-    """The tokenizer failed at a text; it can be used for others."""
+class Encoding(dict[str, Any]):
+    """Texts in ids, by key and by attribute, as programs written for transformers read them."""
 
-
-class Detokenizer(Protocol):
-    """Turns the output of one sequence into text, token by token.
-
-    `feed` takes the next token id and returns the text that is certain by now; what later tokens could still change,
-    such as half a character, is held back. `flush` ends the sequence and returns what is left.
-
-    With `visible` the ids that are not skipped, and `head` the characters that the prompt's tokens complete, all pieces
-    together are decode(visible prompt + visible output) without decode(head): a space that the decoder would drop at
-    the start of a text is kept after a prompt, and a character begun by the prompt belongs to the output.
-    """
-
-    def feed(self, token_id: int) -> str: ...
-
-    def flush(self) -> str: ...
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Tokenizer:
@@ -62,15 +53,19 @@ class Tokenizer:
         self.backend = backend
         self.names = names
         """The special tokens that have a name, e.g. `bos_token`, as text."""
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=False)
+        """Without added tokens, as transformers counts; `len` counts them too."""
+        self._length = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
+        self.pad_token_id = self._named_id("pad_token")
         self._head, self._tail = _added_around(backend)
         backend.post_processor = None  # what it adds is known, and some of them trim the offsets of tokens
         self._templates = templates
-        self._compiled: dict[str, ChatTemplate] = {}
-        self._decoding = _decoding(backend)
+        self._compiled: OrderedDict[str, ChatTemplate] = OrderedDict()
+        """The templates that were used last, by name or text; each may hold a process."""
+        self._decoding = decoding_of(backend)
 
     @classmethod
     def load(cls, folder: str | Path, *, model: Mapping[str, Any] | None = None) -> Tokenizer | None:
@@ -130,7 +125,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
-        with _failing_alone():
+        with failing_alone():
             return self.backend.encode(text)
 
     def most_characters(self, num_tokens: int, *, is_ascii: bool) -> int:
@@ -144,7 +139,7 @@ class Tokenizer:
     def _characters_per_token(self) -> tuple[int, int]:
         normalizer = self.backend.normalizer
         normalized = normalizer.normalize_str if normalizer is not None else str
-        return characters_per_token(json.loads(self.backend.to_str()), normalized, _Bytes.BYTES)
+        return characters_per_token(json.loads(self.backend.to_str()), normalized, BYTES)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int] | ValueError]:
         """What `encode` gives or raises for each text, on all cores."""
@@ -157,7 +152,7 @@ class Tokenizer:
 
     def _encode_together(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int] | ValueError]:
         try:
-            with _failing_alone():
+            with failing_alone():
                 together = self.backend.encode_batch_fast(texts)
             return [self._whole(encoding, add_special_tokens) for encoding in together]
         except TokenizerError:  # one text spoils its batch; find out which
@@ -169,10 +164,17 @@ class Tokenizer:
         except ValueError as error:
             return error
 
-    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        ids = list(token_ids)
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = False) -> Any:
+        """The text of ids, of an array of them or of one id; of several lists of ids, their texts.
+
+        TokenizerError: the decoder fails at them.
+        """
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        if ids and not isinstance(ids[0], int) and isinstance(ids[0], Iterable):
+            return [self.decode(one, skip_special_tokens=skip_special_tokens) for one in ids]
         if self._decoding.misread.isdisjoint(ids):
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            return decoded(self.backend, ids, skip_special_tokens=skip_special_tokens)
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.feed, ids), detokenizer.flush()])
 
@@ -193,7 +195,7 @@ class Tokenizer:
         """Jinja texts by name; the usual one is `default`."""
         return dict(self._templates)
 
-    def apply_chat_template(
+    def chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
@@ -228,7 +230,79 @@ class Tokenizer:
             source = self._templates[name]
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(source, self.names)
+        self._compiled.move_to_end(name)
+        if len(self._compiled) > _TEMPLATES_KEPT:
+            _, oldest = self._compiled.popitem(last=False)
+            oldest.close()
         return self._compiled[name]
+
+    # ---- what programs call besides, with transformers' defaults
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __call__(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Encoding:
+        """`input_ids` and `attention_mask` of a text, or lists of them. ValueError as from `encode`."""
+        found = self.encode_batch(
+            [text] if isinstance(text, str) else list(text), add_special_tokens=add_special_tokens
+        )
+        for ids in found:
+            if isinstance(ids, ValueError):
+                raise ids
+        masks = [[1] * len(ids) for ids in found]
+        if isinstance(text, str):
+            return Encoding(input_ids=found[0], attention_mask=masks[0])
+        return Encoding(input_ids=found, attention_mask=masks)
+
+    def batch_decode(self, sequences: Iterable[Any], *, skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(one, skip_special_tokens=skip_special_tokens) for one in sequences]
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        **variables: Any,
+    ) -> Any:
+        """The prompt for a chat, or a list of them for several: as text, ids, or (`return_dict`) an Encoding.
+
+        `variables`, and TemplateError, as of `chat_text`.
+        """
+        several = bool(conversation) and not isinstance(conversation[0], Mapping)
+        variables |= {"add_generation_prompt": add_generation_prompt} | ({} if tools is None else {"tools": tools})
+        texts = [self.chat_text(chat, **variables) for chat in (conversation if several else [conversation])]
+        if not tokenize:
+            return texts if several else texts[0]
+        encoding = self(texts if several else texts[0], add_special_tokens=False)
+        return encoding if return_dict else encoding.input_ids
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.backend.get_vocab(with_added_tokens=True)
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
+        """The id of a token, or of each of several; unk's, or None, for what is no token."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        found = self.backend.token_to_id(tokens)
+        return self._named_id("unk_token") if found is None else found
+
+    def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> Any:
+        return self.backend.id_to_token(ids) if isinstance(ids, int) else [self.backend.id_to_token(one) for one in ids]
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.names.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.names.get("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        return self.names.get("pad_token")
 
     def close(self) -> None:
         """End the processes that render chats; a later chat starts them again."""
@@ -247,21 +321,6 @@ def _batches(texts: Sequence[str]) -> Iterator[int]:
         if length >= _BATCH_CHARACTERS or place == len(texts):
             yield place
             length = 0
-
-
-@contextmanager
-def _failing_alone() -> Iterator[None]:
-    """The library's failures as TokenizerError.
-
-    It raises plain Exception, and where Rust panics, as when a pattern backtracks for too long, pyo3's PanicException,
-    which has no public name and is no Exception, so that it would end the run.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TokenizerError(f"the tokenizer fails at this text: {error}") from None
 
 
 def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -290,7 +349,7 @@ def _up_to_mark(text: str) -> str:
 def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text, e.g. bos."""
     for text in ("a", *backend.get_vocab()):
-        with suppress(TokenizerError), _failing_alone():
+        with suppress(TokenizerError), failing_alone():
             encoding = backend.encode(text)
             added = encoding.special_tokens_mask
             if 0 in added:
@@ -302,181 +361,3 @@ def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 def _composes(character: str) -> bool:
     """Whether a normalizer may make one character of this one and the one before it: marks and parts of Hangul."""
     return unicodedata.category(character)[0] == "M" or "\u1160" <= character <= "\u11ff"
-
-
-# ---- from tokens to text
-
-
-class _Decoding(Protocol):
-    """How a tokenizer's decoder can be taken apart into tokens."""
-
-    misread: frozenset[int]
-    """Added tokens that the tokenizer's own decoder would not show as they are written."""
-
-    def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer: ...
-
-    def alone(self, token_id: int) -> str: ...
-
-
-def _decoding(backend: tokenizers.Tokenizer) -> _Decoding:
-    decoder = json.loads(backend.to_str())["decoder"] or {"type": "none"}
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    kinds = [step["type"] for step in steps]
-    if kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:
-        return _Bytes(backend)
-    return _Pairs(backend, byte_fallback="ByteFallback" in kinds)
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte (Radford et al. 2019): itself, or the next free one from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-class _Bytes:
-    """Byte-level tokens: each is some bytes, the text is all of them as UTF-8, U+FFFD for what is not."""
-
-    BYTES = _byte_of_character()
-
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
-        added = {i: (backend.id_to_token(i) or "").encode() for i in backend.get_added_tokens_decoder()}
-        self._known: dict[int, bytes] = {}
-        self.misread = frozenset(i for i, content in added.items() if self.bytes_of(i) != content)
-        self._known |= added
-
-    def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer:
-        return _ByteDetokenizer(self, prompt_ids, skipped)
-
-    def bytes_of(self, token_id: int) -> bytes:
-        found = self._known.get(token_id)
-        if found is None:
-            token = self._backend.id_to_token(token_id) or ""
-            spelled = [self.BYTES.get(character) for character in token]
-            found = token.encode() if None in spelled else bytes(spelled)
-            self._known[token_id] = found
-        return found
-
-    def alone(self, token_id: int) -> str:
-        return self.bytes_of(token_id).decode(errors="replace")
-
-
-class _ByteDetokenizer:
-    def __init__(self, table: _Bytes, prompt_ids: Sequence[int], skipped: frozenset[int]):
-        self._table = table
-        self._skipped = skipped
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        tail = b""
-        for token_id in reversed(prompt_ids):
-            if token_id not in skipped:
-                tail = table.bytes_of(token_id) + tail
-            if len(tail) >= 4:  # longer than any unfinished character
-                break
-        self._utf8.decode(tail)
-
-    def feed(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._utf8.decode(self._table.bytes_of(token_id))
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-class _Pairs:
-    """Decoders in which a token's text depends on whether and which token stands before it, and not on later ones.
-
-    The exception is byte fallback: a run of tokens such as <0xE2> is UTF-8 as a whole or all U+FFFD, so it is certain
-    only when it ends.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer, *, byte_fallback: bool):
-        self._backend = backend
-        vocabulary = sorted(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        self.known = frozenset(token_id for token, token_id in vocabulary if token)
-        self.byte_ids = {i: byte for token, i in vocabulary if (byte := _fallback_byte(token)) is not None}
-        if not byte_fallback:
-            self.byte_ids = {}
-        self.neutral = next((i for token, i in vocabulary if token.isalnum() and i not in self.byte_ids), None)
-        """Some token that is a piece of a word."""
-        added = {i: token for i, token in backend.get_added_tokens_decoder().items() if i not in self.byte_ids}
-        if backend.normalizer is not None:  # a token that is normalized stands for its normal form
-            added = {i: token for i, token in added.items() if not token.normalized}
-        self._written = {i: token.content for i, token in added.items() if self._misreads(i, token.content)}
-        self.misread = frozenset(self._written)
-        self.after = lru_cache(_PAIRS_CACHED)(self._after)
-        """`after_run` for one token, remembered: the same pairs come again and again."""
-
-    def _misreads(self, token_id: int, content: str) -> bool:
-        inside = self.after_run(self.neutral, token_id)
-        return inside not in (content, f" {content}") or self.after_run(None, token_id) != content
-
-    def _after(self, before: int | None, token_id: int) -> str:
-        written = self._written.get(token_id)
-        return self.after_run(before, token_id) if written is None else written
-
-    def start(self, prompt_ids: Sequence[int], skipped: frozenset[int]) -> Detokenizer:
-        return _PairDetokenizer(self, prompt_ids, skipped)
-
-    def after_run(self, before: int | None, *token_ids: int) -> str:
-        """The text of tokens that follow `before`; None: at the start of the text."""
-        if before is None:
-            return self._backend.decode(token_ids, skip_special_tokens=False)
-        head = self._backend.decode([before], skip_special_tokens=False)
-        text = self._backend.decode([before, *token_ids], skip_special_tokens=False)
-        return text[len(commonprefix((head, text))) :]
-
-    def alone(self, token_id: int) -> str:
-        return self.after(self.neutral, token_id)
-
-
-def _fallback_byte(token: str) -> int | None:
-    """0xE2 for `<0xE2>`."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
-    return None
-
-
-class _PairDetokenizer:
-    def __init__(self, pairs: _Pairs, prompt_ids: Sequence[int], skipped: frozenset[int]):
-        self._pairs = pairs
-        self._skipped = skipped
-        self._run: list[int] = []
-        """Byte tokens that no other token has followed yet."""
-        self._before: int | None = None
-        """The last token before the run that is no byte."""
-        seen = [i for i in reversed(prompt_ids) if i in pairs.known and i not in skipped]  # backwards
-        after = next((place for place, i in enumerate(seen) if i not in pairs.byte_ids), len(seen))
-        self._run = self._unfinished(seen[:after][::-1])
-        if seen:
-            self._before = seen[after] if after < len(seen) else pairs.neutral
-
-    def _unfinished(self, run: list[int]) -> list[int]:
-        """The last tokens of a run that begin a character and do not end it."""
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        utf8.decode(bytes(self._pairs.byte_ids[token_id] for token_id in run))
-        pending, _ = utf8.getstate()
-        return run[len(run) - len(pending) :]
-
-    def feed(self, token_id: int) -> str:
-        if token_id in self._skipped or token_id not in self._pairs.known:
-            return ""
-        if token_id in self._pairs.byte_ids:
-            self._run.append(token_id)
-            return ""
-        if self._run and token_id in self._pairs.misread:
-            text = self.flush() + self._pairs.after(self._before, token_id)
-        elif self._run:
-            text = self._pairs.after_run(self._before, *self._run, token_id)
-            self._run.clear()
-        else:
-            text = self._pairs.after(self._before, token_id)
-        self._before = token_id
-        return text
-
-    def flush(self) -> str:
-        text = self._pairs.after_run(self._before, *self._run) if self._run else ""
-        self._run.clear()
-        return text

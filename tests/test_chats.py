@@ -82,7 +82,7 @@ def test_every_job_reads_a_chat_as_transformers_does(name, tmp_path):
     batch = read_inputs(InputSection(file=str(path)), SamplingParams(), served)
     assert not batch.failures and list(batch.requests[0].prompt_token_ids) == wanted(chat)
     (example,) = load_examples(str(path), {}, split="train")
-    text = ours().apply_chat_template(example.messages, **example.variables)
+    text = ours().chat_text(example.messages, **example.variables)
     assert ours().encode(text, add_special_tokens=False) == wanted(chat)
     answered = {**chat, "messages": [*chat["messages"], {"role": "assistant", "content": "lo the"}]}
     path.write_text(json.dumps(answered) + "\n")
@@ -122,7 +122,7 @@ def test_a_config_speaks_for_chats_that_do_not(tmp_path):
 def test_turns_of_a_chat_are_learnt_wherever_it_begins():
     messages = [{"role": "assistant", "content": "hello"}, USER, {"role": "assistant", "content": "b"}]
     (example,) = encode_chat(ours(), messages, END)
-    text = ours().apply_chat_template(messages, add_generation_prompt=False)
+    text = ours().chat_text(messages, add_generation_prompt=False)
     assert list(example.ids) == theirs().apply_chat_template(messages, return_dict=False)
     spans = [i for i, counts in enumerate(example.learnt) if counts]
     read = ours().decode([example.ids[i] for i in spans], skip_special_tokens=False)
@@ -149,13 +149,13 @@ def test_an_answer_that_goes_on_ends_where_its_content_does(content, template):
         return
     messages = [USER, {"role": "assistant", "content": content}]
     options = {"chat_template": chat_template, "add_generation_prompt": False, "continue_final_message": True}
-    got = ours().apply_chat_template(messages, **options)
+    got = ours().chat_text(messages, **options)
     assert got == theirs().apply_chat_template(messages, tokenize=False, **options)
 
 
 def test_an_answer_without_text_can_not_go_on():
     for content in (None, [], [{"type": "text"}]):
         with pytest.raises(TemplateError, match="the last message has no text"):
-            ours().apply_chat_template(
+            ours().chat_text(
                 [{"role": "assistant", "content": content}], add_generation_prompt=False, continue_final_message=True
             )

@@ -79,7 +79,7 @@ def test_text_prompts_and_what_comes_back(llm, reference):
     assert (output.prompt, output.prompt_token_ids) == ("Hi", wanted.prompt)
     assert (output.finished, output.prompt_logprobs, output.error) == (True, None, None)
     assert (one.index, one.token_ids, one.finish_reason, one.stop_reason) == (0, wanted.tokens, "length", None)
-    assert one.text == llm.replica.tokenizer.decode(wanted.tokens)
+    assert one.text == llm.replica.tokenizer.decode(wanted.tokens, skip_special_tokens=True)
     for entry, token in zip(one.logprobs, one.token_ids, strict=True):
         assert list(entry) == [token] and entry[token].rank == 1
         assert entry[token].decoded_token == llm.replica.tokenizer.token_text(token)

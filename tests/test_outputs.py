@@ -11,13 +11,14 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizer_family import panicking
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -163,6 +164,39 @@ def test_a_plain_completion():
     assert (done.finish_reason, done.stop_reason, done.index) == ("length", None, 0)
     assert done.cumulative_logprob == -len(done.token_ids)
     assert done.logprobs is None
+
+
+def test_a_tokenizer_that_fails_at_an_output_costs_that_request_only():
+    processor = OutputProcessor(Tokenizer(panicking(), {}, {}))
+    requests = {name: request(name, stop_ids=(), logprobs=0) for name in ("whole", "late", "first", "alone")}
+    tokens = {"whole": [2, 2], "late": [2, 1, 2], "first": [1, 2], "alone": [2]}
+    results = {}
+    for name, of in requests.items():
+        of = replace(of, prompt_token_ids=(2,))
+        processor.add(of)
+        [sequence] = sequences(of)
+        for token_id in tokens[name]:
+            details = Scored(1 if name == "alone" else 2, -1.0, 1, [])
+            assert not processor.append(sequence, token_id, -1.0, details)
+        sequence.finish_reason = "length"
+        results[name] = processor.finish(sequence)
+    assert {name: one.error is None for name, one in results.items()} == {
+        "whole": True,
+        "late": False,
+        "first": False,
+        "alone": False,
+    }
+    assert "the tokenizer fails at these tokens" in results["late"].error
+    assert {name: one.outputs[0].token_ids for name, one in results.items()} == tokens, "what was sampled is kept"
+    assert {name: one.outputs[0].text for name, one in results.items()} == {
+        "whole": "long tokenlong token",
+        "late": "long token",
+        "first": "",
+        "alone": "long token",
+    }
+    assert results["alone"].outputs[0].logprobs[0][1].decoded_token is None
+    [back] = unpack_outputs(pack_outputs([results["late"]]))
+    assert back == results["late"]
 
 
 def test_end_of_sequence():
@@ -312,7 +346,7 @@ def test_text_never_holds_a_stop_string(data):
     stops = data.draw(st.lists(st.text(min_size=1, max_size=3), max_size=3))
     of = request(stop=stops or None, ignore_eos=True, stop_ids=())
     done = generate(tokens, of)
-    plain = tokenizer().decode([*of.prompt_token_ids, *tokens])[len("in: ") :]
+    plain = tokenizer().decode([*of.prompt_token_ids, *tokens], skip_special_tokens=True)[len("in: ") :]
     expected = first_stop(plain, stops)
     assert done.text == (plain if expected is None else plain[: expected[1]])
     assert done.stop_reason == (expected and expected[0])

@@ -10,14 +10,18 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_family import panicking
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from megalite.chat_template import MAX_RENDERED_CHARS, MAX_TEMPLATE_CHARS, ChatTemplate, TemplateError
+from megalite.detokenizer import TokenizerError
 from megalite.errors import CheckpointError
+from megalite.monitor.processes import descendants
 from megalite.tokenizer import Tokenizer
 
 TEXTS = [
@@ -156,7 +160,7 @@ def test_same_ids_and_text_as_transformers(tmp_path, kind, config):
     theirs = transformers_tokenizer(write(tmp_path, kind, **config))
     ours = Tokenizer.load(tmp_path)
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    assert ours.vocab_size == len(theirs)
+    assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)
     for text in [*SAMPLES, "x <|user|> y", "<pad> <extra>"]:
         for special in (True, False):
             ids = theirs.encode(text, add_special_tokens=special)
@@ -171,7 +175,7 @@ def test_other_tokenizers_as_transformers(tmp_path, kind):
     for text in SAMPLES:
         ids = theirs.encode(text)
         assert ours.encode(text) == ids
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
 
 
 MESSAGES = [{"role": "system", "content": "Be <brief> & 'kind' é"}, {"role": "user", "content": "Hi\n", "name": None}]
@@ -194,10 +198,70 @@ def test_chat_as_transformers(tmp_path, template):
     ours = Tokenizer.load(tmp_path)
     for prompt in (True, False):
         text = theirs.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=prompt)
-        assert ours.apply_chat_template(MESSAGES, add_generation_prompt=prompt) == text
+        assert ours.chat_text(MESSAGES, add_generation_prompt=prompt) == text
         ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompt, return_dict=False)
         assert ours.encode(text, add_special_tokens=False) == ids
     ours.close()
+
+
+def test_what_programs_call_besides(tmp_path):
+    folder = write(tmp_path, chat_template=CHAT, pad_token="<pad>", unk_token="<unk>")
+    theirs, ours = transformers_tokenizer(folder), Tokenizer.load(folder)
+    for name in ("bos_token", "eos_token", "pad_token", "bos_token_id", "eos_token_id", "pad_token_id", "vocab_size"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert len(ours) == len(theirs) and ours.get_vocab() == theirs.get_vocab()
+    texts = ["a text", "and\n another", ""]
+    for some in (texts[0], texts):
+        for special in (True, False):
+            encoded, wanted = (one(some, add_special_tokens=special) for one in (ours, theirs))
+            assert encoded.input_ids == encoded["input_ids"] == wanted.input_ids
+            assert encoded.attention_mask == wanted.attention_mask
+    ids = theirs(texts).input_ids
+    for skip in ({}, {"skip_special_tokens": True}, {"skip_special_tokens": False}):
+        assert ours.batch_decode(ids, **skip) == ours.decode(ids, **skip) == theirs.batch_decode(ids, **skip)
+        for some in (ids[0], np.array(ids[0]), ids[0][0], np.int64(ids[0][0]), []):
+            assert ours.decode(some, **skip) == theirs.decode(some, **skip)
+    tokens = theirs.convert_ids_to_tokens(ids[0])
+    assert ours.convert_ids_to_tokens(ids[0]) == tokens and ours.convert_ids_to_tokens(ids[0][0]) == tokens[0]
+    for some in (tokens, tokens[0], "no such token"):
+        assert ours.convert_tokens_to_ids(some) == theirs.convert_tokens_to_ids(some)
+    for chat in (MESSAGES, [MESSAGES, MESSAGES[:1]]):
+        for options in ({}, {"add_generation_prompt": True}, {"tokenize": False}, {"return_dict": False}):
+            got, wanted = (one.apply_chat_template(chat, **options) for one in (ours, theirs))
+            assert got == (wanted if isinstance(wanted, str | list) else dict(wanted)), options
+    with pytest.raises(AttributeError):
+        encoded.offsets_of_nothing  # noqa: B018
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        ours(["fine", "\ud800"])
+    ours.close()
+
+
+def test_templates_of_the_callers_own_are_few(tmp_path):
+    """Each holds a process; only the last ones used are kept."""
+    ours = Tokenizer.load(write(tmp_path, chat_template=CHAT))
+    before = {one.pid for one in descendants(os.getpid())}
+    for number in range(9):
+        assert ours.chat_text(MESSAGES, chat_template=f"{number}") == f"{number}"
+        ours.chat_text(MESSAGES)
+    assert len({one.pid for one in descendants(os.getpid())} - before) == 4
+    ours.close()
+    assert not {one.pid for one in descendants(os.getpid())} - before
+
+
+def test_a_decoder_that_fails_costs_one_text():
+    """Cutting more of a token than it has is a panic of the library."""
+    backend = panicking()
+    with pytest.raises(BaseException, match="slice index") as error:
+        backend.decode([1])
+    assert not isinstance(error.value, Exception), "else this test shows nothing"
+    ours = Tokenizer(backend, {}, {})
+    assert ours.decode([2]) == "long token"
+    with pytest.raises(TokenizerError, match="fails at these tokens"):
+        ours.decode([1])
+    with pytest.raises(TokenizerError, match="fails at these tokens"):
+        ours.token_text(1)
+    with pytest.raises(TokenizerError, match="fails at these tokens"):
+        ours.detokenizer().feed(1)
 
 
 def test_reasoning_goes_by_all_its_names(tmp_path):
@@ -206,13 +270,13 @@ def test_reasoning_goes_by_all_its_names(tmp_path):
     ours = Tokenizer.load(tmp_path)
     for name in ("reasoning_content", "thinking", "reasoning"):
         messages = [{"role": "assistant", "content": "", name: "hm"}]
-        assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages, tokenize=False)
+        assert ours.chat_text(messages) == theirs.apply_chat_template(messages, tokenize=False)
     ours.close()
 
 
 def test_bos_is_not_added_to_a_chat_that_has_it(tmp_path):
     ours = Tokenizer.load(write(tmp_path, chat_template=CHAT))
-    ids = ours.encode(ours.apply_chat_template(MESSAGES), add_special_tokens=False)
+    ids = ours.encode(ours.chat_text(MESSAGES), add_special_tokens=False)
     assert ids.count(ours.bos_token_id) == 1
     assert ids[0] == ours.bos_token_id
     ours.close()
@@ -267,22 +331,22 @@ def test_template_files_go_first(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with {{ tools | length }} tools")
     ours = Tokenizer.load(tmp_path)
-    assert ours.apply_chat_template(MESSAGES) == "from the file"
-    assert ours.apply_chat_template(MESSAGES, tools=[{}, {}]) == "with 2 tools"
+    assert ours.chat_text(MESSAGES) == "from the file"
+    assert ours.chat_text(MESSAGES, tools=[{}, {}]) == "with 2 tools"
     ours.close()
 
 
 def test_named_templates_without_a_default(tmp_path):
     ours = Tokenizer.load(write(tmp_path, chat_template=[{"name": "rag", "template": "x"}]))
     with pytest.raises(TemplateError, match=r"\['rag'\] and none named default"):
-        ours.apply_chat_template(MESSAGES)
+        ours.chat_text(MESSAGES)
 
 
 def test_no_template(tmp_path):
     ours = Tokenizer.load(write(tmp_path))
     assert not ours.has_chat_template
     with pytest.raises(TemplateError, match="no chat template"):
-        ours.apply_chat_template(MESSAGES)
+        ours.chat_text(MESSAGES)
 
 
 @pytest.mark.parametrize("special", [True, False])
@@ -342,7 +406,7 @@ def test_pieces_add_up_for_any_text(kind, data):
 def test_pieces_add_up_for_any_ids(kind, data):
     """As a model with random weights writes them: bytes that are no UTF-8, special tokens, ids without a token."""
     ours = tokenizer(kind)
-    ids = data.draw(st.lists(st.integers(0, ours.vocab_size + 3), max_size=30))
+    ids = data.draw(st.lists(st.integers(0, len(ours) + 3), max_size=30))
     skip = data.draw(st.booleans())
     got = pieces(kind, [], ids, skip)
     assert "".join(got) == ours.decode(ids, skip_special_tokens=skip)
@@ -355,10 +419,10 @@ def test_pieces_add_up_for_any_ids(kind, data):
 @given(data=st.data())
 def test_any_prompt_before_any_ids(kind, data):
     ours = tokenizer(kind)
-    some_ids = st.lists(st.integers(0, ours.vocab_size + 3), max_size=12)
+    some_ids = st.lists(st.integers(0, len(ours) + 3), max_size=12)
     prompt, output = data.draw(some_ids), data.draw(some_ids)
     got = "".join(pieces(kind, prompt, output, skip=True))
-    whole = ours.decode(prompt + output)
+    whole = ours.decode(prompt + output, skip_special_tokens=True)
     if kind == "byte_fallback":
         # a run of bytes over the boundary is judged from the first character that the prompt leaves unfinished
         last = ours.backend.id_to_token(prompt[-1]) if prompt else ""

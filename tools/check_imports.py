@@ -23,6 +23,7 @@ LEVELS = [
         "megalite.model",
         "megalite.tokenizer",
         "megalite.tokenizer_files",
+        "megalite.detokenizer",
         "megalite.chat_template",
         "megalite.text_limit",
     },
@@ -37,6 +38,7 @@ LEVELS = [
 
 SAME_LEVEL = {
     ("megalite.tokenizer", "megalite.chat_template"),
+    ("megalite.tokenizer", "megalite.detokenizer"),
     ("megalite.tokenizer", "megalite.text_limit"),
     ("megalite.tokenizer", "megalite.tokenizer_files"),
     ("megalite.cli", "megalite.dry_run"),
@@ -49,7 +51,13 @@ ISOLATED = {"megalite.monitor"}
 PLACES = {
     "deepspeed": ("megalite/train/", "megalite/core/distributed.py", "tests/", "tools/benchmarks/"),
     "transformers": ("tests/", "tools/benchmarks/"),
-    "tokenizers": ("megalite/tokenizer.py", "megalite/tokenizer_files.py", "megalite/train/", "tests/"),
+    "tokenizers": (
+        "megalite/tokenizer.py",
+        "megalite/tokenizer_files.py",
+        "megalite/detokenizer.py",
+        "megalite/train/",
+        "tests/",
+    ),
     "pickle": ("tests/",),
     "lm_eval": ("megalite/evals.py", "tests/"),
 }
@@ -65,6 +73,7 @@ TORCH_FREE = (
     "megalite/dry_run.py",
     "megalite/tokenizer.py",
     "megalite/tokenizer_files.py",
+    "megalite/detokenizer.py",
     "megalite/chat_template.py",
     "megalite/text_limit.py",
     "megalite/config/",

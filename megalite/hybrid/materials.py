@@ -68,7 +68,7 @@ class Materials:
         self.base = starting_point(
             config.model,
             tokenizer=self.tokenizer_folder,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=len(self.tokenizer),
             end=self.end,
             taught=sorted(set().union(*(response.ends(endings) for response in self.responses))),
         )

@@ -272,7 +272,7 @@ def _text(one: Asked, served: Served) -> str | ConfigError:
     text = one.prompt
     try:
         if not isinstance(text, str):
-            text = served.tokenizer.apply_chat_template(list(text), **one.chat_variables)
+            text = served.tokenizer.chat_text(list(text), **one.chat_variables)
     except TemplateError as error:
         return _refused(one.where, str(error))
     return _far_too_long(text, one.where, served) or text

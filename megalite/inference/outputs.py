@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megalite.config.schema import SamplingParams
+from megalite.detokenizer import Detokenizer, TokenizerError
 from megalite.inference.logprobs import FlatLogprobs, Logprob, Logprobs, finite, from_json, number, to_json
 from megalite.inference.packed import pack, unpack
 from megalite.inference.request import FinishReason, Request, StepPlan
 from megalite.inference.request import Sequence as Sampling
 from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
-from megalite.tokenizer import Detokenizer, Tokenizer
+from megalite.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from megalite.inference.sampler import TokenLogprobs
@@ -80,7 +82,7 @@ class RequestOutput:
     replica: int | None = None
     """The replica that ran it."""
     error: str | None = None
-    """Why it could not run; there are no outputs then."""
+    """Why it could not run; there are no outputs then. Or, with outputs, why their text is not whole."""
     num_cached_tokens: int | None = field(default=None, compare=False)
     """Tokens of the prompt whose keys and values were in the prefix cache."""
     metrics: RequestMetrics | None = field(default=None, compare=False)
@@ -188,13 +190,44 @@ def _completion(value: dict[str, Any]) -> CompletionOutput:
 # ---- tokens of running requests
 
 
+class _Text:
+    """The text of one sample, token by token; nothing more of it from where the tokenizer fails."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None):
+        self.error: str | None = None
+        self._detokenizer: Detokenizer | None = None
+        params = request.params
+        if tokenizer is not None and params.detokenize:
+            with self._failing_alone():
+                self._detokenizer = tokenizer.detokenizer(
+                    request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+                )
+
+    @contextmanager
+    def _failing_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except TokenizerError as error:
+            self.error, self._detokenizer = str(error), None
+
+    def feed(self, token_id: int) -> str:
+        with self._failing_alone():
+            return "" if self._detokenizer is None else self._detokenizer.feed(token_id)
+        return ""
+
+    def flush(self) -> str:
+        with self._failing_alone():
+            return "" if self._detokenizer is None else self._detokenizer.flush()
+        return ""
+
+
 class _Sample:
     """One completion as it grows."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
         params = request.params
         self.request = request
-        self.detokenizer = _detokenizer(request, tokenizer)
+        self.detokenizer = _Text(request, tokenizer)
         self.checker = StopChecker(stop_strings(params))
         self.match: StopMatch | None = None
         self.pieces: list[str] = []
@@ -216,7 +249,7 @@ class _Sample:
         text = self._release()
         if token_id in self.request.stop_token_ids:
             self.final_token = token_id
-        elif self.detokenizer is not None:
+        else:
             text += self.detokenizer.feed(token_id)
         self._add(text)
         return self.match is not None
@@ -224,7 +257,7 @@ class _Sample:
     def _release(self) -> str:
         """The text of a stop token that did not end the output."""
         token_id, self.final_token = self.final_token, None
-        return self.detokenizer.feed(token_id) if token_id is not None and self.detokenizer is not None else ""
+        return "" if token_id is None else self.detokenizer.feed(token_id)
 
     def _add(self, text: str) -> None:
         self.pieces.append(text)
@@ -237,7 +270,7 @@ class _Sample:
 
     def finish(self, reason: FinishReason | None) -> None:
         """No more tokens will come."""
-        if self.detokenizer is not None and self.match is None:
+        if self.match is None:
             kept = self._release() if self.request.params.include_stop_str_in_output else ""
             self._add(kept + self.detokenizer.flush())
         # Text that was certain only at the end may hold a stop string too.
@@ -276,12 +309,6 @@ def _listing(params: SamplingParams) -> list[Any] | FlatLogprobs:
     return FlatLogprobs() if params.flat_logprobs else []
 
 
-def _detokenizer(request: Request, tokenizer: Tokenizer | None) -> Detokenizer | None:
-    if tokenizer is None or not request.params.detokenize:
-        return None
-    return tokenizer.detokenizer(request.prompt_token_ids, skip_special_tokens=request.params.skip_special_tokens)
-
-
 class _Running:
     """What has come of one request so far."""
 
@@ -293,8 +320,24 @@ class _Running:
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = _listing(request.params)
             self.prompt_logprobs.append(None)
+        self.error: str | None = None
+        """Why the text of a token among the log-probabilities is missing."""
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
+
+    def text_of(self, token_id: int, tokenizer: Tokenizer | None) -> str | None:
+        """One token by itself; None where no text is wanted, or the tokenizer fails."""
+        if tokenizer is None or not self.request.params.detokenize:
+            return None
+        try:
+            return tokenizer.token_text(token_id)
+        except TokenizerError as error:
+            self.error = str(error)
+            return None
+
+    def failure(self) -> str | None:
+        """Why text is missing; None if all is there."""
+        return next(filter(None, [self.error, *(sample.detokenizer.error for sample in self.samples)]), None)
 
     def best(self) -> list[_Sample]:
         """The n samples with the highest cumulative log-probability, best first; all in order if best_of is n."""
@@ -341,7 +384,7 @@ class OutputProcessor:
         if metrics.num_generation_tokens == 1:
             metrics.first_token_ts = metrics.last_token_ts
             metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
-        entry = None if details is None else self._entry(details, state.request.params)
+        entry = None if details is None else self._entry(details, state)
         return state.samples[sequence.index].append(token_id, logprob, entry)
 
     def append_prompt(self, sequence: Sampling, start: int, scores: Iterable[TokenLogprobs]) -> None:
@@ -351,7 +394,7 @@ class OutputProcessor:
         assert logprobs is not None, "nobody asked for prompt log-probabilities"
         assert len(logprobs) == start + 1, "they come in order"
         for details in scores:
-            logprobs.append(self._entry(details, state.request.params))
+            logprobs.append(self._entry(details, state))
 
     def finish(self, sequence: Sampling) -> RequestOutput | None:
         """End a sample, for its finish_reason; the request's result when it was the last one."""
@@ -369,6 +412,7 @@ class OutputProcessor:
             prompt_logprobs=state.prompt_logprobs,
             outputs=[sample.output(index) for index, sample in enumerate(state.best())],
             replica=self.replica,
+            error=state.failure(),
             num_cached_tokens=state.num_cached_tokens,
             metrics=state.metrics,
         )
@@ -378,16 +422,11 @@ class OutputProcessor:
         self._running.clear()
         self.texts.clear()
 
-    def _entry(self, details: TokenLogprobs, params: SamplingParams) -> Logprobs:
+    def _entry(self, details: TokenLogprobs, state: _Running) -> Logprobs:
         """vLLM's form: the token itself, then the likeliest by rank."""
-        text = self.tokenizer.token_text if self.tokenizer is not None and params.detokenize else _no_text
         token_id = details.token_id
-        entry = {token_id: Logprob(details.logprob, details.rank, text(token_id))}
+        entry = {token_id: Logprob(details.logprob, details.rank, state.text_of(token_id, self.tokenizer))}
         for rank, (token_id, logprob) in enumerate(details.top, 1):
             if token_id != details.token_id:
-                entry[token_id] = Logprob(logprob, rank, text(token_id))
+                entry[token_id] = Logprob(logprob, rank, state.text_of(token_id, self.tokenizer))
         return entry
-
-
-def _no_text(token_id: int) -> None:
-    return None

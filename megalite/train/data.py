@@ -107,7 +107,7 @@ def prepare(
             "version": VERSION,
             "settings": _settings(data, tokenizer, records.format),
             "python": f"{platform.python_implementation()} {platform.python_version()}",
-            "vocab_size": known.vocab_size,
+            "vocab_size": len(known),
             "eos_token_id": end,
             "splits": contents,
         },
@@ -161,7 +161,7 @@ def end_of_text(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int:
     """
     if tokenizer.eos_token_id is not None:
         return tokenizer.eos_token_id
-    known = [token for token in ends if token < tokenizer.vocab_size]
+    known = [token for token in ends if token < len(tokenizer)]
     if known:
         return known[0]
     for name in (bpe.END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"):
@@ -186,7 +186,7 @@ class _Texts:
 def _write_texts(records: Records, tokenizer: Tokenizer, folder: Path, end: int) -> dict[str, Any]:
     """Tokenise into `train.npy` and `held_out.npy`; what the manifest says of them."""
     tokenizer.backend.encode_special_tokens = True  # text that spells a special token is text
-    dtype = _dtype(tokenizer.vocab_size)
+    dtype = _dtype(len(tokenizer))
     stop = np.array([end], dtype)
     splits = {name: _Texts([stop]) for name in SPLITS}  # the first document, too, begins after an end
     for batch in _chunks(records, TEXTS_AT_ONCE):
@@ -256,11 +256,11 @@ class _Examples:
         if fitted is None:
             return
         self.ends |= example.ends({*tokenizer.special_ids, end})
-        dtype = _dtype(tokenizer.vocab_size)
+        dtype = _dtype(len(tokenizer))
         self.ids.append(np.array(fitted.ids, dtype))
         self.learnt.append(np.array(fitted.learnt, np.bool_))
         words = [token for token, counts in zip(fitted.ids, fitted.learnt, strict=True) if counts]
-        self.size += len(tokenizer.decode(words).encode())
+        self.size += len(tokenizer.decode(words, skip_special_tokens=True).encode())
 
     def _fitted(self, example: Encoded, section: DataSection) -> Encoded | None:
         """The example as it is trained on, None if it is left out."""

@@ -86,7 +86,7 @@ def _rendered_turn(
     """The texts of a chat up to where message `turn` begins, and with it. ValueError as for `encode_chat`."""
 
     def rendered(some: Messages, *, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(some, add_generation_prompt=prompt, **variables)
+        return tokenizer.chat_text(some, add_generation_prompt=prompt, **variables)
 
     answered = rendered(messages[: turn + 1], prompt=False)
     if turn > 0:

@@ -87,7 +87,7 @@ def _beside(folder: ModelFolder) -> dict[str, Any]:
     except CheckpointError as error:
         return {**found, "tokenizer": str(error)}
     if tokenizer is not None:
-        found |= {"tokenizer": tokenizer.vocab_size, "chat_template": tokenizer.has_chat_template}
+        found |= {"tokenizer": len(tokenizer), "chat_template": tokenizer.has_chat_template}
         for end in found["end_tokens"]:
             end["text"] = tokenizer.token_text(end["id"]) or None
     return found
