@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import llm_rank
@@ -22,6 +24,7 @@ import torch
 from reference import score
 from tiny_models import edit_config
 from tiny_tokenizer import with_tokenizer
+from tqdm import tqdm
 
 from megalite import LLM, SamplingParams
 from megalite.errors import CheckpointError, ConfigError
@@ -150,6 +153,86 @@ def test_the_model_owners_sampling_is_used_where_nothing_is_said(folder, tmp_pat
         assert (params.temperature, params.max_tokens, params.top_k) == (0, 5, 5), "a config goes before the model"
 
 
+def test_odd_forms_of_prompts(llm):
+    ids_of_hi = llm.get_tokenizer().encode("Hi")
+    mixed = [{"prompt": "Hi"}, "Hi", {"prompt_token_ids": torch.tensor(ids_of_hi)}, np.array(ids_of_hi, np.int32)]
+    mixed += [tuple(map(np.int64, ids_of_hi)), [torch.tensor(token) for token in ids_of_hi]]
+    outputs = llm.generate(mixed, GREEDY)
+    assert len({tuple(one.outputs[0].token_ids) for one in outputs}) == 1 and len(outputs) == len(mixed)
+    for rows in (torch.tensor([ids_of_hi] * 2), np.array([ids_of_hi] * 2), [np.array(ids_of_hi)] * 2):
+        assert ids(llm.generate(rows, GREEDY)) == ids(outputs)[:2]
+    assert ids(llm.generate(np.array(["Hi", "Hi"]), GREEDY)) == ids(outputs)[:2]
+    for nothing in ([], (), np.array([], int), torch.tensor([], dtype=torch.int64), iter([])):
+        assert llm.generate(nothing, GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        np.array(5),
+        torch.tensor(5),
+        np.int64(5),
+        np.array([[[5]]]),
+        torch.tensor([5.0]),
+        np.array([True]),
+        [["Hi"]],
+        [{"prompt": None}],
+        [{"prompt_token_ids": []}],
+        [{"prompt_token_ids": np.array(5)}],
+        [{}],
+        [[5], None],
+        b"Hi",
+        {"prompt": "Hi", "prompt_token_ids": [5], "multi_modal_data": {"image": 1}},
+    ],
+    ids=repr,
+)
+def test_what_is_no_prompt(llm, prompt):
+    with pytest.raises(ValueError):
+        llm.generate(prompt, GREEDY)
+
+
+def test_params_that_change_between_calls(llm):
+    params = SamplingParams(temperature=0, max_tokens=np.int64(4), ignore_eos=True, stop_token_ids=np.array([102]))
+    first = llm.generate([[5, 6], [7]], params)
+    params.max_tokens = 6
+    params.stop_token_ids.fill(101)
+    assert [len(tokens) for tokens in ids(first)] == [4, 4]
+    assert [len(tokens) for tokens in ids(llm.generate([[5, 6]], params))] == [6]
+    params.temperature = -1.0
+    with pytest.raises(ConfigError, match="temperature: must be >= 0"):
+        llm.generate([[5, 6]], params)
+    params.temperature = 0.0
+    assert ids(llm.generate([[5, 6]], params))[0][:4] == ids(first)[0]
+    for wrong in ([], [params], (params,) * 3):
+        with pytest.raises(ConfigError, match=f"2 prompts but {len(wrong)} sampling params"):
+            llm.generate([[5], [6]], wrong)
+
+
+def test_a_bar_of_the_callers_own(llm):
+    """A callable is made and used as tqdm is."""
+    said = io.StringIO()
+    llm.generate([[5], [6], [7]], GREEDY, use_tqdm=partial(tqdm, file=said, disable=False))
+    assert "3/3" in said.getvalue() and "prompts" in said.getvalue()
+
+
+def test_ids_without_a_tokenizer(folder, reference):
+    with LLM(folder, dtype="float32", skip_tokenizer_init=True) as made:
+        outputs = made.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], GREEDY)
+        assert ids(outputs) == [one.tokens for one in reference(MODEL, PROMPTS, 8)]
+        assert {one.outputs[0].text for one in outputs} == {""} and made.get_tokenizer() is None
+        for call in (lambda: made.generate("Hi"), lambda: made.chat([{"role": "user", "content": "hi"}])):
+            with pytest.raises(ValueError, match="the model has no tokenizer.json"):
+                call()
+        with pytest.raises(ValueError, match="bad_words need a tokenizer"):
+            made.generate([[5]], SamplingParams(bad_words=["a"]))
+
+
+@pytest.mark.parametrize("dtype", ["half", "float16", torch.float16])
+def test_half_precision_is_for_gpus(folder, dtype):
+    with pytest.raises(ValueError, match="float16 is for GPUs.* Use float32 or bfloat16 on the CPU"):
+        LLM(folder, dtype=dtype, device="cpu")
+
+
 PASSED_OVER = {"disable_log_stats": True, "enable_chunked_prefill": False, "distributed_executor_backend": "mp"}
 
 
@@ -259,6 +342,21 @@ def test_chat(llm):
 def test_what_is_no_chat(llm, chat, says):
     with pytest.raises(ConfigError, match=says):
         llm.chat(chat, GREEDY)
+
+
+def test_a_chat_by_another_template_and_one_that_goes_on(llm):
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "well, "}]
+    own = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
+    [output] = llm.chat(chat, GREEDY, chat_template=own)
+    assert output.prompt == "<user>hi<assistant>well, >"
+    assert output.prompt_token_ids == llm.get_tokenizer().encode(output.prompt)
+    [output] = llm.chat(chat, GREEDY, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt == "<s>user: hi\nassistant: well, "
+    several = llm.chat([chat, chat], GREEDY, add_generation_prompt=False, continue_final_message=True)
+    assert ids(several) == ids([output]) * 2
+    for wrong in ({"continue_final_message": True}, {"chat_template": "{% if %}"}):
+        with pytest.raises(ValueError):
+            llm.chat(chat, GREEDY, **wrong)
 
 
 def ids_of(tokens: list[int]) -> torch.Tensor:

@@ -1,0 +1,81 @@
+"""Programs in the spirit of vLLM's offline examples, of which only the import and the model's name are ours."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from reference import greedy
+from tiny_tokenizer import with_tokenizer
+from transformers import AutoTokenizer
+
+PROGRAMS = Path(__file__).parent / "vllm_examples"
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory) -> Path:
+    return with_tokenizer(tiny("llama3"), tmp_path_factory.mktemp("examples") / "model")
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run(name, *arguments)`: what the program's names stand for at its end."""
+    ran = []
+
+    def program(name: str, *arguments: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        ran.append(runpy.run_path(str(PROGRAMS / name), run_name="__main__"))
+        return ran[-1]
+
+    yield program
+    for names in ran:
+        names["llm"].close()
+
+
+def completion(folder: Path, ids: list[int], max_tokens: int) -> list[int]:
+    """What transformers writes greedily, its end token included."""
+    tokens = greedy(folder, ids, max_tokens).tokens
+    return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
+
+
+def check(folder: Path, outputs: list, max_tokens: int, prompts: list[str], *, chat: bool = False) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    for output, prompt in zip(outputs, prompts, strict=True):
+        assert output.prompt_token_ids == theirs.encode(prompt, add_special_tokens=not chat)
+        wanted = completion(folder, output.prompt_token_ids, max_tokens)
+        [one] = output.outputs
+        assert (one.token_ids, one.text) == (wanted, theirs.decode(wanted, skip_special_tokens=True))
+
+
+def test_basic(run, folder, capsys):
+    done = run("basic.py", folder)
+    check(folder, done["outputs"], 12, done["prompts"])
+    assert capsys.readouterr().out.count("Prompt: ") == 3
+
+
+def test_prefix_caching(run, folder, capsys):
+    done = run("prefix_caching.py", folder)
+    check(folder, done["regular"], 8, done["prompts"])
+    check(folder, done["outputs"], 8, done["prompts"])
+    assert "Generated texts are the same: True" in capsys.readouterr().out
+    assert all(output.num_cached_tokens >= 48 for output in done["outputs"])
+    assert all(output.num_cached_tokens == 0 for output in done["regular"])
+
+
+def test_chat(run, folder):
+    done = run("chat.py", folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    text = theirs.apply_chat_template(done["conversation"], tokenize=False, add_generation_prompt=True)
+    check(folder, done["outputs"] + done["several"], 8, [text] * 4, chat=True)
+    check(folder, done["same"], 8, [text], chat=True)
+    own = "".join(f"[{one['role']}] {one['content']}\n" for one in done["conversation"])
+    check(folder, done["templated"], 8, [own], chat=True)
+
+
+def test_generate(run, folder):
+    done = run("generate.py", "--model", folder, "--dtype", "float", "--max-tokens", "10", "--temperature", "0")
+    check(folder, done["outputs"], 10, ["Hello, my name is", "The future of AI is"])
+    check(folder, done["alone"], 10, ["Hello, my name is"])
