@@ -2,7 +2,7 @@
 
 Its config is the file `--config`: `steps` all-reduces, a tenth of a second apart; `start_timeout`, `peer_timeout`;
 `stdin`: whether to read it; `goodbye`: seconds to wait for process groups that are never destroyed. Prints what it has;
-leaves a file beside its config when it was stopped.
+leaves files beside its config: one when it is at work, and one when it was stopped.
 """
 
 import os
@@ -46,10 +46,12 @@ def main() -> int:
     try:
         with distributed.start(section, sha256=text, config_text=text) as runtime:
             total = torch.zeros(1)
-            for _ in range(config["steps"]):
+            for step in range(config["steps"]):
                 total = torch.tensor([float(runtime.rank), float(runtime.signal_received() or 0)])
                 dist.all_reduce(total)
                 maybe_fault("step", runtime.rank)
+                if step == 1:
+                    open(f"{path}.at-work-{runtime.rank}", "w").close()
                 if total[1]:
                     raise Stopped(runtime.signal_received() or 15)
                 time.sleep(0.1)

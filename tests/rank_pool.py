@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from waiting import PATIENCE, wait_until
 
 SETTLE_SECONDS = 0.3
 """After a first failure the others are given this long: the rank that failed first may not be the first to say so."""
@@ -125,7 +126,7 @@ class RankPool:
     def alive(self) -> bool:
         return bool(self.links)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 150) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = PATIENCE) -> list[Any]:
         """Call `function(rank, *args)` on every rank; what each returned, in rank order.
 
         AssertionError with the traceback of every rank that failed, or with where each unfinished rank stands after
@@ -167,14 +168,17 @@ class RankPool:
     def _hang_report(self, ranks: list[int], timeout: float) -> str:
         for rank in ranks:
             os.kill(self.pids[rank], signal.SIGUSR1)
-        time.sleep(SETTLE_SECONDS)
+        for rank in ranks:
+            wait_until(lambda rank=rank: __file__ in self._trace(rank), f"rank {rank} says where it stands", within=60)
         traces = [f"rank {rank}:\n{self._stack(rank)}" for rank in ranks]
         return f"ranks {ranks} of {self.size} were not done after {timeout} s\n" + "\n".join(traces)
 
     def _stack(self, rank: int) -> str:
         """Where a rank stands, innermost call first, without the calls that led to the job."""
-        text = (self.folder / f"trace-{rank}").read_text()
-        return text.partition(f'  File "{__file__}"')[0]
+        return self._trace(rank).partition(f'  File "{__file__}"')[0]
+
+    def _trace(self, rank: int) -> str:
+        return (self.folder / f"trace-{rank}").read_text()
 
     def close(self) -> None:
         """Kill the ranks."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from megalite import cli
 from megalite.hybrid.checks import problems as hybrid_checks
@@ -805,7 +806,7 @@ def test_the_door_is_quick_and_imports_no_torch(job, script, args, code):
     path = str(ROOT / "launch" / script)
     program = LIGHT.format(argv=[path, "--config", "job.yaml", *args], script=path)
     before = os.times()
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     after = os.times()
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr

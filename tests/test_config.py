@@ -11,6 +11,7 @@ from dataclasses import FrozenInstanceError, asdict, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE
 
 from megalite.config import document
 from megalite.config.explain import explain, table
@@ -399,7 +400,7 @@ def test_importing_stays_light():
         "heavy = {'torch', 'deepspeed', 'transformers', 'tokenizers', 'fastapi', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_asdict_of_the_schema_is_what_is_written():

@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE
 
 from megalite.config.schema import SamplingParams
 from megalite.errors import ConfigError
@@ -56,7 +57,7 @@ def test_shared_queue_gives_each_place_once(tmp_path, replicas):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=PATIENCE)
     places = sorted(place for claims in taken for claim in claims for place in range(*claim))
     assert places == list(range(50))
     assert all(hi - lo <= 4 for claims in taken for lo, hi in claims)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 LAYOUTS = {
@@ -38,7 +39,7 @@ def demos(tmp_path_factory):
         files = ["input.prompts=null", f"input.file={prompts}", f"output.file={output}"]
         command = [sys.executable, "launch/infer.py", *common, *files, *LAYOUTS[name]]
         env = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
         return done.returncode, done.stderr, output.read_text()
 
     with ThreadPoolExecutor() as pool:

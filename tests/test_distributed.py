@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed import FileStore
+from waiting import PATIENCE, wait_until
 
 from megalite.config.schema import DistributedSection
 from megalite.core import distributed, rendezvous, run_folder
@@ -125,14 +126,14 @@ def meet_all(folder: Path, cards: list[Card], world_size: int, seconds: float, t
 
 def test_ranks_that_agree_get_all_cards_and_one_plan(tmp_path):
     cards = [a_card(rank, host=f"host{rank}") for rank in range(4)]
-    assert meet_all(tmp_path, cards, 4, 20) == {rank: (cards, {"token": 4}) for rank in range(4)}
+    assert meet_all(tmp_path, cards, 4, PATIENCE) == {rank: (cards, {"token": 4}) for rank in range(4)}
 
 
 def test_ranks_that_never_came_are_named_by_rank_0_alone(tmp_path):
     cards = [a_card(0), a_card(1), a_card(4, host="hostB")]
-    found = meet_all(tmp_path, cards, 5, 1.5)
+    found = meet_all(tmp_path, cards, 5, 4)
     assert isinstance(found[0], RankLost)
-    assert "ranks 2, 3 never came within 1.5 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
+    assert "ranks 2, 3 never came within 4 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
     for rank in (1, 4):
         assert isinstance(found[rank], SystemExit) and found[rank].code == 70
 
@@ -147,11 +148,9 @@ def test_rank_that_died_while_starting_is_named_at_once(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     victim = Process.of(child.pid)
     child.kill()
-    began = time.monotonic()
-    found = meet_all(tmp_path, [a_card(0), a_card(2, pid=victim.pid, start=victim.start)], 3, 30)
+    found = meet_all(tmp_path, [a_card(0), a_card(2, pid=victim.pid, start=victim.start)], 3, 36_000)
     child.wait()
     assert "rank 2 on hostA" in str(found[0]) and "died while the run started" in str(found[0])
-    assert time.monotonic() - began < 10
 
 
 def test_other_config_is_named_with_rank_and_key(tmp_path):
@@ -161,14 +160,14 @@ def test_other_config_is_named_with_rank_and_key(tmp_path):
         1: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
         2: "model: {path: a}\nparallel: {tp: 4, pp: 2}\n",
     }
-    found = meet_all(tmp_path, cards, 3, 20, texts)
+    found = meet_all(tmp_path, cards, 3, PATIENCE, texts)
     assert isinstance(found[0], ConfigError)
     assert "rank 2 on hostB was given another config: parallel.tp is 4 there and 2 on rank 0 on hostA" in str(found[0])
     assert [found[rank].code for rank in (1, 2)] == [2, 2]
 
 
 def test_problem_of_one_rank_is_the_problem_of_all(tmp_path):
-    found = meet_all(tmp_path, [a_card(0), a_card(1, problem="distributed.device: no GPU", code=2)], 2, 20)
+    found = meet_all(tmp_path, [a_card(0), a_card(1, problem="distributed.device: no GPU", code=2)], 2, PATIENCE)
     assert str(found[0]) == "rank 1 on hostA: distributed.device: no GPU" and found[0].exit_code == 2
     assert found[1].code == 2
 
@@ -233,9 +232,9 @@ def listening_addresses(port: int) -> set[str]:
 def test_the_store_of_several_hosts_listens_on_one_address_only():
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        joining = pool.submit(open_store, a_place(1, 2, master_port=port), None, Deadline(20))
+        joining = pool.submit(open_store, a_place(1, 2, master_port=port), None, Deadline(PATIENCE))
         time.sleep(0.2)
-        store = open_store(a_place(0, 2, master_port=port), None, Deadline(20))
+        store = open_store(a_place(0, 2, master_port=port), None, Deadline(PATIENCE))
         joining.result().set("key", "value")
     assert store.get("key") == b"value"
     assert listening_addresses(port) == {"0100007F"}
@@ -247,7 +246,7 @@ def test_a_port_in_use_is_a_usage_error():
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"MASTER_PORT: is taken on 127.0.0.1, got {port}.*--master_port"):
-            open_store(a_place(0, 2, master_port=port), None, Deadline(5))
+            open_store(a_place(0, 2, master_port=port), None, Deadline(PATIENCE))
 
 
 def test_nobody_at_the_masters_address():
@@ -256,7 +255,7 @@ def test_nobody_at_the_masters_address():
 
 
 def test_one_host_meets_in_a_file(tmp_path):
-    stores = [open_store(a_place(rank, 2, started_here=2), tmp_path, Deadline(5)) for rank in range(2)]
+    stores = [open_store(a_place(rank, 2, started_here=2), tmp_path, Deadline(PATIENCE)) for rank in range(2)]
     stores[0].set("key", "value")
     assert stores[1].get("key") == b"value" and (tmp_path / "store").exists()
 
@@ -372,17 +371,12 @@ def test_one_rank_without_a_launcher(alone, tmp_path):
         time.sleep(0.1)
         assert runtime.signal_received() is None
         os.kill(os.getpid(), signal.SIGTERM)
-        until = time.monotonic() + 30
-        while runtime.signal_received() is None and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_until(lambda: runtime.signal_received() is not None, "the signal arrives")
         assert runtime.signal_received() == signal.SIGTERM
     assert json.loads(path.read_text())["state"] == "done" and signal.getsignal(signal.SIGTERM) == handler
     runtime.stop()
     signal.signal(signal.SIGALRM, alarm)
-    until = time.monotonic() + 30
-    while threading.active_count() > threads and time.monotonic() < until:
-        time.sleep(0.01)
-    assert threading.active_count() == threads
+    wait_until(lambda: threading.active_count() == threads, "its threads are gone")
 
 
 def test_a_process_of_its_own_survives_the_failure_of_its_run(alone):
@@ -413,7 +407,7 @@ with distributed.start(section, sha256="x", config_text="", status_file=sys.argv
 )
 def test_an_exception_leaves_the_block_and_is_written_down(tmp_path, error, state, last):
     path = tmp_path / "status.json"
-    done = subprocess.run([sys.executable, "-c", ALONE, path, error], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", ALONE, path, error], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stderr.strip().split("\n")[-1] == last and done.returncode == 1
     assert json.loads(path.read_text())["state"] == state
 
@@ -447,6 +441,6 @@ print("trained")
 @pytest.mark.slow
 def test_deepspeed_compiles_nothing(tmp_path):
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert "trained" in done.stdout, done.stderr
     assert os.listdir(tmp_path) == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from pool_runtime import PoolRuntime
 from slow_generation import EOS, Ask, Completion, Expected, Slow
 from tiny_models import VOCAB
 from tiny_tokenizer import with_tokenizer
+from waiting import wait_until
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
@@ -412,17 +412,25 @@ def test_an_interrupted_engine_can_be_used_again(tiny, ranks, expected, tmp_path
 
 
 def hurried(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> tuple[int, int]:
-    """Requests that this replica finished, and the most that it had at once, when replica 1 is slow."""
+    """Requests that this replica finished, and the most it had at once, when replica 1 takes four times as long."""
     setting = Setting(layout=Layout(1, 2, 2), dp_mode="async", engine={"max_num_seqs": 2})
     replica = make_replica(rank, folder, setting, store)
     engine, requests = replica.engine(), requests_for(replica, asks)
     feed, had = make_feed(replica, requests, "queue"), []
+    slow, steps, over = replica.state.coord.dp == 1, Path(f"{store}-steps"), Path(f"{store}-over")
 
     def on_step(count: int) -> None:
         had.append(len(engine.scheduler.unfinished) + engine.channel.num_arriving)
-        time.sleep(0.02 * replica.state.coord.dp)
+        if not slow and replica.state.coord.pp == 1:
+            with steps.open("a") as file:
+                file.write(".")
+        if slow:
+            ahead = lambda: steps.exists() and steps.stat().st_size >= 4 * len(had)  # noqa: E731
+            wait_until(lambda: over.exists() or ahead(), "replica 0 is ahead")
 
     assert engine.run(requests, feed, Hooks(on_step=on_step))
+    if not slow:
+        over.touch()
     return engine.finished, max(had, default=0)
 
 

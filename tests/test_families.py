@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import PATIENCE
 
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
@@ -230,7 +231,7 @@ def test_reading_needs_no_torch(tmp_path):
         "import sys\nfrom megalite.model import families\n"
         f"families.weight_names(families.read({str(tmp_path)!r}))\nassert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 # ---- what is refused

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from waiting import PATIENCE
 
 from megalite.errors import CheckpointError, ResourceError
 from megalite.files import DurableFile, LineFile, read_whole, write_durably, write_json
@@ -15,7 +16,7 @@ from megalite.files import DurableFile, LineFile, read_whole, write_durably, wri
 
 def run_python(code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 def test_write_replaces_the_file_with_the_mode_of_the_umask(tmp_path):

@@ -11,7 +11,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
+from waiting import PATIENCE
 
 from megalite import cli
 from megalite.core.layout import Layout
@@ -134,7 +134,7 @@ def test_a_column_read_takes_little_more_memory_than_it_returns(tmp_path):
         "checkpoint.read_bytes('big', 1, 0, 16)\n"  # 4 MiB
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert int(done.stdout) < 40 << 10
 
 
@@ -144,7 +144,7 @@ def test_opening_needs_no_torch(saved):
         f"assert len(open_checkpoint({str(saved[0])!r}).read_bytes('matrix', 1, 2, 4)) == 37 * 2 * 4\n"
         "assert 'torch' not in sys.modules and 'huggingface_hub' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_shards_read_as_one(tiny):
@@ -427,7 +427,7 @@ def hub():
 def load(hub, cache, repo=REPO, revision="", weights=True, **env):
     """(folder and tensor names, error) of a process that resolves and opens a hub id."""
     command = [sys.executable, "-c", CODE, repo, revision, "weights" if weights else "config"]
-    done = subprocess.run(command, env=hub.environment(cache, **env), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=hub.environment(cache, **env), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     return done.stdout.splitlines(), done.stderr.splitlines()[-1] if done.returncode else ""
 
@@ -503,10 +503,8 @@ def test_a_hub_that_refuses_connections(hub, tmp_path):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    started = time.monotonic()
     _, error = load(hub, tmp_path, HF_ENDPOINT=address)
     assert "the hub can't be asked for it" in error and "Check the name and the network" in error
-    assert time.monotonic() - started < 40
     downloaded = load(hub, tmp_path)[0]
     assert load(hub, tmp_path, HF_ENDPOINT=address)[0] == downloaded
 
@@ -514,10 +512,8 @@ def test_a_hub_that_refuses_connections(hub, tmp_path):
 @pytest.mark.slow
 def test_a_hub_that_never_answers(hub, tmp_path):
     hub.hang.set()
-    started = time.monotonic()
     _, error = load(hub, tmp_path)
     assert "the hub can't be asked for it" in error
-    assert time.monotonic() - started < 50
 
 
 def test_models_that_one_may_not_have(hub, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from reference import greedy, load
 from safetensors.torch import load_file
 from train_helpers import as_run
+from waiting import PATIENCE
 
 from megalite.config.schema import (
     EngineSection,
@@ -281,7 +282,7 @@ def launch(tmp_path):
             env={**os.environ, "MEGALITE_FAULT": fault, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
 
     return launch

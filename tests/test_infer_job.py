@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizer import with_tokenizer
+from waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parent.parent
 INFER = str(ROOT / "launch" / "infer.py")
@@ -92,7 +92,7 @@ class Jobs:
 
     def ended(self, name: str, process: subprocess.Popen) -> Run:
         try:
-            out, err = process.communicate(timeout=150)
+            out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
         text = (self.folder / f"{name}.jsonl").read_text()
@@ -106,10 +106,12 @@ class Jobs:
         """Send a signal once the output has more than `after` lines. One prompt at a time: it shall take a while."""
         process = self.start(name, "engine.max_num_seqs=1", *overrides)
         output = self.folder / f"{name}.jsonl"
-        end = time.monotonic() + 120
-        while not output.exists() or output.read_bytes().count(b"\n") <= after:
-            assert process.poll() is None and time.monotonic() < end, process.communicate()
-            time.sleep(0.005)
+
+        def has_more() -> bool:
+            assert process.poll() is None, process.communicate()
+            return output.exists() and output.read_bytes().count(b"\n") > after
+
+        wait_until(has_more, f"more than {after} lines")
         process.send_signal(signum)
         return self.ended(name, process)
 
@@ -282,7 +284,7 @@ def test_the_report_and_the_dry_run_agree(jobs, runs):
         [*DOOR, "--config", jobs.config, "--dry-run", "parallel.tp=2", "input.prompts=[x]"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=True,
     )
     table = [line.split("  ") for line in dry.stdout.splitlines()[2:5]]

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, wait_until
 
 from megalite.core import hosts, launcher
 from megalite.core.launcher import door_of, environment, run_ranks
@@ -28,13 +30,6 @@ from megalite.core.launcher import run_ranks
 ranks, stdin, *command = sys.argv[1:]
 sys.exit(run_ranks(command, int(ranks), stopped_timeout=3.0, stdin=stdin == "stdin"))
 """
-
-
-def wait_until(true, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
 
 
 class Started:
@@ -57,7 +52,7 @@ class Started:
         self.all: list[Process] = []
 
     def ready(self, ranks: int, mark: str = "ready") -> "Started":
-        wait_until(lambda: self._marks(mark) == ranks or self.process.poll() is not None, 240, mark)
+        wait_until(lambda: self._marks(mark) == ranks or self.process.poll() is not None, mark)
         assert self._marks(mark) == ranks, self.err
         self.all = [Process.of(self.process.pid), *descendants(self.process.pid)]
         return self
@@ -68,10 +63,10 @@ class Started:
     def rank(self, rank: int) -> Process:
         return Process.of(json.loads((self.folder / f"card-{rank}").read_text())["pid"])
 
-    def ended(self, seconds: float = 60) -> int:
+    def ended(self) -> int:
         """Wait until every process is gone; the exit code."""
-        code = self.process.wait(seconds)
-        wait_until(lambda: not any(process.alive() for process in self.all), seconds, "all are gone")
+        code = self.process.wait(PATIENCE)
+        wait_until(lambda: not any(process.alive() for process in self.all), "all are gone")
         return code
 
     @property
@@ -177,7 +172,7 @@ def test_a_killed_door_takes_all_along(doors):
 
 def test_an_exception_gives_its_code_and_speaks_once(doors):
     run = doors["exception"]
-    assert (run.process.wait(240), run.err) == (3, ["rank 1 speaks: fail:3"])
+    assert (run.process.wait(PATIENCE), run.err) == (3, ["rank 1 speaks: fail:3"])
 
 
 def test_an_interrupt_at_the_terminal_drains(doors):
@@ -191,7 +186,10 @@ def test_a_second_signal_ends_at_once(doors):
     run.process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert run.process.poll() is None
-    run.process.send_signal(signal.SIGTERM)
+    while run.process.poll() is None:  # until it is one of its own: a starved process sees several as one
+        run.process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            run.process.wait(20)
     assert (run.ended(), run.err) == (143, ["stopped by SIGTERM at once; unfinished work is given up."])
 
 
@@ -215,7 +213,7 @@ def test_a_whole_run_through_the_door_is_quiet(tmp_path):
     path = a_config(tmp_path, steps=2, stdin="true")
     command = [sys.executable, "-c", DOOR, 2, "stdin", JOINED, "--config", path, "a b", "$(x)"]
     run = Started(tmp_path, command, OMP_NUM_THREADS=None)
-    assert (run.process.wait(240), run.err) == (0, [])
+    assert (run.process.wait(PATIENCE), run.err) == (0, [])
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     says = "rank {} of 2: sum 1, 2 here, gloo on lo, threads {}, open False, stdin '', ['a b', '$(x)']"
     assert run.out == [says.format(rank, threads) for rank in range(2)]
@@ -224,10 +222,10 @@ def test_a_whole_run_through_the_door_is_quiet(tmp_path):
 
 def test_a_run_whose_groups_never_go_is_done_all_the_same(tmp_path):
     """They have longer than the ranks are watched for signs of life, and its work is done."""
-    path = a_config(tmp_path, steps=2, peer_timeout=2, goodbye=4)
+    path = a_config(tmp_path, steps=2, peer_timeout=4, goodbye=6)
     run = Started(tmp_path, [sys.executable, "-c", DOOR, 2, "no", JOINED, "--config", path])
-    assert run.process.wait(240) == 0 and len(run.out) == 2
-    why = "its process groups were not destroyed within 4 s; it leaves without that"
+    assert run.process.wait(PATIENCE) == 0 and len(run.out) == 2
+    why = "its process groups were not destroyed within 6 s; it leaves without that"
     assert sorted(run.err) == [f"rank {rank}: {why}" for rank in range(2)]
     assert run.ended() == 0
 
@@ -235,7 +233,7 @@ def test_a_run_whose_groups_never_go_is_done_all_the_same(tmp_path):
 def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("hostA slots=1\nhostB slots=1\n")
-    path = a_config(tmp_path, steps=600, start_timeout=200)
+    path = a_config(tmp_path, steps=600, start_timeout=PATIENCE)
     common = ["--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
     quiet = ["--no_local_rank", "--log_level", "critical"]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *common, *quiet]
@@ -243,7 +241,7 @@ def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
     for node in range(2):
         line = [*command, "--node_rank", node, JOINED, "--config", path]
         hosts.append(Started(tmp_path / f"host{node}", line, MEGALITE_FAULT="step@1#5=kill"))
-    codes = [host.process.wait(240) for host in hosts]
+    codes = [host.process.wait(PATIENCE) for host in hosts]
     assert codes == [70, 247]
     errors = [line for host in hosts for line in host.err]
     assert len(errors) == 1 and "rank 1 " in errors[0] and errors == hosts[0].err
@@ -255,7 +253,7 @@ def test_torchrun_and_a_missing_rank(tmp_path):
     path = a_config(tmp_path, steps=2, start_timeout=2)
     run = [shutil.which("torchrun"), "--nproc-per-node", 2, JOINED, "--config", path]
     started = Started(tmp_path, run, MEGALITE_FAULT="start@1=hang")
-    assert started.process.wait(240) != 0
+    assert started.process.wait(PATIENCE) != 0
     lines = [line for line in started.err if line.startswith("error:")]
     assert lines and "rank 1 never came within 2 s (of 2; here are 0 on" in lines[0]
     started.kill()
@@ -267,7 +265,7 @@ def test_a_signal_while_one_rank_alone_loads(tmp_path, signum, code):
     run = Started(tmp_path, command, MEGALITE_FAULT="start=hang")
     status = Path(f"/proc/{run.process.pid}/status")
     caught = lambda: int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)  # noqa: E731
-    wait_until(lambda: caught() >> signal.SIGTERM - 1 & 1, 60, "it takes signals")
+    wait_until(lambda: caught() >> signal.SIGTERM - 1 & 1, "it takes signals")
     run.process.send_signal(signum)
     assert run.ended() == code
     assert run.err == [f"stopped by {signal.Signals(signum).name} before the run began."]
@@ -306,7 +304,7 @@ def test_no_shell_between_the_hosts_changes_a_value(tmp_path):
         [sys.executable, HERE.parent / "launch" / "infer.py", *options, "--config", config, *values],
         PATH=f"{tmp_path}:{os.environ['PATH']}",
     )
-    assert run.process.wait(300) == 0, run.err
+    assert run.process.wait(PATIENCE) == 0, run.err
     assert json.loads(output.read_text())["prompt"] == hostile
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from reference import score
 from tiny_models import edit_config
 from tiny_tokenizer import with_tokenizer
 from tqdm import tqdm
+from waiting import PATIENCE, wait_until
 
 from megalite import LLM, SamplingParams
 from megalite.errors import CheckpointError, ConfigError
@@ -54,9 +54,7 @@ def watches() -> int:
 
 
 def down_to(count: int) -> bool:
-    end = time.monotonic() + 30
-    while watches() > count and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: watches() <= count, f"{count} watched runs are left")
     return watches() == count
 
 
@@ -513,10 +511,11 @@ class Launched:
     process: subprocess.Popen
 
     def wait_for(self, *names: str) -> None:
-        end = time.monotonic() + 120
-        while not all((self.folder / name).exists() for name in names):
-            assert self.process.poll() is None and time.monotonic() < end, self.said
-            time.sleep(0.05)
+        def there() -> bool:
+            assert self.process.poll() is None, self.said
+            return all((self.folder / name).exists() for name in names)
+
+        wait_until(there, f"{names} in {self.folder}")
 
     @property
     def said(self) -> str:
@@ -548,11 +547,11 @@ def test_every_rank_gets_all_under(launcher, launched, folder):
     run.wait_for("ready-0", "ready-1")
     if launcher == "torchrun":  # stopped in the middle of a call: every rank hears of it, whichever got the signal
         os.kill(int((run.folder / "ready-1").read_text()), signal.SIGTERM)
-        assert run.process.wait(60) != 0
+        assert run.process.wait(PATIENCE) != 0
         assert [(run.folder / f"stopped-{rank}").read_text() for rank in range(2)] == ["143", "143"], run.said
     else:
         (run.folder / "go on").unlink()
-        assert run.process.wait(60) == 0, run.said
+        assert run.process.wait(PATIENCE) == 0, run.said
     got = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert got[0] == got[1]
     assert "2 ranks were started, but the config asks for" in got[0]["wrong"]

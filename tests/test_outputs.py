@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizer_family import panicking
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
+from waiting import PATIENCE
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.errors import ConfigError
@@ -652,7 +653,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, fault):
     path = tmp_path / "out.jsonl"
     script = KILLED.format(tests=str(Path(__file__).parent), path=str(path), names="dbca")
     environment = {**os.environ, "MEGALITE_FAULT": f"{fault}=kill"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=PATIENCE)
     assert done.returncode == -signal.SIGKILL
     assert lines_of(path) == list("dbca"[:2] if fault.startswith("output.write") else "dbca")
     file = opened(path)
@@ -661,7 +662,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path, fault):
     assert lines_of(path) == list("abcd")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.permutations(IDS), st.lists(st.integers(0, 400), max_size=4))
 def test_any_cuts_and_any_order(tmp_path, order, cuts):
     """Runs that end anywhere, each losing the end of the file, until one comes through."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scheduler_replica import Replica, expected_output, request
+from waiting import PATIENCE
 
 from megalite.errors import ResourceError
 
@@ -146,7 +147,7 @@ def test_histories_do_not_depend_on_the_hash_seed_and_need_no_torch():
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=PATIENCE,
         ).stdout.splitlines()
         for seed in ("1", "2")
     ]

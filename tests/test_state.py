@@ -44,7 +44,7 @@ STRAY = {"step-by-step", "notes.txt", "step-00000001"}
 @pytest.fixture
 def run(ranks):
     """`run(n, function, *args)` on n ranks. A first job imports DeepSpeed, so it has time also on a busy machine."""
-    return lambda size, function, *args: ranks(size).run(function, *args, timeout=200)
+    return lambda size, function, *args: ranks(size).run(function, *args)
 
 
 def trainer_of(model: Path, layout: Layout, zero: int = 1) -> Trainer:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from waiting import PATIENCE
 
 from megalite.config.schema import InferConfig
 from megalite.errors import EXIT_CONFIG, EXIT_DONE, EXIT_RESOURCES
@@ -28,7 +29,7 @@ def shell(command: str, *arguments: str) -> tuple[int, str]:
     """The exit code of a line of bash, in which PYTHON and ARGS are ours, and what it said on standard error."""
     line = command.replace("PYTHON", sys.executable).replace("ARGS", '"$@"')
     shell = ["bash", "-o", "pipefail", "-c", line, "bash"]
-    done = subprocess.run([*shell, *arguments], cwd=ROOT, capture_output=True, timeout=200)
+    done = subprocess.run([*shell, *arguments], cwd=ROOT, capture_output=True, timeout=PATIENCE)
     return done.returncode, done.stderr.decode()
 
 
@@ -76,7 +77,7 @@ def test_a_tool_that_writes_a_folder_has_done_its_work_all_the_same(tmp_path):
 def test_characters_that_the_terminal_lacks_are_escaped(environment):
     code = GUARDED + "print('\\u2013 caf\\xe9 \\ud800'); print('\\u20ac', file=sys.stderr)"
     env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, timeout=PATIENCE)
     e = b"\xe9" if "latin" in environment["PYTHONIOENCODING"] else rb"\xe9"
     assert (done.returncode, done.stdout, done.stderr) == (0, rb"\u2013 caf" + e + rb" \ud800" + b"\n", b"\\u20ac\n")
 
@@ -90,7 +91,7 @@ def test_a_terminal_that_does_not_block_gets_everything():
     os.close(write)
     with open(read, "rb") as pipe:
         assert len(pipe.read()) == 1_000_001
-    assert writer.wait(60) == 0
+    assert writer.wait(PATIENCE) == 0
 
 
 def test_a_file_is_not_taken_for_a_closed_stream(tmp_path):
@@ -98,7 +99,7 @@ def test_a_file_is_not_taken_for_a_closed_stream(tmp_path):
     code = (
         GUARDED + "file = open('out', 'w'); print('lost'); sys.stdout.flush(); import os; os.system('echo also lost')"
     )
-    subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" >&- 2>&-'], cwd=tmp_path, timeout=60, check=True)
+    subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" >&- 2>&-'], cwd=tmp_path, timeout=PATIENCE, check=True)
     assert (tmp_path / "out").read_text() == ""
 
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from tokenizer_family import panicking
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+from waiting import PATIENCE, wait_until
 
 from megalite.chat_template import MAX_RENDERED_CHARS, MAX_TEMPLATE_CHARS, ChatTemplate, TemplateError
 from megalite.detokenizer import TokenizerError
 from megalite.errors import CheckpointError
-from megalite.monitor.processes import descendants
+from megalite.monitor.processes import Process, descendants
 from megalite.tokenizer import Tokenizer
 
 TEXTS = [
@@ -500,7 +501,7 @@ def test_work_per_token_does_not_grow(kind):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "took more than 0.2 s"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "took more than 0.5 s"),
         ("{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}", "took more than"),
         ("{{ 'a' * 10 ** 10 }}", "took more than"),
         ("{{ 'a' | center(2 ** 40) }}", "took more than"),
@@ -519,7 +520,7 @@ def test_work_per_token_does_not_grow(kind):
     ],
 )
 def test_template_is_stopped(source, message):
-    template = ChatTemplate(source, cpu_seconds=0.2)
+    template = ChatTemplate(source, cpu_seconds=0.5 if "took" in message else 60.0)
     with pytest.raises(TemplateError, match=message):
         template.render(MESSAGES)
     template.close()
@@ -527,7 +528,7 @@ def test_template_is_stopped(source, message):
 
 def test_a_stopped_template_goes_on_with_the_next_chat_but_not_for_ever():
     source = "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{% endfor %}done"
-    template = ChatTemplate(source, cpu_seconds=0.4)
+    template = ChatTemplate(source, cpu_seconds=0.5)
     for _ in range(3):
         with pytest.raises(TemplateError, match="took more"):
             template.render(MESSAGES, n=99_999)
@@ -550,18 +551,9 @@ def test_the_child_ends_with_its_parent():
         "from megalite.chat_template import ChatTemplate as T; t = T('x'); t.render([]); "
         "print(t._child._process.pid, flush=True); import os; os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
     pid = int(done.stdout)
-    for _ in range(200):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        stat = Path(f"/proc/{pid}/stat")
-        if stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return  # dead; whoever adopted it has not collected it
-        subprocess.run(["sleep", "0.05"], check=True)
-    pytest.fail(f"child {pid} is still running")
+    wait_until(lambda: not (child := Process.of(pid)) or not child.alive(), "the child is gone")
 
 
 def test_a_fork_gets_its_own_child():

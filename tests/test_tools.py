@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from hub_server import Hub
 from random_models import Sizes, write_model
+from waiting import PATIENCE, wait_until
 
 from megalite.core.layout import Layout
 from megalite.weights import manifest as manifests
@@ -233,12 +233,10 @@ def test_a_signal_stops_it_cleanly(number, tmp_path):
     process = subprocess.Popen(
         [*command, "--out", str(out), "--jobs", "2"], stderr=subprocess.PIPE, text=True, env=environment
     )
-    deadline = time.monotonic() + 60
-    while len(list(out.glob(JOURNAL))) == 0 or len((out / JOURNAL).read_bytes().splitlines()) < 15:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    journal = out / JOURNAL
+    wait_until(lambda: journal.exists() and len(journal.read_bytes().splitlines()) >= 15, "15 lines")
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number
     assert "Traceback" not in said and len(said.splitlines()) == 1
     assert "of an interrupted run kept" in tool("convert", "--model", DEMO, "--layout", "tp=2", "--out", out)

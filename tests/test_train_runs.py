@@ -21,6 +21,7 @@ from reference import greedy
 from safetensors.torch import load_file
 from tiny_tokenizer import with_tokenizer
 from train_helpers import as_run, build_from, logits_of, transformers_logits
+from waiting import PATIENCE
 
 from megalite.config.schema import (
     DataSection,
@@ -454,7 +455,7 @@ def test_a_killed_run_goes_on_and_a_signal_ends_it_cleanly(tmp_path, source):
     command += ["train.steps=100000", "train.save_every=2", "train.log_every=1", "train.eval_every=50000"]
     env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONWARNINGS": "ignore"}
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    killed = subprocess.run(command, env={**env, FAULT_VARIABLE: "state.save#5=kill"}, timeout=120, **options)
+    killed = subprocess.run(command, env={**env, FAULT_VARIABLE: "state.save#5=kill"}, timeout=PATIENCE, **options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr  # in the second file of the second save
     states = out / "training" / "state"
     assert list(states.glob("step-00000004/.*.tmp")), "the kill came in the middle of a file"
@@ -464,7 +465,7 @@ def test_a_killed_run_goes_on_and_a_signal_ends_it_cleanly(tmp_path, source):
     try:
         said = list(itertools.takewhile(lambda line: not line.startswith("step 6/"), following.stdout))
         following.send_signal(signal.SIGTERM)
-        rest, errors = following.communicate(timeout=60)
+        rest, errors = following.communicate(timeout=PATIENCE)
     finally:
         following.kill()
     assert following.returncode == 0, errors

@@ -23,6 +23,9 @@ from megalite.monitor.processes import Process, die_with_parent, launchers
 from megalite.monitor.referee import Peer
 from megalite.monitor.watchdog import ORPHAN_WAIT, Watchdog, listen
 
+PATIENCE = 300.0
+"""Seconds for the ranks to meet."""
+
 
 def launch(folder: str, timeout: str, behaviours: list[str]) -> int:
     world = str(len(behaviours))
@@ -33,10 +36,13 @@ def launch(folder: str, timeout: str, behaviours: list[str]) -> int:
     return max(codes)
 
 
+def put(path: Path, value: object) -> None:
+    path.with_suffix(".new").write_text(json.dumps(value))
+    path.with_suffix(".new").rename(path)
+
+
 def meet(folder: Path, rank: int, world: int, port: int) -> list[dict]:
-    card = folder / f"card-{rank}"
-    card.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "port": port}))
-    card.with_suffix(".new").rename(card)
+    put(folder / f"card-{rank}", {"pid": os.getpid(), "port": port})
     cards = [folder / f"card-{other}" for other in range(world)]
     while not all(path.exists() for path in cards):
         time.sleep(0.01)
@@ -47,7 +53,7 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
     if behaviour == "late":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         (folder / f"loads-{rank}").touch()
-        time.sleep(60)
+        time.sleep(3600)
     (folder / f"come-{rank}").touch()
     listener = listen("127.0.0.1") if rank == 0 else None
     cards = meet(folder, rank, world, listener.getsockname()[1] if listener else 0)
@@ -79,11 +85,10 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         on_end=on_end,
         claim=claim,
     )
-    watchdog.start(30.0)
+    watchdog.start(PATIENCE)
     die_with_parent(0)
-    if not watchdog.together.wait(float(os.environ.get("PATIENCE", "60"))):
-        print(f"missing {watchdog.missing()}", flush=True)
-        os._exit(9)
+    while not watchdog.together.wait(1.0):
+        put(folder / f"missing-{rank}", watchdog.missing())
     if rank == 0:
         status.running()
     (folder / f"ready-{rank}").touch()
@@ -97,8 +102,8 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
     if what == "fail" or what == "crash":
         end = watchdog.fail(int(detail), crash=what == "crash")
     elif what == "work":
-        until = time.monotonic() + float(detail or 60)
-        while watchdog.signal_received is None and time.monotonic() < until:
+        until = time.monotonic() + float(detail or 3600)
+        while watchdog.signal_received is None and time.monotonic() < until and not (folder / "over").exists():
             time.sleep(0.02)
         end = watchdog.finish(128 + watchdog.signal_received if watchdog.signal_received else 0)
     else:
