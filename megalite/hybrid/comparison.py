@@ -15,6 +15,7 @@ from torch import Tensor
 from megalite.errors import MegaliteError
 from megalite.hybrid.fingerprint import BITS, Covered, Fingerprinter
 from megalite.hybrid.mover import Gathered
+from megalite.monitor.words import format_count
 from megalite.weights.exchange import Atom
 
 _NAMED = 2
@@ -86,8 +87,8 @@ class Comparison:
         tensors = len({self.atoms[number].hf for number in different})
         lines = [
             f"weights of version {version}: ranks that should hold the same differ in "
-            f"{_count(len(different), 'range')} of {_count(tensors, 'tensor')}; run the job again, it goes on from its "
-            "last checkpoint"
+            f"{format_count(len(different), 'range')} of {format_count(tensors, 'tensor')}; run the job again, "
+            "it goes on from its last checkpoint"
         ]
         for number, found in zip(different, values, strict=False):
             lines.append(f"  {self.atoms[number]}: {describe(found)}")
@@ -113,10 +114,6 @@ def describe(found: Sequence[Sequence[int]]) -> str:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def lowest(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, width
 from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
+from megalite.monitor.words import format_bytes
 
 GIB = 2**30
 SCORED_LOGITS = 2**24
@@ -103,14 +104,15 @@ def settle_length(*, fitting_blocks: int, block_size: int, asked: int | None, mo
     length = asked or min(model, room)
     if 1 <= length <= room:
         return length
-    need = blocks_for(asked or 1, block_size) * block_bytes / GIB
-    fits = fitting_blocks * block_bytes / GIB
+    need = blocks_for(asked or 1, block_size) * block_bytes
+    fits = fitting_blocks * block_bytes
     raise ResourceError(
         str(
             Problem(
                 key="engine.max_model_len",
                 value=asked,
-                rule=f"one sequence needs {need:.2f} GiB of KV cache on a rank, {fits:.2f} GiB fit beside the weights",
+                rule=f"one sequence needs {format_bytes(need)} of KV cache on a rank, {format_bytes(fits)} fit beside "
+                "the weights",
                 fix="Lower it, raise engine.gpu_memory_utilization or use more ranks (parallel.tp, parallel.pp).",
             )
         )

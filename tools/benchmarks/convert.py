@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megalite.monitor.words import format_bytes
 from megalite.weights.tensor_file import read_header
 
 TOOLS = Path(__file__).resolve().parent.parent
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         size, largest = total_size(bench.model), largest_tensor(bench.model)
     finally:
         shutil.rmtree(parent)
-    print(f"{size / 1e9:.2f} GB of weights, largest tensor {largest / 1e6:.0f} MB, medians of {args.rounds} rounds\n")
+    print(f"{format_bytes(size)} of weights, largest tensor {format_bytes(largest)}, medians of {args.rounds} rounds\n")
     print("| command | seconds | GB/s | rate / cp's | peak memory |\n|---|---|---|---|---|")
     for one in figures:
         peak = f"{one.peak_mb:.0f} MB" if one.peak_mb else ""

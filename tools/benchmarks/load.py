@@ -23,6 +23,7 @@ from benchmarks.convert import evict, generate, total_size
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
+from megalite.monitor.words import format_bytes
 from megalite.weights.convert import convert, parse_layout
 from megalite.weights.transfer import build, load_folder
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.multiprocessing.spawn(rank_main, (folder, layout, args.rounds), layout.size)
         seconds = json.loads((folder / "seconds").read_text())
-    print(f"{size / 1e9:.2f} GB, tp={layout.tp},pp={layout.pp}, medians of {args.rounds} rounds\n")
+    print(f"{format_bytes(size)}, {layout}, medians of {args.rounds} rounds\n")
     print("| loaded from | cold, seconds | warm, seconds |\n|---|---|---|")
     for form, found in seconds.items():
         print(f"| {form} | {statistics.median(found['cold']):.2f} | {statistics.median(found['warm']):.2f} |")
