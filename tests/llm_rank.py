@@ -10,6 +10,8 @@ from pathlib import Path
 
 from megalite import LLM, SamplingParams
 from megalite.errors import ConfigError, Stopped
+from megalite.inference.logprobs import FlatLogprobs
+from megalite.inference.outputs import RequestOutput
 
 PROMPTS = ["def f(x):", [40, 41, 42], "a longer prompt, so that the replicas differ", "x"]
 PARAMS = [
@@ -18,7 +20,15 @@ PARAMS = [
     SamplingParams(max_tokens=9, prompt_logprobs=0, seed=3),
     SamplingParams(max_tokens=30, ignore_eos=True, stop=["e", "a"]),
 ]
+FLAT = SamplingParams(temperature=0, max_tokens=5, logprobs=2, prompt_logprobs=1, flat_logprobs=True)
 CHAT = [{"role": "user", "content": "hi"}]
+
+
+def flat_values(output: RequestOutput) -> list:
+    """Ids, ranks and texts of flat log-probabilities, which are equal whatever the layout is."""
+    [one] = output.outputs
+    assert isinstance(one.logprobs, FlatLogprobs) and isinstance(output.prompt_logprobs, FlatLogprobs)
+    return [[lp.token_ids, lp.ranks, lp.decoded_tokens] for lp in (one.logprobs, output.prompt_logprobs)]
 
 
 def answers(llm: LLM) -> dict:
@@ -27,6 +37,7 @@ def answers(llm: LLM) -> dict:
         "generate": [output.to_line() for output in llm.generate(PROMPTS, PARAMS)],
         "chat": [output.to_line() for output in llm.chat(CHAT, PARAMS[1])],
         "again": [output.to_line() for output in llm.generate(PROMPTS[::-1], PARAMS[::-1])],
+        "flat": [flat_values(output) for output in llm.generate(PROMPTS, FLAT)],
         "score": llm.score(["some text", [5, 6, 7]]),
     }
     try:

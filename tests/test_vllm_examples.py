@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,3 +82,16 @@ def test_generate(run, folder):
     done = run("generate.py", "--model", folder, "--dtype", "float", "--max-tokens", "10", "--temperature", "0")
     check(folder, done["outputs"], 10, ["Hello, my name is", "The future of AI is"])
     check(folder, done["alone"], 10, ["Hello, my name is"])
+
+
+def test_torchrun(folder):
+    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2"]
+    command += [str(PROGRAMS / "torchrun.py"), str(folder)]
+    env = {**os.environ, "PYTHONPATH": str(PROGRAMS.parent.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    theirs = AutoTokenizer.from_pretrained(folder)
+    prompts = ["Hello, my name is", "The capital of France is", "a"] * 2
+    wanted = [completion(folder, theirs.encode(prompt), 6) for prompt in prompts]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert json.loads(line) == wanted
