@@ -157,7 +157,7 @@ class Spy:
 
     def _on_execute(self, plan, *on_prompt):
         self.seen.scattered += sum(not row.sequence.contiguous for row in plan.rows)
-        self.seen.chunks += sum(row.start + row.count < row.sequence.num_prompt for row in plan.rows)
+        self.seen.chunks += sum(row.start + row.count < len(row.sequence.token_ids) for row in plan.rows)
         return self.execute(plan, *on_prompt)
 
     def take(self) -> Seen:

@@ -28,10 +28,12 @@ def train_and_save(rank: int, model: Path, folder: Path, stage: int) -> dict[str
 def _train_and_save(model: Path, rank: int, folder: Path, stage: int) -> dict[str, torch.Tensor]:
     import deepspeed
     import deepspeed.ops
+    import deepspeed.utils.groups
     from deepspeed.utils import safe_get_full_fp32_param
     from transformers import AutoModelForCausalLM
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.groups.mpu = None  # of a layout that trained in this process before
     net = AutoModelForCausalLM.from_pretrained(model)
     config = {
         "train_micro_batch_size_per_gpu": 1,

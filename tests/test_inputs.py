@@ -451,8 +451,8 @@ def test_lengths_resolve():
     assert tokens(10, max_tokens=5) == 5
     assert tokens(60, max_tokens=16) == 4
     assert tokens(63, max_tokens=16) == 1
-    assert tokens(64, max_tokens=0) == 0
-    for length, wanted in ((64, 1), (65, 0), (64, None)):
+    assert tokens(64, max_tokens=0) == tokens(65, max_tokens=0) == 0  # the last token is no input
+    for length, wanted in ((64, 1), (66, 0), (64, None)):
         with pytest.raises(ConfigError, match="prompt: the prompt has"):
             tokens(length, max_tokens=wanted)
 

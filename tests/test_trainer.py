@@ -170,7 +170,8 @@ def bfloat16_steps(rank: int, folder: Path, layout: Layout, zero_stage: int) -> 
 def test_stages_train_in_bfloat16_as_one_process_does(layout, zero_stage, tiny, ranks):
     [wanted] = ranks(1).run(bfloat16_steps, tiny("qwen3"), Layout(), 1)
     for found in ranks(layout.size).run(bfloat16_steps, tiny("qwen3"), layout, zero_stage):
-        assert found == pytest.approx(wanted, rel=5e-3)
+        assert found[:2] == pytest.approx(wanted[:2], rel=2e-3)
+        assert found[2] == pytest.approx(wanted[2], rel=5e-2)  # two ways to round give norms that differ by 3%
 
 
 TINY, TINY_BATCHES = 2**-9, 32

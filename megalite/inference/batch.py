@@ -148,7 +148,7 @@ def _lengths(plan: StepPlan) -> list[int]:
     """Of each token the longest length of its sequence, by its own prompt and parameters."""
     lengths: list[int] = []
     for row in plan.rows:
-        lengths += [row.sequence.limit] * row.count
+        lengths += [row.sequence.request.longest] * row.count
     return lengths
 
 

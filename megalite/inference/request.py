@@ -29,6 +29,11 @@ class Request:
     """Resolved: the spellings of params.bad_words in tokens; the last token of one never follows its others."""
 
     @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together at most; LongRoPE and dynamic NTK rotate all of them by it."""
+        return len(self.prompt_token_ids) + self.max_tokens
+
+    @property
     def num_samples(self) -> int:
         """Sequences to sample: best_of, else n."""
         return self.params.best_of or self.params.n
@@ -55,7 +60,7 @@ class Sequence:
     arrival: int = 0
     """Place among all sequences ever added: the order in which they are served."""
     limit: int = 0
-    """Length at which it ends at the latest: prompt + max_tokens."""
+    """Tokens it computes at most, and one more where it is sampled: it ends there at the latest."""
     cohort: int | None = None
     """The cohort it runs in; None: it waits or has ended."""
     chain: list[bytes] = field(default_factory=list)

@@ -119,7 +119,7 @@ class Scheduler:
                 f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) do not fit "
                 f"into the KV cache of {pool.num_blocks} blocks of {pool.block_size} tokens"
             )
-        salt = self._salt(self._arrivals, limit)
+        salt = self._salt(self._arrivals, request)
         sequences = []
         for index in range(request.num_samples):
             seq = Sequence(request, index, list(known), arrival=self._arrivals, limit=limit, chain=[salt])
@@ -167,7 +167,7 @@ class Scheduler:
         self._cache_age += 1
         for seq in self._waiting:
             if not seq.host_blocks:
-                seq.chain = [self._salt(seq.arrival - seq.index, seq.limit)]
+                seq.chain = [self._salt(seq.arrival - seq.index, seq.request)]
 
     # ---- one step
 
@@ -274,10 +274,10 @@ class Scheduler:
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_size)
 
-    def _salt(self, first_arrival: int, limit: int) -> bytes:
+    def _salt(self, first_arrival: int, request: Request) -> bytes:
         """Start of a request's chain of content keys; `first_arrival` is its first sample's, so unlike any other's."""
         owner = -1 if self._prefix_caching else first_arrival
-        return array("q", (self._cache_age, owner, self._key_variant(limit))).tobytes()
+        return array("q", (self._cache_age, owner, self._key_variant(request.longest))).tobytes()
 
     def _row(self, seq: Sequence, count: int) -> Row:
         """Schedule the next `count` tokens of a sequence that has the blocks for them."""

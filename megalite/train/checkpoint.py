@@ -47,7 +47,8 @@ from megalite.weights.transfer import read_parameters
 KINDS = (WEIGHT, *MOMENTS)
 DTYPE = "float32"
 """Of the weights in a state."""
-_NAME = re.compile(r"step-\d+(?:-([1-9]\d{0,8}))?")
+_NAME = re.compile(r"step-\d{8}(?:-([1-9]\d{0,8}))?")
+"""Of what runs save."""
 DIGEST_BYTES = 16
 log = logging.getLogger(__name__)
 Held = dict[str, tuple[tuple[int, ...], list[Owned]]]
@@ -104,8 +105,9 @@ def _new_folder(folder: Path, step: int) -> Path:
 
 
 def _states(folder: Path) -> list[Path]:
-    """The folders of states, whole or not. What else lies there is not ours."""
-    return [path for path in sorted(folder.glob("step-*")) if _NAME.fullmatch(path.name) and path.is_dir()]
+    """The folders of states: whole ones, whatever a tool called them, and what a killed run left. No others are ours."""
+    named = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
+    return [path for path in named if _is_whole(path) or _NAME.fullmatch(path.name)]
 
 
 def _remove(path: Path) -> None:
