@@ -105,7 +105,7 @@ def _new_folder(folder: Path, step: int) -> Path:
 
 
 def _states(folder: Path) -> list[Path]:
-    """The folders of states: whole ones, whatever a tool called them, and what a killed run left. No others are ours."""
+    """Folders of states: whole ones, whatever a tool called them, and what a killed run left. Others are not ours."""
     named = [path for path in sorted(folder.glob("step-*")) if path.is_dir()]
     return [path for path in named if _is_whole(path) or _NAME.fullmatch(path.name)]
 
