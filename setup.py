@@ -28,10 +28,9 @@ setup(
         "pyyaml>=6",
     ],
     entry_points={
-        # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so its command is given here too:
-        # docs/structure.md says what that means.
+        # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so there is a command of ours.
         "lm_eval.models": ["megalite = megalite.evals:MegaliteLM"],
-        "console_scripts": ["lm_eval = megalite.evals:main", "lm-eval = megalite.evals:main"],
+        "console_scripts": ["megalite-eval = megalite.cli:evaluate"],
     },
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],

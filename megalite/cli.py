@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import FrameType
 
 from megalite import terminal
@@ -129,6 +130,22 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
     except Exception:
         traceback.print_exc()
         return EXIT_CRASH
+
+
+def evaluate() -> int:
+    """The command `megalite-eval`: that of lm-evaluation-harness, which knows our model here; gives its exit code."""
+    try:
+        if find_spec("lm_eval") is None:
+            raise ConfigError(
+                Problem(key="megalite-eval", rule="needs lm-evaluation-harness", fix="pip install 'megalite[eval]'")
+            )
+        from megalite import evals  # imports torch
+
+        evals.main()
+    except MegaliteError as error:
+        _report(error, None, debug=False)
+        return error.exit_code
+    return EXIT_DONE
 
 
 def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Checks) -> int:

@@ -1,8 +1,9 @@
-"""megalite as a model of lm-evaluation-harness: `lm_eval --model megalite --model_args pretrained=FOLDER --tasks ...`.
+"""megalite as a model of lm-evaluation-harness: `megalite-eval --model megalite --model_args pretrained=FOLDER ...`.
 
-Needs the extra `eval`. `python -m megalite.evals` is the harness's own command line with this model known to it, for
-versions of the harness that find no models in other packages; under `torchrun --nproc-per-node N -m megalite.evals` the
-model is laid out over N ranks, every rank makes the same calls, and the first reports.
+Needs the extra `eval`. `megalite-eval`, or `python -m megalite.evals`, is the harness's own command line with this
+model known to it. With a harness that finds no models in other packages (0.4.13), type it in place of `lm_eval`; all
+other arguments are the harness's own. Under `torchrun --nproc-per-node N -m megalite.evals` the model is laid out over
+N ranks, every rank makes the same calls, and the first reports.
 """
 
 from __future__ import annotations

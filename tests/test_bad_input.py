@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -812,3 +813,17 @@ def test_the_door_is_quick_and_imports_no_torch(job, script, args, code):
     assert "Traceback" not in result.stderr
     # Processor time, 0.3 s where this was written: other tests on the machine do not count towards the 2 s.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
+
+
+def test_the_command_for_evaluations_without_its_extra(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert cli.evaluate() == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: megalite-eval: needs lm-evaluation-harness.") and "pip install" in said
+
+
+def test_the_package_installs_no_command_of_another_project(monkeypatch):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert [one.split(" = ")[0] for one in given["entry_points"]["console_scripts"]] == ["megalite-eval"]

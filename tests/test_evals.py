@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_tokenizer import with_tokenizer
 
+from megalite import cli
+from megalite.errors import CheckpointError
+
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 pytest.importorskip("accelerate", reason="the harness's hf backend needs accelerate and peft")
 pytest.importorskip("peft", reason="the harness's hf backend needs accelerate and peft")
@@ -105,13 +108,24 @@ def test_the_command_knows_our_model_and_the_harness_own(monkeypatch):
     import lm_eval.__main__
     from lm_eval.api.registry import get_model
 
-    from megalite.evals import MegaliteLM, main
+    from megalite.evals import MegaliteLM
 
     known = []
     names = ("megalite", "hf", "dummy")
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: known.extend(map(get_model, names)))
-    main()
+    assert cli.evaluate() == 0
     assert known[0] is MegaliteLM and [model.__name__ for model in known[1:]] == ["HFLM", "DummyLM"]
+
+
+def test_the_command_says_what_is_wrong_in_a_line(monkeypatch, capsys):
+    import lm_eval.__main__
+
+    def no_model() -> None:
+        raise CheckpointError("no/such/model: no config.json")
+
+    monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", no_model)
+    assert cli.evaluate() == 3
+    assert capsys.readouterr().err == "error: no/such/model: no config.json\n"
 
 
 def test_chats_and_settings(folder):
