@@ -35,6 +35,6 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "eval": ["lm_eval>=0.4.13,<0.5"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.17,<6", "ruff>=0.9"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.24,<6", "ruff>=0.9"],
     },
 )
