@@ -158,6 +158,12 @@ def test_rewards_are_drawn_from_logs(tmp_path):
     assert lines[0] == lines[2] and lines[1][:20] == lines[0]
     words = [text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert "Up & up" in words and any("from 0.01 to 0.46" in word for word in words)
+    tool("draw_rewards", *logs, "--title", "x" * 90, "--words", "y" * 200, "--out", out)
+    sizes = {
+        text.text: float(text.get("font-size"))
+        for text in ElementTree.fromstring(out.read_text()).iter("{http://www.w3.org/2000/svg}text")
+    }
+    assert len(sizes) > 10 and all(0.55 * size * len(word) < 760 for word, size in sizes.items()), "in any font"
     logs[0].write_text('{"iteration": 2, "reward": 0.5}\n')
     assert "from the first" in tool("draw_rewards", logs[0], "--out", out, code=2)
     assert "is not the log" in tool("draw_rewards", tmp_path / "none", "--out", out, code=2)

@@ -22,7 +22,7 @@ from megalite.files import open_regular, write_durably
 EPILOG = """\
 example:
   python tools/draw_rewards.py outputs/seed-*/training/log.jsonl --title "Sums of two digits" --out rewards.svg"""
-WIDTH, HEIGHT = 760, 380
+WIDTH, HEIGHT = 760, 408
 LEFT, RIGHT, TOP, BOTTOM = 70, 730, 60, 320
 
 
@@ -75,21 +75,22 @@ def draw(runs: Sequence[Sequence[float]], title: str, words: str) -> str:
             f'stroke-opacity="{opacity}" stroke-linejoin="round"/>'
         )
 
-    parts = [text(WIDTH / 2, 30, title, 17, "middle", bold=True)]
+    parts = [text(WIDTH / 2, 30, title, 17, "middle", bold=True, room=WIDTH)]
     for value in marks(lo, hi):
         parts.append(f'<path d="M {LEFT} {y(value):.1f} H {RIGHT}" stroke="#e2e8f0"/>')
-        parts.append(text(LEFT - 8, y(value) + 4, f"{value:g}", 12, "end", "#445"))
+        parts.append(text(LEFT - 8, y(value) + 4, f"{value:g}", 12, "end", "#445", room=LEFT - 8))
     for number in [1, *(number for number in marks(1, max(last, 5)) if number >= 1)]:
         if number <= last and (number == 1 or x(number) - x(1) > 30):
-            parts.append(text(x(number), BOTTOM + 18, f"{number:.0f}", 12, "middle", "#445"))
+            parts.append(text(x(number), BOTTOM + 18, f"{number:.0f}", 12, "middle", "#445", room=60))
     parts += [line(run, COLOURS[1 + place % (len(COLOURS) - 1)], 1, 0.45) for place, run in enumerate(runs)]
     parts.append(line(mean, COLOURS[0], 2.5, 1))
     tenth = max(1, count // 10)
     change = f"{statistics.fmean(mean[:tenth]):.2f} to {statistics.fmean(mean[-tenth:]):.2f}"
-    parts.append(text(WIDTH / 2, BOTTOM + 36, "iteration", 12, "middle", "#445"))
-    several = f"thin: {len(runs)} runs, thick: their mean; " if len(runs) > 1 else ""
+    parts.append(text(WIDTH / 2, BOTTOM + 36, "iteration", 12, "middle", "#445", room=WIDTH))
+    several = f"; thin: {len(runs)} runs, thick: their mean" if len(runs) > 1 else ""
     ends = "first and last iteration" if tenth == 1 else f"means of the first and the last {tenth} iterations"
-    parts.append(text(WIDTH / 2, HEIGHT - 10, f"{words}; {several}from {change} ({ends})", 12, "middle", "#445"))
+    for place, caption in enumerate((f"{words}{several}", f"from {change} ({ends})")):
+        parts.append(text(WIDTH / 2, HEIGHT - 28 + 18 * place, caption, 12, "middle", "#445", room=WIDTH))
     return page(WIDTH, HEIGHT, parts)
 
 

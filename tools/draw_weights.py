@@ -86,8 +86,9 @@ def tensors(source: Source, extent: dict[str, int], scale: float) -> tuple[list[
         shape = " x ".join(map(str, shapes[hf]))
         where = f"{shape} {source.dtypes[hf]}, bytes from {first:,}"
         lines.append(bar(LEFT_X, y, height, "#f1f5f9"))
-        lines.append(text(LEFT_X - 10, y + height / 2 - 4, hf.partition(".")[2], 12, "end", bold=True))
-        lines.append(text(LEFT_X - 10, y + height / 2 + 12, where, 11, "end"))
+        x, name = LEFT_X - 10, hf.partition(".")[2]
+        lines.append(text(x, y + height / 2 - 4, name, 12, "end", bold=True, room=x))
+        lines.append(text(x, y + height / 2 + 12, where, 11, "end", room=x))
         y += height + GAP
     return lines, tops, y
 
@@ -99,12 +100,13 @@ def files(strips: list[Strip], tops: dict[str, float], scale: float) -> tuple[li
         colour = COLOURS[rank % len(COLOURS)]
         mine = [strip for strip in strips if strip.rank == rank]
         where = f"{file_name(rank)}, bytes {mine[0].offset:,}..{mine[-1].offset + mine[-1].nbytes:,}"
-        lines.append(text(RIGHT_X, y - 6, where, 12, fill=colour, bold=True))
+        lines.append(text(RIGHT_X, y - 6, where, 12, fill=colour, bold=True, room=WIDTH - RIGHT_X))
         for strip in mine:
             height, begin = (strip.hi - strip.lo) * scale, tops[strip.hf] + strip.lo * scale
             ribbons.append(ribbon((begin, begin + height), (y, y + height), colour))
             lines.append(bar(RIGHT_X, y, height, colour, 0.55))
-            lines.append(text(RIGHT_X + BAR + 12, y + height / 2 + 4, strip.words.partition(".")[2], 11))
+            name, x = strip.words.partition(".")[2], RIGHT_X + BAR + 12
+            lines.append(text(x, y + height / 2 + 4, name, 11, room=WIDTH - x))
             y += height
         y += GAP
     return ribbons, lines, y
@@ -126,13 +128,13 @@ def draw(source: Source, layout: Layout, param: str) -> str:
         WIDTH,
         height,
         [
-            text(WIDTH / 2, 28, title, 17, "middle", bold=True),
-            text(LEFT_X + BAR, 66, f"Hugging Face: {next(iter(source.files))}", 13, "end", "#445"),
-            text(RIGHT_X, 66, "one safetensors file a rank", 13, "start", "#445"),
+            text(WIDTH / 2, 28, title, 17, "middle", bold=True, room=WIDTH),
+            text(LEFT_X + BAR, 66, f"Hugging Face: {next(iter(source.files))}", 13, "end", "#445", room=LEFT_X + BAR),
+            text(RIGHT_X, 66, "one safetensors file a rank", 13, "start", "#445", room=WIDTH - RIGHT_X),
             *ribbons,
             *left,
             *right,
-            text(WIDTH / 2, height - 14, note, 12, "middle", "#445"),
+            text(WIDTH / 2, height - 14, note, 12, "middle", "#445", room=WIDTH),
         ],
     )
 
