@@ -265,7 +265,9 @@ def test_the_owners_sampling_counts_where_the_config_is_silent(runs):
         "hint: 3 prompts had output that ended at sampling.max_tokens = 16, the default; set it to allow more."
         in " ".join(first.err.split())
     )
-    assert same.code == 0 and "3 of 3 prompts are done already" in same.err and same.results == first.results
+    assert same.code == 0 and same.results == first.results
+    assert "3 of 3 prompts are done already; nothing is left to do" in " ".join(same.err.split())
+    assert "total:" in first.err and "total:" not in same.err and "tokens/s" not in same.err
     assert "as the model's" not in same.err and refused.code == 2
     assert "sampling.temperature was 0.0, is 1.0" in refused.err and "sampling.top_k was 7, is 0" in refused.err
 
@@ -275,10 +277,10 @@ def test_the_report_and_the_dry_run_agree(jobs, runs):
     lines = run.err.splitlines()
     at = next(number for number, line in enumerate(lines) if line.split()[:1] == ["rank"])
     header = [cell for cell in lines[at].split("  ") if cell]
-    columns = ["rank", "dp/pp/tp", "layers", "weights", "KV cache", "prefill", "decode", "busy", "comm", "wait"]
+    columns = ["rank", "tp/pp/dp", "layers", "weights", "KV cache", "prefill", "decode", "busy", "comm", "wait"]
     assert [cell.strip() for cell in header] == columns and max(map(len, lines[at:])) <= 80
     rows = [[cell.strip() for cell in line.split("  ") if cell] for line in lines[at + 1 : at + 3]]
-    assert [row[:3] for row in rows] == [["0", "0/0/0", "0-3"], ["1", "0/0/1", "0-3"]]
+    assert [row[:3] for row in rows] == [["0", "0/0/0", "0-3"], ["1", "1/0/0", "0-3"]]
     assert lines[at + 3].startswith(f"total: {len(ids())} prompts ({len(BAD)} failed), ")
     dry = subprocess.run(
         [*DOOR, "--config", jobs.config, "--dry-run", "parallel.tp=2", "input.prompts=[x]"],

@@ -207,12 +207,12 @@ def cells(text, number):
 
 def test_one_healthy_rank():
     lines = format_report([rank(0)]).splitlines()
-    assert lines[0].split() == "rank dp/pp/tp layers weights KV cache prefill decode busy comm wait".split()
+    assert lines[0].split() == "rank tp/pp/dp layers weights KV cache prefill decode busy comm wait".split()
     row = cells("\n".join(lines), 0)
     assert row.split() == "0 0/0/0 0-7 20.0 MiB 64.0 MiB 2,000 400 70% 10% 5%".split()
     assert " ".join(line.strip() for line in lines[2:]) == (
-        "total: 64 prompts, 2,064 tokens in 10.0 s, 206 tokens/s, 25% of prompt tokens from the prefix cache; "
-        "most memory in one process 400 MiB"
+        "total: 64 prompts, 2,064 tokens in 10.0 s, 206 tokens/s, 25% of prompt tokens from the prefix cache "
+        "memory: at most 400 MiB in one process"
     )
 
 
@@ -227,10 +227,12 @@ def test_a_rank_that_trains():
     }
     ranks = [rank(n, tp=n, **training, learnt_tokens=5000 * (n == 0), steps=1) for n in range(2)]
     lines = format_report(ranks).splitlines()
-    assert lines[0].split() == "rank dp/pp/tp layers weights memory busy comm wait".split()
-    assert cells("\n".join(lines), 1).split() == "1 0/0/1 0-7 20.0 MiB 400 MiB 70% 10% 5%".split()
-    total = " ".join(line.strip() for line in lines[3:])
-    assert total == "total: 1 step, 5,000 tokens in 10.0 s, 500 tokens/s; most memory in one process 400 MiB"
+    assert lines[0].split() == "rank tp/pp/dp layers weights memory busy comm wait".split()
+    assert cells("\n".join(lines), 1).split() == "1 1/0/0 0-7 20.0 MiB 400 MiB 70% 10% 5%".split()
+    assert lines[3:] == [
+        "total: 1 step, 5,000 tokens in 10.0 s, 500 tokens/s",
+        "memory: at most 400 MiB in one process",
+    ]
 
 
 sizes = st.integers(0, 10**16)
@@ -321,9 +323,9 @@ def test_totals_count_each_replica_once_and_failed_prompts():
     text = format_report(reversed(ranks))
     rows = text.splitlines()[1:9]
     assert [row.split()[0] for row in rows] == list("01234567")
-    assert rows[6].split()[1:3] == ["1/1/0", "4-7"]
+    assert rows[6].split()[1:3] == ["0/1/1", "4-7"]
     assert "total: 64 prompts (1 failed), 2,000 tokens in 11.0 s, 182 tokens/s, 20% of" in text
-    assert "2 preemptions;" in " ".join(text.split())
+    assert "2 preemptions memory:" in " ".join(text.split())
     assert "pipeline idle: 5% (stage 0: 5%, stage 1: 5%)" in text
     assert "hint" not in text
 
@@ -332,7 +334,7 @@ def test_what_was_not_measured_is_a_dash():
     empty = RankReport(rank=0, tp=0, pp=0, dp=0, layers=(3, 3))
     text = format_report([empty])
     assert cells(text, 0).split() == "0 0/0/0 none 0 B 0 B 0% 0% 0%".split()
-    assert "total: 0 prompts, 0 tokens in 0.0 s, - tokens/s; most memory" in text
+    assert text.splitlines()[2:] == ["total: 0 prompts, 0 tokens in 0.0 s", "memory: at most 0 B in one process"]
     assert "hint" not in text
 
 

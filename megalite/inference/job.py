@@ -92,7 +92,7 @@ def _generate(loaded: Loaded, runtime: Runtime) -> int:
         mail.finish(writer)
         reports = gather_reports(replica.report(engine, failed=len(left.failures) if writer else 0))
         agree_on_end(replica, completed)
-    if writer and config.monitor.report:
+    if writer and config.monitor.report and (left.requests or left.failures):
         print(format_report(reports), file=sys.stderr)
     if writer and writer.cut and loaded.origins.get("sampling.max_tokens") == DEFAULT:
         hint = f"{format_count(writer.cut, 'prompt')} had output that ended at sampling.max_tokens = "
@@ -170,7 +170,9 @@ class Writer:
         """Say what an earlier run has left to do."""
         if self.finished:
             done, total = len(self.finished), len(self.file.known)
-            print(f"{self.file.path.name}: {done:,} of {total:,} prompts are done already", file=sys.stderr)
+            rest = "; nothing is left to do" if done == total else ""
+            line = f"{self.file.path.name}: {done:,} of {total:,} prompts are done already{rest}"
+            print(wrapped(line), file=sys.stderr)
 
     def fail(self, batch: InputBatch) -> None:
         """Write the prompts that can't run."""

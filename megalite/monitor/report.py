@@ -23,7 +23,7 @@ THREADS_ARE_STARVED = 0.2
 
 _COLUMNS: dict[str, Callable[[RankReport], str]] = {
     "rank": lambda rank: str(rank.rank),
-    "dp/pp/tp": lambda rank: f"{rank.dp}/{rank.pp}/{rank.tp}",
+    "tp/pp/dp": lambda rank: f"{rank.tp}/{rank.pp}/{rank.dp}",
     "layers": lambda rank: _range(*rank.layers),
     "weights": lambda rank: format_bytes(rank.weight_bytes),
     "KV cache": lambda rank: format_bytes(rank.kv_bytes) if rank.kv_bytes else "-",
@@ -46,7 +46,8 @@ def format_report(reports: Iterable[RankReport]) -> str:
     lines = _table([tuple(columns), *(tuple(cell(report) for cell in columns.values()) for report in ranks)])
     if max(report.pp for report in ranks) > 0:
         lines.append(wrapped(_pipeline_idle(ranks)))
-    lines.append(wrapped(_totals(ranks)))
+    lines.append(wrapped(f"total: {_totals(ranks)}"))
+    lines.append(f"memory: at most {format_bytes(max(report.peak_bytes for report in ranks))} in one process")
     lines += [wrapped(f"hint: {hint}") for hint in hints(ranks)]
     return "\n".join(lines)
 
@@ -114,12 +115,13 @@ def _totals(ranks: list[RankReport]) -> str:
     else:
         parts = [f"{format_count(prompts, 'prompt')}{f' ({failed:,} failed)' if failed else ''}"]
     parts.append(f"{format_count(tokens, 'token')} in {seconds:.1f} s")
-    parts.append(f"{format_rate(tokens, seconds)} tokens/s")
+    if tokens and seconds:
+        parts.append(f"{format_rate(tokens, seconds)} tokens/s")
     if cached:
         parts.append(f"{_percent(cached / looked_up)} of prompt tokens from the prefix cache")
     if preemptions:
         parts.append(format_count(preemptions, "preemption"))
-    return f"total: {', '.join(parts)}; most memory in one process {format_bytes(max(r.peak_bytes for r in ranks))}"
+    return ", ".join(parts)
 
 
 def _starved(ranks: list[RankReport]) -> list[str]:
