@@ -134,18 +134,14 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
 
 def evaluate() -> int:
     """The command `megalite-eval`: that of lm-evaluation-harness, which knows our model here; gives its exit code."""
-    try:
-        if find_spec("lm_eval") is None:
-            raise ConfigError(
-                Problem(key="megalite-eval", rule="needs lm-evaluation-harness", fix="pip install 'megalite[eval]'")
-            )
-        from megalite import evals  # imports torch
+    if find_spec("lm_eval") is None:
+        fix = "pip install 'megalite[eval]'"
+        problem = Problem(key="megalite-eval", rule="needs lm-evaluation-harness", fix=fix)
+        _report(ConfigError(problem), None, debug=False)
+        return ConfigError.exit_code
+    from megalite import evals  # imports torch
 
-        evals.main()
-    except MegaliteError as error:
-        _report(error, None, debug=False)
-        return error.exit_code
-    return EXIT_DONE
+    return evals.main()
 
 
 def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Checks) -> int:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import atexit
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from megalite.config.schema import SamplingParams
+from megalite.errors import EXIT_DONE, MegaliteError
 from megalite.inference.llm import LLM
 from megalite.tokenizer import Tokenizer
 
@@ -33,7 +35,6 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 """What tasks call the longest output, in the order in which they count."""
 
 
-@register_model("megalite")
 class MegaliteLM(TemplateLM):
     """Scores and generates as the harness's hf backend does."""
 
@@ -188,14 +189,21 @@ class MegaliteLM(TemplateLM):
         return self.tokenizer.chat_templates.get("default") if chat_template else None
 
 
-def main() -> None:
-    """The harness's own command line."""
+def main() -> int:
+    """The harness's own command line; gives the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MegaliteError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return EXIT_DONE
 
 
 if __name__ == "__main__":
     from megalite.evals import main as registered  # by its own name, under which the harness knows the class
 
-    registered()
+    sys.exit(registered())
+else:
+    register_model("megalite")(MegaliteLM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,15 @@ def test_agrees_with_the_hf_backend(folder, tasks):
                     assert got == (answer if isinstance(answer, str) else pytest.approx(answer, abs=1e-2))
 
 
-def test_the_command_knows_our_model_and_the_harness_own(monkeypatch):
+def module() -> int:
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("megalite.evals", run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", [cli.evaluate, module])
+def test_the_command_knows_our_model_and_the_harness_own(command, monkeypatch):
     """The command itself takes a minute to list the harness's tasks."""
     import lm_eval.__main__
     from lm_eval.api.registry import get_model
@@ -113,18 +122,20 @@ def test_the_command_knows_our_model_and_the_harness_own(monkeypatch):
     known = []
     names = ("megalite", "hf", "dummy")
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", lambda: known.extend(map(get_model, names)))
-    assert cli.evaluate() == 0
+    assert command() == 0
     assert known[0] is MegaliteLM and [model.__name__ for model in known[1:]] == ["HFLM", "DummyLM"]
 
 
-def test_the_command_says_what_is_wrong_in_a_line(monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("command", [cli.evaluate, module])
+def test_the_command_says_what_is_wrong_in_a_line(command, monkeypatch, capsys):
     import lm_eval.__main__
 
     def no_model() -> None:
         raise CheckpointError("no/such/model: no config.json")
 
     monkeypatch.setattr(lm_eval.__main__, "cli_evaluate", no_model)
-    assert cli.evaluate() == 3
+    assert command() == 3
     assert capsys.readouterr().err == "error: no/such/model: no config.json\n"
 
 
