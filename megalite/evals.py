@@ -104,6 +104,9 @@ class MegaliteLM(TemplateLM):
             if prefix and string.startswith(prefix):
                 add_special_tokens = False
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        bos = self.tokenizer.bos_token_id
+        if self._add_bos_token and add_special_tokens and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]  # also where the tokenizer by itself adds none
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def _loglikelihood_tokens(

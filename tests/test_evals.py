@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizer import with_tokenizer
+from transformers import AutoTokenizer
 
 from megalite import cli
 from megalite.errors import CheckpointError
@@ -142,7 +143,14 @@ def test_the_command_says_what_is_wrong_in_a_line(command, monkeypatch, capsys):
 def test_chats_and_settings(folder):
     from megalite.evals import MegaliteLM
 
-    lm = MegaliteLM(str(folder), max_length=50, chat_template_args={"name": "bot"}, device="cuda:0")
+    settings = {"max_length": 50, "chat_template_args": {"name": "bot"}, "add_bos_token": True}
+    lm = MegaliteLM(str(folder), **settings, device="cuda:0")
+    theirs = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
+    assert (
+        lm.tok_encode("some text") == theirs.encode("some text") != theirs.encode("some text", add_special_tokens=False)
+    )
+    for without in (lm.tok_encode("<s>hi"), lm.tok_encode("<s>hi", add_special_tokens=False)):
+        assert without == theirs.encode("<s>hi", add_special_tokens=False)
     chat = [{"role": "user", "content": "hi"}]
     assert lm.apply_chat_template(chat) == "<s>user: hi\nbot: "
     begun = [*chat, {"role": "assistant", "content": "well"}]
