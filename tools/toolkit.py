@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megalite import terminal
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
-from megalite.monitor.words import format_bytes, format_count
+from megalite.monitor.words import format_bytes, format_count, format_duration
 from megalite.weights.convert import default_jobs
 from megalite.weights.output import Outcome
 
@@ -107,6 +107,12 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def say_time_left(seconds: float, rounds: int, what: str = "") -> None:
+    """How long `rounds` more like one that took `seconds` will take, on standard error; nothing where none is left."""
+    if rounds > 0:
+        print(f"{what and f'{what}: '}about {format_duration(seconds * rounds)} left", file=sys.stderr, flush=True)
 
 
 def report(outcome: Outcome, seconds: float, last: str) -> None:

@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from toolkit import say_time_left
+
 from megalite.monitor.words import format_bytes
 from megalite.weights.tensor_file import read_header
 
@@ -80,14 +82,15 @@ class Sample:
 
     name: str
     seconds: float
-    gigabytes: float
+    nbytes: int
     """Written; for verify, read."""
-    peak_mb: float | None = None
+    peak: int | None = None
+    """Bytes of memory."""
 
     @property
     def rate(self) -> float:
-        """GB/s."""
-        return self.gigabytes / self.seconds
+        """Bytes a second."""
+        return self.nbytes / self.seconds
 
 
 @dataclass
@@ -97,11 +100,11 @@ class Figure:
     name: str
     seconds: float
     rate: float
-    """GB/s."""
+    """Bytes a second."""
     ratio: float
     """Rate over that of the copies around it."""
-    peak_mb: float | None
-    """The largest."""
+    peak: int | None
+    """Bytes of memory, the largest."""
 
 
 COPY = "cp, synced"
@@ -129,10 +132,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(parent)
     print(f"{format_bytes(size)} of weights, largest tensor {format_bytes(largest)}, medians of {args.rounds} rounds\n")
-    print("| command | seconds | GB/s | rate / cp's | peak memory |\n|---|---|---|---|---|")
+    print("| command | seconds | a second | rate / cp's | peak memory |\n|---|---|---|---|---|")
     for one in figures:
-        peak = f"{one.peak_mb:.0f} MB" if one.peak_mb else ""
-        print(f"| {one.name} | {one.seconds:.1f} | {one.rate:.2f} | {one.ratio:.2f} | {peak} |")
+        peak = format_bytes(one.peak) if one.peak else ""
+        print(f"| {one.name} | {one.seconds:.1f} | {format_bytes(int(one.rate))} | {one.ratio:.2f} | {peak} |")
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
     return 0
@@ -149,8 +152,10 @@ class Bench:
         """In the order they were taken."""
 
     def run(self) -> list[Figure]:
-        for _ in range(self.args.rounds):
+        for number in range(self.args.rounds):
+            began = time.monotonic()
             self._round()
+            say_time_left(time.monotonic() - began, self.args.rounds - number - 1)
         names = dict.fromkeys(sample.name for sample in self.samples)
         return [self._figure(name) for name in names]
 
@@ -162,11 +167,11 @@ class Bench:
             statistics.median(sample.seconds for sample in samples),
             statistics.median(sample.rate for sample in samples),
             statistics.median(self.samples[index].rate / self._copying(index) for index in mine),
-            max((sample.peak_mb for sample in samples if sample.peak_mb is not None), default=None),
+            max((sample.peak for sample in samples if sample.peak is not None), default=None),
         )
 
     def _copying(self, index: int) -> float:
-        """GB/s of the copies nearest to a sample, before and after it; of a copy, its own."""
+        """Bytes a second of the copies nearest to a sample, before and after it; of a copy, its own."""
         rates = {at: sample.rate for at, sample in enumerate(self.samples) if sample.name == COPY}
         before = max(at for at in rates if at <= index)
         after = min(at for at in rates if at >= index)
@@ -230,10 +235,10 @@ class Bench:
         began = time.monotonic()
         work()
         seconds = time.monotonic() - began
-        peak = int(told.read_text()) * 1024 / 1e6 if told else None
-        sample = Sample(name, seconds, total_size(out) / 1e9, peak)
+        peak = int(told.read_text()) * 1024 if told else None
+        sample = Sample(name, seconds, total_size(out), peak)
         self.samples.append(sample)
-        print(f"{name}: {seconds:.1f} s, {sample.rate:.2f} GB/s", file=sys.stderr, flush=True)
+        print(f"{name}: {seconds:.1f} s, {format_bytes(int(sample.rate))}/s", file=sys.stderr, flush=True)
 
 
 def total_size(folder: Path) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from benchmarks.convert import evict, generate, total_size
+from toolkit import say_time_left
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -67,7 +68,8 @@ def rank_main(rank: int, folder: Path, layout: Layout, rounds: int) -> None:
     for param in decoder.parameters():
         param.data.zero_()  # so that no round pays for memory that was never touched
     seconds: dict[str, dict[str, list[float]]] = {form: {"cold": [], "warm": []} for form in FORMS}
-    for _ in range(rounds):
+    for number in range(rounds):
+        start = time.monotonic()
         for form, name in FORMS.items():
             if rank == 0:
                 evict(folder / name)
@@ -77,6 +79,8 @@ def rank_main(rank: int, folder: Path, layout: Layout, rounds: int) -> None:
                 load_folder(decoder, folder / name)
                 dist.barrier()
                 seconds[form][state].append(time.monotonic() - began)
+        if rank == 0:
+            say_time_left(time.monotonic() - start, rounds - number - 1)
     if rank == 0:
         (folder / "seconds").write_text(json.dumps(seconds))
     dist.destroy_process_group()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from toolkit import say_time_left
 
 from megalite import LLM, SamplingParams
 
@@ -72,10 +73,12 @@ def measure_all(args: argparse.Namespace, llm: LLM, theirs: Transformers, vocab:
 
     def compare(name: str, make: Callable[[], Job], batch: int) -> None:
         rounds = []
-        for _ in range(args.rounds):
-            job = make()
+        for number in range(args.rounds):
+            job, began = make(), time.monotonic()
             mine = timed(lambda job=job: generate_ours(llm, job))
             rounds.append((job.tokens, mine, timed(lambda job=job: theirs.generate(job, batch))))
+            if number == 0:
+                say_time_left(time.monotonic() - began, args.rounds - 1, name)
         row = {
             "workload": name,
             "megalite": statistics.median(tokens / mine.seconds for tokens, mine, _ in rounds),

@@ -3,8 +3,8 @@
 Starts four ranks on this machine, joined by gloo, with one thread each. A random Llama in bfloat16 is built in both
 layouts of every pair; both ways take turns and medians are printed. The usual way beside it: whoever holds a slice of
 a tensor broadcasts it, every rank puts the whole tensor together and cuts out its own part. Sync's time is without the
-comparison of all weights that may follow it, which has a column of its own. Seconds and MiB are those of the rank that
-takes most; `lacks` is what a rank has to get at least, `needs` is memory beyond the weights.
+comparison of all weights that may follow it, which has a column of its own. Seconds and bytes are those of the rank
+that takes most; `lacks` is what a rank has to get at least, `needs` is memory beyond the weights.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from toolkit import say_time_left
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.hybrid.sync import Sync
 from megalite.model.config import AttentionSpec, ModelConfig, Rope
 from megalite.model.decoder import Decoder
+from megalite.monitor.words import format_bytes
 from megalite.weights.exchange import least_received
 from megalite.weights.mapping import Owned, local_elements, owned
 from megalite.weights.transfer import build, initialise
 
 RANKS = 4
 MIB = 1 << 20
-HEAD = "| tp x pp x dp | lacks | moves: sync | gather | takes: sync | gather | ratio | verify | needs: sync | gather |"
+HEAD = "| layouts | lacks | moves: sync | gather | takes: sync | gather | ratio | verify | needs: sync | gather |"
 CPU = torch.device("cpu")
 PAIRS = (
     (Layout(2, 2, 1), Layout(4, 1, 1)),
@@ -76,8 +78,9 @@ def run(args: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.multiprocessing.spawn(rank_main, (folder, args.layers, int(args.bucket * MIB), args.rounds), RANKS)
         figures = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]
-    size = local_elements(model_of(args.layers), Layout(), 0) * 2 / MIB
-    print(f"{size:.0f} MiB of weights, buckets of {args.bucket:g} MiB, {RANKS} ranks, {args.rounds} rounds\n")
+    size = local_elements(model_of(args.layers), Layout(), 0) * 2
+    bucket = format_bytes(int(args.bucket * MIB))
+    print(f"{format_bytes(size)} of weights, buckets of {bucket}, {RANKS} ranks, {args.rounds} rounds\n")
     print_table(figures)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
@@ -92,7 +95,7 @@ def print_table(figures: list[list[dict]]) -> None:
         most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
         worst = max((rank["received"] / rank["least"] for rank in ranks if rank["least"]), default=1.0)
         least, received, gathered, buffer, other = (
-            f"{most[key] / MIB:.0f} MiB" for key in ("least", "received", "gather_received", "buffer", "gather_buffer")
+            format_bytes(most[key]) for key in ("least", "received", "gather_received", "buffer", "gather_buffer")
         )
         sync, gather, verify = (f"{most[key]:.3f} s" for key in ("sync", "gather", "verify"))
         ratio = f"{most['gather'] / most['sync']:.1f}"
@@ -130,7 +133,12 @@ def rank_main(rank: int, folder: str, layers: int, bucket_bytes: int, rounds: in
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
     model = model_of(layers)
-    figures = [vars(measure(rank, model, *pair, bucket_bytes, rounds)) for pair in PAIRS]
+    figures = []
+    for number, pair in enumerate(PAIRS):
+        began = time.monotonic()
+        figures.append(vars(measure(rank, model, *pair, bucket_bytes, rounds)))
+        if rank == 0:
+            say_time_left(time.monotonic() - began, len(PAIRS) - number - 1)
     Path(folder, f"{rank}.json").write_text(json.dumps(figures))
     dist.destroy_process_group()
 
@@ -155,7 +163,7 @@ def measure(rank: int, model: ModelConfig, source: Layout, target: Layout, bucke
         with filled(generating):
             seconds["gather"].append(timed(gather.run))
     return Figures(
-        pair=f"{short(source)} to {short(target)}",
+        pair=f"{source} to {target}",
         **{key: statistics.median(values[1:]) for key, values in seconds.items()},
         least=least_received(model, source, target).get(rank, 0) * 2,
         received=sync.received_bytes,
@@ -163,11 +171,6 @@ def measure(rank: int, model: ModelConfig, source: Layout, target: Layout, bucke
         buffer=sync.buffer_bytes,
         gather_buffer=gather.buffer,
     )
-
-
-def short(layout: Layout) -> str:
-    shifted = f" from rank {layout.first_rank}" if layout.first_rank else ""
-    return f"{layout.tp}x{layout.pp}x{layout.dp}{shifted}"
 
 
 def timed(work: Callable[[], None]) -> float:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from toolkit import say_time_left
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -122,6 +123,7 @@ def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Names
     generator = torch.Generator().manual_seed(0)
     rounds: list[dict[str, Timed]] = []
     for number in range(args.rounds + 1):
+        began = time.monotonic()
         lengths = lengths_of(args, generator)
         rows = [torch.randint(vocab, (length + 1,), generator=generator) for length in lengths]
         order = list(sides) if number % 2 else list(reversed(sides))
@@ -139,6 +141,8 @@ def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Names
                     sides[name](rows)
         if number:  # the first round warms up
             rounds.append(found)
+        if number == 1:
+            say_time_left(time.monotonic() - began, args.rounds - number, f"{folder.name}, {dtype}")
     mine, others = "megalite", [name for name in rounds[0] if name != "megalite"]
     medians = {name: 1000 * statistics.median(one[name].seconds for one in rounds) for name in (mine, *others)}
     ratios = {
