@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -83,7 +83,7 @@ def run_job(rank: int, config: HybridConfig, stop_at: int = 0) -> str:
     """What the rank says. From the `stop_at`-th time that rank 1 asks for a signal, there is a SIGTERM."""
     said = StringIO()
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # for rewards of the tests
-    with as_run(rank) as runtime, redirect_stdout(said):
+    with as_run(rank) as runtime, redirect_stdout(said), redirect_stderr(said):
         asked = itertools.count(1)
         if stop_at and rank == 1:
             runtime.signal_received = lambda: signal.SIGTERM if next(asked) >= stop_at else None
@@ -143,7 +143,8 @@ def test_an_example_that_the_tokenizer_fails_at_costs_itself_only(ranks, tmp_pat
     (folder / "tokenizer.json").write_text(json.dumps(made))
     config = settings(tmp_path / "out", layout(), layout(first_rank=1))
     config = replace(config, data=HybridDataSection(source=str(source)), tokenizer=TokenizerSection(path=str(folder)))
-    ranks(2).run(run_job, config)
+    said = "".join(ranks(2).run(run_job, replace(config, monitor=replace(config.monitor, report=False))))
+    assert "iteration 1/1" in said and "total:" not in said and "memory:" not in said
     rollouts = tmp_path / "out/training/rollouts/iteration-000001.jsonl"
     sampled = [json.loads(line)["prompt"] for line in rollouts.open()]
     assert len(sampled) == 8 and set(sampled) == set(prompts[:7])
@@ -152,7 +153,11 @@ def test_an_example_that_the_tokenizer_fails_at_costs_itself_only(ranks, tmp_pat
 def test_both_sides_are_at_the_sampling_temperature(ranks, tmp_path):
     """The log-probabilities that ratios, divergences and importance weights are made of."""
     config = settings(tmp_path, layout(tp=2), layout(dp=2))
-    ranks(2).run(run_job, replace(config, sampling=SamplingParams(temperature=0.6, max_tokens=8, ignore_eos=True)))
+    config = replace(config, sampling=SamplingParams(temperature=0.6, max_tokens=8, ignore_eos=True))
+    said = "".join(ranks(2).run(run_job, config))
+    assert "total: 1 step, " in said and "memory: at most " in said
+    shown = [line for line in said.splitlines() if str(tmp_path) not in line]
+    assert any(line.startswith("iteration 1/1  reward") for line in shown) and max(map(len, shown)) <= 80
     model = load(tmp_path)
     for sample in map(json.loads, (tmp_path / "training/rollouts/iteration-000001.jsonl").open()):
         prompt, tokens = sample["prompt_token_ids"], sample["token_ids"]

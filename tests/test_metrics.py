@@ -270,6 +270,14 @@ def test_a_report_fits_a_terminal(ranks):
     assert max(map(len, format_report(ranks).splitlines())) <= COLUMNS == 80
 
 
+def test_lines_of_a_log_break_between_their_parts():
+    short = "step 2000/2000  loss 2.1234  lr 1.00e-04  norm 0.123  45,678 tokens/s  MFU 12.3%"
+    assert wrapped(short) == short and len(short) == 80
+    parts = ["iteration 1/3", "reward 0.250 (best of each prompt 0.500)", "log-probabilities within 1.2e-06", "3.1 s"]
+    assert wrapped("  ".join(parts)) == f"{parts[0]}  {parts[1]}\n  {parts[2]}  {parts[3]}"
+    assert wrapped(f"step 1  {'word ' * 20}end").count("\n") == 1, "a part that is too long breaks at its words"
+
+
 def test_threads_that_fight_for_cores_are_named():
     (hint,) = hints([rank(0, starved=0.15), rank(1, tp=1, starved=0.6, communication=8.0)])
     assert hint.startswith("rank 1 had threads that could have run and got no core for up to 60% of the time")

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def job(source, tmp_path):
 def run_job(rank: int, config: TrainConfig, stop_at: int = 0, fault: str = "") -> str:
     """What the run printed, and how it ended. `stop_at`: the last rank gets a SIGTERM during that step of the run."""
     said = io.StringIO()
-    with as_run(rank) as runtime, redirect_stdout(said):
+    with as_run(rank) as runtime, redirect_stdout(said), redirect_stderr(said):
         os.environ[FAULT_VARIABLE] = fault
         steps = itertools.count(1)
         if stop_at and rank == dist.get_world_size() - 1:
@@ -191,7 +191,7 @@ def test_another_tp_goes_on_from_the_state(is_resharded, job, ranks):
         reshard(source, Layout(), source.with_name("step-00000005-tp1pp1"))
         shutil.rmtree(source)
         source = state_of(last)
-    assert f"going on after step 5, from {source}" in ranks(1).run(run_job, last)[0]
+    assert f"going on after step 5, from {source}" in ranks(1).run(run_job, last)[0].replace("\n  ", " ")
     same(whole, last, rtol=1e-3, atol=1e-5)
     assert verify(state_of(last), output(last)).findings == [], "the best model is the last one"
 
@@ -245,7 +245,7 @@ def test_a_run_on_examples_goes_on_in_the_middle_of_an_epoch(size, job, ranks, t
         return changed(made, "data", source=str(source), sequence_length=64, held_out=0.1)
 
     whole, broken = config("whole"), config("broken")
-    said = ranks(size).run(run_job, whole)[0]
+    said = ranks(size).run(run_job, whole)[0].replace("\n  ", " ")
     assert re.search(r"2\d examples of [\d,]+ tokens to train on, \d+ of them in responses; \d examples held out", said)
     assert "stopped by SIGTERM" in ranks(size).run(run_job, broken, 4)[0]
     assert "going on after step 4" in ranks(size).run(run_job, broken)[0]
@@ -303,7 +303,9 @@ def test_time_that_is_over_ends_a_run_with_a_model(job, ranks):
     config = job("seconds", max_seconds=1e-6)
     assert "ends after step 1: train.max_seconds=1e-06 are over" in ranks(1).run(run_job, config)[0]
     assert (output(config) / "README.md").exists() and (output(config) / "model.safetensors").exists()
-    assert "ends after step 2" in ranks(1).run(run_job, config)[0], "the next run has its own time"
+    [said] = ranks(1).run(run_job, changed(config, "monitor", report=False))
+    assert "ends after step 2" in said, "the next run has its own time"
+    assert "total:" not in said and "memory:" not in said
 
 
 def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(job, ranks):
@@ -321,6 +323,8 @@ def test_an_exported_model_is_the_trained_one_to_everybody(job, ranks):
     config = job("out", parallel={"tp": 2}, sample_prompts=["def f("])
     said = ranks(2).run(run_job, config)[0]
     assert "step 8  held-out loss" in said and said.count("(best so far)") == 2
+    assert "total: 8 steps, " in said and "memory: at most " in said
+    assert all(len(line) <= 80 for line in said.splitlines() if line.startswith(("step", "total", "rank")))
     ids = torch.randint(300, (40,), generator=torch.Generator().manual_seed(3))
     want = transformers_logits(output(config), ids)
     state = ParallelState(Layout())

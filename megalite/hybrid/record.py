@@ -15,7 +15,7 @@ from megalite.files import LineFile
 from megalite.hybrid.learner import Lesson
 from megalite.hybrid.rollout import Judged, Rollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
-from megalite.monitor.words import format_duration, format_rate
+from megalite.monitor.words import format_duration, format_rate, wrapped
 from megalite.train.flops import training_flops
 from megalite.train.log import Board, continued
 
@@ -116,7 +116,7 @@ class Record:
         if not self.speaks:
             return
         if line is not None:
-            print(line, flush=True)
+            print(wrapped(line), flush=True)
         if values is not None and self.log is not None:
             self.log.append(json.dumps(values))
 

@@ -6,6 +6,8 @@ import textwrap
 
 COLUMNS = 80
 """What a terminal shows on one line."""
+_WHOLE = "\0"
+"""Stands for a space at which no line may end."""
 
 
 def format_bytes(count: int) -> str:
@@ -43,5 +45,12 @@ def format_duration(seconds: float) -> str:
 
 
 def wrapped(text: str) -> str:
-    """A line as several that fit a terminal, the further ones indented; words are not cut."""
-    return textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    """A line as several that fit a terminal, the further ones indented; words are not cut.
+
+    Where two spaces part it, as they do in the lines of a log, it breaks there alone, but for parts that are too long.
+    """
+    parts = text.split("  ")
+    if len(parts) > 1:
+        text = "  ".join(part if len(part) > COLUMNS - 2 else part.replace(" ", _WHOLE) for part in parts)
+    lines = textwrap.fill(text, COLUMNS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return lines.replace(_WHOLE, " ")

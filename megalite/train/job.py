@@ -24,7 +24,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
 from megalite.monitor.report import format_report
-from megalite.monitor.words import format_rate
+from megalite.monitor.words import format_rate, wrapped
 from megalite.train import card
 from megalite.train.batch import MicroBatch
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
@@ -379,7 +379,7 @@ class Job:
         """A line on the terminal and, with `values`, one in the log; by one rank."""
         if not self.is_writer:
             return
-        print(line, flush=True)
+        print(wrapped(line), flush=True)
         if values is not None and self.log is not None:
             self.log.write(self.trainer.steps_done, values)
 
