@@ -236,7 +236,7 @@ class Tokenizer:
             oldest.close()
         return self._compiled[name]
 
-    # ---- what programs call besides, with transformers' defaults
+    # ---- what programs call besides, under transformers' names
 
     def __len__(self) -> int:
         return self._length
@@ -262,14 +262,15 @@ class Tokenizer:
         conversation: Sequence[Any],
         tools: Sequence[Any] | None = None,
         *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        return_dict: bool = True,
+        add_generation_prompt: bool = True,
+        tokenize: bool = False,
+        return_dict: bool = False,
         **variables: Any,
     ) -> Any:
         """The prompt for a chat, or a list of them for several: as text, ids, or (`return_dict`) an Encoding.
 
-        `variables`, and TemplateError, as of `chat_text`.
+        The defaults are those of a prompt for `generate`, not transformers'. `variables`, and TemplateError, as of
+        `chat_text`.
         """
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         variables |= {"add_generation_prompt": add_generation_prompt} | ({} if tools is None else {"tools": tools})

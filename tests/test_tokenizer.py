@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -227,9 +228,12 @@ def test_what_programs_call_besides(tmp_path):
     for some in (tokens, tokens[0], "no such token"):
         assert ours.convert_tokens_to_ids(some) == theirs.convert_tokens_to_ids(some)
     for chat in (MESSAGES, [MESSAGES, MESSAGES[:1]]):
-        for options in ({}, {"add_generation_prompt": True}, {"tokenize": False}, {"return_dict": False}):
+        for prompt, tokenize, return_dict in itertools.product((True, False), repeat=3):
+            options = {"add_generation_prompt": prompt, "tokenize": tokenize, "return_dict": return_dict and tokenize}
             got, wanted = (one.apply_chat_template(chat, **options) for one in (ours, theirs))
             assert got == (wanted if isinstance(wanted, str | list) else dict(wanted)), options
+        text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        assert ours.apply_chat_template(chat) == text
     with pytest.raises(AttributeError):
         encoded.offsets_of_nothing  # noqa: B018
     with pytest.raises(ValueError, match="half a surrogate pair"):
