@@ -28,6 +28,7 @@ from toolkit import say_time_left
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
+from megalite.errors import ConfigError, Problem
 from megalite.hybrid.sync import Sync
 from megalite.model.config import AttentionSpec, ModelConfig, Rope
 from megalite.model.decoder import Decoder
@@ -74,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.layers < 2:
+        raise ConfigError(Problem(key="--layers", value=args.layers, rule="must be >= 2: some layouts have two stages"))
     with tempfile.TemporaryDirectory(prefix="megalite-bench-") as folder:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.multiprocessing.spawn(rank_main, (folder, args.layers, int(args.bucket * MIB), args.rounds), RANKS)
