@@ -569,7 +569,7 @@ def test_an_evaluation_that_is_broken_off_leaves_no_answer_behind(own):
 
 def test_workers_die_with_their_parent(own):
     code = "from megalite.hybrid.reward_pool import *\n"
-    code += "pool = RewardPool('own_rewards:reward', workers=1, time_limit=PATIENCE0, failure_reward=0).__enter__()\n"
+    code += "pool = RewardPool('own_rewards:reward', workers=1, time_limit=600, failure_reward=0).__enter__()\n"
     code += (
         "samples = [Sample(prompt='', completion=text, example={}) for text in ('os.getpid()', 'time.sleep(600)')]\n"
     )
