@@ -98,7 +98,7 @@ class LLM:
             engine=_engine_section(engine),
             distributed=DistributedSection(device=None if device in (None, "auto") else str(device).partition(":")[0]),
         )
-        self._start(loaded_from(config))
+        self._start(config)
         if skip_tokenizer_init:
             self.replica.tokenizer = None
             self._served = serve(self.replica)
@@ -107,13 +107,15 @@ class LLM:
     def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
         """The model, layout, engine and default sampling of a config file; `overrides` as on the command line."""
         llm = cls.__new__(cls)
-        llm._start(load_config("infer", path, overrides))
+        loaded = load_config("infer", path, overrides)
+        llm._start(loaded.config, loaded)
         return llm
 
-    def _start(self, loaded: Loaded) -> None:
-        config = loaded.config
+    def _start(self, config: InferConfig, loaded: Loaded | None = None) -> None:
+        """`loaded`: the config with its origins; None for one made in Python, which may hold anything until checked."""
         place = Place.of(os.environ)
         _check(config, place.world_size if place else 1)
+        loaded = loaded or loaded_from(config)
         self.config = config
         self._launched = place is not None
         self._closed = False
