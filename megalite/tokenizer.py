@@ -32,10 +32,6 @@ _GOES_ON = "[the last message goes on here] "
 """Stands in a chat where an answer is to go on; the space tells whether the template cuts white space off."""
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""What a tokenizer is in a model folder, the first always, the others where it has them."""
-
-
 class Encoding(dict[str, Any]):
     """Texts in ids, by key and by attribute, as programs written for transformers read them."""
 

@@ -101,11 +101,6 @@ def _is_apart(folder: Path) -> bool:
     return (CONFIG in names and any(map(is_weights, names))) or (folder.name == "training" and "log.jsonl" in names)
 
 
-def code_in(folder: Path) -> list[str]:
-    """Names of the programs in a folder, which are left behind."""
-    return sorted(path.name for path in folder.iterdir() if any(fnmatchcase(path.name, one) for one in CODE))
-
-
 def of_model(folder: Path) -> list[Path]:
     """The files that must not stay in a folder beside the weights of another model."""
     mine = {path.name for path in folder.iterdir() if any(fnmatchcase(path.name, one) for one in MODEL)}
