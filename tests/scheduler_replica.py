@@ -170,4 +170,4 @@ class Replica:
     def _truth(self, seq: Sequence, position: int) -> tuple:
         """The history that stands at a position; with prefix caching off it belongs to one request alone."""
         owner = None if self.shared else seq.request.id
-        return owner, self.key_variant(seq.limit), tuple(seq.token_ids[: position + 1])
+        return owner, self.key_variant(seq.request.longest), tuple(seq.token_ids[: position + 1])
