@@ -18,7 +18,7 @@ def run(loaded: Loaded) -> int:
 
 
 def checks(config: TrainConfig) -> list[Problem]:
-    from megalite.train.data import check  # imports tokenizers, which --help has no need of
+    from megalite.train.data.prepared import check  # imports tokenizers, which --help has no need of
 
     return check(config)
 

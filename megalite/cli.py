@@ -25,11 +25,8 @@ from megalite import terminal
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
-from megalite.config.shape import hints, holds_text
+from megalite.config.typecheck import hints, holds_text
 from megalite.config.validate import layout_words, num_ranks, world_size_problem
-from megalite.core.hosts import check_hostfile, distrust, pack_config, run_over_hosts, unpack_config
-from megalite.core.launcher import door_of, run_ranks
-from megalite.core.place import Place
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -41,8 +38,11 @@ from megalite.errors import (
     Stopped,
 )
 from megalite.model.config import ModelConfig
-from megalite.monitor.processes import die_with_parent
 from megalite.preflight import as_sampled, check
+from megalite.run.hosts import check_hostfile, distrust, pack_config, run_over_hosts, unpack_config
+from megalite.run.launch_env import LaunchEnv
+from megalite.run.launcher import door_of, run_ranks
+from megalite.run.processes import die_with_parent
 
 Run = Callable[[Loaded], int]
 Checks = Callable[[Config], list[Problem]]
@@ -113,7 +113,7 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
         return run(loaded)
 
     try:
-        place = Place.of(os.environ)
+        place = LaunchEnv.of(os.environ)
         with _leaving_on_signals(place):
             code = _main(kind, run_here, arguments, place, checks)
         terminal.warn_of_loss()
@@ -144,7 +144,7 @@ def evaluate() -> int:
     return evals.main()
 
 
-def _main(kind: Kind, run: Run, argv: list[str], place: Place | None, checks: Checks) -> int:
+def _main(kind: Kind, run: Run, argv: list[str], place: LaunchEnv | None, checks: Checks) -> int:
     options = read_arguments(argv)
     if "--help" in options.flags:
         _say(usage(kind))
@@ -188,7 +188,7 @@ def _check_input(config: Config, model: ModelConfig | None) -> None:
     """Read the whole input file. ConfigError for lines that can't run, which would cost a run these lines only."""
     if not isinstance(config, InferConfig) or config.input.file in (None, "-"):
         return
-    from megalite.inference.inputs import input_problems
+    from megalite.inference.io.inputs import input_problems
 
     found = input_problems(config.input, config.sampling, model.vocab_size if model else None)
     if found:
@@ -274,7 +274,7 @@ def usage(kind: Kind) -> str:
 
 
 @contextmanager
-def _leaving_on_signals(place: Place | None) -> Iterator[None]:
+def _leaving_on_signals(place: LaunchEnv | None) -> Iterator[None]:
     """Until the work begins, and takes the signals over, SIGINT and SIGTERM end this process with one line.
 
     The door and the first rank that a launcher started on a host say it.
@@ -298,7 +298,7 @@ def _leaving_on_signals(place: Place | None) -> Iterator[None]:
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], options: Options) -> list[Problem]:
+def _misplaced(loaded: Loaded, place: LaunchEnv | None, argv: Sequence[str], options: Options) -> list[Problem]:
     """What is wrong with how this rank was started, if it is one."""
     found: list[Problem | None] = []
     if place is not None:
@@ -318,7 +318,7 @@ def _misplaced(loaded: Loaded, place: Place | None, argv: Sequence[str], options
     return [problem for problem in found if problem is not None]
 
 
-def _launched(place: Place, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
+def _launched(place: LaunchEnv, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
     """How this rank was started, and the command that starts `wanted` ranks instead."""
     hosts = max(1, place.world_size // (place.started_here or place.world_size))
     each = -(-wanted // hosts)
@@ -380,7 +380,7 @@ def _say(text: str) -> None:
     terminal.require_stdout()
 
 
-def _report(error: MegaliteError, place: Place | None, debug: bool) -> None:
+def _report(error: MegaliteError, place: LaunchEnv | None, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     if isinstance(error, Stopped):

@@ -10,7 +10,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.inference.memory import activation_bytes, blocks_for, graph_bytes, kv_block_bytes
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
-from megalite.weights.mapping import local_elements
+from megalite.weights.table import local_elements
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOST_ROWS = 256

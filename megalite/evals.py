@@ -17,7 +17,7 @@ from typing import Any
 from megalite.config.schema import SamplingParams
 from megalite.errors import EXIT_DONE, MegaliteError
 from megalite.inference.llm import LLM
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 try:
     # The harness registers its own models by itself only while no other is known.

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import yaml
 
 from megalite.config.schema import DistributedSection
-from megalite.core import distributed
 from megalite.errors import MegaliteError, Stopped, maybe_fault
+from megalite.run import runtime as distributed
 
 
 def listening_everywhere() -> bool:

@@ -13,7 +13,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megalite.weights import convert
+from megalite.convert import convert
 from megalite.weights.shards import STEP
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"

@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 from megalite.model import families
-from megalite.weights.mapping import hf_shapes
+from megalite.weights.table import hf_shapes
 from megalite.weights.tensor_file import DTYPE_BYTES, new_header
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

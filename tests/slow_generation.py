@@ -13,7 +13,7 @@ from reference import load
 from tiny_models import VOCAB
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.inputs import derived_seed
+from megalite.inference.io.inputs import derived_seed
 
 EOS = 2
 NEAR_TIE = 1e-4

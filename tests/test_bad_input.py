@@ -20,7 +20,7 @@ from waiting import PATIENCE
 from megalite import cli
 from megalite.hybrid.checks import problems as hybrid_checks
 from megalite.model import families
-from megalite.weights.mapping import hf_shapes
+from megalite.weights.table import hf_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = {
@@ -40,7 +40,7 @@ NEW_MODEL = "model: {config: {model_type: llama, hidden_size: 48, intermediate_s
 TRAIN = f"{NEW_MODEL}  num_attention_heads: 6}}}}\noutput: {{folder: out}}\n"
 SHORT = f"{TRAIN}data: {{sequence_length: 64}}\n"
 HYBRID = f"""{TRAIN}data: {{source: "megalite.hybrid.tasks:additions"}}
-hybrid: {{reward: "megalite.hybrid.rewards:exact_match"}}
+hybrid: {{reward: "megalite.rewards.functions:exact_match"}}
 """
 USAGE, CHECKPOINT, RESOURCES = 2, 3, 4
 
@@ -428,11 +428,11 @@ CASES = {
     "a billion prompts": hybrid(
         "hybrid.prompts_per_step=1000000000", "hybrid.prompts_per_step: must be at most 1048576"
     ),
-    "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.hybrid.rewards:"),
+    "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.rewards.functions:"),
     "reward that is no function": hybrid("hybrid.reward=parses", "must be package.module:function, got 'parses'"),
     "reward in no module": hybrid("hybrid.reward=no_such:thing", "hybrid.reward", "no_such"),
     "misspelt reward": hybrid(
-        "hybrid.reward=megalite.hybrid.rewards:exact_mach", "hybrid.reward", "megalite.hybrid.rewards:exact_match"
+        "hybrid.reward=megalite.rewards.functions:exact_mach", "hybrid.reward", "megalite.rewards.functions:exact_match"
     ),
     "misspelt task": hybrid("data.source=megalite.hybrid.tasks:addition", "data.source", "tasks:additions"),
     "task's unknown option": hybrid("data.options={digts: 1}", "data.options", "digts"),

@@ -16,7 +16,7 @@ from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.train.balance import LoadBalance
-from megalite.train.batch import MicroBatch, blank, from_sequences
+from megalite.train.data.batch import MicroBatch, blank, from_sequences
 from megalite.train.model import LanguageModel
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, get_whole

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from tokenizer_family import FAMILY
 
-from megalite.chat_template import TemplateError
 from megalite.config.schema import DataSection, InputSection, SamplingParams
 from megalite.hybrid.tasks import load_examples
-from megalite.inference.inputs import Served, read_inputs
-from megalite.tokenizer import Tokenizer
-from megalite.train.examples import encode_answer, encode_chat
-from megalite.train.records import Records, find_files
+from megalite.inference.io.inputs import Served, read_inputs
+from megalite.text.chat_template import TemplateError
+from megalite.text.tokenizer import Tokenizer
+from megalite.train.data.examples import encode_answer, encode_chat
+from megalite.train.data.records import Records, find_files
 
 END = 2
 TEMPLATE = (

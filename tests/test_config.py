@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import PATIENCE
 
-from megalite.config import document
+from megalite.config import yaml_lines as document
 from megalite.config.explain import explain, table
 from megalite.config.load import SCHEMAS, load_config, loaded_from, resolve, with_origins
 from megalite.config.sampling import sampling_from_mapping, sampling_problems
 from megalite.config.schema import InferConfig, ModelSection, ParallelSection, SamplingParams, TrainConfig
-from megalite.config.shape import hints
+from megalite.config.typecheck import hints
 from megalite.config.validate import engine_problems, model_location, validate, world_size_problem
 from megalite.errors import ConfigError
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizer_family import FAMILY
 
 from megalite.inference.constraints import leaves_nothing, spellings
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 WORDS = ("the", "hello", "ab a", "x")
 

@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 from random_models import Sizes, values_of, write_model, write_tensors
 from tiny_models import VARIANTS
 
+from megalite.convert.convert import convert, export, parse_layout, reshard
+from megalite.convert.output import NewFile, Output
+from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, ResourceError
 from megalite.model import families
 from megalite.weights import manifest as manifests
-from megalite.weights.convert import convert, export, parse_layout, reshard
 from megalite.weights.dtypes import STORAGE
 from megalite.weights.dtypes import convert as convert_values
 from megalite.weights.hf import is_weights, open_checkpoint
-from megalite.weights.mapping import hf_shapes
-from megalite.weights.output import NewFile, Output
 from megalite.weights.shards import JOURNAL, expected
 from megalite.weights.sources import open_source
+from megalite.weights.table import hf_shapes
 from megalite.weights.tensor_file import new_header
-from megalite.weights.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -642,7 +642,7 @@ def test_memory_does_not_grow_with_the_model(family, tmp_path):
     code = (
         "import re, sys\n"
         "from megalite.core.layout import Layout\n"
-        "from megalite.weights.convert import convert, export\n"
+        "from megalite.convert.convert import convert, export\n"
         "convert(sys.argv[1], Layout(3, 2 if sys.argv[4] == 'llama' else 1), sys.argv[2], jobs=2)\n"
         "export(sys.argv[2], sys.argv[3], jobs=2, dtype='float16')\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"

@@ -22,21 +22,23 @@ from torch.distributed import FileStore
 from waiting import PATIENCE, wait_until
 
 from megalite.config.schema import DistributedSection
-from megalite.core import distributed, rendezvous, run_folder
-from megalite.core.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
-from megalite.core.place import Place
-from megalite.core.rendezvous import Card, Deadline, meet, open_store
-from megalite.core.status import StatusFile
 from megalite.errors import ConfigError, RankLost, ResourceError, Stopped
-from megalite.monitor.processes import Process
-from megalite.monitor.referee import End, Peer
+from megalite.run import meeting_folder as run_folder
+from megalite.run import rendezvous
+from megalite.run import runtime as distributed
+from megalite.run.launch_env import LaunchEnv
+from megalite.run.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
+from megalite.run.processes import Process
+from megalite.run.referee import End, Peer
+from megalite.run.rendezvous import Deadline, RankInfo, meet, open_store
+from megalite.run.status import StatusFile
 
 CPU = DistributedSection(device="cpu")
 
 
-def a_card(rank: int, **changes) -> Card:
+def rank_info(rank: int, **changes) -> RankInfo:
     me = Process.of(os.getpid())
-    card = Card(
+    card = RankInfo(
         rank=rank,
         host="hostA",
         pid=me.pid,
@@ -52,8 +54,8 @@ def a_card(rank: int, **changes) -> Card:
     return dataclasses.replace(card, **changes)
 
 
-def a_place(rank: int, world_size: int, **changes) -> Place:
-    place = Place(
+def a_place(rank: int, world_size: int, **changes) -> LaunchEnv:
+    place = LaunchEnv(
         rank=rank,
         world_size=world_size,
         local_rank=rank,
@@ -73,9 +75,9 @@ UNDER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", 
 
 
 def test_place_under_both_launchers():
-    assert Place.of({"WORLD_SIZE": "4"}) is None
-    assert Place.of({**UNDER, "LOCAL_SIZE": "2"}).started_here == 2
-    assert Place.of({**UNDER, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}) == Place(
+    assert LaunchEnv.of({"WORLD_SIZE": "4"}) is None
+    assert LaunchEnv.of({**UNDER, "LOCAL_SIZE": "2"}).started_here == 2
+    assert LaunchEnv.of({**UNDER, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}) == LaunchEnv(
         rank=1,
         world_size=4,
         local_rank=1,
@@ -86,8 +88,8 @@ def test_place_under_both_launchers():
         restart="0",
         launcher="the launcher",
     )
-    assert Place.of({**UNDER, "TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
-    assert Place.of({**UNDER, "CROSS_SIZE": "1"}).launcher == "deepspeed"
+    assert LaunchEnv.of({**UNDER, "TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
+    assert LaunchEnv.of({**UNDER, "CROSS_SIZE": "1"}).launcher == "deepspeed"
 
 
 @pytest.mark.parametrize(
@@ -96,22 +98,22 @@ def test_place_under_both_launchers():
 )
 def test_senseless_variables_are_named(name, value):
     with pytest.raises(ConfigError, match=f"{name}: must be a whole number .*got '{value}'"):
-        Place.of({**UNDER, name: value})
+        LaunchEnv.of({**UNDER, name: value})
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
 def test_a_missing_variable_is_named(name):
     with pytest.raises(ConfigError, match=f"{name}: is not set, but RANK is"):
-        Place.of({key: value for key, value in UNDER.items() if key != name})
+        LaunchEnv.of({key: value for key, value in UNDER.items() if key != name})
 
 
 # ---- meeting
 
 
-def meet_all(folder: Path, cards: list[Card], world_size: int, seconds: float, texts: dict[int, str] | None = None):
+def meet_all(folder: Path, cards: list[RankInfo], world_size: int, seconds: float, texts: dict[int, str] | None = None):
     """What each rank's `meet` gives or raises, by rank; ranks are threads over one file store."""
 
-    def one(card: Card):
+    def one(card: RankInfo):
         store = FileStore(str(folder / "store"), world_size)
         place = a_place(card.rank, world_size)
         text = (texts or {}).get(card.rank, "tp: 1\n")
@@ -125,12 +127,12 @@ def meet_all(folder: Path, cards: list[Card], world_size: int, seconds: float, t
 
 
 def test_ranks_that_agree_get_all_cards_and_one_plan(tmp_path):
-    cards = [a_card(rank, host=f"host{rank}") for rank in range(4)]
+    cards = [rank_info(rank, host=f"host{rank}") for rank in range(4)]
     assert meet_all(tmp_path, cards, 4, PATIENCE) == {rank: (cards, {"token": 4}) for rank in range(4)}
 
 
 def test_ranks_that_never_came_are_named_by_rank_0_alone(tmp_path):
-    cards = [a_card(0), a_card(1), a_card(4, host="hostB")]
+    cards = [rank_info(0), rank_info(1), rank_info(4, host="hostB")]
     found = meet_all(tmp_path, cards, 5, 4)
     assert isinstance(found[0], RankLost)
     assert "ranks 2, 3 never came within 4 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
@@ -140,7 +142,7 @@ def test_ranks_that_never_came_are_named_by_rank_0_alone(tmp_path):
 
 def test_rank_0_that_never_came_is_named_by_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(rendezvous, "_PATIENCE", 0.2)
-    (error,) = meet_all(tmp_path, [a_card(1)], 3, 0.3).values()
+    (error,) = meet_all(tmp_path, [rank_info(1)], 3, 0.3).values()
     assert isinstance(error, RankLost) and "ranks 0, 2 never came within 0.3 s" in str(error)
 
 
@@ -148,13 +150,13 @@ def test_rank_that_died_while_starting_is_named_at_once(tmp_path):
     child = subprocess.Popen(["sleep", "60"])
     victim = Process.of(child.pid)
     child.kill()
-    found = meet_all(tmp_path, [a_card(0), a_card(2, pid=victim.pid, start=victim.start)], 3, 36_000)
+    found = meet_all(tmp_path, [rank_info(0), rank_info(2, pid=victim.pid, start=victim.start)], 3, 36_000)
     child.wait()
     assert "rank 2 on hostA" in str(found[0]) and "died while the run started" in str(found[0])
 
 
 def test_other_config_is_named_with_rank_and_key(tmp_path):
-    cards = [a_card(0), a_card(1), a_card(2, sha256="other", host="hostB")]
+    cards = [rank_info(0), rank_info(1), rank_info(2, sha256="other", host="hostB")]
     texts = {
         0: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
         1: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
@@ -167,7 +169,7 @@ def test_other_config_is_named_with_rank_and_key(tmp_path):
 
 
 def test_problem_of_one_rank_is_the_problem_of_all(tmp_path):
-    found = meet_all(tmp_path, [a_card(0), a_card(1, problem="distributed.device: no GPU", code=2)], 2, PATIENCE)
+    found = meet_all(tmp_path, [rank_info(0), rank_info(1, problem="distributed.device: no GPU", code=2)], 2, PATIENCE)
     assert str(found[0]) == "rank 1 on hostA: distributed.device: no GPU" and found[0].exit_code == 2
     assert found[1].code == 2
 
@@ -193,7 +195,7 @@ def test_problem_of_one_rank_is_the_problem_of_all(tmp_path):
 )
 def test_plan(monkeypatch, changes, backend, expected):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    cards = [a_card(rank, **change) for rank, change in enumerate(changes)]
+    cards = [rank_info(rank, **change) for rank, change in enumerate(changes)]
     section = DistributedSection(backend=backend)
     if expected in ("gloo", "nccl"):
         plan = distributed._plan(section, cards)
@@ -390,7 +392,7 @@ def test_a_process_of_its_own_survives_the_failure_of_its_run(alone):
 ALONE = """
 import sys
 from megalite.config.schema import DistributedSection
-from megalite.core import distributed
+from megalite.run import runtime as distributed
 from megalite.errors import *
 section = DistributedSection(device="cpu")
 with distributed.start(section, sha256="x", config_text="", status_file=sys.argv[1]) as runtime:
@@ -423,7 +425,7 @@ def test_no_gpu_is_a_config_error(alone, monkeypatch):
 TRAIN = """
 import os
 from megalite.config.schema import DistributedSection
-from megalite.core import distributed
+from megalite.run import runtime as distributed
 with distributed.start(DistributedSection(device="cpu"), sha256="x", config_text="") as runtime:
     distributed.prepare_deepspeed(runtime)
     import deepspeed, torch

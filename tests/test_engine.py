@@ -24,14 +24,14 @@ from waiting import wait_until
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError
-from megalite.inference.assembly import Replica, load_replica
-from megalite.inference.control import broadcast_bytes
+from megalite.inference.channel import broadcast_bytes
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
-from megalite.inference.inputs import Asked, make_request
+from megalite.inference.io.inputs import Asked, make_request
 from megalite.inference.outputs import RequestOutput
+from megalite.inference.replica import Replica, load_replica
 from megalite.inference.request import Request
-from megalite.inference.run import make_feed, prepare, run_everywhere, serve
-from megalite.tokenizer import Tokenizer
+from megalite.inference.run import make_feed, prepare, prompt_limits, run_everywhere
+from megalite.text.tokenizer import Tokenizer
 
 MODEL = "llama3"
 TOLERANCE = 1e-4
@@ -127,8 +127,8 @@ def make_replica(rank: int, folder: Path, setting: Setting, store: str) -> Repli
 
 
 def requests_for(replica: Replica, asks: Sequence[Ask]) -> list[Request]:
-    served = serve(replica)
-    made = [make_request(ask.prompt, ask.params, served, id=str(ask.place), index=ask.place)[0] for ask in asks]
+    limits = prompt_limits(replica)
+    made = [make_request(ask.prompt, ask.params, limits, id=str(ask.place), index=ask.place)[0] for ask in asks]
     return [replace(request, bad_words=ask.bad_words) for request, ask in zip(made, asks, strict=True)]
 
 
@@ -445,12 +445,12 @@ def test_a_free_replica_takes_more_work(tiny, ranks, tmp_path):
 def texts(rank: int, folder: Path, store: str) -> list[str | None]:
     """Prompts as the results of a second call show them; the first call's were texts, the second's are token ids."""
     replica = make_replica(rank, folder, Setting(layout=Layout(1, 1, 2)), store)
-    engine, served = replica.engine(), serve(replica)
+    engine, limits = replica.engine(), prompt_limits(replica)
     params = [SamplingParams(max_tokens=length) for length in (3, 9)]
     shown = []
     for prompts, lengths in ((["ab", "cd"], params), ([[5, 6], [7, 8]], params[::-1])):
         made = [
-            make_request(p, q, served, id=str(i), index=i)
+            make_request(p, q, limits, id=str(i), index=i)
             for i, (p, q) in enumerate(zip(prompts, lengths, strict=True))
         ]
         named = {request.id: text for request, text in made if text is not None}
@@ -468,7 +468,7 @@ def test_texts_of_one_call_do_not_show_up_in_the_next(talking, ranks, tmp_path):
 def prepared(rank: int, folder: Path, given: dict[str, list], store: str) -> dict[str, object]:
     """Of each case what the ranks make of `given`, one entry a rank: ids, or why not; and who tokenised how often."""
     replica = make_replica(rank, folder, Setting(layout=Layout(1, 2, 2)), store)
-    served, encode, encoded = serve(replica), replica.tokenizer.encode_batch, []
+    limits, encode, encoded = prompt_limits(replica), replica.tokenizer.encode_batch, []
     replica.tokenizer.encode_batch = lambda texts, **options: encoded.append(len(texts)) or encode(texts, **options)
     found = {}
     for case, each in given.items():
@@ -478,7 +478,7 @@ def prepared(rank: int, folder: Path, given: dict[str, list], store: str) -> dic
         ]
         try:
             found[case] = [
-                (request.prompt_token_ids, request.seed, text) for request, text in prepare(replica, asked, served)
+                (request.prompt_token_ids, request.seed, text) for request, text in prepare(replica, asked, limits)
             ]
         except ConfigError as error:
             found[case] = str(error)

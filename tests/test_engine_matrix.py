@@ -12,9 +12,9 @@ from tiny_models import VOCAB
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
-from megalite.inference.assembly import load_replica
-from megalite.inference.inputs import make_request
-from megalite.inference.run import run_everywhere, serve
+from megalite.inference.io.inputs import make_request
+from megalite.inference.replica import load_replica
+from megalite.inference.run import prompt_limits, run_everywhere
 
 
 def generate(rank: int, folder: Path, layout: Layout):
@@ -28,11 +28,11 @@ def generate(rank: int, folder: Path, layout: Layout):
         engine=EngineSection(block_size=4, max_num_batched_tokens=16, max_num_seqs=3),
     )
     replica, _ = load_replica(config, PoolRuntime(rank, layout.size))
-    served = serve(replica)
+    limits = prompt_limits(replica)
     params = SamplingParams(
         temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=VOCAB, prompt_logprobs=VOCAB
     )
-    requests = [make_request(prompt, params, served, id=str(i), index=i)[0] for i, prompt in enumerate(PROMPTS)]
+    requests = [make_request(prompt, params, limits, id=str(i), index=i)[0] for i, prompt in enumerate(PROMPTS)]
     results = []
     for output in run_everywhere(replica, replica.engine(), requests, {}, key="matrix"):
         entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_data import TOKENIZER
+from test_prepared import TOKENIZER
 from test_tokenizer import tokenizer as tokenizer_of
 from tiny_tokenizer import CHAT, with_tokenizer
 from tokenizer_family import FAMILY, bytes_of
@@ -29,12 +29,12 @@ from megalite.config.schema import (
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import Axis, ParallelState
 from megalite.errors import ConfigError
-from megalite.tokenizer import Tokenizer
-from megalite.train.data import Corpus, check, prepare
-from megalite.train.examples import encode_chat, encode_pair
-from megalite.train.order import ExampleOrder
-from megalite.train.reading import ExampleReader, open_reader
-from megalite.train.records import MOST_PROBLEMS, Records, find_files, line_problems
+from megalite.text.tokenizer import Tokenizer
+from megalite.train.data.examples import encode_chat, encode_pair
+from megalite.train.data.order import ExampleOrder
+from megalite.train.data.prepared import Corpus, check, prepare
+from megalite.train.data.reading import ExampleReader, open_reader
+from megalite.train.data.records import MOST_PROBLEMS, Records, find_files, line_problems
 from megalite.train.trainer import Trainer
 
 END = 2

@@ -11,12 +11,12 @@ from tiny_tokenizer import with_tokenizer
 from transformers import GenerationConfig
 
 from megalite.config.schema import DataSection, NewModelSection, TokenizerSection, TrainConfig
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 from megalite.train import card
-from megalite.train.data import Corpus, prepare
+from megalite.train.data.prepared import Corpus, prepare
 from megalite.train.export import files_beside
 from megalite.train.new_model import starting_point
-from megalite.weights import companions
+from megalite.weights import side_files as companions
 from megalite.weights.folder import ModelFolder
 
 START = 1

@@ -441,7 +441,7 @@ def test_transformers_saves_what_the_names_say(tiny):
     from tiny_models import VARIANTS
 
     from megalite.weights.hf import open_checkpoint
-    from megalite.weights.mapping import hf_shapes
+    from megalite.weights.table import hf_shapes
 
     for name in VARIANTS:
         folder: Path = tiny(name)

@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM
 from waiting import PATIENCE
 
 from megalite import cli
+from megalite.convert.convert import convert
+from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model.families import read, weight_names
 from megalite.weights import tensor_file
-from megalite.weights.convert import convert
 from megalite.weights.hf import INDEX, SINGLE, open_checkpoint, resolve
 from megalite.weights.tensor_file import read_header
-from megalite.weights.verify import verify
 
 
 def container(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:

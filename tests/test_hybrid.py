@@ -36,7 +36,7 @@ from megalite.config.schema import (
     TrainOutputSection,
 )
 from megalite.hybrid.job import Job
-from megalite.train import bpe
+from megalite.train.data import bpe
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {
@@ -72,7 +72,7 @@ def settings(out: Path, train: ParallelSection, infer: ParallelSection, *, zero:
             prompts_per_step=8,
             samples_per_prompt=1,
             keep_above=1.0,
-            reward="megalite.hybrid.rewards:exact_match",
+            reward="megalite.rewards.functions:exact_match",
             sync_bucket=0.01,
         ),
         output=TrainOutputSection(folder=str(out)),

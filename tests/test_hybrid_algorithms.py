@@ -22,11 +22,11 @@ from megalite.hybrid.algorithms import (
     group_advantages,
     importance_weights,
 )
-from megalite.hybrid.learner import Lesson
+from megalite.hybrid.learner import UpdateResult
 from megalite.hybrid.record import Record
-from megalite.hybrid.rollout import Judged, Rollout, pack_groups, rollout_file, unpack_groups, write_rollouts
+from megalite.hybrid.rollout import Rollout, ScoredRollout, pack_groups, rollout_file, unpack_groups, write_rollouts
 from megalite.model import families
-from megalite.train.batch import from_sequences
+from megalite.train.data.batch import from_sequences
 
 MODEL = families.read(Path(__file__).resolve().parent.parent / "checkpoints" / "demo")
 
@@ -196,7 +196,9 @@ def longest_silence(groups: dict) -> float:
 
 
 def test_samples_are_kept_with_what_became_of_them(tmp_path):
-    judged = Judged(reward=0.25, failure="it raised ValueError", advantage=-1.5, trainer_logprobs=(-0.1, 0.0, -123.0))
+    judged = ScoredRollout(
+        reward=0.25, failure="it raised ValueError", advantage=-1.5, trainer_logprobs=(-0.1, 0.0, -123.0)
+    )
     rollout = replace(ROLLOUT, text="ä")
     path = rollout_file(tmp_path, 12)
     write_rollouts(path, 12, [rollout], [judged])
@@ -231,12 +233,14 @@ def record(folder) -> Record:
 
 
 def iterate(job: Record, number: int) -> None:
-    judged = [Judged(reward=reward, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for reward in (0, 1, 0, 0)]
+    judged = [
+        ScoredRollout(reward=reward, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for reward in (0, 1, 0, 0)
+    ]
     rollouts = [replace(ROLLOUT, text="", sample=place) for place in (0, 1, 0, 1)]
     job.begin()
     with job.timed("sampling"):
         pass
-    lesson = Lesson(
+    lesson = UpdateResult(
         advantages=[0.0] * 4,
         trainer_logprobs=[()] * 4,
         agreement=Agreement(),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from random_models import Sizes, write_model
 
+from megalite.convert.import_deepspeed import import_checkpoint
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
-from megalite.train.import_deepspeed import import_checkpoint
 from megalite.weights.hf import open_checkpoint
-from megalite.weights.mapping import hf_shapes
+from megalite.weights.table import hf_shapes
 
 
 def train_and_save(rank: int, model: Path, folder: Path, stage: int) -> dict[str, torch.Tensor]:
@@ -180,7 +180,7 @@ def test_other_folders_are_refused(model, tmp_path):
 
 
 def test_tensor_parallel_slices_are_joined():
-    from megalite.train.import_deepspeed import _joined
+    from megalite.convert.import_deepspeed import _joined
 
     whole = torch.randn(6, 4)
     assert torch.equal(_joined("a", [whole[:2], whole[2:]], (6, 4), False), whole)

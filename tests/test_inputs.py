@@ -18,9 +18,9 @@ from tokenizers import Tokenizer as Backend
 
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError
-from megalite.inference import entries, inputs
-from megalite.inference.inputs import InputBatch, Served, derived_seed, make_request, read_inputs
-from megalite.tokenizer import Tokenizer
+from megalite.inference.io import entries, inputs
+from megalite.inference.io.inputs import InputBatch, PromptLimits, derived_seed, make_request, read_inputs
+from megalite.text.tokenizer import Tokenizer
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ raise_exception('no') if x }}"
 DEFAULTS = SamplingParams(temperature=0.7, max_tokens=20)
@@ -39,8 +39,8 @@ def tokenizer(template: str = CHAT) -> Tokenizer:
     return Tokenizer(backend, names, {"default": template} if template else {})
 
 
-def served(**changes) -> Served:
-    base = Served(tokenizer=tokenizer(), vocab_size=258, max_model_len=64, eos_token_ids=(7,), seed=3)
+def limits(**changes) -> PromptLimits:
+    base = PromptLimits(tokenizer=tokenizer(), vocab_size=258, max_model_len=64, eos_token_ids=(7,), seed=3)
     return replace(base, **changes)
 
 
@@ -50,10 +50,10 @@ def read(lines: list[object] | bytes, tmp_path=None, **changes) -> InputBatch:
         texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
         lines = "\n".join(texts).encode("utf-8", "surrogatepass")
     if tmp_path is None:
-        return read_inputs(InputSection(file="-"), DEFAULTS, served(**changes), stdin=io.BytesIO(lines))
+        return read_inputs(InputSection(file="-"), DEFAULTS, limits(**changes), stdin=io.BytesIO(lines))
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(lines)
-    return read_inputs(InputSection(file=str(path)), DEFAULTS, served(**changes))
+    return read_inputs(InputSection(file=str(path)), DEFAULTS, limits(**changes))
 
 
 def errors(batch: InputBatch) -> list[str]:
@@ -87,7 +87,7 @@ def test_prompts_of_every_kind():
 
 def test_inline_prompts():
     section = InputSection(prompts=["ab", [1, 2], [{"role": "user", "content": "x"}], "", [300], 5])
-    batch = read_inputs(section, DEFAULTS, served())
+    batch = read_inputs(section, DEFAULTS, limits())
     assert batch.order == ("0", "1", "2", "3", "4", "5")
     assert [request.id for request in batch.requests] == ["0", "1", "2"]
     for place, error in zip((3, 4, 5), errors(batch), strict=True):
@@ -388,13 +388,13 @@ def test_what_is_wrong_shows_before_a_model_is_read(tmp_path):
 
 def test_missing_and_empty_input(tmp_path):
     with pytest.raises(ConfigError, match=r"input.file: No such file or directory, got .*nothing.jsonl"):
-        read_inputs(InputSection(file=str(tmp_path / "nothing.jsonl")), DEFAULTS, served())
+        read_inputs(InputSection(file=str(tmp_path / "nothing.jsonl")), DEFAULTS, limits())
     with pytest.raises(ConfigError, match="input.file: Is a directory"):
-        read_inputs(InputSection(file=str(tmp_path)), DEFAULTS, served())
+        read_inputs(InputSection(file=str(tmp_path)), DEFAULTS, limits())
     with pytest.raises(ConfigError, match="input.file: has no prompts"):
         read(b"\n\n")
     with pytest.raises(ConfigError, match="input.prompts: has no prompts"):
-        read_inputs(InputSection(prompts=[]), DEFAULTS, served())
+        read_inputs(InputSection(prompts=[]), DEFAULTS, limits())
 
 
 def test_without_leaves_finished_ones_out():
@@ -445,7 +445,7 @@ def test_a_tokenizer_of_another_model():
 
 def test_lengths_resolve():
     def tokens(length: int, **params) -> int:
-        return make_request([1] * length, SamplingParams(**params), served(), id="x", index=0)[0].max_tokens
+        return make_request([1] * length, SamplingParams(**params), limits(), id="x", index=0)[0].max_tokens
 
     assert tokens(10, max_tokens=None) == 54
     assert tokens(10, max_tokens=5) == 5
@@ -459,7 +459,7 @@ def test_lengths_resolve():
 
 def test_what_ends_the_output():
     def stops(**params) -> set[int]:
-        request, _ = make_request([1], SamplingParams(**params), served(), id="x", index=0)
+        request, _ = make_request([1], SamplingParams(**params), limits(), id="x", index=0)
         return set(request.stop_token_ids)
 
     assert stops() == {7, 1}  # the model's configuration and the tokenizer
@@ -470,7 +470,7 @@ def test_what_ends_the_output():
 
 def test_seeds():
     def seed(index: int, engine: int = 3, **params) -> int:
-        return make_request([1], SamplingParams(**params), served(seed=engine), id="x", index=index)[0].seed
+        return make_request([1], SamplingParams(**params), limits(seed=engine), id="x", index=index)[0].seed
 
     assert seed(0, seed=11) == 11
     assert seed(0, seed=0) == 0
@@ -491,7 +491,7 @@ def test_chat_variables_reach_the_template():
     request, text = make_request(
         [{"role": "user", "content": "a"}],
         SamplingParams(),
-        served(tokenizer=tokenizer("{{ mood }}{{ messages[0].content }}{{ tools | length }}")),
+        limits(tokenizer=tokenizer("{{ mood }}{{ messages[0].content }}{{ tools | length }}")),
         id="x",
         index=0,
         chat_variables={"mood": "calm", "tools": [{}, {}]},
@@ -501,5 +501,5 @@ def test_chat_variables_reach_the_template():
 
 
 def test_imports_are_light():
-    code = "import sys, megalite.inference.inputs; print([m for m in ('torch', 'jinja2') if m in sys.modules])"
+    code = "import sys, megalite.inference.io.inputs; print([m for m in ('torch', 'jinja2') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE, wait_until
 
-from megalite.core import hosts, launcher
-from megalite.core.launcher import door_of, environment, run_ranks
-from megalite.core.place import Place
 from megalite.errors import ConfigError
-from megalite.monitor.processes import Process, descendants
+from megalite.run import hosts, launcher
+from megalite.run.launch_env import LaunchEnv
+from megalite.run.launcher import door_of, environment, run_ranks
+from megalite.run.processes import Process, descendants
 
 HERE = Path(__file__).parent
 WATCHED, JOINED = HERE / "watched_rank.py", HERE / "joined_rank.py"
 DOOR = """
 import sys
-from megalite.core.launcher import run_ranks
+from megalite.run.launcher import run_ranks
 ranks, stdin, *command = sys.argv[1:]
 sys.exit(run_ranks(command, int(ranks), stopped_timeout=3.0, stdin=stdin == "stdin"))
 """
@@ -379,7 +379,7 @@ def test_the_environment_of_the_ranks(monkeypatch):
     made = environment({"A": "b", "RANK": "9", "CUDA_VISIBLE_DEVICES": "GPU-1"}, 3, 5, "7:8")
     place = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "5", "MASTER_ADDR": "127.0.0.1"}
     assert made.items() >= {"A": "b", "CUDA_VISIBLE_DEVICES": "GPU-1", "OMP_NUM_THREADS": "2", **place}.items()
-    assert Place.of(made).started_here == 5
+    assert LaunchEnv.of(made).started_here == 5
     assert environment({}, 0, 50, "")["OMP_NUM_THREADS"] == "1"
     assert environment({"OMP_NUM_THREADS": "7"}, 0, 2, "")["OMP_NUM_THREADS"] == "7"
 

@@ -29,7 +29,7 @@ from waiting import PATIENCE, wait_until
 from megalite import LLM, SamplingParams
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.outputs import RequestOutput
-from megalite.monitor.processes import descendants
+from megalite.run.processes import descendants
 
 MODEL = "llama3"
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

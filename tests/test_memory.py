@@ -14,9 +14,9 @@ from tiny_models import VOCAB
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
 from megalite.inference import memory
-from megalite.inference.assembly import load_replica
-from megalite.inference.inputs import make_request
-from megalite.inference.llm import run_everywhere, serve
+from megalite.inference.io.inputs import make_request
+from megalite.inference.llm import prompt_limits, run_everywhere
+from megalite.inference.replica import load_replica
 from megalite.model import families
 from megalite.monitor.metrics import peak_memory, reset_peak_memory
 
@@ -59,10 +59,10 @@ def scores(rank: int, folder: Path, layout: Layout, prompts: list[list[int]]) ->
         engine=EngineSection(block_size=4, max_num_batched_tokens=17, max_num_seqs=3),
     )
     replica, _ = load_replica(config, PoolRuntime(rank, layout.size))
-    served, logits, seen = serve(replica), replica.decoder.logits, []
+    limits, logits, seen = prompt_limits(replica), replica.decoder.logits, []
     replica.decoder.logits = lambda hidden: seen.append(len(hidden)) or logits(hidden)
     params = [SCORED, SamplingParams(max_tokens=3, prompt_logprobs=2, ignore_eos=True)]
-    requests = [make_request(ids, params[i % 2], served, id=str(i), index=i)[0] for i, ids in enumerate(prompts)]
+    requests = [make_request(ids, params[i % 2], limits, id=str(i), index=i)[0] for i, ids in enumerate(prompts)]
     outputs = run_everywhere(replica, replica.engine(), requests, {}, key="scores")
     found = []
     for output in outputs:
@@ -93,7 +93,7 @@ def peak(rank: int, folder: Path, length: int) -> tuple[int, int, int]:
     step = {"max_tokens": length, "max_rows": 4, "itemsize": 4}
     estimate = memory.activation_bytes(replica.model, replica.layout, 0, **step)
     engine = replica.engine(longest=length, sequences=1)
-    request, _ = make_request([5, 6, 7, 8] * (length // 4), SCORED, serve(replica), id="0", index=0)
+    request, _ = make_request([5, 6, 7, 8] * (length // 4), SCORED, prompt_limits(replica), id="0", index=0)
     before = reset_peak_memory()
     run_everywhere(replica, engine, [request], {}, key="peak")
     return peak_memory() - before, estimate, replica.kv_bytes

@@ -25,8 +25,8 @@ from waiting import PATIENCE
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.errors import ConfigError
+from megalite.inference.io.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.logprobs import Logprob
-from megalite.inference.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import (
     CompletionOutput,
     OutputProcessor,
@@ -38,7 +38,7 @@ from megalite.inference.outputs import (
 from megalite.inference.request import Request, Sequence
 from megalite.inference.stopping import StopChecker
 from megalite.monitor.progress import Progress
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 # ---- stop strings
 
@@ -761,7 +761,7 @@ def test_progress_is_silent_elsewhere(stream, enabled):
 
 def test_imports_are_light():
     code = (
-        "import sys, megalite.inference.output_file, megalite.monitor.progress; "
+        "import sys, megalite.inference.io.output_file, megalite.monitor.progress; "
         "print([m for m in ('torch', 'jinja2') if m in sys.modules])"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalite.train.packing import pack
+from megalite.train.data.packing import pack
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 

@@ -13,9 +13,8 @@ import pytest
 from waiting import PATIENCE, wait_until
 
 from megalite.errors import MegaliteError
-from megalite.hybrid import sandbox
-from megalite.hybrid.reward_pool import RewardPool, Sample, Scored, check_reward
-from megalite.hybrid.rewards import (
+from megalite.rewards import sandbox
+from megalite.rewards.functions import (
     complete_function,
     exact_match,
     length_close,
@@ -24,7 +23,8 @@ from megalite.hybrid.rewards import (
     parses_as_python,
     passes_asserts,
 )
-from megalite.monitor.processes import Process
+from megalite.rewards.pool import RewardPool, Sample, Scored, check_reward
+from megalite.run.processes import Process
 
 # ---- the rewards
 
@@ -468,7 +468,7 @@ def test_a_pool_serves_many_times_and_takes_large_examples(own):
 
 
 def test_shipped_rewards_are_served():
-    scored = evaluate(["x = 1\n", "x = = 1\ny\n"], "megalite.hybrid.rewards:parses_as_python")
+    scored = evaluate(["x = 1\n", "x = = 1\ny\n"], "megalite.rewards.functions:parses_as_python")
     assert scored == [Scored(reward=1.0), Scored(reward=0.0)]
 
 
@@ -510,7 +510,7 @@ def test_a_program_can_not_spoil_the_samples_of_others():
         Sample(prompt="def f(x):\n", completion=text, example=example)
         for text in (takes, *texts[:3], takes + texts[3], *texts[4:])
     ]
-    name = "megalite.hybrid.rewards:passes_asserts"
+    name = "megalite.rewards.functions:passes_asserts"
     with RewardPool(name, workers=3, time_limit=PATIENCE, failure_reward=-1) as pool:
         scored = pool.evaluate(samples)
     assert [one.failure for one in scored] == [None] * len(samples)
@@ -568,7 +568,7 @@ def test_an_evaluation_that_is_broken_off_leaves_no_answer_behind(own):
 
 
 def test_workers_die_with_their_parent(own):
-    code = "from megalite.hybrid.reward_pool import *\n"
+    code = "from megalite.rewards.pool import *\n"
     code += "pool = RewardPool('own_rewards:reward', workers=1, time_limit=600, failure_reward=0).__enter__()\n"
     code += (
         "samples = [Sample(prompt='', completion=text, example={}) for text in ('os.getpid()', 'time.sleep(600)')]\n"
@@ -597,13 +597,13 @@ def test_a_reward_that_can_not_be_imported_stops_the_pool(own):
     ("name", "message"),
     [
         (
-            "megalite.hybrid.rewards.exact_match",
-            "must be package.module:function.* Write megalite.hybrid.rewards:exact",
+            "megalite.rewards.functions.exact_match",
+            "must be package.module:function.* Write megalite.rewards.functions:exact",
         ),
         ("no such thing", "must be package.module:function"),
         (
             "megalite.hybrid.reward:exact_match",
-            "no module megalite.hybrid.reward,.* Did you mean megalite.hybrid.rewards?",
+            "no module megalite.hybrid.reward,.* Did you mean megalite.rewards.functions?",
         ),
         ("own_reward:reward", "there is no module own_reward,.* Did you mean own_rewards?"),
         ("nothing_like_it:reward", "there is no module nothing_like_it,.* PYTHONPATH"),
@@ -628,7 +628,7 @@ def test_a_reward_that_can_not_be_used_is_named_before_the_start(own, name, mess
 
 
 def test_good_rewards_pass_the_check(own):
-    assert check_reward("megalite.hybrid.rewards:complete_function") is None
+    assert check_reward("megalite.rewards.functions:complete_function") is None
     assert check_reward("own_rewards:reward") is None
 
 

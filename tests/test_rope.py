@@ -23,17 +23,17 @@ from megalite.config.schema import EngineSection, InferConfig, ModelSection, Sam
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError
-from megalite.inference.assembly import load_replica
 from megalite.inference.batch import blank_decode_batch, fill_decode_batch, pack
-from megalite.inference.inputs import make_request
-from megalite.inference.llm import run_everywhere, serve
+from megalite.inference.io.inputs import make_request
+from megalite.inference.llm import prompt_limits, run_everywhere
+from megalite.inference.replica import load_replica
 from megalite.inference.request import Row, Sequence, StepPlan
 from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import Decoder
 from megalite.model.device_attention import DeviceCache
 from megalite.model.rope import Rotary
-from megalite.train.batch import from_sequences
+from megalite.train.data.batch import from_sequences
 from megalite.train.model import LanguageModel
 from megalite.weights.transfer import build, load_folder
 
@@ -198,8 +198,8 @@ def generate(rank: int, folder: Path, engine: dict) -> tuple[list, int, int]:
         engine=EngineSection(**{"block_size": 4, "check_lockstep": True, **engine}),
     )
     replica, _ = load_replica(config, PoolRuntime(rank, 1))
-    served = serve(replica)
-    made = [make_request(*one, served, id=str(i), index=i)[0] for i, one in enumerate(ASKS)]
+    limits = prompt_limits(replica)
+    made = [make_request(*one, limits, id=str(i), index=i)[0] for i, one in enumerate(ASKS)]
     running = replica.engine()
     outputs = []
     for key in ("first", "with a warm cache"):
@@ -247,7 +247,7 @@ def test_what_is_cut_by_an_early_end_keeps_the_divisors_of_its_limit(tiny, ranks
 def _one(rank: int, folder: Path, ids: list[int], params: SamplingParams):
     config = InferConfig(model=ModelSection(path=str(folder), dtype="float32"))
     replica, _ = load_replica(config, PoolRuntime(rank, 1))
-    request, _ = make_request(ids, params, serve(replica), id="0", index=0)
+    request, _ = make_request(ids, params, prompt_limits(replica), id="0", index=0)
     return run_everywhere(replica, replica.engine(), [request], {}, key="one")[0]
 
 
@@ -280,10 +280,10 @@ def test_a_batch_on_a_device_says_each_tokens_longest_length():
 
 
 def make_request_of(prompt: int, limit: int):
-    from megalite.inference.inputs import Served
+    from megalite.inference.io.inputs import PromptLimits
 
-    served = Served(tokenizer=None, vocab_size=VOCAB, max_model_len=128)
-    return make_request(tokens(prompt), SamplingParams(max_tokens=limit - prompt), served, id="0", index=0)
+    limits = PromptLimits(tokenizer=None, vocab_size=VOCAB, max_model_len=128)
+    return make_request(tokens(prompt), SamplingParams(max_tokens=limit - prompt), limits, id="0", index=0)
 
 
 def test_key_variants(tiny, stretched):

@@ -16,18 +16,18 @@ from random_models import Sizes, write_model
 from tiny_models import VARIANTS
 
 from megalite import cli
+from megalite.convert.convert import convert
+from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_CHECKPOINT, EXIT_DONE, CheckpointError
 from megalite.model import families
 from megalite.weights import manifest as manifests
 from megalite.weights import shards
-from megalite.weights.convert import convert
 from megalite.weights.hf import open_checkpoint
-from megalite.weights.mapping import owned
 from megalite.weights.sources import open_source
+from megalite.weights.table import owned
 from megalite.weights.transfer import build, load_folder
-from megalite.weights.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 

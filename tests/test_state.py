@@ -14,22 +14,22 @@ from safetensors.torch import load_file
 from train_helpers import as_run, build_from
 
 from megalite.config.schema import OptimizerSection
+from megalite.convert.convert import export, reshard
+from megalite.convert.describe import describe, describe_tensor
+from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import FAULT_VARIABLE, CheckpointError
-from megalite.train.batch import from_windows
 from megalite.train.checkpoint import KINDS, load_state, newest_state, remove_unfinished, save_state
+from megalite.train.data.batch import from_windows
 from megalite.train.export import export_model, files_beside
 from megalite.train.trainer import Trainer
 from megalite.train.zero import WEIGHT, get_whole, set_whole, whole_shape
 from megalite.weights import manifest as manifests
 from megalite.weights import shards
-from megalite.weights.convert import export, reshard
-from megalite.weights.describe import describe, describe_tensor
 from megalite.weights.folder import ModelFolder
-from megalite.weights.mapping import owned
+from megalite.weights.table import owned
 from megalite.weights.transfer import random_matrix
-from megalite.weights.verify import verify
 
 STEPS = 8
 BATCH = 8

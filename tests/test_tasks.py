@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megalite.errors import ConfigError
-from megalite.hybrid.rewards import complete_function, exact_match
 from megalite.hybrid.tasks import additions, check_source, library_functions, load_examples
-from megalite.train.records import is_held_out
+from megalite.rewards.functions import complete_function, exact_match
+from megalite.train.data.records import is_held_out
 
 ADDITIONS = "megalite.hybrid.tasks:additions"
 LIBRARY = "megalite.hybrid.tasks:library_functions"

@@ -20,11 +20,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from waiting import PATIENCE, wait_until
 
-from megalite.chat_template import MAX_RENDERED_CHARS, MAX_TEMPLATE_CHARS, ChatTemplate, TemplateError
-from megalite.detokenizer import TokenizerError
 from megalite.errors import CheckpointError
-from megalite.monitor.processes import Process, descendants
-from megalite.tokenizer import Tokenizer
+from megalite.run.processes import Process, descendants
+from megalite.text.chat_template import MAX_RENDERED_CHARS, MAX_TEMPLATE_CHARS, ChatTemplate, TemplateError
+from megalite.text.detokenizer import TokenizerError
+from megalite.text.tokenizer import Tokenizer
 
 TEXTS = [
     "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
@@ -367,7 +367,7 @@ def test_a_batch_is_encoded_as_its_texts_are(tmp_path, special, monkeypatch):
 
     expected = [alone(text) for text in texts]
     for size in (1, 20, 1 << 20):  # characters a batch
-        monkeypatch.setattr("megalite.tokenizer._BATCH_CHARACTERS", size)
+        monkeypatch.setattr("megalite.text.tokenizer._BATCH_CHARACTERS", size)
         together = ours.encode_batch(texts, add_special_tokens=special)
         assert [str(one) if isinstance(one, ValueError) else one for one in together] == expected
     assert ours.encode_batch([]) == []
@@ -552,7 +552,7 @@ def test_template_size_and_values():
 
 def test_the_child_ends_with_its_parent():
     script = (
-        "from megalite.chat_template import ChatTemplate as T; t = T('x'); t.render([]); "
+        "from megalite.text.chat_template import ChatTemplate as T; t = T('x'); t.render([]); "
         "print(t._child._process.pid, flush=True); import os; os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=PATIENCE)
@@ -571,7 +571,10 @@ def test_a_fork_gets_its_own_child():
 
 
 def test_imports_are_light():
-    code = "import sys, megalite.tokenizer; print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
+    code = (
+        "import sys, megalite.text.tokenizer; "
+        "print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizer_family import FAMILY
 from tokenizers import AddedToken
 
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 TEXTS = [
     "hello the",

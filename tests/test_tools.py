@@ -15,12 +15,12 @@ from hub_server import Hub
 from random_models import Sizes, write_model
 from waiting import PATIENCE, wait_until
 
+from megalite.convert.convert import convert
+from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.weights import manifest as manifests
-from megalite.weights.convert import convert
 from megalite.weights.hf import open_checkpoint
 from megalite.weights.shards import JOURNAL
-from megalite.weights.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"

@@ -17,11 +17,11 @@ from megalite.config.schema import DataSection, OptimizerSection
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import PackedAttention
-from megalite.tokenizer import Tokenizer
-from megalite.train.batch import MicroBatch, from_windows
+from megalite.text.tokenizer import Tokenizer
+from megalite.train.data.batch import MicroBatch, from_windows
+from megalite.train.data.records import find_files, is_held_out
 from megalite.train.export import export_model
 from megalite.train.optimizer import learning_rate
-from megalite.train.records import find_files, is_held_out
 from megalite.train.trainer import Trainer
 from megalite.train.zero import WEIGHT, get_whole
 from megalite.weights.shards import expected

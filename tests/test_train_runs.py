@@ -35,16 +35,16 @@ from megalite.config.schema import (
     TrainSection,
 )
 from megalite.config.train_rules import train_problems
+from megalite.convert.convert import export, reshard
+from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import FAULT_VARIABLE, MegaliteError, Stopped
 from megalite.hybrid.samples import write_samples
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 from megalite.train.checkpoint import newest_state
+from megalite.train.data.records import find_files
 from megalite.train.job import Job
-from megalite.train.records import find_files
-from megalite.weights.convert import export, reshard
-from megalite.weights.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.model import families
-from megalite.train.batch import from_sequences, from_windows
+from megalite.train.data.batch import from_sequences, from_windows
 from megalite.train.loss import TokenLoss
 from megalite.train.model import LanguageModel, Scorer
 from megalite.train.trainer import Trainer

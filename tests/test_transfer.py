@@ -9,12 +9,12 @@ import torch
 from random_models import Sizes, write_model
 from safetensors.torch import load_file
 
+from megalite.convert.convert import convert, parse_layout
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model import families
 from megalite.weights import manifest as manifests
 from megalite.weights import shards
-from megalite.weights.convert import convert, parse_layout
 from megalite.weights.manifest import WEIGHT
 from megalite.weights.transfer import read_parameters
 

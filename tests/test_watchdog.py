@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE, wait_until
 
-from megalite.monitor import wire
-from megalite.monitor.processes import Process, ancestors, descendants, launcher_name, launchers
-from megalite.monitor.referee import End, Peer, Referee
-from megalite.monitor.watchdog import Watchdog, guardian_command, listen
+from megalite.run import wire
+from megalite.run.processes import Process, ancestors, descendants, launcher_name, launchers
+from megalite.run.referee import End, Peer, Referee
+from megalite.run.watchdog import Watchdog, guardian_command, listen
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 
@@ -406,7 +406,7 @@ def spawn_named(tmp_path: Path, name: str, code: str) -> str:
 
 LOOK = """
 import os
-from megalite.monitor.processes import *
+from megalite.run.processes import *
 chain = launchers(Process.of(os.getpid()))
 print([launcher_name(p) for p in chain])
 """
@@ -460,7 +460,7 @@ def test_the_door_counts_as_a_launcher():
 def test_dying_with_the_parent():
     code = """
 import os, sys, time
-from megalite.monitor.processes import die_with_parent
+from megalite.run.processes import die_with_parent
 if os.fork() == 0:
     die_with_parent()
     print(os.getpid(), flush=True)

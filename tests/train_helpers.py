@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from pool_runtime import PoolRuntime
 
-from megalite.core import distributed
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.model.attention import PackedAttention
+from megalite.run import runtime as distributed
 from megalite.weights.transfer import build, load_folder
 
 CPU = torch.device("cpu")

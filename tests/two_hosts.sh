@@ -102,7 +102,7 @@ ranks_on() { # ranks_on HOST: process ids of its ranks
 
 # ---- a run and what is expected of its end
 
-door='import sys; from megalite.core.hosts import run_over_hosts
+door='import sys; from megalite.run.hosts import run_over_hosts
 sys.exit(run_over_hosts(["--hostfile", sys.argv[1], "--master_addr", "10.77.0.1"], sys.argv[2], sys.argv[3:]))'
 
 start_run() { # start_run STEPS: start it in the background on host a

@@ -17,11 +17,11 @@ import threading
 import time
 from pathlib import Path
 
-from megalite.core.launcher import door_of
-from megalite.core.status import StatusFile
-from megalite.monitor.processes import Process, die_with_parent, launchers
-from megalite.monitor.referee import Peer
-from megalite.monitor.watchdog import ORPHAN_WAIT, Watchdog, listen
+from megalite.run.launcher import door_of
+from megalite.run.processes import Process, die_with_parent, launchers
+from megalite.run.referee import Peer
+from megalite.run.status import StatusFile
+from megalite.run.watchdog import ORPHAN_WAIT, Watchdog, listen
 
 PATIENCE = 300.0
 """Seconds for the ranks to meet."""

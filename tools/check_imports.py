@@ -1,6 +1,6 @@
 """Checks that imports point down only: `python tools/check_imports.py`. Prints each wrong import, exits 1 if any.
 
-The rooms, from the top: launch and tools; hybrid and serve; inference and train; weights; model; core; config. A room
+The rooms, from the top: launch and tools; hybrid; inference and train; weights; model; core; config. A room
 may import rooms below it, never one beside or above. Some packages may be imported in a few places only, and some
 modules must stay importable without torch.
 """
@@ -19,42 +19,35 @@ LEVELS = [
     {"megalite.files", "megalite.terminal", "megalite.monitor"},
     {"megalite.config"},
     {"megalite.core"},
-    {
-        "megalite.model",
-        "megalite.tokenizer",
-        "megalite.tokenizer_files",
-        "megalite.detokenizer",
-        "megalite.chat_template",
-        "megalite.text_limit",
-    },
+    {"megalite.run", "megalite.model", "megalite.text"},
     {"megalite.weights"},
     {"megalite.preflight"},
-    {"megalite.inference", "megalite.train"},
-    {"megalite.hybrid", "megalite.serve", "megalite.evals"},
+    {"megalite.inference", "megalite.train", "megalite.convert", "megalite.rewards"},
+    {"megalite.hybrid", "megalite.evals"},
     {"megalite.cli", "megalite.dry_run"},
     {"launch", "tools"},
 ]
 """From the bottom. Rooms of one level do not know each other."""
 
-SAME_LEVEL = {
-    ("megalite.tokenizer", "megalite.chat_template"),
-    ("megalite.tokenizer", "megalite.detokenizer"),
-    ("megalite.tokenizer", "megalite.text_limit"),
-    ("megalite.tokenizer", "megalite.tokenizer_files"),
-    ("megalite.cli", "megalite.dry_run"),
-}
+SAME_LEVEL = {("megalite.cli", "megalite.dry_run")}
 """Neighbours that are parts of one thing: (importer, imported)."""
 
 ISOLATED = {"megalite.monitor"}
 """Rooms that import nothing of ours."""
 
 PLACES = {
-    "deepspeed": ("megalite/train/", "megalite/core/distributed.py", "tests/", "tools/benchmarks/"),
+    "deepspeed": (
+        "megalite/train/",
+        "megalite/run/runtime.py",
+        "megalite/convert/import_deepspeed.py",
+        "tests/",
+        "tools/benchmarks/",
+    ),
     "transformers": ("tests/", "tools/benchmarks/"),
     "tokenizers": (
-        "megalite/tokenizer.py",
-        "megalite/tokenizer_files.py",
-        "megalite/detokenizer.py",
+        "megalite/text/tokenizer.py",
+        "megalite/text/tokenizer_files.py",
+        "megalite/text/detokenizer.py",
         "megalite/train/",
         "tests/",
     ),
@@ -65,53 +58,43 @@ PLACES = {
 
 TORCH_FREE = (
     "megalite/__init__.py",
+    "megalite/cli.py",
+    "megalite/config/",
+    "megalite/core/layout.py",
+    "megalite/dry_run.py",
     "megalite/errors.py",
     "megalite/files.py",
-    "megalite/terminal.py",
-    "megalite/cli.py",
-    "megalite/preflight.py",
-    "megalite/dry_run.py",
-    "megalite/tokenizer.py",
-    "megalite/tokenizer_files.py",
-    "megalite/detokenizer.py",
-    "megalite/chat_template.py",
-    "megalite/text_limit.py",
-    "megalite/config/",
-    "megalite/monitor/",
-    "megalite/core/layout.py",
-    "megalite/core/launcher.py",
-    "megalite/core/place.py",
-    "megalite/core/status.py",
+    "megalite/hybrid/__init__.py",
+    "megalite/hybrid/tasks.py",
+    "megalite/inference/blocks.py",
+    "megalite/inference/io/entries.py",
+    "megalite/inference/io/inputs.py",
+    "megalite/inference/memory.py",
+    "megalite/inference/outputs.py",
+    "megalite/inference/request.py",
+    "megalite/inference/scheduler.py",
     "megalite/model/config.py",
     "megalite/model/families.py",
-    "megalite/model/family.py",
+    "megalite/model/family_spec.py",
     "megalite/model/generation.py",
     "megalite/model/hf_config.py",
+    "megalite/monitor/",
+    "megalite/preflight.py",
+    "megalite/rewards/",
+    "megalite/run/launch_env.py",
+    "megalite/run/launcher.py",
+    "megalite/run/status.py",
+    "megalite/terminal.py",
+    "megalite/text/",
+    "megalite/train/data/bpe.py",
+    "megalite/train/data/examples.py",
+    "megalite/train/data/order.py",
+    "megalite/train/data/packing.py",
+    "megalite/train/data/prepared.py",
+    "megalite/train/data/records.py",
     "megalite/weights/folder.py",
-    "megalite/weights/mapping.py",
-    "megalite/weights/exchange.py",
-    "megalite/inference/request.py",
-    "megalite/inference/blocks.py",
-    "megalite/inference/scheduler.py",
-    "megalite/inference/memory.py",
-    "megalite/inference/entries.py",
-    "megalite/inference/inputs.py",
-    "megalite/inference/outputs.py",
-    "megalite/train/data.py",
-    "megalite/train/bpe.py",
-    "megalite/hybrid/__init__.py",
-    "megalite/hybrid/named.py",
-    "megalite/hybrid/reward_pool.py",
-    "megalite/hybrid/reward_worker.py",
-    "megalite/hybrid/rewards.py",
-    "megalite/hybrid/sandbox.py",
-    "megalite/hybrid/tasks.py",
-    "megalite/train/bpe.py",
-    "megalite/train/data.py",
-    "megalite/train/examples.py",
-    "megalite/train/order.py",
-    "megalite/train/packing.py",
-    "megalite/train/records.py",
+    "megalite/weights/reshard_plan.py",
+    "megalite/weights/table.py",
 )
 """Files and folders whose modules must not import torch when they are imported."""
 

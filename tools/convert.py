@@ -7,7 +7,7 @@ import sys
 
 from toolkit import Bar, Parser, main, report
 
-from megalite.weights.convert import convert, parse_layout
+from megalite.convert.convert import convert, parse_layout
 
 DESCRIPTION = """\
 Cut a model in Hugging Face layout into one safetensors file for each tp x pp rank, and a manifest.json with the

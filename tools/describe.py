@@ -10,8 +10,8 @@ from typing import Any
 
 from toolkit import Parser, main
 
+from megalite.convert.describe import describe, describe_tensor
 from megalite.monitor.words import format_bytes
-from megalite.weights.describe import describe, describe_tensor
 
 DESCRIPTION = """\
 Family, parameters, layout, bytes a rank, dtypes and the largest tensors of a Hugging Face folder, of rank shards or

@@ -7,7 +7,7 @@ import sys
 
 from toolkit import Bar, Parser, main, report, size
 
-from megalite.weights.convert import export
+from megalite.convert.convert import export
 
 DESCRIPTION = """\
 Rank shards, or the weights of training state, as a folder in Hugging Face layout, which transformers and others load.

@@ -22,7 +22,7 @@ example:
 
 
 def run(args: argparse.Namespace) -> int:
-    from megalite.train.import_deepspeed import import_checkpoint  # imports torch
+    from megalite.convert.import_deepspeed import import_checkpoint  # imports torch
 
     with Bar("import") as bar:
         outcome = import_checkpoint(

@@ -7,7 +7,7 @@ import sys
 
 from toolkit import Bar, Parser, main, report
 
-from megalite.weights.convert import parse_layout, reshard
+from megalite.convert.convert import parse_layout, reshard
 
 DESCRIPTION = """\
 Rank shards of one layout into another, without the Hugging Face original: any tp and pp to any tp and pp. Training

@@ -16,11 +16,11 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from megalite import terminal
+from megalite.convert.convert import default_jobs
+from megalite.convert.output import Outcome
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
 from megalite.monitor.words import format_bytes, format_count, format_duration
-from megalite.weights.convert import default_jobs
-from megalite.weights.output import Outcome
 
 
 class Parser(argparse.ArgumentParser):

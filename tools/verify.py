@@ -7,8 +7,8 @@ import sys
 
 from toolkit import Bar, Parser, main
 
+from megalite.convert.verify import verify
 from megalite.monitor.words import format_bytes, format_count
-from megalite.weights.verify import verify
 
 DESCRIPTION = """\
 Derive every range of every rank file again and compare digests: with the manifest, and with --against also with

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.config.shape import problem
+from megalite.config.typecheck import problem
 from megalite.errors import Problem
 
 VARIABLES = ("tools", "chat_template_kwargs")

@@ -10,9 +10,10 @@ from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from megalite.config import document, schema
+from megalite.config import schema
+from megalite.config import yaml_lines as document
 from megalite.config.load import SCHEMAS, Kind, Loaded
-from megalite.config.shape import hints, sections
+from megalite.config.typecheck import hints, sections
 
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null", Any: "any"}
 _WIDTH = 110

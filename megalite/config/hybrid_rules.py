@@ -8,7 +8,7 @@ from typing import Any
 from megalite.config.chat import section_problems
 from megalite.config.sampling import MAX_SAMPLES
 from megalite.config.schema import HybridConfig, HybridSection, ParallelSection, SamplingParams
-from megalite.config.shape import ModelFacts, Rules, problem
+from megalite.config.typecheck import ModelFacts, Rules, problem
 from megalite.errors import Problem
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -88,7 +88,7 @@ def _loop_problems(hybrid: HybridSection) -> list[Problem]:
         rules.need(name, getattr(hybrid, name) >= 0, "must be >= 0")
     rules.need("importance_limit", hybrid.importance_limit >= 1, "must be >= 1: weights above it are cut to it")
     rules.need("sync_bucket", hybrid.sync_bucket > 0, "must be above 0 MiB")
-    fix = "Such as megalite.hybrid.rewards:parses_as_python."
+    fix = "Such as megalite.rewards.functions:parses_as_python."
     if hybrid.reward is None:
         rules.problems.append(Problem(key="hybrid.reward", rule="is needed", fix=fix))
     else:

@@ -18,10 +18,10 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from megalite.config import document
+from megalite.config import yaml_lines as document
 from megalite.config.sampling import token_key
 from megalite.config.schema import Config, HybridConfig, InferConfig, TrainConfig
-from megalite.config.shape import (
+from megalite.config.typecheck import (
     hints,
     is_free,
     is_mapping,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megalite.config.schema import ParallelSection
-from megalite.config.shape import ModelFacts, Rules
+from megalite.config.typecheck import ModelFacts, Rules
 from megalite.errors import Problem
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megalite.config.chat import messages_problem
 from megalite.config.schema import SamplingParams
-from megalite.config.shape import Rules, hints, misfit, problem, unknown_key
+from megalite.config.typecheck import Rules, hints, misfit, problem, unknown_key
 from megalite.errors import ConfigError, Problem
 
 MAX_LOGPROBS = 20

@@ -15,7 +15,7 @@ from megalite.config.schema import (
     TrainOutputSection,
     TrainSection,
 )
-from megalite.config.shape import ModelFacts, Rules, nearest_path, problem
+from megalite.config.typecheck import ModelFacts, Rules, nearest_path, problem
 from megalite.errors import Problem
 
 BYTE_TOKENS = 256

@@ -39,8 +39,8 @@ from megalite.config.schema import (
     SamplingParams,
     TrainConfig,
 )
-from megalite.config.shape import ModelFacts, Rules, nearest_path, printable, problem
 from megalite.config.train_rules import learning_problems, train_problems
+from megalite.config.typecheck import ModelFacts, Rules, nearest_path, printable, problem
 from megalite.errors import Problem
 from megalite.files import open_regular
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalite.config.shape import problem
+from megalite.config.typecheck import problem
 from megalite.errors import ConfigError
 
 log = logging.getLogger(__name__)

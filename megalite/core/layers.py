@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
-from megalite.core.elementwise import rms_norm
+from megalite.core.functional import rms_norm
 from megalite.core.layout import Even, Split, width
 from megalite.core.parallel_state import ParallelState
 

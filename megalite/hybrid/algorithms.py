@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megalite.train.batch import MicroBatch
+from megalite.train.data.batch import MicroBatch
 from megalite.train.loss import TokenLoss
 
 DEVIATION_FLOOR = 1e-6

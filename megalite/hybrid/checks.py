@@ -5,8 +5,8 @@ from __future__ import annotations
 from megalite.config.hybrid_rules import FUNCTION
 from megalite.config.schema import HybridConfig
 from megalite.errors import Problem
-from megalite.hybrid.reward_pool import check_reward
 from megalite.hybrid.tasks import check_source
+from megalite.rewards.pool import check_reward
 
 
 def problems(config: HybridConfig) -> list[Problem]:

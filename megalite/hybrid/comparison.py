@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megalite.errors import MegaliteError
 from megalite.hybrid.fingerprint import BITS, Covered, Fingerprinter
-from megalite.hybrid.mover import Gathered
 from megalite.monitor.words import format_count
-from megalite.weights.exchange import Atom
+from megalite.weights.reshard import Gathered
+from megalite.weights.reshard_plan import Atom
 
 _NAMED = 2
 """Ranges that a message names; the others are counted."""

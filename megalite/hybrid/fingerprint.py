@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite.weights.exchange import Atom, Held
+from megalite.weights.reshard_plan import Atom, Held
 
 BITS = 62
 """Of a fingerprint: int64 with room for the neutral elements of a minimum."""

@@ -12,12 +12,12 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem, Stopped
 from megalite.hybrid.rollout import Rollout, pack_groups, unpack_groups
 from megalite.hybrid.tasks import Example
-from megalite.inference.assembly import Replica
-from megalite.inference.control import broadcast_bytes
-from megalite.inference.inputs import Asked, TokenizerFailed, derived_seed
+from megalite.inference.channel import broadcast_bytes
+from megalite.inference.io.inputs import Asked, TokenizerFailed, derived_seed
 from megalite.inference.outputs import RequestOutput
+from megalite.inference.replica import Replica
 from megalite.inference.request import Request
-from megalite.inference.run import prepare_each, run_here, serve
+from megalite.inference.run import prepare_each, prompt_limits, run_here
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Generator:
 
     def _prepare(self, examples: Sequence[Example]) -> None:
         """A request and the prompt's text for each example; ids and seeds are those of the iteration that asks."""
-        served = serve(self.replica)
+        limits = prompt_limits(self.replica)
         asked = [
             Asked(
                 prompt=example.prompt if example.messages is None else list(example.messages),
@@ -82,7 +82,7 @@ class Generator:
             for index, example in enumerate(examples)
         ]
         problems: list[Problem | str] = []
-        for place, (example, made) in enumerate(zip(examples, prepare_each(self.replica, asked, served), strict=True)):
+        for place, (example, made) in enumerate(zip(examples, prepare_each(self.replica, asked, limits), strict=True)):
             if isinstance(made, TokenizerFailed):  # no fault of the example's
                 log.warning("%s is left out", made)
                 continue
@@ -93,11 +93,11 @@ class Generator:
             if request.max_tokens < self.params.max_tokens:
                 rule = (
                     f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "
-                    f"{self.params.max_tokens} is more than max_model_len = {served.max_model_len}"
+                    f"{self.params.max_tokens} is more than max_model_len = {limits.max_model_len}"
                 )
                 problems.append(Problem(key=example.where, rule=rule, fix="Shorten it, or lower sampling.max_tokens."))
             self.requests[place], self.texts[place] = request, text
-        served.tokenizer.close()
+        limits.tokenizer.close()
         if problems:
             raise ConfigError(*problems[:10])
 

@@ -20,30 +20,30 @@ import torch.distributed as dist
 
 from megalite.config.load import Loaded
 from megalite.config.schema import HybridConfig, ParallelSection
-from megalite.core import distributed
 from megalite.core.collectives import gather_reports
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, Stopped, maybe_fault
 from megalite.hybrid.generator import Generator
-from megalite.hybrid.learner import Learner, Lesson
-from megalite.hybrid.materials import Materials
+from megalite.hybrid.job_files import Materials
+from megalite.hybrid.learner import Learner, UpdateResult
 from megalite.hybrid.record import Record
-from megalite.hybrid.reward_pool import RewardPool, Sample, Scored
-from megalite.hybrid.rollout import Judged, Rollout
+from megalite.hybrid.rollout import Rollout, ScoredRollout
 from megalite.hybrid.sync import Sync
-from megalite.inference.assembly import Replica
-from megalite.inference.control import broadcast_bytes, compare_ranks
+from megalite.inference.channel import broadcast_bytes, compare_ranks
+from megalite.inference.replica import Replica
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
 from megalite.monitor.metrics import Meter
 from megalite.monitor.report import format_report
+from megalite.rewards.pool import RewardPool, Sample, Scored
+from megalite.run import runtime as distributed
+from megalite.train.data.order import ExampleOrder
 from megalite.train.flops import peak_of_run
 from megalite.train.log import training_report
 from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder
-from megalite.train.order import ExampleOrder
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
 
@@ -384,8 +384,8 @@ def _groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
     return [list(rollouts[at : at + size]) for at in range(0, len(rollouts), size)]
 
 
-def _judged(scored: Sequence[Scored], lesson: Lesson) -> list[Judged]:
+def _judged(scored: Sequence[Scored], lesson: UpdateResult) -> list[ScoredRollout]:
     return [
-        Judged(reward=one.reward, failure=one.failure, advantage=advantage, trainer_logprobs=logprobs)
+        ScoredRollout(reward=one.reward, failure=one.failure, advantage=advantage, trainer_logprobs=logprobs)
         for one, advantage, logprobs in zip(scored, lesson.advantages, lesson.trainer_logprobs, strict=True)
     ]

@@ -22,10 +22,10 @@ from megalite.hybrid.algorithms import (
     importance_weights,
 )
 from megalite.hybrid.rollout import Rollout
-from megalite.train.batch import MicroBatch, blank, from_sequences
-from megalite.train.examples import Encoded
+from megalite.train.data.batch import MicroBatch, blank, from_sequences
+from megalite.train.data.examples import Encoded
+from megalite.train.data.packing import pack
 from megalite.train.loss import NEXT_TOKEN, Loss
-from megalite.train.packing import pack
 from megalite.train.trainer import Trainer
 
 Logprobs = Callable[[Sequence[MicroBatch]], list[Tensor]]
@@ -33,7 +33,7 @@ Logprobs = Callable[[Sequence[MicroBatch]], list[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class UpdateResult:
     """What an iteration came to."""
 
     advantages: list[float]
@@ -81,7 +81,7 @@ class Learner:
         ]
         return self._step(batches, NEXT_TOKEN)
 
-    def learn(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> Lesson:
+    def learn(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> UpdateResult:
         """The updates of one iteration; `rewards` of the rollouts, group after group."""
         rollouts = list(chain.from_iterable(groups))
         each = list(_split(range(len(rollouts)), self.section.updates_per_step))
@@ -102,7 +102,7 @@ class Learner:
         else:
             advantages = self._chosen(groups, rewards)
             metrics = self._imitate(rollouts, each, advantages)
-        return Lesson(
+        return UpdateResult(
             advantages=advantages, trainer_logprobs=trainer_logprobs, agreement=found, metrics=_means(metrics)
         )
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from megalite.config.schema import HybridConfig
 from megalite.files import LineFile
-from megalite.hybrid.learner import Lesson
-from megalite.hybrid.rollout import Judged, Rollout, rollout_file, write_rollouts
+from megalite.hybrid.learner import UpdateResult
+from megalite.hybrid.rollout import Rollout, ScoredRollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_duration, format_rate, wrapped
 from megalite.train.flops import training_flops
@@ -66,12 +66,14 @@ class Record:
             line = f"supervised step {step}/{self.supervised_steps}  loss {values['loss']:.4f}"
             self._tell(f"{line}  norm {values['gradient_norm']:.3f}", {"supervised_step": step, **values})
 
-    def iteration(self, number: int, rollouts: Sequence[Rollout], judged: Sequence[Judged], lesson: Lesson) -> None:
+    def iteration(
+        self, number: int, rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], update: UpdateResult
+    ) -> None:
         """An iteration is done, the `number`th."""
         if not self.speaks:
             return
-        write_rollouts(rollout_file(self.rollouts, number), number, rollouts, judged)
-        values = self._values(rollouts, judged, lesson)
+        write_rollouts(rollout_file(self.rollouts, number), number, rollouts, scored)
+        values = self._values(rollouts, scored, update)
         self.learnt_tokens += sum(len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts)
         self.lasted.append(values["seconds"])
         line = None
@@ -82,21 +84,23 @@ class Record:
         if self.board is not None:
             self.board.write(number, values)
 
-    def _values(self, rollouts: Sequence[Rollout], judged: Sequence[Judged], lesson: Lesson) -> dict[str, Any]:
-        rewards = [one.reward for one in judged]
+    def _values(
+        self, rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], update: UpdateResult
+    ) -> dict[str, Any]:
+        rewards = [one.reward for one in scored]
         size = self.config.samples_per_prompt
         tokens = sum(len(one.token_ids) for one in rollouts)
         seconds = time.monotonic() - self.began
-        agreement = lesson.agreement
+        agreement = update.agreement
         lengths = [len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts]
         learning = max(self.seconds.get("learning", seconds), 1e-9)
         return {
             "reward": statistics.fmean(rewards),
             "reward_of_best": statistics.fmean(max(rewards[at : at + size]) for at in range(0, len(rewards), size)),
-            "reward_failures": sum(one.failure is not None for one in judged),
+            "reward_failures": sum(one.failure is not None for one in scored),
             "length": tokens / len(rollouts),
             "finished": sum(one.finish_reason == "stop" for one in rollouts) / len(rollouts),
-            **lesson.metrics,
+            **update.metrics,
             "logprob_difference_max": agreement.largest,
             "logprob_difference_mean": agreement.mean,
             "logprob_off_by_1_percent": agreement.share_off,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.files import write_durably
-from megalite.inference.packed import pack, unpack
+from megalite.inference.io.packed import pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Rollout:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class ScoredRollout:
     """What became of a rollout; kept with it."""
 
     reward: float
@@ -79,7 +79,7 @@ def rollout_file(folder: Path, iteration: int) -> Path:
     return folder / f"iteration-{iteration:06d}.jsonl"
 
 
-def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], judged: Iterable[Judged]) -> None:
+def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], judged: Iterable[ScoredRollout]) -> None:
     """One JSON line a sample; the file is there whole or not at all."""
     lines = []
     for rollout, verdict in zip(rollouts, judged, strict=True):
@@ -89,6 +89,6 @@ def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], judg
     write_durably(path, "".join(f"{line}\n" for line in lines))
 
 
-def _values(record: Rollout | Judged) -> dict[str, Any]:
+def _values(record: Rollout | ScoredRollout) -> dict[str, Any]:
     """By name. Not `asdict`, which copies every number of every tuple."""
     return {field.name: getattr(record, field.name) for field in fields(record)}

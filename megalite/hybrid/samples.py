@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.schema import EngineSection, SamplingParams
-from megalite.core.distributed import Runtime
 from megalite.core.layers import store_by_input
 from megalite.errors import ConfigError
-from megalite.inference.assembly import Replica
-from megalite.inference.inputs import Asked, Prompt
-from megalite.inference.run import prepare_each, run_everywhere, serve
+from megalite.inference.io.inputs import Asked, Prompt
+from megalite.inference.replica import Replica
+from megalite.inference.run import prepare_each, prompt_limits, run_everywhere
 from megalite.model.decoder import Decoder
 from megalite.monitor.progress import Progress
-from megalite.tokenizer import Tokenizer
+from megalite.run.runtime import Runtime
+from megalite.text.tokenizer import Tokenizer
 
 
 def write_samples(
@@ -49,7 +49,7 @@ def write_samples(
             )
             for index, prompt in enumerate(prompts)
         ]
-        made = prepare_each(replica, asked, serve(replica))
+        made = prepare_each(replica, asked, prompt_limits(replica))
         for refused in made:
             if isinstance(refused, ConfigError) and shown:
                 print(f"warning: no sample of {refused}", file=sys.stderr)

@@ -22,12 +22,12 @@ from megalite.core.layout import Layout
 from megalite.core.pipeline import transport_device
 from megalite.hybrid.comparison import Comparison, Side, lowest
 from megalite.hybrid.fingerprint import Fingerprinter, cover
-from megalite.hybrid.mover import Gathered, Mover, Round, RoundBuilder, Slot
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.exchange import atoms, buckets, plan
-from megalite.weights.mapping import hf_shapes
+from megalite.weights.reshard import Gathered, Mover, Round, RoundBuilder, Slot
+from megalite.weights.reshard_plan import atoms, buckets, plan
 from megalite.weights.shards import expected
+from megalite.weights.table import hf_shapes
 from megalite.weights.transfer import DTYPES
 
 Verify = Literal["always", "first", "off"]

@@ -23,11 +23,11 @@ import numpy as np
 
 from megalite.config.chat import chat_problem, chat_variables
 from megalite.config.schema import DataSection
-from megalite.config.shape import nearest_path, shown
+from megalite.config.typecheck import nearest_path, shown
 from megalite.errors import ConfigError, Problem
-from megalite.hybrid.named import check_call, check_named, described, named_function
-from megalite.hybrid.rewards import statements_of
-from megalite.train.records import SourceFile, find_files, is_held_out
+from megalite.rewards.functions import statements_of
+from megalite.rewards.named import check_call, check_named, described, named_function
+from megalite.train.data.records import SourceFile, find_files, is_held_out
 
 log = logging.getLogger(__name__)
 

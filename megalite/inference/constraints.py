@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import lru_cache
 
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 Spelling = tuple[int, ...]
 """A text in tokens."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
-from megalite.inference.control import Feed, Message, ReplicaChannel
+from megalite.inference.channel import Feed, Message, ReplicaChannel
 from megalite.inference.outputs import OutputProcessor, RequestOutput
 from megalite.inference.request import Request, Sampled, StepPlan
 from megalite.inference.request import Sequence as Sampling
@@ -43,7 +43,7 @@ class Hooks:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answered:
+class _Pending:
     """A plan that a message will answer."""
 
     plan: StepPlan
@@ -111,7 +111,7 @@ class Engine:
 
     def _run(self, requests: Sequence[Request], feed: Feed, hooks: Hooks) -> bool:
         depth = self.state.pp.size
-        answered: deque[_Answered | None] = deque([None] * depth)  # what the messages on their way answer
+        answered: deque[_Pending | None] = deque([None] * depth)  # what the messages on their way answer
         if self.state.is_control:
             for _ in range(depth):
                 self.channel.send(self._message(None, (), feed, hooks))
@@ -130,7 +130,7 @@ class Engine:
                 break
             with self.meter.phase("scheduling"):
                 plan = self.scheduler.schedule(step % depth)
-            made = _Answered(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
+            made = _Pending(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
             if self.state.is_control:
                 self.outputs.scheduled(plan)
                 logits = self.runner.execute(plan, partial(self._record_prompts, plan))
@@ -154,7 +154,7 @@ class Engine:
             self.sampler.forget(sequence)
         self.outputs.clear()
 
-    def _receive(self, made: _Answered | None, hooks: Hooks) -> Message:
+    def _receive(self, made: _Pending | None, hooks: Hooks) -> Message:
         """Take the next message and finish the plan that it answers."""
         with self.meter.phase("waiting"):
             message = self.channel.receive(len(made.plan.sampled) if made else 0)
@@ -175,7 +175,7 @@ class Engine:
                     hooks.on_output(output)
         return message
 
-    def _message(self, made: _Answered | None, results: tuple[Sampled, ...], feed: Feed, hooks: Hooks) -> Message:
+    def _message(self, made: _Pending | None, results: tuple[Sampled, ...], feed: Feed, hooks: Hooks) -> Message:
         stop = hooks.stop_requested()
         room = self.scheduler.max_num_seqs + LOOKAHEAD - self.scheduler.num_running - self.scheduler.num_waiting
         room -= self.channel.num_arriving

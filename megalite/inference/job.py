@@ -15,20 +15,20 @@ from pathlib import Path
 from megalite import terminal
 from megalite.config.load import DEFAULT, Loaded
 from megalite.config.schema import InferConfig
-from megalite.core import distributed
 from megalite.core.collectives import gather_reports
-from megalite.core.distributed import Runtime
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
-from megalite.inference.assembly import Replica, as_sampled, load_replica
-from megalite.inference.control import Ranks, broadcast_bytes
+from megalite.inference.channel import Ranks, broadcast_bytes
 from megalite.inference.engine import Hooks
-from megalite.inference.inputs import InputBatch, read_inputs
-from megalite.inference.output_file import OutputFile, fingerprint, print_output
+from megalite.inference.io.inputs import InputBatch, read_inputs
+from megalite.inference.io.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import RequestOutput
-from megalite.inference.run import agree_on_end, make_feed, serve
+from megalite.inference.replica import Replica, as_sampled, load_replica
+from megalite.inference.run import agree_on_end, make_feed, prompt_limits
 from megalite.monitor.progress import Progress
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
+from megalite.run import runtime as distributed
+from megalite.run.runtime import Runtime
 from megalite.weights.folder import ModelFolder
 
 MAIL_INTERVAL = 0.05
@@ -39,7 +39,7 @@ _END = b"end"
 
 
 def run(loaded: Loaded) -> int:
-    """Generate for the whole input; every rank calls it. Errors leave by exception, see core/distributed.py.
+    """Generate for the whole input; every rank calls it. Errors leave by exception, see run/runtime.py.
 
     The exit code says whether there are prompts that could not run.
     """
@@ -62,7 +62,7 @@ def _generate(loaded: Loaded, runtime: Runtime) -> int:
     config = loaded.config
     together = Ranks(replica.state, "input.prompts" if config.input.file is None else "input.file")
     stdin = _stdin(config, runtime)
-    batch = read_inputs(config.input, config.sampling, serve(replica), stdin=stdin, together=together)
+    batch = read_inputs(config.input, config.sampling, prompt_limits(replica), stdin=stdin, together=together)
     writer_rank = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=0)
     with ExitStack() as stack:
         writer = None

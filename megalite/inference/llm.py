@@ -26,23 +26,23 @@ from megalite.config.schema import (
     ParallelSection,
     SamplingParams,
 )
-from megalite.config.shape import hints, misfit, problem, sections
+from megalite.config.typecheck import hints, misfit, problem, sections
 from megalite.config.validate import engine_problems, world_size_problem
-from megalite.core import distributed
-from megalite.core.rendezvous import Place
 from megalite.errors import ConfigError, Problem
-from megalite.inference.assembly import as_sampled, load_replica
 from megalite.inference.engine import Engine
-from megalite.inference.inputs import Asked
+from megalite.inference.io.inputs import Asked
+from megalite.inference.io.prompts import GivenPrompt, as_prompts, plain_params
 from megalite.inference.logprobs import TokenLogprob
 from megalite.inference.outputs import RequestOutput
-from megalite.inference.prompts import GivenPrompt, as_prompts, plain_params
-from megalite.inference.run import prepare, run_everywhere, serve
+from megalite.inference.replica import as_sampled, load_replica
+from megalite.inference.run import prepare, prompt_limits, run_everywhere
 from megalite.model.kernels import release_memory
 from megalite.monitor.progress import Progress
 from megalite.monitor.words import format_count
 from megalite.preflight import read_model
-from megalite.tokenizer import Tokenizer
+from megalite.run import runtime as distributed
+from megalite.run.launch_env import LaunchEnv
+from megalite.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class LLM:
         self._start(config)
         if skip_tokenizer_init:
             self.replica.tokenizer = None
-            self._served = serve(self.replica)
+            self._limits = prompt_limits(self.replica)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
@@ -113,7 +113,7 @@ class LLM:
 
     def _start(self, config: InferConfig, loaded: Loaded | None = None) -> None:
         """`loaded`: the config with its origins; None for one made in Python, which may hold anything until checked."""
-        place = Place.of(os.environ)
+        place = LaunchEnv.of(os.environ)
         _check(config, place.world_size if place else 1)
         loaded = loaded or loaded_from(config)
         self.config = config
@@ -134,7 +134,7 @@ class LLM:
             self.runtime.stop(error if self._launched else None)
             raise
         self._engine: Engine | None = None
-        self._served = serve(self.replica)
+        self._limits = prompt_limits(self.replica)
         self._calls = 0
         self._told = False
         """That outputs ended at the default of max_tokens."""
@@ -154,8 +154,8 @@ class LLM:
     def _leave(self, error: BaseException | None) -> None:
         """Ranks end together, with the error of one as everyone's; a plain process goes on after an error."""
         self._closed = True
-        if self._served.tokenizer is not None:
-            self._served.tokenizer.close()  # its process that renders chats
+        if self._limits.tokenizer is not None:
+            self._limits.tokenizer.close()  # its process that renders chats
         try:
             self.runtime.stop(error if self._launched else None)
         finally:
@@ -282,7 +282,7 @@ class LLM:
             )
             for index, (given, sampling) in enumerate(zip(prompts, each, strict=True))
         ]
-        made = prepare(self.replica, asked, self._served)
+        made = prepare(self.replica, asked, self._limits)
         requests = [request for request, _ in made]
         written = [given.text if text is None else text for given, (_, text) in zip(prompts, made, strict=True)]
         texts = {one.id: text for one, text in zip(requests, written, strict=True) if text is not None}
@@ -333,7 +333,7 @@ class LLM:
             if id(one) not in copies:
                 copies[id(one)] = plain_params(one)
                 if not checked:
-                    problems += sampling_problems(copies[id(one)], prefix="", vocab_size=self._served.vocab_size)
+                    problems += sampling_problems(copies[id(one)], prefix="", vocab_size=self._limits.vocab_size)
         if problems:
             raise ConfigError(*problems)
         return [copies[id(one)] for one in each]

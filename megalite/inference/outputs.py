@@ -13,13 +13,13 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from megalite.config.schema import SamplingParams
-from megalite.detokenizer import Detokenizer, TokenizerError
+from megalite.inference.io.packed import pack, unpack
 from megalite.inference.logprobs import FlatLogprobs, Logprob, Logprobs, finite, from_json, number, to_json
-from megalite.inference.packed import pack, unpack
 from megalite.inference.request import FinishReason, Request, StepPlan
 from megalite.inference.request import Sequence as Sampling
 from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
-from megalite.tokenizer import Tokenizer
+from megalite.text.detokenizer import Detokenizer, TokenizerError
+from megalite.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from megalite.inference.sampler import TokenLogprobs

@@ -8,18 +8,18 @@ import torch
 import torch.distributed as dist
 
 from megalite.errors import ConfigError, Stopped
-from megalite.inference.assembly import Replica
-from megalite.inference.control import Feed, Ranks, Share, SharedQueue, broadcast_bytes, deal
+from megalite.inference.channel import Feed, Ranks, Share, SharedQueue, broadcast_bytes, deal
 from megalite.inference.engine import Engine, Hooks
-from megalite.inference.inputs import Asked, Served, make_requests
+from megalite.inference.io.inputs import Asked, PromptLimits, make_requests
 from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
+from megalite.inference.replica import Replica
 from megalite.inference.request import Request
 from megalite.monitor.progress import Progress
 
 
-def serve(replica: Replica) -> Served:
+def prompt_limits(replica: Replica) -> PromptLimits:
     """What making requests needs to know of a replica."""
-    return Served(
+    return PromptLimits(
         tokenizer=replica.tokenizer,
         vocab_size=replica.model.vocab_size,
         max_model_len=replica.max_model_len,
@@ -29,19 +29,19 @@ def serve(replica: Replica) -> Served:
 
 
 def prepare_each(
-    replica: Replica, asked: Sequence[Asked], served: Served
+    replica: Replica, asked: Sequence[Asked], limits: PromptLimits
 ) -> list[tuple[Request, str | None] | ConfigError]:
     """The request for each prompt and its text, or why it can't run. Collective over the layout.
 
     ConfigError: ranks were given different ones.
     """
     together = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
-    return make_requests(asked, served, together)
+    return make_requests(asked, limits, together)
 
 
-def prepare(replica: Replica, asked: Sequence[Asked], served: Served) -> list[tuple[Request, str | None]]:
+def prepare(replica: Replica, asked: Sequence[Asked], limits: PromptLimits) -> list[tuple[Request, str | None]]:
     """As `prepare_each`; ConfigError also for the first that can't run."""
-    made = prepare_each(replica, asked, served)
+    made = prepare_each(replica, asked, limits)
     refused = next((one for one in made if isinstance(one, ConfigError)), None)
     if refused is not None:
         raise refused

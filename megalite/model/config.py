@@ -1,7 +1,7 @@
 """What a decoder is made of, in numbers and choices; importable without torch.
 
 `families.py` reads a Hugging Face config.json into a `ModelConfig`; `decoder.py` builds the model from it and
-`weights/mapping.py` the weight table. A field is named for what it decides, never for the family that needs it.
+`weights/table.py` the weight table. A field is named for what it decides, never for the family that needs it.
 """
 
 from __future__ import annotations

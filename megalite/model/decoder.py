@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.elementwise import gated
+from megalite.core.functional import gated
 from megalite.core.layers import (
     ColumnParallelLinear,
     LayerNorm,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
-from megalite.model.family import (
+from megalite.model.family_spec import (
     Family,
     Source,
     WeightNames,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megalite.config.shape import gguf_advice
+from megalite.config.typecheck import gguf_advice
 from megalite.errors import CheckpointError
 from megalite.files import read_whole
 from megalite.model.config import Rope, RopeScaling

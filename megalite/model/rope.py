@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from megalite.core.elementwise import rotate
+from megalite.core.functional import rotate
 from megalite.model.config import Rope, RopeScaling
 
 

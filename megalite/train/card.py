@@ -12,8 +12,8 @@ import yaml
 
 from megalite.config.schema import TrainConfig
 from megalite.model.config import ModelConfig
-from megalite.train.data import Corpus
-from megalite.weights.mapping import hf_shapes
+from megalite.train.data.prepared import Corpus
+from megalite.weights.table import hf_shapes
 
 SAMPLE_TOKENS = 160
 SAMPLE_TEMPERATURE = 0.5

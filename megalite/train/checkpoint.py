@@ -34,13 +34,14 @@ from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
-from megalite.weights import companions, shards
 from megalite.weights import manifest as manifests
-from megalite.weights.companions import Companions
+from megalite.weights import shards
+from megalite.weights import side_files as companions
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.manifest import Manifest, Range, StoredFile, StoredTensor, digest_of, file_name
-from megalite.weights.mapping import Owned, pieces
 from megalite.weights.shards import expected, stored_layout
+from megalite.weights.side_files import Companions
+from megalite.weights.table import Owned, pieces
 from megalite.weights.tensor_file import DTYPE_BYTES, new_header
 from megalite.weights.transfer import read_parameters
 

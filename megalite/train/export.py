@@ -15,11 +15,11 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.generation import NAME as GENERATION
 from megalite.train.zero import WEIGHT, get_whole
-from megalite.weights.companions import Companions, as_json, beside, is_of_tokenizer, of_tokenizer, with_dtype, write
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import SINGLE
-from megalite.weights.mapping import Owned, hf_shapes, pieces
 from megalite.weights.shards import expected, stored_layout
+from megalite.weights.side_files import Companions, as_json, beside, is_of_tokenizer, of_tokenizer, with_dtype, write
+from megalite.weights.table import Owned, hf_shapes, pieces
 from megalite.weights.tensor_file import new_header
 from megalite.weights.transfer import DTYPES
 

@@ -13,7 +13,7 @@ from megalite.core.layout import Whole
 from megalite.core.parallel_state import Axis, ParallelState
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.mapping import pieces
+from megalite.weights.table import pieces
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from megalite.config.chat import section_variables
 from megalite.config.load import Loaded
 from megalite.config.schema import SamplingParams, TrainConfig
-from megalite.core import distributed
 from megalite.core.collectives import gather_reports
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -25,17 +24,18 @@ from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteErr
 from megalite.files import write_durably
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_rate, wrapped
+from megalite.run import runtime as distributed
 from megalite.train import card
-from megalite.train.batch import MicroBatch
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
-from megalite.train.data import PREPARED, Corpus, prepare
+from megalite.train.data.batch import MicroBatch
+from megalite.train.data.prepared import PREPARED, Corpus, prepare
+from megalite.train.data.reading import open_reader
 from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed, training_report
 from megalite.train.model import Scorer
 from megalite.train.new_model import config_of, make_decoder, starting_point
 from megalite.train.optimizer import learning_rate
-from megalite.train.reading import open_reader
 from megalite.train.trainer import StepReport, Trainer
 from megalite.weights import transfer
 from megalite.weights.folder import ModelFolder

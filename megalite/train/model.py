@@ -17,7 +17,7 @@ from megalite.core.pipeline import Pipeline
 from megalite.core.schedules import forward_only
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import BlockCall, Decoder
-from megalite.train.batch import MicroBatch
+from megalite.train.data.batch import MicroBatch
 from megalite.train.loss import target_logprobs
 
 ChunkModel = Callable[[MicroBatch, Tensor | None, int], Tensor]

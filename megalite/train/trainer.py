@@ -25,7 +25,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.train import zero
 from megalite.train.balance import LoadBalance
-from megalite.train.batch import MicroBatch
+from megalite.train.data.batch import MicroBatch
 from megalite.train.gradients import TiedEmbedding, complete_gradients
 from megalite.train.loss import NEXT_TOKEN, Loss
 from megalite.train.model import LanguageModel, Scorer, hidden_rows, make_pipeline, prepared, recompute_blocks

@@ -17,8 +17,8 @@ from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.weights.manifest import WEIGHT
-from megalite.weights.mapping import Owned, Piece, pieces
 from megalite.weights.shards import expected
+from megalite.weights.table import Owned, Piece, pieces
 from megalite.weights.tensor_file import DTYPE_BYTES, TensorInfo
 
 Region = tuple[int, int, int, int]

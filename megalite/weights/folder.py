@@ -11,7 +11,7 @@ from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
-from megalite.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
 

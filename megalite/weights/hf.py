@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from megalite.config.shape import gguf_advice
+from megalite.config.typecheck import gguf_advice
 from megalite.config.validate import model_location
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
-from megalite.weights.mapping import hf_shapes
+from megalite.weights.table import hf_shapes
 from megalite.weights.tensor_file import TensorFiles, TensorInfo, is_plain_name, read_header
 
 SINGLE = "model.safetensors"

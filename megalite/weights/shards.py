@@ -19,7 +19,7 @@ from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.hf import INDEX, SINGLE, inside
 from megalite.weights.manifest import Manifest, StoredFile, file_name
-from megalite.weights.mapping import Owned, owned
+from megalite.weights.table import Owned, owned
 from megalite.weights.tensor_file import TensorInfo, read_header
 
 JOURNAL = ".unfinished.jsonl"

@@ -19,8 +19,8 @@ from megalite.weights.blocks import Blocks, hf_blocks, merged, rank_blocks
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import Checkpoint, check_names, open_checkpoint, resolve
 from megalite.weights.manifest import Manifest, StoredFile
-from megalite.weights.mapping import hf_shapes, owned
 from megalite.weights.shards import check_file, is_sharded, open_manifest, stored_layout
+from megalite.weights.table import hf_shapes, owned
 from megalite.weights.tensor_file import WEIGHT_DTYPES, TensorInfo
 
 

@@ -21,9 +21,9 @@ from megalite.model.decoder import Decoder
 from megalite.weights.blocks import Blocks, Move, Part, reading, region_of
 from megalite.weights.copying import Reading, in_parallel, matrices
 from megalite.weights.manifest import WEIGHT
-from megalite.weights.mapping import Owned, Piece, owned
 from megalite.weights.shards import expected
 from megalite.weights.sources import blocks_for
+from megalite.weights.table import Owned, Piece, owned
 from megalite.weights.tensor_file import WEIGHT_DTYPES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -54,8 +54,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from megalite.model import families
-from megalite.weights.convert import hf_files, write_index
-from megalite.weights.mapping import hf_shapes
+from megalite.convert.convert import hf_files, write_index
+from megalite.weights.table import hf_shapes
 folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
 (folder / "config.json").write_text(json.dumps(values))
 model = families.read(folder)

@@ -21,11 +21,11 @@ import torch.multiprocessing
 from benchmarks.convert import evict, generate, total_size
 from toolkit import say_time_left
 
+from megalite.convert.convert import convert, parse_layout
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.monitor.words import format_bytes
-from megalite.weights.convert import convert, parse_layout
 from megalite.weights.transfer import build, load_folder
 
 FORMS = {"Hugging Face folder": "model", "rank shards": "cut"}

@@ -33,8 +33,8 @@ from megalite.hybrid.sync import Sync
 from megalite.model.config import AttentionSpec, ModelConfig, Rope
 from megalite.model.decoder import Decoder
 from megalite.monitor.words import format_bytes
-from megalite.weights.exchange import least_received
-from megalite.weights.mapping import Owned, local_elements, owned
+from megalite.weights.reshard_plan import least_received
+from megalite.weights.table import Owned, local_elements, owned
 from megalite.weights.transfer import build, initialise
 
 RANKS = 4

@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megalite.config.schema import DistributedSection, OptimizerSection
-from megalite.core.distributed import prepare_deepspeed, start
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
-from megalite.train.batch import from_sequences, from_windows
+from megalite.run.runtime import prepare_deepspeed, start
+from megalite.train.data.batch import from_sequences, from_windows
+from megalite.train.data.packing import pack
 from megalite.train.optimizer import deepspeed_config, make_optimizer
-from megalite.train.packing import pack
 from megalite.train.trainer import Trainer
 from megalite.train.zero import one_optimizer_for_stages_1_and_2
 from megalite.weights import transfer

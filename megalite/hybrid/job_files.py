@@ -1,0 +1,159 @@
+"""What a hybrid job is made from and what it leaves in its folder: examples, tokenizer, shape, checkpoints, the model.
+
+outputs/run/config.json model.safetensors tokenizer.json ...   the model, at the end
+            training/data/                                     the tokenizer, where the job has trained it
+            training/log.jsonl                                 rewards, losses, agreement and times
+            training/rollouts/iteration-000012.jsonl           every sample with its reward and log-probabilities
+            training/reference/step-00000009/                  the model after the supervised steps, where KL needs it
+            training/state/step-00000120/                      what a killed job goes on from
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megalite.config.chat import section_variables
+from megalite.config.schema import HybridConfig
+from megalite.errors import CheckpointError, ConfigError, Problem
+from megalite.hybrid.tasks import Example, load_examples
+from megalite.model.decoder import Decoder
+from megalite.text.tokenizer import Tokenizer, TokenizerError
+from megalite.train.checkpoint import (
+    check_same_model,
+    load_state,
+    newest_state,
+    remove_unfinished,
+    save_state,
+    state_to_resume,
+)
+from megalite.train.data import bpe
+from megalite.train.data import examples as supervised
+from megalite.train.data.prepared import end_of_text
+from megalite.train.export import export_folder, files_beside
+from megalite.train.new_model import config_of, starting_point
+from megalite.train.trainer import Trainer
+from megalite.weights.folder import ModelFolder
+from megalite.weights.transfer import load_folder
+
+log = logging.getLogger(__name__)
+
+
+class Materials:
+    """Every rank constructs it alike; one writes."""
+
+    def __init__(self, config: HybridConfig, *, is_writer: bool, wait: Callable[[], None]):
+        """`wait` returns when every rank has called it. ConfigError names what can't be used."""
+        self.config = config
+        self.is_writer = is_writer
+        self.folder = Path(config.output.folder)
+        self.states = self.folder / "training" / "state"
+        self.references = self.folder / "training" / "reference"
+        self.found = state_to_resume(self.states, resume=config.output.resume)
+        data = config.data
+        variables = section_variables(data)
+        self.examples = load_examples(data.source, data.options, split="train", seed=data.seed, variables=variables)
+        wait()  # until all have looked for a state: what is unfinished goes now
+        if is_writer:
+            remove_unfinished(self.states)
+            remove_unfinished(self.references)
+        self.tokenizer_folder, self.tokenizer = self._open_tokenizer(wait)
+        named = ModelFolder.open(config.model.path).generation.eos_token_ids if config.model.path else ()
+        self.end = end_of_text(self.tokenizer, named)
+        self.responses = self._responses()
+        self.tokenizer.close()
+        endings = {*self.tokenizer.special_ids, self.end}
+        self.base = starting_point(
+            config.model,
+            tokenizer=self.tokenizer_folder,
+            vocab_size=len(self.tokenizer),
+            end=self.end,
+            taught=sorted(set().union(*(response.ends(endings) for response in self.responses))),
+        )
+        self.model = self.base.model
+        self.beside = files_beside(self.base)
+
+    def _open_tokenizer(self, wait: Callable[[], None]) -> tuple[Path, Tokenizer]:
+        """The one named, the model's own, or one trained on the task's texts."""
+        config = self.config
+        named = config.tokenizer.path or config.model.path
+        folder = Path(named or self.folder / "training" / "data")
+        if named is None and self.is_writer and self.found is None:
+            bpe.save(bpe.train(map(_text, self.examples), config.tokenizer.vocab_size), folder)
+        wait()
+        tokenizer = Tokenizer.load(folder, model=config_of(config.model))
+        if tokenizer is None:
+            raise ConfigError(Problem(key="tokenizer.path", rule=f"{folder} has no tokenizer.json", fix="Name one."))
+        return folder, tokenizer
+
+    def _responses(self) -> list[supervised.Encoded]:
+        """The examples' responses, for supervised steps."""
+        if self.config.supervised.steps == 0:
+            return []
+        without = next((example for example in self.examples if example.response is None), None)
+        if without is not None:
+            rule = f"needs a response in every example, and {without.where} has none"
+            raise ConfigError(Problem(key="supervised.steps", rule=rule, value=self.config.supervised.steps))
+        found = []
+        for example in self.examples:
+            try:
+                found.append(self._response(example))
+            except TokenizerError as error:  # no fault of the example's
+                log.warning("%s is left out: %s", example.where, error)
+        if not found:
+            raise ConfigError(Problem(key="tokenizer.path", rule="the tokenizer fails at every example"))
+        return found
+
+    def _response(self, example: Example) -> supervised.Encoded:
+        if example.messages is None:
+            return supervised.encode_pair(self.tokenizer, example.prompt, example.response, self.end)
+        chat = (example.messages, example.response, self.end)
+        return supervised.encode_answer(self.tokenizer, *chat, **example.variables)
+
+    # ---- checkpoints and the model
+
+    def save_state(self, trainer: Trainer, progress: dict[str, Any]) -> None:
+        """Collective over the training layout."""
+        self._save(trainer, self.states, {"progress": progress})
+
+    def load_state(self, trainer: Trainer | None) -> dict[str, Any] | None:
+        """Go on from the newest state, if there is one: its progress. Collective; `trainer` where there is one."""
+        if self.found is None:
+            return None
+        path, manifest = self.found
+        check_same_model(manifest, self.base)
+        progress = manifest.training.get("progress")
+        if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations", "weight_version"}:
+            raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
+        if trainer is not None:
+            load_state(trainer, path)
+        return progress
+
+    def save_reference(self, trainer: Trainer) -> None:
+        """Keep the model as it is now for `load_reference`. Collective over the training layout."""
+        self._save(trainer, self.references, {})
+
+    def load_reference(self, decoder: Decoder) -> None:
+        """Fill `decoder` with what `save_reference` kept. ConfigError if it kept nothing."""
+        found = newest_state(self.references)
+        if found is None:
+            rule = "needs the model as it was after the supervised steps, which this run has not kept"
+            fix = "Set it to 0 as before, or choose another output.folder."
+            value = self.config.hybrid.kl_coefficient
+            raise ConfigError(Problem(key="hybrid.kl_coefficient", rule=rule, value=value, fix=fix))
+        load_folder(decoder, found[0], whole=True)
+
+    def _save(self, trainer: Trainer, folder: Path, training: dict[str, Any]) -> None:
+        save_state(trainer, folder, training, self.base, self.beside)
+
+    def export(self, trainer: Trainer) -> None:
+        """Make the folder hold the present model. Collective over the training layout."""
+        dtype = self.config.model.dtype
+        export_folder(trainer.decoder, self.folder, self.base, self.beside, dtype)
+
+
+def _text(example: Example) -> str:
+    """What a tokenizer should know of an example; one that is trained here has no template for chats."""
+    return (example.prompt or "") + (example.response or "")

@@ -1,0 +1,177 @@
+"""What an input file's lines, or prompts in a config, say: each an `Entry`, one that is wrong as well. Torch-free.
+
+Whatever a line holds, it costs itself only, and it keeps the id that it gives itself, as far as that can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megalite.config.chat import CHAT_KEYS, VARIABLES, chat_variables, variables_problem
+from megalite.config.sampling import MAX_KEY
+from megalite.config.schema import InputSection
+from megalite.config.typecheck import shown
+from megalite.errors import ConfigError, Problem
+from megalite.files import open_regular
+
+MAX_LINE = 1 << 26
+"""Longest line read from an input file, bytes."""
+_KEYS = ("prompt", *CHAT_KEYS, "id", "sampling")
+_NO_OBJECT = 'must be a JSON object such as {"prompt": "..."}'
+_LEADING_ID = re.compile(r'\s*\{\s*"id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*"|[0-9]{1,18})\s*[,}]')
+"""The id of a line that breaks off later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One prompt as it was given, or why it could not be read."""
+
+    where: str
+    prompt: Any = None
+    id: Any = None
+    sampling: Any = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template sees beside the messages."""
+    error: str | None = None
+
+
+def given_id(entry: Entry) -> tuple[str | None, str | None]:
+    """The id that an entry gives itself, and what is wrong with it; by default it is the place in the input, from 0."""
+    given = entry.id
+    if given is None:
+        return None, None
+    if type(given) is int:
+        return str(given), None
+    if not isinstance(given, str) or not given:
+        return None, f"{entry.where}: id: must be a text that is not empty, or a whole number, got {shown(given)}."
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        return None, f"{entry.where}: id: has half a surrogate pair, got {shown(given)}."
+    return given, None
+
+
+def read_entries(section: InputSection, stdin: BinaryIO | None) -> Iterator[tuple[bytes, Entry]]:
+    """Every entry of the input, with the bytes that it was made of; `stdin` stands in for standard input.
+
+    ConfigError: the input as a whole can't be read.
+    """
+    with _opened(section, stdin) as lines:
+        yield from _inline(section.prompts or []) if lines is None else _parsed(lines, _name(section))
+
+
+def _name(section: InputSection) -> str:
+    return "stdin" if section.file == "-" else Path(str(section.file)).name
+
+
+@contextmanager
+def _opened(section: InputSection, stdin: BinaryIO | None) -> Iterator[BinaryIO | None]:
+    """The lines to read, or None for inline prompts."""
+    if section.file is None:
+        yield None
+    elif section.file == "-":
+        yield stdin or sys.stdin.buffer
+    else:
+        try:
+            file = open_regular(section.file)
+        except OSError as error:
+            raise ConfigError(Problem(key="input.file", value=section.file, rule=f"{error.strerror}")) from error
+        with file:
+            yield file
+
+
+def _inline(prompts: list[Any]) -> Iterator[tuple[bytes, Entry]]:
+    for index, prompt in enumerate(prompts):
+        yield repr(prompt).encode(errors="surrogatepass"), Entry(f"input.prompts[{index}]", prompt)
+
+
+def _parsed(lines: BinaryIO, name: str) -> Iterator[tuple[bytes, Entry]]:
+    """Each line that is not blank, with what it says."""
+    number = 0
+    while raw := lines.readline(MAX_LINE + 1):
+        number += 1
+        where = f"{name}:{number}"
+        if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+            rest = raw
+            while rest and not rest.endswith(b"\n"):
+                rest = lines.readline(MAX_LINE)
+            yield raw, Entry(where, error=f"{where}: the line is longer than {MAX_LINE >> 20} MiB.")
+        elif raw.strip():
+            yield raw.strip(), _entry(raw, where)
+
+
+def _entry(raw: bytes, where: str) -> Entry:
+    """What one line says. One that is wrong keeps the id that it gives itself, as far as that can be read."""
+    wrong: list[str] = []
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong.append(f"is not UTF-8 at byte {error.start + 1}")
+        text = raw.decode("utf-8-sig", "replace")
+    value = _read_json(text, wrong)
+    if not isinstance(value, dict):
+        return Entry(where, error=f"{where}: {(wrong or [_NO_OBJECT])[0]}.")
+    own_id = value.get("id")
+    if wrong and "\ufffd" in str(own_id):  # no id that the line gives
+        own_id = None
+    wrong += filter(None, [_shape_problem(value)])
+    if wrong:
+        return Entry(where, id=own_id, error=f"{where}: {wrong[0]}.")
+    prompt = value.get("prompt", value.get("messages"))
+    return Entry(where, prompt, own_id, value.get("sampling"), chat_variables(value))
+
+
+def _read_json(text: str, wrong: list[str]) -> Any:
+    """The value of a JSON text, and what is wrong with it added to `wrong`; what it begins with if it is no JSON."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            wrong.append(f"the key {shown(twice)} occurs twice")
+            del made[twice]
+        return made
+
+    def no_constant(name: str) -> None:
+        wrong.append(f"{name} is not a JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
+    except json.JSONDecodeError as error:
+        wrong.append(f"is not valid JSON at column {error.colno}: {error.msg}")
+    except ValueError as error:  # a number of very many digits
+        wrong.append(str(error))
+    except RecursionError:
+        wrong.append("is nested too deeply")
+    begun = _LEADING_ID.match(text)
+    return {"id": json.loads(begun[1])} if begun else None
+
+
+def _shape_problem(value: dict[str, Any]) -> str | None:
+    """What is wrong with the keys of a line."""
+    for key in value:
+        if key not in _KEYS:
+            close = get_close_matches(key[:MAX_KEY], _KEYS, n=1)
+            hint = f"perhaps {close[0]!r} is meant" if close else f"the keys are {', '.join(_KEYS)}"
+            return f"unknown key {shown(key)}; {hint}"
+    if ("prompt" in value) == ("messages" in value):
+        return "needs either a prompt or messages"
+    prompt = value.get("prompt", value.get("messages"))
+    if "messages" in value and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
+        return "messages must be a list of {role, content}, at least one"
+    wrong = variables_problem(value)
+    if wrong is not None:
+        return str(wrong).rstrip(".")
+    is_chat = "messages" in value or (isinstance(prompt, list) and prompt and isinstance(prompt[0], dict))
+    if chat_variables(value) and not is_chat:
+        return f"{' and '.join(VARIABLES)} are for chats, and the prompt is none"
+    return None

@@ -1,0 +1,239 @@
+"""Results out: a JSON-lines file that a killed run can go on with, or text on the terminal. Torch-free.
+
+Beside `out.jsonl` lies `out.jsonl.run.json`: what decides the results of the run that writes the file. Lines are
+appended as prompts finish; when all have, the file is put in input order, whole or not at all. Kill the run at any
+moment, start it again, and every id is there exactly once. Prompts that failed are tried again by the next run; where
+that changes a line, the old one stays until the file is put in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from megalite.config.schema import InferConfig
+from megalite.config.typecheck import printable, problem, shown
+from megalite.errors import ConfigError, maybe_fault
+from megalite.files import DurableFile, LineFile, write_json
+from megalite.inference.outputs import RequestOutput
+from megalite.monitor.words import format_count
+
+_NEW_FILE = "Set output.overwrite=true to start anew, or write to another file."
+_SHOWN_CHANGES = 8
+
+
+def fingerprint(config: InferConfig, *, weights: str, inputs: str) -> dict[str, Any]:
+    """What decides the results of a run, by config key, as JSON values.
+
+    The layout, memory and batching are not among it: results do not depend on them. `weights` identifies the weights,
+    `inputs` what was read (`InputBatch.digest`).
+    """
+    model, engine = asdict(config.model), asdict(config.engine)
+    decides = {f"model.{key}": model[key] for key in ("path", "revision", "tokenizer", "dtype", "load_format")}
+    decides |= {f"engine.{key}": engine[key] for key in ("max_model_len", "seed")}
+    decides |= {f"sampling.{key}": value for key, value in asdict(config.sampling).items()}
+    decides |= {"the weights": weights, "the input": inputs[:16]}
+    return json.loads(json.dumps(decides))
+
+
+class OutputFile:
+    """The results of a run, one JSON line a prompt; made by `open`. One process writes it."""
+
+    def __init__(self, path: Path, lines: LineFile, lock: BinaryIO, order: Sequence[str], places: dict[str, _Place]):
+        self.path = path
+        self._lines = lines
+        self._lock = lock
+        self._order = order
+        self.known = frozenset(order)
+        """Every id of the run."""
+        self._places = {name: place for name, place in places.items() if not place.failed}
+        """Where in the file the line of each finished id is."""
+        self._failed = {name: place for name, place in places.items() if place.failed}
+        """Where that of each id is which failed in an earlier run."""
+        self._end = max((place.end for place in places.values()), default=0)
+
+    @classmethod
+    def open(
+        cls, path: str | Path, fingerprint: Mapping[str, Any], order: Sequence[str], *, overwrite: bool = False
+    ) -> OutputFile:
+        """Start the file, or go on with it if it is of a run with the same `fingerprint`.
+
+        `order`: every id of the run, in input order. ConfigError: the file is of another run (it says what changed), of
+        no run, or being written by another process; `overwrite` replaces it in the first two cases.
+        """
+        path = Path(os.path.realpath(path))
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise ConfigError(problem("output.file", "must be a regular file", str(path)))
+        LineFile(path).close()
+        with ExitStack() as undo:
+            lock = undo.enter_context(_locked(path))
+            record = path.with_name(f"{path.name}.run.json")
+            if path.stat().st_size and not overwrite:
+                _compare(path, record, fingerprint)
+            else:
+                # Emptied first: stopped between the two, no old result stands beside a new record.
+                LineFile(path, anew=True).close()
+                write_json(record, {"made_by": "megalite", "decided_by": dict(fingerprint)})
+            lines = undo.enter_context(LineFile(path))
+            lines.cut_torn_line()
+            lines.sync()
+            places = _read_places(path, order)
+            undo.pop_all()
+        return cls(path, lines, lock, order, places)
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Ids whose results are in the file; they need not run again."""
+        return frozenset(self._places)
+
+    def write(self, output: RequestOutput) -> None:
+        """Append a result; it outlives this process from here on. Each id of the run comes once."""
+        name = output.request_id
+        assert name in self.known and name not in self._places, f"id {name!r} is unknown or written already"
+        line = output.to_line()
+        maybe_fault("output.write")
+        data = line.encode() + b"\n"
+        before = self._failed.get(name)
+        if before is not None and self._said(before) == data:
+            self._places[name] = before
+            return
+        self._lines.append(line)
+        self._places[name] = _Place(self._end, len(data))
+        self._end += len(data)
+
+    def _said(self, place: _Place) -> bytes:
+        with self.path.open("rb") as lines:
+            lines.seek(place.start)
+            return lines.read(place.length)
+
+    def close(self) -> bool:
+        """Make what is written durable and, if every id is there, put the lines in input order; True if it is so."""
+        self._lines.close()
+        complete = len(self._places) == len(self._order)
+        size = sum(place.length for place in self._places.values())
+        if complete and (list(self._places) != list(self._order) or size != self._end):
+            maybe_fault("output.order")
+            with DurableFile(self.path) as ordered, self.path.open("rb") as lines:
+                for name in self._order:
+                    lines.seek(self._places[name].start)
+                    ordered.write(lines.read(self._places[name].length))
+                maybe_fault("output.ordered")
+        self._lock.close()
+        return complete
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A line in the file; start and length in bytes."""
+
+    start: int
+    length: int
+    failed: bool = False
+    """It says why the prompt could not run."""
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+def _locked(path: Path) -> BinaryIO:
+    """An open file that keeps other runs from writing `path` until it is closed or this process ends.
+
+    Open for writing, without which NFS gives no exclusive lock (flock(2): EBADF).
+    """
+    while True:
+        lock = path.open("r+b", buffering=0)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            fix = "Wait for it, or write to another file."
+            raise ConfigError(problem("output.file", "another run is writing it", str(path), fix)) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+        lock.close()  # the other run put its file in order meanwhile: this is the one from before
+
+
+def _compare(path: Path, record: Path, fingerprint: Mapping[str, Any]) -> None:
+    """ConfigError unless the file's run is the same as this one."""
+    try:
+        before = dict(json.loads(record.read_bytes())["decided_by"])
+    except FileNotFoundError:
+        rule = f"exists and is of no run that can go on ({printable(record.name)} is missing)"
+        raise ConfigError(problem("output.file", rule, str(path), _NEW_FILE)) from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            problem("output.file", f"its {printable(record.name)} can't be read", str(path), _NEW_FILE)
+        ) from error
+    keys = [key for key in {**before, **fingerprint} if before.get(key) != fingerprint.get(key)]
+    if not keys:
+        return
+    changes = [f"{key} was {shown(before.get(key))}, is {shown(fingerprint.get(key))}" for key in keys[:_SHOWN_CHANGES]]
+    more = [f"{len(keys) - len(changes)} more"] if len(keys) > len(changes) else []
+    rule = f"holds results of another run ({'; '.join(changes + more)})"
+    raise ConfigError(problem("output.file", rule, str(path), _NEW_FILE))
+
+
+def _read_places(path: Path, order: Sequence[str]) -> dict[str, _Place]:
+    """Where each result of a file of whole lines is: of one that failed and was tried again, the later.
+
+    ConfigError: a line is no result of this run.
+    """
+    known, places, start = frozenset(order), {}, 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                output = RequestOutput.from_line(line)
+                name, failed = output.request_id, output.error is not None
+            except (AttributeError, KeyError, TypeError, ValueError):
+                name, failed = None, False
+            twice = isinstance(name, str) and name in places and not places[name].failed
+            if not isinstance(name, str) or twice or name not in known:
+                why = "there twice" if twice else "of no prompt of this run"
+                rule = f"line {number}: id {name!r} is {why}" if isinstance(name, str) else f"line {number} is damaged"
+                raise ConfigError(problem("output.file", rule, str(path), _NEW_FILE))
+            places[name] = _Place(start, len(line), failed)
+            start += len(line)
+    return places
+
+
+# ---- the terminal
+
+
+def print_output(output: RequestOutput, stream: TextIO) -> None:
+    """Show a prompt and its completions to a person; control characters, which a terminal would obey, are escaped."""
+    parts = [f"=== {output.request_id} ==="]
+    if output.prompt is not None:
+        parts.append(output.prompt)
+    elif output.prompt_token_ids:
+        parts.append(f"token ids {output.prompt_token_ids}")
+    if output.error is not None:
+        parts.append(f"--- error: {output.error}")
+    for completion in output.outputs:
+        place = f" {completion.index + 1} of {len(output.outputs)}" if len(output.outputs) > 1 else ""
+        why = completion.finish_reason or "unfinished"
+        parts.append(f"--- completion{place} ({format_count(len(completion.token_ids), 'token')}, {why})")
+        parts.append(completion.text or f"token ids {completion.token_ids}")
+    stream.write("\n".join(_harmless(part) for part in parts) + "\n\n")
+    stream.flush()
+
+
+def _harmless(text: str) -> str:
+    return "".join(_escaped(text))
+
+
+def _escaped(text: str) -> Iterator[str]:
+    for character in text:
+        shown_as_it_is = character.isprintable() or character in "\n\t"
+        yield character if shown_as_it_is else character.encode("unicode_escape").decode()

@@ -1,0 +1,258 @@
+"""Builds what one rank needs to generate: model, weights, KV cache, engine; every rank of the run calls it alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.load import Loaded, with_origins
+from megalite.config.sampling import sampling_problems
+from megalite.config.schema import EngineSection, InferConfig, ModelSection
+from megalite.core.layers import store_by_input
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import ConfigError
+from megalite.inference import memory
+from megalite.inference.engine import Engine
+from megalite.inference.outputs import OutputProcessor
+from megalite.inference.runner import Runner
+from megalite.inference.sampler import Sampler
+from megalite.inference.scheduler import Scheduler
+from megalite.model.config import ModelConfig
+from megalite.model.decoder import Decoder
+from megalite.model.device_attention import DeviceCache
+from megalite.model.host_attention import HostCache
+from megalite.model.kernels import free_memory, ranks_on_device
+from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
+from megalite.run.runtime import Runtime
+from megalite.text.tokenizer import Tokenizer
+from megalite.weights.folder import ModelFolder
+from megalite.weights.hf import resolve
+from megalite.weights.table import owned
+from megalite.weights.transfer import DTYPES, build, initialise, load_folder
+
+
+class Replica:
+    """This rank's part of a replica, ready to generate once `engine` was called.
+
+    Collective: every rank of the layout constructs it with the same sections.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None,
+        runtime: Runtime,
+        *,
+        engine: EngineSection,
+        dp_mode: Literal["sync", "async"] = "sync",
+        meter: Meter | None = None,
+        load_peak_bytes: int = 0,
+    ):
+        """`decoder`: filled with weights, or about to be; it may be in training as well."""
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.runtime = runtime
+        self.settings = engine
+        self.dp_mode = dp_mode
+        self.meter = meter or decoder.state.meter
+        self.load_peak_bytes = load_peak_bytes
+        """Memory that loading took at its peak."""
+        self.state = decoder.state
+        self.layout = decoder.state.layout
+        self.model = decoder.config
+        weight = next(decoder.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        self._runner: Runner | None = None
+        runtime.before_groups_go.append(self._drop_graphs)
+        self._fit()
+
+    def _drop_graphs(self) -> None:
+        if self._runner is not None:
+            self._runner.drop_graphs()
+
+    def _fit(self) -> None:
+        """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
+        engine, world = self.settings, self.state.world
+        if world.size > 1:
+            dist.barrier(world.group)
+        place = {"config": self.model, "layout": self.layout, "rank": self.state.rank}
+        self.block_bytes = memory.kv_block_bytes(**place, block_size=engine.block_size, itemsize=self.dtype.itemsize)
+        budget = self._memory() * engine.gpu_memory_utilization
+        rows = {"max_rows": engine.max_num_seqs, "itemsize": self.dtype.itemsize}
+        budget -= memory.activation_bytes(**place, max_tokens=engine.max_num_batched_tokens, **rows)
+        if self._captures():
+            longest = engine.max_model_len or self.model.max_position_embeddings
+            budget -= memory.graph_bytes(**place, max_blocks=memory.blocks_for(longest, engine.block_size), **rows)
+        mine = engine.num_kv_blocks or max(0, int(budget // self.block_bytes))
+        self.fitting_blocks = _least(mine, self.state.replica.group, self.state.replica.size)
+        fitting_everywhere = _least(mine, world.group, world.size)
+        self.host_blocks = _least(
+            int(engine.swap_space * memory.GIB // self.block_bytes), self.state.replica.group, self.state.replica.size
+        )
+        self.max_model_len = memory.settle_length(
+            fitting_blocks=fitting_everywhere,
+            block_size=engine.block_size,
+            asked=engine.max_model_len,
+            model=self.model.max_position_embeddings,
+            block_bytes=self.block_bytes,
+        )
+
+    def _memory(self) -> int:
+        """Bytes that this rank may still take: its share of what is free on its host or device."""
+        if self.device.type == "cpu":
+            return memory.host_memory_available() // self.runtime.local_world_size
+        return free_memory(self.device) // ranks_on_device(self.runtime.local_world_size)
+
+    def engine(
+        self, *, longest: int | None = None, sequences: int | None = None, at_temperature: bool = False
+    ) -> Engine:
+        """Make the KV cache and the engine. `longest` and `sequences` say what the work needs, where that is known.
+
+        `at_temperature`: of the log-probabilities of sampled tokens, see `Sampler`.
+        """
+        settings = self.settings
+        concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
+        run_blocks = memory.blocks_for(min(longest or self.max_model_len, self.max_model_len), settings.block_size)
+        blocks, on_device = self.fitting_blocks, self.device.type != "cpu"
+        if not on_device and settings.num_kv_blocks is None:
+            blocks = min(blocks, concurrent * run_blocks)
+        self.num_blocks = blocks
+        place = (self.decoder.layer_range, memory.kv_heads_on(self.model, self.layout, self.state.rank))
+        shape = {"head_dim": self.model.head_dim, "block_size": settings.block_size, "dtype": self.dtype}
+        host = HostCache(*place, self.host_blocks, **shape) if self.host_blocks else None
+        if on_device:
+            cache = DeviceCache(*place, blocks, **shape, device=self.device)
+        else:
+            cache = HostCache(*place, blocks, **shape)
+        self.kv_bytes = cache.nbytes
+        scheduler = Scheduler(
+            num_blocks=blocks,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            cohorts=self.layout.pp,
+            prefix_caching=settings.enable_prefix_caching,
+            host_blocks=self.host_blocks,
+            contiguous=not on_device,
+            key_variant=self.model.key_variant,
+        )
+        self._runner = Runner(
+            self.decoder,
+            cache,
+            host,
+            meter=self.meter,
+            max_blocks=memory.blocks_for(self.max_model_len, settings.block_size),
+            use_graphs=self._captures(),
+            scored_rows=memory.scored_rows(self.model, settings.max_num_seqs),
+        )
+        outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
+        sampler = Sampler(self.model.vocab_size, at_temperature=at_temperature)
+        return Engine(
+            self.state, self._runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of this rank's stage."""
+        return sum(param.nbytes for param in self.decoder.parameters())
+
+    def report(self, engine: Engine, *, failed: int = 0) -> RankReport:
+        """What this rank did between `meter.start` and `meter.stop`. `failed`: prompts of the run that were refused."""
+        place, stats, layers = self.state.coord, engine.scheduler.stats, self.decoder.layer_range
+        return self.meter.report(
+            rank=self.state.rank,
+            tp=place.tp,
+            pp=place.pp,
+            dp=place.dp,
+            layers=(layers.start, layers.stop),
+            weight_bytes=self.weight_bytes,
+            kv_bytes=self.kv_bytes,
+            kv_blocks=self.num_blocks,
+            load_peak_bytes=self.load_peak_bytes,
+            load_bound_bytes=self.weight_bytes + largest_read(self.model, self.layout, self.state.rank, self.dtype),
+            prompts=engine.finished + failed,
+            failed_prompts=failed,
+            output_tokens=engine.output_tokens,
+            prompt_tokens=engine.prompt_tokens,
+            cached_tokens=stats.prefix_hit_tokens,
+            preemptions=stats.preemptions,
+        )
+
+    def _captures(self) -> bool:
+        """Whether decode steps run as graphs; collectives inside a stage can be captured if the device runs them."""
+        capturable = self.state.tp.size == 1 or self.runtime.backend == "nccl"
+        return self.device.type != "cpu" and not self.settings.enforce_eager and capturable
+
+
+def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelFolder]:
+    """Read the model of a config into a replica; and what its folder holds. Collective over the run."""
+    parallel, section = config.parallel, config.model
+    state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
+    folder = ModelFolder.open(fetch(section, runtime), tokenizer=section.tokenizer)
+    dtype = choose_dtype(section.dtype, folder.model, runtime.device)
+    before = reset_peak_memory()
+    decoder = build(folder.model, state, dtype=dtype, device=runtime.device)
+    if section.load_format == "dummy":
+        initialise(decoder, config.engine.seed)
+    else:
+        load_folder(decoder, folder.path)
+    if runtime.device.type == "cpu":
+        store_by_input(decoder)
+    replica = Replica(
+        decoder.requires_grad_(False),
+        folder.tokenizer,
+        runtime,
+        engine=config.engine,
+        dp_mode=parallel.dp_mode,
+        load_peak_bytes=peak_memory() - before,
+    )
+    return replica, folder
+
+
+def as_sampled(loaded: Loaded, folder: ModelFolder) -> Loaded:
+    """The config with the sampling that the model's owner sets where it sets none. ConfigError: that can't be."""
+    loaded = folder.generation.under(loaded)
+    problems = sampling_problems(loaded.config.sampling, vocab_size=folder.model.vocab_size)
+    if problems:
+        raise ConfigError(*with_origins(problems, loaded.origins))
+    return loaded
+
+
+def fetch(section: ModelSection, runtime: Runtime) -> Path:
+    """The model's folder; a hub id is downloaded by the first rank of each host while the others wait."""
+    weights = section.load_format != "dummy"
+    if Path(section.path).is_dir() or runtime.world_size == 1:
+        return resolve(section.path, section.revision, weights=weights)
+    if runtime.local_rank == 0:
+        resolve(section.path, section.revision, weights=weights)
+    dist.barrier()
+    return resolve(section.path, section.revision, weights=weights)
+
+
+def choose_dtype(asked: str, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The numbers to compute in: as asked, or the checkpoint's where this device is fast in them."""
+    if asked != "auto":
+        return DTYPES[asked]
+    if device.type != "cpu":
+        return DTYPES[model.dtype]
+    fast = model.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _least(value: int, group: dist.ProcessGroup | None, size: int) -> int:
+    """The least of the ranks' values."""
+    if size == 1:
+        return value
+    tensor = torch.tensor([value])
+    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
+    return int(tensor)
+
+
+def largest_read(model: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype) -> int:
+    """Bytes of the largest range that a rank reads at once."""
+    return max(part.elements for part in owned(model, layout, rank)) * dtype.itemsize

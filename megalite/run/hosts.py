@@ -1,0 +1,106 @@
+"""A run over several hosts, which DeepSpeed's launcher starts: what it is told, what its ranks may believe. No torch.
+
+DeepSpeed reaches the hosts through their shells (pdsh and ssh), which replace `$HOME`, `$(...)`, backticks, `%h` and
+`\\"` in arguments; all hosts get the same changed text, so no comparison between them sees it. So the door sends the
+resolved config in an alphabet that no shell touches, with its digest, and no value as it stands.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+from megalite.errors import ConfigError, Problem
+from megalite.run.processes import ancestors, die_with_parent, launcher_name, this_process
+
+_LONGEST = 96 << 10
+"""Bytes of a packed config; the whole command of a host is one argument of ssh, of at most 128 KiB."""
+_HARMLESS = re.compile(r"[\w./:@,+=-]*", re.ASCII)
+_CHANGED = re.compile(r'[$`"\\]|%[hnu]')
+"""What a shell or pdsh would replace, or take away."""
+
+
+def pack_config(text: str) -> str:
+    """A config's text in letters, digits, `-`, `_` and `=`. ConfigError if it is too long to be sent."""
+    packed = base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode()
+    if len(packed) > _LONGEST:
+        fix = "Put prompts in a file that every host has (input.file)."
+        raise ConfigError(Problem(key="--hostfile", rule="the config is too long to be sent to the hosts", fix=fix))
+    return packed
+
+
+def unpack_config(packed: str) -> str:
+    try:
+        return zlib.decompress(base64.urlsafe_b64decode(packed)).decode()
+    except (ValueError, zlib.error) as error:
+        raise ConfigError(Problem(key="--resolved-config", rule="was changed on its way to this host")) from error
+
+
+def check_hostfile(path: str, num_ranks: int, filtered: bool) -> None:
+    """ConfigError unless the hosts start as many ranks as the layout needs; `filtered`: not all of them take part."""
+    slots = 0
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(Problem(key="--hostfile", rule=f"can't be read: {error}", value=path)) from error
+    for number, line in enumerate(lines, 1):
+        if words := line.partition("#")[0].split():
+            if len(words) != 2 or not (found := re.fullmatch(r"slots=(\d+)", words[1])):
+                raise ConfigError(Problem(key=f"{path}:{number}", rule="must be `HOST slots=NUMBER`", value=line))
+            slots += int(found[1])
+    if slots != num_ranks and not filtered:
+        rule = f"its hosts start {slots} ranks, and the layout needs {num_ranks} (parallel.tp * pp * dp)"
+        raise ConfigError(Problem(key="--hostfile", rule=rule, value=path, fix="Change one of them, or use --include."))
+
+
+def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequence[str]) -> int:
+    """Run `script arguments` under `deepspeed launcher_options`; returns its exit code, or that of a signal to stop.
+
+    ConfigError: something that has to stand in the command as it is would not reach the hosts unchanged.
+    """
+    for word in (os.getcwd(), sys.executable, script, *launcher_options, *arguments):
+        if not _HARMLESS.fullmatch(word):
+            rule = "holds characters that a remote shell would change, and has to reach every host"
+            raise ConfigError(Problem(key=word, rule=rule, fix="Use letters, digits and ./:@,+=-_ only."))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_options]
+    command += ["--no_local_rank", "--log_level", "critical", script, *arguments]
+    launcher = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGTERM)
+    )
+    received: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        launcher.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
+
+    before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    code = launcher.wait()
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    if received:
+        return 128 + received[0]
+    return code if code >= 0 else 128 - code
+
+
+def distrust(texts: Sequence[str], overrides: Sequence[str], command: str) -> list[Problem]:
+    """For a rank of a run over hosts that was started without the door: arguments that may not be what was typed.
+
+    `texts`: keys that were given text, in which a change can't be seen; `overrides`: the arguments; `command`: what to
+    type instead.
+    """
+    shown = [one for one in overrides if _CHANGED.search(one)]
+    by_hand = any(launcher_name(one) in ("deepspeed", "deepspeed.launcher.runner") for one in ancestors(this_process()))
+    if not shown and (by_hand or not texts):
+        return []
+    what = ", ".join(shown or texts)
+    rule = "text in arguments goes through a shell on every host, which may change it ($, `, %h, quotes)"
+    return [Problem(key=what, rule=rule, fix=f"Type instead, with the overrides as you meant them: {command}")]

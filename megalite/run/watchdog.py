@@ -1,0 +1,440 @@
+"""Every rank watches its launcher and its peers, so that a run ends as a whole and with one story.
+
+One daemon thread a rank. Rank 0 is the hub: the others keep a TCP connection to it, whose ends the kernels probe, so
+that no sign of life hangs on a thread that gets its turn. The thread, not the main thread, notices and acts, so a rank
+that is stuck inside a collective still leaves. What ends a run:
+- every rank reports `finish`: the agreed end, with code 0, or 130/143 when a signal asked for it;
+- a rank reports `fail` (its exception): all leave with its exit code, and only that rank speaks;
+- a connection closes without a word, or its host does not answer for `timeout` seconds, or a rank has been stopped
+  for as long (`guardian`): the rank is lost, code 70;
+- a process above a rank (its launcher, see `processes.launchers`) is gone: code 70;
+- a second SIGINT or SIGTERM: code 130/143 at once.
+The hub decides (`referee`), tells the user in one line and tells the ranks; they leave quietly. When the hub itself is
+lost, the ranks of each host leave and the first of them tells the user.
+
+A rank that lives but never finishes is not seen here, nor one call that holds Python's interpreter lock for long; the
+timeout of the collectives bounds that.
+
+What is received is data (`wire`): known messages, from peers that proved to know the run's token (HMAC-SHA256 over a
+nonce); nothing in it is run, or opened as a file. It is not encrypted: as with gloo and NCCL themselves, a
+network between hosts has to be trusted. Imports nothing of megalite outside monitor.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import queue
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megalite.run.processes import Process
+from megalite.run.referee import LOST, End, Peer, Referee, lost_line
+from megalite.run.wire import Connection, Message, end_fields, end_of, proof
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TICK = 0.25
+"""Seconds between two looks at the launchers and the clocks."""
+_AGAIN = 1.0
+"""Seconds after which the same signal counts as a second one: launchers and service managers repeat the first."""
+ORPHAN_WAIT = 2.0
+"""Seconds until a vanished launcher counts: a Ctrl-C ends launchers, and reaches ranks on other hosts later."""
+_SIGNAL_EXCUSE = 40.0
+"""Seconds after a signal in which launchers may vanish: the ranks are draining, and DeepSpeed kills them after 30."""
+_HUB_WAIT = 1.5
+"""Seconds a rank waits for the hub's answer before it ends by itself."""
+_HANDSHAKE = 20.0
+"""Seconds for a stranger to prove itself."""
+_GUARDIAN_COMES = 10.0
+"""Seconds a rank waits for its guardian to be ready."""
+_LINGER = 1.0
+"""Seconds the hub stays after the end so that the others hear of it."""
+_LAST_WORDS = 5.0
+"""Seconds a rank has to print its error and leave by itself."""
+
+
+def listen(address: str) -> socket.socket:
+    """The hub's socket, on one address only and a port of the system's choice."""
+    listener = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((address, 0))
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
+
+
+class Watchdog:
+    """The watch of one rank. `start`, wait until `together`, and at last `finish` or `fail`; main thread only."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        peers: Sequence[Peer],
+        token: bytes,
+        hub: socket.socket | Sequence[Any] | None,
+        timeout: float,
+        launchers: Sequence[Process],
+        orphan_wait: float = ORPHAN_WAIT,
+        handle_signals: bool,
+        on_end: Callable[[End], None],
+        claim: Callable[[], bool],
+    ):
+        """`peers`: all ranks in order. `hub`: on rank 0 the socket of `listen`, elsewhere its [address, port], or None.
+        `on_end`: called in the thread by the rank that decides the end, before anyone leaves; must not raise.
+        `claim`: True for one rank of this host, the first that asks; that one tells the user."""
+        self._rank, self._peers, self._token, self._timeout = rank, tuple(peers), token, timeout
+        self._launchers = [(process, str(process)) for process in launchers]
+        self._orphan_wait = orphan_wait
+        self._handle_signals, self._on_end, self._claim = handle_signals, on_end, claim
+        self._hub = hub
+        self._alone = len(self._peers) == 1 and not launchers
+        """Nobody else depends on how this process ends."""
+        self._referee = Referee(self._peers)
+        self._selector = selectors.DefaultSelector()
+        self._wake, self._woken = socket.socketpair()
+        self._commands: queue.SimpleQueue[Callable[[float], None]] = queue.SimpleQueue()
+        self._connections: list[Connection] = []
+        """To rank 0, or on rank 0 from the others and from strangers (`rank` is None)."""
+        self._guardian: subprocess.Popen[bytes] | None = None
+        self._to_guardian: socket.socket | None = None
+        self._signals: dict[int, float] = {}
+        """When each signal first came to this process."""
+        self._excused = 0.0
+        """Until when launchers may vanish."""
+        self._last_resort: tuple[float, End] | None = None
+        """What this rank does by itself, and when, if the hub stays silent."""
+        self._orphaned: float | None = None
+        self._main_waits = False
+        self._over = threading.Event()
+        self._restore: Callable[[], None] = lambda: None
+        self.signal_received: int | None = None
+        """The first SIGINT or SIGTERM that any rank of the run got; None so far."""
+        self.together = threading.Event()
+        """Set once every rank has come."""
+        self.end: End | None = None
+        """How the run ends; set once."""
+
+    # ---- what the main thread calls
+
+    def start(self, seconds: float) -> None:
+        """Begin the watch; other ranks connect to the hub within `seconds` (OSError if it does not answer)."""
+        if isinstance(self._hub, socket.socket):
+            self._selector.register(self._hub, selectors.EVENT_READ, self._on_arrival)
+        elif self._hub is not None:
+            sock = socket.create_connection(tuple(self._hub), timeout=seconds)
+            self._add(Connection(sock, now=time.monotonic(), timeout=self._timeout, rank=0))
+        if len(self._peers) == 1:
+            self.together.set()
+        for end in (self._wake, self._woken):
+            end.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._on_wake)
+        if self._launchers:
+            self._guardian, self._to_guardian = _guardian(self._timeout)
+        for connection in self._connections:
+            self._show(connection)
+        if self._handle_signals:
+            self._take_signals()
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def missing(self) -> list[int]:
+        """On the hub: the ranks that have not come."""
+        here = {connection.rank for connection in list(self._connections)} | {self._rank}
+        return [peer.rank for peer in self._peers if peer.rank not in here]
+
+    def finish(self, code: int = 0) -> End:
+        """This rank's work is done (`code`: 0, or 128 + the signal it drained for). Waits until all ranks say so.
+
+        Returns the end: leave with its code within five seconds, and if `end.speaker` is this rank, say why. Does not
+        return when the run ends because something was lost: the process is gone then. Without peers and launcher the
+        process may go on after any end."""
+        return self._report(partial(self._referee.finished, self._rank, code), "finish", code=code)
+
+    def fail(self, code: int, *, crash: bool) -> End:
+        """This rank has an exception that ends the run with `code`; `crash`: nobody meant it, another may be its cause.
+
+        Returns as `finish` does; `end.speaker` may be another rank, which then has shown its own exception."""
+        return self._report(partial(self._referee.failed, self._rank, code, crash), "fail", code=code, crash=crash)
+
+    def _report(self, decide: Callable[[float], None], kind: str, **fields: object) -> End:
+        self._main_waits = True
+        self._commands.put(decide if self._is_hub else lambda now: self._say(kind, **fields))
+        self._wake.send(b"\0")
+        self._over.wait()
+        assert self.end is not None, "over without an end"
+        return self.end
+
+    @property
+    def _is_hub(self) -> bool:
+        return self._rank == 0
+
+    def _take_signals(self) -> None:
+        # the handlers do nothing: the number goes through the wake-up descriptor to the thread, whatever main is doing
+        previous = {signum: signal.signal(signum, lambda *_: None) for signum in _STOP_SIGNALS}
+        previous_wake = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+
+        def restore() -> None:
+            signal.set_wakeup_fd(previous_wake)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+        self._restore = restore
+
+    def close(self) -> None:
+        """After the end of a run whose process goes on: give all back."""
+        self._restore()
+        self._selector.close()
+        for sock in (self._wake, self._woken, self._hub):
+            if isinstance(sock, socket.socket):
+                sock.close()
+        if self._guardian is not None:
+            self._to_guardian.close()
+            self._guardian.wait()
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+            self._leave()
+        except Exception:
+            traceback.print_exc()  # a rank without its watch must not go on
+            os._exit(1)
+
+    def _watch(self) -> None:
+        while self.end is None:
+            for key, _ in self._selector.select(None if self._alone and not self._main_waits else _TICK):
+                key.data()
+            now = time.monotonic()
+            self._look_up(now)
+            self._drop_broken(now)
+            if self.end is None and self._is_hub:
+                self.end = self._referee.verdict(now)
+            if self.end is None and self._last_resort is not None and now >= self._last_resort[0]:
+                self._decide_alone(self._last_resort[1])
+
+    def _on_wake(self) -> None:
+        now = time.monotonic()
+        for signum in self._woken.recv(4096):
+            if signum in _STOP_SIGNALS:  # Python writes down every signal that has a handler
+                self._on_signal(signum, now)
+        while not self._commands.empty():
+            self._commands.get()(now)
+
+    def _on_signal(self, signum: int, now: float) -> None:
+        first = self._signals.setdefault(signum, now)
+        if self.signal_received is None:
+            self._drain_for(signum, now)
+            self._say("signal", signum=signum)
+        elif now - first >= _AGAIN:
+            self._referee.aborted(signum)
+            self._ask_hub(self._referee.verdict(now), "abort", signum=signum)
+
+    def _drain_for(self, signum: int, now: float) -> None:
+        self.signal_received = self.signal_received or signum
+        self._excused = now + _SIGNAL_EXCUSE
+
+    def _ask_hub(self, alone: End | None, kind: str, **fields: object) -> None:
+        """On the hub the referee knows already; elsewhere tell it, and end as `alone` if it does not answer."""
+        if not self._is_hub:
+            assert alone is not None
+            self._say(kind, **fields)
+            self._last_resort = self._last_resort or (time.monotonic() + _HUB_WAIT, alone)
+
+    def _say(self, kind: str, **fields: object) -> None:
+        """To rank 0, or from rank 0 to all."""
+        for connection in self._connections:
+            if connection.rank is not None:
+                connection.send(kind, **fields)
+
+    def _show(self, connection: Connection) -> None:
+        """Give the guardian a copy, for its last word."""
+        if self._to_guardian is not None:
+            with suppress(OSError):  # it was killed; the rank still has its peers
+                socket.send_fds(self._to_guardian, [b"."], [connection.socket.fileno()])
+
+    def _look_up(self, now: float) -> None:
+        gone = next((name for process, name in self._launchers if not process.alive()), None)
+        if gone is None or now < self._excused:
+            return
+        self._orphaned = self._orphaned or now
+        if now - self._orphaned >= self._orphan_wait and self._last_resort is None:
+            host = self._peers[self._rank].host
+            ranks = ", ".join(str(peer.rank) for peer in self._peers if peer.host == host)
+            line = f"error: {gone} on {host}, which started its ranks ({ranks}), is gone. The run was stopped."
+            self._referee.orphaned(line)
+            self._ask_hub(End(code=LOST, line=line), "orphan", line=line)
+
+    def _drop_broken(self, now: float) -> None:
+        for connection in list(self._connections):
+            if connection.rank is None and now - connection.heard > _HANDSHAKE:
+                self._drop(connection, "")
+            elif connection.silent:
+                self._drop(connection, f"no sign of life for {self._timeout:g} s (stopped or cut off)")
+            elif connection.closed:
+                broke = connection.fault and f"the connection to its watch broke: {connection.fault}"
+                self._drop(connection, broke or "ended without a word (killed, out of memory or crashed)")
+
+    # ---- connections
+
+    def _add(self, connection: Connection) -> None:
+        self._connections.append(connection)
+        self._selector.register(connection.socket, selectors.EVENT_READ, partial(self._on_readable, connection))
+
+    def _drop(self, connection: Connection, why: str) -> None:
+        self._selector.unregister(connection.socket)
+        self._connections.remove(connection)
+        connection.close()
+        if self.end is not None or connection.rank is None:
+            return
+        if self._is_hub:
+            self._referee.lost(connection.rank, why, time.monotonic())
+        else:
+            self._decide_alone(End(code=LOST, line=lost_line({0: why}, self._peers), lost=(0,)))
+
+    def _on_arrival(self) -> None:
+        assert isinstance(self._hub, socket.socket)
+        with suppress(BlockingIOError, ConnectionAbortedError):  # it went away again
+            sock, _ = self._hub.accept()
+            connection = Connection(sock, now=time.monotonic(), timeout=self._timeout)
+            connection.nonce = secrets.token_hex(16)
+            connection.send("nonce", nonce=connection.nonce)
+            self._add(connection)
+
+    def _on_readable(self, connection: Connection) -> None:
+        now = time.monotonic()
+        hear = self._hear_rank if self._is_hub else self._hear_hub
+        for message in connection.receive(now):
+            if message.kind == "stopped":
+                connection.silent = True
+            elif self.end is None:
+                hear(connection, message, now)
+
+    def _hear_hub(self, connection: Connection, message: Message, now: float) -> None:
+        if message.kind == "nonce":
+            connection.send("hello", rank=self._rank, proof=proof(self._token, message["nonce"], self._rank))
+        elif message.kind == "together":
+            self.together.set()
+        elif message.kind == "signal" and message["signum"] in _STOP_SIGNALS:
+            self._drain_for(message["signum"], now)
+        elif message.kind == "end":
+            self.end = end_of(message)
+
+    def _hear_rank(self, connection: Connection, message: Message, now: float) -> None:
+        rank = connection.rank
+        if rank is None:  # a stranger
+            self._welcome(connection, message)
+        elif message.kind == "signal" and message["signum"] in _STOP_SIGNALS:
+            self._drain_for(message["signum"], now)
+            self._say("signal", signum=message["signum"])
+        elif message.kind == "finish":
+            self._referee.finished(rank, message["code"], now)
+        elif message.kind == "fail":
+            self._referee.failed(rank, message["code"], message["crash"], now)
+        elif message.kind == "orphan":
+            self._referee.orphaned(message["line"])
+        elif message.kind == "abort" and message["signum"] in _STOP_SIGNALS:
+            self._referee.aborted(message["signum"])
+
+    def _welcome(self, connection: Connection, message: Message) -> None:
+        known = message.kind == "hello" and message["rank"] in self.missing()
+        if known and hmac.compare_digest(message["proof"], proof(self._token, connection.nonce, message["rank"])):
+            connection.rank = message["rank"]
+            self._show(connection)
+            if not self.missing():
+                self._say("together")
+                self.together.set()
+        else:
+            connection.closed = True
+
+    # ---- the end
+
+    def _decide_alone(self, end: End) -> None:
+        """End this rank without the hub."""
+        if self.end is None:
+            self.end = end
+            if self._tell(end.line):
+                self._on_end(end)
+
+    def _tell(self, line: str) -> bool:
+        """Say the line to the user, unless another rank of this host has said one; True if this one did."""
+        if not self._claim():
+            return False
+        with suppress(OSError):  # nobody reads any more
+            os.write(2, f"\n{line}\n".encode() if os.isatty(2) else f"{line}\n".encode())
+        return True
+
+    def _leave(self) -> None:
+        end = self.end
+        assert end is not None, "left without an end"
+        if self._is_hub:
+            if end.line:
+                self._tell(end.line)
+            self._say("end", **end_fields(end))
+            self._on_end(end)
+            self._linger()
+        for connection in self._connections:
+            connection.close()
+        if end.code == 0 or (self._alone and self._main_waits):
+            self._over.set()
+            return
+        if self._main_waits and end.speaker is not None:
+            self._over.set()
+            deadline = time.monotonic() + _LAST_WORDS
+            while time.monotonic() < deadline:
+                time.sleep(_TICK)
+        _flush()
+        os._exit(end.code)
+
+    def _linger(self) -> None:
+        """Stay until the others have read the end and closed: leaving earlier would reset their connections."""
+        deadline = time.monotonic() + _LINGER
+        while any(c.rank is not None for c in self._connections) and time.monotonic() < deadline:
+            for key, _ in self._selector.select(0.05):
+                if key.data not in (self._on_wake, self._on_arrival):
+                    key.data()
+            self._drop_broken(time.monotonic())
+
+
+def guardian_command(rank: int, limit: float) -> list[str]:
+    """Without site packages, of which it needs none: it starts in an instant."""
+    root = str(Path(__file__).parents[2])
+    code = f"import sys; sys.path.insert(0, {root!r}); from megalite.run.guardian import main; main({rank}, {limit})"
+    return [sys.executable, "-I", "-S", "-c", code]
+
+
+def _guardian(limit: float) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start the guardian of this process; the socket leads to it."""
+    ours, its = socket.socketpair()
+    nothing = subprocess.DEVNULL
+    with its:
+        guardian = subprocess.Popen(guardian_command(os.getpid(), limit), stdin=its, stdout=nothing, stderr=nothing)
+    ours.settimeout(_GUARDIAN_COMES)
+    with suppress(TimeoutError):
+        ours.recv(1)  # from here on it lets go of this rank's connections when the rank dies
+    ours.setblocking(False)
+    return guardian, ours
+
+
+def _flush() -> None:
+    """Write out what was printed, for at most a moment: the main thread may be stuck holding a stream."""
+
+    def flush() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed, or nobody reads any more
+                stream.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(0.3)
