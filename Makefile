@@ -22,12 +22,13 @@ demo: $(BIN)/.megalite  ## Install, then generate with the demo model split over
 	$(BIN)/python launch/infer.py --config configs/infer/demo.yaml parallel.tp=2
 
 test: $(BIN)/.megalite-test  ## Install the test extra and run the tests
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
-lint: $(BIN)/.megalite-test  ## Check style and which module may import which
+lint: $(BIN)/.megalite-test  ## Check style, types, and which module may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tools/check_imports.py
+	$(BIN)/mypy
 
 clean:  ## Remove the virtual environment
 	rm -rf $(VENV)

@@ -1,14 +1,17 @@
 """Packaging of megalite; the README's first commands install it."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="megalite",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "megalite/__init__.py").read_text(encoding="utf-8"))[1],
     description="Run and train large language models over many accelerators from one config",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -35,6 +38,14 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
         "eval": ["lm_eval>=0.4.13,<0.5"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5.24,<6", "ruff>=0.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "transformers>=5.24,<6",
+            "ruff>=0.9",
+            "mypy>=1.18",
+        ],
     },
 )
