@@ -24,6 +24,7 @@ def test_imports_point_down():
         ("megalite/monitor/a.py", "from megalite.errors import RankLost", "imports nothing of ours"),
         ("megalite/inference/a.py", "import deepspeed", "deepspeed may be imported only in"),
         ("megalite/config/a.py", "import torch", "importable without torch"),
+        ("megalite/model/a.py", '"""Sums.\n\nImportable without\ntorch."""\nimport torch', "importable without torch"),
         ("megalite/model/a.py", "def f():\n    import transformers", "transformers may be imported only in"),
     ],
 )

@@ -72,7 +72,8 @@ def draw(lines: dict[str, int], arrows: set[tuple[str, str]]) -> str:
         name = room.removeprefix("megalite.")
         fill, stroke = ("#dbeafe", "#2563eb") if name in MACHINE else ("#f1f5f9", "#64748b")
         parts.append(
-            f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{HEIGHT}" rx="5" fill="{fill}" stroke="{stroke}"/>'
+            f'<rect x="{x:.0f}" y="{y:.0f}" width="{width:.0f}" height="{HEIGHT}" rx="5" '
+            f'fill="{fill}" stroke="{stroke}"/>'
         )
         middle = x + width / 2
         parts.append(text(middle, y + 20, name, 13, "middle", bold=True, room=width - 6))
