@@ -428,13 +428,15 @@ CASES = {
     "a billion prompts": hybrid(
         "hybrid.prompts_per_step=1000000000", "hybrid.prompts_per_step: must be at most 1048576"
     ),
-    "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.rewards.functions:"),
+    "no reward": hybrid("hybrid.reward=null", "hybrid.reward: is needed. Such as megalite.rewards:"),
     "reward that is no function": hybrid("hybrid.reward=parses", "must be package.module:function, got 'parses'"),
     "reward in no module": hybrid("hybrid.reward=no_such:thing", "hybrid.reward", "no_such"),
     "misspelt reward": hybrid(
-        "hybrid.reward=megalite.rewards.functions:exact_mach", "hybrid.reward", "megalite.rewards.functions:exact_match"
+        "hybrid.reward=megalite.hybrid.rewards:exact_mach", "hybrid.reward", "megalite.rewards:exact_match"
     ),
-    "misspelt task": hybrid("data.source=megalite.hybrid.tasks:addition", "data.source", "tasks:additions"),
+    "misspelt task": hybrid(
+        "data.source=configs.hybrid.grpo_arithmetic:addition", "data.source", "arithmetic:additions"
+    ),
     "task's unknown option": hybrid("data.options={digts: 1}", "data.options", "digts"),
     "no task": hybrid("data.source=null", "data.source: is needed"),
     "file of prompts that is not there": hybrid("data.source=prompts.jsonl", "data.source: no such file"),

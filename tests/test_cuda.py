@@ -212,7 +212,7 @@ def test_a_hybrid_job_on_the_gpu(tmp_path, layout):
     config = tmp_path / "job.yaml"
     config.write_text(
         "model: {path: checkpoints/demo, dtype: float32}\n"
-        "data: {source: 'megalite.hybrid.tasks:additions', options: {digits: 2}}\n"
+        "data: {source: 'configs.hybrid.grpo_arithmetic:additions', options: {digits: 2}}\n"
         "sampling: {max_tokens: 24}\noptimizer: {learning_rate: 1.0e-4, min_learning_rate: 1.0e-5, warmup_steps: 1}\n"
         "hybrid: {steps: 3, prompts_per_step: 8, samples_per_prompt: 4, reward: 'hybrid_rewards:many_digits'}\n"
         f"infer: {{engine: {{gpu_memory_utilization: 0.2}}}}\noutput: {{folder: {tmp_path / 'run'}}}\n"

@@ -60,7 +60,7 @@ def settings(out: Path, train: ParallelSection, infer: ParallelSection, *, zero:
     return HybridConfig(
         model=NewModelSection(config=shape, dtype="float32"),
         tokenizer=TokenizerSection(vocab_size=257),
-        data=HybridDataSection(source="megalite.hybrid.tasks:additions", options={"digits": 1}),
+        data=HybridDataSection(source="configs.hybrid.grpo_arithmetic:additions", options={"digits": 1}),
         train=HybridTrainSection(parallel=train, zero_stage=zero, micro_batch_tokens=64),
         infer=HybridInferSection(parallel=infer, engine=EngineSection(block_size=4, max_num_seqs=4)),
         sampling=SamplingParams(temperature=0, max_tokens=8, ignore_eos=True),
@@ -72,7 +72,7 @@ def settings(out: Path, train: ParallelSection, infer: ParallelSection, *, zero:
             prompts_per_step=8,
             samples_per_prompt=1,
             keep_above=1.0,
-            reward="megalite.rewards.functions:exact_match",
+            reward="megalite.rewards:exact_match",
             sync_bucket=0.01,
         ),
         output=TrainOutputSection(folder=str(out)),
@@ -262,7 +262,7 @@ model:
            head_dim: 8, intermediate_size: 32, max_position_embeddings: 32, rope_theta: 10000.0}
   dtype: float32
 tokenizer: {vocab_size: 257}
-data: {source: "megalite.hybrid.tasks:additions", options: {digits: 1}}
+data: {source: "configs.hybrid.grpo_arithmetic:additions", options: {digits: 1}}
 sampling: {max_tokens: 4}
 optimizer: {learning_rate: 1.0e-2, min_learning_rate: 1.0e-3, warmup_steps: 1}
 supervised: {steps: 2, examples_per_step: 8}

@@ -15,9 +15,9 @@ from waiting import PATIENCE, wait_until
 from megalite.errors import MegaliteError
 from megalite.rewards import sandbox
 from megalite.rewards.functions import (
-    complete_function,
     exact_match,
     length_close,
+    lines_of,
     longest_parsing,
     matches_pattern,
     parses_as_python,
@@ -86,65 +86,9 @@ def test_a_line_that_is_cut_off_may_not_be_the_only_one():
 )
 def test_as_much_is_kept_as_parses(text, kept):
     head = 'def f(x):\n    """Doc."""\n'
-    assert longest_parsing(head, text) == head + kept
-
-
-HEAD = 'def scale(values, factor):\n    """Multiply."""\n'
-BODY = "    scaled = [v * factor for v in values]\n    log(scaled)\n    return scaled\n"
-
-
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        (BODY, 1),
-        (BODY + "\n\ndef other(", 1),  # what comes after the function does not count
-        (BODY + "\n@decorator\ndef other(", 1),
-        (BODY + "# comment\nx = = 1\n", 1),
-        (BODY.rstrip(), 0.5),  # perhaps cut off
-        (BODY + "    if scaled:\n", 0.5 * 3 / 4),  # breaks off
-        (BODY + "    ))\n    x\n", 0.5 * 3 / 5),
-        (BODY.replace("factor", "2"), 3 / 4),  # one of two parameters
-        (BODY.replace("    log(scaled)\n", ""), 2 / 3),  # two of three statements
-        (BODY.replace("    log(scaled)\n", "    log(scaled)\n" * 8), 3 / 10),
-        ("    # a comment\n" * 9 + BODY, 2 * 3 / 12),
-        ('    """\n' + "    text\n" * 7 + '    """\n' + BODY, 2 * 3 / 12),
-    ],
-)
-def test_completed_function(completion, reward):
-    assert complete_function(HEAD, completion, {"statements": 7}) == pytest.approx(reward)
-
-
-@pytest.mark.parametrize(
-    ("completion", "most"),
-    [
-        ("", 0),
-        ("    pass\n", 0),
-        ("    ...\n", 0),
-        ("    return\n", 0),
-        ("    return None\n\ndef f():\n    x()\n", 0),
-        ("    raise NotImplementedError('soon')\n", 0),
-        ("    values\n    factor\n", 0),
-        ("    values = values\n    factor = factor\n", 0),
-        ("    while True:\n        pass\n", 0),
-        ('    """Another docstring."""\n' * 5, 0),
-        ("    # only words\n" * 50, 0),
-        ("x = values * factor\n", 0),
-        ("    )\n", 0),
-        ("\n" * 100, 0),
-        ("    x = values[0] * factor\n" * 40, 0.01),
-        ("    return values, factor\n", 0.34),
-        ("    x = 1\n    y = 2\n    z = 3\n", 0.5),
-    ],
-)
-def test_a_lazy_function_gets_little(completion, most):
-    assert complete_function(HEAD, completion, {"statements": 7}) <= most
-
-
-def test_heads_of_several_forms():
-    assert complete_function("class A:\n    @property\n    async def f(self):\n", "        return self.x\n", {}) == 1
-    assert complete_function("def f(): ", "return g()\n", {}) == 1
-    assert complete_function("import os\n\n\ndef f(x):\n    y = 1\n", "    return os.stat(x, y)\n", {}) == 1
-    assert complete_function("x = 1\n", "y = 2\n", {}) == 0, "no function"
+    lines = lines_of(head + text)
+    parsed = longest_parsing(lines, len(lines_of(head)) - 1)
+    assert parsed is not None and lines[: parsed.lines] == lines_of(head + kept)[:-1]
 
 
 def test_asserts():
@@ -468,7 +412,7 @@ def test_a_pool_serves_many_times_and_takes_large_examples(own):
 
 
 def test_shipped_rewards_are_served():
-    scored = evaluate(["x = 1\n", "x = = 1\ny\n"], "megalite.rewards.functions:parses_as_python")
+    scored = evaluate(["x = 1\n", "x = = 1\ny\n"], "megalite.rewards:parses_as_python")
     assert scored == [Scored(reward=1.0), Scored(reward=0.0)]
 
 
@@ -510,7 +454,7 @@ def test_a_program_can_not_spoil_the_samples_of_others():
         Sample(prompt="def f(x):\n", completion=text, example=example)
         for text in (takes, *texts[:3], takes + texts[3], *texts[4:])
     ]
-    name = "megalite.rewards.functions:passes_asserts"
+    name = "megalite.rewards:passes_asserts"
     with RewardPool(name, workers=3, time_limit=PATIENCE, failure_reward=-1) as pool:
         scored = pool.evaluate(samples)
     assert [one.failure for one in scored] == [None] * len(samples)
@@ -597,13 +541,13 @@ def test_a_reward_that_can_not_be_imported_stops_the_pool(own):
     ("name", "message"),
     [
         (
-            "megalite.rewards.functions.exact_match",
-            "must be package.module:function.* Write megalite.rewards.functions:exact",
+            "megalite.rewards.exact_match",
+            "must be package.module:function.* Write megalite.rewards:exact",
         ),
         ("no such thing", "must be package.module:function"),
         (
-            "megalite.hybrid.reward:exact_match",
-            "no module megalite.hybrid.reward,.* Did you mean megalite.rewards.functions?",
+            "megalite.reward:exact_match",
+            "no module megalite.reward,.* Did you mean megalite.rewards?",
         ),
         ("own_reward:reward", "there is no module own_reward,.* Did you mean own_rewards?"),
         ("nothing_like_it:reward", "there is no module nothing_like_it,.* PYTHONPATH"),
@@ -628,13 +572,19 @@ def test_a_reward_that_can_not_be_used_is_named_before_the_start(own, name, mess
 
 
 def test_good_rewards_pass_the_check(own):
-    assert check_reward("megalite.rewards.functions:complete_function") is None
+    assert check_reward("configs.hybrid.grpo_demo:complete_function") is None
     assert check_reward("own_rewards:reward") is None
 
 
+@pytest.mark.parametrize("name", ["rewards:exact_match", "rewards:complete_function"])
+def test_names_of_earlier_configs_lead_where_the_rewards_are_now(name, own):
+    """In any working folder."""
+    assert check_reward(f"megalite.hybrid.{name}") is None
+
+
 def test_rewards_and_tasks_need_no_torch():
-    modules = "rewards", "reward_pool", "reward_worker", "sandbox", "tasks", "named"
-    code = "import sys, " + ", ".join(f"megalite.hybrid.{name}" for name in modules)
+    modules = "rewards.functions", "rewards.pool", "rewards.worker", "rewards.named", "hybrid.tasks"
+    code = "import sys, " + ", ".join(f"megalite.{name}" for name in modules)
     result = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint('torch' in sys.modules)"], capture_output=True, text=True
     )

@@ -88,7 +88,7 @@ def _loop_problems(hybrid: HybridSection) -> list[Problem]:
         rules.need(name, getattr(hybrid, name) >= 0, "must be >= 0")
     rules.need("importance_limit", hybrid.importance_limit >= 1, "must be >= 1: weights above it are cut to it")
     rules.need("sync_bucket", hybrid.sync_bucket > 0, "must be above 0 MiB")
-    fix = "Such as megalite.rewards.functions:parses_as_python."
+    fix = "Such as megalite.rewards:parses_as_python."
     if hybrid.reward is None:
         rules.problems.append(Problem(key="hybrid.reward", rule="is needed", fix=fix))
     else:
@@ -102,7 +102,7 @@ def _loop_problems(hybrid: HybridSection) -> list[Problem]:
 
 def _data_problems(config: HybridConfig) -> list[Problem]:
     data = config.data
-    fix = "Such as megalite.hybrid.tasks:additions, or a file of JSON lines."
+    fix = "Such as my_tasks:sums, or a file of JSON lines."
     if data.source is None:
         return [Problem(key="data.source", rule="is needed", fix=fix)]
     rules = Rules(data, "data.")

@@ -1,4 +1,4 @@
-"""Sources of prompts: `data.source` names a JSON-lines file, or a function such as `megalite.hybrid.tasks:additions`.
+"""Sources of prompts: `data.source` names a JSON-lines file, or a function `package.module:function`.
 
 A record is a mapping with `prompt` (text) or `messages` (a chat, see config/chat.py), perhaps with `response` (text,
 for supervised steps), and whatever else its reward looks at. A function `task(*, split, seed, **options)` gives a
@@ -8,10 +8,7 @@ on its arguments alone, so that every rank, and a job that is resumed, makes the
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,23 +16,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-
 from megalite.config.chat import chat_problem, chat_variables
-from megalite.config.schema import DataSection
 from megalite.config.typecheck import nearest_path, shown
 from megalite.errors import ConfigError, Problem
-from megalite.rewards.functions import statements_of
-from megalite.rewards.named import check_call, check_named, described, named_function
-from megalite.train.data.records import SourceFile, find_files, is_held_out
-
-log = logging.getLogger(__name__)
+from megalite.rewards.named import NamedFunction, described
+from megalite.train.data.records import is_held_out
 
 Split = Literal["train", "held_out"]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-GIVEN = ("split", "seed")
-"""What a task function is called with beside its options."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +31,7 @@ class Example:
     """One record, checked."""
 
     where: str
-    """Names it in messages: `tasks.jsonl:17`, `megalite.hybrid.tasks:additions[3]`."""
+    """Names it in messages: `tasks.jsonl:17`, `my_tasks:sums[3]`."""
     prompt: str | None
     """None for a chat."""
     messages: Sequence[Mapping[str, Any]] | None
@@ -58,8 +46,8 @@ class Example:
 def check_source(source: str, options: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the config's `data.source` and `data.options`, without making or reading the examples."""
     if ":" in source:
-        found = check_named(source, key="data.source", given=GIVEN, options=options, options_key="data.options")
-        return [found] if found else []
+        wrong = _function(source, options).check()
+        return [wrong] if wrong else []
     found = []
     if not Path(source).is_file():
         rule = "no such file" if source.endswith((".jsonl", ".json")) else "must be a JSON-lines file or a function"
@@ -87,10 +75,7 @@ def load_examples(
     the function and the place in what it gave, of everything that is wrong there.
     """
     if ":" in source:
-        function = named_function(source, key="data.source")
-        names = {"given": GIVEN, "options": options, "options_key": "data.options"}
-        check_call(function, source, key="data.source", **names)
-        entries = _made(function, source, split, seed, options)
+        entries = _made(_function(source, options).load(), source, split, seed, options)
     else:
         problems = check_source(source, options)
         if problems:
@@ -115,6 +100,12 @@ def load_examples(
 
 _SHOWN = 10
 """Problems listed of a source that has many."""
+
+
+def _function(source: str, options: Mapping[str, Any]) -> NamedFunction:
+    return NamedFunction(
+        name=source, key="data.source", keywords=("split", "seed"), options=[*options], options_key="data.options"
+    )
 
 
 def _made(
@@ -171,130 +162,3 @@ def _example(where: str, record: Any, variables: Mapping[str, Any]) -> Example:
         raise ValueError(f"must be made of texts, numbers, lists and mappings: {error}") from None
     seen = {**variables, **chat_variables(record)} if messages is not None else NOTHING
     return Example(where=where, prompt=prompt, messages=messages, variables=seen, response=response, record=record)
-
-
-# ---- additions
-
-ADDITIONS_HELD_OUT = 0.1
-"""Share of all pairs of numbers that are kept for evaluation."""
-_ENUMERATED = 10**6
-
-
-def additions(*, split: Split, seed: int = 0, digits: int = 2, count: int = 2000) -> list[dict[str, Any]]:
-    """Sums of two numbers below 10**digits: `12+34=`, answer `46`, response `46` and a line end; none twice.
-
-    Which pairs are held out depends on the pair alone, so no seed trains on what another evaluates. Fewer than `count`
-    if there are no more.
-    """
-    if not 1 <= digits <= 9:
-        raise ConfigError(Problem(key="data.options.digits", rule="must be between 1 and 9", value=digits))
-    if count < 1:
-        raise ConfigError(Problem(key="data.options.count", rule="must be >= 1", value=count))
-    below = 10**digits
-    random = np.random.Philox(key=[seed, digits])
-    if below**2 <= _ENUMERATED:
-        drawn = np.argsort(random.random_raw(below**2), kind="stable")
-    else:  # a repetition is rare among so many, and a fifth more than can be held out is drawn
-        drawn = random.random_raw(12 * count + 1000) % below**2
-    records: dict[str, dict[str, Any]] = {}
-    for pair in drawn.tolist():
-        left, right = divmod(pair, below)
-        prompt, answer = f"{left}+{right}=", str(left + right)
-        if is_held_out(prompt, ADDITIONS_HELD_OUT) == (split == "held_out"):
-            records[prompt] = {"prompt": prompt, "answer": answer, "response": f"{answer}\n"}
-        if len(records) == count:
-            break
-    return list(records.values())
-
-
-# ---- functions of a library
-
-NOT_CODE = (
-    "encodings/*",
-    "pydoc_data/topics.py",
-    "*/encoded_modules/*",
-    "*/test_lib2to3/data/*",
-    "lib2to3/tests/data/*",
-)
-"""Files of the standard library that configs/train/demo.yaml leaves out: tables rather than code."""
-EVALUATION = 0.2
-"""Share of the functions in the held-out files on which a hybrid job evaluates and does not train."""
-
-
-def library_functions(
-    *,
-    split: Split,
-    seed: int = 0,
-    source: str = "stdlib",
-    pattern: str = "**/*.py",
-    exclude: Sequence[str] = NOT_CODE,
-    held_out: float = 0.03,
-    max_head: int = 8,
-    max_body: int = 20,
-    count: int | None = None,
-) -> list[dict[str, Any]]:
-    """Heads of functions in files that a model was not trained on: decorators, `def` line, docstring; dedented.
-
-    `source`, `pattern`, `exclude`, `held_out`: those of the model's data section when it was trained, which decide
-    together which files that are; by default the demo model's. `max_head`, `max_body`: lines of a head and of a body
-    beyond which a function is left out, as are functions whose body computes nothing. `count`: at most so many.
-    For the reward `complete_function`: `statements`; for supervised steps: `response`, the original body.
-    """
-    files = find_files(DataSection(source=source, pattern=pattern, exclude=list(exclude)))
-    records: dict[str, dict[str, Any]] = {}
-    for file in files:
-        if is_held_out(file.name, held_out):
-            for record in _functions(file, max_head, max_body):
-                records.setdefault(record["prompt"], record)
-    kept = [one for one in records.values() if is_held_out(one["prompt"], EVALUATION) == (split == "held_out")]
-    # Neighbours in a file should not be neighbours here.
-    kept.sort(key=lambda one: hashlib.blake2b(f"{seed} {one['prompt']}".encode(), digest_size=8).digest())
-    return kept[:count]
-
-
-def _functions(file: SourceFile, max_head: int, max_body: int) -> Iterator[dict[str, Any]]:
-    """The functions of a file that are fit to be completed, in its order."""
-    try:
-        text = file.path.read_bytes().decode("utf-8")
-        tree = ast.parse(text)
-    except (ValueError, SyntaxError) as error:
-        log.info("%s: passed over: %s", file.path, error)
-        return
-    lines = text.split("\n")
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            documented = ast.get_docstring(node, clean=False) is not None
-            body = node.body[1:] if documented else node.body
-            statements = len(set(statements_of(body)))
-            start = min([node.lineno, *(one.lineno for one in node.decorator_list)]) - 1
-            middle = node.body[0].end_lineno if documented else _first_line(node.body[0]) - 1
-            end = node.end_lineno
-            assert middle is not None and end is not None
-            fits = node.lineno <= middle <= start + max_head and middle < end <= middle + max_body
-            head, response = (_dedented(part, node.col_offset) for part in (lines[start:middle], lines[middle:end]))
-            if statements and fits and head and response and _is_function(head + response):
-                yield {
-                    "prompt": head,
-                    "response": response,
-                    "statements": statements,
-                    "origin": f"{file.name}:{node.lineno} {node.name}",
-                }
-
-
-def _first_line(node: ast.stmt) -> int:
-    return min([node.lineno, *(one.lineno for one in getattr(node, "decorator_list", ()))])
-
-
-def _dedented(lines: list[str], column: int) -> str | None:
-    """The lines moved left by `column`; None if one of them doesn't begin so far right."""
-    if any(line[:column].strip() for line in lines):
-        return None
-    return "".join(f"{line[column:]}\n" for line in lines)
-
-
-def _is_function(text: str) -> bool:
-    """Whether the text is one function still, now that it stands by itself."""
-    try:
-        return len(ast.parse(text).body) == 1
-    except SyntaxError:
-        return False

@@ -1,7 +1,8 @@
 """Functions that a config names as `package.module:function`: rewards and sources of prompts, ours and the user's own.
 
-Modules are looked up where Python looks, then in the working folder. A user's module may import anything, print, crash
-or hang, so whether a function is there is found out in another process: `python -m megalite.rewards.named REQUEST`.
+Modules are looked up where Python looks, then in the working folder, then beside the `megalite` package, where a
+checkout has `configs`. A user's module may import anything, print, crash or hang, so whether a function is there is
+found out in another process: `python -m megalite.rewards.named REQUEST`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from megalite.errors import ConfigError, Problem
@@ -27,47 +29,105 @@ from megalite.run.processes import die_with_parent
 
 CHECK_SECONDS = 60.0
 """Time to import a module that is checked."""
+CHECKOUT = Path(__file__).resolve().parents[2]
+MOVED = {
+    "megalite.hybrid.tasks:additions": "configs.hybrid.grpo_arithmetic:additions",
+    "megalite.hybrid.tasks:library_functions": "configs.hybrid.grpo_demo:library_functions",
+    "megalite.hybrid.rewards:complete_function": "configs.hybrid.grpo_demo:complete_function",
+    "megalite.hybrid.rewards:": "megalite.rewards:",
+}
+"""How names began that configs may still have, and how they begin now."""
 
 
-def named_function(name: str, *, key: str) -> Callable[..., Any]:
-    """The function that `name`, the value of the config's `key`, names; imports its module. ConfigError if it can't."""
-    module_name, colon, function_name = name.partition(":")
-    parts = [*module_name.split("."), *([function_name] if colon else [])]
-    if not colon or not all(part.isidentifier() for part in parts):
-        fix = f"Write {':'.join(module_name.rsplit('.', 1))}." if "." in module_name and not colon else ""
-        raise ConfigError(Problem(key=key, rule="must be package.module:function", value=name, fix=fix))
-    module = _module(module_name, name, key)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        rule = f"{module_name} has no function {function_name}" if function is None else "is not a function"
-        functions = [one for one, value in vars(module).items() if inspect.isfunction(value) and one[0] != "_"]
-        raise ConfigError(
-            Problem(key=key, rule=rule, value=name, fix=_nearest(function_name, functions, f"{module_name}:"))
-        )
-    return function
+@dataclass(frozen=True, kw_only=True)
+class NamedFunction:
+    """A function that a config names, and the names of the arguments that it will be called with."""
 
+    name: str
+    """`package.module:function`."""
+    key: str
+    """The config's key that has the name."""
+    positional: Collection[str] = ()
+    keywords: Collection[str] = ()
+    options: Collection[str] = ()
+    """Keywords that the user chose, in the mapping at `options_key`."""
+    options_key: str = ""
 
-def _module(module_name: str, name: str, key: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing and f"{module_name}.".startswith(f"{missing}."):
+    def load(self) -> Callable[..., Any]:
+        """Import its module. ConfigError if there is no such function or it can't be called with the arguments."""
+        name = self.name
+        for old, new in MOVED.items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+        module_name, colon, function_name = name.partition(":")
+        parts = [*module_name.split("."), *([function_name] if colon else [])]
+        if not colon or not all(part.isidentifier() for part in parts):
+            fix = f"Write {':'.join(module_name.rsplit('.', 1))}." if "." in module_name and not colon else ""
+            raise self._error("must be package.module:function", fix)
+        module = self._import(module_name)
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            functions = [one for one, value in vars(module).items() if inspect.isfunction(value) and one[0] != "_"]
+            rule = f"{module_name} has no function {function_name}" if function is None else "is not a function"
+            raise self._error(rule, _nearest(function_name, functions, f"{module_name}:"))
+        self._check_call(function)
+        return function
+
+    def check(self) -> Problem | None:
+        """What `load` finds wrong first, in another process; None if nothing is."""
+        command = [sys.executable, "-P", "-m", "megalite.rewards.named", json.dumps(asdict(self), default=list)]
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+        try:
+            said, _ = child.communicate(timeout=CHECK_SECONDS)
+        except subprocess.TimeoutExpired:
+            return self._problem(f"importing it took longer than {CHECK_SECONDS:g} s")
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if not said:
+            return self._problem(f"importing it ended Python ({how_it_ended(child.returncode)})")
+        found = json.loads(said)
+        return Problem(**found) if found else None
+
+    def _import(self, module_name: str) -> ModuleType:
+        for folder in map(str, (Path.cwd(), CHECKOUT)):
+            if folder not in sys.path:
+                sys.path.append(folder)
+        try:
+            return importlib.import_module(module_name)
+        except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+            missing = error.name or "" if isinstance(error, ModuleNotFoundError) else ""
+            if not missing or not f"{module_name}.".startswith(f"{missing}."):
+                raise self._error(f"importing it raised {described(error)}") from error
             parent, dot, last = missing.rpartition(".")
             fix = _nearest(last, _modules_in(parent), parent + dot)
             where = f"Its folder must be installed, on PYTHONPATH or be {Path.cwd()}."
-            raise ConfigError(
-                Problem(key=key, rule=f"there is no module {missing}", value=name, fix=fix or where)
-            ) from error
-        raise _failed(error, name, key) from error
-    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
-        raise _failed(error, name, key) from error
+            raise self._error(f"there is no module {missing}", fix or where) from error
 
+    def _check_call(self, function: Callable[..., Any]) -> None:
+        signature = inspect.signature(function)
+        parameters = signature.parameters.values()
+        given = {*self.positional, *self.keywords}
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
+        named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+        known = [one for one in named if one not in given]
+        unknown = [one for one in self.options if one not in known]
+        if unknown and not takes_any:
+            fix = _nearest(unknown[0], known, f"{self.options_key}.") or f"It takes {', '.join(known) or 'none'}."
+            rule = f"{self.name} has no such option"
+            raise ConfigError(Problem(key=f"{self.options_key}.{unknown[0]}", rule=rule, fix=fix))
+        try:
+            signature.bind(*self.positional, **dict.fromkeys([*self.keywords, *self.options]))
+        except TypeError as error:
+            call = ", ".join([*self.positional, *(f"{one}=..." for one in self.keywords)])
+            raise self._error(f"must be callable as ({call})", f"Its signature is {signature}: {error}.") from error
 
-def _failed(error: BaseException, name: str, key: str) -> ConfigError:
-    return ConfigError(Problem(key=key, rule=f"importing it raised {described(error)}", value=name))
+    def _problem(self, rule: str, fix: str = "") -> Problem:
+        return Problem(key=self.key, rule=rule, value=self.name, fix=fix)
+
+    def _error(self, rule: str, fix: str = "") -> ConfigError:
+        return ConfigError(self._problem(rule, fix))
 
 
 def described(error: BaseException) -> str:
@@ -78,10 +138,15 @@ def described(error: BaseException) -> str:
     return (text if len(text) <= 300 else f"{text[:300]}...") + place
 
 
+def how_it_ended(status: int) -> str:
+    """A child's status for people: `SIGSEGV`, `exit status 3`."""
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
+
+
 def _modules_in(package: str) -> list[str]:
     """Names of the modules of a package that has been imported; of the working folder if it is empty."""
-    paths = list(sys.modules[package].__path__) if package in sys.modules else [str(Path.cwd())] if not package else []
-    return [module.name for module in pkgutil.iter_modules(paths)]
+    folders = getattr(sys.modules.get(package), "__path__", []) if package else [str(Path.cwd())]
+    return [one.name for one in pkgutil.iter_modules(folders)]
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str) -> str:
@@ -92,87 +157,19 @@ def _nearest(name: str, known: Iterable[str], prefix: str) -> str:
     return f"It has {', '.join(sorted(known))}." if 0 < len(known) <= 12 and prefix.endswith(":") else ""
 
 
-def check_call(
-    function: Callable[..., Any],
-    name: str,
-    *,
-    key: str,
-    arguments: Sequence[str] = (),
-    given: Iterable[str] = (),
-    options: Iterable[str] = (),
-    options_key: str = "",
-) -> None:
-    """ConfigError unless `function(*arguments, **given, **options)` fits its signature.
-
-    `options` are names that the user chose, at the config's `options_key`; the others are the caller's.
-    """
-    signature = inspect.signature(function)
-    parameters = signature.parameters.values()
-    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    named = [one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
-    unknown = [one for one in options if one not in named or one in given] if not takes_any else []
-    if unknown:
-        known = [one for one in named if one not in given]
-        fix = _nearest(unknown[0], known, f"{options_key}.") or f"It takes {', '.join(known) or 'none'}."
-        raise ConfigError(Problem(key=f"{options_key}.{unknown[0]}", rule=f"{name} has no such option", fix=fix))
-    try:
-        signature.bind(*arguments, **dict.fromkeys([*given, *options]))
-    except TypeError as error:
-        call = f"({', '.join([*arguments, *(f'{one}=...' for one in given)])})"
-        fix = f"Its signature is {signature}: {error}."
-        raise ConfigError(Problem(key=key, rule=f"must be callable as {call}", value=name, fix=fix)) from error
-
-
-# ---- in another process
-
-
-def check_named(
-    name: str,
-    *,
-    key: str,
-    arguments: Sequence[str] = (),
-    given: Iterable[str] = (),
-    options: Iterable[str] = (),
-    options_key: str = "",
-) -> Problem | None:
-    """The first problem that `named_function` and then `check_call` have with a function, if any."""
-    request = {"name": name, "key": key, "arguments": list(arguments), "given": list(given)}
-    request |= {"options": list(options), "options_key": options_key}
-    command = [sys.executable, "-P", "-m", "megalite.rewards.named", json.dumps(request)]
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        said, _ = child.communicate(timeout=CHECK_SECONDS)
-    except subprocess.TimeoutExpired:
-        return Problem(key=key, rule=f"importing it took longer than {CHECK_SECONDS:g} s", value=name)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    if not said:
-        return Problem(key=key, rule=f"importing it ended Python ({how_it_ended(child.returncode)})", value=name)
-    problem = json.loads(said)["problem"]
-    return Problem(**problem) if problem else None
-
-
-def how_it_ended(status: int) -> str:
-    """A child's status for people: `SIGSEGV`, `exit status 3`."""
-    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
-
-
-def _main(request: dict[str, Any]) -> None:
+def _main(function: NamedFunction) -> None:
     die_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the module prints must not reach the answer
     found = None
     try:
-        function = named_function(request["name"], key=request["key"])
-        check_call(function, **request)
+        function.load()
     except ConfigError as error:
         found = asdict(error.problems[0])
-    json.dump({"problem": found}, answers)
+    json.dump(found, answers)
     answers.flush()
     os._exit(0)  # whatever the module has left running
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    _main(NamedFunction(**json.loads(sys.argv[1])))

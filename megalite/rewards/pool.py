@@ -1,6 +1,6 @@
 """Rewards of many samples, computed in worker processes, so that a reward that hangs or crashes costs one sample.
 
-    with RewardPool("megalite.rewards.functions:parses_as_python", workers=4, time_limit=5, failure_reward=0) as pool:
+    with RewardPool("megalite.rewards:parses_as_python", workers=4, time_limit=5, failure_reward=0) as pool:
         scored = pool.evaluate(samples)
 
 A reward is `reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float`, and the config names it as
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalite.errors import MegaliteError, Problem
-from megalite.rewards.named import check_named, how_it_ended
+from megalite.rewards.named import NamedFunction, how_it_ended
 from megalite.run.processes import descendants
 
 START_SECONDS = 120.0
@@ -67,7 +67,7 @@ class Scored:
 
 def check_reward(name: str, *, key: str = "hybrid.reward") -> Problem | None:
     """What is wrong with the reward function that the config names, if anything; imports it in another process."""
-    return check_named(name, key=key, arguments=ARGUMENTS)
+    return NamedFunction(name=name, key=key, positional=ARGUMENTS).check()
 
 
 class RewardPool:

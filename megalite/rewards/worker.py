@@ -19,7 +19,8 @@ from numbers import Real
 from typing import Any, BinaryIO
 
 from megalite.errors import ConfigError
-from megalite.rewards.named import described, named_function
+from megalite.rewards.named import NamedFunction, described
+from megalite.rewards.pool import ARGUMENTS
 from megalite.run.processes import adopt_orphans, die_with_parent
 
 
@@ -78,7 +79,7 @@ def _main(name: str) -> None:
     requests, answers = _take_over_line()
     adopt_orphans()
     try:
-        reward = named_function(name, key="hybrid.reward")
+        reward = NamedFunction(name=name, key="hybrid.reward", positional=ARGUMENTS).load()
     except ConfigError as error:
         return _say(answers, {"error": str(error)})
     _say(answers, {"ready": True})
