@@ -210,10 +210,10 @@ DAMAGED = {
     "not UTF-8": (container(b"\xff\xfe"), "header is damaged"),
     "deep nesting": (container(b"[" * 100_000), "header is damaged"),
     "a list": (container([1]), "header is damaged: not an object"),
-    "a name twice": (container(b'{"a": 1, "a": 2}'), "'a' appears twice"),
+    "a name twice": (container(b'{"a": 1, "a": 2}'), "the key 'a' occurs twice"),
     "a key twice": (
         container(b'{"a": {"dtype":"F32","dtype":"F32","shape":[],"data_offsets":[0,4]}}', bytes(4)),
-        "'dtype' appears twice",
+        "the key 'dtype' occurs twice",
     ),
     "metadata of numbers": (container({"__metadata__": {"a": 1}}), "__metadata__ in the header must map"),
     "entry a number": (container({"a": 1}), "must have exactly dtype, shape and data_offsets"),

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from megalite import json_text
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError
-from megalite.inference.io import entries, inputs
+from megalite.inference.io import inputs
 from megalite.inference.io.inputs import InputBatch, PromptLimits, derived_seed, make_request, read_inputs
 from megalite.text.tokenizer import Tokenizer
 
@@ -307,7 +308,7 @@ def test_bytes_that_are_not_utf8():
 
 
 def test_a_huge_line_is_skipped_without_being_kept(monkeypatch):
-    monkeypatch.setattr(entries, "MAX_LINE", 1 << 20)
+    monkeypatch.setattr(json_text, "MAX_LINE", 1 << 20)
     huge = b'{"prompt": "' + b"a" * (5 << 20) + b'"}'
     batch = read(b'{"prompt": "a"}\n' + huge + b'\n{"prompt": "b"}\n' + huge)
     assert errors(batch) == ["stdin:2: the line is longer than 1 MiB.", "stdin:4: the line is longer than 1 MiB."]

@@ -233,8 +233,8 @@ def test_forged_manifests_are_refused(change, cut):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda text: text.replace('"version": 1', '"version": NaN'), "NaN is not a value"),
-        (lambda text: text.replace('"bare": false', '"bare": false, "bare": true'), "'bare' appears twice"),
+        (lambda text: text.replace('"version": 1', '"version": NaN'), "NaN is not a JSON number"),
+        (lambda text: text.replace('"bare": false', '"bare": false, "bare": true'), "the key 'bare' occurs twice"),
         (lambda text: text.replace('"lo": 0', '"lo": 1', 1), "its digest does not match"),
         (lambda text: text[: len(text) // 2], "damaged"),
         (lambda text: "[" * 100000, "damaged"),

@@ -78,7 +78,7 @@ def test_a_bad_record_is_named(tmp_path, line, message):
 
 def test_many_bad_records_are_counted(tmp_path):
     (tmp_path / "tasks.jsonl").write_bytes(b"\xff\n" * 30)
-    with pytest.raises(ConfigError, match="tasks.jsonl:10: can't be read:.*\n.*and 20 more"):
+    with pytest.raises(ConfigError, match="tasks.jsonl:10: is not UTF-8 at byte 1.*\n.*and 20 more"):
         load_examples(str(tmp_path / "tasks.jsonl"), {}, split="train")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 LEVELS = [
     {"megalite.errors"},
-    {"megalite.files", "megalite.terminal", "megalite.monitor"},
+    {"megalite.files", "megalite.json_text", "megalite.terminal", "megalite.monitor"},
     {"megalite.config"},
     {"megalite.core"},
     {"megalite.run", "megalite.model", "megalite.text"},
@@ -64,6 +64,7 @@ TORCH_FREE = (
     "megalite/core/layout.py",
     "megalite/errors.py",
     "megalite/files.py",
+    "megalite/json_text.py",
     "megalite/monitor/",
     "megalite/preflight.py",
     "megalite/rewards/",

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from megalite import json_text
 from megalite.config.chat import chat_problem, chat_variables
 from megalite.config.typecheck import nearest_path, shown
 from megalite.errors import ConfigError, Problem
@@ -125,19 +126,12 @@ def _made(
 def _read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
     """The records of a file's wanted lines that are not blank; a ValueError for one that can't be read."""
     try:
-        lines = path.read_bytes().splitlines()
+        with path.open("rb") as file:
+            for line in json_text.lines(file):
+                if line.problem or wanted(line.raw.decode().strip()):
+                    yield f"{path.name}:{line.number}", line.problem or line.value
     except OSError as error:
         raise ConfigError(Problem(key="data.source", rule=f"{error.strerror}", value=str(path))) from error
-    for number, raw in enumerate(lines, 1):
-        where = f"{path.name}:{number}"
-        try:
-            line = raw.decode("utf-8-sig").strip()
-            if line and wanted(line):
-                yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            yield where, ValueError(f"is not valid JSON at column {error.colno}: {error.msg}")
-        except (UnicodeDecodeError, RecursionError) as error:
-            yield where, ValueError(f"can't be read: {error}")
 
 
 def _example(where: str, record: Any, variables: Mapping[str, Any]) -> Example:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from megalite import json_text
 from megalite.config.schema import SamplingParams
 from megalite.inference.io.packed import pack, unpack
 from megalite.inference.logprobs import FlatLogprobs, Logprob, Logprobs, finite, from_json, number, to_json
@@ -105,7 +106,7 @@ class RequestOutput:
     @classmethod
     def from_line(cls, line: str | bytes) -> RequestOutput:
         """The inverse of `to_line`. ValueError, KeyError or TypeError: it is no such line."""
-        value = json.loads(line)
+        value = json_text.parse(line)
         prompt_logprobs = value.get("prompt_logprobs")
         return cls(
             request_id=value["id"],

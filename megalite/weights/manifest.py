@@ -16,6 +16,7 @@ from typing import Any
 
 import xxhash
 
+from megalite import json_text
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.files import read_whole, write_durably
@@ -167,8 +168,8 @@ def read(folder: Path) -> Manifest:
 def decode(content: bytes, path: Path) -> Manifest:
     """As `read`, of bytes; `path` is for messages."""
     try:
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        values = json_text.parse(content)
+    except ValueError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of rank shards")
@@ -180,19 +181,6 @@ def decode(content: bytes, path: Path) -> Manifest:
     if tail is None or digest_of(body).encode() != tail.group(1):
         raise CheckpointError(f"{path}: damaged, or changed after it was written: its digest does not match")
     return _Reader(path).manifest(values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice[:100]!r} appears twice")
-    return values
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a value")
 
 
 class _Reader:

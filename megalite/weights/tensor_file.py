@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalite import json_text
 from megalite.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     size, length, text = _raw_header(path)
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = json_text.parse(text)
+    except ValueError as error:
         raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: the safetensors header is damaged: not an object")
@@ -121,15 +122,6 @@ def _raw_header(path: Path) -> tuple[int, int, bytes]:
             return size, length, file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{twice!r} appears twice")
-    return values
 
 
 def is_plain_name(name: str) -> bool:

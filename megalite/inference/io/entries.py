@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,15 +15,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megalite import json_text
 from megalite.config.chat import CHAT_KEYS, VARIABLES, chat_variables, variables_problem
 from megalite.config.sampling import MAX_KEY
 from megalite.config.schema import InputSection
 from megalite.config.typecheck import shown
 from megalite.errors import ConfigError, Problem
 from megalite.files import open_regular
+from megalite.json_text import JsonLine
 
-MAX_LINE = 1 << 26
-"""Longest line read from an input file, bytes."""
 _KEYS = ("prompt", *CHAT_KEYS, "id", "sampling")
 _NO_OBJECT = 'must be a JSON object such as {"prompt": "..."}'
 _LEADING_ID = re.compile(r'\s*\{\s*"id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*"|[0-9]{1,18})\s*[,}]')
@@ -96,64 +95,26 @@ def _inline(prompts: list[Any]) -> Iterator[tuple[bytes, Entry]]:
 
 def _parsed(lines: BinaryIO, name: str) -> Iterator[tuple[bytes, Entry]]:
     """Each line that is not blank, with what it says."""
-    number = 0
-    while raw := lines.readline(MAX_LINE + 1):
-        number += 1
-        where = f"{name}:{number}"
-        if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
-            rest = raw
-            while rest and not rest.endswith(b"\n"):
-                rest = lines.readline(MAX_LINE)
-            yield raw, Entry(where, error=f"{where}: the line is longer than {MAX_LINE >> 20} MiB.")
-        elif raw.strip():
-            yield raw.strip(), _entry(raw, where)
+    for line in json_text.lines(lines):
+        yield line.raw, _entry(line, f"{name}:{line.number}")
 
 
-def _entry(raw: bytes, where: str) -> Entry:
+def _entry(line: JsonLine, where: str) -> Entry:
     """What one line says. One that is wrong keeps the id that it gives itself, as far as that can be read."""
-    wrong: list[str] = []
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        wrong.append(f"is not UTF-8 at byte {error.start + 1}")
-        text = raw.decode("utf-8-sig", "replace")
-    value = _read_json(text, wrong)
+    value, problem = line.value, line.problem and str(line.problem)
+    if line.problem:
+        begun = _LEADING_ID.match(line.raw.decode(errors="replace"))
+        value = line.problem.readable or (begun and {"id": json.loads(begun[1])})
     if not isinstance(value, dict):
-        return Entry(where, error=f"{where}: {(wrong or [_NO_OBJECT])[0]}.")
+        return Entry(where, error=f"{where}: {problem or _NO_OBJECT}.")
     own_id = value.get("id")
-    if wrong and "\ufffd" in str(own_id):  # no id that the line gives
+    if problem and "\ufffd" in str(own_id):  # no id that the line gives
         own_id = None
-    wrong += filter(None, [_shape_problem(value)])
-    if wrong:
-        return Entry(where, id=own_id, error=f"{where}: {wrong[0]}.")
+    problem = problem or _shape_problem(value)
+    if problem:
+        return Entry(where, id=own_id, error=f"{where}: {problem}.")
     prompt = value.get("prompt", value.get("messages"))
     return Entry(where, prompt, own_id, value.get("sampling"), chat_variables(value))
-
-
-def _read_json(text: str, wrong: list[str]) -> Any:
-    """The value of a JSON text, and what is wrong with it added to `wrong`; what it begins with if it is no JSON."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            wrong.append(f"the key {shown(twice)} occurs twice")
-            del made[twice]
-        return made
-
-    def no_constant(name: str) -> None:
-        wrong.append(f"{name} is not a JSON number")
-
-    try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        wrong.append(f"is not valid JSON at column {error.colno}: {error.msg}")
-    except ValueError as error:  # a number of very many digits
-        wrong.append(str(error))
-    except RecursionError:
-        wrong.append("is nested too deeply")
-    begun = _LEADING_ID.match(text)
-    return {"id": json.loads(begun[1])} if begun else None
 
 
 def _shape_problem(value: dict[str, Any]) -> str | None:

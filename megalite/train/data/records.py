@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from megalite import json_text
 from megalite.config.chat import VARIABLES, chat_problem
 from megalite.config.schema import DataSection
 from megalite.errors import ConfigError, Problem
@@ -120,10 +121,10 @@ class Records:
         if self.section.format != "auto":
             return self.section.format
         for file in filter(is_lines, self.files):
-            first = next(_numbered(file), None)
-            if first is not None:
+            _, first = next(_objects(file), (0, None))
+            if isinstance(first, dict):
                 try:
-                    return "text" if _kind(_parsed(first[1])) == TEXT else "examples"
+                    return "text" if _kind(first) == TEXT else "examples"
                 except ValueError:  # told when the line is read
                     pass
         return "text"
@@ -145,10 +146,11 @@ class Records:
 
     def _lines(self, file: SourceFile) -> Iterator[Record | Problem]:
         first: tuple[str, ...] | None = None
-        for number, raw in _numbered(file):
+        for number, values in _objects(file):
             where = f"{file.path}:{number}"
             try:
-                values = _parsed(raw)
+                if isinstance(values, ValueError):
+                    raise values
                 kind = _kind(values)
                 kept = {key: values[key] for key in kind} | _checked(kind, values)
                 self._check_kind(kind, first)
@@ -189,27 +191,13 @@ def line_problems(section: DataSection) -> list[Problem]:
 # ---- one line
 
 
-def _numbered(file: SourceFile) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its number from 1."""
+def _objects(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Each line that is not blank, with its number from 1: its values, or what is wrong with it."""
     with file.path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if raw.strip():
-                yield number, raw
-
-
-def _parsed(raw: bytes) -> dict[str, Any]:
-    """ValueError: it is not a JSON object."""
-    try:
-        values = json.loads(raw.decode("utf-8-sig").strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not valid JSON at column {error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError("is nested too deeply") from None
-    if not isinstance(values, dict):
-        raise ValueError('must be a JSON object such as {"prompt": "...", "response": "..."}')
-    return values
+        for line in json_text.lines(lines):
+            no_object = 'must be a JSON object such as {"prompt": "...", "response": "..."}'
+            is_object = isinstance(line.value, dict)
+            yield line.number, line.value if is_object else line.problem or ValueError(no_object)
 
 
 def _kind(values: dict[str, Any]) -> tuple[str, ...]:
