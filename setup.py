@@ -16,6 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megalite", "megalite.*"]),
+    package_data={"megalite": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
@@ -33,7 +34,7 @@ setup(
     entry_points={
         # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so there is a command of ours.
         "lm_eval.models": ["megalite = megalite.evals:MegaliteLM"],
-        "console_scripts": ["megalite-eval = megalite.cli:evaluate"],
+        "console_scripts": ["megalite = megalite.cli:megalite", "megalite-eval = megalite.cli:evaluate"],
     },
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],

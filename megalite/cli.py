@@ -1,7 +1,8 @@
-"""What the launch scripts share: arguments, checks, messages and exit codes. Imports no torch.
+"""The commands: `megalite COMMAND ...`, and what the jobs among them share with launch/: arguments, checks, messages
+and exit codes. Imports no torch.
 
-Plain `python` is the door: it resolves and checks everything, then runs in this process, or starts the ranks that the
-layout needs. Under `deepspeed` or `torchrun` the same script is a rank: it checks that it was
+Started by itself, a job's command is the door: it resolves and checks everything, then runs in this process, or starts
+the ranks that the layout needs. Under `deepspeed` or `torchrun` the same command is a rank: it checks that it was
 started as the config asks, and runs.
 """
 
@@ -17,9 +18,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import FrameType
+from typing import Any, get_args
 
 from megalite import terminal
 from megalite.config.explain import explain, table
@@ -43,6 +45,20 @@ from megalite.run.hosts import check_hostfile, distrust, pack_config, run_over_h
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import door_of, run_ranks
 from megalite.run.processes import die_with_parent
+
+COMMANDS = {
+    "infer": "generate text, as a config asks",
+    "train": "train a model, as a config asks",
+    "hybrid": "train and generate in one job, as a config asks",
+    "convert": "cut a Hugging Face model for a layout",
+    "reshard": "cut rank shards anew, for another layout",
+    "export": "rank shards back to a Hugging Face folder",
+    "import_deepspeed": "DeepSpeed checkpoints written elsewhere to a Hugging Face folder",
+    "verify": "prove that weights are whole",
+    "describe": "what a checkpoint is",
+    "bench": "measure megalite beside what it replaces",
+}
+"""What `megalite` can be told to do; the first three are jobs (launch/), the others tools (tools/)."""
 
 Run = Callable[[Loaded], int]
 Checks = Callable[[Config], list[Problem]]
@@ -86,6 +102,8 @@ class Options:
     """The resolved config, packed, when the door on another host started this rank."""
     sha256: str = ""
     """Of the resolved config, when the door started this rank."""
+    program: tuple[str, ...] = ()
+    """The script that was started, and the words before its options."""
 
     @property
     def for_ranks(self) -> list[str]:
@@ -96,10 +114,69 @@ def no_checks(config: Config) -> list[Problem]:
     return []
 
 
-def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks = no_checks) -> int:
-    """The whole of a launch script; gives its exit code. `run` does the work and may import torch.
+def megalite() -> int:
+    """The command `megalite`; gives its exit code."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in get_args(Kind):
+        return launch(name, command=name)
+    if name in COMMANDS:
+        from megalite.tools import bench, toolkit
 
-    `checks` are made by the process that the user starts, not again by each rank.
+        sys.argv = [f"megalite {name}", *sys.argv[2:]]  # as what argparse introduces the tool
+        return bench.main() if name == "bench" else toolkit.tool(name)
+    terminal.guard()
+    try:
+        if name not in ("--help", "-h"):
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            fix = f"Did you mean {close[0]}?" if close else "--help lists all commands."
+            raise ConfigError(_usage_problem(name, "unknown command", fix))
+        commands = [f"  {name:18}{meaning}" for name, meaning in COMMANDS.items()]
+        _say("\n".join(["usage: megalite COMMAND ...", "", "commands, each with a --help of its own:", *commands]))
+    except MegaliteError as error:
+        _report(error, None, debug=False)
+        return error.exit_code
+    return EXIT_DONE
+
+
+def launch(kind: Kind, command: str = "") -> int:
+    """The whole of launch/KIND.py, and of `megalite KIND`, where `command` is that word; gives the exit code."""
+
+    def run(loaded: Loaded) -> int:
+        if kind == "infer":  # these import torch: only once everything has been checked
+            from megalite.inference import job
+
+            return job.run(loaded)
+        if kind == "train":
+            from megalite.hybrid.samples import write_samples
+            from megalite.train import job as train_job
+
+            return train_job.run(loaded, write_samples)
+        from megalite.hybrid import job as hybrid_job
+
+        return hybrid_job.run(loaded)
+
+    def checks(config: Any) -> list[Problem]:
+        if kind == "train":
+            from megalite.train.data.prepared import check  # imports tokenizers, which --help has no need of
+
+            return check(config)
+        if kind == "hybrid":
+            from megalite.hybrid.checks import problems
+
+            return problems(config)
+        return []
+
+    words = [command] if command else []
+    return main(kind, run, sys.argv[1 + len(words) :], checks, (sys.argv[0], *words))
+
+
+def main(
+    kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks = no_checks, program: Sequence[str] = ()
+) -> int:
+    """A job from its command line `argv` on; gives its exit code. `run` does the work and may import torch.
+
+    `checks` are made by the process that the user starts, not again by each rank. `program`: the script that was
+    started, and the words before `argv`.
     """
     terminal.guard()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -115,7 +192,7 @@ def main(kind: Kind, run: Run, argv: Sequence[str] | None = None, checks: Checks
     try:
         place = LaunchEnv.of(os.environ)
         with _leaving_on_signals(place):
-            code = _main(kind, run_here, arguments, place, checks)
+            code = _main(kind, run_here, arguments, place, checks, program or sys.argv[:1])
         terminal.warn_of_loss()
         return code
     except KeyboardInterrupt:
@@ -144,10 +221,12 @@ def evaluate() -> int:
     return evals.main()
 
 
-def _main(kind: Kind, run: Run, argv: list[str], place: LaunchEnv | None, checks: Checks) -> int:
-    options = read_arguments(argv)
+def _main(
+    kind: Kind, run: Run, argv: list[str], place: LaunchEnv | None, checks: Checks, program: Sequence[str]
+) -> int:
+    options = replace(read_arguments(argv), program=tuple(program))
     if "--help" in options.flags:
-        _say(usage(kind))
+        _say(usage(kind, installed=len(program) > 1))
         return EXIT_DONE
     with ExitStack() as stack:
         path = options.config
@@ -251,16 +330,18 @@ def _usage_problem(key: str, rule: str, fix: str) -> Problem:
     return Problem(key=key, rule=rule, fix=fix, origin=COMMAND_LINE)
 
 
-def usage(kind: Kind) -> str:
-    """What `--help` prints."""
-    script = f"launch/{kind}.py"
+def usage(kind: Kind, installed: bool) -> str:
+    """What `--help` prints; `installed`: of `megalite KIND`, else of launch/KIND.py."""
+    script = f"$(which megalite) {kind}" if installed else f"launch/{kind}.py"
+    door = f"megalite {kind}" if installed else f"python {script}"
     lines = [
-        f"usage: python {script} --config FILE [section.key=value ...] [options]",
-        f"       python {script} --hostfile HOSTS --config FILE [section.key=value ...] [options]",
+        f"usage: {door} --config FILE [section.key=value ...] [options]",
+        f"       {door} --hostfile HOSTS --config FILE [section.key=value ...] [options]",
         f"       deepspeed --num_gpus N {script} --config FILE [section.key=value ...] [options]",
         f"       torchrun --nproc_per_node N {script} --config FILE [section.key=value ...] [options]",
         "",
-        "python starts the ranks that the config asks for, tp * pp * dp; under deepspeed or torchrun N must be that.",
+        f"{door.split()[0]} starts the ranks that the config asks for, tp * pp * dp; under deepspeed or torchrun N "
+        "must be that.",
         "With --hostfile (lines `HOST slots=RANKS`) it starts them on several hosts through deepspeed; it passes on",
         "--include, --exclude, --master_addr, --master_port, --ssh_port and --node_rank.",
         "",
@@ -302,14 +383,14 @@ def _misplaced(loaded: Loaded, place: LaunchEnv | None, argv: Sequence[str], opt
     """What is wrong with how this rank was started, if it is one."""
     found: list[Problem | None] = []
     if place is not None:
-        started, command = _launched(place, num_ranks(loaded.config), argv)
+        started, command = _launched(place, num_ranks(loaded.config), [*options.program, *argv])
         found.append(world_size_problem(loaded.config, place.world_size, started, command))
         if options.hosts:
             found.append(_usage_problem(options.hosts[0], "can't be used by a rank", "Start with plain python."))
         if place.launcher == "deepspeed" and place.over_hosts and not options.sha256:
             texts = [key for key, hint in hints(type(loaded.config)).items() if holds_text(hint)]
             given = [key for key in texts if loaded.origins[key] == COMMAND_LINE]
-            instead = f"python {sys.argv[0]} --hostfile HOSTS --config {options.config} KEY=VALUE ..."
+            instead = f"python {' '.join(options.program)} --hostfile HOSTS --config {options.config} KEY=VALUE ..."
             found += distrust(given, options.overrides, instead)
     sha256 = options.sha256
     if sha256 and sha256 != loaded.sha256:
@@ -319,7 +400,7 @@ def _misplaced(loaded: Loaded, place: LaunchEnv | None, argv: Sequence[str], opt
 
 
 def _launched(place: LaunchEnv, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
-    """How this rank was started, and the command that starts `wanted` ranks instead."""
+    """How this rank was started, and the command that starts `wanted` ranks instead; `argv`: its script and options."""
     hosts = max(1, place.world_size // (place.started_here or place.world_size))
     each = -(-wanted // hosts)
     started = f"{place.launcher} started {place.world_size} rank{'s' if place.world_size != 1 else ''}"
@@ -328,7 +409,7 @@ def _launched(place: LaunchEnv, wanted: int, argv: Sequence[str]) -> tuple[str, 
     else:
         command = f"deepspeed --num_nodes {hosts} --num_gpus {each}" if hosts > 1 else f"deepspeed --num_gpus {each}"
     kept = [one for one in argv if not one.startswith(("--local_rank", "--local-rank"))]
-    return started, shlex.join([*command.split(), sys.argv[0], *kept])
+    return started, shlex.join([*command.split(), *kept])
 
 
 def _nameless_file(text: str, stack: ExitStack) -> str:
@@ -351,7 +432,8 @@ def _start_hosts(loaded: Loaded, options: Options) -> int:
         rule = "standard input can't be read on another host"
         raise ConfigError(Problem(key="input.file", rule=rule, value="-", fix="Give a file that every host has."))
     resolved = ["--resolved-config", pack_config(loaded.given), "--resolved-sha256", loaded.sha256]
-    return run_over_hosts(options.hosts, os.path.abspath(sys.argv[0]), [*resolved, *options.for_ranks])
+    script, *words = options.program
+    return run_over_hosts(options.hosts, os.path.abspath(script), [*words, *resolved, *options.for_ranks])
 
 
 def _start_ranks(loaded: Loaded, options: Options) -> int:
@@ -365,8 +447,9 @@ def _start_ranks(loaded: Loaded, options: Options) -> int:
     with ExitStack() as stack:
         path = _nameless_file(loaded.given, stack)
         resolved = ["--config", path, "--resolved-sha256", loaded.sha256]
+        script, *words = options.program
         return run_ranks(
-            [os.path.abspath(sys.argv[0]), *resolved, *options.for_ranks],
+            [os.path.abspath(script), *words, *resolved, *options.for_ranks],
             ranks,
             stopped_timeout=2 * loaded.config.distributed.peer_timeout,
             files=[int(os.path.basename(path))],

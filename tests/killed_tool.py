@@ -9,15 +9,14 @@ A run is a fork of this process, which has imported all that tools need: dozens 
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from pathlib import Path
 
-from megalite.convert import convert
+from megalite.tools import convert, export, reshard, toolkit
 from megalite.weights.shards import STEP
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-assert convert  # imported for the forks
+TOOLS = {"convert": convert, "export": export, "reshard": reshard}
+"""Imported for the forks."""
 
 
 def main() -> None:
@@ -33,16 +32,11 @@ def main() -> None:
 
 
 def _run(tool: str, arguments: list[str]) -> None:
-    """The tool as `python tools/TOOL.py` runs it; does not return."""
+    """The tool as `megalite TOOL` runs it; does not return."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    path = TOOLS / f"{tool}.py"
-    sys.argv = [str(path), *arguments]
-    sys.path.insert(0, str(TOOLS))
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as done:
-        os._exit(done.code)
-    os._exit(1)
+    assert tool in TOOLS
+    sys.argv = [tool, *arguments]
+    os._exit(toolkit.tool(tool))
 
 
 def _written(pid: int) -> int:

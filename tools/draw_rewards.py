@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from svg import COLOURS, page, text
-from toolkit import Parser, main
 
 from megalite.errors import ConfigError, Problem
 from megalite.files import open_regular, write_durably
+from megalite.tools.toolkit import Parser, main
 
 EPILOG = """\
 example:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svg import COLOURS, page, text
-from toolkit import Parser, main
 
 from megalite.convert.convert import parse_layout, rank_files
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.files import write_durably
+from megalite.tools.toolkit import Parser, main
 from megalite.weights.blocks import stored_blocks
 from megalite.weights.manifest import file_name
 from megalite.weights.sources import Source, open_source

@@ -10,8 +10,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -50,6 +51,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dtype", choices=CONFIG_DTYPES, help="convert the weights; default: keep every bit")
         self.add_argument("--overwrite", action="store_true", help="DIR may hold something else, which is replaced")
         self.add_jobs()
+
+    def add_shard_size(self) -> None:
+        text = "largest size of one weight file, e.g. 500MB or 2GiB (default: %(default)s)"
+        self.add_argument("--max-shard-size", type=size, default="5GB", metavar="SIZE", help=text)
 
     def add_jobs(self) -> None:
         text = "tensors at work at once; each takes a few MiB of memory (default: %(default)s)"
@@ -109,6 +114,14 @@ class Bar:
         self._bar.close()
 
 
+@contextmanager
+def writing(title: str, args: argparse.Namespace) -> Iterator[tuple[Bar, dict[str, Any]]]:
+    """A progress bar, and the options of `Parser.add_writing` with it as the keywords of what writes the folder."""
+    with Bar(title) as bar:
+        options = {name: getattr(args, name) for name in ("dtype", "jobs", "overwrite")}
+        yield bar, {**options, "begin": bar.begin, "progress": bar.advance}
+
+
 def say_time_left(seconds: float, rounds: int, what: str = "") -> None:
     """How long `rounds` more like one that took `seconds` will take, on standard error; nothing where none is left."""
     if rounds > 0:
@@ -128,6 +141,19 @@ def report(outcome: Outcome, seconds: float, last: str) -> None:
         f"{outcome.folder}: {format_count(outcome.files, 'weight file')}, "
         f"{format_bytes(outcome.written)} written in {seconds:.1f} s ({rate}/s){reused}; {last}"
     )
+
+
+def tool(name: str) -> int:
+    """Run the tool `megalite.tools.NAME` with the arguments of the command line; gives its exit code.
+
+    Its module's text is its `--help`, up to the examples, which come last; `add_arguments(parser)` says what it takes
+    and `run(args)` does its work.
+    """
+    module = importlib.import_module(f"{__package__}.{name}")
+    about, _, examples = (module.__doc__ or "").strip().partition("\n\nexample:")
+    parser = Parser(about, examples and f"example:{examples}")
+    module.add_arguments(parser)
+    return main(parser, module.run)
 
 
 def main(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:

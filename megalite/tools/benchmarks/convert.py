@@ -19,29 +19,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from toolkit import say_time_left
-
 from megalite.monitor.words import format_bytes
+from megalite.tools.toolkit import say_time_left
 from megalite.weights.tensor_file import read_header
 
-TOOLS = Path(__file__).resolve().parent.parent
-
 TELL_PEAK = """
-import atexit, os, re, runpy, sys
-target = sys.argv[1]
+import atexit, re, sys
+target = sys.argv.pop(1)
 def tell():
     with open(target, "w") as file:
         file.write(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 atexit.register(tell)
-sys.argv = sys.argv[2:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a script and writes its peak resident memory to a file."""
+"""Goes before a program, which then writes its peak resident memory to the file that its first argument names."""
 
 TRANSFORMERS = """
 import sys, torch
@@ -194,9 +188,7 @@ class Bench:
         self._tool("verify --against", back, back, "--against", model)
         shutil.rmtree(back)
         if not self.args.skip_transformers:
-            script = parent / "transformers_round_trip.py"
-            script.write_text(TRANSFORMERS)
-            self._script("transformers load + save", back, [script, model, back], lambda: sync(back))
+            self._program("transformers load + save", back, TRANSFORMERS, [model, back], lambda: sync(back))
             shutil.rmtree(back)
         self._copy()
 
@@ -212,13 +204,19 @@ class Bench:
 
     def _tool(self, name: str, out: Path, *arguments: str | Path) -> None:
         jobs = ["--jobs", str(self.args.jobs)] if self.args.jobs else []
-        self._script(name, out, [TOOLS / f"{name.split()[0]}.py", *arguments, *jobs])
+        program = f"from megalite.tools.toolkit import tool; sys.exit(tool({name.split()[0]!r}))"
+        self._program(name, out, program, [*arguments, *jobs])
 
-    def _script(
-        self, name: str, out: Path, command: list[str | Path], after: Callable[[], None] = lambda: None
+    def _program(
+        self,
+        name: str,
+        out: Path,
+        program: str,
+        arguments: Sequence[str | Path],
+        after: Callable[[], None] = lambda: None,
     ) -> None:
         told = self.parent / "peak"
-        whole = [sys.executable, "-c", TELL_PEAK, str(told), *map(str, command)]
+        whole = [sys.executable, "-c", TELL_PEAK + program, str(told), *map(str, arguments)]
 
         def work() -> None:
             quiet = {**os.environ, "TQDM_DISABLE": "1"}

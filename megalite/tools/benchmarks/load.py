@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from benchmarks.convert import evict, generate, total_size
-from toolkit import say_time_left
 
 from megalite.convert.convert import convert, parse_layout
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.monitor.words import format_bytes
+from megalite.tools.benchmarks.convert import evict, generate, total_size
+from megalite.tools.toolkit import say_time_left
 from megalite.weights.transfer import build, load_folder
 
 FORMS = {"Hugging Face folder": "model", "rank shards": "cut"}

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from toolkit import say_time_left
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -33,6 +32,7 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.run.runtime import prepare_deepspeed, start
+from megalite.tools.toolkit import say_time_left
 from megalite.train.data.batch import from_sequences, from_windows
 from megalite.train.data.packing import pack
 from megalite.train.optimizer import deepspeed_config, make_optimizer

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from toolkit import say_time_left
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -33,6 +32,7 @@ from megalite.hybrid.sync import Sync
 from megalite.model.config import AttentionSpec, ModelConfig, Rope
 from megalite.model.decoder import Decoder
 from megalite.monitor.words import format_bytes
+from megalite.tools.toolkit import say_time_left
 from megalite.weights.reshard_plan import least_received
 from megalite.weights.table import Owned, local_elements, owned
 from megalite.weights.transfer import build, initialise

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from toolkit import say_time_left
 
 from megalite import LLM, SamplingParams
+from megalite.tools.toolkit import say_time_left
 
 RAGGED_BATCHES = (8, 16, 32, 64)
 """Batch sizes that transformers may choose from."""

@@ -1,0 +1,27 @@
+"""Rank shards, or the weights of training state, as a folder in Hugging Face layout, which transformers and others
+load. Without --dtype every tensor has the very bytes of the original. If it is killed, the same command goes on where
+it stopped.
+
+example:
+  megalite export --from /tmp/demo-tp2pp2 --out /tmp/demo-hf --max-shard-size 2GB
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megalite.convert.convert import export
+from megalite.tools.toolkit import Parser, report, writing
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--from", required=True, dest="source", metavar="DIR", help="rank shards or training state")
+    parser.add_shard_size()
+    parser.add_writing("the Hugging Face folder to make")
+
+
+def run(args: argparse.Namespace) -> int:
+    with writing("export", args) as (bar, options):
+        outcome = export(args.source, args.out, max_shard_bytes=args.max_shard_size, **options)
+    report(outcome, bar.seconds, "Hugging Face layout")
+    return 0
