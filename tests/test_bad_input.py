@@ -333,7 +333,7 @@ CASES = {
     ),
     "top_p": given("sampling.top_p=1.5", "sampling.top_p: must be above 0 and at most 1"),
     "a billion samples": given("sampling.n=1000000000", "sampling.n: must be at most 16384"),
-    "top_k": given("sampling.top_k=-2", "sampling.top_k: must be >= 1, or 0 or -1"),
+    "top_k": given("sampling.top_k=-2", "sampling.top_k: must be >= -1, got -2. 0 and -1 keep all"),
     "min_p": given("sampling.min_p=2", "sampling.min_p: must be between 0 and 1"),
     "no tokens": given("sampling.max_tokens=0", "sampling.max_tokens: must be >= 1"),
     "min_tokens": given("sampling.min_tokens=99", "must be at most max_tokens = 16, got 99"),

@@ -470,12 +470,12 @@ def test_a_step_is_that_of_transformers_with_prompts_masked(layout, prepared, fo
 
 def test_a_tokenizer_goes_along_with_the_model_it_is_for(folder, tmp_path):
     """Fine-tuning without tokenizer.path takes that of model.path, which is refused where there is none."""
-    from megalite.config.train_rules import train_problems
+    from megalite.config.validate import validate
 
     source = lines(tmp_path / "pairs.jsonl", pair(1))
     output = TrainOutputSection(folder=str(tmp_path / "out"))
     config = TrainConfig(model=NewModelSection(path=str(folder)), data=section(source), output=output)
-    assert train_problems(config, None) == []
+    assert validate(config, None, None) == []
     (tmp_path / "bare").mkdir()
     bare = TrainConfig(model=NewModelSection(path=str(tmp_path / "bare")), data=section(source), output=output)
-    assert "tokenizer.path: is needed: model.path has no tokenizer" in str(train_problems(bare, None)[0])
+    assert "tokenizer.path: is needed: model.path has no tokenizer" in str(validate(bare, None, None)[0])

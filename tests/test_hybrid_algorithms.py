@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalite.config.hybrid_rules import hybrid_problems
+from megalite.config.hybrid_rules import hybrid_rules
+from megalite.config.rules import Rules
 from megalite.config.schema import HybridConfig, HybridSection, SamplingParams, SupervisedSection
 from megalite.hybrid.algorithms import (
     Agreement,
@@ -80,7 +81,9 @@ def test_what_nothing_corrects_for_is_refused(name):
             hybrid=HybridSection(algorithm=algorithm, reward="a:b"),
             sampling=replace(SamplingParams(max_tokens=4), **{name: value}),
         )
-        found = [one for one in hybrid_problems(config, None) if one.key == f"sampling.{name}"]
+        rules = Rules(config)
+        hybrid_rules(rules, None)
+        found = [one for one in rules.problems if one.key == f"sampling.{name}"]
         assert bool(found) == (algorithm == "grpo")
         assert all("nothing corrects for that" in one.rule for one in found)
 

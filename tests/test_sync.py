@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from train_helpers import as_run
 
 from megalite import errors
-from megalite.config.hybrid_rules import hybrid_problems
 from megalite.config.schema import (
     HybridConfig,
     HybridInferSection,
@@ -23,6 +22,7 @@ from megalite.config.schema import (
     OptimizerSection,
     ParallelSection,
 )
+from megalite.config.validate import validate
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -213,7 +213,7 @@ def test_stage_3_has_to_train_on_every_rank(first_rank, refused):
     """DeepSpeed passes barriers of the whole run when it sets stage 3 up."""
     train = HybridTrainSection(parallel=ParallelSection(dp=2), zero_stage=3)
     infer = HybridInferSection(parallel=ParallelSection(tp=2, first_rank=first_rank))
-    problems = hybrid_problems(HybridConfig(train=train, infer=infer), None)
+    problems = validate(HybridConfig(train=train, infer=infer), None, None)
     assert any(problem.key == "train.zero_stage" for problem in problems) == refused
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megalite.config.schema import TrainOutputSection
-from megalite.config.train_rules import output_problems
+from megalite.config.schema import NewModelSection, TrainConfig, TrainOutputSection
+from megalite.config.validate import validate
 from megalite.model import families
 from megalite.train.flops import active_parameters, peak_flops, training_flops
 from megalite.train.log import RunLog, Speed
@@ -101,13 +101,15 @@ def test_a_log_goes_on_after_what_will_not_be_done_again(tmp_path):
 
 
 def test_tensorboard_shows_what_was_logged(tmp_path):
+    output = TrainOutputSection(folder=str(tmp_path), tensorboard=True)
+    found = validate(TrainConfig(model=NewModelSection(config={}), output=output), None, None)
     if find_spec("tensorboard") is None:
-        (found,) = output_problems(TrainOutputSection(folder=str(tmp_path), tensorboard=True))
+        (found,) = found
         assert "output.tensorboard: TensorBoard is not installed, got true. pip install tensorboard" in str(found)
         pytest.skip("TensorBoard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert output_problems(TrainOutputSection(folder=str(tmp_path), tensorboard=True)) == []
+    assert found == []
     log = RunLog(tmp_path, step=0, tensorboard=None)
     log.write(1, {"loss": 2.5, "mfu": None})
     log.write(2, {"loss": 2.0, "mfu": None})

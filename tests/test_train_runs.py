@@ -34,7 +34,7 @@ from megalite.config.schema import (
     TrainOutputSection,
     TrainSection,
 )
-from megalite.config.train_rules import train_problems
+from megalite.config.validate import validate
 from megalite.convert.convert import export, reshard
 from megalite.convert.verify import verify
 from megalite.core.layout import Layout
@@ -441,8 +441,8 @@ def test_a_state_is_a_model_to_start_from(job, ranks):
 )
 def test_rules(section, values, says, job):
     config = job("rules")
-    assert train_problems(config, None) == []
-    (problem,) = train_problems(changed(config, section, **values), None)
+    assert validate(config, None, None) == []
+    (problem,) = validate(changed(config, section, **values), None, None)
     assert says in str(problem)
 
 

@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
+from megalite.config.rules import ModelFacts, Rules
 from megalite.config.schema import ParallelSection
-from megalite.config.typecheck import ModelFacts, Rules
 from megalite.errors import Problem
 
 
-def layout_problems(
-    parallel: ParallelSection, model: ModelFacts | None, *, prefix: str = "parallel.", first_rank: bool = False
-) -> list[Problem]:
-    """What no layout may be; `first_rank`: where it begins means something here."""
-    rules = Rules(parallel, prefix)
-    fine = [rules.need(axis, getattr(parallel, axis) >= 1, "must be >= 1") for axis in ("tp", "pp", "dp")]
-    if model is not None and fine[1]:
+def layout_rules(rules: Rules, model: ModelFacts | None, *, first_rank: bool = False) -> None:
+    """Of any layout; `first_rank`: where it begins means something here."""
+    parallel: ParallelSection = rules.section
+    if model is not None:
         rule = f"the model has {model.num_layers} layers, and each pipeline stage needs at least one"
         rules.need("pp", parallel.pp <= model.num_layers, rule)
     if not first_rank:
         rules.need("first_rank", parallel.first_rank == 0, "is for hybrid jobs, which have two layouts", "Leave it 0.")
-    return rules.problems
 
 
-def training_layout_problems(
-    parallel: ParallelSection, zero_stage: int, model: ModelFacts | None, *, prefix: str = "parallel."
-) -> list[Problem]:
-    """What a layout that trains may not be besides; `zero_stage` is the key `train.zero_stage`."""
-    rules = Rules(parallel, prefix)
+def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | None) -> None:
+    """Of a layout that trains; `zero_stage` is the key `train.zero_stage`."""
+    parallel: ParallelSection = rules.section
     rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
     if model is not None:
         rule = f"must be at most the model's {model.num_heads} attention heads in training"
         rules.need("tp", parallel.tp <= model.num_heads, rule)
-    if rules.need("interleave", parallel.interleave >= 1, "must be >= 1") and parallel.interleave > 1:
-        needs_stages = f"needs more than one pipeline stage, {prefix}pp is {parallel.pp}"
-        if rules.need("interleave", parallel.pp > 1, needs_stages, "Leave it 1.") and model is not None:
-            chunks = parallel.pp * parallel.interleave
-            rule = f"makes {chunks} chunks, and the model has {model.num_layers} layers"
-            rules.need("interleave", chunks <= model.num_layers, rule)
+    if parallel.interleave > 1:
+        needs_stages = f"needs more than one pipeline stage, {rules.prefix}pp is {parallel.pp}"
+        rules.need("interleave", parallel.pp > 1, needs_stages, "Leave it 1.")
+    if parallel.interleave > 1 and model is not None:
+        chunks = parallel.pp * parallel.interleave
+        rule = f"makes {chunks} chunks, and the model has {model.num_layers} layers"
+        rules.need("interleave", chunks <= model.num_layers, rule)
     reason = zero_refusal(zero_stage, pp=parallel.pp, tied=model is not None and model.tie_embeddings)
     if reason is not None:
         rules.problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}", fix="Use stage 1."))
-    return rules.problems
 
 
-def generating_layout_problems(parallel: ParallelSection, *, prefix: str = "parallel.") -> list[Problem]:
-    """What a layout that generates may not be besides."""
-    rules = Rules(parallel, prefix)
+def generating_layout_rules(rules: Rules) -> None:
+    """Of a layout that generates."""
     rule = "is for training; generating has no use for it"
-    rules.need("sequence_parallel", not parallel.sequence_parallel, rule, "Leave it false.")
-    rules.need("interleave", parallel.interleave == 1, rule, "Leave it 1.")
-    return rules.problems
+    rules.need("sequence_parallel", not rules.section.sequence_parallel, rule, "Leave it false.")
+    rules.need("interleave", rules.section.interleave == 1, rule, "Leave it 1.")
 
 
 def zero_refusal(stage: int, *, pp: int, tied: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""Every key of every config file: its type, default, meaning and unit. Imports no runtime.
+"""Every key of every config file: its type, default, bounds, meaning and unit. Imports no runtime.
 
 `null` means "decide for me"; what was decided is printed. Names inside `engine` and `sampling` are vLLM's.
 """
@@ -11,25 +11,35 @@ from functools import wraps
 from typing import Any, Literal
 
 from megalite.config import vllm
+from megalite.config.rules import key
+
+MAX_SEED = 2**63 - 1
+MAX_SAMPLES = 1 << 14
+"""Largest number of completions sampled for a prompt."""
+MAX_TOKEN_IDS = 1 << 18
+"""Largest number of token ids in a list or mapping of a request: as many as a large vocabulary has."""
+MAX_STOPS = 1 << 10
+"""Largest number of stop strings of a request."""
+MAX_PROMPTS = 1 << 20
+"""Largest number of prompts of an iteration."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSection:
-    """Which model, and in which numbers."""
+    """Which model, and its data type."""
 
-    path: str | None = None
-    """Folder in Hugging Face layout, folder of rank shards, or hub id (`owner/name`). Required."""
+    path: str | None = key(needed="Set model.path to a folder in Hugging Face layout or a hub id (owner/name).")
+    """Folder in Hugging Face layout, folder of rank shards, or hub id (`owner/name`)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tokenizer: str | None = None
     """Folder with tokenizer.json; null: the model's own. A model without one runs on token ids."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Numbers of weights and activations; auto: as the checkpoint says, float32 where the CPU has no fast bfloat16."""
+    """Data type of weights and activations; auto: the checkpoint's, or float32 where the CPU has no fast bfloat16."""
     load_format: Literal["auto", "dummy"] = "auto"
     """auto: read the weights; dummy: random weights from config.json alone, for benchmarks."""
     generation_config: Literal["auto", "none"] = "auto"
-    """auto: keys of `sampling` that are not set here are as the model's generation_config.json says; none: it names
-    end tokens only."""
+    """auto: defaults of `sampling` come from the model's generation_config.json; none: only its end tokens are used."""
     quantization: str | None = None
     """Must be null: no quantized format is supported yet."""
     trust_remote_code: bool = False
@@ -42,55 +52,54 @@ class ModelSection:
 class ParallelSection:
     """How the model is laid out; tp * pp * dp is the number of ranks."""
 
-    tp: int = 1
+    tp: int = key(1, at_least=1)
     """Tensor parallel ranks: each holds a slice of every layer."""
-    pp: int = 1
+    pp: int = key(1, at_least=1)
     """Pipeline stages: each holds some of the layers."""
-    dp: int = 1
-    """Replicas: each holds the whole model and takes other prompts."""
+    dp: int = key(1, at_least=1)
+    """Data parallel replicas: each holds the whole model and computes other prompts or training data."""
     dp_mode: Literal["sync", "async"] = "sync"
-    """sync: prompts are dealt out by predicted tokens up front; async: replicas take from a shared queue when they have
-    room."""
-    interleave: int = 1
-    """Chunks of layers on each pipeline stage, dealt out in turn: more shorten the idle time of pipelined training;
-    training only."""
+    """sync: prompts are divided among replicas up front, by predicted tokens; async: replicas with room take prompts
+    from a shared queue."""
+    interleave: int = key(1, at_least=1)
+    """Chunks of layers on each pipeline stage, assigned round-robin: more chunks shorten the pipeline bubble; training
+    only."""
     sequence_parallel: bool = False
-    """Cut activations between the parallel layers by token over tp; training only."""
-    first_rank: int = 0
-    """Global rank at which the layout begins; hybrid jobs only, whose layouts may be on different ranks."""
+    """Sequence parallelism: between tensor parallel layers, activations are split by token over tp; training only."""
+    first_rank: int = key(0, at_least=0)
+    """First global rank of the layout; hybrid jobs only, whose two layouts may be on different ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSection:
     """Memory and batching of the inference engine."""
 
-    max_model_len: int | None = None
-    """Longest prompt + output in tokens; null: what fits, at most the model's own (its rope's stretch counts)."""
-    gpu_memory_utilization: float = 0.9
-    """Share of a GPU's memory that weights, activations and KV cache may take; on CPU, of the memory
-    available at start."""
-    num_kv_blocks: int | None = None
-    """KV blocks per rank; null: from real memory, never more than the work needs."""
-    swap_space: float = 0.0
+    max_model_len: int | None = key(at_least=1)
+    """Longest prompt + output, tokens; null: what fits, at most the model's context length (RoPE scaling included)."""
+    gpu_memory_utilization: float = key(0.9, above=0, at_most=1)
+    """Fraction of GPU memory for weights, activations and KV cache; on CPU, of the memory available at start."""
+    num_kv_blocks: int | None = key(at_least=1)
+    """KV cache blocks per rank; null: from measured free memory, never more than the work needs."""
+    swap_space: float = key(0.0, at_least=0, unit="GiB")
     """Host memory per rank for swapped-out KV blocks, GiB; 0: preempted requests are recomputed."""
-    block_size: int = 16
-    """Tokens in one KV block."""
-    max_num_seqs: int = 256
-    """Most sequences in one step."""
-    max_num_batched_tokens: int = 8192
-    """Most tokens in one step; longer prompts are prefilled in chunks."""
+    block_size: int = key(16, at_least=1, at_most=1024)
+    """Tokens in one KV cache block; a power of two."""
+    max_num_seqs: int = key(256, at_least=1)
+    """Largest number of sequences in one step."""
+    max_num_batched_tokens: int = key(8192, at_least=1)
+    """Largest number of tokens in one step; longer prompts are prefilled in chunks."""
     enforce_eager: bool = False
     """true: no CUDA graphs for decoding."""
     enable_prefix_caching: bool = True
-    """Keep the KV blocks of finished prompts for later prompts that begin alike."""
-    seed: int = 0
+    """Reuse the KV cache blocks of finished prompts for later prompts with the same prefix."""
+    seed: int = key(0, at_least=0, at_most=MAX_SEED)
     """Seed of requests that have none of their own."""
     check_lockstep: bool = False
-    """Compare a hash of the scheduler over the ranks every step; for debugging."""
+    """Compare a hash of the scheduler's state between ranks every step; for debugging."""
 
 
 def _takes_vllm_arguments(schema: type) -> type:
-    """Let the constructor of `schema` take what vLLM's takes besides; see config/vllm.py."""
+    """Let the constructor of `schema` also take the other arguments of vLLM's; see config/vllm.py."""
     made = schema.__init__
 
     @wraps(made)
@@ -110,60 +119,58 @@ class SamplingParams:
 
     May be changed until it is used: a call works on its own copy."""
 
-    n: int = 1
-    """Completions returned for a prompt; at most 16384, and with all of them a request has at most 2^27 tokens."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of every token generated so far; -2 to 2."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each time it was generated; -2 to 2."""
-    repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858);
-    > 0."""
-    temperature: float = 1.0
-    """0: greedy."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens whose probabilities reach this."""
-    top_k: int = 0
-    """Sample from the k likeliest tokens; 0 or -1: all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest."""
-    seed: int | None = None
-    """Seed of this request; null: by engine.seed and the request's place in the input, in Python in all calls."""
+    n: int = key(1, at_least=1, cap=MAX_SAMPLES)
+    """Completions returned for a prompt. A request may have 2^27 tokens: prompt and longest output of each sample."""
+    presence_penalty: float = key(0.0, at_least=-2, at_most=2)
+    """Subtracted once from the logit of every token generated so far."""
+    frequency_penalty: float = key(0.0, at_least=-2, at_most=2)
+    """Subtracted from a token's logit for each time it was generated."""
+    repetition_penalty: float = key(1.0, above=0, fix="1 is no penalty.")
+    """Divides positive and multiplies negative logits of tokens in the prompt or output (CTRL, arXiv 1909.05858)."""
+    temperature: float = key(1.0, at_least=0)
+    """Divides the logits before sampling; 0: greedy."""
+    top_p: float = key(1.0, above=0, at_most=1, fix="1 keeps all tokens.")
+    """Sample from the smallest set of most probable tokens whose probabilities sum to at least this."""
+    top_k: int = key(0, at_least=-1, fix="0 and -1 keep all tokens.")
+    """Sample from the k most probable tokens; 0 or -1: all."""
+    min_p: float = key(0.0, at_least=0, at_most=1, fix="0 keeps all tokens.")
+    """Drop tokens whose probability is below this fraction of the highest."""
+    seed: int | None = key(at_least=0, at_most=MAX_SEED)
+    """Seed of this request; null: from engine.seed and the request's position in the input, in Python in all calls."""
     stop: Any = None
     """A string or list of strings that end the output; not part of the text unless include_stop_str_in_output. At most
     1024, and 65536 characters together; times the samples, with logit_bias, at most 2^24."""
-    stop_token_ids: list[int] | None = None
-    """Token ids that end the output; at most 2^18."""
+    stop_token_ids: list[int] | None = key(cap=MAX_TOKEN_IDS)
+    """Token ids that end the output."""
     ignore_eos: bool = False
-    """Go on after the end-of-sequence token."""
-    max_tokens: int | None = 16
-    """Most tokens generated; null: up to max_model_len."""
-    min_tokens: int = 0
-    """No end-of-sequence, stop token or stop string before this many."""
+    """Continue after the end-of-sequence token."""
+    max_tokens: int | None = key(16, at_least=1)
+    """Largest number of tokens generated; null: up to max_model_len."""
+    min_tokens: int = key(0, at_least=0)
+    """No end-of-sequence token, stop token or stop string before this many tokens."""
     logprobs: int | None = None
-    """For each generated token, log-probabilities of the token and of this many likeliest, at most 20, or -1: of all;
-    of the model's full distribution. Of all samples and the prompt together at most 2^26."""
+    """Largest number of top tokens reported per generated token, beside the token itself, with their log-probabilities
+    in the model's full distribution: 0 to 20, or -1 for all. At most 2^26 for all samples and the prompt together."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     _: KW_ONLY
     flat_logprobs: bool = False
-    """In Python, log-probabilities come as FlatLogprobs: a few long lists instead of a dict for each position."""
+    """In Python, return log-probabilities as FlatLogprobs: a few long lists instead of a dict per position."""
     detokenize: bool = True
-    """Make text of the output; false: token ids only."""
+    """Convert the output to text; false: token ids only."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
     include_stop_str_in_output: bool = False
     """Keep the stop string that ended the output in its text."""
-    logit_bias: dict[int, float] | None = None
-    """Added to the logits of these token ids; -100 to 100. At most 2^18."""
-    allowed_token_ids: list[int] | None = None
-    """Sample from these token ids only; null: all. At most 2^18."""
+    logit_bias: dict[int, float] | None = key(at_least=-100, at_most=100, cap=MAX_TOKEN_IDS)
+    """Added to the logits of these token ids."""
+    allowed_token_ids: list[int] | None = key(cap=MAX_TOKEN_IDS)
+    """Sample from these token ids only; null: all."""
     bad_words: list[str] | None = None
-    """Texts that are not to be generated: the token that would complete one, as the tokenizer writes it at the start,
-    after a space or after a line break, is never sampled. Bounds as for stop."""
-    best_of: int | None = None
-    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n.
-    At most 16384."""
+    """Texts that are not generated: the token that would complete one, as the tokenizer writes it at the start, after a
+    space or after a line break, is never sampled. Bounds as for stop."""
+    best_of: int | None = key(at_least=1, cap=MAX_SAMPLES)
+    """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n."""
 
     def clone(self) -> SamplingParams:
         """A copy that shares no list or mapping."""
@@ -183,7 +190,7 @@ class InputSection:
     tools: list[Any] | None = None
     """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, e.g. {enable_thinking: false}; a chat's own of the same name go first."""
+    """Variables of the chat template, e.g. {enable_thinking: false}; those of a chat itself override them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,40 +198,40 @@ class OutputSection:
     """Where results go."""
 
     file: str | None = None
-    """JSON lines, appended as prompts finish; run again, it goes on where it stopped. null: text on the terminal."""
+    """JSON lines, appended as prompts finish; a second run continues the file. null: text on the terminal."""
     overwrite: bool = False
-    """Start the file anew instead of going on."""
+    """Start the file anew instead of continuing it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MonitorSection:
-    """What is told about the run."""
+    """What is shown about the run."""
 
     report: bool = True
-    """Print memory, speed and where the time went, for each rank, at the end."""
+    """Print each rank's memory, speed and share of time per activity at the end."""
     progress: bool = True
     """Show a progress bar on a terminal."""
     status_file: str | None = None
-    """Where the run's state is kept, as JSON; null: beside the output file, or in a temporary folder."""
+    """JSON file of the run's state; null: beside the output file, or in a temporary folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainMonitorSection:
-    """What is told about the run besides its log."""
+    """What is shown about the run besides its log."""
 
     report: bool = True
-    """Print memory, speed and where the time went, for each rank, at the end."""
+    """Print each rank's memory, speed and share of time per activity at the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedSection:
     """The processes of a run and how they find and watch each other."""
 
-    start_timeout: float = 60.0
-    """Seconds within which every rank must have come."""
-    peer_timeout: float = 15.0
-    """Seconds after which a rank counts as lost that is stopped, or whose host does not answer. Those that died do at
-    once; those that are busy, for however long, never do."""
+    start_timeout: float = key(60.0, above=0, unit="seconds")
+    """Seconds within which every rank must have joined."""
+    peer_timeout: float = key(15.0, above=0, unit="seconds")
+    """Seconds after which a rank counts as lost whose process is stopped or whose host does not answer. One that died
+    does at once; one that is busy, for however long, never does."""
     backend: Literal["nccl", "gloo"] | None = None
     """null: nccl where each rank has a GPU of its own, else gloo."""
     device: Literal["cpu", "cuda"] | None = None
@@ -249,16 +256,16 @@ class InferConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewModelSection:
-    """The model to train: a new one of this shape, or `path` to go on from."""
+    """The model to train: a new one of this shape, or that of `path`."""
 
     path: str | None = None
-    """Folder in Hugging Face layout whose weights are the start; null: new weights of the shape below."""
+    """Folder in Hugging Face layout with the initial weights; null: new weights of the shape below."""
     config: dict[str, Any] | None = None
     """A Hugging Face config.json as a mapping, e.g. {model_type: qwen3, hidden_size: 256, ...}; used when path is
     null."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Numbers of the forward and backward pass; optimizer state is float32."""
-    router_aux_loss_coef: float | None = None
+    """Data type of the forward and backward pass; optimizer state is float32."""
+    router_aux_loss_coef: float | None = key(at_least=0)
     """Weight of the load-balancing loss of a mixture of experts; null: as config.json says."""
 
 
@@ -269,7 +276,7 @@ class TokenizerSection:
     path: str | None = None
     """Folder with a tokenizer.json to use as it is; null: that of model.path, or if there is none train one."""
     vocab_size: int = 4096
-    """Tokens of one that is trained, the special ones included."""
+    """Vocabulary size of a trained tokenizer, special tokens included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,89 +291,88 @@ class DataSection:
     tools: list[Any] | None = None
     """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, e.g. {enable_thinking: false}; a chat's own of the same name go first."""
+    """Variables of the chat template, e.g. {enable_thinking: false}; those of a chat itself override them."""
     pattern: str = "**/*.py"
     """Files taken from a folder."""
     exclude: list[str] = field(default_factory=list)
     """Globs of relative names to leave out; `*` goes across folders."""
-    held_out: float = 0.03
-    """Share kept for evaluation: of text files by a hash of their names, of lines by a hash of what they hold."""
-    sequence_length: int = 512
-    """Tokens in one training sequence; of examples, the most that one may have."""
+    held_out: float = key(0.03, above=0, below=1)
+    """Fraction kept for evaluation: of text files by a hash of their names, of lines by a hash of their content."""
+    sequence_length: int = key(512, at_least=2, unit="tokens")
+    """Tokens in one training sequence; the largest number of tokens in one example."""
     too_long: Literal["error", "skip", "truncate"] = "error"
-    """What happens to longer examples: the run is refused, they are left out, or they lose their end."""
-    seed: int = 0
+    """What happens to longer examples: error: the run is refused; skip: left out; truncate: cut at the end."""
+    seed: int = key(0, at_least=0, at_most=MAX_SEED)
     """Seed of the order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerSection:
-    """AdamW, with warm-up and a cosine."""
+    """AdamW, with linear warm-up and cosine decay."""
 
-    learning_rate: float = 1e-3
-    """Peak, after warm-up."""
-    min_learning_rate: float = 1e-4
-    """At the end of the cosine."""
-    warmup_steps: int = 100
-    """Steps over which the rate rises from 0 to its peak."""
-    weight_decay: float = 0.1
-    """Decoupled (arXiv 1711.05101)."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay of the running means of gradients and of their squares, a step."""
-    eps: float = 1e-8
-    """Added to the root of the mean square."""
-    gradient_clipping: float = 1.0
+    learning_rate: float = key(1e-3, above=0)
+    """Peak learning rate, after warm-up."""
+    min_learning_rate: float = key(1e-4, at_least=0)
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = key(100, at_least=0)
+    """Steps over which the learning rate rises from 0 to its peak."""
+    weight_decay: float = key(0.1, at_least=0)
+    """Decoupled weight decay (arXiv 1711.05101)."""
+    betas: list[float] = key([0.9, 0.95], at_least=0, below=1)
+    """Decay per step of the running means of gradients and of squared gradients."""
+    eps: float = key(1e-8, above=0)
+    """Added to the root of the mean squared gradient."""
+    gradient_clipping: float = key(1.0, at_least=0, fix="0 is no clipping.")
     """Largest global gradient norm; 0: none."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Numbers that gradients are added up in, over micro batches and replicas. bfloat16 halves their memory and loses
+    """Data type in which gradients are summed over micro batches and replicas. bfloat16 halves their memory and loses
     what is small beside the sum; only for a model in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSection:
-    """How long, in what batches, and what happens in between."""
+    """Number of steps, batch sizes, evaluation, checkpoints and log."""
 
-    steps: int = 1000
+    steps: int = key(1000, at_least=1)
     """Optimizer steps."""
-    micro_batch_size: int = 8
-    """Sequences a rank computes at once. Of examples, the most tokens at once are this many times
-    data.sequence_length."""
-    gradient_accumulation_steps: int = 1
-    """Micro batches that make one optimizer step, on each rank. A step takes micro_batch_size times this times
-    parallel.dp sequences; examples are packed into as few micro batches as hold them, with pipeline stages
-    into no fewer than this. Give several times as many as stages: those idle for (pp - 1) / interleave a step."""
+    micro_batch_size: int = key(8, at_least=1)
+    """Sequences a rank computes at once; examples are packed into at most this times data.sequence_length tokens."""
+    gradient_accumulation_steps: int = key(1, at_least=1)
+    """Micro batches per optimizer step on each rank. A step takes micro_batch_size times this times parallel.dp
+    sequences; examples are packed into as few micro batches as hold them, with pipeline stages into no fewer than this.
+    Use several times as many as stages: the pipeline bubble is (pp - 1) / interleave micro batches a step."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage over dp; 0 is refused."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    eval_every: int = 200
+    eval_every: int = key(200, at_least=1)
     """Steps between held-out evaluations."""
-    eval_batches: int = 50
-    """Micro batches of one evaluation, over all replicas; fewer when the held-out files are fewer."""
-    patience: int | None = None
+    eval_batches: int = key(50, at_least=1)
+    """Micro batches of one evaluation, over all replicas; fewer where there is less held-out data."""
+    patience: int | None = key(at_least=1)
     """Stop after this many evaluations without a lower held-out loss; null: run all steps."""
-    max_seconds: float | None = None
-    """Stop after this long in one go, with an evaluation and a checkpoint; null: run all steps."""
-    save_every: int = 500
+    max_seconds: float | None = key(above=0)
+    """Stop this run after so many seconds, with an evaluation and a checkpoint; null: run all steps."""
+    save_every: int = key(500, at_least=1)
     """Steps between checkpoints."""
-    log_every: int = 10
+    log_every: int = key(10, at_least=1)
     """Steps between log lines."""
-    seed: int = 0
-    """Of new weights."""
+    seed: int = key(0, at_least=0, at_most=MAX_SEED)
+    """Seed of new weights."""
     sample_prompts: list[str] = field(default_factory=list)
-    """Texts that the model card shows the model's completions of; after training on chats, its answers to."""
+    """Prompts whose completions the model card shows; after training on chats, user messages and their answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOutputSection:
     """Where the model goes."""
 
-    folder: str | None = None
-    """Where the model (Hugging Face layout), the log and the training state go. Required."""
+    folder: str | None = key(needed="Set output.folder to where the model and the training state go.")
+    """Folder of the model (Hugging Face layout), the log and the training state."""
     resume: bool = True
-    """Go on from the last training state in the folder, if there is one."""
+    """Continue from the last training state in the folder, if there is one."""
     tensorboard: bool | None = None
-    """Write what is logged for TensorBoard too, into folder/training/tensorboard; null: when it is installed."""
+    """Write the log for TensorBoard too, into folder/training/tensorboard; null: when TensorBoard is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -390,16 +396,16 @@ class TrainConfig:
 class HybridDataSection:
     """Prompts to sample for, and what the reward needs to know of each."""
 
-    source: str | None = None
+    source: str | None = key(needed="Such as my_tasks:sums, or a file of JSON lines.")
     """A task, `package.module:function`, or a file of JSON lines, each with `prompt` or `messages` (and `tools`,
-    `chat_template_kwargs`), what the reward reads, and for supervised steps `response`. Required."""
+    `chat_template_kwargs`), the keys that the reward reads, and for supervised steps `response`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the task's function."""
     tools: list[Any] | None = None
     """JSON schemas of tools that the chat template shows, for chats that have none of their own."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, e.g. {enable_thinking: false}; a chat's own of the same name go first."""
-    seed: int = 0
+    """Variables of the chat template, e.g. {enable_thinking: false}; those of a chat itself override them."""
+    seed: int = key(0, at_least=0, at_most=MAX_SEED)
     """Seed of the order."""
 
 
@@ -412,10 +418,10 @@ class HybridTrainSection:
     """DeepSpeed ZeRO stage over dp; 0 is refused."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    micro_batch_tokens: int = 4096
-    """Most tokens that a replica computes at once; a longer sequence is computed alone."""
-    seed: int = 0
-    """Of new weights."""
+    micro_batch_tokens: int = key(4096, at_least=1)
+    """Largest number of tokens that a replica computes at once; a longer sequence is computed alone."""
+    seed: int = key(0, at_least=0, at_most=MAX_SEED)
+    """Seed of new weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -432,63 +438,63 @@ class HybridInferSection:
 class SupervisedSection:
     """Steps on the task's own responses before the first samples are drawn."""
 
-    steps: int = 0
+    steps: int = key(0, at_least=0)
     """Optimizer steps; 0: none."""
-    examples_per_step: int = 64
-    """Responses in one of them."""
+    examples_per_step: int = key(64, at_least=1)
+    """Responses in one step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridSection:
-    """The loop: sample, reward, update, hand the new weights to the sampler."""
+    """The loop: sample, reward, update, sync the new weights to the sampler."""
 
     algorithm: Literal["grpo", "rejection"] = "grpo"
     """grpo: policy gradient with group-normalised advantages (arXiv 2402.03300), of the distribution over the whole
-    vocabulary at sampling.temperature, so nothing else may shape it; an update in which no group has a difference is
-    left out. rejection: fine-tuning on the best samples, whatever they are drawn from."""
-    steps: int = 100
+    vocabulary at sampling.temperature, so nothing else may shape it; an update whose groups all have equal rewards is
+    skipped. rejection: fine-tuning on the best samples, from whatever distribution."""
+    steps: int = key(100, at_least=1)
     """Iterations."""
-    prompts_per_step: int = 16
-    """Prompts in one iteration; at most 2^20."""
-    samples_per_prompt: int = 8
-    """Samples of each prompt: the group that advantages are taken over; at most 16384."""
-    updates_per_step: int = 1
-    """Optimizer steps that the samples of an iteration are dealt out to."""
-    sync_every: int = 1
+    prompts_per_step: int = key(16, at_least=1, cap=MAX_PROMPTS)
+    """Prompts in one iteration."""
+    samples_per_prompt: int = key(8, at_least=1, cap=MAX_SAMPLES)
+    """Samples of each prompt: the group over which advantages are normalised."""
+    updates_per_step: int = key(1, at_least=1)
+    """Optimizer steps into which the samples of an iteration are divided."""
+    sync_every: int = key(1, at_least=1)
     """Iterations between weight syncs; above 1 the sampler lags behind."""
-    reward: str | None = None
-    """`package.module:function` that gives a sample's reward. Required."""
-    reward_workers: int = 1
+    reward: str | None = key(needed="Such as megalite.rewards:parses_as_python.")
+    """`package.module:function` that gives a sample's reward."""
+    reward_workers: int = key(1, at_least=1)
     """Processes that compute rewards."""
-    reward_time_limit: float = 15.0
-    """Seconds that one sample's reward may take."""
+    reward_time_limit: float = key(15.0, above=0, unit="seconds")
+    """Time limit of one sample's reward, seconds."""
     failure_reward: float = 0.0
     """Reward of a sample whose reward function failed or took too long."""
-    clip_low: float = 0.2
-    """grpo: the probability ratio is clipped below 1 less this."""
-    clip_high: float = 0.2
-    """grpo: and above 1 plus this."""
-    kl_coefficient: float = 0.0
-    """grpo: weight of the divergence from the model after the supervised steps; 0: no such model is kept."""
+    clip_low: float = key(0.2, at_least=0, below=1)
+    """grpo: the probability ratio is clipped below 1 - clip_low."""
+    clip_high: float = key(0.2, at_least=0)
+    """grpo: the probability ratio is clipped above 1 + clip_high."""
+    kl_coefficient: float = key(0.0, at_least=0)
+    """grpo: weight of the KL divergence from the model after the supervised steps; 0: no such model is kept."""
     divide_by_deviation: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     keep_above: float = 0.0
-    """rejection: the best sample of a prompt is learnt from if its reward is above this."""
+    """rejection: the best sample of a prompt is trained on if its reward is above this."""
     importance_correction: Literal["off", "token", "sequence"] = "off"
-    """grpo: weigh each token or sample by how much likelier the trainer holds it than the sampler did, truncated."""
-    importance_limit: float = 2.0
-    """Largest such weight."""
+    """grpo: weight each token or sample by its probability ratio of trainer to sampler, truncated."""
+    importance_limit: float = key(2.0, at_least=1)
+    """Largest importance weight; larger ones are truncated to it."""
     verify_sync: Literal["always", "first", "off"] = "always"
     """Compare checksums of every tensor between trainer and sampler after a sync."""
-    sync_bucket: float = 32.0
+    sync_bucket: float = key(32.0, above=0, unit="MiB")
     """MiB that a rank sends or receives at once in a sync."""
     free_kv_while_training: bool = False
-    """Give the KV cache's memory back while training."""
+    """Free the KV cache's memory while training."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory while generating."""
-    save_every: int = 10
+    save_every: int = key(10, at_least=1)
     """Iterations between checkpoints."""
-    log_every: int = 1
+    log_every: int = key(1, at_least=1)
     """Iterations between log lines."""
 
 
@@ -502,7 +508,7 @@ class HybridConfig:
     train: HybridTrainSection = field(default_factory=HybridTrainSection)
     infer: HybridInferSection = field(default_factory=HybridInferSection)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    """The model's generation_config.json sets none of it: what is sampled from is part of the training."""
+    """Not defaulted by the model's generation_config.json: the sampling distribution is part of the training."""
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     supervised: SupervisedSection = field(default_factory=SupervisedSection)
     hybrid: HybridSection = field(default_factory=HybridSection)

@@ -14,7 +14,7 @@ import types
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megalite.errors import Problem
 
@@ -49,45 +49,6 @@ def shown(value: object, limit: int = 80) -> str:
 def problem(key: str, rule: str, value: object, fix: str = "", origin: str = "") -> Problem:
     """A `Problem` whose value is shown even when it is null, and never takes more than a line."""
     return Problem(key=key, rule=rule, value=shown(value), fix=fix, origin=origin)
-
-
-class ModelFacts(Protocol):
-    """What the rules need to know of a model; `ModelConfig` is one."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def max_position_embeddings(self) -> int: ...
-
-    @property
-    def num_layers(self) -> int: ...
-
-    @property
-    def num_heads(self) -> int: ...
-
-    @property
-    def tie_embeddings(self) -> bool: ...
-
-
-class Rules:
-    """Collects what is wrong with the values of one section."""
-
-    def __init__(self, section: object, prefix: str):
-        self.section = section
-        self.prefix = prefix
-        self.problems: list[Problem] = []
-
-    def need(self, name: str, holds: bool, rule: str, fix: str = "") -> bool:
-        """Note a problem of the field `name` unless `holds`; gives `holds` back."""
-        if not holds:
-            self.problems.append(problem(f"{self.prefix}{name}", rule, getattr(self.section, name), fix))
-        return holds
-
-    def refuse(self, name: str, reason: str, fix: str = "") -> None:
-        """Note that the value of `name`, whatever it is, can't be used here; `reason` follows the value."""
-        value = shown(getattr(self.section, name))
-        self.problems.append(Problem(key=f"{self.prefix}{name}", rule=f"{value} {reason}", fix=fix))
 
 
 @cache
@@ -194,6 +155,11 @@ def is_mapping(hint: Any) -> bool:
 def is_free(hint: Any) -> bool:
     """The field holds values whose types are not settled by the schema."""
     return hint is Any or any(is_free(inner) for inner in get_args(hint))
+
+
+def is_optional(hint: Any) -> bool:
+    """The field may be null."""
+    return types.NoneType in get_args(hint)
 
 
 def with_floats(hint: Any, value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Every rule that config values must obey together: with each other, the model, the machine and the number of ranks.
 
-Each check gives back all problems it finds, so that a user sees them at once, before a weight is read or torch
-imported.
+All problems are found at once, before a weight is read or torch imported.
 """
 
 from __future__ import annotations
@@ -16,16 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from megalite.config.chat import section_problems
-from megalite.config.hybrid_rules import hybrid_problems
+from megalite.config.hybrid_rules import hybrid_rules
 from megalite.config.hybrid_rules import num_ranks as hybrid_ranks
-from megalite.config.parallel_rules import generating_layout_problems, layout_problems, training_layout_problems
-from megalite.config.sampling import (
-    MAX_SAMPLES,
-    price_problem,
-    prompt_problem,
-    sampling_from_mapping,
-    sampling_problems,
-)
+from megalite.config.parallel_rules import generating_layout_rules, layout_rules, training_layout_rules
+from megalite.config.rules import ModelFacts, Rules
+from megalite.config.sampling import price_problem, prompt_problem, sampling_rules
 from megalite.config.schema import (
     Config,
     DistributedSection,
@@ -36,25 +30,12 @@ from megalite.config.schema import (
     ModelSection,
     OutputSection,
     ParallelSection,
-    SamplingParams,
     TrainConfig,
 )
-from megalite.config.train_rules import learning_problems, train_problems
-from megalite.config.typecheck import ModelFacts, Rules, nearest_path, printable, problem
+from megalite.config.train_rules import learning_rules, train_rules
+from megalite.config.typecheck import nearest_path, printable, problem
 from megalite.errors import Problem
 from megalite.files import open_regular
-
-__all__ = [
-    "engine_problems",
-    "layout_words",
-    "model_location",
-    "num_ranks",
-    "prompt_problem",
-    "sampling_from_mapping",
-    "sampling_problems",
-    "validate",
-    "world_size_problem",
-]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _QUANTIZATIONS = {
@@ -75,55 +56,58 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
 
     `model`: what the model folder says, where it is known. `world_size`: ranks started; None before there are any.
     """
-    if isinstance(config, HybridConfig):
-        found = _hybrid_problems(config, model)
-    elif isinstance(config, TrainConfig):
-        found = train_problems(config, model) + _training_problems(config, model)
-        found += layout_problems(config.parallel, model)
-        found += training_layout_problems(config.parallel, config.train.zero_stage, model)
+    rules = Rules(config)
+    if isinstance(config, InferConfig):
+        _inference_rules(rules, model)
+        _input_rules(rules.at("input"), model)
+        _output_rules(rules.at("output"), config.input)
+        _writable_rule(rules.at("monitor"), "status_file")
     else:
-        found = engine_problems(config, model)
-        found += _input_problems(config.input, model) + _output_problems(config.output, config.input)
-        found += section_problems(config.input, "input.")
-        if config.monitor.status_file is not None:
-            found += _writable_problems("monitor.status_file", config.monitor.status_file)
+        _distributed_rules(rules.at("distributed"))
+        _writable_rule(rules.at("output"), "folder", is_folder=True)
+    if isinstance(config, TrainConfig):
+        train_rules(rules, model)
+        layout_rules(rules.at("parallel"), model)
+        training_layout_rules(rules.at("parallel"), config.train.zero_stage, model)
+    elif isinstance(config, HybridConfig):
+        _hybrid_rules(rules, model)
     mismatch = world_size_problem(config, world_size)
-    return found + ([mismatch] if mismatch else [])
-
-
-def _training_problems(config: TrainConfig | HybridConfig, model: ModelFacts | None) -> list[Problem]:
-    """The rules that every job which trains has with an output folder and several processes."""
-    found = _distributed_problems(config.distributed)
-    if config.output.folder is not None:
-        found += _writable_problems("output.folder", config.output.folder, is_folder=True)
-    return found
-
-
-def _hybrid_problems(config: HybridConfig, model: ModelFacts | None) -> list[Problem]:
-    train, infer = config.train, config.infer
-    steps = config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step
-    named = "supervised.steps + hybrid.steps * hybrid.updates_per_step"
-    found = hybrid_problems(config, model) + _training_problems(config, model)
-    found += learning_problems(config, model, steps=steps, steps_are=named)
-    for side, section in (("train", train), ("infer", infer)):
-        found += layout_problems(section.parallel, model, prefix=f"{side}.parallel.", first_rank=True)
-    found += training_layout_problems(train.parallel, train.zero_stage, model, prefix="train.parallel.")
-    found += generating_layout_problems(infer.parallel, prefix="infer.parallel.")
-    found += _engine_problems(infer.engine, model, prefix="infer.engine.")
-    found += _sampling_problems(config.sampling, infer.engine, model, samples=config.hybrid.samples_per_prompt)
-    return found
+    return rules.problems + ([mismatch] if mismatch else [])
 
 
 def engine_problems(config: InferConfig, model: ModelFacts | None) -> list[Problem]:
     """The rules for an engine by itself, without the input, output and ranks of a job."""
-    found = _model_problems(config.model) + layout_problems(config.parallel, model)
-    found += generating_layout_problems(config.parallel) + _engine_problems(config.engine, model)
-    found += _sampling_problems(config.sampling, config.engine, model)
-    found += _distributed_problems(config.distributed)
+    rules = Rules(config)
+    _inference_rules(rules, model)
+    return rules.problems
+
+
+def _hybrid_rules(rules: Rules, model: ModelFacts | None) -> None:
+    config: HybridConfig = rules.section
+    steps = config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step
+    named = "supervised.steps + hybrid.steps * hybrid.updates_per_step"
+    hybrid_rules(rules, model)
+    learning_rules(rules, model, steps=steps, steps_are=named)
+    train, infer = rules.at("train.parallel"), rules.at("infer.parallel")
+    for side in (train, infer):
+        layout_rules(side, model, first_rank=True)
+    training_layout_rules(train, config.train.zero_stage, model)
+    generating_layout_rules(infer)
+    _engine_rules(rules.at("infer.engine"), model)
+    _sampling_rules(rules, config.infer.engine, model, samples=config.hybrid.samples_per_prompt)
+
+
+def _inference_rules(rules: Rules, model: ModelFacts | None) -> None:
+    config: InferConfig = rules.section
+    _model_rules(rules.at("model"))
+    layout_rules(rules.at("parallel"), model)
+    generating_layout_rules(rules.at("parallel"))
+    _engine_rules(rules.at("engine"), model)
+    _sampling_rules(rules, config.engine, model)
+    _distributed_rules(rules.at("distributed"))
     if config.model.dtype == "float16" and config.distributed.device == "cpu":
         rule = "float16 is for GPUs, and distributed.device is cpu"
-        found.append(Problem(key="model.dtype", rule=rule, fix="Use float32 or bfloat16 on the CPU."))
-    return found
+        rules.problems.append(Problem(key="model.dtype", rule=rule, fix="Use float32 or bfloat16 on the CPU."))
 
 
 def num_ranks(config: Config) -> int:
@@ -180,165 +164,147 @@ def model_location(path: str) -> Literal["folder", "hub"] | None:
     return None if Path(path.partition("/")[0]).is_dir() else "hub"
 
 
-def _model_problems(model: ModelSection) -> list[Problem]:
-    rules = Rules(model, "model.")
-    if model.path is None:
-        fix = "Set model.path to a folder in Hugging Face layout or a hub id (owner/name)."
-        rules.problems.append(Problem(key="model.path", rule="is needed", fix=fix))
-    else:
-        rules.problems += _path_problems(model.path)
+def _model_rules(rules: Rules) -> None:
+    model: ModelSection = rules.section
+    if model.path is not None:
+        rules.note("path", _path_problem(model.path))
         if model.revision is not None and model_location(model.path) == "folder":
             rules.refuse("revision", "is for a hub id, and model.path is a folder", "Leave it out.")
     if model.tokenizer is not None:
-        there = Path(model.tokenizer).is_dir()
-        if rules.need("tokenizer", there, "no such folder", nearest_path(model.tokenizer, folders=True)):
-            rules.need("tokenizer", (Path(model.tokenizer) / "tokenizer.json").is_file(), "has no tokenizer.json")
+        folder = Path(model.tokenizer)
+        fix = "" if folder.is_dir() else nearest_path(folder, folders=True)
+        rules.need("tokenizer", folder.is_dir(), "no such folder", fix)
+        rules.need("tokenizer", (folder / "tokenizer.json").is_file(), "has no tokenizer.json")
     if model.quantization is not None:
         reason = _QUANTIZATIONS.get(model.quantization.lower().replace("_", "-"), "it is not a format known here")
         fix = "Use the model's unquantized weights and leave quantization null."
         rules.refuse("quantization", f"is not supported: {reason}", fix)
-    fix = "Register a family of your own from your own Python module and name it in model.family_module."
     if model.trust_remote_code:
+        fix = "Register a family of your own from your own Python module and name it in model.family_module."
         rules.refuse("trust_remote_code", "is refused: code from a model folder is never run", fix)
-    if model.family_module is not None:
-        names = model.family_module.split(".")
-        fix = "Write it as in an import statement, e.g. mypackage.families."
-        rules.need("family_module", all(name.isidentifier() for name in names), "must be the name of a module", fix)
-    return rules.problems
+    named = all(name.isidentifier() for name in (model.family_module or "x").split("."))
+    fix = "Write it as in an import statement, e.g. mypackage.families."
+    rules.need("family_module", named, "must be the name of a module", fix)
 
 
-def _path_problems(path: str) -> list[Problem]:
-    place = model_location(path)
-    if place == "hub":
-        return []
-    if place is None:
-        rule = "no such folder"
-        if "/" not in path.strip("/"):
-            rule += ", and not a hub id (owner/name)"
-        return [problem("model.path", rule, path, nearest_path(path, folders=True))]
-    if not Path(path).is_dir():
+def _path_problem(path: str) -> Problem | None:
+    location = model_location(path)
+    if location == "hub" or Path(path).is_dir():
+        return None
+    if location == "folder":
         fix = "Give the folder that holds config.json and the .safetensors files."
-        if path.endswith(".gguf"):
-            fix = nearest_path(path)
-        return [problem("model.path", "must be a folder, not a file", path, fix)]
-    return []
+        fix = nearest_path(path) if path.endswith(".gguf") else fix
+        return problem("model.path", "must be a folder, not a file", path, fix)
+    rule = "no such folder" if "/" in path.strip("/") else "no such folder, and not a hub id (owner/name)"
+    return problem("model.path", rule, path, nearest_path(path, folders=True))
 
 
 # ---- layout, engine, processes -----------------------------------------------------------------------------------
 
 
-def _engine_problems(engine: EngineSection, model: ModelFacts | None, *, prefix: str = "engine.") -> list[Problem]:
-    rules = Rules(engine, prefix)
-    length = engine.max_model_len
-    if rules.need("max_model_len", length is None or length >= 1, "must be >= 1, or null for the largest that fits"):
-        if length is not None and model is not None:
-            most = model.max_position_embeddings
-            fix = f"Lower it to {most} or less, or write null."
-            rules.need("max_model_len", length <= most, f"the model was made for at most {most} tokens", fix)
-    share = engine.gpu_memory_utilization
-    rules.need("gpu_memory_utilization", 0 < share <= 1, "must be above 0 and at most 1")
-    rules.need("swap_space", engine.swap_space >= 0, "must be >= 0 GiB")
-    block = engine.block_size
-    sound = rules.need(
-        "block_size", 1 <= block <= 1024 and not block & (block - 1), "must be a power of two, at most 1024"
-    )
-    count = engine.num_kv_blocks
-    if rules.need("num_kv_blocks", count is None or count >= 1, "must be >= 1, or null to size them from memory"):
-        if count is not None and sound and length is not None:
-            rule = f"{count} blocks of {block} tokens can't hold one sequence of max_model_len = {length}"
-            rules.need("num_kv_blocks", count * block >= length, rule, f"It takes {math.ceil(length / block)} or more.")
-    several = rules.need("max_num_seqs", engine.max_num_seqs >= 1, "must be >= 1")
-    tokens = engine.max_num_batched_tokens
-    if rules.need("max_num_batched_tokens", tokens >= 1, "must be >= 1") and several:
-        rule = f"must be at least max_num_seqs = {engine.max_num_seqs}: each sequence takes a token in a step"
-        rules.need("max_num_batched_tokens", tokens >= engine.max_num_seqs, rule, "Raise it, or lower max_num_seqs.")
-    rules.need("seed", 0 <= engine.seed < 2**63, "must be between 0 and 2^63 - 1")
-    return rules.problems
+def _engine_rules(rules: Rules, model: ModelFacts | None) -> None:
+    engine: EngineSection = rules.section
+    length, block, count = engine.max_model_len, engine.block_size, engine.num_kv_blocks
+    if length is not None and model is not None:
+        most = model.max_position_embeddings
+        fix = f"Lower it to {most} or less, or write null."
+        rules.need("max_model_len", length <= most, f"the model was made for at most {most} tokens", fix)
+    rules.need("block_size", not block & (block - 1), "must be a power of two, at most 1024")
+    if count is not None and length is not None and rules.sound("block_size"):
+        rule = f"{count} blocks of {block} tokens can't hold one sequence of max_model_len = {length}"
+        rules.need("num_kv_blocks", count * block >= length, rule, f"It takes {math.ceil(length / block)} or more.")
+    rule = f"must be at least max_num_seqs = {engine.max_num_seqs}: each sequence takes a token in a step"
+    enough = engine.max_num_batched_tokens >= engine.max_num_seqs
+    rules.need("max_num_batched_tokens", enough, rule, "Raise it, or lower max_num_seqs.")
 
 
-def _sampling_problems(
-    sampling: SamplingParams, engine: EngineSection, model: ModelFacts | None, *, samples: int | None = None
-) -> list[Problem]:
+def _sampling_rules(
+    rules: Rules, engine: EngineSection, model: ModelFacts | None, *, samples: int | None = None
+) -> None:
     """Of the sampling section; `samples` of a prompt, None: as it says."""
     vocab_size = model.vocab_size if model else None
-    found = sampling_problems(sampling, vocab_size=vocab_size)
+    params = rules.section.sampling
+    sampling_rules(rules.at("sampling"), vocab_size)
     longest = engine.max_model_len or (model.max_position_embeddings if model else None)
-    if found or sampling.max_tokens is None or longest is None or (samples or 1) > MAX_SAMPLES:
-        return found  # else how long an output can be shows at each prompt
-    longest = min(longest, sampling.max_tokens)
-    price = price_problem(sampling, key="sampling", max_tokens=longest, samples=samples, vocab_size=vocab_size)
-    return [price] if price else []
+    if params.max_tokens is not None and longest is not None and rules.sound("sampling", "hybrid.samples_per_prompt"):
+        longest = min(longest, params.max_tokens)  # else the length of an output is known with each prompt
+        price = price_problem(params, key="sampling", max_tokens=longest, samples=samples, vocab_size=vocab_size)
+        rules.note("sampling", price)
 
 
-def _distributed_problems(distributed: DistributedSection) -> list[Problem]:
-    rules = Rules(distributed, "distributed.")
-    rules.need("start_timeout", distributed.start_timeout > 0, "must be above 0 seconds")
-    rules.need("peer_timeout", distributed.peer_timeout > 0, "must be above 0 seconds")
+def _distributed_rules(rules: Rules) -> None:
+    distributed: DistributedSection = rules.section
     if distributed.backend == "nccl" and distributed.device == "cpu":
         rules.refuse("backend", "is for GPUs, and distributed.device is cpu", "Use gloo, or leave it null.")
     if distributed.interface is not None:
         names = [name for _, name in socket.if_nameindex()]
         rule = f"no such network interface on this host, which has {', '.join(names)}"
         rules.need("interface", distributed.interface in names, rule, "null finds the right one.")
-    return rules.problems
 
 
 # ---- input and output --------------------------------------------------------------------------------------------
 
 
-def _input_problems(section: InputSection, model: ModelFacts | None) -> list[Problem]:
+def _input_rules(rules: Rules, model: ModelFacts | None) -> None:
+    section: InputSection = rules.section
+    rules.problems += section_problems(section, rules.prefix)
     if section.prompts is not None and section.file is not None:
         fix = "Keep one of them; input.prompts=null unsets the prompts."
-        return [Problem(key="input.file", rule="there are input.prompts too, and only one can be used", fix=fix)]
-    if section.file is not None:
-        return _readable_problems("input.file", section.file)
-    if section.prompts is None:
+        rule = "there are input.prompts too, and only one can be used"
+        rules.note("file", Problem(key="input.file", rule=rule, fix=fix))
+    elif section.file is not None:
+        rules.note("file", _readable_problem("input.file", section.file))
+    elif section.prompts is None:
         fix = "Set input.prompts to a list, or input.file to a JSON-lines file (`-`: standard input)."
-        return [Problem(key="input", rule="there is nothing to generate from", fix=fix)]
-    if not section.prompts:
-        return [problem("input.prompts", "must hold at least one prompt", section.prompts)]
-    vocab = model.vocab_size if model else None
-    found = [prompt_problem(one, key=f"input.prompts[{i}]", vocab_size=vocab) for i, one in enumerate(section.prompts)]
-    return [one for one in found if one]
+        rules.problems.append(Problem(key="input", rule="there is nothing to generate from", fix=fix))
+    else:
+        rules.need("prompts", bool(section.prompts), "must hold at least one prompt")
+        vocab = model.vocab_size if model else None
+        prompts = enumerate(section.prompts)
+        rules.note("prompts", *(prompt_problem(one, key=f"input.prompts[{i}]", vocab_size=vocab) for i, one in prompts))
 
 
-def _readable_problems(key: str, name: str) -> list[Problem]:
+def _readable_problem(key: str, name: str) -> Problem | None:
     path = Path(name)
     if name == "-":
-        return []
+        return None
     if path.is_dir():
-        return [problem(key, "is a folder, not a file", name)]
+        return problem(key, "is a folder, not a file", name)
     if not path.exists():
-        return [problem(key, "no such file", name, nearest_path(name))]
+        return problem(key, "no such file", name, nearest_path(name))
     try:
         open_regular(path).close()
     except OSError as error:
         fix = "Give a file, or - for standard input." if error.errno == errno.EINVAL else ""
-        return [problem(key, f"can't be read: {error.strerror}", name, fix)]
-    return []
+        return problem(key, f"can't be read: {error.strerror}", name, fix)
+    return None
 
 
-def _output_problems(output: OutputSection, source: InputSection) -> list[Problem]:
-    if output.file is None:
-        if output.overwrite:
-            return [
-                Problem(key="output.overwrite", rule="there is no output.file to overwrite", fix="Set output.file.")
-            ]
-        return []
-    if source.file not in (None, "-") and os.path.realpath(source.file) == os.path.realpath(output.file):
-        return [problem("output.file", "is the input file as well", output.file, "Write to another file.")]
-    return _writable_problems("output.file", output.file)
+def _output_rules(rules: Rules, source: InputSection) -> None:
+    output: OutputSection = rules.section
+    if output.file is None and output.overwrite:
+        rule = "there is no output.file to overwrite"
+        rules.note("overwrite", Problem(key="output.overwrite", rule=rule, fix="Set output.file."))
+    if output.file is not None and source.file not in (None, "-"):
+        differs = os.path.realpath(source.file) != os.path.realpath(output.file)
+        rules.need("file", differs, "is the input file as well", "Write to another file.")
+    _writable_rule(rules, "file")
 
 
-def _writable_problems(key: str, name: str, *, is_folder: bool = False) -> list[Problem]:
-    """Whether `name` can be written, found out without leaving anything behind."""
-    path = Path(name)
-    if path.is_dir() and not is_folder:
-        return [problem(key, "is a folder, not a file", name, f"Write e.g. {printable(path / 'out.jsonl')}.")]
-    if path.exists() and is_folder and not path.is_dir():
-        return [problem(key, "is a file, not a folder", name)]
-    if path.exists() and not is_folder and not path.is_file():
-        return [problem(key, "must be a regular file", name)]
+def _writable_rule(rules: Rules, name: str, *, is_folder: bool = False) -> None:
+    """The value of `name`, if it has one, is a path that can be written: found out without leaving anything behind."""
+    value = getattr(rules.section, name)
+    if value is None:
+        return
+    path = Path(value)
+    if is_folder:
+        rules.need(name, path.is_dir() or not path.exists(), "is a file, not a folder")
+    else:
+        fix = f"Write e.g. {printable(path / 'out.jsonl')}."
+        rules.need(name, not path.is_dir(), "is a folder, not a file", fix)
+        rules.need(name, path.is_file() or not path.exists(), "must be a regular file")
+    if not rules.sound(name):
+        return
     try:
         if path.is_file():
             path.open("ab").close()
@@ -346,9 +312,8 @@ def _writable_problems(key: str, name: str, *, is_folder: bool = False) -> list[
             parent = path
             while not parent.exists() and parent != parent.parent:
                 parent = parent.parent
-            if not parent.is_dir():
-                return [problem(key, f"can't be written: {printable(parent)} is a file, not a folder", name)]
-            tempfile.TemporaryFile(dir=parent).close()  # root may write where the permissions say nothing about it
+            rules.need(name, parent.is_dir(), f"can't be written: {printable(parent)} is a file, not a folder")
+            if parent.is_dir():  # root may write where the permissions say nothing about it
+                tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        return [problem(key, f"can't be written ({error.strerror})", name, "Choose another place.")]
-    return []
+        rules.need(name, False, f"can't be written ({error.strerror})", "Choose another place.")

@@ -57,7 +57,7 @@ def check(config: TrainConfig) -> list[Problem]:
     For the process that the user starts, before there are ranks: it reads all files of JSON lines.
     """
     began = config.output.folder is not None and (Path(config.output.folder) / PREPARED / MANIFEST).exists()
-    return [] if began or data_problems(config.data, None) else line_problems(config.data)
+    return [] if began or data_problems(config.data) else line_problems(config.data)
 
 
 def prepare(
