@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalite.core.functional import GATES, gated, rms_norm, rotate
+from megalite.core.functional import ACTIVATIONS, gated, rms_norm, rotate
 
 
 def random(*shape: int, dtype=torch.float64) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_a_rotation_with_a_factor(rotated):
     assert torch.autograd.gradcheck(lambda x: rotate(x, 1.3 * angles.cos(), 1.3 * angles.sin()), (random(5, 3, 8),))
 
 
-@pytest.mark.parametrize("activation", GATES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_gate(activation):
     assert torch.autograd.gradcheck(lambda hidden: gated(hidden, activation), (random(4, 10),))
     hidden = random(4, 10)

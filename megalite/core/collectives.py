@@ -1,13 +1,15 @@
-"""Collectives along one axis, with gradients where training needs them. Every function is a no-op on one rank.
+"""Collectives along one axis, with gradients where training needs them. On an axis of one rank they do nothing.
 
-A layer brackets its work on sharded weights with `enter_tp` and `leave_tp`. Without sequence parallelism that is
-identity / all-reduce (and the transpose backwards); with it, all-gather / reduce-scatter over tokens (Megatron-LM,
-arXiv 1909.08053 figure 3 and arXiv 2205.05198 figure 5).
+A layer brackets its work on sharded weights with `enter_tp` and `leave_tp`. Forward that is identity and all-reduce,
+backward all-reduce and identity; with sequence parallelism all-gather and reduce-scatter over tokens, backward the
+other way round (Megatron-LM, arXiv 1909.08053 figure 3 and arXiv 2205.05198 figure 5).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,27 +18,24 @@ from torch import Tensor
 from megalite.core.parallel_state import Axis, ParallelState
 from megalite.monitor.metrics import RankReport
 
+Collective = Callable[[Tensor, Axis], Tensor]
+
 
 def enter_tp(x: Tensor, state: ParallelState) -> Tensor:
-    """Make `x` [T or T/tp, D] whole for every tp rank."""
-    if state.tp.size == 1:
-        return x
-    if state.sequence_parallel:
-        return _GatherTokens.apply(x, state.tp)
-    return sum_gradients(x, state.tp)
+    """The input of sharded weights: `x` [T, D], or this rank's tokens of it [T/tp, D] -> [T, D] on every tp rank."""
+    return _apply(x, state.tp, *((_all_gather, _reduce_scatter) if state.sequence_parallel else (_identity, _sum)))
 
 
 def leave_tp(x: Tensor, state: ParallelState) -> Tensor:
-    """Sum the tp ranks' partial `x` [T, D]; the result is whole, or this rank's T/tp tokens under sequence parallel."""
-    if state.tp.size == 1:
-        return x
-    if state.sequence_parallel:
-        return _ScatterTokens.apply(x, state.tp)
-    return sum_values(x, state.tp)
+    """The sum over tp of partial outputs `x` [T, D]: [T, D], or [T/tp, D] under sequence parallelism.
+
+    Without gradients the sum may be made in `x` itself.
+    """
+    return _apply(x, state.tp, *((_reduce_scatter, _all_gather) if state.sequence_parallel else (_sum, _identity)))
 
 
 def gather_columns(x: Tensor, widths: list[int], axis: Axis) -> Tensor:
-    """Concatenate `x` [R, widths[axis.rank]] of all ranks to [R, sum(widths)]. No gradient."""
+    """Concatenate the ranks' columns: `x` [R, widths[axis.rank]] -> [R, sum(widths)]. No gradient."""
     if axis.size == 1:
         return x
     widest = max(widths)
@@ -65,79 +64,52 @@ def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
 
 
 def broadcast_from_last(x: Tensor, axis: Axis) -> Tensor:
-    """Put the values of the axis' last rank into every rank's `x`, and return it. No gradient."""
+    """Overwrite `x` with the values of the axis' last rank, and return it. No gradient."""
     if axis.size > 1:
         with axis.meter.phase("communication"):
             dist.broadcast(x, axis.ranks[-1], group=axis.group)
     return x
 
 
-def sum_gradients(x: Tensor, axis: Axis) -> Tensor:
-    """Identity whose gradient is summed over the axis: the way in of a computation that is cut over it."""
-    return _Copy.apply(x, axis) if axis.size > 1 and torch.is_grad_enabled() else x
+def _apply(x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
+    """`forward` of the values; the gradient goes through `backward`."""
+    if axis.size == 1:
+        return x
+    if not torch.is_grad_enabled():
+        return all_reduce_sum(x.contiguous(), axis) if forward is _sum else forward(x, axis)
+    apply: Callable[..., Tensor] = _WithGradient.apply
+    return apply(x, axis, forward, backward)
 
 
-def sum_values(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over the axis whose gradient passes unchanged: the way out of a computation that is cut over it.
-
-    Without gradients the sum is made in `x` itself.
-    """
-    if axis.size > 1 and torch.is_grad_enabled():
-        return _Reduce.apply(x, axis)
-    return all_reduce_sum(x.contiguous(), axis)
-
-
-class _Copy(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
+        ctx.axis, ctx.collective = axis, backward
+        return forward(x, axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        return all_reduce_sum(grad.contiguous().clone(), ctx.axis), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.collective(grad, ctx.axis), None, None, None
 
 
-class _Reduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        return all_reduce_sum(x.contiguous().clone(), axis)  # the producing op may have saved x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
+def _identity(x: Tensor, axis: Axis) -> Tensor:
+    return x.view_as(x)
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _all_gather_tokens(x, axis)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _reduce_scatter_tokens(grad, ctx.axis), None
+def _sum(x: Tensor, axis: Axis) -> Tensor:
+    return all_reduce_sum(x.contiguous().clone(), axis)  # what made x may have saved it for its backward pass
 
 
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return _reduce_scatter_tokens(x, axis)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _all_gather_tokens(grad, ctx.axis), None
-
-
-def _all_gather_tokens(x: Tensor, axis: Axis) -> Tensor:
+def _all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """[T/n, D] of every rank -> [T, D]."""
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(axis.size)]
     with axis.meter.phase("communication"):
         dist.all_gather(parts, x.contiguous(), group=axis.group)
     return torch.cat(parts)
 
 
-def _reduce_scatter_tokens(x: Tensor, axis: Axis) -> Tensor:
+def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
+    """The sum over the axis of [T, D], of which each rank gets its T/n tokens."""
     if x.shape[0] % axis.size:
         raise ValueError(f"sequence parallel cuts {x.shape[0]} tokens over {axis.size} ranks, which does not divide")
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])

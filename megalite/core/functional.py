@@ -1,38 +1,55 @@
-"""Operations whose gradients are written out: fewer passes over memory than autograd's, and less kept for them.
+"""RMSNorm, rotary rotation and gated activation with their backward passes written out.
 
-Where no gradient is wanted each is the plain operation, so what a model computes is the same in training and without.
+They take fewer passes over memory than autograd's and keep less for the backward pass. Without gradients each is the
+plain operation, so that a model computes the same in training and in inference.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GATES = {
-    "silu": (F.silu, torch.ops.aten.silu_backward, {}),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward, {"approximate": "none"}),
-    "gelu_tanh": (F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
+
+class Activation(NamedTuple):
+    """An elementwise function, its derivative and the keyword arguments of both."""
+
+    function: Callable[..., Tensor]
+    backward: Any
+    """aten operator: (gradient of the output, input) -> gradient of the input."""
+    arguments: dict[str, str]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x, **self.arguments)
+
+
+ACTIVATIONS = {
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward, {}),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "none"}),
+    "gelu_tanh": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
 }
-"""By name: an activation, its backward pass, and the arguments of both."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: [..., D], [D] -> [..., D]."""
     if x.is_cuda or not torch.is_grad_enabled():  # CUDA has a fused kernel for both directions
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    apply: Callable[..., Tensor] = _RMSNorm.apply
+    return apply(x, weight, eps)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         return F.rms_norm(x, x.shape[-1:], weight, eps)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """With r = 1 / rms(x): dx = r w g - x r^3 sum(w g x) / D for a row, and dw = sum(r g x) over rows."""
         x, weight = ctx.saved_tensors
         dim = x.shape[-1]
@@ -46,10 +63,14 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate channel c with c + R by an angle: [T, H, D] by [T, 1, R] each; channels from 2 R on pass through."""
+    """Rotate channels c and c + R of each head by the c-th angle of its token.
+
+    x [T, H, D], cos and sin [T, 1, R] with 2 R <= D -> [T, H, D]; channels from 2 R on pass through.
+    """
     if not torch.is_grad_enabled():
         return _rotated(x, cos, sin)
-    return _Rotate.apply(x, cos, sin)
+    apply: Callable[..., Tensor] = _Rotate.apply
+    return apply(x, cos, sin)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -63,43 +84,43 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         return _rotated(x, cos, sin)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grad, cos, -sin), None, None
 
 
 def gated(hidden: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up of [T, gate | up]: [T, 2 I] -> [T, I]."""
+    """act(gate) * up of hidden = [gate | up]: [T, 2 I] -> [T, I]; `activation` is a key of ACTIVATIONS."""
     if not torch.is_grad_enabled():
         return _gated(hidden, activation)
-    return _Gated.apply(hidden, activation)
+    apply: Callable[..., Tensor] = _Gated.apply
+    return apply(hidden, activation)
 
 
 def _gated(hidden: Tensor, activation: str) -> Tensor:
-    function, _, arguments = GATES[activation]
     gate, up = hidden.chunk(2, -1)
-    return function(gate, **arguments) * up
+    return ACTIVATIONS[activation](gate) * up
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, activation: str) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.activation = activation
         return _gated(hidden, activation)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (hidden,) = ctx.saved_tensors
-        function, backward, arguments = GATES[ctx.activation]
+        activation = ACTIVATIONS[ctx.activation]
         gate, up = hidden.chunk(2, -1)
         result = torch.empty_like(hidden)
         into_gate, into_up = result.chunk(2, -1)
-        torch.mul(grad, function(gate, **arguments), out=into_up)
-        backward.grad_input(grad * up, gate, **arguments, grad_input=into_gate)
+        torch.mul(grad, activation(gate), out=into_up)
+        activation.backward.grad_input(grad * up, gate, **activation.arguments, grad_input=into_gate)
         return result, None

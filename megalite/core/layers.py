@@ -1,7 +1,8 @@
-"""Layers whose weights are cut over tp. Each takes the `Split`s that the weight table uses too, so both agree.
+"""Tensor-parallel layers: linears and embedding with weights cut over tp, and norms. T tokens, D channels.
 
-Parameters carry two marks that training reads: `tensor_model_parallel` (this is a slice; DeepSpeed counts it once per
-tp rank in the gradient norm) and `sum_gradient_over_tp` (every tp rank holds the whole and has part of its gradient).
+A layer is cut by the same `Split`s as the weight table, so checkpoint ranges and parameters agree. Parameters carry two
+marks that training reads: `tensor_model_parallel` (a slice; DeepSpeed then counts it on every tp rank in the gradient
+norm) and `sum_gradient_over_tp` (whole on every tp rank, each of which computes a part of its gradient).
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ from megalite.core.parallel_state import ParallelState
 
 def replicated(shape: tuple[int, ...], *, partial_gradient: bool) -> nn.Parameter:
     """A parameter that every tp rank holds whole; `partial_gradient`: a rank's backward sees only part of its use."""
-    param = nn.Parameter(torch.empty(shape))
-    param.tensor_model_parallel = False
-    param.sum_gradient_over_tp = partial_gradient
-    return param
+    return _marked(shape, tensor_model_parallel=False, sum_gradient_over_tp=partial_gradient)
 
 
 def sharded(shape: tuple[int, ...]) -> nn.Parameter:
-    """A parameter of which this tp rank holds a slice."""
+    """A parameter of which this tp rank holds a slice of this shape."""
+    return _marked(shape, tensor_model_parallel=True, sum_gradient_over_tp=False)
+
+
+def _marked(shape: tuple[int, ...], **marks: bool) -> nn.Parameter:
     param = nn.Parameter(torch.empty(shape))
-    param.tensor_model_parallel = True
-    param.sum_gradient_over_tp = False
+    for name, value in marks.items():
+        setattr(param, name, value)
     return param
 
 
 def store_by_input(module: nn.Module) -> None:
-    """Lay the weights of a module's linears out in memory input by input; shapes, names and values stay.
+    """Store the weights of a module's linears column-major (input by input); shapes, names and values stay.
 
-    For matrix products on a CPU in float32: measured 1.4 times as fast for one token and 1.6 times for two, never
-    slower for many. One weight is copied at a time. A weight that an embedding shares stays as it is.
+    For float32 on a CPU: measured 1.4 times as fast for one token and 1.6 times for two, never slower for many.
+    One weight is copied at a time. A weight that an embedding shares stays as it is.
     """
     shared = {id(part.weight) for part in module.modules() if isinstance(part, VocabParallelEmbedding)}
     for part in module.modules():
@@ -47,13 +49,14 @@ def store_by_input(module: nn.Module) -> None:
 
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Of input, weight and bias, as `F.linear`."""
+"""(input [T, D], weight [N, D], bias [N]) -> [T, ...], as `F.linear`."""
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with the outputs cut over tp; several matrices that share their input are stacked in one weight.
+    """y = x W^T + b with the outputs (rows of W) cut over tp: [T, D] -> [T, this rank's outputs].
 
-    [T, in_features] -> [T, sum(widths)], this rank's slice of each split in order.
+    Several matrices that share their input, such as q, k and v, are stacked in one weight: one `Split` each; `widths`
+    are this rank's outputs of each, in order. Under sequence parallelism x is [T/tp, D] and gathered first.
     """
 
     def __init__(self, in_features: int, splits: Sequence[Split], state: ParallelState, *, bias: bool):
@@ -64,14 +67,15 @@ class ColumnParallelLinear(nn.Module):
         self.bias = sharded((sum(self.widths),)) if bias else None
 
     def forward(self, x: Tensor, product: Product = F.linear) -> Tensor:
-        """`product`: what is made of the whole x, weight and bias; it may use the weight in another way."""
+        """`product` is applied to the whole x [T, D], weight and bias; by default it is the linear map."""
         return product(enter_tp(x, self.state), self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T + b with the inputs cut over tp: [T, this rank's slice] -> [T, out_features], summed over tp.
+    """y = x W^T + b with the inputs (columns of W) cut over tp: [T, this rank's inputs] -> [T, out_features].
 
-    The bias is whole on every rank and added once, after the sum.
+    The partial products are summed over tp, under sequence parallelism to [T/tp, out_features]. The bias is whole on
+    every rank and added once, after the sum.
     """
 
     def __init__(self, split: Split, out_features: int, state: ParallelState, *, bias: bool):
@@ -86,7 +90,10 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token ids [T] -> [T, dim] with the rows of the table cut over tp; a rank adds zero for ids it does not hold."""
+    """Token ids int64 [T] -> [T, dim], under sequence parallelism [T/tp, dim]; the table's rows are cut over tp.
+
+    A rank adds zeros for ids whose rows it does not hold.
+    """
 
     def __init__(self, vocab_size: int, dim: int, state: ParallelState):
         super().__init__()

@@ -1,8 +1,8 @@
-"""Where each rank sits and what it holds: pure arithmetic, importable without torch.
+"""The process grid and how weights are cut over it: pure arithmetic, importable without torch.
 
-`Layout` places ranks on the (dp, pp, tp) grid, tp fastest. The `Split` classes say how one dimension of a weight is
-cut over a tp axis. Layers size themselves and the weight table cuts checkpoints with these same objects, so there is
-one definition of every shard.
+`Layout` maps ranks to coordinates (dp, pp, tp) and layers to pipeline stages. A `Split` cuts one dimension of a weight
+over the tp ranks. Layers size themselves and the weight table cuts checkpoints with these same objects, so there is one
+definition of every shard.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, Protocol
 
 AxisName = Literal["tp", "pp", "dp"]
@@ -17,7 +18,7 @@ AxisName = Literal["tp", "pp", "dp"]
 
 @dataclass(frozen=True, kw_only=True)
 class Coord:
-    """A rank's place in its layout."""
+    """Coordinates of a rank in its layout: tensor-parallel rank, pipeline stage, replica."""
 
     tp: int
     pp: int
@@ -26,7 +27,7 @@ class Coord:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
-    """What the stages of a pipeline have to carry, in any one unit (parameters, bytes, seconds)."""
+    """Cost of each layer by which pipeline stages are balanced, in any one unit (parameters, bytes, seconds)."""
 
     layers: tuple[int, ...]
     first: int = 0
@@ -37,10 +38,12 @@ class LayerCosts:
 
 @dataclass(frozen=True)
 class Layout:
-    """`tp * pp * dp` ranks starting at global rank `first_rank`; a replica is one tp x pp block.
+    """A grid of tp * pp * dp ranks: dp replicas of the model, each of pp pipeline stages of tp tensor-parallel ranks.
 
-    The layers are cut into `pp * interleave` chunks in order, dealt out to the stages in turn: chunk c of stage s is
-    the (c * pp + s)-th. Several a stage shorten the idle time of pipelined training (arXiv 2104.04473, section 2.2).
+    Global rank = first_rank + (dp rank * pp + stage) * tp + tp rank: tp varies fastest, a replica is a block of
+    tp * pp consecutive ranks. The layers are cut into pp * interleave chunks of consecutive layers; stage s has chunks
+    s, s + pp, s + 2 pp, ... (arXiv 2104.04473, section 2.2: more chunks shorten the idle time of pipelined training).
+    ValueError for a size below 1, or interleave without pp.
     """
 
     tp: int = 1
@@ -49,7 +52,7 @@ class Layout:
     first_rank: int = 0
     interleave: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "interleave"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
@@ -66,23 +69,23 @@ class Layout:
         return range(self.first_rank, self.first_rank + self.size)
 
     def coord(self, rank: int) -> Coord:
-        """Place of global `rank`; ValueError if it is not part of this layout."""
+        """Coordinates of global `rank`; ValueError if it is not part of this layout."""
         if rank not in self.ranks:
             raise ValueError(f"rank {rank} is not in {self}")
         index = rank - self.first_rank
         return Coord(tp=index % self.tp, pp=index // self.tp % self.pp, dp=index // (self.tp * self.pp))
 
     def rank(self, *, tp: int = 0, pp: int = 0, dp: int = 0) -> int:
-        """Global rank at a place; the inverse of `coord`."""
+        """Global rank at these coordinates; the inverse of `coord`."""
         return self.first_rank + (dp * self.pp + pp) * self.tp + tp
 
     @property
     def control_ranks(self) -> list[int]:
-        """Of each replica the rank that samples for it: the first of its last stage."""
+        """The rank of each replica that samples for it: tp rank 0 of its last stage."""
         return [self.rank(pp=self.pp - 1, dp=dp) for dp in range(self.dp)]
 
     def groups(self, axis: AxisName) -> list[tuple[int, ...]]:
-        """The rank tuples along `axis`, one for each combination of the other two, in rank order."""
+        """The ranks along `axis` for each combination of the other two coordinates, in rank order."""
         groups: dict[tuple[int, int], list[int]] = {}
         for rank in self.ranks:
             place = self.coord(rank)
@@ -96,11 +99,15 @@ class Layout:
         return [tuple(self.ranks[i * block : (i + 1) * block]) for i in range(self.dp)]
 
     def chunks(self, stage: int, costs: LayerCosts) -> tuple[range, ...]:
-        """Global indices of the layers of each chunk of `stage`: at least one, the dearest chunk as cheap as can be."""
+        """Global layer indices of each chunk of `stage`.
+
+        Contiguous layers, at least one, such that the most expensive chunk is as cheap as possible. ValueError if there
+        are fewer layers than chunks.
+        """
         return _cut(costs, self.pp * self.interleave)[stage :: self.pp]
 
     def layers(self, stage: int, costs: LayerCosts) -> Sequence[int]:
-        """Global indices of all layers on `stage`, in order; a range unless chunks are interleaved."""
+        """Global indices of all layers on `stage`, ascending; a range unless chunks are interleaved."""
         chunks = self.chunks(stage, costs)
         return chunks[0] if len(chunks) == 1 else tuple(layer for chunk in chunks for layer in chunk)
 
@@ -112,54 +119,50 @@ class Layout:
 
 @lru_cache(maxsize=256)
 def _cut(costs: LayerCosts, parts: int) -> tuple[range, ...]:
-    """The contiguous cut that minimises the dearest part; ties prefer short early parts (they hold more in flight)."""
+    """Contiguous parts whose largest cost is least; ties prefer short early parts (they hold more in flight)."""
     count = len(costs.layers)
     if parts > count:
         raise ValueError(f"{parts} pipeline stages need at least as many layers, the model has {count}")
-    prefix = [0]
-    for cost in costs.layers:
-        prefix.append(prefix[-1] + cost)
+    prefix = list(accumulate(costs.layers, initial=0))
 
     def part_cost(part: int, start: int, end: int) -> int:
         ends = (costs.first if part == 0 else 0) + (costs.last if part == parts - 1 else 0)
         return prefix[end] - prefix[start] + ends
 
-    # best[end] = (dearest part so far, cuts) for the parts up to the current one holding layers[:end]
+    # best[end] = (largest cost so far, cuts) for the parts up to the current one holding layers[:end]
     best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
     for part in range(parts):
-        reach: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for end in range(part + 1, count - (parts - part - 1) + 1):
-            reach[end] = min(
-                (max(cost, part_cost(part, start, end)), (*cuts, end))
-                for start, (cost, cuts) in best.items()
-                if start < end
+        best = {
+            end: min(
+                (max(c, part_cost(part, start, end)), (*cuts, end)) for start, (c, cuts) in best.items() if start < end
             )
-        best = reach
+            for end in range(part + 1, count - (parts - part - 1) + 1)
+        }
     cuts = (0, *best[count][1])
     return tuple(range(start, end) for start, end in zip(cuts, cuts[1:], strict=False))
 
 
 def share(units: int, parts: int, index: int) -> tuple[int, int]:
-    """Half-open range of `units` that part `index` of `parts` gets: contiguous, sizes differ by at most one."""
+    """Half-open range of `units` that part `index` of `parts` gets; sizes differ by at most one, larger ones first."""
     size, rest = divmod(units, parts)
     start = index * size + min(index, rest)
     return start, start + size + (index < rest)
 
 
 class Split(Protocol):
-    """How one dimension is cut over a tp axis; ranges are in elements of that dimension."""
+    """How one dimension of a weight is cut over the tp ranks. Ranges are in elements of that dimension."""
 
     @property
     def total(self) -> int:
         """Elements of the uncut dimension."""
 
     def range(self, parts: int, index: int) -> tuple[int, int]:
-        """Half-open range of the uncut dimension on part `index` of `parts`; may be empty, may overlap."""
+        """Half-open range that tp rank `index` of `parts` holds; may be empty, and overlaps others' if replicated."""
 
 
 @dataclass(frozen=True)
 class Even:
-    """Whole units in balanced contiguous shares; parts beyond the units get nothing."""
+    """Contiguous shares of whole units of `unit` elements, as equal as possible; parts beyond the units get nothing."""
 
     units: int
     unit: int = 1
@@ -175,7 +178,7 @@ class Even:
 
 @dataclass(frozen=True)
 class Whole:
-    """Not cut: every part holds all of it."""
+    """Not cut: every tp rank holds all of it."""
 
     total: int
 
@@ -185,7 +188,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class KVHeads:
-    """Key/value heads: balanced shares, or with more parts than heads one head on each part (replication)."""
+    """Key or value heads in balanced shares of whole heads; more parts than heads hold one head each (replication)."""
 
     kv_heads: int
     head_dim: int
@@ -195,6 +198,7 @@ class KVHeads:
         return self.kv_heads * self.head_dim
 
     def heads(self, parts: int, index: int) -> tuple[int, int]:
+        """Half-open range of KV heads on part `index`."""
         if parts > self.kv_heads:
             head = index * self.kv_heads // parts
             return head, head + 1
@@ -207,10 +211,10 @@ class KVHeads:
 
 @dataclass(frozen=True)
 class QueryHeads:
-    """Query heads follow the key/value head they attend to, so each part has the same number of queries per key head.
+    """Query heads, each on a part that holds its KV head, and equally many to each KV head of a part.
 
-    With at most as many parts as KV heads, a part has whole groups. With more, the parts that hold one KV head share
-    its group of query heads; a part may then end up with none.
+    With at most as many parts as KV heads a part has whole groups (the query heads of a KV head). With more, the parts
+    that hold one KV head share its group; a part may then have no query heads.
     """
 
     heads: int
@@ -233,6 +237,6 @@ class QueryHeads:
 
 
 def width(split: Split, parts: int, index: int) -> int:
-    """Elements that part `index` holds."""
+    """Elements of a split that part `index` of `parts` holds."""
     lo, hi = split.range(parts, index)
     return hi - lo

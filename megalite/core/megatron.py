@@ -1,39 +1,39 @@
-"""Megatron-LM's names for who-am-I, answered by a `ParallelState`: get_tensor_model_parallel_rank(state) and friends.
+"""Megatron-LM's parallel_state functions, answered by a `ParallelState`: `get_tensor_model_parallel_rank(state)`, ...
 
-Megatron asks a module, whose state is global; here the layout is an argument, since a job may hold two.
-
-| Megatron-LM, megatron.core.parallel_state | here |
-|---|---|
-| get_tensor_model_parallel_rank, _world_size, _group | state.tp.rank, .size, .group |
-| get_pipeline_model_parallel_rank, _world_size, _group | state.pp.rank, .size, .group |
-| get_data_parallel_rank, _world_size, _group | state.dp.rank, .size, .group |
-| get_model_parallel_rank, _world_size, _group | state.replica.rank, .size, .group |
-| is_pipeline_first_stage, is_pipeline_last_stage | state.is_first_stage, state.is_last_stage |
-| get_tensor_model_parallel_src_rank | state.tp.ranks[0] |
-| get_data_parallel_src_rank | state.dp.ranks[0] |
-| get_pipeline_model_parallel_first_rank, _last_rank | state.pp.ranks[0], state.pp.ranks[-1] |
-| get_pipeline_model_parallel_next_rank, _prev_rank | the neighbours of state.rank in state.pp.ranks, round in a ring |
-
-A group is None where its axis has one rank. Of an LLM the state is `llm.replica.state`.
+Names and meanings are those of megatron.core.parallel_state. There they read the state of a module; here the state is
+an argument, since a job may hold two layouts (of an LLM it is `llm.replica.state`). Ranks of other processes are
+global. A group is None where its axis has one rank. Model parallel: the tp x pp block of one replica.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from types import SimpleNamespace
 
 from torch.distributed import ProcessGroup
 
 from megalite.core.parallel_state import ParallelState
 
+IntOf = Callable[[ParallelState], int]
+BoolOf = Callable[[ParallelState], bool]
+GroupOf = Callable[[ParallelState], ProcessGroup | None]
 
-def get_tensor_model_parallel_rank(state: ParallelState) -> int:
-    return state.tp.rank
-
-
-def get_tensor_model_parallel_world_size(state: ParallelState) -> int:
-    return state.tp.size
-
-
-def get_tensor_model_parallel_group(state: ParallelState) -> ProcessGroup | None:
-    return state.tp.group
+get_tensor_model_parallel_rank: IntOf = attrgetter("tp.rank")
+get_tensor_model_parallel_world_size: IntOf = attrgetter("tp.size")
+get_tensor_model_parallel_group: GroupOf = attrgetter("tp.group")
+get_pipeline_model_parallel_rank: IntOf = attrgetter("pp.rank")
+get_pipeline_model_parallel_world_size: IntOf = attrgetter("pp.size")
+get_pipeline_model_parallel_group: GroupOf = attrgetter("pp.group")
+is_pipeline_first_stage: BoolOf = attrgetter("is_first_stage")
+is_pipeline_last_stage: BoolOf = attrgetter("is_last_stage")
+get_data_parallel_rank: IntOf = attrgetter("dp.rank")
+get_data_parallel_world_size: IntOf = attrgetter("dp.size")
+get_data_parallel_group: GroupOf = attrgetter("dp.group")
+get_model_parallel_rank: IntOf = attrgetter("replica.rank")
+get_model_parallel_world_size: IntOf = attrgetter("replica.size")
+get_model_parallel_group: GroupOf = attrgetter("replica.group")
 
 
 def get_tensor_model_parallel_src_rank(state: ParallelState) -> int:
@@ -41,23 +41,18 @@ def get_tensor_model_parallel_src_rank(state: ParallelState) -> int:
     return state.tp.ranks[0]
 
 
-def get_pipeline_model_parallel_rank(state: ParallelState) -> int:
-    return state.pp.rank
-
-
-def get_pipeline_model_parallel_world_size(state: ParallelState) -> int:
-    return state.pp.size
-
-
-def get_pipeline_model_parallel_group(state: ParallelState) -> ProcessGroup | None:
-    return state.pp.group
+def get_data_parallel_src_rank(state: ParallelState) -> int:
+    """Global rank of the first of this rank's data parallel group."""
+    return state.dp.ranks[0]
 
 
 def get_pipeline_model_parallel_first_rank(state: ParallelState) -> int:
+    """Global rank of this pipeline's first stage."""
     return state.pp.ranks[0]
 
 
 def get_pipeline_model_parallel_last_rank(state: ParallelState) -> int:
+    """Global rank of this pipeline's last stage."""
     return state.pp.ranks[-1]
 
 
@@ -67,41 +62,17 @@ def get_pipeline_model_parallel_next_rank(state: ParallelState) -> int:
 
 
 def get_pipeline_model_parallel_prev_rank(state: ParallelState) -> int:
-    return state.pp.ranks[(state.pp.rank - 1) % state.pp.size]
+    """Global rank of the previous stage; before the first comes the last."""
+    return state.pp.ranks[state.pp.rank - 1]
 
 
-def is_pipeline_first_stage(state: ParallelState) -> bool:
-    return state.is_first_stage
+def as_mpu(state: ParallelState) -> SimpleNamespace:
+    """The `mpu` argument of deepspeed.initialize: an object with those of these functions that DeepSpeed calls.
 
-
-def is_pipeline_last_stage(state: ParallelState) -> bool:
-    return state.is_last_stage
-
-
-def get_data_parallel_rank(state: ParallelState) -> int:
-    return state.dp.rank
-
-
-def get_data_parallel_world_size(state: ParallelState) -> int:
-    return state.dp.size
-
-
-def get_data_parallel_group(state: ParallelState) -> ProcessGroup | None:
-    return state.dp.group
-
-
-def get_data_parallel_src_rank(state: ParallelState) -> int:
-    return state.dp.ranks[0]
-
-
-def get_model_parallel_rank(state: ParallelState) -> int:
-    """Place in the tp x pp block of this rank."""
-    return state.replica.rank
-
-
-def get_model_parallel_world_size(state: ParallelState) -> int:
-    return state.replica.size
-
-
-def get_model_parallel_group(state: ParallelState) -> ProcessGroup | None:
-    return state.replica.group
+    Its groups are real ones also where an axis has one rank. Collective, see `ParallelState.make_training_groups`.
+    """
+    axes = state.axes_with_groups()
+    kinds = [(axis, what) for axis in ("model", "tensor_model", "data") for what in ("rank", "world_size", "group")]
+    kinds += [("pipeline_model", "rank"), ("pipeline_model", "world_size")]
+    names = [f"get_{axis}_parallel_{what}" for axis, what in kinds]
+    return SimpleNamespace(**{name: partial(globals()[name], axes) for name in names})

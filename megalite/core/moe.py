@@ -1,18 +1,17 @@
-"""Mixture of experts in place of a dense MLP, with whole experts dealt out over tp.
+"""Mixture of experts in place of a dense MLP, with expert parallelism along the tp axis: whole experts on each rank.
 
-Every tp rank sees every token, routes it the same way and adds what its own experts contribute; the sum over tp is the
+Every tp rank has every token, routes it the same way and adds the output of its own experts; the sum over tp is the
 one that a row-parallel layer makes anyway, so expert parallelism costs no further communication.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
+from megalite.core.functional import gated
 from megalite.core.layers import replicated, sharded
 from megalite.core.layout import share
 from megalite.core.parallel_state import ParallelState
@@ -22,26 +21,26 @@ FEW_TOKENS = 256
 
 
 class Routing:
-    """What the routers did on the way through some layers, summed over those of their tokens that count."""
+    """Router statistics for the load-balancing loss, summed over the tokens and layers of a forward pass."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.listens = False
         self.counts: Tensor | None = None
-        """How many assignments each expert got: float32 [experts], no gradient; None before the first layer."""
+        """Tokens assigned to each expert: float32 [experts], no gradient; None before the first layer."""
         self.probabilities: Tensor | None = None
-        """Sums of each expert's probability: float32 [experts], with gradient."""
+        """Sum of each expert's probability: float32 [experts], with gradient."""
 
     def begin(self, rows: int) -> None:
-        """Forget what was; from now on the first `rows` tokens count."""
+        """Start from zero; only the first `rows` tokens are counted (the others are padding)."""
         self.rows, self.listens, self.counts, self.probabilities = rows, True, None, None
 
     def end(self) -> None:
-        """A layer that is run again for its backward pass adds nothing."""
+        """Stop counting: a layer that is recomputed in the backward pass must not be counted twice."""
         self.listens = False
 
     def add(self, probabilities: Tensor, experts: Tensor) -> None:
-        """Of one layer: [T, experts] and [T, top_k]."""
+        """Count one layer: its probabilities [T, experts] and chosen experts [T, top_k]."""
         chosen = experts[: self.rows].flatten()
         counts = torch.zeros_like(probabilities[0]).scatter_add_(
             0, chosen, torch.ones_like(chosen, dtype=torch.float32)
@@ -53,10 +52,10 @@ class Routing:
 
 
 class MixtureOfExperts(nn.Module):
-    """[T, dim] -> [T, dim]: softmax router, the top_k experts of each token, gated MLPs as experts.
+    """[T, dim] -> [T, dim]: a softmax router weights the top_k experts of each token, which are gated MLPs.
 
-    `up` holds for each local expert its gate rows, then its up rows: [experts * 2 * intermediate, dim];
-    `down`: [experts * dim, intermediate].
+    Parameters, with E experts on this rank: `router` [num_experts, dim]; `up` [E * 2 * intermediate, dim], of each
+    expert its gate rows, then its up rows; `down` [E * dim, intermediate].
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class MixtureOfExperts(nn.Module):
         num_experts: int,
         top_k: int,
         normalize_top_k: bool,
-        activation: Callable[[Tensor], Tensor],
+        activation: str,
         state: ParallelState,
     ):
         super().__init__()
@@ -76,7 +75,7 @@ class MixtureOfExperts(nn.Module):
         self.normalize_top_k = normalize_top_k
         self.activation = activation
         self.routing: Routing | None = None
-        """Who wants to know, in training."""
+        """Statistics that training collects, if it does."""
         self.first, end = share(num_experts, state.tp.size, state.tp.rank)
         self.num_local = end - self.first
         self.router = replicated((num_experts, dim), partial_gradient=True)
@@ -114,5 +113,4 @@ class MixtureOfExperts(nn.Module):
         """The gated MLP of one of this rank's experts: [T, dim] -> [T, dim]."""
         up = self.up.view(self.num_local, -1, x.shape[-1])[local]  # [2F, D]
         down = self.down.view(self.num_local, x.shape[-1], -1)[local]  # [D, F]
-        gate, value = F.linear(x, up).chunk(2, -1)
-        return F.linear(self.activation(gate) * value, down)
+        return F.linear(gated(F.linear(x, up), self.activation), down)

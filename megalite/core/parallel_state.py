@@ -1,30 +1,31 @@
-"""The process groups of one layout as this rank sees them.
+"""The process groups of one layout as this rank sees them: `ParallelState`, with an `Axis` for tp, pp and dp.
 
-`ParallelState` is an argument, never a global: a job that trains in one layout and generates in another holds two.
+A state is an argument, never a global: a job that trains in one layout and generates in another holds two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
-from megalite.core.layout import Coord, Layout
+from megalite.core.layout import Layout
 from megalite.core.schedules import MessageKind
 from megalite.monitor.metrics import Meter
 
 _groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
-"""Groups by their ranks and purpose, so that layouts which agree on an axis share its communicator."""
+"""By ranks and purpose: layouts that have a group in common share its communicator. The only global of this module."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the process grid through this rank."""
+    """The ranks that differ from this one in one coordinate of the process grid only (itself included)."""
 
     ranks: tuple[int, ...]
-    """Global ranks along the axis."""
+    """Their global ranks, in the order of that coordinate."""
     rank: int
-    """This rank's place in `ranks`."""
+    """Index of this rank in `ranks`."""
     group: dist.ProcessGroup | None = field(default=None, repr=False)
     """None when the axis has one rank: nothing is communicated."""
     meter: Meter = field(default_factory=Meter, repr=False)
@@ -45,27 +46,30 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """Messages of one kind from a pipeline stage to a neighbouring one."""
+    """Messages of one kind from a pipeline stage to a neighbouring one; sender and receiver are global ranks."""
 
     sender: int
-    """Global rank."""
     receiver: int
     kind: MessageKind
 
 
 class ParallelState:
-    """This rank's place in `layout` and its axes: tp, pp, dp, replica (its tp x pp block) and world (the whole layout).
+    """Where this rank is in a layout, and with whom it communicates along each axis.
 
-    Collective: every rank of the run must construct or `join` the same layouts in the same order, because process
-    groups are made by all ranks together. Where layouts leave ranks out, all ranks `join`. Without torch.distributed
-    only a layout of one rank is possible.
+    `tp`, `pp` and `dp` are the axes of the grid: tp ranks hold slices of the same layers, pp ranks (pipeline stages)
+    consecutive layers, dp ranks copies of both. `replica` is this rank's tp x pp block, one whole model; `world` the
+    whole layout. With `sequence_parallel` the activations between the parallel layers are cut by token over tp.
+
+    Collective: process groups are made by all ranks of the run together, so every rank constructs, or `join`s, the
+    same layouts in the same order. A rank outside a layout can only `join`. Without torch.distributed only a layout of
+    one rank is possible.
     """
 
     def __init__(self, layout: Layout, *, sequence_parallel: bool = False, meter: Meter | None = None):
         self.layout = layout
         self.meter = meter or Meter()
         self.rank = dist.get_rank() if dist.is_initialized() else layout.first_rank
-        self.coord: Coord = layout.coord(self.rank)
+        self.coord = layout.coord(self.rank)
         _make_groups(layout)
         self.tp = self._axis(layout.groups("tp"))
         self.pp = self._axis(layout.groups("pp"))
@@ -73,13 +77,12 @@ class ParallelState:
         self.replica = self._axis(layout.replicas())
         self.world = Axis(tuple(layout.ranks), self.rank - layout.first_rank, _world_group(layout), self.meter)
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
-        """Activations between the parallel layers are cut by token over tp."""
 
     @classmethod
     def join(
         cls, layout: Layout, *, sequence_parallel: bool = False, meter: Meter | None = None
     ) -> ParallelState | None:
-        """The state on a rank of `layout`, None on the others. Collective over the run; see the class."""
+        """The state on a rank of `layout`, None on the others. Collective over the run."""
         if dist.is_initialized() and dist.get_rank() not in layout.ranks:
             _make_groups(layout)
             return None
@@ -87,14 +90,13 @@ class ParallelState:
 
     @staticmethod
     def make_training_groups(layout: Layout) -> None:
-        """Make the groups that `as_mpu`, `pipeline_flows` and `pipeline_ends` need besides.
+        """Make the groups that `axes_with_groups`, `pipeline_flows` and `pipeline_ends` need besides.
 
         Collective over the run, once for a layout. Those three call it; where a layout leaves ranks out, all ranks of
         the run call it before.
         """
-        for groups in _mpu_groups(layout):
-            for ranks in groups:
-                _group(ranks, even_one=True)
+        for ranks in (*layout.replicas(), *layout.groups("tp"), *layout.groups("dp")):
+            _group(ranks)
         if layout.pp > 1:
             for flow in _flows(layout):
                 _flow_group(flow)
@@ -103,7 +105,7 @@ class ParallelState:
 
     def _axis(self, groups: list[tuple[int, ...]]) -> Axis:
         ranks = next(ranks for ranks in groups if self.rank in ranks)
-        return Axis(ranks, ranks.index(self.rank), _group(ranks), self.meter)
+        return Axis(ranks, ranks.index(self.rank), _axis_group(ranks), self.meter)
 
     @property
     def is_first_stage(self) -> bool:
@@ -115,84 +117,46 @@ class ParallelState:
 
     @property
     def control_rank(self) -> int:
-        """The global rank of this replica that samples and decides: tp rank 0 of the last stage."""
+        """Global rank that samples for this replica: tp rank 0 of the last stage."""
         return self.layout.control_ranks[self.coord.dp]
 
     @property
     def is_control(self) -> bool:
         return self.rank == self.control_rank
 
-    def as_mpu(self) -> DeepSpeedView:
-        """The same groups under the names that DeepSpeed's `mpu` argument asks for; see `make_training_groups`."""
+    def axes_with_groups(self) -> SimpleNamespace:
+        """tp, pp, dp and replica, with a process group also where an axis other than pp has one rank.
+
+        For DeepSpeed, which reduces over such groups too. See `make_training_groups`.
+        """
         self.make_training_groups(self.layout)
-        return DeepSpeedView(self)
+        axes = {"tp": self.tp, "dp": self.dp, "replica": self.replica}
+        return SimpleNamespace(pp=self.pp, **{name: replace(a, group=_group(a.ranks)) for name, a in axes.items()})
 
     def pipeline_flows(self) -> dict[Flow, dist.ProcessGroup]:
-        """The flows that begin or end here, each with a communicator of its own; see `make_training_groups`."""
+        """The flows that this rank sends or receives, each with a communicator of its own; empty without pp.
+
+        See `make_training_groups`.
+        """
         if self.pp.size == 1:
             return {}
         self.make_training_groups(self.layout)
         return {flow: _flow_group(flow) for flow in _flows(self.layout) if self.rank in (flow.sender, flow.receiver)}
 
     def pipeline_ends(self) -> Axis | None:
-        """The ranks that hold the same rows of embedding and head as this one; see `make_training_groups`.
+        """The ranks that hold the same rows of a tied embedding as this one; None on the stages between.
 
-        They are this tp rank on the first and the last stage, of all replicas; None on the stages between.
+        They are this tp rank on the first and the last stage, of all replicas. See `make_training_groups`.
         """
         self.make_training_groups(self.layout)
         mine = [ranks for ranks in _ends(self.layout) if self.rank in ranks]
         return self._axis(mine) if mine else None
 
 
-class DeepSpeedView:
-    """Adapter from `ParallelState` to DeepSpeed's mpu: "model parallel" is tp x pp, "tensor model parallel" is tp."""
-
-    def __init__(self, state: ParallelState):
-        self._state = state
-        self._model, self._tensor, self._data = (
-            next(_group(ranks, even_one=True) for ranks in groups if state.rank in ranks)
-            for groups in _mpu_groups(state.layout)
-        )
-
-    def get_model_parallel_rank(self) -> int:
-        return self._state.replica.rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._state.replica.size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._model
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return self._state.tp.rank
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._state.tp.size
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._tensor
-
-    def get_pipeline_model_parallel_rank(self) -> int:
-        return self._state.pp.rank
-
-    def get_pipeline_model_parallel_world_size(self) -> int:
-        return self._state.pp.size
-
-    def get_data_parallel_rank(self) -> int:
-        return self._state.dp.rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._state.dp.size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._data
-
-
 def _make_groups(layout: Layout) -> None:
     """Every group of the layout, in the same order on every rank, whether it is in the layout or not."""
-    for groups in (layout.groups("tp"), layout.groups("pp"), layout.groups("dp"), layout.replicas()):
-        for ranks in groups:
-            _group(ranks)
+    for ranks in (*layout.groups("tp"), *layout.groups("pp"), *layout.groups("dp"), *layout.replicas()):
+        _axis_group(ranks)
     _world_group(layout)
 
 
@@ -200,34 +164,24 @@ def _world_group(layout: Layout) -> dist.ProcessGroup | None:
     """The group of all ranks of the layout: the default one, which has a communicator already, where it is that."""
     if layout.size > 1 and layout.size == dist.get_world_size():
         return dist.group.WORLD
-    return _group(tuple(layout.ranks))
-
-
-def _mpu_groups(layout: Layout) -> tuple[list[tuple[int, ...]], ...]:
-    """The ranks of the groups model, tensor and data that DeepSpeed asks for.
-
-    It reduces over them also when they have one rank, so every one has to be a real group.
-    """
-    return layout.replicas(), layout.groups("tp"), layout.groups("dp")
+    return _axis_group(tuple(layout.ranks))
 
 
 def _flows(layout: Layout) -> list[Flow]:
     """Every flow of a pipeline that trains; interleaved chunks also need those between the last stage and the first."""
-    found = []
+    flows = []
     for ranks in layout.groups("pp"):
-        pairs = list(zip(ranks, ranks[1:], strict=False))
-        if layout.interleave > 1:
-            pairs.append((ranks[-1], ranks[0]))
+        pairs = list(zip(ranks, ranks[1:], strict=False)) + ([(ranks[-1], ranks[0])] if layout.interleave > 1 else [])
         for earlier, later in pairs:
-            found += [Flow(earlier, later, "activation"), Flow(later, earlier, "gradient")]
-    return found
+            flows += [Flow(earlier, later, "activation"), Flow(later, earlier, "gradient")]
+    return flows
 
 
 def _flow_group(flow: Flow) -> dist.ProcessGroup:
     """Over gloo, through host memory, between GPUs too.
 
-    NCCL's receives run on the device until what they wait for is there. Whatever waits for the whole device meanwhile
-    (allocating page-locked memory does, and loading a kernel) can then wait for a message that depends on it.
+    An NCCL receive occupies the device until its message is there. What waits for the whole device meanwhile
+    (allocating page-locked memory, loading a kernel) can then be what that message depends on: a deadlock.
     """
     return _group((flow.sender, flow.receiver), flow.kind, backend="gloo")
 
@@ -240,15 +194,13 @@ def _ends(layout: Layout) -> list[tuple[int, ...]]:
     ]
 
 
-def _group(
-    ranks: tuple[int, ...], purpose: str = "", *, even_one: bool = False, backend: str | None = None
-) -> dist.ProcessGroup | None:
-    """The group of `ranks`, made once for each purpose; None for a single rank unless `even_one`.
+def _axis_group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    """The group of an axis; None for a single rank, which communicates with nobody."""
+    return _group(ranks) if len(ranks) > 1 else None
 
-    All ranks must call alike. `backend`: None for that of the run.
-    """
-    if len(ranks) == 1 and not even_one:
-        return None
+
+def _group(ranks: tuple[int, ...], purpose: str = "", *, backend: str | None = None) -> dist.ProcessGroup:
+    """The group of `ranks`, made once for each purpose. All ranks of the run call alike. `backend`: None: the run's."""
     if (ranks, purpose) not in _groups:
         _groups[ranks, purpose] = dist.new_group(list(ranks), backend=backend)
     return _groups[ranks, purpose]

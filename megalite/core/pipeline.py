@@ -1,7 +1,7 @@
-"""Hidden states, and gradients of them, from stage to stage.
+"""Pipeline communication: hidden states, and gradients of them, from stage to stage.
 
-Sends are asynchronous: a stage goes on with its next work while the last one's results are on their way. gloo cannot
-send CUDA tensors (it aborts the process), so over gloo they pass through host memory.
+Sends are asynchronous: a stage goes on with its next work while its results are on their way. gloo cannot send CUDA
+tensors (it aborts the process), so over gloo they pass through host memory.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megalite.core.parallel_state import ParallelState
 from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send
 
 MAX_SENDS = 8
-"""Sends in flight before a stage waits for the oldest; bounds the memory that a slow neighbour can hold."""
+"""Sends in flight before a stage waits for the oldest: a bound on the memory that a slow receiver costs."""
 
 
 def transport_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Where a tensor of `device` has to be for the group to send it."""
+    """Where a tensor of `device` has to be for `group` to send it; host memory without a group."""
     backend = dist.get_backend(group) if group is not None else ""
     return device if "nccl" in backend else torch.device("cpu")
 
@@ -37,11 +37,13 @@ class Outbox:
         self.sends: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """Hand a tensor over and return at once, unless MAX_SENDS are still on their way."""
+        """Begin to send a tensor and return at once, unless MAX_SENDS are still on their way."""
         while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
             self.sends.popleft()[0].wait()
         buffer = tensor.to(self.transport).contiguous()
-        self.sends.append((dist.isend(buffer, self.receiver, group=self.group), buffer))
+        work = dist.isend(buffer, self.receiver, group=self.group)
+        assert work is not None, "this rank is in the group"
+        self.sends.append((work, buffer))
 
     def drain(self) -> None:
         """Wait until every send has arrived."""
@@ -50,50 +52,45 @@ class Outbox:
 
 
 class StageLink:
-    """This rank's connection to the same tp rank of the neighbouring stages, in generation: forward only."""
+    """Inference: hidden states from the previous stage and to the next one, between ranks of the same tp rank."""
 
     def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
-        self.state = state
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
         pp = state.pp
         self.transport = transport_device(pp.group, device)
+        self.sender = pp.ranks[pp.rank - 1]
         self.outbox = Outbox(pp.ranks[(pp.rank + 1) % pp.size], None, self.transport)
+        self.send = self.outbox.send
+        """Begin to send [T, hidden] to the next stage."""
+        self.drain = self.outbox.drain
 
     def receive(self, num_tokens: int) -> Tensor:
         """[num_tokens, hidden] from the previous stage; blocks until it is here."""
         buffer = torch.empty(num_tokens, self.hidden_size, dtype=self.dtype, device=self.transport)
-        dist.recv(buffer, self.state.pp.ranks[self.state.pp.rank - 1])
+        dist.recv(buffer, self.sender)
         return buffer.to(self.device)
-
-    def send(self, hidden: Tensor) -> None:
-        """Hand [T, hidden] to the next stage and return at once."""
-        self.outbox.send(hidden)
-
-    def drain(self) -> None:
-        """Wait until every send has arrived."""
-        self.outbox.drain()
 
 
 class StageWork(Protocol):
-    """What a stage computes when `Pipeline.run` tells it to."""
+    """What a stage computes: the forward and backward passes that `Pipeline.run` calls. T tokens, D hidden size."""
 
     def rows(self, micro_batch: int) -> int:
-        """Rows of a micro batch's hidden states between stages."""
+        """T of a micro batch's hidden states between stages."""
 
     def forward(self, micro_batch: int, chunk: int, received: Tensor | None) -> Tensor | None:
-        """The hidden states for the next stage, None after the model's last chunk; `received`: of the previous one."""
+        """Run a chunk: hidden states [T, D] of the previous stage, if any -> those for the next stage, if any."""
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        """The gradient of what `forward` received, if anything; `gradient`: of what it gave, if anything."""
+        """Gradient [T, D] of what `forward` returned, if anything -> gradient of what it received, if anything."""
 
 
 class Pipeline:
-    """Carries out the instructions of `schedules` on one stage, over a communicator for each direction and kind.
+    """Training: executes the instructions of `schedules` on one stage, over a communicator for each `Flow`.
 
-    Each `Flow` holds messages of one direction only, and both ends come to them in the same order, so they need no
-    tags and none waits behind another that waits for it.
+    A flow has messages of one kind in one direction, and both ends handle them in the same order. So they need no tags,
+    and none waits behind another that depends on it.
     """
 
     def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
@@ -112,7 +109,7 @@ class Pipeline:
                 self.outward[flow.kind] = Outbox(flow.receiver, group, transport)
 
     def run(self, instructions: Sequence[Instruction], work: StageWork) -> None:
-        """Returns when this stage is done; its last sends may still be on their way, see `drain`."""
+        """Execute a schedule's instructions; afterwards sends may still be on their way, see `drain`."""
         arriving: dict[Receive, tuple[dist.Work, Tensor]] = {}
         leaving: dict[Send, Tensor | None] = {}
         for step in instructions:
@@ -126,8 +123,10 @@ class Pipeline:
                     received = self._arrived(arriving, Receive("gradient", micro_batch, chunk))
                     leaving[Send("gradient", micro_batch, chunk)] = work.backward(micro_batch, chunk, received)
                 case Send():
+                    tensor = leaving.pop(step)
+                    assert tensor is not None, step
                     with self.meter.phase("communication"):
-                        self.outward[step.kind].send(leaving.pop(step))
+                        self.outward[step.kind].send(tensor)
 
     def drain(self) -> None:
         """Wait until every send has arrived."""
@@ -137,10 +136,12 @@ class Pipeline:
     def _begin(self, message: Receive, rows: int) -> tuple[dist.Work, Tensor]:
         sender, group, transport = self.inward[message.kind]
         buffer = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=transport)
-        return dist.irecv(buffer, sender, group=group), buffer
+        work = dist.irecv(buffer, sender, group=group)
+        assert work is not None, "this rank is in the group"
+        return work, buffer
 
     def _arrived(self, arriving: dict[Receive, tuple[dist.Work, Tensor]], message: Receive) -> Tensor | None:
-        """What was to be received for a computation; None if nothing was."""
+        """The received input of a computation; None if it has none."""
         if message not in arriving:
             return None
         work, buffer = arriving.pop(message)

@@ -1,4 +1,4 @@
-"""What each pipeline stage does in which order, as lists of instructions: pure functions, no process and no torch.
+"""Pipeline schedules: what each stage does in which order, as lists of instructions. Pure functions, torch-free.
 
 1F1B (PipeDream-flush, arXiv 2006.09503, figure 3) for two stages and three micro batches:
 
@@ -14,7 +14,6 @@ transport needs no tags. A list is right for any number of micro batches, also f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +31,7 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Run it backwards."""
+    """Run the backward pass of a chunk on a micro batch."""
 
     micro_batch: int
     chunk: int
@@ -40,7 +39,7 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Receive:
-    """Begin to receive what a computation of this stage needs: the activation a forward, the gradient a backward."""
+    """Begin to receive the input of a forward (an activation) or backward (a gradient) of this stage."""
 
     kind: MessageKind
     micro_batch: int
@@ -49,7 +48,7 @@ class Receive:
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Begin to send the result of a computation of this stage: an activation of a forward, a gradient of a backward."""
+    """Begin to send the result of a forward (an activation) or backward (a gradient) of this stage."""
 
     kind: MessageKind
     micro_batch: int
@@ -65,25 +64,20 @@ def training(stages: int, stage: int, micro_batches: int, chunks: int = 1) -> li
 
     At most `in_flight(...)` micro batch chunks are between their forward and their backward at any time.
     """
-    rounds = -(-micro_batches // stages)
-    total = rounds * stages * chunks  # as if the last round were full: leaving out what is not there keeps the order
-    warm = min(in_flight(stages, stage, chunks) - 1, total)
-    forwards = [Forward(*_visit(index, stages, chunks)) for index in range(total)]
-    backwards = [
-        Backward(micro_batch, chunks - 1 - chunk)
-        for micro_batch, chunk in (_visit(index, stages, chunks) for index in range(total))
-    ]
+    visits = _visits(stages, micro_batches, chunks)
+    warm = min(in_flight(stages, stage, chunks) - 1, len(visits))
+    forwards = [Forward(micro_batch, chunk) for micro_batch, chunk in visits]
+    backwards = [Backward(micro_batch, chunks - 1 - chunk) for micro_batch, chunk in visits]
     order: list[Compute] = list(forwards[:warm])
     for forward, backward in zip(forwards[warm:], backwards, strict=False):
         order += [forward, backward]
-    order += backwards[total - warm :]
+    order += backwards[len(visits) - warm :]
     return _with_messages([step for step in order if step.micro_batch < micro_batches], stages, stage, chunks)
 
 
 def forward_only(stages: int, stage: int, micro_batches: int, chunks: int = 1) -> list[Instruction]:
     """The forward of every micro batch on one stage."""
-    rounds = -(-micro_batches // stages)
-    order = [Forward(*_visit(index, stages, chunks)) for index in range(rounds * stages * chunks)]
+    order: list[Compute] = [Forward(*visit) for visit in _visits(stages, micro_batches, chunks)]
     return _with_messages([step for step in order if step.micro_batch < micro_batches], stages, stage, chunks)
 
 
@@ -94,31 +88,28 @@ def in_flight(stages: int, stage: int, chunks: int = 1) -> int:
     return 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
 
 
-def _visit(index: int, stages: int, chunks: int) -> tuple[int, int]:
-    """Micro batch and chunk of the index-th forward: rounds of `stages` micro batches through chunk after chunk."""
-    number, place = divmod(index, stages * chunks)
-    return number * stages + place % stages, place // stages
+def _visits(stages: int, micro_batches: int, chunks: int) -> list[tuple[int, int]]:
+    """(micro batch, chunk) of the forwards in order: rounds of `stages` micro batches through chunk after chunk.
+
+    As if the last round were full: dropping the micro batches that do not exist later keeps the order.
+    """
+    rounds = range(-(-micro_batches // stages))
+    return [(r * stages + place, chunk) for r in rounds for chunk in range(chunks) for place in range(stages)]
 
 
 def _with_messages(order: list[Compute], stages: int, stage: int, chunks: int) -> list[Instruction]:
     """With receives before and sends after; a receive begins one computation early, so that it overlaps with it."""
-    first, last = stage == 0, stage == stages - 1
-
-    def receives(step: Compute) -> Iterator[Receive]:
-        if isinstance(step, Forward) and not (first and step.chunk == 0):
-            yield Receive("activation", step.micro_batch, step.chunk)
-        if isinstance(step, Backward) and not (last and step.chunk == chunks - 1):
-            yield Receive("gradient", step.micro_batch, step.chunk)
-
-    def sends(step: Compute) -> Iterator[Send]:
-        if isinstance(step, Forward) and not (last and step.chunk == chunks - 1):
-            yield Send("activation", step.micro_batch, step.chunk)
-        if isinstance(step, Backward) and not (first and step.chunk == 0):
-            yield Send("gradient", step.micro_batch, step.chunk)
-
-    instructions: list[Instruction] = [one for step in order[:1] for one in receives(step)]
-    for step, following in zip(order, [*order[1:], None], strict=True):
-        if following is not None:
-            instructions += receives(following)
-        instructions += [step, *sends(step)]
+    last = stages * chunks - 1
+    receives: list[list[Instruction]] = []
+    sends: list[list[Instruction]] = []
+    for step in order:
+        position = step.chunk * stages + stage  # of the chunk in the model
+        kind: MessageKind = "activation" if isinstance(step, Forward) else "gradient"
+        begin, end = (0, last) if kind == "activation" else (last, 0)
+        receives.append([] if position == begin else [Receive(kind, step.micro_batch, step.chunk)])
+        sends.append([] if position == end else [Send(kind, step.micro_batch, step.chunk)])
+    receives.append([])
+    instructions = receives[0]
+    for step, following, sent in zip(order, receives[1:], sends, strict=True):
+        instructions += [*following, step, *sent]
     return instructions

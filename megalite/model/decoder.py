@@ -1,4 +1,4 @@
-"""The one model definition: a decoder built from parallel layers, for training and generation, in any layout.
+"""The model definition: one decoder-only transformer for all families, for training and generation, in any layout.
 
     token ids --embed--> x --> [ x + attn(norm(x)), x + mlp(norm(x)) ] per layer --> hidden --norm, head--> logits
                 first stage              this stage's layers                           last stage
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.functional import gated
+from megalite.core.functional import ACTIVATIONS, gated
 from megalite.core.layers import (
     ColumnParallelLinear,
     LayerNorm,
@@ -31,8 +31,6 @@ from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
 from megalite.model.config import ModelConfig
 from megalite.model.rope import Rotary, Rotation
-
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def make_norm(config: ModelConfig, state: ParallelState) -> nn.Module:
@@ -103,7 +101,7 @@ def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         normalize_top_k=moe.normalize_top_k,
-        activation=ACTIVATIONS[config.activation],
+        activation=config.activation,
         state=state,
     )
 

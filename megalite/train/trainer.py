@@ -18,6 +18,7 @@ from torch import Tensor
 from megalite.config.parallel_rules import zero_refusal
 from megalite.config.schema import OptimizerSection
 from megalite.core.collectives import all_reduce_sum
+from megalite.core.megatron import as_mpu
 from megalite.core.parallel_state import ParallelState
 from megalite.core.schedules import training
 from megalite.errors import ConfigError, Problem
@@ -105,7 +106,7 @@ class Trainer:
                 config=deepspeed_config(
                     optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {}
                 ),
-                mpu=self.state.as_mpu(),
+                mpu=as_mpu(self.state),
                 dist_init_required=False,
             )
         zero.begin_optimizer(self.optimizer, self.engine.optimizer, zero_stage)
