@@ -27,7 +27,7 @@ from megalite import terminal
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
-from megalite.config.typecheck import hints, holds_text
+from megalite.config.typecheck import hints, mentions
 from megalite.config.validate import layout_words, num_ranks, world_size_problem
 from megalite.errors import (
     EXIT_CRASH,
@@ -388,7 +388,7 @@ def _misplaced(loaded: Loaded, place: LaunchEnv | None, argv: Sequence[str], opt
         if options.hosts:
             found.append(_usage_problem(options.hosts[0], "can't be used by a rank", "Start with plain python."))
         if place.launcher == "deepspeed" and place.over_hosts and not options.sha256:
-            texts = [key for key, hint in hints(type(loaded.config)).items() if holds_text(hint)]
+            texts = [key for key, hint in hints(type(loaded.config)).items() if mentions(hint, str, Any)]
             given = [key for key in texts if loaded.origins[key] == COMMAND_LINE]
             instead = f"python {' '.join(options.program)} --hostfile HOSTS --config {options.config} KEY=VALUE ..."
             found += distrust(given, options.overrides, instead)

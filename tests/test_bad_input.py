@@ -177,14 +177,16 @@ CASES = {
     "null for a number": given("parallel.tp=null", "must be a whole number, got null"),
     "hexadecimal": given("parallel.tp=0x2", "must be a whole number, got '0x2'"),
     "huge number": given("parallel.tp=" + "9" * 5000, "parallel.tp: must be a whole number"),
-    "bare key": given("parallel.tp", "parallel.tp: needs a value. Write parallel.tp=VALUE."),
-    "no value": given("parallel.tp=", "parallel.tp: needs a value after the `=`"),
-    "no key": given("=2", "needs a key before the `=`, got '=2'"),
-    "spaces within": given("parallel.tp = 2", "has spaces round its `=`. Write parallel.tp=2."),
+    "bare key": given(
+        "parallel.tp", "parallel.tp: an override is written section.key=value", "Write parallel.tp=VALUE."
+    ),
+    "no value": given("parallel.tp=", "Write parallel.tp=VALUE."),
+    "no key": given("=2", "an override is written section.key=value", "Write section.key=2."),
+    "spaces within": given("parallel.tp = 2", "without spaces round its `=`. Write parallel.tp=2."),
     "spaces, three words": Case(args=("parallel.tp", "=", "2"), says=("spaces round its `=`. Write parallel.tp=2.",)),
     "space after": Case(args=("parallel.tp=", "2"), says=("spaces round its `=`. Write parallel.tp=2.",)),
     "space before": Case(args=("parallel.tp", "=2"), says=("spaces round its `=`. Write parallel.tp=2.",)),
-    "space for =": Case(args=("--parallel.tp", "2"), says=("parallel.tp: needs an `=`. Write parallel.tp=2.",)),
+    "space for =": Case(args=("--parallel.tp", "2"), says=("Write parallel.tp=2.",)),
     "twice": Case(args=("parallel.tp=2", "parallel.tp=4"), says=("is set twice. Keep one of", "parallel.tp=4")),
     "twice, in pieces": Case(
         args=("sampling.logit_bias={5: 1}", "sampling.logit_bias.5=2"), says=("sampling.logit_bias.5: is set twice",)
@@ -828,4 +830,4 @@ def test_the_package_installs_no_command_of_another_project(monkeypatch):
     given = {}
     monkeypatch.setattr("setuptools.setup", given.update)
     runpy.run_path(str(ROOT / "setup.py"))
-    assert [one.split(" = ")[0] for one in given["entry_points"]["console_scripts"]] == ["megalite-eval"]
+    assert [one.split(" = ")[0] for one in given["entry_points"]["console_scripts"]] == ["megalite", "megalite-eval"]

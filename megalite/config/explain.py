@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from megalite.config import schema
-from megalite.config import yaml_lines as document
+from megalite.config import schema, yaml_lines
 from megalite.config.load import SCHEMAS, Kind, Loaded
+from megalite.config.rules import NO_BOUNDS
 from megalite.config.typecheck import hints, sections
 
 _WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null", Any: "any"}
@@ -40,8 +40,11 @@ def _explain_fields(owner: type) -> list[str]:
 
 
 def _explain_key(field: Field, name: str, hint: Any, note: str) -> str:
-    default = field.default_factory() if field.default is MISSING else field.default
-    head = f"{name}  ({_words(hint)}; default {document.write_inline(default)})"
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    bounds = field.metadata.get("bounds", NO_BOUNDS)
+    kind = ", ".join(filter(None, (_words(hint), str(bounds), f"at most {bounds.cap}" if bounds.cap else "")))
+    needed = "required" if bounds.needed else f"default {yaml_lines.write(default, inline=True)}"
+    head = f"{name}  ({kind}; {needed})"
     return "\n".join([head, *textwrap.wrap(note, _WIDTH, initial_indent="    ", subsequent_indent="    ")])
 
 
@@ -79,7 +82,7 @@ def table(loaded: Loaded) -> str:
         for name in key.split("."):
             value = getattr(value, name)
         assert not is_dataclass(value), key
-        rows.append((key, document.write_inline(value), loaded.origins[key]))
+        rows.append((key, yaml_lines.write(value, inline=True), loaded.origins[key]))
     keys = max(len(key) for key, _, _ in rows)
     values = max(len(text) for _, text, _ in rows if len(text) <= 40)
     return "\n".join(f"{key:{keys}}  {text:{values}}  {origin}" for key, text, origin in rows)

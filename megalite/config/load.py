@@ -7,6 +7,7 @@ at once; OmegaConf builds the dataclasses. Nothing in a value is expanded: no `$
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,14 +19,14 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 
-from megalite.config import yaml_lines as document
+from megalite.config import yaml_lines
 from megalite.config.sampling import token_key
 from megalite.config.schema import Config, HybridConfig, InferConfig, TrainConfig
 from megalite.config.typecheck import (
     hints,
-    is_free,
     is_mapping,
     is_text,
+    mentions,
     misfit,
     nearest_path,
     printable,
@@ -41,7 +42,8 @@ Kind = Literal["infer", "train", "hybrid"]
 SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig, "hybrid": HybridConfig}
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
-_KEY = re.compile(r"-*[a-z_]+\.[a-z_]|.*=")
+_KEY = re.compile(r"-*[a-z_]+\.[a-z_]|[^=]+=.")
+"""Begins an override."""
 MOST_BYTES = 1 << 20
 """Of a config file. Prompts that take more belong in a file of their own."""
 LITERAL_KEYS = ("input.prompts", "sampling.stop", "train.sample_prompts")
@@ -112,9 +114,9 @@ def loaded_from(config: Config, origins: dict[str, str] | None = None) -> Loaded
         inner[name] = with_floats(hint, inner[name])
         if origins[key] != DEFAULT:
             reduce(lambda there, part: there.setdefault(part, {}), section, given)[name] = inner[name]
-    text = document.write(tree)
+    text = yaml_lines.write(tree)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Loaded(config=config, origins=origins, text=text, given=document.write(given), sha256=sha256)
+    return Loaded(config=config, origins=origins, text=text, given=yaml_lines.write(given), sha256=sha256)
 
 
 def with_defaults(loaded: Loaded, section: str, values: dict[str, Any], origin: str) -> Loaded:
@@ -142,32 +144,35 @@ def with_origins(problems: Iterable[Problem], origins: dict[str, str]) -> list[P
 
 
 def _from_file(schema: type, path: str | Path) -> tuple[list[_Setting], list[Problem]]:
-    name = str(path)
-    root = document.read(_read_text(Path(path)), printable(name)).value
+    name = printable(path)
+    root, lines = yaml_lines.read_lines(_read_text(Path(path)), name)
     if not isinstance(root, dict):
-        raise ConfigError(Problem(key=name, rule=f"must hold sections, e.g. `{next(iter(sections(schema)))}:`"))
+        raise ConfigError(Problem(key=str(path), rule=f"must hold sections, e.g. `{next(iter(sections(schema)))}:`"))
     settings: list[_Setting] = []
     problems: list[Problem] = []
-    _collect(schema, "", root, printable(name), settings, problems)
+
+    def collect(section: dict, path: tuple) -> None:
+        for key, value in section.items():
+            at = (*path, key)
+            full, origin = ".".join(map(str, at)), f"{name}:{lines[at]}"
+            if full in hints(schema):
+                settings.append(_Setting(full, (), value, origin))
+            elif full not in sections(schema):
+                problems.append(unknown_key(full, schema, origin))
+            elif isinstance(value, dict):
+                collect(value, at)
+            elif value is not None:
+                example = _a_key_of(schema, full).removeprefix(f"{full}.")
+                fix = f"Write `{full}: {{{example}: ...}}`."
+                problems.append(problem(full, "is a section and must hold keys", value, fix, origin))
+
+    collect(root, ())
     return settings, problems
 
 
-def _collect(
-    schema: type, prefix: str, entries: dict, name: str, settings: list[_Setting], problems: list[Problem]
-) -> None:
-    """Sort the entries of the section called `prefix` (empty: the whole file) into settings and problems."""
-    for key, entry in entries.items():
-        full, at = f"{prefix}{key}", f"{name}:{entry.line}"
-        if full in hints(schema):
-            settings.append(_Setting(full, (), entry.plain(), at))
-        elif full not in sections(schema):
-            problems.append(unknown_key(full, schema, at))
-        elif isinstance(entry.value, dict):
-            _collect(schema, f"{full}.", entry.value, name, settings, problems)
-        elif entry.value is not None:
-            example = next(key for key in hints(schema) if key.startswith(f"{full}."))
-            fix = f"Write `{full}: {{{example.removeprefix(f'{full}.')}: ...}}`."
-            problems.append(problem(full, "is a section and must hold keys", entry.value, fix, at))
+def _a_key_of(schema: type, section: str) -> str:
+    """For examples in messages."""
+    return next(key for key in hints(schema) if key.startswith(f"{section}."))
 
 
 def _read_text(path: Path) -> str:
@@ -206,40 +211,26 @@ def _from_command_line(schema: type, overrides: Sequence[str]) -> list[_Setting 
 
 
 def _split(overrides: Sequence[str]) -> Iterable[tuple[str, str] | Problem]:
-    """Each override as (key, text of the value)."""
+    """Each override as (key, text of the value). Spaces round the `=`, where the shell cuts it, are told to go."""
     rest = list(overrides)
     while rest:
         token = rest.pop(0).removeprefix("--")
-        parts = [token]
-        # The shell cuts `a = b`, `a= b` and `a =b` into several words.
-        if "=" not in token and rest and rest[0].startswith("="):
-            parts.append(rest.pop(0))
-        if parts[-1].endswith("=") and rest and "=" not in rest[0]:
-            parts.append(rest.pop(0))
-        if "=" not in token and len(parts) == 1 and "." in token and rest and not _KEY.match(rest[0]):
-            yield _line(printable(token), "needs an `=`", f"Write {printable(f'{token}={rest.pop(0)}')}.")
-            continue
-        key, equals, value = " ".join(parts).partition("=")
-        tidy = f"{key.strip()}={value.strip()}"
-        if not equals:
-            yield _line(printable(key), "needs a value", f"Write {printable(key)}=VALUE.")
-        elif not key.strip():
-            yield _line(
-                "", f"an override needs a key before the `=`, got {printable(token)!r}", "Write section.key=VALUE."
-            )
-        elif not value.strip():
-            yield _line(printable(key), "needs a value after the `=`", f"Write {printable(key)}=VALUE.")
-        elif (key, value) != (key.strip(), value.strip()):
-            yield _line(printable(key.strip()), "has spaces round its `=`", f"Write {printable(tidy)}.")
-        else:
+        key, _, value = token.partition("=")
+        if key and value and key == key.strip() and value == value.strip():
             yield key, value
+            continue
+        while rest and not _KEY.match(rest[0]):
+            token = f"{token} {rest.pop(0)}"
+        key, *values = re.split(r"\s*=\s*|\s+", token.strip(), maxsplit=1)
+        meant = f"{key or 'section.key'}={''.join(values) or 'VALUE'}"
+        rule = "an override is written section.key=value, without spaces round its `=`"
+        yield _line(printable(key), rule, f"Write {printable(meant)}.")
 
 
 def _override(schema: type, typed: str, text: str) -> _Setting | Problem:
     known = hints(schema)
     if typed in sections(schema):
-        example = next(key for key in known if key.startswith(f"{typed}."))
-        return _line(typed, "is a section", f"Set one of its keys, e.g. {example}=VALUE.")
+        return _line(typed, "is a section", f"Set one of its keys, e.g. {_a_key_of(schema, typed)}=VALUE.")
     parts = typed.split(".")
     key = next((key for key in accumulate(parts, "{}.{}".format) if key in known), None)
     if key is None:
@@ -247,21 +238,16 @@ def _override(schema: type, typed: str, text: str) -> _Setting | Problem:
     inside: tuple[str | int, ...] = tuple(parts[key.count(".") + 1 :])
     if inside and not (is_mapping(known[key]) and all(inside)):
         return _line(printable(typed), f"unknown key: {key} has no keys of its own", f"Did you mean {key}?")
-    try:
-        value = _typed_value(typed, known[key], bool(inside), text)
-    except ConfigError as error:
-        return replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE)
+    value: Any = text
+    literal = not inside and (is_text(known[key]) or (known[key] is Any and text[0] not in "[{"))
+    if not literal or text in ("null", "~") or text[0] in "\"'":  # else a colon or a number needs no quotes
+        try:
+            value = yaml_lines.read(text, typed)
+        except ConfigError as error:
+            return replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE)
     if inside and key == "sampling.logit_bias":
         inside = tuple(token_key(part) for part in inside)
     return _Setting(key, inside, value, COMMAND_LINE)
-
-
-def _typed_value(key: str, hint: Any, inside: bool, text: str) -> Any:
-    """The value typed after `=`. For text it is taken as it stands, so that a colon or a number needs no quotes."""
-    literal = not inside and (is_text(hint) or (hint is Any and text[0] not in "[{"))
-    if literal and text not in ("null", "~") and text[0] not in "\"'":
-        return text
-    return document.read(text, key).plain()
 
 
 def _line(key: str, rule: str, fix: str = "") -> Problem:
@@ -277,29 +263,15 @@ def _check(schema: type, setting: _Setting) -> Problem | None:
     for part in reversed(setting.inside):
         value = {part: value}
     if key not in LITERAL_KEYS:
-        for text in _texts(value):
-            if "${" in text or text.strip("\\") == "???":
-                fix = "Write the value itself; `${...}` and `???` are not expanded."
-                return problem(key, "must be a plain value", text, fix, setting.origin)
+        if re.search(r'\$\{|"\\*\?\?\?"', json.dumps(value)):
+            fix = "Write the value itself; `${...}` and `???` are not expanded."
+            return problem(key, "must be a plain value", setting.value, fix, setting.origin)
     if is_text(hint) and isinstance(value, str):
         if not value.strip():
             return problem(key, "must not be empty", value, "Leave it out, or write null.", setting.origin)
         if not value.isprintable():
             return problem(key, "must be printable text on one line", value, "", setting.origin)
     return misfit(key, hint, value, setting.origin)
-
-
-def _texts(value: Any) -> Iterable[str]:
-    """Every text in a value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for one in value:
-            yield from _texts(one)
-    elif isinstance(value, dict):
-        for name, one in value.items():
-            yield from _texts(name)
-            yield from _texts(one)
 
 
 def _merge(schema: type, settings: list[_Setting]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -323,14 +295,13 @@ def _merge(schema: type, settings: list[_Setting]) -> tuple[dict[str, Any], dict
 
 def _build(schema: type, values: dict[str, Any]) -> Any:
     """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it."""
-    free = {key: value for key, value in values.items() if is_free(hints(schema)[key]) or key in LITERAL_KEYS}
-    settled: dict[str, Any] = {}
-    for key in values.keys() - free.keys():
-        *section, name = key.split(".")
-        reduce(lambda tree, part: tree.setdefault(part, {}), section, settled)[name] = values[key]
+    free = [key for key in values if mentions(hints(schema)[key], Any) or key in LITERAL_KEYS]
+    settled = OmegaConf.create()
+    for key in values.keys() - set(free):
+        OmegaConf.update(settled, key, values[key], merge=False)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settled))
-    for key, value in free.items():
-        config = _with(config, key.split("."), value)
+    for key in free:
+        config = _with(config, key.split("."), values[key])
     return config
 
 

@@ -58,6 +58,9 @@ class Bounds:
         return None
 
 
+NO_BOUNDS = Bounds(limits={})
+
+
 def key(
     default: Any = None, *, cap: int | None = None, unit: str = "", fix: str = "", needed: str = "", **limits: float
 ) -> Any:
@@ -76,10 +79,8 @@ def bounds_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
         value = getattr(section, one.name)
         if one.name in inner:
             yield from bounds_problems(value, f"{prefix}{one.name}.")
-        elif bounds := one.metadata.get("bounds"):
-            found = bounds.problem(f"{prefix}{one.name}", known[one.name], value)
-            if found is not None:
-                yield found
+        elif found := one.metadata.get("bounds", NO_BOUNDS).problem(f"{prefix}{one.name}", known[one.name], value):
+            yield found
 
 
 class ModelFacts(Protocol):

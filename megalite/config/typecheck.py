@@ -9,12 +9,14 @@ import difflib
 import json
 import math
 import os
+import re
 import shlex
 import types
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megalite.errors import Problem
 
@@ -52,51 +54,39 @@ def problem(key: str, rule: str, value: object, fix: str = "", origin: str = "")
 
 
 @cache
-def hints(schema: type) -> dict[str, Any]:
-    """Type of each key of a config class by its dotted name: `section.key`, plain names in a section."""
-    types_of = get_type_hints(schema)
+def _names(schema: type) -> dict[str, Any]:
+    """Type of each key and section of a config class by its dotted name, in the order of the schema."""
+    known = get_type_hints(schema)
     found: dict[str, Any] = {}
     for field in fields(schema):
-        hint = types_of[field.name]
+        hint = found[field.name] = known[field.name]
         if is_dataclass(hint):
-            found |= {f"{field.name}.{key}": inner for key, inner in hints(hint).items()}
-        else:
-            found[field.name] = hint
+            found |= {f"{field.name}.{name}": inner for name, inner in _names(hint).items()}
     return found
+
+
+@cache
+def hints(schema: type) -> dict[str, Any]:
+    """Type of each key of a config class by its dotted name: `section.key`, plain names in a section."""
+    return {name: hint for name, hint in _names(schema).items() if not is_dataclass(hint)}
 
 
 @cache
 def sections(schema: type) -> dict[str, type]:
     """The section class behind each dotted name that is a section; a section may hold further ones."""
-    types_of = get_type_hints(schema)
-    found: dict[str, type] = {}
-    for field in fields(schema):
-        hint = types_of[field.name]
-        if is_dataclass(hint):
-            found[field.name] = hint
-            found |= {f"{field.name}.{name}": inner for name, inner in sections(hint).items()}
-    return found
+    return {name: hint for name, hint in _names(schema).items() if is_dataclass(hint)}
 
 
 def unknown_key(key: str, schema: type, origin: str = "") -> Problem:
     """The problem of a key that `schema` doesn't have, with the nearest one that it has."""
-    near = nearest_key(key, schema)
-    fix = f"Did you mean {near}?" if near else "--help lists all keys."
+    known = list(_names(schema))
+    section, _, name = key.rpartition(".")
+    here = [other for other in known if other.rpartition(".")[0] == section]
+    near = [VLLM_NAMES[name]] if VLLM_NAMES.get(name) in known else []
+    near = near or [other for other in known if other.rpartition(".")[2] == name]
+    near = near or difflib.get_close_matches(key, here, n=1) or difflib.get_close_matches(key, known, n=1)
+    fix = f"Did you mean {near[0]}?" if near else "--help lists all keys."
     return Problem(key=printable(key), rule="unknown key", fix=fix, origin=origin)
-
-
-def nearest_key(key: str, schema: type) -> str:
-    """The known key that was probably meant, or an empty string."""
-    known = [*hints(schema), *sections(schema)]
-    *section, name = key.split(".")
-    if VLLM_NAMES.get(name) in known and key not in known:
-        return VLLM_NAMES[name]
-    same_name = [other for other in known if other.rpartition(".")[2] == name]
-    if same_name:
-        return same_name[0]
-    here = [other for other in known if other.split(".")[:-1] == section]
-    close = difflib.get_close_matches(key, here, n=1, cutoff=0.6) or difflib.get_close_matches(key, known, n=1)
-    return close[0] if close else ""
 
 
 def nearest_path(path: str | Path, *, folders: bool = False) -> str:
@@ -139,22 +129,12 @@ def printable(text: object) -> str:
 
 def is_text(hint: Any) -> bool:
     """The field holds text (or null)."""
-    return str in (get_args(hint) if _is_union(hint) else (hint,))
-
-
-def holds_text(hint: Any) -> bool:
-    """The field holds text somewhere, other than one of a few words."""
-    return hint in (str, Any) or (get_origin(hint) is not Literal and any(map(holds_text, get_args(hint))))
+    return hint is str or is_optional(hint) and get_args(hint)[0] is str
 
 
 def is_mapping(hint: Any) -> bool:
     """The field holds a mapping (or null)."""
-    return any(get_origin(one) is dict for one in (get_args(hint) if _is_union(hint) else (hint,)))
-
-
-def is_free(hint: Any) -> bool:
-    """The field holds values whose types are not settled by the schema."""
-    return hint is Any or any(is_free(inner) for inner in get_args(hint))
+    return get_origin(get_args(hint)[0] if is_optional(hint) else hint) is dict
 
 
 def is_optional(hint: Any) -> bool:
@@ -162,9 +142,14 @@ def is_optional(hint: Any) -> bool:
     return types.NoneType in get_args(hint)
 
 
+def mentions(hint: Any, *some: Any) -> bool:
+    """One of these types is in the field's type, however deep."""
+    return hint in some or any(mentions(inner, *some) for inner in get_args(hint))
+
+
 def with_floats(hint: Any, value: Any) -> Any:
     """`value`, which fits `hint`, with its whole numbers as floats where the hint says float."""
-    if _is_union(hint):
+    if is_optional(hint):
         return None if value is None else with_floats(get_args(hint)[0], value)
     if hint is float:
         return float(value)
@@ -177,86 +162,68 @@ def with_floats(hint: Any, value: Any) -> Any:
 
 def misfit(key: str, hint: Any, value: object, origin: str = "") -> Problem | None:
     """The problem if `value` is not of type `hint`; for a list or mapping that of its first wrong element."""
-    if _is_union(hint):
-        inner = [one for one in get_args(hint) if one is not types.NoneType]
-        return None if value is None else _misfit(key, inner[0], value, origin, " or null")
-    return _misfit(key, hint, value, origin, "")
+    found = _misfit(key, hint, value)
+    return None if found is None else replace(found, origin=origin)
 
 
-def _misfit(key: str, hint: Any, value: object, origin: str, or_null: str) -> Problem | None:
-    if hint is Any:
-        return _free_misfit(key, value, origin)
-    kind = get_origin(hint)
-    if kind is Literal:
-        return _choice_misfit(key, get_args(hint), value, origin, or_null)
+def _misfit(key: str, hint: Any, value: object) -> Problem | None:
+    or_null = ""
+    if is_optional(hint):
+        if value is None:
+            return None
+        hint, or_null = get_args(hint)[0], " or null"
+    if hint is Any:  # anything goes, but the keys of mappings are text
+        if not isinstance(value, list | tuple | dict):
+            return None
+        hint = dict[str, Any] if isinstance(value, dict) else list[Any]
+    kind, inner = get_origin(hint), get_args(hint)
     if kind is list:
         if not isinstance(value, list | tuple):
-            (element,) = get_args(hint)
             fix = "" if isinstance(value, dict) or value is None else f"For one, write [{_inline(value)}]."
-            return problem(key, f"must be a list of {_PLURALS[element]}{or_null}", value, fix, origin)
-        found = (misfit(f"{key}[{i}]", get_args(hint)[0], one, origin) for i, one in enumerate(value))
-        return next(filter(None, found), None)
-    if kind is dict:
-        return _mapping_misfit(key, hint, value, origin, or_null)
-    fits = type(value) is hint or (hint is float and type(value) is int)
-    if isinstance(value, float) and hint is float:
-        return None if math.isfinite(value) else problem(key, "must be a finite number", value, "", origin)
-    return None if fits else problem(key, f"must be {_WORDS[hint]}{or_null}", value, _type_fix(hint, value), origin)
+            return problem(key, f"must be a list of {_PLURALS[inner[0]]}{or_null}", value, fix)
+        parts: Iterable[tuple[str, object]] = ((f"{key}[{i}]", one) for i, one in enumerate(value))
+    elif kind is dict:
+        if not isinstance(value, dict):
+            return problem(key, f"must be a mapping {{key: value}}{or_null}", value)
+        odd = [name for name in value if type(name) is not inner[0]]
+        if odd:
+            return problem(key, f"its keys must be {_PLURALS[inner[0]]}", odd[0], _type_fix(inner[0], odd[0]))
+        parts = ((f"{key}.{printable(name)}", one) for name, one in value.items())
+    else:
+        return _scalar_misfit(key, hint, value, or_null)
+    return next(filter(None, (_misfit(part, inner[-1], one) for part, one in parts)), None)
 
 
-def _choice_misfit(key: str, choices: tuple, value: object, origin: str, or_null: str) -> Problem | None:
-    if any(type(value) is type(choice) and value == choice for choice in choices):
-        return None
-    close = difflib.get_close_matches(str(value).lower(), [str(choice) for choice in choices], n=1, cutoff=0.5)
-    fix = f"Did you mean {close[0]}?" if close else ""
-    return problem(key, f"must be one of {', '.join(map(str, choices))}{or_null}", value, fix, origin)
-
-
-def _mapping_misfit(key: str, hint: Any, value: object, origin: str, or_null: str) -> Problem | None:
-    key_type, value_type = get_args(hint)
-    if not isinstance(value, dict):
-        return problem(key, f"must be a mapping {{key: value}}{or_null}", value, "", origin)
-    for name, inner in value.items():
-        if type(name) is not key_type:
-            return problem(key, f"its keys must be {_PLURALS[key_type]}", name, _type_fix(key_type, name), origin)
-        found = misfit(f"{key}.{printable(name)}", value_type, inner, origin)
-        if found:
-            return found
-    return None
-
-
-def _free_misfit(key: str, value: object, origin: str) -> Problem | None:
-    """Anything goes, but the keys of mappings are text."""
-    if isinstance(value, list | tuple):
-        return next(filter(None, (_free_misfit(f"{key}[{i}]", one, origin) for i, one in enumerate(value))), None)
-    if isinstance(value, dict):
-        return _mapping_misfit(key, dict[str, Any], value, origin, "")
-    return None
+def _scalar_misfit(key: str, hint: Any, value: object, or_null: str) -> Problem | None:
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        if any(type(value) is type(choice) and value == choice for choice in choices):
+            return None
+        close = difflib.get_close_matches(str(value).lower(), map(str, choices), n=1, cutoff=0.5)
+        fix = f"Did you mean {close[0]}?" if close else ""
+        return problem(key, f"must be one of {', '.join(map(str, choices))}{or_null}", value, fix)
+    if type(value) is hint or (hint is float and type(value) is int):
+        finite = not isinstance(value, float) or math.isfinite(value)
+        return None if finite else problem(key, "must be a finite number", value)
+    return problem(key, f"must be {_WORDS[hint]}{or_null}", value, _type_fix(hint, value))
 
 
 def _type_fix(hint: type, value: object) -> str:
     """How to write `value` so that it has type `hint`, where that can be told."""
+    text = str(value)
     if hint is str and not isinstance(value, list | dict) and value is not None:
         return f'Put it in quotes: "{_inline(value)}".'
-    if hint in (int, float) and isinstance(value, str):
-        try:
-            number = hint(value)
-        except (ValueError, OverflowError):
-            return ""
-        without = "a leading zero" if value.lstrip("+-")[:1] == "0" else "quotes"
-        return f"Write {number}, without {without}." if math.isfinite(number) else ""
+    if hint is bool:
+        meant = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+        word = meant.get(text.lower(), text.lower())
+        return f"Write {word}." if word in ("true", "false") else ""
+    if hint in (int, float) and re.fullmatch(r"[-+]?\d{1,20}" + (r"(\.\d+)?" if hint is float else ""), text):
+        without = "a leading zero" if re.match(r"[-+]?0\d", text) else "quotes"
+        return f"Write {hint(text)}, without {without}."
     if hint is int and isinstance(value, float) and value.is_integer():
         return f"Write {int(value)}."
-    if hint is bool:
-        word = str(value).lower()
-        meant = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}.get(word)
-        return f"Write {meant or word}." if meant or word in ("true", "false") else ""
     return ""
 
 
 def _inline(value: object) -> str:
     return value if isinstance(value, str) and len(value) < 40 else shown(value)
-
-
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)

@@ -1,13 +1,14 @@
-"""The YAML that config files are written in: values with line numbers in, exact text out.
+"""The YAML of config files: PyYAML's safe loader with the plain values of YAML 1.2, and the line of each key.
 
-A strict subset of YAML 1.2: `yes`, `on`, `010`, `0x1F`, `1:30` and dates are text, keys may not repeat, and aliases and
-tags are refused. What `write` gives, `read` gives back exactly.
+`yes`, `on`, `010`, `0x1F`, `1:30` and dates are text; keys may not repeat; aliases and tags are refused. What `write`
+gives, `read` gives back exactly.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -15,32 +16,60 @@ from megalite.errors import ConfigError, Problem
 
 _TAG = "tag:yaml.org,2002:"
 _DIGITS = r"(?:0|[1-9][0-9]{0,39})"
-_PATTERNS = {
-    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
-    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    "int": re.compile(rf"^[-+]?{_DIGITS}$"),
-    "float": re.compile(
-        rf"^[-+]?(?:{_DIGITS}\.[0-9]*(?:[eE][-+]?[0-9]+)?|{_DIGITS}[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-        r"|\.inf|\.Inf|\.INF)$|^(?:\.nan|\.NaN|\.NAN)$"
-    ),
+_PLAIN_VALUES = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": rf"[-+]?{_DIGITS}",
+    "float": rf"[-+]?(?:{_DIGITS}\.[0-9]*(?:[eE][-+]?[0-9]+)?|{_DIGITS}[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+    r"|\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
 }
-_READERS = {
-    "null": lambda text: None,
-    "bool": lambda text: text.lower() == "true",
-    "int": int,
-    "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
-}
-_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What is no text; PyYAML reads these as YAML 1.2 does."""
+
+Lines = dict[tuple, int]
+"""The line, from 1, on which the value of each key begins; keys as paths of mappings that are not inside a list."""
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML, but not of the kind that is read."""
+
+    def __init__(self, complaint: str, mark: yaml.Mark):
+        super().__init__(problem=complaint, problem_mark=mark)
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise _Refused(problem="aliases (*name) are not read; write the value out", problem_mark=mark)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _Refused("aliases (*name) are not read; write the value out", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            tag = event.tag.replace(_TAG, "!!")
+            raise _Refused(f"the tag {tag!r} is not read; write the plain value", event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise _Refused("a key must be one word or number, not a list or mapping", key_node.start_mark)
+            key = self.construct_object(key_node)
+            if key in seen:
+                raise _Refused(f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep=True)
+
+    def construct_yaml_str(self, node):
+        if re.search("[\ud800-\udfff]", node.value):
+            raise _Refused("text holds half of a surrogate pair, which is not Unicode", node.start_mark)
+        return node.value
+
+    def lines(self, node: yaml.Node, path: tuple = ()) -> Iterator[tuple[tuple, int]]:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, child in node.value:
+                inner = (*path, self.construct_object(key_node))
+                yield inner, child.start_mark.line + 1
+                yield from self.lines(child, inner)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -53,11 +82,6 @@ class _Dumper(yaml.SafeDumper):
         return super().increase_indent(flow, False)
 
 
-for _name, _pattern in _PATTERNS.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_TAG + _name, _pattern, [None])
-
-
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
     text = {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(repr(value), repr(value))
     return dumper.represent_scalar(_TAG + "float", text)
@@ -68,51 +92,44 @@ def _represent_text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
     return dumper.represent_scalar(_TAG + "str", value, style=None if value.isprintable() else '"')
 
 
+for _name, _pattern in _PLAIN_VALUES.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [None])
+_Loader.add_constructor(_TAG + "str", _Loader.construct_yaml_str)
 _Dumper.add_representer(float, _represent_float)
 _Dumper.add_representer(str, _represent_text)
 
 
-class _Refused(yaml.MarkedYAMLError):
-    """YAML, but not of the kind that is read."""
+def read(text: str, name: str) -> Any:
+    """The one document of `text`; `name` is what messages call it.
 
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A value of a mapping and the line it begins on, from 1. `value` is a dict of entries for a mapping."""
-
-    value: object
-    line: int
-
-    def plain(self) -> object:
-        """The value without line numbers."""
-        if isinstance(self.value, dict):
-            return {key: entry.plain() for key, entry in self.value.items()}
-        return self.value
-
-
-def read(text: str, name: str) -> Entry:
-    """The one document of `text`; mappings that are not inside a list keep the line of each key.
-
-    `name` is what messages call the text. Raises ConfigError naming the line for anything that is not read.
+    ConfigError names the line of anything that is not read.
     """
+    return read_lines(text, name)[0]
+
+
+def read_lines(text: str, name: str) -> tuple[Any, Lines]:
+    """As `read`, with the lines of the keys. An empty document is an empty mapping."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        return Entry({}, 1) if node is None else _entry(node)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return {}, {}
+        lines = dict(loader.lines(node))
+        return loader.construct_document(node), lines
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(error, name)) from error
     except RecursionError as error:
         raise ConfigError(Problem(key=name, rule="the value is nested too deeply to be read")) from error
 
 
-def write(value: object) -> str:
-    """`value` (dicts, lists, text, numbers, booleans, null) as YAML; keys keep their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30, default_flow_style=False)
+def write(value: object, *, inline: bool = False) -> str:
+    """`value` (dicts, lists, text, numbers, booleans, null) as YAML; keys keep their order.
 
-
-def write_inline(value: object) -> str:
-    """`value` on one line, as it could be typed on the command line."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30, default_flow_style=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    `inline`: on one line, as it could be typed on the command line.
+    """
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30, default_flow_style=inline)
+    return text.removesuffix("\n").removesuffix("\n...") if inline else text
 
 
 def _syntax_problem(error: yaml.YAMLError, name: str) -> Problem:
@@ -120,61 +137,13 @@ def _syntax_problem(error: yaml.YAMLError, name: str) -> Problem:
     if not isinstance(error, yaml.MarkedYAMLError):
         return Problem(key=name, rule=f"not YAML: {str(error).splitlines()[0]}")
     mark = error.problem_mark or error.context_mark
-    line = "" if mark is None else f":{mark.line + 1}"
-    if isinstance(error, _Refused):
-        return Problem(key=f"{name}{line}", rule=error.problem)
+    where = name if mark is None else f"{name}:{mark.line + 1}"
     complaint = error.problem or error.context or "it can't be parsed"
+    if isinstance(error, _Refused):
+        return Problem(key=where, rule=complaint)
     if complaint.startswith("but ") and error.context:
         complaint = f"{error.context}, {complaint}"
     fix = "Indent with spaces, not tabs." if r"'\t'" in complaint else ""
     if "mapping values are not allowed" in complaint or complaint.endswith("got ':'"):
         fix = "Put text that contains a colon in quotes."
-    return Problem(key=f"{name}{line}", rule=f"not YAML: {complaint}", fix=fix)
-
-
-def _entry(node: yaml.Node) -> Entry:
-    if not isinstance(node, yaml.MappingNode):
-        return Entry(_plain(node), node.start_mark.line + 1)
-    return Entry({key: _entry(child) for key, child in _items(node)}, node.start_mark.line + 1)
-
-
-def _plain(node: yaml.Node) -> object:
-    if isinstance(node, yaml.MappingNode):
-        _known_tag(node, "map")
-        return {key: _plain(child) for key, child in _items(node)}
-    if isinstance(node, yaml.SequenceNode):
-        _known_tag(node, "seq")
-        return [_plain(child) for child in node.value]
-    return _scalar(node)
-
-
-def _items(node: yaml.MappingNode):
-    _known_tag(node, "map")
-    seen = set()
-    for key_node, child in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            _refuse("a key must be one word or number, not a list or mapping", key_node)
-        key = _scalar(key_node)
-        if key in seen:
-            _refuse(f"the key {key!r} is given twice", key_node)
-        seen.add(key)
-        yield key, child
-
-
-def _scalar(node: yaml.ScalarNode) -> object:
-    kind = node.tag.removeprefix(_TAG)
-    if kind in _PATTERNS and _PATTERNS[kind].match(node.value):
-        return _READERS[kind](node.value)
-    _known_tag(node, "str")
-    if _SURROGATE.search(node.value):
-        _refuse("text holds half of a surrogate pair, which is not Unicode", node)
-    return node.value
-
-
-def _known_tag(node: yaml.Node, kind: str) -> None:
-    if node.tag != _TAG + kind:
-        _refuse(f"the tag {node.tag.replace(_TAG, '!!')!r} is not read; write the plain value", node)
-
-
-def _refuse(complaint: str, node: yaml.Node) -> None:
-    raise _Refused(problem=complaint, problem_mark=node.start_mark)
+    return Problem(key=where, rule=f"not YAML: {complaint}", fix=fix)
