@@ -130,7 +130,7 @@ def test_a_killed_rank_is_70_and_named(doors):
 
 
 def test_a_stopped_rank_does_not_hold_the_door(doors):
-    """Its guardian, which would end it, is stopped with it."""
+    """Its neighbour, which would end it, is killed first with it."""
     run = doors["stopped"].ready(2)
     victim = run.rank(1)
     os.killpg(victim.pid, signal.SIGSTOP)

@@ -1,5 +1,7 @@
 """The watch over real processes that are killed, stopped, orphaned, interrupted; and its parts without any."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -10,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from waiting import PATIENCE, wait_until
 from megalite.run import wire
 from megalite.run.processes import Process, ancestors, descendants, launcher_name, launchers
 from megalite.run.referee import End, Peer, Referee
-from megalite.run.watchdog import Watchdog, guardian_command, listen
+from megalite.run.watchdog import Watchdog, listen
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 
@@ -27,208 +31,163 @@ SCRIPT = Path(__file__).with_name("watched_rank.py")
 class Run:
     """Ranks of watched_rank.py under their launcher."""
 
-    def __init__(self, folder: Path, *behaviours: str, timeout: float = 30.0):
-        self.folder = folder
-        self._error = (folder / "stderr").open("w")
-        self._out = (folder / "stdout").open("w")
+    def __init__(self, folder: Path, behaviours: Sequence[str], timeout: float):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.size = folder, len(behaviours)
         command = [sys.executable, "-S", str(SCRIPT), "launch", str(folder), str(timeout), *behaviours]
         path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, sys.path)])
-        self.launcher = subprocess.Popen(
-            command,
-            stderr=self._error,
-            stdout=self._out,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        self.size = len(behaviours)
+        environment = {**os.environ, "PYTHONPATH": path}
+        with (folder / "stderr").open("w") as error, (folder / "stdout").open("w") as out:
+            self.launcher = subprocess.Popen(command, stderr=error, stdout=out, start_new_session=True, env=environment)
 
-    def ready(self) -> "Run":
+    def ready(self) -> Run:
         def ready() -> bool:
-            assert self.launcher.poll() is None, self.errors
+            assert self.launcher.poll() is None, self.said("stderr")
             return all((self.folder / f"ready-{rank}").exists() for rank in range(self.size))
 
         wait_until(ready, "ready")
-        self.all = [Process.of(self.launcher.pid), *descendants(self.launcher.pid)]
         self.ranks = [Process.of(json.loads((self.folder / f"card-{r}").read_text())["pid"]) for r in range(self.size)]
         return self
 
     def gone(self) -> None:
         """Wait until no process is left."""
-        wait_until(lambda: not [p for p in self.all if p.alive() and p.pid != self.launcher.pid], "gone")
         self.launcher.wait(PATIENCE)
+        wait_until(lambda: not any(process.alive() for process in getattr(self, "ranks", [])), "gone")
 
-    @property
-    def codes(self) -> list[int]:
-        return json.loads((self.folder / "codes").read_text())
-
-    @property
-    def errors(self) -> list[str]:
-        return (self.folder / "stderr").read_text().splitlines()
+    def said(self, stream: str) -> list[str]:
+        return (self.folder / stream).read_text().splitlines()
 
     def kill(self) -> None:
-        for process in [*descendants(self.launcher.pid), *getattr(self, "all", [])]:
+        for process in [*descendants(self.launcher.pid), *getattr(self, "ranks", [])]:
             process.kill()
         self.launcher.kill()
         self.launcher.wait()
-        self._error.close()
-        self._out.close()
-
-
-@pytest.fixture
-def start(tmp_path):
-    runs = []
-
-    def start(*behaviours: str, timeout: float = 30.0) -> Run:
-        runs.append(Run(tmp_path, *behaviours, timeout=timeout))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        run.kill()
 
 
 # ---- whole runs
 
 
-def test_agreed_end(start):
-    run = start("work:0.3", "finish", "work:0.6")
-    assert run.launcher.wait(PATIENCE) == 0
-    assert run.codes == [0, 0, 0] and run.errors == []
-    assert json.loads((run.folder / "end-0").read_text()) == [0, None, []]
-    done = (run.folder / "stdout").read_text().split("\n")
-    assert sorted(filter(None, done)) == [f"rank {rank} done" for rank in range(3)]
+def send(*signals: tuple[int, int]) -> Callable[[Run], None]:
+    """Once all ranks are at work, send rank -> signal; rank -1 is the launcher, -2 its whole process group."""
+
+    def act(run: Run) -> None:
+        run.ready()
+        for rank, signum in signals:
+            if rank == -2:
+                os.killpg(run.launcher.pid, signum)
+            else:
+                os.kill(run.ranks[rank].pid if rank >= 0 else run.launcher.pid, signum)
+
+    return act
 
 
-@pytest.mark.parametrize("victim", [0, 2])
-def test_killed_rank_is_named_once_and_all_are_gone(start, victim):
-    run = start("stuck", "work", "stuck").ready()
-    run.ranks[victim].kill()
-    run.gone()
-    assert [code for rank, code in enumerate(run.codes) if rank != victim] == [70, 70]
-    assert len(run.errors) == 1 and f"rank {victim} (pid {run.ranks[victim].pid} on here) was lost" in run.errors[0]
-    writer = 0 if victim else next(path for path in run.folder.glob("end-*")).name[-1]
-    assert json.loads((run.folder / f"end-{writer}").read_text()) == [70, None, [victim]]
-
-
-def test_rank_that_leaves_early_with_0_is_lost(start):
-    run = start("work", "vanish", "stuck")
-    assert run.launcher.wait(PATIENCE) == 70
-    assert len(run.errors) == 1 and "rank 1 " in run.errors[0] and "ended without a word" in run.errors[0]
-
-
-@pytest.mark.parametrize(("victim", "timeout"), [(1, 6.0), (0, 4.0)])
-def test_stopped_rank_is_named_and_killed(start, victim, timeout):
-    run = start("stuck", "work", "stuck", timeout=timeout).ready()
-    run.ranks[victim].kill(signal.SIGSTOP)
-    run.gone()
-    assert len(run.errors) == 1 and f"rank {victim} " in run.errors[0] and "no sign of life" in run.errors[0]
-    assert run.codes[victim] == -signal.SIGKILL and sorted(run.codes)[1:] == [70, 70]
-
-
-def test_a_call_that_holds_pythons_lock_is_no_loss(start):
-    """For longer than a rank is waited for, on rank 0 and on another."""
-    run = start("hog:7", "work:1", "hog:7", timeout=4.0)
-    assert run.launcher.wait(PATIENCE) == 0 and run.errors == [] and run.codes == [0, 0, 0]
-
-
-def test_two_ranks_lost_together_are_one_line(start):
-    run = start("stuck", "stuck", "stuck", "stuck").ready()
-    run.ranks[1].kill()
-    run.ranks[3].kill()
-    run.gone()
-    assert len(run.errors) == 1 and "ranks 1, 3 on here were lost" in run.errors[0]
-
-
-def test_killed_launcher_takes_its_ranks_along(start):
-    run = start("stuck", "work").ready()
-    run.launcher.kill()
-    run.gone()
-    assert len(run.errors) == 1
-    assert f"(pid {run.launcher.pid}) on here, which started its ranks (0, 1), is gone" in run.errors[0]
-    assert json.loads((run.folder / "end-0").read_text())[0] == 70
-
-
-@pytest.mark.parametrize("speaker", [0, 1])
-def test_exception_of_one_rank_is_everyones_exit_code(start, speaker):
-    behaviours = ["stuck", "stuck", "work"]
-    behaviours[speaker] = "fail:3"
-    run = start(*behaviours)
-    assert run.launcher.wait(PATIENCE) == 3
-    assert run.codes == [3, 3, 3] and run.errors == [f"rank {speaker} speaks: fail:3"]
-
-
-def test_first_of_many_exceptions_speaks(start):
-    run = start("fail:2", "fail:2", "fail:2")
-    run.launcher.wait(PATIENCE)
-    assert run.codes == [2, 2, 2] and len(run.errors) == 1
-
-
-def test_a_crash_caused_by_a_lost_peer_is_not_the_story(start):
-    run = start("crash:1", "vanish", "crash:1")
-    run.launcher.wait(PATIENCE)
-    assert len(run.errors) == 1 and "rank 1 " in run.errors[0]
-    assert run.codes == [70, 0, 70]
-
-
-def test_a_crash_of_its_own_is(start):
-    run = start("stuck", "crash:1")
-    run.launcher.wait(PATIENCE)
-    assert run.codes == [1, 1] and run.errors == ["rank 1 speaks: crash:1"]
-
-
-def test_signal_to_one_rank_drains_all(start):
-    run = start("work", "work", "work").ready()
-    run.ranks[2].kill(signal.SIGTERM)
-    assert run.launcher.wait(PATIENCE) == 143
-    assert run.codes == [143] * 3 and run.errors == ["rank 0 speaks: work"]
-
-
-def test_repeated_signal_is_one_but_a_second_ends_at_once(start):
-    run = start("stuck", "stuck").ready()
-    run.ranks[1].kill(signal.SIGSTOP)  # so that both arrive together
-    run.ranks[1].kill(signal.SIGINT)
-    run.ranks[1].kill(signal.SIGTERM)
-    run.ranks[1].kill(signal.SIGCONT)
+def signal_twice(run: Run) -> None:
+    """Two signals at once are one; then ask again until it counts as a second, a second after the first was seen."""
+    send((1, signal.SIGSTOP), (1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGCONT))(run)
     time.sleep(1.0)
     assert run.launcher.poll() is None
 
     def ended() -> bool:
-        """Ask again until it counts as a second signal, which it does a second after the first was seen."""
         run.ranks[1].kill(signal.SIGINT)
         return run.launcher.poll() is not None
 
     wait_until(ended, "the second signal ends it")
-    assert run.launcher.wait(PATIENCE) == 130
-    assert run.codes == [130, 130] and len(run.errors) == 1 and "second SIGINT" in run.errors[0]
 
 
-def test_launcher_that_goes_after_a_signal_leaves_time_to_drain(start):
-    run = start("work", "work:60").ready()
-    os.killpg(run.launcher.pid, signal.SIGSTOP)  # so that the ranks wake up to both events at once
-    run.ranks[0].kill(signal.SIGINT)
-    run.launcher.kill()
-    os.killpg(run.launcher.pid, signal.SIGCONT)
-    run.gone()
-    assert json.loads((run.folder / "end-0").read_text())[0] == 130
-    assert run.errors == ["rank 0 speaks: work"]
-
-
-def test_suspended_job_wakes_up_again(start):
-    run = start("work", "work", timeout=4.0).ready()
-    os.killpg(run.launcher.pid, signal.SIGSTOP)
-    time.sleep(7)  # longer than the time-out and the guardians' limit would allow one rank alone
+def suspend(run: Run) -> None:
+    """The whole job, for longer than one rank alone would be waited for."""
+    send((-2, signal.SIGSTOP))(run)
+    time.sleep(7)
     os.killpg(run.launcher.pid, signal.SIGCONT)
     time.sleep(1)
     (run.folder / "over").touch()
-    assert run.launcher.wait(PATIENCE) == 0 and run.errors == []
 
 
-def test_who_does_not_know_the_token_stays_outside(start):
-    run = start("stuck", "stranger", "work")
+LOST_1 = r"rank 1 \(pid \d+ on here\) was lost: "
+WORDLESS, SILENT = "ended without a word", "no sign of life"
+CASES = {
+    "an agreed end": (["work:0.3", "finish", "work:0.6"], None, [0, 0, 0], (0, None, []), ""),
+    "a killed rank": (["stuck", "work"], send((1, 9)), [70, -9], (70, None, [1]), LOST_1 + WORDLESS),
+    "a killed hub": (["stuck", "work", "stuck"], send((0, 9)), [-9, 70, 70], (70, None, [0]), "rank 0 .*was lost"),
+    "one that leaves early with 0": (
+        ["work", "vanish", "stuck"],
+        None,
+        [70, 0, 70],
+        (70, None, [1]),
+        LOST_1 + WORDLESS,
+    ),
+    "a stopped rank": (["stuck", "work", "stuck", 6], send((1, 19)), [70, -9, 70], (70, None, [1]), LOST_1 + SILENT),
+    "a stopped hub": (["stuck", "work", 4], send((0, 19)), [-9, 70], (70, None, [0]), f"rank 0 .*{SILENT}"),
+    "a call that holds Python's lock": (["hog:7", "work:1", "hog:7", 4], None, [0, 0, 0], (0, None, []), ""),
+    "two lost together": (
+        ["stuck"] * 4,
+        send((1, 9), (3, 9)),
+        [70, -9, 70, -9],
+        (70, None, [1, 3]),
+        "ranks 1, 3 on here",
+    ),
+    "a killed launcher": (["stuck", "work"], send((-1, 9)), None, (70, None, []), r"its ranks \(0, 1\), is gone"),
+    "an exception of the hub": (["fail:3", "stuck", "work"], None, [3, 3, 3], (3, 0, []), "rank 0 speaks: fail:3"),
+    "an exception": (["stuck", "fail:3", "work"], None, [3, 3, 3], (3, 1, []), "rank 1 speaks: fail:3"),
+    "several exceptions": (["fail:2", "fail:2", "fail:2"], None, [2, 2, 2], None, r"rank \d speaks: fail:2"),
+    "a crash that a lost peer caused": (["crash:1", "vanish", "crash:1"], None, [70, 0, 70], (70, None, [1]), LOST_1),
+    "a crash of its own": (["stuck", "crash:1"], None, [1, 1], (1, 1, []), "rank 1 speaks: crash:1"),
+    "a signal to one": (["work", "work", "work"], send((2, 15)), [143] * 3, (143, 0, []), "rank 0 speaks: work"),
+    "a second signal": (["stuck", "stuck"], signal_twice, [130, 130], (130, None, []), "second SIGINT"),
+    "a launcher that goes after a signal": (
+        ["work", "work:60"],
+        send((-2, signal.SIGSTOP), (0, signal.SIGINT), (-1, signal.SIGKILL), (-2, signal.SIGCONT)),
+        None,
+        (130, 0, []),
+        "rank 0 speaks: work",
+    ),
+    "a job that was suspended": (["work", "work", 4], suspend, [0, 0], (0, None, []), ""),
+}
+"""How the ranks behave (and their time-out, 30 s if none), what is done to them, their exit codes, the end that is
+decided (code, speaker, lost), and the one line that is said."""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """The runs by name, each once it has ended, four at a time."""
+    folder, runs = tmp_path_factory.mktemp("watched"), []
+
+    def whole(place: int, name: str) -> Run:
+        (*behaviours, last), act, *_ = CASES[name]
+        timeout = 30 if isinstance(last, str) else last
+        run = Run(folder / str(place), behaviours if timeout == last else [*behaviours, last], timeout)
+        runs.append(run)
+        if act:
+            act(run)
+        run.gone()
+        return run
+
+    with ThreadPoolExecutor(4) as pool:
+        yield {name: pool.submit(whole, place, name) for place, name in enumerate(CASES)}
+    for run in runs:
+        run.kill()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_how_a_run_ends(ended, name):
+    run, (_, _, codes, end, line) = ended[name].result(), CASES[name]
+    said = run.said("stderr")
+    assert len(said) == bool(line) and all(re.search(line, one) for one in said), said
+    ends = [tuple(json.loads(path.read_text())) for path in run.folder.glob("end-*")]
+    assert len(ends) == 1 and end in (ends[0], None)
+    if codes is not None:  # the launcher lived to tell
+        assert json.loads((run.folder / "codes").read_text()) == codes
+    done = [f"rank {rank} done" for rank in range(run.size)] if ends[0][0] == 0 else []
+    assert sorted(run.said("stdout")) == done
+
+
+def test_who_does_not_know_the_token_stays_outside(tmp_path):
+    run = Run(tmp_path, ["stuck", "stranger", "work"], 30.0)
     missing = run.folder / "missing-0"
     wait_until(lambda: missing.exists() and missing.read_text() == "[1]", "the others are there")
     time.sleep(2)
     assert missing.read_text() == "[1]" and not list(run.folder.glob("ready-*"))
+    run.kill()
 
 
 def test_strangers_do_not_disturb_a_run(tmp_path):
@@ -239,8 +198,8 @@ def test_strangers_do_not_disturb_a_run(tmp_path):
     hub = Watchdog(rank=0, hub=listener, handle_signals=False, on_end=ended.append, **common)
     other = Watchdog(rank=1, hub=listener.getsockname(), handle_signals=False, on_end=ended.append, **common)
     hub.start(1)
-    rude = [b"GET / HTTP/1.1\r\n\r\n", b"x" * 100_000, b'{"kind": "end", "code": 9}\n', b"[" * 4000 + b"\n"]
-    rude += [b'{"kind": "hello", "rank": 1, "proof": "00"}\n', b'{"kind": "abort", "signum": 2}\n', b"\xff\xfe\n"]
+    rude = [b"GET / HTTP/1.1\r\n\r\n", b"x" * 100_000, b'["end", 9, null]\n', b"[" * 4000 + b"\n"]
+    rude += [b'["hello", 1, "00"]\n', b'["signal", 2]\n', b"\xff\xfe\n"]
     for words in rude:
         with socket.create_connection(listener.getsockname(), timeout=PATIENCE) as stranger:
             stranger.sendall(words)
@@ -261,95 +220,70 @@ def test_strangers_do_not_disturb_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("does", "fault"),
+    ("does", "why"),
     [
-        (lambda peer, one: peer.close(), ""),
-        (lambda peer, one: peer.sendall(b"GET /\n"), "it sent what is no message"),
-        (lambda peer, one: one.socket.close(), "receiving failed: Bad file descriptor"),
+        (lambda peer, one: peer.close(), "ended without a word (killed, out of memory or crashed)"),
+        (
+            lambda peer, one: peer.sendall(b"GET /\n"),
+            "the connection to its watch broke: it sent what none of us sends",
+        ),
+        (
+            lambda peer, one: one.socket.close(),
+            "the connection to its watch broke: receiving failed: Bad file descriptor",
+        ),
     ],
     ids=["ended", "rude", "closed under it"],
 )
-def test_a_connection_knows_what_broke_it(does, fault):
+def test_a_connection_knows_what_broke_it(does, why):
     with listen("127.0.0.1") as listener, socket.create_connection(listener.getsockname()) as peer:
         wait_until(lambda: select.select([listener], [], [], 0)[0], "it arrives")
         one = wire.Connection(listener.accept()[0], now=0.0, timeout=60.0)
         does(peer, one)
-        wait_until(lambda: one.receive(1.0) or one.closed, "it is closed")
-        assert one.fault == fault
+        wait_until(lambda: one.receive() or one.broken, "it is closed")
+        assert one.broken == why
         one.close()
-
-
-# ---- the guardian
-
-
-def test_guardian_is_told_to_go_or_goes_with_its_rank():
-    ours, its = socket.socketpair()
-    with its, subprocess.Popen(guardian_command(os.getpid(), 60.0), stdin=its) as process:
-        its.close()
-        status = Path(f"/proc/{process.pid}/status")
-        mask = sum(1 << signum - 1 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-        ignored = lambda: int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16)  # noqa: E731
-        wait_until(lambda: ignored() & mask == mask, "it is set up")
-        process.send_signal(signal.SIGTERM)
-        time.sleep(0.2)
-        assert process.poll() is None
-        ours.close()
-        assert process.wait(PATIENCE) == 0
 
 
 # ---- the referee
 
 PEERS = [Peer(0, "a", 10), Peer(1, "a", 11), Peer(2, "b", 12)]
+LOST_2 = End(code=70, lost=(2,), line="error: rank 2 (pid 12 on b) was lost: it went. The other ranks were stopped.")
+LOST_1_2 = End(code=70, lost=(1, 2), line="error: ranks 1, 2 on a, b were lost: it went. The other ranks were stopped.")
+UNDRAINED = End(
+    code=70,
+    lost=(1,),
+    line="error: still at work 120 s after the first rank stopped for a signal: rank 1 (pid 11 on a). It was ended.",
+)
 
 
-def test_all_finished_is_done_and_less_is_nothing():
+@pytest.mark.parametrize(
+    ("reports", "later"),
+    [
+        ([("finished", 2, 0, 1.0), ("finished", 0, 0, 1.0)], {1e9: None}),
+        ([("finished", 2, 0, 1.0), ("finished", 0, 0, 1.0), ("finished", 1, 0, 2.0)], {2.0: End(code=0)}),
+        ([("lost", 2, "it went", 10.0), ("lost", 1, "it went", 10.1)], {10.1: None, 10.4: LOST_1_2}),
+        ([("failed", 0, 1, True, "", 10.0)], {10.5: None, 11.0: End(code=1, speaker=0)}),
+        ([("failed", 0, 1, True, "", 10.0), ("failed", 1, 3, False, "", 10.5)], {10.5: End(code=3, speaker=1)}),
+        ([("failed", 0, 1, True, "", 10.0), ("lost", 2, "it went", 10.9)], {11.1: None, 11.3: LOST_2}),
+        ([("failed", 0, 1, False, "x", 1.0), ("failed", 1, 2, False, "", 1.0)], {1.0: End(code=1, line="x")}),
+        ([("lost", 2, "other", 1.0), ("stopped", 2, "it went", 1.1), ("lost", 2, "other", 1.2)], {1.4: LOST_2}),
+        ([("finished", 0, 130, 10.0), ("finished", 2, 130, 12.0)], {129.9: None, 130.0: UNDRAINED}),
+        (
+            [("finished", rank, code, 10.0) for rank, code in ((0, 0), (1, 143), (2, 143))],
+            {10.0: End(code=143, speaker=1)},
+        ),
+    ],
+)
+def test_what_the_referee_makes_of_reports(reports, later):
+    """The verdict at some times after what the ranks report; a verdict stays."""
     referee = Referee(PEERS)
-    for rank in (2, 0):
-        referee.finished(rank, 0, 1.0)
-    assert referee.verdict(1e9) is None
-    referee.finished(1, 0, 2.0)
-    assert referee.verdict(2.0) == End(code=0)
-
-
-def test_lost_ranks_gather_before_the_line():
-    referee = Referee(PEERS)
-    referee.lost(2, "it went", 10.0)
-    assert referee.verdict(10.1) is None
-    referee.lost(1, "it went", 10.1)
-    end = referee.verdict(10.4)
-    assert (end.code, end.lost, end.speaker) == (70, (1, 2), None)
-    assert end.line == "error: ranks 1, 2 on a, b were lost: it went. The other ranks were stopped."
-    referee.failed(0, 3, False, 10.5)
-    assert referee.verdict(11.0) is end
-
-
-def test_meant_exception_beats_an_earlier_crash_and_loss_beats_both():
-    referee = Referee(PEERS)
-    referee.failed(0, 1, True, 10.0)
-    assert referee.verdict(10.5) is None
-    referee.failed(1, 3, False, 10.5)
-    assert referee.verdict(10.5) == End(code=3, speaker=1)
-    referee = Referee(PEERS)
-    referee.failed(0, 1, True, 10.0)
-    referee.lost(2, "it went", 10.9)
-    assert referee.verdict(11.1) is None
-    assert referee.verdict(11.3).lost == (2,)
-
-
-def test_drain_is_bounded():
-    referee = Referee(PEERS)
-    referee.finished(0, 130, 10.0)
-    referee.finished(2, 130, 12.0)
-    assert referee.verdict(129.9) is None
-    end = referee.verdict(130.0)
-    assert end.code == 70 and end.lost == (1,) and "rank 1 (pid 11 on a)" in end.line
-
-
-def test_drained_run_has_the_signals_code():
-    referee = Referee(PEERS)
-    for rank, code in ((0, 0), (1, 143), (2, 143)):
-        referee.finished(rank, code, 10.0)
-    assert referee.verdict(10.0) == End(code=143, speaker=1)
+    for kind, *values in reports:
+        getattr(referee, kind)(*values)
+    for now, end in later.items():
+        assert referee.verdict(now) == end
+    if end:
+        referee.lost(0, "later", 1e9)
+        assert referee.verdict(2e9) == end
 
 
 # ---- the wire
@@ -360,26 +294,26 @@ def test_drained_run_has_the_signals_code():
     [
         b"",
         b"null",
-        b"{}",
-        b'{"kind": "stopped", "more": 1}',
-        b'{"kind": "signal"}',
-        b'{"kind": "signal", "signum": true}',
-        b'{"kind": "signal", "signum": -1}',
-        b'{"kind": "signal", "signum": "2"}',
-        b'{"kind": "fail", "code": 1, "crash": 0}',
-        b'{"kind": "__class__"}',
-        b'{"kind": ["stopped"]}',
+        b"[]",
+        b'{"kind": "together"}',
+        b'["together", 1]',
+        b'["signal"]',
+        b'["signal", true]',
+        b'["signal", -1]',
+        b'["signal", "2"]',
+        b'["fail", 1, 0, ""]',
+        b'["__class__"]',
+        b'[["together"]]',
     ],
 )
-def test_what_is_not_a_message_is_refused(line):
+def test_what_none_of_us_sends_is_refused(line):
     with pytest.raises((ValueError, TypeError)):
         wire.parse(line)
 
 
-def test_end_travels_whole_and_can_not_drive_a_terminal():
-    end = End(code=70, line="error: \x1b[2Jgone\n", lost=(1, 2))
-    message = wire.parse(json.dumps({"kind": "end", **wire.end_fields(end)}).encode())
-    assert wire.end_of(message) == End(code=70, line="error: ?[2Jgone?", lost=(1, 2))
+def test_what_a_rank_says_can_not_drive_a_terminal():
+    assert wire.parse(b'["fail", 70, false, "error: \\u001b[2Jgone\\n"]') == ("fail", [70, False, "error: ?[2Jgone?"])
+    assert wire.parse(b'["end", 0, null]') == ("end", [0, None])
 
 
 # ---- processes

@@ -84,6 +84,7 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         handle_signals=True,
         on_end=on_end,
         claim=claim,
+        visible=range(world),
     )
     watchdog.start(PATIENCE)
     die_with_parent(0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 LOST = 70
@@ -36,9 +35,9 @@ class End:
     code: int
     """Exit code of every rank."""
     speaker: int | None = None
-    """The rank whose own exception tells the user what happened."""
+    """The rank whose own exception the user is shown."""
     line: str = ""
-    """What the user is told when no rank can tell."""
+    """What the user is told when there is none."""
     lost: tuple[int, ...] = ()
     """The ranks that were lost."""
 
@@ -73,11 +72,14 @@ class Referee:
         if code and self._stopped_at is None:
             self._stopped_at = now
 
-    def failed(self, rank: int, code: int, crash: bool, now: float) -> None:
-        """The rank has an exception to show; `crash`: one that nobody meant, so it may have a cause elsewhere."""
+    def failed(self, rank: int, code: int, crash: bool, line: str, now: float) -> None:
+        """The rank ends the run with `code`, for a reason that `line` says, or if it is empty an exception of its own.
+
+        `crash`: an exception that nobody meant, so it may have a cause elsewhere.
+        """
         if self._failure is None or (not crash and now < self._failure[0]):
             wait = _CRASH_WAIT if crash and len(self._peers) > 1 else 0
-            self._failure = (now + wait, End(code=code, speaker=rank))
+            self._failure = (now + wait, End(code=code, speaker=None if line else rank, line=line))
 
     def lost(self, rank: int, why: str, now: float) -> None:
         """The rank is gone, or gives no sign of life."""
@@ -85,15 +87,10 @@ class Referee:
             self._lost_at = now
         self._lost.setdefault(rank, why)
 
-    def orphaned(self, line: str) -> None:
-        """A launcher is gone; `line` names it."""
-        self._final = self._final or End(code=LOST, line=line)
-
-    def aborted(self, signum: int) -> None:
-        """A rank was told twice to stop."""
-        name = signal.Signals(signum).name
-        line = f"stopped at once by a second {name}; unfinished work is given up"
-        self._final = self._final or End(code=128 + signum, line=line)
+    def stopped(self, rank: int, why: str, now: float) -> None:
+        """The same of a rank that is killed because it was stopped, whatever its connection says of its end."""
+        self.lost(rank, why, now)
+        self._lost[rank] = why
 
     def verdict(self, now: float) -> End | None:
         if self._final is None:
@@ -101,7 +98,7 @@ class Referee:
         return self._final
 
     def _decide(self, now: float) -> End | None:
-        if self._lost:  # also when an exception is known: it is the consequence
+        if self._lost:  # also when a failure is known: it is the consequence
             if now < self._lost_at + _GATHER:
                 return None
             return End(code=LOST, line=lost_line(self._lost, self._peers), lost=tuple(sorted(self._lost)))
@@ -111,12 +108,10 @@ class Referee:
             speaker = min((rank for rank, code in self._finished.items() if code), default=None)
             return End(code=0 if speaker is None else self._finished[speaker], speaker=speaker)
         if self._stopped_at is not None and now >= self._stopped_at + _DRAIN:
-            return End(code=LOST, line=self._not_drained(self._rest()), lost=tuple(self._rest()))
+            rest = [peer for peer in self._peers if peer.rank not in self._finished]
+            names = ", ".join(map(str, rest))
+            line = (
+                f"error: still at work {_DRAIN:g} s after the first rank stopped for a signal: {names}. It was ended."
+            )
+            return End(code=LOST, line=line, lost=tuple(peer.rank for peer in rest))
         return None
-
-    def _rest(self) -> list[int]:
-        return [peer.rank for peer in self._peers if peer.rank not in self._finished]
-
-    def _not_drained(self, ranks: Iterable[int]) -> str:
-        names = ", ".join(str(self._peers[rank]) for rank in ranks)
-        return f"error: still at work {_DRAIN:g} s after the first rank stopped for a signal: {names}. It was ended."

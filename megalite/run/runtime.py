@@ -229,6 +229,7 @@ def start(
         # where rank 0's files are not, its status can't be written
         on_end=status.ended if meeting.card.machine == meeting.cards[0].machine else lambda end: None,
         claim=lambda: meeting.folder is None or claim(meeting.folder),
+        visible=[card.rank for card in meeting.cards if card.pids == meeting.card.pids],
     )
     try:
         watchdog.start(deadline.left())

@@ -5,8 +5,8 @@ that no sign of life hangs on a thread that gets its turn. The thread, not the m
 that is stuck inside a collective still leaves. What ends a run:
 - every rank reports `finish`: the agreed end, with code 0, or 130/143 when a signal asked for it;
 - a rank reports `fail` (its exception): all leave with its exit code, and only that rank speaks;
-- a connection closes without a word, or its host does not answer for `timeout` seconds, or a rank has been stopped
-  for as long (`guardian`): the rank is lost, code 70;
+- a connection closes without a word, or its host does not answer for `timeout` seconds: the rank is lost, code 70;
+- a rank has been stopped (SIGSTOP) for as long, which the previous rank of its host sees: it is killed and lost;
 - a process above a rank (its launcher, see `processes.launchers`) is gone: code 70;
 - a second SIGINT or SIGTERM: code 130/143 at once.
 The hub decides (`referee`), tells the user in one line and tells the ranks; they leave quietly. When the hub itself is
@@ -15,9 +15,9 @@ lost, the ranks of each host leave and the first of them tells the user.
 A rank that lives but never finishes is not seen here, nor one call that holds Python's interpreter lock for long; the
 timeout of the collectives bounds that.
 
-What is received is data (`wire`): known messages, from peers that proved to know the run's token (HMAC-SHA256 over a
-nonce); nothing in it is run, or opened as a file. It is not encrypted: as with gloo and NCCL themselves, a
-network between hosts has to be trusted. Imports nothing of megalite outside monitor.
+What is received is data (`wire`): lines of known kinds, from peers that proved to know the run's token (HMAC-SHA256
+over a nonce); nothing in it is run, or opened as a file. It is not encrypted: as with gloo and NCCL themselves, a
+network between hosts has to be trusted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import secrets
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -37,16 +36,17 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from megalite.run.processes import Process
+from megalite.run.processes import Process, is_stopped
 from megalite.run.referee import LOST, End, Peer, Referee, lost_line
-from megalite.run.wire import Connection, Message, end_fields, end_of, proof
+from megalite.run.wire import Connection, no_sign_of_life, proof
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _TICK = 0.25
-"""Seconds between two looks at the launchers and the clocks."""
+"""Seconds between two looks at processes and clocks."""
+_SUSPENDED = 2.0
+"""Seconds between two looks after which this process was suspended itself, and with it perhaps the whole job."""
 _AGAIN = 1.0
 """Seconds after which the same signal counts as a second one: launchers and service managers repeat the first."""
 ORPHAN_WAIT = 2.0
@@ -57,8 +57,6 @@ _HUB_WAIT = 1.5
 """Seconds a rank waits for the hub's answer before it ends by itself."""
 _HANDSHAKE = 20.0
 """Seconds for a stranger to prove itself."""
-_GUARDIAN_COMES = 10.0
-"""Seconds a rank waits for its guardian to be ready."""
 _LINGER = 1.0
 """Seconds the hub stays after the end so that the others hear of it."""
 _LAST_WORDS = 5.0
@@ -90,25 +88,33 @@ class Watchdog:
         handle_signals: bool,
         on_end: Callable[[End], None],
         claim: Callable[[], bool],
+        visible: Sequence[int] = (),
     ):
         """`peers`: all ranks in order. `hub`: on rank 0 the socket of `listen`, elsewhere its [address, port], or None.
         `on_end`: called in the thread by the rank that decides the end, before anyone leaves; must not raise.
-        `claim`: True for one rank of this host, the first that asks; that one tells the user."""
+        `claim`: True for one rank of this host, the first that asks; that one tells the user.
+        `visible`: the ranks whose processes this one sees, itself included, in order."""
         self._rank, self._peers, self._token, self._timeout = rank, tuple(peers), token, timeout
         self._launchers = [(process, str(process)) for process in launchers]
         self._orphan_wait = orphan_wait
         self._handle_signals, self._on_end, self._claim = handle_signals, on_end, claim
         self._hub = hub
+        self._is_hub = rank == 0
         self._alone = len(self._peers) == 1 and not launchers
         """Nobody else depends on how this process ends."""
+        self._next: tuple[int, Process | None] | None = None
+        """The rank that this one sees being stopped, and its process."""
+        if len(visible) > 1:
+            number = visible[(visible.index(rank) + 1) % len(visible)]
+            self._next = number, Process.of(self._peers[number].pid)
+        self._moving = self._looked = time.monotonic()
+        """When that rank was last seen in another state than stopped, and when this one last looked."""
         self._referee = Referee(self._peers)
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
         self._commands: queue.SimpleQueue[Callable[[float], None]] = queue.SimpleQueue()
         self._connections: list[Connection] = []
         """To rank 0, or on rank 0 from the others and from strangers (`rank` is None)."""
-        self._guardian: subprocess.Popen[bytes] | None = None
-        self._to_guardian: socket.socket | None = None
         self._signals: dict[int, float] = {}
         """When each signal first came to this process."""
         self._excused = 0.0
@@ -133,17 +139,14 @@ class Watchdog:
         if isinstance(self._hub, socket.socket):
             self._selector.register(self._hub, selectors.EVENT_READ, self._on_arrival)
         elif self._hub is not None:
-            sock = socket.create_connection(tuple(self._hub), timeout=seconds)
+            address, port = self._hub
+            sock = socket.create_connection((address, port), timeout=seconds)
             self._add(Connection(sock, now=time.monotonic(), timeout=self._timeout, rank=0))
         if len(self._peers) == 1:
             self.together.set()
         for end in (self._wake, self._woken):
             end.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ, self._on_wake)
-        if self._launchers:
-            self._guardian, self._to_guardian = _guardian(self._timeout)
-        for connection in self._connections:
-            self._show(connection)
         if self._handle_signals:
             self._take_signals()
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
@@ -159,25 +162,21 @@ class Watchdog:
         Returns the end: leave with its code within five seconds, and if `end.speaker` is this rank, say why. Does not
         return when the run ends because something was lost: the process is gone then. Without peers and launcher the
         process may go on after any end."""
-        return self._report(partial(self._referee.finished, self._rank, code), "finish", code=code)
+        return self._report(partial(self._referee.finished, self._rank, code), "finish", code)
 
     def fail(self, code: int, *, crash: bool) -> End:
         """This rank has an exception that ends the run with `code`; `crash`: nobody meant it, another may be its cause.
 
         Returns as `finish` does; `end.speaker` may be another rank, which then has shown its own exception."""
-        return self._report(partial(self._referee.failed, self._rank, code, crash), "fail", code=code, crash=crash)
+        return self._report(partial(self._referee.failed, self._rank, code, crash, ""), "fail", code, crash, "")
 
-    def _report(self, decide: Callable[[float], None], kind: str, **fields: object) -> End:
+    def _report(self, decide: Callable[[float], None], kind: str, *values: object) -> End:
         self._main_waits = True
-        self._commands.put(decide if self._is_hub else lambda now: self._say(kind, **fields))
+        self._commands.put(decide if self._is_hub else lambda now: self._say(kind, *values))
         self._wake.send(b"\0")
         self._over.wait()
         assert self.end is not None, "over without an end"
         return self.end
-
-    @property
-    def _is_hub(self) -> bool:
-        return self._rank == 0
 
     def _take_signals(self) -> None:
         # the handlers do nothing: the number goes through the wake-up descriptor to the thread, whatever main is doing
@@ -198,9 +197,6 @@ class Watchdog:
         for sock in (self._wake, self._woken, self._hub):
             if isinstance(sock, socket.socket):
                 sock.close()
-        if self._guardian is not None:
-            self._to_guardian.close()
-            self._guardian.wait()
 
     # ---- the thread
 
@@ -218,6 +214,7 @@ class Watchdog:
                 key.data()
             now = time.monotonic()
             self._look_up(now)
+            self._look_beside(now)
             self._drop_broken(now)
             if self.end is None and self._is_hub:
                 self.end = self._referee.verdict(now)
@@ -236,33 +233,28 @@ class Watchdog:
         first = self._signals.setdefault(signum, now)
         if self.signal_received is None:
             self._drain_for(signum, now)
-            self._say("signal", signum=signum)
+            self._say("signal", signum)
         elif now - first >= _AGAIN:
-            self._referee.aborted(signum)
-            self._ask_hub(self._referee.verdict(now), "abort", signum=signum)
+            name = signal.Signals(signum).name
+            self._end_run(128 + signum, f"stopped at once by a second {name}; unfinished work is given up", now)
 
     def _drain_for(self, signum: int, now: float) -> None:
         self.signal_received = self.signal_received or signum
         self._excused = now + _SIGNAL_EXCUSE
 
-    def _ask_hub(self, alone: End | None, kind: str, **fields: object) -> None:
-        """On the hub the referee knows already; elsewhere tell it, and end as `alone` if it does not answer."""
-        if not self._is_hub:
-            assert alone is not None
-            self._say(kind, **fields)
-            self._last_resort = self._last_resort or (time.monotonic() + _HUB_WAIT, alone)
+    def _end_run(self, code: int, line: str, now: float) -> None:
+        """Through the hub; if it does not answer, this rank ends by itself."""
+        if self._is_hub:
+            self._referee.failed(self._rank, code, False, line, now)
+        else:
+            self._say("fail", code, False, line[:500])
+            self._last_resort = self._last_resort or (now + _HUB_WAIT, End(code=code, line=line))
 
-    def _say(self, kind: str, **fields: object) -> None:
+    def _say(self, kind: str, *values: object) -> None:
         """To rank 0, or from rank 0 to all."""
         for connection in self._connections:
             if connection.rank is not None:
-                connection.send(kind, **fields)
-
-    def _show(self, connection: Connection) -> None:
-        """Give the guardian a copy, for its last word."""
-        if self._to_guardian is not None:
-            with suppress(OSError):  # it was killed; the rank still has its peers
-                socket.send_fds(self._to_guardian, [b"."], [connection.socket.fileno()])
+                connection.send(kind, *values)
 
     def _look_up(self, now: float) -> None:
         gone = next((name for process, name in self._launchers if not process.alive()), None)
@@ -273,18 +265,31 @@ class Watchdog:
             host = self._peers[self._rank].host
             ranks = ", ".join(str(peer.rank) for peer in self._peers if peer.host == host)
             line = f"error: {gone} on {host}, which started its ranks ({ranks}), is gone. The run was stopped."
-            self._referee.orphaned(line)
-            self._ask_hub(End(code=LOST, line=line), "orphan", line=line)
+            self._end_run(LOST, line, now)
+
+    def _look_beside(self, now: float) -> None:
+        """End the next rank of this host if it has been stopped for too long: its own thread can't act then."""
+        suspended, self._looked = now - self._looked > _SUSPENDED, now
+        if self._next is None:
+            return
+        rank, process = self._next
+        if suspended or process is None or not is_stopped(process.pid):
+            self._moving = now
+        elif now - self._moving > self._timeout:
+            self._next = None
+            why = no_sign_of_life(self._timeout)
+            if self._is_hub:
+                self._referee.stopped(rank, why, now)
+            elif rank == 0:
+                self._lose_hub(why)
+            else:
+                self._say("stopped", rank)
+            process.kill()
 
     def _drop_broken(self, now: float) -> None:
         for connection in list(self._connections):
-            if connection.rank is None and now - connection.heard > _HANDSHAKE:
-                self._drop(connection, "")
-            elif connection.silent:
-                self._drop(connection, f"no sign of life for {self._timeout:g} s (stopped or cut off)")
-            elif connection.closed:
-                broke = connection.fault and f"the connection to its watch broke: {connection.fault}"
-                self._drop(connection, broke or "ended without a word (killed, out of memory or crashed)")
+            if connection.broken or (connection.rank is None and now - connection.since > _HANDSHAKE):
+                self._drop(connection, now)
 
     # ---- connections
 
@@ -292,16 +297,16 @@ class Watchdog:
         self._connections.append(connection)
         self._selector.register(connection.socket, selectors.EVENT_READ, partial(self._on_readable, connection))
 
-    def _drop(self, connection: Connection, why: str) -> None:
+    def _drop(self, connection: Connection, now: float) -> None:
         self._selector.unregister(connection.socket)
         self._connections.remove(connection)
         connection.close()
         if self.end is not None or connection.rank is None:
             return
         if self._is_hub:
-            self._referee.lost(connection.rank, why, time.monotonic())
+            self._referee.lost(connection.rank, connection.broken, now)
         else:
-            self._decide_alone(End(code=LOST, line=lost_line({0: why}, self._peers), lost=(0,)))
+            self._lose_hub(connection.broken)
 
     def _on_arrival(self) -> None:
         assert isinstance(self._hub, socket.socket)
@@ -309,56 +314,53 @@ class Watchdog:
             sock, _ = self._hub.accept()
             connection = Connection(sock, now=time.monotonic(), timeout=self._timeout)
             connection.nonce = secrets.token_hex(16)
-            connection.send("nonce", nonce=connection.nonce)
+            connection.send("nonce", connection.nonce)
             self._add(connection)
 
     def _on_readable(self, connection: Connection) -> None:
         now = time.monotonic()
-        hear = self._hear_rank if self._is_hub else self._hear_hub
-        for message in connection.receive(now):
-            if message.kind == "stopped":
-                connection.silent = True
-            elif self.end is None:
-                hear(connection, message, now)
+        for kind, values in connection.receive():
+            if self.end is None:
+                (self._hear_rank if self._is_hub else self._hear_hub)(connection, kind, values, now)
 
-    def _hear_hub(self, connection: Connection, message: Message, now: float) -> None:
-        if message.kind == "nonce":
-            connection.send("hello", rank=self._rank, proof=proof(self._token, message["nonce"], self._rank))
-        elif message.kind == "together":
+    def _hear_hub(self, connection: Connection, kind: str, values: list[Any], now: float) -> None:
+        if kind == "nonce":
+            connection.send("hello", self._rank, proof(self._token, values[0], self._rank))
+        elif kind == "together":
             self.together.set()
-        elif message.kind == "signal" and message["signum"] in _STOP_SIGNALS:
-            self._drain_for(message["signum"], now)
-        elif message.kind == "end":
-            self.end = end_of(message)
+        elif kind == "signal" and values[0] in _STOP_SIGNALS:
+            self._drain_for(values[0], now)
+        elif kind == "end":
+            self.end = End(code=values[0], speaker=values[1])
 
-    def _hear_rank(self, connection: Connection, message: Message, now: float) -> None:
+    def _hear_rank(self, connection: Connection, kind: str, values: list[Any], now: float) -> None:
         rank = connection.rank
         if rank is None:  # a stranger
-            self._welcome(connection, message)
-        elif message.kind == "signal" and message["signum"] in _STOP_SIGNALS:
-            self._drain_for(message["signum"], now)
-            self._say("signal", signum=message["signum"])
-        elif message.kind == "finish":
-            self._referee.finished(rank, message["code"], now)
-        elif message.kind == "fail":
-            self._referee.failed(rank, message["code"], message["crash"], now)
-        elif message.kind == "orphan":
-            self._referee.orphaned(message["line"])
-        elif message.kind == "abort" and message["signum"] in _STOP_SIGNALS:
-            self._referee.aborted(message["signum"])
+            self._welcome(connection, kind, values)
+        elif kind == "signal" and values[0] in _STOP_SIGNALS:
+            self._drain_for(values[0], now)
+            self._say("signal", values[0])
+        elif kind == "finish":
+            self._referee.finished(rank, *values, now)
+        elif kind == "fail":
+            self._referee.failed(rank, *values, now)
+        elif kind == "stopped" and values[0] < len(self._peers):
+            self._referee.stopped(values[0], no_sign_of_life(self._timeout), now)
 
-    def _welcome(self, connection: Connection, message: Message) -> None:
-        known = message.kind == "hello" and message["rank"] in self.missing()
-        if known and hmac.compare_digest(message["proof"], proof(self._token, connection.nonce, message["rank"])):
-            connection.rank = message["rank"]
-            self._show(connection)
+    def _welcome(self, connection: Connection, kind: str, values: list[Any]) -> None:
+        known = kind == "hello" and values[0] in self.missing()
+        if known and hmac.compare_digest(values[1], proof(self._token, connection.nonce, values[0])):
+            connection.rank = values[0]
             if not self.missing():
                 self._say("together")
                 self.together.set()
         else:
-            connection.closed = True
+            connection.broken = "it does not know the run's token"
 
     # ---- the end
+
+    def _lose_hub(self, why: str) -> None:
+        self._decide_alone(End(code=LOST, line=lost_line({0: why}, self._peers), lost=(0,)))
 
     def _decide_alone(self, end: End) -> None:
         """End this rank without the hub."""
@@ -381,7 +383,7 @@ class Watchdog:
         if self._is_hub:
             if end.line:
                 self._tell(end.line)
-            self._say("end", **end_fields(end))
+            self._say("end", end.code, end.speaker)
             self._on_end(end)
             self._linger()
         for connection in self._connections:
@@ -391,9 +393,7 @@ class Watchdog:
             return
         if self._main_waits and end.speaker is not None:
             self._over.set()
-            deadline = time.monotonic() + _LAST_WORDS
-            while time.monotonic() < deadline:
-                time.sleep(_TICK)
+            time.sleep(_LAST_WORDS)
         _flush()
         os._exit(end.code)
 
@@ -405,26 +405,6 @@ class Watchdog:
                 if key.data not in (self._on_wake, self._on_arrival):
                     key.data()
             self._drop_broken(time.monotonic())
-
-
-def guardian_command(rank: int, limit: float) -> list[str]:
-    """Without site packages, of which it needs none: it starts in an instant."""
-    root = str(Path(__file__).parents[2])
-    code = f"import sys; sys.path.insert(0, {root!r}); from megalite.run.guardian import main; main({rank}, {limit})"
-    return [sys.executable, "-I", "-S", "-c", code]
-
-
-def _guardian(limit: float) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start the guardian of this process; the socket leads to it."""
-    ours, its = socket.socketpair()
-    nothing = subprocess.DEVNULL
-    with its:
-        guardian = subprocess.Popen(guardian_command(os.getpid(), limit), stdin=its, stdout=nothing, stderr=nothing)
-    ours.settimeout(_GUARDIAN_COMES)
-    with suppress(TimeoutError):
-        ours.recv(1)  # from here on it lets go of this rank's connections when the rank dies
-    ours.setblocking(False)
-    return guardian, ours
 
 
 def _flush() -> None:

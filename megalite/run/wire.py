@@ -1,4 +1,4 @@
-"""What the ranks' watchdogs say to each other: JSON lines over TCP, checked before anyone looks at them."""
+"""What the ranks' watchdogs say to each other: JSON lines `[KIND, VALUE, ...]` over TCP, checked on arrival."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import hmac
 import json
 import socket
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
-
-from megalite.run.referee import End
 
 _LONGEST = 4096
 """Bytes of one line; who sends more is not one of us."""
@@ -19,58 +16,38 @@ _LONGEST = 4096
 _UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
 """How the kernel says that the other host has not answered."""
 
-_FIELDS: dict[str, dict[str, Any]] = {
-    "nonce": {"nonce": str},
-    "hello": {"rank": int, "proof": str},
-    "together": {},
-    "stopped": {},
-    "signal": {"signum": int},
-    "finish": {"code": int},
-    "fail": {"code": int, "crash": bool},
-    "orphan": {"line": str},
-    "abort": {"signum": int},
-    "end": {"code": int, "speaker": int | None, "line": str, "lost": list},
+_KINDS: dict[str, tuple[Any, ...]] = {
+    "nonce": (str,),
+    "hello": (int, str),
+    "together": (),
+    "signal": (int,),
+    "finish": (int,),
+    "fail": (int, bool, str),
+    "stopped": (int,),
+    "end": (int, int | None),
 }
-"""The messages, and the fields of each."""
+"""The kinds of lines and the types of their values.
+
+On arrival the hub sends a `nonce`, a rank answers `hello` (rank, proof); when all are here it sends `together`, and at
+last the `end` (exit code, speaker). Ranks report that they `finish` (exit code), that they `fail` (exit code, whether
+by a crash, a line for the user or ''), that another rank is `stopped`. Both pass on a `signal` (number).
+"""
 
 
-@dataclass(frozen=True)
-class Message:
-    kind: str
-    fields: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.fields[name]
-
-
-def end_fields(end: End) -> dict[str, Any]:
-    """An `End` as the fields of a message, cut to what fits in one."""
-    return {"code": end.code, "speaker": end.speaker, "line": end.line[:500], "lost": list(end.lost[:100])}
-
-
-def end_of(message: Message) -> End:
-    """The inverse of `end_fields`."""
-    fields = {**message.fields, "lost": tuple(rank for rank in message["lost"] if type(rank) is int)}
-    return End(**fields)
-
-
-def parse(line: bytes) -> Message:
-    """One message; ValueError unless it is a known one with exactly its fields, of the right types."""
-    value = json.loads(line)
-    if not isinstance(value, dict) or value.get("kind") not in _FIELDS:
-        raise ValueError("not a message")
-    kind, wanted = value["kind"], _FIELDS[value.pop("kind")]
-    if value.keys() != wanted.keys():
-        raise ValueError(f"{kind}: wrong fields")
-    for name, field_type in wanted.items():
-        # bool is an int to isinstance, and a message that mixes them up is not ours
-        if not isinstance(value[name], field_type) or (isinstance(value[name], bool) and field_type is not bool):
-            raise ValueError(f"{kind}.{name}: wrong type")
-        if isinstance(value[name], int) and not 0 <= value[name] < 1 << 31:
-            raise ValueError(f"{kind}.{name}: out of range")
-        if isinstance(value[name], str):  # may end on a terminal, which must not take orders from it
-            value[name] = "".join(c if c.isprintable() else "?" for c in value[name])
-    return Message(kind, value)
+def parse(line: bytes) -> tuple[str, list[Any]]:
+    """Kind and values of one line; ValueError or TypeError unless it is a known kind with values of its types."""
+    kind, *values = json.loads(line)
+    if kind not in _KINDS or len(values) != len(_KINDS[kind]):
+        raise ValueError("not a known kind with its values")
+    for place, (value, wanted) in enumerate(zip(values, _KINDS[kind], strict=True)):
+        # bool is an int to isinstance, and who mixes them up is not one of us
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{kind}: wrong type")
+        if isinstance(value, int) and not 0 <= value < 1 << 31:
+            raise ValueError(f"{kind}: out of range")
+        if isinstance(value, str):  # may end on a terminal, which must not take orders from it
+            values[place] = "".join(c if c.isprintable() else "?" for c in value)
+    return kind, values
 
 
 def proof(token: bytes, nonce: str, rank: int) -> str:
@@ -79,7 +56,7 @@ def proof(token: bytes, nonce: str, rank: int) -> str:
 
 
 class Connection:
-    """One end of a connection between two watchdogs. Never blocks; a peer that breaks the rules is `closed`."""
+    """One end of a connection between two watchdogs. Never blocks."""
 
     def __init__(self, sock: socket.socket, *, now: float, timeout: float, rank: int | None = None):
         """`timeout`: seconds without an answer of the other host's kernel after which it counts as gone."""
@@ -89,59 +66,62 @@ class Connection:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(timeout * 1000))
         for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
             sock.setsockopt(socket.IPPROTO_TCP, option, max(1, int(timeout / 4)))
-        self.socket = sock
-        self.rank = rank
-        """The rank at the other end; None until it has proved itself."""
+        self.socket, self.rank, self._timeout = sock, rank, timeout
+        """`rank`: the rank at the other end; None until it has proved itself."""
         self.nonce = ""
-        self.heard = now
-        """When anything last came (monotonic seconds)."""
-        self.closed = False
-        self.silent = False
-        """The rank gives no sign of life: it is stopped, or its host does not answer."""
-        self.fault = ""
-        """What closed it, where that was not the peer."""
+        self.since = now
+        """When it came (monotonic seconds)."""
+        self.broken = ""
+        """Why it is of no use any more, for the user; '' while it is."""
         self._rest = b""
 
-    def send(self, kind: str, **fields: Any) -> None:
-        """Send one message. A peer whose buffer is full has not read for minutes and is as good as gone."""
-        data = json.dumps({"kind": kind, **fields}).encode() + b"\n"
+    def send(self, kind: str, *values: object) -> None:
+        """Send one line. A peer whose buffer is full has not read for minutes and is as good as gone."""
+        data = json.dumps([kind, *values]).encode() + b"\n"
         try:
             if self.socket.send(data) != len(data):
-                self._break("it does not read what it is sent")
-        except (BrokenPipeError, ConnectionResetError):
-            self.closed = True
+                self._fault("it does not read what it is sent")
         except OSError as error:
-            self._break(f"sending failed: {error.strerror}", error)
+            self._failed("sending", error)
 
-    def receive(self, now: float) -> list[Message]:
-        """What has come; sets `closed` at the end of the stream, on an error and on anything that is not a message."""
+    def receive(self) -> list[tuple[str, list[Any]]]:
+        """What has come; sets `broken` at the end of the stream, on an error and on anything that `parse` refuses."""
         try:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:
             return []
-        except ConnectionResetError:
-            data = b""
         except OSError as error:
-            data = b""
-            self._break(f"receiving failed: {error.strerror}", error)
-        self.heard = now
-        self.closed |= not data
+            self._failed("receiving", error)
+            return []
         *lines, self._rest = (self._rest + data).split(b"\n")
-        messages = []
+        parsed = []
         try:
             if max(map(len, [*lines, self._rest])) > _LONGEST:
                 raise ValueError("too long")
-            messages = [parse(line) for line in lines]
-        except (ValueError, RecursionError):
-            self._break("it sent what is no message")
-        return messages
+            parsed = [parse(line) for line in lines]
+        except (ValueError, TypeError, RecursionError):
+            self._fault("it sent what none of us sends")
+        if not data:
+            self._failed("receiving", BrokenPipeError())
+        return parsed
 
-    def _break(self, fault: str, error: OSError | None = None) -> None:
-        self.closed, self.fault = True, self.fault or fault
-        self.silent |= error is not None and error.errno in _UNREACHED
+    def _failed(self, doing: str, error: OSError) -> None:
+        if isinstance(error, BrokenPipeError | ConnectionResetError):
+            self.broken = self.broken or "ended without a word (killed, out of memory or crashed)"
+        elif error.errno in _UNREACHED:
+            self.broken = self.broken or no_sign_of_life(self._timeout)
+        else:
+            self._fault(f"{doing} failed: {error.strerror}")
+
+    def _fault(self, fault: str) -> None:
+        self.broken = self.broken or f"the connection to its watch broke: {fault}"
 
     def close(self) -> None:
-        self.closed = True
         with suppress(OSError):  # it is broken already
-            self.socket.shutdown(socket.SHUT_RDWR)  # for the guardian's copy too
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
+
+
+def no_sign_of_life(timeout: float) -> str:
+    """Why a rank counts as lost that is stopped, or whose host does not answer."""
+    return f"no sign of life for {timeout:g} s (stopped or cut off)"
