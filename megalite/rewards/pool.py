@@ -4,12 +4,12 @@
         scored = pool.evaluate(samples)
 
 A reward is `reward(prompt: str, completion: str, example: Mapping[str, Any]) -> float`, and the config names it as
-`package.module:function`. A worker (`reward_worker`) holds one sample at a time. When it takes too long or leaves
+`package.module:function`. A worker (worker.py) holds one sample at a time. When it takes too long or leaves
 processes behind, it is killed with everything it started, and another takes its place. This is protection from
 accidents: a reward is the user's own code and runs with the user's rights. What a model wrote is run by `sandbox` only.
 
-Workers die with the thread that started them, so a pool is entered and used in one thread. What a reward started dies
-with its worker, unless the worker itself crashed and the process had made itself the head of a session. No torch here.
+Workers die with this process. What a reward started dies with its worker, unless the worker itself crashed and the
+process had made itself the head of a session. No torch here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from __future__ import annotations
 import json
 import math
 import os
-import selectors
 import signal
-import socket
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from megalite.errors import MegaliteError, Problem
+from megalite.rewards.child import Child
 from megalite.rewards.named import NamedFunction, how_it_ended
 from megalite.run.processes import descendants
 
@@ -39,8 +38,6 @@ _FAREWELL = 2.0
 """Seconds an idle worker has to leave by itself."""
 _KILL = 5.0
 """Seconds for killed processes to vanish."""
-_PIECE = 1 << 16
-"""Bytes read at a time."""
 
 ARGUMENTS = ("prompt", "completion", "example")
 """What a reward is called with."""
@@ -71,7 +68,7 @@ def check_reward(name: str, *, key: str = "hybrid.reward") -> Problem | None:
 
 
 class RewardPool:
-    """Processes that compute one reward function. Enter it once, evaluate any number of times.
+    """Processes that compute one reward function, each served by a thread. Enter it once, evaluate any number of times.
 
     MegaliteError: a worker can't start.
     """
@@ -84,204 +81,132 @@ class RewardPool:
         self.time_limit = time_limit
         self.failure_reward = failure_reward
         self._count = workers
-        self._workers: list[_Worker] = []
+        self._threads: ThreadPoolExecutor | None = None
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._busy: set[_Worker] = set()
 
     def __enter__(self) -> RewardPool:
         """Start the workers; they import the reward while this process goes on."""
-        self._workers = [_Worker(self.reward, self.time_limit) for _ in range(self._count)]
+        # A worker dies with the thread that started it, so these threads last as long as the pool.
+        self._threads = ThreadPoolExecutor(self._count)
+        for _ in range(self._count):
+            self._idle.put(_Worker(self.reward))
         return self
 
     def __exit__(self, *_: object) -> None:
-        workers, self._workers = self._workers, []
+        workers = [self._idle.get() for _ in range(self._count)]
         for worker in workers:
-            worker.dismiss()
+            worker.child.no_more()
         for worker in workers:
             worker.end(patience=_FAREWELL)
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
 
     def evaluate(self, samples: Sequence[Sample]) -> list[Scored]:
         """The rewards of `samples`, in their order; each worker computes one at a time."""
-        if not self._workers:
+        if self._threads is None:
             raise RuntimeError("the pool has not been entered")
-        scored: dict[int, Scored] = {}
-        waiting = deque(range(len(samples)))
+        requests = [{name: getattr(sample, name) for name in ARGUMENTS} for sample in samples]
+        lines = [json.dumps(request, default=dict).encode() + b"\n" for request in requests]
+        futures = [self._threads.submit(self._score, line) for line in lines]
         try:
-            while len(scored) < len(samples):
-                for place, worker in enumerate(self._workers):
-                    if worker.sample is None and waiting:
-                        if worker.has_died():
-                            worker = self._replace(place)
-                        number = waiting.popleft()
-                        worker.give(number, samples[number])
-                self._wait()
-                for place, worker in enumerate(self._workers):
-                    number, answer = worker.sample, worker.turn()
-                    if number is not None and answer is not None:
-                        scored[number] = Scored(reward=self._reward_of(answer), failure=answer.failure)
-                        if answer.spent:
-                            self._replace(place)
+            return [future.result() for future in futures]
+        except BaseException:  # broken off: the samples in work are given up
+            for future in futures:
+                future.cancel()
+            for worker in list(self._busy):
+                worker.child.process.kill()
+            wait(futures)
+            raise
+
+    def _score(self, request: bytes) -> Scored:
+        worker = self._idle.get()
+        if worker.has_died():
+            worker = self._replaced(worker)
+        self._busy.add(worker)
+        try:
+            reward, failure = worker.compute(request, self.time_limit)
+            return Scored(reward=self.failure_reward if reward is None else reward, failure=failure)
         finally:
-            for place, worker in enumerate(self._workers):
-                if worker.sample is not None:  # broken off here; its answer must not meet the next samples
-                    self._replace(place)
-        return [scored[number] for number in range(len(samples))]
+            self._busy.remove(worker)
+            self._idle.put(self._replaced(worker) if worker.is_spent else worker)
 
-    def _reward_of(self, answer: _Answer) -> float:
-        return self.failure_reward if answer.reward is None else answer.reward
-
-    def _replace(self, place: int) -> _Worker:
-        self._workers[place].end()
-        self._workers[place] = _Worker(self.reward, self.time_limit)
-        return self._workers[place]
-
-    def _wait(self) -> None:
-        """Until a worker with a sample has said something, takes more of what it is sent, or is out of time."""
-        busy = [worker for worker in self._workers if worker.sample is not None]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.unsent else 0)
-                selector.register(worker.line, wanted)
-            selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Answer:
-    """What came of a sample."""
-
-    reward: float | None = None
-    failure: str | None = None
-    spent: bool = False
-    """The worker must be replaced."""
+    def _replaced(self, worker: _Worker) -> _Worker:
+        worker.end()
+        return _Worker(self.reward)
 
 
 class _Worker:
-    """One process, and the sample it works on."""
+    """One process that computes one reward at a time."""
 
-    def __init__(self, reward: str, time_limit: float):
-        self._process, self.line = _start(reward)
-        self._reward, self._time_limit = reward, time_limit
-        self._ready = False
+    def __init__(self, reward: str):
+        self.reward = reward
+        # What it prints goes to standard error, line by line.
+        self.child = Child([sys.executable, "-u", "-P", "-m", "megalite.rewards.worker", reward], stdout=2)
+        self.is_ready = False
         """It has imported the reward."""
-        self._heard = b""
-        self.unsent = b""
-        self.sample: int | None = None
-        """Number of its sample; None when it has nothing to do."""
-        self.deadline = time.monotonic() + START_SECONDS
-        """When its time is over: that to import the reward, then that for its sample."""
+        self.is_spent = False
+        """It must be replaced."""
 
     def has_died(self) -> bool:
         """It was ready once and is gone, for a reason that no sample is to blame for."""
-        return self._ready and self._process.poll() is not None
+        return self.is_ready and self.child.process.poll() is not None
 
-    def give(self, number: int, sample: Sample) -> None:
-        """Let it work on a sample; it has none."""
-        request = {"prompt": sample.prompt, "completion": sample.completion, "example": dict(sample.example)}
-        self.unsent = json.dumps(request).encode() + b"\n"
-        self.sample = number
-        if self._ready:
-            self.deadline = time.monotonic() + self._time_limit
-
-    def turn(self) -> _Answer | None:
-        """Send and hear what is possible without waiting; what came of its sample once that is known."""
-        if self.sample is None:
-            return None
-        self._send()
-        open_still = self._hear()
-        if not self._ready and b"\n" in self._heard:
-            self._greet(self._line())
-        if self._ready and b"\n" in self._heard:
-            answer = _read_answer(self._line())
-        elif not open_still:
-            answer = _Answer(failure=self._last_words(), spent=True)
-        elif time.monotonic() < self.deadline:
-            return None
-        else:
-            answer = _Answer(failure=f"took longer than {self._time_limit:g} s", spent=True)
-        if not self._ready:
-            what = answer.failure if not open_still else f"importing it took longer than {START_SECONDS:g} s"
-            raise MegaliteError(f"the reward {self._reward} can't be computed: {what}")
-        self.sample = None
-        return answer
-
-    def _send(self) -> None:
-        with suppress(BlockingIOError):
-            try:
-                while self.unsent:
-                    self.unsent = self.unsent[self.line.send(self.unsent) :]
-            except (BrokenPipeError, ConnectionResetError):  # it has ended, which shows when it is heard
-                self.unsent = b""
-
-    def _hear(self) -> bool:
-        """Take in what it has said; False once it can say no more."""
+    def compute(self, request: bytes, time_limit: float) -> tuple[float | None, str | None]:
+        """The reward, or None and why there is none."""
+        self.is_spent = True  # unless it answers
+        self._await_ready()
+        deadline = time.monotonic() + time_limit
         try:
-            while piece := self.line.recv(_PIECE):
-                self._heard += piece
-        except BlockingIOError:
-            return True
-        except ConnectionResetError:  # it ended before it had read all
-            pass
-        return False
+            self.child.say(request, deadline)
+            line = self.child.hear(deadline)
+        except TimeoutError:
+            return None, f"took longer than {time_limit:g} s"
+        if not line:
+            return None, self._last_words()
+        try:
+            answer = json.loads(line)
+            reward, failure, self.is_spent = answer["reward"], answer["failure"], answer["children"]
+        except (ValueError, TypeError, LookupError):
+            return None, "wrote into the pipe of its process"
+        return reward, failure
 
-    def _line(self) -> bytes:
-        line, _, self._heard = self._heard.partition(b"\n")
-        return line
+    def _await_ready(self) -> None:
+        """Its first line says that it is ready, or why it can't be: MegaliteError."""
+        if self.is_ready:
+            return
+        try:
+            line = self.child.hear(time.monotonic() + START_SECONDS)
+            error = json.loads(line)["error"] if line else self._cannot(self._last_words())
+        except TimeoutError:
+            error = self._cannot(f"importing it took longer than {START_SECONDS:g} s")
+        if error is not None:
+            raise MegaliteError(error)
+        self.is_ready = True
 
-    def _greet(self, line: bytes) -> None:
-        """Its first words: that it is ready, or why it can't be."""
-        message = json.loads(line)
-        if "error" in message:
-            raise MegaliteError(message["error"])
-        self._ready = True
-        self.deadline = time.monotonic() + self._time_limit
+    def _cannot(self, why: str) -> str:
+        return f"the reward {self.reward} can't be computed: {why}"
 
     def _last_words(self) -> str:
         try:
-            return f"its process died ({how_it_ended(self._process.wait(_FAREWELL))})"
-        except subprocess.TimeoutExpired:
+            return f"its process died ({how_it_ended(self.child.wait(time.monotonic() + _FAREWELL))})"
+        except TimeoutError:
             return "closed the pipe of its process"
 
-    def dismiss(self) -> None:
-        """Ask it to leave: it does when it has nothing to do."""
-        with suppress(OSError):  # it may have ended
-            self.line.shutdown(socket.SHUT_WR)
-
     def end(self, patience: float = 0.0) -> None:
-        """Kill what is left of it after `patience` seconds."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(patience)
-        _end(self._process)
-        self.line.close()
-
-
-def _read_answer(line: bytes) -> _Answer:
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return _Answer(failure="wrote into the pipe of its process", spent=True)
-    return _Answer(reward=message.get("reward"), failure=message.get("failure"), spent=message["children"])
-
-
-def _start(reward: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A worker process, in a session of its own so that it can be killed as a group, and our end of the line to it.
-
-    A socket, not pipes: those can be opened by every process of the user through /proc.
-    """
-    command = [sys.executable, "-P", "-m", "megalite.rewards.worker", reward]
-    ours, theirs = socket.socketpair()
-    with theirs:
-        process = subprocess.Popen(command, stdin=theirs, stdout=theirs, start_new_session=True)
-    ours.setblocking(False)
-    return process, ours
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a worker and all that it started, and collect it."""
-    with suppress(ProcessLookupError):
-        if process.poll() is None:
-            # Stopped, it starts nothing more, and the orphans below it still come to it and can be found.
-            os.killpg(process.pid, signal.SIGSTOP)
-            give_up = time.monotonic() + _KILL
-            while (left := descendants(process.pid)) and time.monotonic() < give_up:
-                for one in left:
-                    one.kill()
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        """After `patience` seconds kill it and all that it started, and collect it."""
+        process = self.child.process
+        with suppress(TimeoutError):
+            self.child.wait(time.monotonic() + patience)
+        with suppress(ProcessLookupError):
+            if process.poll() is None:
+                # Stopped, it starts nothing more, and the orphans below it still come to it and can be found.
+                os.killpg(process.pid, signal.SIGSTOP)
+                give_up = time.monotonic() + _KILL
+                while (left := descendants(process.pid)) and time.monotonic() < give_up:
+                    for one in left:
+                        one.kill()
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.child.close()
