@@ -5,10 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import Case
-from train_helpers import as_run, build_from
-from transformers import AutoModelForCausalLM
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from train_helpers import Case, as_run, build_from, in_parts
 
 from megalite.config.schema import OptimizerSection
 from megalite.core.layout import Layout
@@ -16,11 +13,10 @@ from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.train.balance import LoadBalance
-from megalite.train.data.batch import MicroBatch, blank, from_sequences
+from megalite.train.micro_batch import MicroBatch, blank, from_sequences
 from megalite.train.model import LanguageModel
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, get_whole
-from megalite.weights.shards import expected
 from megalite.weights.transfer import build
 
 OPTIMIZER = OptimizerSection(learning_rate=1e-3, min_learning_rate=1e-3, warmup_steps=0, gradient_clipping=0)
@@ -42,6 +38,8 @@ def micro_batches(vocab: int) -> list[MicroBatch]:
 
 def plainly(folder: Path, monkeypatch) -> tuple[float, float, dict[str, torch.Tensor]]:
     """Loss, balance and gradients by one process without a trainer, the balance by transformers' function."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
     decoder = build_from(folder, ParallelState(Layout()))
     spec = next(moe for moe in decoder.config.moe if moe is not None)
     logits: list[torch.Tensor] = []
@@ -68,21 +66,15 @@ def plainly(folder: Path, monkeypatch) -> tuple[float, float, dict[str, torch.Te
 
 
 def by_trainer(rank: int, folder: Path, case: Case):
-    layout = case.layout
+    """What it reads, and the gradients of this rank by Adam's first moments."""
     with as_run(rank):
-        state = ParallelState(layout, sequence_parallel=case.sequence_parallel)
-        decoder = build_from(folder, state)
-        options = {"zero_stage": case.zero, "recompute": case.recompute, "router_aux_loss_coef": WEIGHT}
-        trainer = Trainer(decoder, OPTIMIZER, steps=1, **options)
-        batches = micro_batches(decoder.config.vocab_size)[state.dp.rank :: layout.dp]
+        trainer = case.trainer(folder, OPTIMIZER, steps=1, balance=WEIGHT)
+        config, dp = trainer.decoder.config, trainer.state.dp
+        batches = micro_batches(config.vocab_size)[dp.rank :: dp.size]
         found = trainer.read(trainer.step(batches + [blank(3)] * case.accumulate))
-        held, params = expected(decoder.config, layout, rank), dict(decoder.named_parameters())
-        moments = {name: get_whole(params[name], MOMENTS[0]) / (1 - OPTIMIZER.betas[0]) for name in held}
-    return found, [
-        (part.piece, part.lo, moments[name].narrow(part.piece.dim, part.start, part.hi - part.lo))
-        for name, (_, parts) in held.items()
-        for part in parts
-    ]
+        moments = {name: get_whole(param, MOMENTS[0]) for name, param in trainer.decoder.named_parameters()}
+        gradients = {name: moment / (1 - OPTIMIZER.betas[0]) for name, moment in moments.items()}
+    return found, in_parts(config, case.layout, rank, gradients)
 
 
 CASES = {
@@ -105,22 +97,18 @@ def test_balance_is_that_of_transformers(name, tiny, ranks, monkeypatch):
     case = CASES[name]
     folder = tiny(case.model)
     loss, balance, gradients = plainly(folder, monkeypatch)
-    config = families.read(folder)
-    whole = {
-        (part.piece.hf, part.piece.hf_start): gradients[param].narrow(part.piece.dim, part.start, part.hi - part.lo)
-        for param, (_, parts) in expected(config, Layout(), 0).items()
-        for part in parts
-    }
+    whole = in_parts(families.read(folder), Layout(), 0, gradients)
     for found, parts in ranks(case.layout.size).run(by_trainer, folder, case):
         assert found["loss"] == pytest.approx(loss, rel=1e-5)
         assert found["load_balance"] == pytest.approx(balance, rel=1e-5)
-        for piece, lo, values in parts:
-            wanted = whole[piece.hf, piece.hf_start].narrow(piece.dim, lo - piece.hf_start, values.shape[piece.dim])
-            torch.testing.assert_close(values, wanted, rtol=1e-4, atol=1e-6)
+        for (hf, piece, at), values in parts.items():
+            torch.testing.assert_close(values, whole[hf, piece, 0][at : at + len(values)], rtol=1e-4, atol=1e-6)
 
 
 def test_a_model_of_transformers_has_the_same_balance(tiny, ranks):
     """Its own forward pass, on sequences of one length."""
+    from transformers import AutoModelForCausalLM
+
     folder = tiny("mixtral")
     windows = torch.randint(families.read(folder).vocab_size, (3, 10), generator=torch.Generator().manual_seed(3))
     wanted = AutoModelForCausalLM.from_pretrained(folder)(windows[:, :-1], output_router_logits=True).aux_loss.detach()

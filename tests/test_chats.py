@@ -97,7 +97,7 @@ def test_every_job_reads_a_chat_as_transformers_does(name, tmp_path):
     ]
     assert [list(one.ids) for one in learnt] == [wanted(answered, prompt=False)] * 2
     answer = learnt[1]
-    assert not any(answer.learnt[: len(wanted(chat))]) and all(answer.learnt[len(wanted(chat)) :])
+    assert not any(answer.loss_mask[: len(wanted(chat))]) and all(answer.loss_mask[len(wanted(chat)) :])
 
 
 def test_a_config_speaks_for_chats_that_do_not(tmp_path):
@@ -124,7 +124,7 @@ def test_turns_of_a_chat_are_learnt_wherever_it_begins():
     (example,) = encode_chat(ours(), messages, END)
     text = ours().chat_text(messages, add_generation_prompt=False)
     assert list(example.ids) == theirs().apply_chat_template(messages, return_dict=False)
-    spans = [i for i, counts in enumerate(example.learnt) if counts]
+    spans = [i for i, counts in enumerate(example.loss_mask) if counts]
     read = ours().decode([example.ids[i] for i in spans], skip_special_tokens=False)
     assert read.replace(" ", "") == "hello</s>b</s>" and text.startswith("<|user|>default<|assistant|>hello</s>")
 
@@ -134,7 +134,7 @@ def test_a_template_that_opens_no_answers_shows_where_the_first_begins():
     known = Tokenizer(FAMILY["byte level"](), {"bos_token": "<s>", "eos_token": "</s>"}, {"default": template})
     (example,) = encode_chat(known, [{"role": "assistant", "content": "hello"}, USER], END)
     known.close()
-    read = [known.token_text(token) for token, counts in zip(example.ids, example.learnt, strict=True) if counts]
+    read = [known.token_text(token) for token, counts in zip(example.ids, example.loss_mask, strict=True) if counts]
     assert "".join(read) == "assistant: hello</s>"
 
 

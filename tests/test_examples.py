@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: lines to examples, what of them is learnt, how they are packed, and the step they make."""
+"""Supervised fine-tuning: lines to examples, which tokens count, how they are packed, and the step they make."""
 
 import json
 import unicodedata
@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_prepared import TOKENIZER
 from test_tokenizer import tokenizer as tokenizer_of
 from tiny_tokenizer import CHAT, with_tokenizer
 from tokenizer_family import FAMILY, bytes_of
 from tokenizers import Tokenizer as Backend
-from train_helpers import as_run, build_from
+from train_helpers import as_run, build_from, replicas
 
 from megalite.config.schema import (
     DataSection,
@@ -27,11 +26,11 @@ from megalite.config.schema import (
     TrainSection,
 )
 from megalite.core.layout import Layout
-from megalite.core.parallel_state import Axis, ParallelState
+from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.text.tokenizer import Tokenizer
 from megalite.train.data.examples import encode_chat, encode_pair
-from megalite.train.data.order import ExampleOrder
+from megalite.train.data.order import TrainingOrder
 from megalite.train.data.prepared import Corpus, check, prepare
 from megalite.train.data.reading import ExampleReader, open_reader
 from megalite.train.data.records import MOST_PROBLEMS, Records, find_files, line_problems
@@ -158,46 +157,45 @@ def test_kinds_are_not_mixed_across_files_either(tmp_path):
     assert "a.jsonl:1: holds 'prompt'/'response', and data.format says texts" in str(only)
 
 
-# ---- what is learnt
+# ---- the loss mask
 
 
-def learnt(tokenizer: Tokenizer, example) -> str:
-    return tokenizer.decode([i for i, counts in zip(example.ids, example.learnt, strict=True) if counts], **RAW)
+def counted(tokenizer: Tokenizer, example) -> str:
+    """The text of the tokens that count."""
+    return tokenizer.decode([i for i, counts in zip(example.ids, example.loss_mask, strict=True) if counts], **RAW)
 
 
 RAW = {"skip_special_tokens": False}
 
 
-def test_of_a_pair_the_response_and_its_end_are_learnt(tokenizer):
+def test_of_a_pair_the_response_and_its_end_count(tokenizer):
     known = tokenizer()
-    example = encode_pair(known, "er a", " a er", END)
-    assert known.decode(example.ids, **RAW) == "er a a er</s>" and learnt(known, example) == " a er</s>"
-    whole = encode_pair(known, "the e", "rror", END)  # "er" is one token, and the border is inside it
-    assert known.decode(whole.ids, **RAW) == "the error</s>" and learnt(known, whole) == "error</s>"
+    # "er" is one token, and in the second the border is inside it
+    for prompt, response, wanted in (("er a", " a er", " a er</s>"), ("the e", "rror", "error</s>")):
+        example = encode_pair(known, prompt, response, END)
+        assert known.decode(example.ids, **RAW) == f"{prompt}{response}</s>" and counted(known, example) == wanted
     assert encode_pair(known, "a", "b</s>", END).ids.count(END) == 1
+    _, composing = of_family("byte level, NFC")
+    example = encode_pair(composing, "he", "\u0301 a", END)
+    assert counted(composing, example) == "\u00e9 a</s>", "a mark goes with its letter"
 
 
-def test_of_a_chat_every_turn_of_the_assistant_is_learnt(tokenizer):
-    known = tokenizer(ENDED)
-    (example,) = encode_chat(known, TALK, END)
-    assert learnt(known, example) == "4</s>6 it is</s>", "with its end, and not the line end after it"
+@pytest.mark.parametrize(
+    ("template", "wanted"),
+    [
+        (ENDED, ["4</s>6 it is</s>"]),  # with its end, and not the line end after it
+        (CHAT, ["4\n6 it is\n</s>"]),  # without ends of its own
+        (THINKING, ["<thought>4</s>", "<thought>6 it is</s>"]),  # turns that are shown otherwise later, as generated
+    ],
+)
+def test_of_a_chat_every_turn_of_the_assistant_counts(template, wanted, tokenizer):
+    known = tokenizer(template)
+    found = encode_chat(known, TALK, END)
+    assert [counted(known, example) for example in found] == wanted
     whole = known.chat_text(TALK[:-1], add_generation_prompt=False)
-    assert known.decode(example.ids, **RAW) == whole, "what comes after the last turn is left out"
-    assert list(example.ids) == known.encode(whole, add_special_tokens=False)
-
-
-def test_a_template_without_ends_gets_one_at_the_end(tokenizer):
-    known = tokenizer(CHAT)
-    (example,) = encode_chat(known, TALK, END)
-    assert learnt(known, example) == "4\n6 it is\n</s>"
-
-
-def test_turns_that_are_shown_otherwise_later_are_learnt_as_they_were_generated(tokenizer):
-    known = tokenizer(THINKING)
-    first, second = encode_chat(known, TALK, END)
-    assert known.decode(first.ids, **RAW) == "user: 2+2?</s>\nassistant: <thought>4</s>\n"
-    assert learnt(known, first) == "<thought>4</s>" and learnt(known, second) == "<thought>6 it is</s>"
-    assert "assistant: 4</s>" in known.decode(second.ids, **RAW), "as the template shows it then"
+    shown = known.decode(found[-1].ids, **RAW)
+    assert shown == whole + ("</s>" if template == CHAT else ""), "what comes after the last turn is left out"
+    assert list(found[-1].ids[: -1 if template == CHAT else None]) == known.encode(whole, add_special_tokens=False)
 
 
 def test_templates_see_what_a_line_or_the_config_gives_them(tokenizer, tmp_path):
@@ -252,7 +250,7 @@ def test_the_tokens_of_a_pair_read_as_it_is_written(name, prompt, response):
         return
     example = encode_pair(known, prompt, response, END)
     head, ids = known.encode(""), known.encode(written)
-    assert list(example.ids) == (ids if ids[-1] == END else [*ids, END]) and example.learnt[-1]
+    assert list(example.ids) == (ids if ids[-1] == END else [*ids, END]) and example.loss_mask[-1]
     text = unicodedata.normalize("NFC", written) if "NFC" in name else written
     if name == "byte level, prefix":
         assert known.decode(ids, skip_special_tokens=True).removeprefix(" ") == text.removeprefix(" ")
@@ -260,16 +258,16 @@ def test_the_tokens_of_a_pair_read_as_it_is_written(name, prompt, response):
         assert known.decode(ids, skip_special_tokens=True) == text.removeprefix(" ")
     else:
         assert known.decode(ids, skip_special_tokens=True) == text
-    assert not any(example.learnt[: len(head)])
+    assert not any(example.loss_mask[: len(head)])
     if text == written:
-        check_border(bytes_of(made, ids[len(head) :], text), example.learnt[len(head) :], text, len(prompt))
+        check_border(bytes_of(made, ids[len(head) :], text), example.loss_mask[len(head) :], text, len(prompt))
 
 
-def check_border(spelled, learnt, text: str, border: int) -> None:
+def check_border(spelled, loss_mask, text: str, border: int) -> None:
     """A token is learnt if a byte of a character of the response is in it."""
     char_of = [place for place, character in enumerate(text) for _ in character.encode()]
     done = 0
-    for token, counts in zip(spelled, learnt, strict=False):
+    for token, counts in zip(spelled, loss_mask, strict=False):
         done += len(token)
         if token:
             assert counts == (char_of[done - 1] >= border), (token, done)
@@ -292,9 +290,9 @@ def test_the_turns_of_a_chat_read_as_its_template_shows_them(name, contents, beg
     assert list(example.ids) == made.encode(text, add_special_tokens=False).ids
     answers = "".join(f"{message['content']}</s>" for message in messages if message["role"] == "assistant")
     answers = unicodedata.normalize("NFC", answers) if "NFC" in name else answers
-    assert learnt(known, example).replace(" ", "") == answers.replace(" ", "")
+    assert counted(known, example).replace(" ", "") == answers.replace(" ", "")
     if name.startswith("byte level") and "prefix" not in name:
-        assert learnt(known, example) == answers
+        assert counted(known, example) == answers
 
 
 @cache
@@ -318,13 +316,7 @@ def test_tokenizers_that_drop_characters_learn_what_is_left(kind, prompt, respon
     assert list(example.ids)[: len(theirs.input_ids)] == theirs.input_ids
     wanted = [stop > len(prompt) for _, stop in theirs.offset_mapping]
     if unicodedata.is_normalized("NFD", prompt + response) and "\u0301" not in response[:1]:
-        assert list(example.learnt)[: len(wanted)] == wanted
-
-
-def test_marks_that_a_tokenizer_composes_go_with_their_letter():
-    _, known = of_family("byte level, NFC")
-    example = encode_pair(known, "he", "\u0301 a", END)
-    assert known.decode(example.ids, **RAW) == "h\u00e9 a</s>" and learnt(known, example) == "\u00e9 a</s>"
+        assert list(example.loss_mask)[: len(wanted)] == wanted
 
 
 # ---- prepared, packed and read
@@ -373,24 +365,14 @@ def test_examples_that_are_too_long(too_long, left, cut, folder, tmp_path):
 
 def test_a_new_tokenizer_is_trained_on_pairs_and_has_no_template_for_chats(tmp_path):
     data = section(lines(tmp_path / "pairs.jsonl", *(pair(number) for number in range(20))))
-    prepare(data, TOKENIZER, tmp_path)
+    prepare(data, TokenizerSection(vocab_size=300), tmp_path)
     assert "# 1\nxxx\n<|endoftext|>" in [
         *texts(Corpus.open(tmp_path), "train"),
         *texts(Corpus.open(tmp_path), "held_out"),
     ]
     chats = lines(tmp_path / "chats.jsonl", *({"messages": [*TALK, {"role": str(i)}]} for i in range(9)))
     with pytest.raises(ConfigError, match=r"a new tokenizer has no chat template, and .*chats.jsonl:\d is a chat"):
-        prepare(section(chats), TOKENIZER, tmp_path / "other")
-
-
-def replicas(dp: int) -> list[ParallelState]:
-    """The states of dp replicas, without their groups."""
-    states = []
-    for rank in range(dp):
-        state = ParallelState(Layout())
-        state.dp = Axis(tuple(range(dp)), rank)
-        states.append(state)
-    return states
+        prepare(section(chats), TokenizerSection(vocab_size=300), tmp_path / "other")
 
 
 @pytest.mark.parametrize("dp", [1, 2, 3])
@@ -399,7 +381,7 @@ def test_what_a_step_reads_does_not_hang_on_the_replicas(dp, prepared):
     data = section(prepared.folder, sequence_length=24)
     train = TrainSection(micro_batch_size=2, gradient_accumulation_steps=6 // dp)
     readers = [ExampleReader(prepared, data, train, state) for state in replicas(dp)]
-    order = ExampleOrder(len(prepared.train), data.seed)
+    order = TrainingOrder(len(prepared.train), data.seed)
     for step in range(5):
         steps = [reader.step(12 * step) for reader in readers]
         wanted = [texts(prepared, "train")[i].encode() for i in order.indices(12 * step, 12)]
@@ -449,7 +431,7 @@ def test_a_step_is_that_of_transformers_with_prompts_masked(layout, prepared, fo
 
     train = TrainSection(micro_batch_size=3, gradient_accumulation_steps=2 // layout.dp)
     results = ranks(layout.size).run(train_on_examples, folder, prepared, train, layout)
-    examples = [prepared.train[i] for i in ExampleOrder(len(prepared.train), 0).indices(0, 6)]
+    examples = [prepared.train[i] for i in TrainingOrder(len(prepared.train), 0).indices(0, 6)]
     width = max(len(ids) for ids, _ in examples)
     ids, labels = torch.zeros(6, width, dtype=torch.int64), torch.full((6, width), -100)
     mask = torch.zeros(6, width, dtype=torch.int64)

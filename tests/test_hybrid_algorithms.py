@@ -27,7 +27,7 @@ from megalite.hybrid.learner import UpdateResult
 from megalite.hybrid.record import Record
 from megalite.hybrid.rollout import Rollout, ScoredRollout, pack_groups, rollout_file, unpack_groups, write_rollouts
 from megalite.model import families
-from megalite.train.data.batch import from_sequences
+from megalite.train.micro_batch import from_sequences
 
 MODEL = families.read(Path(__file__).resolve().parent.parent / "checkpoints" / "demo")
 

@@ -33,7 +33,7 @@ from megalite.model.attention import PackedAttention
 from megalite.model.decoder import Decoder
 from megalite.model.device_attention import DeviceCache
 from megalite.model.rope import Rotary
-from megalite.train.data.batch import from_sequences
+from megalite.train.micro_batch import from_sequences
 from megalite.train.model import LanguageModel
 from megalite.weights.transfer import build, load_folder
 

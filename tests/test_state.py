@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from train_helpers import as_run, build_from
+from train_helpers import as_run, build_from, same_tensors
 
 from megalite.config.schema import OptimizerSection
 from megalite.convert.convert import export, reshard
@@ -21,8 +20,8 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import FAULT_VARIABLE, CheckpointError
 from megalite.train.checkpoint import KINDS, load_state, newest_state, remove_unfinished, save_state
-from megalite.train.data.batch import from_windows
 from megalite.train.export import export_model, files_beside
+from megalite.train.micro_batch import from_windows
 from megalite.train.trainer import Trainer
 from megalite.train.zero import WEIGHT, get_whole, set_whole, whole_shape
 from megalite.weights import manifest as manifests
@@ -39,12 +38,6 @@ STEP = 5
 """At which the states are that were not trained."""
 STRAY = {"step-by-step", "notes.txt", "step-00000001"}
 """What a user may have put beside the states."""
-
-
-@pytest.fixture
-def run(ranks):
-    """`run(n, function, *args)` on n ranks. A first job imports DeepSpeed, so it has time also on a busy machine."""
-    return lambda size, function, *args: ranks(size).run(function, *args)
 
 
 def trainer_of(model: Path, layout: Layout, zero: int = 1) -> Trainer:
@@ -85,7 +78,8 @@ def truth(trainer: Trainer, kind: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def write_truth(rank: int, model: Path, folder: Path, layout: Layout) -> None:
+def write_truth(rank: int, model: Path, folder: Path, layout: Layout, hf: Path | None = None) -> None:
+    """Save a state of these values, and with `hf` their export."""
     with as_run(rank):
         trainer = trainer_of(model, layout)
         params = dict(trainer.decoder.named_parameters())
@@ -94,6 +88,8 @@ def write_truth(rank: int, model: Path, folder: Path, layout: Layout) -> None:
                 set_whole(params[name], kind, values)
         trainer.steps_done = STEP
         save(trainer, model, folder)
+        if hf is not None:
+            export_model(trainer.decoder, hf / "model.safetensors", torch.float32)
 
 
 def look_and_save(rank: int, model: Path, folder: Path, layout: Layout, zero: int = 1) -> None:
@@ -129,12 +125,29 @@ VALUES = {
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_every_value_arrives_in_every_layout(name, tiny, run, tmp_path):
-    run(4, write_truth, tiny(name), tmp_path, Layout(dp=4))
-    for layout, zero in VALUES[name]:
-        run(4, look_and_save, tiny(name), tmp_path, layout, zero)
-        assert verify(only(tmp_path)).findings == []
-        assert manifests.read(only(tmp_path)).layout == shards.stored_layout(layout)
+def test_every_value_arrives_in_every_layout(name, tiny, ranks, tmp_path):
+    """Every state is of the same step, and never written over one that is whole.
+
+    What a user has put beside the states stays where it is, and ends no run.
+    """
+    states, kept, names = tmp_path / "states", tmp_path / "kept", []
+    (states / "step-by-step").mkdir(parents=True)
+    (states / "notes.txt").touch()
+    (states / "step-00000001").touch()
+    for layout, zero in [(Layout(dp=4), 1), *VALUES[name]]:
+        if names:
+            ranks(4).run(look_and_save, tiny(name), states, layout, zero)
+        else:
+            ranks(4).run(write_truth, tiny(name), states, layout)
+        state = only(states)
+        names.append(state.name)
+        assert verify(state).findings == []
+        assert manifests.read(state).layout == shards.stored_layout(layout)
+        shutil.copytree(states, kept, dirs_exist_ok=True)
+    assert names == ["step-00000005", *(f"step-00000005-{count}" for count in range(2, len(names) + 1))]
+    assert newest_state(kept)[0].name == names[-1]
+    remove_unfinished(states)
+    assert {path.name for path in states.iterdir()} == {names[-1], *STRAY}
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -148,98 +161,80 @@ def micro_batches(trainer: Trainer) -> list:
     return [from_windows(part) for part in ids.chunk(dp.size)[dp.rank].chunk(4)]
 
 
-def train(rank: int, model: Path, folder: Path, layout: Layout, zero: int, steps: int, fault: str = "") -> None:
-    """Go on from the newest state, if there is one, and save after the last step."""
+def train(rank: int, model: Path, folders: list[Path], layout: Layout, zero: int, *, fault: str = "") -> None:
+    """Go on from the newest state, if there is one: a step for each folder, and a save into it."""
     with as_run(rank):
         os.environ[FAULT_VARIABLE] = fault
         trainer = trainer_of(model, layout, zero)
-        if folder.exists():
-            load_newest(trainer, folder)
-        for _ in range(steps):
+        if folders[0].exists():
+            load_newest(trainer, folders[0])
+        for folder in folders:
             trainer.step(micro_batches(trainer))
-        save(trainer, model, folder)
-
-
-def tensors_of(state: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.stem}: {key}": value for file in state.glob("*.safetensors") for key, value in load_file(file).items()
-    }
-
-
-def same(one: Path, other: Path, **tolerance: float) -> None:
-    got, want = tensors_of(one), tensors_of(other)
-    assert got.keys() == want.keys() and want
-    for key, values in want.items():
-        torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+            save(trainer, model, folder)
 
 
 RESUMES = {
     "tied": ("llama_tied", (Layout(tp=2, pp=2), 1), [(Layout(tp=4), 1), (Layout(pp=2, dp=2, interleave=2), 1)]),
     "shared-rows": ("qwen3", (Layout(tp=4), 1), [(Layout(tp=2, dp=2), 3), (Layout(tp=2, pp=2), 1)]),
     "interleaved": ("qwen3_moe", (Layout(pp=2, dp=2, interleave=2), 1), [(Layout(tp=2, dp=2), 2), (Layout(pp=4), 1)]),
+    "cut parameters": ("qwen3", (Layout(tp=2, dp=2), 3), []),
 }
 
 
 @pytest.mark.parametrize("case", RESUMES)
-def test_a_resumed_run_equals_one_without_a_break(case, tiny, run, tmp_path):
+def test_a_resumed_run_equals_one_without_a_break(case, tiny, ranks, tmp_path):
     """Bit for bit in its own layout, and within the rounding of float32 through two others."""
     name, own, others = RESUMES[case]
-    whole, broken, moved = (tmp_path / folder for folder in ("whole", "broken", "moved"))
-    run(4, train, tiny(name), whole, *own, 4)
-    run(4, train, tiny(name), broken, *own, 2)
+    broken, whole, moved = (tmp_path / folder for folder in ("broken", "whole", "moved"))
+    ranks(4).run(train, tiny(name), [broken, whole, whole], *own)
     shutil.copytree(broken, moved)
-    run(4, train, tiny(name), broken, *own, 2)
-    same(only(broken), only(whole), rtol=0, atol=0)
+    ranks(4).run(train, tiny(name), [broken, broken], *own)
+    same_tensors(only(broken), only(whole), rtol=0, atol=0)
     for layout, zero in others:
-        run(4, train, tiny(name), moved, layout, zero, 1)
-    for folder in (whole, moved):
-        reshard(only(folder), Layout(), folder / "one")
-    same(moved / "one", whole / "one", rtol=1e-3, atol=1e-5)
+        ranks(4).run(train, tiny(name), [moved], layout, zero)
+    if others:
+        for folder in (whole, moved):
+            reshard(only(folder), Layout(), folder / "one")
+        same_tensors(moved / "one", whole / "one", rtol=1e-3, atol=1e-5)
 
 
-def test_a_rank_that_is_killed_while_it_saves_costs_the_steps_since_the_last_save(tiny, run, tmp_path):
-    """Its neighbour has written its files and waits; the state before is whole and is gone on from, bit for bit."""
+def test_a_rank_that_is_killed_while_it_saves_costs_the_steps_since_the_last_save(tiny, ranks, tmp_path):
+    """Its neighbour has written its files and waits; the state before is whole and is gone on from."""
     model, layout = tiny("llama_tied"), Layout(pp=2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for steps in (2, 1):
-        run(2, train, model, whole, layout, 1, steps)
-    run(2, train, model, broken, layout, 1, 2)
+    ranks(2).run(train, model, [broken, whole], layout, 1)
     with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):
-        run(2, train, model, broken, layout, 1, 1, "state.save@1#2=kill")
-    assert newest_state(broken)[1].training["step"] == 2
-    left = sorted(path.name for path in (broken / "step-00000003").iterdir())
+        ranks(2).run(killed_while_saving, model, broken, layout)
+    assert newest_state(broken)[1].training["step"] == 1
+    left = sorted(path.name for path in (broken / "step-00000002").iterdir())
     assert "rank-001.safetensors" in left and "exp_avg-001.safetensors" not in left and "manifest.json" not in left
     remove_unfinished(broken)
-    assert [path.name for path in broken.iterdir()] == ["step-00000002"]
-    run(2, train, model, broken, layout, 1, 1)
-    same(only(broken), only(whole), rtol=0, atol=0)
+    assert [path.name for path in broken.iterdir()] == ["step-00000001"]
+    ranks(2).run(train, model, [broken], layout, 1)
+    same_tensors(only(broken), only(whole), rtol=1e-3, atol=1e-6)  # by other processes
+
+
+def killed_while_saving(rank: int, model: Path, folder: Path, layout: Layout) -> None:
+    train(rank, model, [folder], layout, 1, fault="state.save@1#2=kill")
 
 
 # ---- what tools make of it -------------------------------------------------------------------------------------------
 
 
-def write_both(rank: int, model: Path, folder: Path, layout: Layout) -> None:
-    """A state and a Hugging Face folder of the same values."""
-    write_truth(rank, model, folder / "states", layout)
-    with as_run(rank):
-        trainer = trainer_of(model, layout)
-        load_newest(trainer, folder / "states")
-        export_model(trainer.decoder, folder / "hf" / "model.safetensors", torch.float32)
-
-
-@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, dp=2, interleave=2)], ids=str)
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
-def test_tools_take_a_state_of_pipeline_stages(name, layout, tiny, run, tmp_path):
-    run(4, write_both, tiny(name), tmp_path, layout)
-    state, hf = only(tmp_path / "states"), tmp_path / "hf"
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llama_tied", Layout(tp=2, pp=2)), ("gpt2", Layout(pp=2, dp=2, interleave=2))], ids=str
+)
+def test_tools_take_a_state_of_pipeline_stages(name, layout, tiny, ranks, tmp_path):
+    hf = tmp_path / "hf"
+    ranks(4).run(write_truth, tiny(name), tmp_path / "states", layout, hf)
+    state = only(tmp_path / "states")
     shutil.copy(tiny(name) / "config.json", hf)
-    assert load_file(hf / "model.safetensors").keys() == load_file(tiny(name) / "model.safetensors").keys()
     assert verify(state, hf).findings == []
     export(state, tmp_path / "again")
     assert verify(hf, tmp_path / "again").findings == []
     reshard(state, Layout(tp=3), tmp_path / "tp3")
     reshard(tmp_path / "tp3", layout, tmp_path / "back")
-    same(tmp_path / "back", state, rtol=0, atol=0)
+    same_tensors(tmp_path / "back", state, rtol=0, atol=0)
     assert verify(tmp_path / "back", state).findings == []
     facts = describe(state)
     assert facts["form"] == "training state" and facts["kinds"] == list(KINDS) and facts["training"]["step"] == STEP
@@ -262,48 +257,24 @@ def load(rank: int, model: Path, folder: Path, layout: Layout) -> str:
     return ""
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(pp=2)], ids=str)
-def test_damage_is_found_also_by_a_run_of_another_layout(layout, tiny, run, tmp_path):
-    run(2, write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
-    file = only(tmp_path) / "exp_avg_sq-001.safetensors"  # the end of the last stage
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    errors = run(2, load, tiny("qwen3"), tmp_path, layout)
-    assert f"{file}: damaged: tensor head.weight" in errors[1]
-    assert (errors[0] == "") == (layout.pp == 2), "the first stage has no need of what is damaged"
-
-
-def test_a_state_is_not_saved_over_a_state_of_the_same_step(tiny, run, tmp_path):
-    """As by a run of another layout before its first step; killed meanwhile, the folder must hold one that is whole.
-
-    What a user has put beside the states stays where it is, and ends no run.
-    """
-    names, kept = [], tmp_path / "kept"
-    (tmp_path / "states" / "step-by-step").mkdir(parents=True)
-    (tmp_path / "states" / "notes.txt").touch()
-    (tmp_path / "states" / "step-00000001").touch()
-    for job, layout in ((write_truth, Layout(dp=2)), (look_and_save, Layout(tp=2)), (look_and_save, Layout(dp=2))):
-        run(2, job, tiny("qwen3"), tmp_path / "states", layout)
-        names.append(only(tmp_path / "states").name)
-        shutil.copytree(tmp_path / "states", kept, dirs_exist_ok=True)
-    assert names == ["step-00000005", "step-00000005-2", "step-00000005-3"]
-    remove_unfinished(tmp_path / "states")
-    assert {path.name for path in (tmp_path / "states").iterdir()} == {names[-1], *STRAY}
-    assert newest_state(kept)[0].name == names[-1]
-    assert newest_state(tmp_path / "none") is None
-
-
-def test_the_last_step_is_gone_on_from(tiny, run, tmp_path):
-    run(2, write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
-    first = only(tmp_path)
-    other = tmp_path / "step-00000004-2"
+def test_the_last_step_is_gone_on_from_and_damage_is_found_by_a_run_of_any_layout(tiny, ranks, tmp_path):
+    ranks(2).run(write_truth, tiny("qwen3"), tmp_path, Layout(pp=2))
+    first, other = only(tmp_path), tmp_path / "step-00000004-2"
     reshard(first, Layout(tp=2), other)
     manifest = manifests.read(other)
-    manifests.write(other, replace(manifest, training={"step": STEP - 1}))
-    assert newest_state(tmp_path)[0] == first
-    manifests.write(other, replace(manifest, training={"step": STEP + 1}))
-    assert newest_state(tmp_path)[0] == other
+    for training, newest in (({"step": STEP - 1}, first), ({"step": STEP + 1}, other)):
+        manifests.write(other, replace(manifest, training=training))
+        assert newest_state(tmp_path)[0] == newest
     manifests.write(other, replace(manifest, training={}))
     with pytest.raises(CheckpointError, match="not a training state; to start from a model"):
         newest_state(tmp_path)
+    shutil.rmtree(other)
+    assert newest_state(tmp_path / "none") is None
+    file = first / "exp_avg_sq-001.safetensors"  # the end of the last stage
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    for layout in (Layout(tp=2), Layout(pp=2)):
+        errors = ranks(2).run(load, tiny("qwen3"), tmp_path, layout)
+        assert f"{file}: damaged: tensor head.weight" in errors[1]
+        assert (errors[0] == "") == (layout.pp == 2), "the first stage has no need of what is damaged"

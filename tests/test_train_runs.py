@@ -17,10 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from reference import greedy
-from safetensors.torch import load_file
 from tiny_tokenizer import with_tokenizer
-from train_helpers import as_run, build_from, logits_of, transformers_logits
+from train_helpers import as_run, build_from, logits_of, same_tensors, transformers_logits
 from waiting import PATIENCE
 
 from megalite.config.schema import (
@@ -47,8 +45,8 @@ from megalite.train.data.records import find_files
 from megalite.train.job import Job
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
+EXACT = {"rtol": 0, "atol": 0}
+NEAR = {"rtol": 1e-3, "atol": 1e-5}
 SHAPE = {
     "model_type": "qwen3",
     "hidden_size": 32,
@@ -93,7 +91,11 @@ def job(source, tmp_path):
     return make
 
 
-def run_job(rank: int, config: TrainConfig, stop_at: int = 0, fault: str = "") -> str:
+def changed(run: TrainConfig, section: str, **values) -> TrainConfig:
+    return replace(run, **{section: replace(getattr(run, section), **values)})
+
+
+def run_job(rank: int, config: TrainConfig, stop_at: int = 0, fault: str = "", write=write_samples) -> str:
     """What the run printed, and how it ended. `stop_at`: the last rank gets a SIGTERM during that step of the run."""
     said = io.StringIO()
     with as_run(rank) as runtime, redirect_stdout(said), redirect_stderr(said):
@@ -102,8 +104,8 @@ def run_job(rank: int, config: TrainConfig, stop_at: int = 0, fault: str = "") -
         if stop_at and rank == dist.get_world_size() - 1:
             runtime.signal_received = lambda: signal.SIGTERM if next(steps) >= stop_at else None
         try:
-            Job(config, runtime, write_samples).run()
-        except (MegaliteError, RuntimeError) as error:
+            Job(config, runtime, write).run()
+        except (MegaliteError, Stopped, RuntimeError) as error:
             return f"{said.getvalue()}{type(error).__name__}: {error}"
     return said.getvalue()
 
@@ -112,16 +114,18 @@ def output(config: TrainConfig) -> Path:
     return Path(config.output.folder)
 
 
+def card_of(config: TrainConfig) -> str:
+    return (output(config) / "README.md").read_text()
+
+
 def state_of(config: TrainConfig) -> Path:
     """The one training state of a run."""
     (folder,) = (output(config) / "training" / "state").iterdir()
     return folder
 
 
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of all files of a folder."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {f"{file.stem}: {key}": value for file in files for key, value in load_file(file).items()}
+def progress_of(config: TrainConfig) -> dict:
+    return json.loads((state_of(config) / "manifest.json").read_text())["training"]["progress"]
 
 
 def losses(config: TrainConfig) -> list[tuple[int, float]]:
@@ -134,76 +138,56 @@ def same(one: TrainConfig, other: TrainConfig, *, logs: bool = True, **tolerance
     if logs:
         torch.testing.assert_close(torch.tensor(losses(one)), torch.tensor(losses(other)), **tolerance)
     for place in (output, state_of):
-        got, want = stored(place(other)), stored(place(one))
-        assert got.keys() == want.keys()
-        for key, values in want.items():
-            torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+        same_tensors(place(other), place(one), **tolerance)
 
 
-EXACT = {"rtol": 0, "atol": 0}
-RESUMES = {
-    "tp2": ({"tp": 2}, {}, {}, EXACT),
-    "tp2-one-kv-head": ({"tp": 2}, {}, {"num_key_value_heads": 1}, EXACT),
-    "pp2": ({"pp": 2}, {"gradient_accumulation_steps": 2, "micro_batch_size": 2}, {}, EXACT),
-    "dp2-zero2": ({"dp": 2}, {"zero_stage": 2, "gradient_accumulation_steps": 2, "micro_batch_size": 2}, {}, EXACT),
-    "dp2-zero3": ({"dp": 2}, {"zero_stage": 3}, {}, EXACT),
-}
+# ---- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", RESUMES)
-def test_a_resumed_run_equals_one_without_a_break(case, job, ranks):
-    parallel, train, shape, tolerance = RESUMES[case]
-    whole, broken = (job(name, parallel=parallel, shape=shape, **train) for name in ("whole", "broken"))
-    ended = ranks(2).run(run_job, whole)[0]
-    assert "training ends after step 8: all steps are done" in ended
+def test_a_resumed_run_equals_one_without_a_break_and_another_tp_goes_on_from_it(job, ranks):
+    """One KV head, so two ranks train a copy of its moments; another tp takes the state as it is, and cut anew."""
+    shape, two = {"num_key_value_heads": 1}, {"tp": 2}
+    whole, broken = (job(name, parallel=two, shape=shape) for name in ("whole", "broken"))
+    assert "training ends after step 8: all steps are done" in ranks(2).run(run_job, whole)[0]
     stopped = ranks(2).run(run_job, broken, 5)
     assert "training ends after step 5: stopped by SIGTERM" in stopped[0]
     assert not any("Stopped" in text for text in stopped), "a run that was asked to end and saved is no failure"
     assert [step for step, _ in losses(broken)] == [1, 2, 3, 4, 5]
     assert state_of(broken).name == "step-00000005"
-    resumed = ranks(2).run(run_job, broken)[0]
-    assert "going on after step 5" in resumed
-    same(whole, broken, **tolerance)
-    assert (output(whole) / "README.md").read_text() == (output(broken) / "README.md").read_text()
+    moved, cut = job("moved", shape=shape), job("cut", shape=shape)
+    for other in (moved, cut):
+        shutil.copytree(output(broken), output(other))
+    reshard(state_of(cut), Layout(), state_of(cut).with_name("step-00000005-tp1pp1"))
+    shutil.rmtree(output(cut) / "training" / "state" / "step-00000005")
+    assert "going on after step 5" in ranks(2).run(run_job, broken)[0]
+    same(whole, broken, **EXACT)
+    assert card_of(whole) == card_of(broken)
+    for other in (moved, cut):
+        start = state_of(other)
+        assert f"going on after step 5, from {start}" in ranks(1).run(run_job, other)[0].replace("\n  ", " ")
+        torch.testing.assert_close(torch.tensor(losses(other)), torch.tensor(losses(whole)), **NEAR)
+        same_tensors(output(other), output(whole), **NEAR)
+    assert verify(state_of(moved), output(moved)).findings == [], "the best model is the last one"
 
 
 def test_zero_stage_and_replicas_may_change_between_runs(job, ranks):
-    """ZeRO-1 on two replicas, then ZeRO-3, then one replica with twice the micro batches: the same sequences."""
+    """ZeRO-2 on two replicas, then ZeRO-3, then one replica with twice the micro batches: the same sequences."""
     whole = job("whole", parallel={"dp": 2})
     ranks(2).run(run_job, whole)
-    first = job("changed", parallel={"dp": 2})
-    ranks(2).run(run_job, first, 3)
+    ranks(2).run(run_job, job("changed", parallel={"dp": 2}, zero_stage=2), 3)
     ranks(2).run(run_job, job("changed", parallel={"dp": 2}, zero_stage=3), 3)
     last = job("changed", gradient_accumulation_steps=2)
     assert "going on after step 6" in ranks(1).run(run_job, last)[0]
-    same(whole, last, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("is_resharded", [False, True])
-def test_another_tp_goes_on_from_the_state(is_resharded, job, ranks):
-    """From the state as it is, or cut anew by the tool; one KV head, so two ranks trained a copy of its moments."""
-    shape = {"num_key_value_heads": 1}
-    whole, last = job("whole", shape=shape), job("other", shape=shape)
-    ranks(1).run(run_job, whole)
-    ranks(2).run(run_job, job("other", shape=shape, parallel={"tp": 2}), 5)
-    source = state_of(last)
-    if is_resharded:
-        reshard(source, Layout(), source.with_name("step-00000005-tp1pp1"))
-        shutil.rmtree(source)
-        source = state_of(last)
-    assert f"going on after step 5, from {source}" in ranks(1).run(run_job, last)[0].replace("\n  ", " ")
-    same(whole, last, rtol=1e-3, atol=1e-5)
-    assert verify(state_of(last), output(last)).findings == [], "the best model is the last one"
+    same(whole, last, **NEAR)
 
 
 def test_a_larger_batch_goes_on_where_the_text_was(job, ranks):
-    config = job("batch", eval_every=100)
-    ranks(1).run(run_job, config, 3)
+    ranks(1).run(run_job, job("batch", eval_every=100), 3)
     larger = job("batch", eval_every=100, micro_batch_size=6)
     ranks(1).run(run_job, larger)
-    progress = json.loads((state_of(larger) / "manifest.json").read_text())["training"]["progress"]
+    progress = progress_of(larger)
     assert progress["sequences"] == progress["best_sequences"] == 3 * 4 + 5 * 6
-    assert f"({progress['sequences'] * 16:,} tokens" in (output(larger) / "README.md").read_text()
+    assert f"({progress['sequences'] * 16:,} tokens" in card_of(larger)
 
 
 def test_a_save_that_fails_leaves_the_old_state_or_the_new_one(job, ranks):
@@ -227,38 +211,32 @@ def test_a_save_that_fails_leaves_the_old_state_or_the_new_one(job, ranks):
     (unfinished / "rank-007.safetensors").write_bytes(b"part")
     ranks(1).run(run_job, broken)
     same(whole, broken, logs=False, **EXACT)  # steps that were done twice are in the log twice
-    assert (output(whole) / "README.md").read_text() == (output(broken) / "README.md").read_text()
+    assert card_of(whole) == card_of(broken)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_run_on_examples_goes_on_in_the_middle_of_an_epoch(size, job, ranks, tmp_path):
+def test_a_run_on_examples_goes_on_in_the_middle_of_an_epoch(job, tiny, ranks, tmp_path):
     """Fine-tuning of a model with its own tokenizer, stopped after 4 of the 7 steps of an epoch, then resumed."""
-    first = job("first", steps=1)
-    ranks(1).run(run_job, first)
+    model = with_tokenizer(tiny("llama_tied"), tmp_path / "model")
     source = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"def f{i}(", "response": f"x{i}):\n" + "    pass\n" * (i % 5)} for i in range(30)]
     source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
     def config(name: str) -> TrainConfig:
-        made = job(name, steps=6, parallel={"dp": size}, gradient_accumulation_steps=2 // size, micro_batch_size=2)
-        made = replace(made, model=NewModelSection(path=str(output(first)), dtype="float32"))
+        made = job(name, steps=6, parallel={"dp": 2}, micro_batch_size=2, sample_prompts=["def f7("])
+        made = replace(made, model=NewModelSection(path=str(model), dtype="float32"), tokenizer=TokenizerSection())
         return changed(made, "data", source=str(source), sequence_length=64, held_out=0.1)
 
     whole, broken = config("whole"), config("broken")
-    said = ranks(size).run(run_job, whole)[0].replace("\n  ", " ")
+    said = ranks(2).run(run_job, whole)[0].replace("\n  ", " ")
     assert re.search(r"2\d examples of [\d,]+ tokens to train on, \d+ of them in responses; \d examples held out", said)
-    assert "stopped by SIGTERM" in ranks(size).run(run_job, broken, 4)[0]
-    assert "going on after step 4" in ranks(size).run(run_job, broken)[0]
+    assert "stopped by SIGTERM" in ranks(2).run(run_job, broken, 4)[0]
+    assert "going on after step 4" in ranks(2).run(run_job, broken)[0]
     same(whole, broken, **EXACT)
-    progress = json.loads((state_of(whole) / "manifest.json").read_text())["training"]["progress"]
-    assert progress["sequences"] == 24 and 24 * 8 < progress["tokens"] < 24 * 64
-    card = (output(whole) / "README.md").read_text()
-    assert f"`{output(first)}`, trained further on `{source}`" in card and "on responses only" in card
-    assert (output(whole) / "tokenizer.json").read_bytes() == (output(first) / "tokenizer.json").read_bytes()
-
-
-def changed(run: TrainConfig, section: str, **values) -> TrainConfig:
-    return replace(run, **{section: replace(getattr(run, section), **values)})
+    assert progress_of(whole)["sequences"] == 24 and 24 * 8 < progress_of(whole)["tokens"] < 24 * 64
+    card = card_of(whole)
+    assert f"`{model}`, trained further on `{source}`" in card and "on responses only" in card
+    assert "~~~\ndef f7(" in card, "pairs are asked as they were learnt"
+    assert (output(whole) / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
 def test_what_a_run_can_not_go_on_from_is_said(job, ranks):
@@ -266,7 +244,7 @@ def test_what_a_run_can_not_go_on_from_is_said(job, ranks):
     ranks(2).run(run_job, begun, 3)
 
     def ended(config: TrainConfig) -> str:
-        (text,) = {text.splitlines()[-1] for text in ranks(2).run(run_job, config)}
+        (text,) = {text.splitlines()[-1] for text in ranks(config.parallel.tp).run(run_job, config)}
         return text
 
     text = output(begun) / "training" / "data" / "train.npy"
@@ -274,35 +252,28 @@ def test_what_a_run_can_not_go_on_from_is_said(job, ranks):
     assert "output.folder: already holds a training run" in ended(changed(begun, "output", resume=False))
     other = {**SHAPE, "rope_theta": 500.0}
     assert "is not the model that the run began with: rope_theta" in ended(changed(begun, "model", config=other))
-    alone = ranks(1).run(run_job, changed(job("begun"), "data", held_out=0.3))[0]
-    assert "data.held_out: is not what the run began with" in alone
+    assert "data.held_out: is not what the run began with" in ended(changed(job("begun"), "data", held_out=0.3))
     assert text.read_bytes() == before, "none of them touched the run"
-
-
-def test_a_damaged_state_is_refused(job, ranks):
-    config = job("damaged")
-    ranks(1).run(run_job, config, 3)
-    file = state_of(config) / "exp_avg-000.safetensors"
+    file = state_of(begun) / "exp_avg-000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert f"{file}: damaged: tensor norm.weight" in ranks(1).run(run_job, config)[0]
+    assert f"{file}: damaged: tensor norm.weight" in ended(job("begun"))
     file.write_bytes(content[:-1])
-    assert "manifest.json says" in ranks(1).run(run_job, config)[0]
+    assert "manifest.json says" in ended(job("begun"))
 
 
-def test_patience_ends_a_run_that_gets_no_better(job, ranks):
+# ---- the end of a run ------------------------------------------------------------------------------------------------
+
+
+def test_patience_and_time_end_a_run_with_a_model(job, ranks):
     config = changed(job("patience", eval_every=1, patience=2), "optimizer", learning_rate=1e-30, min_learning_rate=0)
     for _ in range(2):  # the second run finds nothing to do
         assert "ends after step 3: 2 evaluations without a lower held-out loss" in ranks(1).run(run_job, config)[0]
-    text = (output(config) / "README.md").read_text()
-    assert "1 steps of 64 tokens" in text and "took 3 steps" in text
-
-
-def test_time_that_is_over_ends_a_run_with_a_model(job, ranks):
+    assert "1 steps of 64 tokens" in card_of(config) and "took 3 steps" in card_of(config)
     config = job("seconds", max_seconds=1e-6)
     assert "ends after step 1: train.max_seconds=1e-06 are over" in ranks(1).run(run_job, config)[0]
-    assert (output(config) / "README.md").exists() and (output(config) / "model.safetensors").exists()
+    assert card_of(config) and (output(config) / "model.safetensors").exists()
     [said] = ranks(1).run(run_job, changed(config, "monitor", report=False))
     assert "ends after step 2" in said, "the next run has its own time"
     assert "total:" not in said and "memory:" not in said
@@ -315,11 +286,41 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(job, ranks):
     assert state_of(config).name == "step-00000001"
 
 
+class Interrupted:
+    """`write_samples`, while which the last rank gets a signal."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+    def __call__(self, decoder, folder, prompts, runtime, **more):
+        if runtime.rank == runtime.world_size - 1:
+            runtime.signal_received = lambda: self.signum
+        return write_samples(decoder, folder, prompts, runtime, **more)
+
+
+def test_a_signal_while_the_model_writes_ends_the_run(job, ranks):
+    config = job("stopped", parallel={"pp": 2}, steps=2, sample_prompts=["def f(", "import "])
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        said = ranks(2).run(run_job, config, 0, "", Interrupted(signum))
+        assert "stopped by SIG" in said[0] and "before the model card" in said[0]
+        assert all(("Stopped: " in one) == (signum == signal.SIGINT) for one in said)
+        assert not (output(config) / "README.md").exists()
+    assert "writing 2 samples" in ranks(2).run(run_job, config)[0]
+    assert "def f(" in card_of(config)
+
+
 # ---- what comes out --------------------------------------------------------------------------------------------------
 
 
+def logits_of_state(rank: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return logits_of(build_from(folder, ParallelState(Layout(tp=2))), ids)
+
+
 def test_an_exported_model_is_the_trained_one_to_everybody(job, ranks):
-    """The last step is the best, so the export, transformers and the training state are one model."""
+    """The last step is the best, so the export, transformers and the training state are one model.
+
+    model.path may be the state: another run begins with its weights.
+    """
     config = job("out", parallel={"tp": 2}, sample_prompts=["def f("])
     said = ranks(2).run(run_job, config)[0]
     assert "step 8  held-out loss" in said and said.count("(best so far)") == 2
@@ -330,12 +331,16 @@ def test_an_exported_model_is_the_trained_one_to_everybody(job, ranks):
     state = ParallelState(Layout())
     torch.testing.assert_close(logits_of(build_from(output(config), state), ids), want, rtol=0, atol=1e-4)
     export(state_of(config), output(config) / "again")
-    for key, values in stored(output(config)).items():
-        assert torch.equal(stored(output(config) / "again")[key], values)
+    same_tensors(output(config) / "again", output(config), **EXACT)
     results = ranks(2).run(logits_of_state, state_of(config), ids)
     torch.testing.assert_close(torch.cat(results, 1), want, rtol=0, atol=1e-4)
-    text = (output(config) / "README.md").read_text()
+    text = card_of(config)
     assert "~~~python\ndef f(" in text and "8 steps of 64 tokens" in text and "tests included" not in text
+    start = NewModelSection(path=str(state_of(config)), dtype="float32")
+    following = replace(job("second", parallel={"tp": 2}, steps=1), model=start)
+    following = changed(following, "tokenizer", path=str(output(config)))
+    ranks(2).run(run_job, following)
+    assert losses(following)[0][1] < losses(config)[0][1] - 0.1
 
 
 def completions(rank: int, folder: Path, layout: Layout, prompts: list) -> list[str | None]:
@@ -347,6 +352,8 @@ def completions(rank: int, folder: Path, layout: Layout, prompts: list) -> list[
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, dp=2), Layout(pp=2)], ids=str)
 def test_a_trained_model_writes_what_transformers_does(layout, tiny, ranks, tmp_path):
+    from reference import greedy
+
     folder = with_tokenizer(tiny("llama_tied"), tmp_path / "model")
     chat = [{"role": "user", "content": "hi"}]
     wanted = []
@@ -359,72 +366,23 @@ def test_a_trained_model_writes_what_transformers_does(layout, tiny, ranks, tmp_
         assert found == [*wanted, None], "a prompt that can't run costs itself only"
 
 
-def stopped_while_it_writes(rank: int, config: TrainConfig, signum: int) -> str:
-    said = io.StringIO()
-
-    def then(decoder, folder, prompts, runtime, **more):
-        if rank == dist.get_world_size() - 1:
-            runtime.signal_received = lambda: signum
-        return write_samples(decoder, folder, prompts, runtime, **more)
-
-    with as_run(rank) as runtime, redirect_stdout(said):
-        try:
-            Job(config, runtime, then).run()
-        except Stopped as stop:
-            return f"{said.getvalue()}Stopped {stop.signum}"
-    return said.getvalue()
+def greeting(decoder, folder, prompts, runtime, **more) -> list[str]:
+    """In place of the model: it wants to be asked in a chat."""
+    assert prompts == [[{"role": "user", "content": "say 7"}]]
+    return ["Hello."]
 
 
-def test_a_signal_while_the_model_writes_ends_the_run(job, ranks):
-    config = job("stopped", parallel={"pp": 2}, steps=2, sample_prompts=["def f(", "import "])
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        said = ranks(2).run(stopped_while_it_writes, config, signum)
-        assert "stopped by SIG" in said[0] and "before the model card" in said[0]
-        assert all(one.endswith(f"Stopped {int(signum)}") == (signum == signal.SIGINT) for one in said)
-        assert not (output(config) / "README.md").exists()
-    assert "writing 2 samples" in ranks(2).run(run_job, config)[0]
-    assert "def f(" in (output(config) / "README.md").read_text()
-
-
-def asked_of_a_model(rank: int, config: TrainConfig) -> list:
-    """The prompts that the trained model is given."""
-    asked = []
-    with as_run(rank) as runtime, redirect_stdout(io.StringIO()):
-        Job(config, runtime, lambda decoder, folder, prompts, *_, **more: asked.extend(prompts) or ["Hello."]).run()
-    return asked
-
-
-@pytest.mark.parametrize("chats", [True, False])
-def test_a_model_tuned_on_chats_is_asked_as_in_a_chat(chats, job, tiny, ranks, tmp_path):
+def test_a_model_tuned_on_chats_is_asked_as_in_a_chat(job, tiny, ranks, tmp_path):
     folder = with_tokenizer(tiny("llama_tied"), tmp_path / "model")
-    lines = []
-    for number in range(40):
-        pair = {"prompt": f"say {number}", "response": "hi"}
-        chat = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": "hi"}]
-        lines.append(json.dumps({"messages": chat} if chats else pair) + "\n")
-    (tmp_path / "lines.jsonl").write_text("".join(lines))
+    chats = [
+        [{"role": "user", "content": f"say {number}"}, {"role": "assistant", "content": "hi"}] for number in range(40)
+    ]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     config = job("tuned", steps=1, sample_prompts=["say 7"])
     config = replace(config, model=NewModelSection(path=str(folder), dtype="float32"), tokenizer=TokenizerSection())
     config = changed(config, "data", source=str(tmp_path / "lines.jsonl"), sequence_length=64)
-    [asked] = ranks(1).run(asked_of_a_model, config)
-    assert asked == [[{"role": "user", "content": "say 7"}]] if chats else asked == ["say 7"]
-    shown = "user: say 7\n\nassistant: Hello." if chats else "say 7Hello."
-    assert shown in (output(config) / "README.md").read_text()
-
-
-def logits_of_state(rank: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    return logits_of(build_from(folder, ParallelState(Layout(tp=2))), ids)
-
-
-def test_a_state_is_a_model_to_start_from(job, ranks):
-    """model.path may be a training state: another run begins with its weights."""
-    config = job("first", parallel={"tp": 2})
-    ranks(2).run(run_job, config)
-    start = NewModelSection(path=str(state_of(config)), dtype="float32")
-    following = replace(job("second", parallel={"tp": 2}, steps=1), model=start)
-    following = changed(following, "tokenizer", path=str(output(config)))
-    ranks(2).run(run_job, following)
-    assert losses(following)[0][1] < losses(config)[0][1] - 0.1
+    ranks(1).run(run_job, config, 0, "", greeting)
+    assert "user: say 7\n\nassistant: Hello." in card_of(config)
 
 
 @pytest.mark.parametrize(

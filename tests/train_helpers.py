@@ -1,19 +1,31 @@
 """What the tests of training share: a run in a rank of the pool, and what a model computes, to us and to others."""
 
+from __future__ import annotations
+
 import itertools
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from pool_runtime import PoolRuntime
+from safetensors.torch import load_file
 
-from megalite.core.parallel_state import ParallelState
+from megalite.config.schema import OptimizerSection
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import Axis, ParallelState
 from megalite.model import families
 from megalite.model.attention import PackedAttention
+from megalite.model.config import ModelConfig
 from megalite.run import runtime as distributed
+from megalite.weights.shards import expected
 from megalite.weights.transfer import build, load_folder
+
+if TYPE_CHECKING:
+    from megalite.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 _runs = itertools.count()
@@ -53,3 +65,63 @@ def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(ids[None]).logits[0]
+
+
+def replicas(dp: int) -> list[ParallelState]:
+    """The states of dp replicas, without their groups."""
+    states = []
+    for rank in range(dp):
+        state = ParallelState(Layout())
+        state.dp = Axis(tuple(range(dp)), rank)
+        states.append(state)
+    return states
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all safetensors files of a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}: {key}": value for file in files for key, value in load_file(file).items()}
+
+
+def same_tensors(one: Path, other: Path, **tolerance: float) -> None:
+    """Both folders hold the same tensors."""
+    got, want = stored_tensors(one), stored_tensors(other)
+    assert got.keys() == want.keys() and want
+    for key, values in want.items():
+        torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train one model."""
+
+    model: str
+    layout: Layout
+    zero: int = 1
+    accumulate: int = 1
+    """Micro batches of a step, on each replica."""
+    sequence_parallel: bool = False
+    recompute: bool = False
+
+    def trainer(self, folder: Path, optimizer: OptimizerSection, *, steps: int, balance: float) -> Trainer:
+        """Of the model in `folder`, on this rank of the layout. `balance`: weight of the load-balancing loss."""
+        from megalite.train.trainer import Trainer
+
+        decoder = build_from(folder, ParallelState(self.layout, sequence_parallel=self.sequence_parallel))
+        options = {"zero_stage": self.zero, "recompute": self.recompute, "router_aux_loss_coef": balance}
+        return Trainer(decoder, optimizer, steps=steps, **options)
+
+
+Parts = dict[tuple[str, int, int], torch.Tensor]
+"""Values of parts of Hugging Face tensors: by the tensor's name, the start of its piece and the start in that."""
+
+
+def in_parts(config: ModelConfig, layout: Layout, rank: int, values: dict[str, torch.Tensor]) -> Parts:
+    """A rank's values, by local parameter, as parts of the Hugging Face tensors."""
+    return {
+        (part.piece.hf, part.piece.hf_start, part.lo - part.piece.hf_start): values[name]
+        .narrow(part.piece.dim, part.start, part.hi - part.lo)
+        .movedim(part.piece.dim, 0)
+        for name, (_, parts) in expected(config, layout, rank).items()
+        for part in parts
+    }

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megalite.train.data.batch import MicroBatch
 from megalite.train.loss import TokenLoss
+from megalite.train.micro_batch import MicroBatch
 
 DEVIATION_FLOOR = 1e-6
 """Keeps a group of nearly equal rewards from being divided by nothing."""

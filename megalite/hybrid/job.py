@@ -39,7 +39,7 @@ from megalite.monitor.metrics import Meter
 from megalite.monitor.report import format_report
 from megalite.rewards.pool import RewardPool, Sample, Scored
 from megalite.run import runtime as distributed
-from megalite.train.data.order import ExampleOrder
+from megalite.train.data.order import TrainingOrder
 from megalite.train.flops import peak_of_run
 from megalite.train.log import training_report
 from megalite.train.model import Scorer
@@ -95,7 +95,7 @@ class Job:
         self.decoder = self._make_generating_decoder()
         self.sync = self._make_sync()
         self.generator = self._make_generator()
-        self.order = ExampleOrder(len(self.generator.places), config.data.seed)
+        self.order = TrainingOrder(len(self.generator.places), config.data.seed)
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
@@ -169,7 +169,7 @@ class Job:
         section, progress = self.config.supervised, self.progress
         if progress.supervised_steps >= section.steps:
             return
-        order = ExampleOrder(len(self.materials.responses), self.config.data.seed)
+        order = TrainingOrder(len(self.materials.responses), self.config.data.seed)
         while progress.supervised_steps < section.steps:
             first = progress.supervised_steps * section.examples_per_step
             if self.learner is not None:

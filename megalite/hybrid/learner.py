@@ -22,10 +22,10 @@ from megalite.hybrid.algorithms import (
     importance_weights,
 )
 from megalite.hybrid.rollout import Rollout
-from megalite.train.data.batch import MicroBatch, blank, from_sequences
 from megalite.train.data.examples import Encoded
 from megalite.train.data.packing import pack
 from megalite.train.loss import NEXT_TOKEN, Loss
+from megalite.train.micro_batch import MicroBatch, blank, from_sequences
 from megalite.train.trainer import Trainer
 
 Logprobs = Callable[[Sequence[MicroBatch]], list[Tensor]]
@@ -73,7 +73,7 @@ class Learner:
         batches = [
             from_sequences(
                 [examples[index].ids for index in packed],
-                [list(map(float, examples[index].learnt[1:])) for index in packed],
+                [list(map(float, examples[index].loss_mask[1:])) for index in packed],
             )
             if packed
             else blank(self._tp)

@@ -25,7 +25,7 @@ from megalite.core.layers import (
     VocabParallelEmbedding,
     replicated,
 )
-from megalite.core.layout import Even, KVHeads, QueryHeads, width
+from megalite.core.layout import Even, KVHeads, QueryHeads
 from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
@@ -43,11 +43,7 @@ def make_norm(config: ModelConfig, state: ParallelState) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention with heads cut over tp: q, k, v projection, q/k norms, rotation, attention, output projection.
-
-    The attention itself, and any KV cache, is the `AttentionContext`'s. [T, hidden] -> [T, hidden] ([T/tp, hidden]
-    under sequence parallelism).
-    """
+    """Self-attention with heads cut over tp; how to attend is the context's."""
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
@@ -57,7 +53,7 @@ class Attention(nn.Module):
         keys = KVHeads(config.num_kv_heads, config.head_dim)
         self.qkv = ColumnParallelLinear(config.hidden_size, (queries, keys, keys), state, bias=config.qkv_bias)
         self.out = RowParallelLinear(queries, config.hidden_size, state, bias=config.attention_out_bias)
-        self.heads = [outputs // config.head_dim for outputs in self.qkv.widths]  # local query, key, value heads
+        self.heads = [width // config.head_dim for width in self.qkv.widths]  # local query, key, value heads
         if config.qk_norm:
             norm = partial(RMSNorm, config.head_dim, config.norm_eps, partial_gradient=state.tp.size > 1)
             self.q_norm, self.k_norm = norm(), norm()
@@ -73,8 +69,8 @@ class Attention(nn.Module):
         if rotation is not None:
             qk = rotation(qk)
         q, k = qk.split((num_q, num_k), 1)
-        out: Tensor = self.out(ctx.attend(self.spec, q, k, v).flatten(-2))
-        return out
+        attended = ctx.attend(self.spec, q, k, v)
+        return self.out(attended.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -91,9 +87,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
-        hidden = gated(hidden, self.activation) if self.gated else ACTIVATIONS[self.activation](hidden)
-        out: Tensor = self.down(hidden)
-        return out
+        return self.down(gated(hidden, self.activation) if self.gated else ACTIVATIONS[self.activation](hidden))
 
 
 def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module:
@@ -113,10 +107,7 @@ def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module
 
 
 class Block(nn.Module):
-    """One transformer layer, x + attn(norm(x)) then x + mlp(norm(x)): [T, hidden] -> [T, hidden].
-
-    Under sequence parallelism both are [T/tp, hidden]. The post norms are identities in families that have none.
-    """
+    """One layer. `post_attn_norm` and `post_mlp_norm` are identities in families that have none."""
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
@@ -129,16 +120,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         x = x + self.post_attn_norm(self.attn(self.attn_norm(x), ctx, rotation))
-        x = x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
-        return x
+        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
 
 
 BlockCall = Callable[[Tensor, AttentionContext, Rotation | None], Tensor]
-"""The forward of a block, or a function that wraps it."""
+"""A block, or what calls it."""
 
 
 class Embedding(nn.Module):
-    """Token ids to the first layer's input: embedding table, scale and learned positions, as the family has them."""
+    """Token ids to the first layer's input: table, learned positions and scale as the family has them."""
 
     def __init__(self, config: ModelConfig, state: ParallelState):
         super().__init__()
@@ -151,8 +141,8 @@ class Embedding(nn.Module):
         )
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """Token ids and positions, int64 [T] each -> [T, hidden], under sequence parallelism [T/tp, hidden]."""
-        x: Tensor = self.tokens(token_ids)
+        """int64 [T], [T] -> [T or T/tp, hidden]."""
+        x = self.tokens(token_ids)
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)
         if self.positions is not None:
@@ -163,12 +153,9 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only transformer: the part of it that this rank's pipeline stage holds, cut over tp.
+    """The layers of this rank's pipeline stage, with the embedding on the first and the head on the last.
 
-    The first stage has the embedding too, the last the final norm and the head. Sequences are packed: T tokens in one
-    dimension, and an `AttentionContext` says which belong together. `forward` runs one chunk of layers (see `Layout`;
-    in inference a stage has one), `logits` comes after the model's last chunk and may be given fewer rows. Parameters
-    are uninitialised until weights are loaded.
+    They are run chunk by chunk, see `Layout`; in inference a stage has one chunk.
     """
 
     def __init__(self, config: ModelConfig, state: ParallelState):
@@ -193,10 +180,7 @@ class Decoder(nn.Module):
         self._rotary = Rotary(config.rope) if config.rope is not None else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
-        """Run one chunk of layers on hidden states [T, hidden] ([T/tp, hidden] under sequence parallelism).
-
-        For the model's first chunk `x` is token ids, int64 [T]. Returns hidden states.
-        """
+        """Token ids int64 [T] in the model's first chunk, hidden states [T or T/tp, hidden] in others -> hidden."""
         if self.embed is not None and chunk == 0:
             x = self.embed(x, ctx.positions)
         rotation = self._rotary(ctx.positions, ctx.lengths, x.dtype) if self._rotary is not None else None
@@ -205,21 +189,21 @@ class Decoder(nn.Module):
         return x
 
     def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:
-        """Replace the call of each block by `wrap` of it; parameters and their names stay."""
+        """Call each block through what `wrap` makes of it, from now on; parameters and their names stay."""
         self._chunks = [[wrap(block) for block in chunk] for chunk in self._chunks]
 
     def is_end(self, chunk: int) -> bool:
-        """Whether this chunk of this stage is the model's last one, after which `logits` comes."""
+        """Whether the head comes after this chunk."""
         return self.head is not None and chunk == len(self._chunks) - 1
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: hidden states [R, hidden] -> logits of this tp rank's part of the vocabulary, [R, vocab/tp]."""
-        assert self.head is not None and self.norm is not None
-        logits: Tensor = self.head(self.norm(hidden))
+        """After the last chunk: hidden states [R, hidden] -> logits of this tp rank's vocab rows [R, vocab / tp]."""
+        logits = self.head(self.norm(hidden))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def vocab_widths(self) -> list[int]:
-        """Columns of `logits` on each tp rank."""
-        return [width(Even(self.config.vocab_size), self.state.tp.size, rank) for rank in range(self.state.tp.size)]
+        """Vocab rows on each tp rank."""
+        split = Even(self.config.vocab_size)
+        return [hi - lo for lo, hi in (split.range(self.state.tp.size, r) for r in range(self.state.tp.size))]

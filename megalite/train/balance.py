@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalite.core.moe import MixtureOfExperts, Routing
 from megalite.model.decoder import Decoder
-from megalite.train.data.batch import MicroBatch
+from megalite.train.micro_batch import MicroBatch
 
 
 class LoadBalance:

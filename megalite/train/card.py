@@ -1,10 +1,11 @@
-"""The model card of a trained model: what it is, what it has read, how well it predicts, and what it writes."""
+"""The model card of a trained model: its shape, training text and settings, held-out loss, and samples."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,26 @@ FRONT_MATTER_BYTES = 1 << 16
 """Within which a card's front matter is looked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What the card reports of the exported model."""
+@dataclass
+class RunHistory:
+    """What a run has read and how it was evaluated; saved with the weights.
 
-    step: int
-    """Optimizer step of its weights."""
-    steps_run: int
-    tokens: int
-    """Training tokens up to `step`."""
-    loss: float
-    """Held-out nats per token."""
-    evaluations: list[dict[str, Any]]
-    """step, loss and bits_per_byte of each evaluation."""
-    samples: list[tuple[str, str]]
-    """Prompt and completion."""
+    There is no state of a random generator to save: new weights follow from train.seed, the order of the data from
+    data.seed and the number of sequences read, and nothing else in training is random.
+    """
+
+    sequences: int = 0
+    """Training sequences read; counted, because the number in a step changes with the layout."""
+    tokens: int = 0
+    """Tokens of them."""
+    best_loss: float | None = None
+    """Lowest held-out loss, of the exported weights; likewise the next four."""
+    best_step: int = 0
+    best_sequences: int = 0
+    best_tokens: int = 0
+    evaluations_since_best: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """step, loss and bits_per_byte of each."""
 
 
 def bits_per_byte(loss: float, corpus: Corpus) -> float:
@@ -47,16 +53,11 @@ def bits_per_byte(loss: float, corpus: Corpus) -> float:
     return loss / math.log(2) * corpus.held_out_tokens_per_byte
 
 
-def num_parameters(model: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in hf_shapes(model).values())
-
-
 def licence_of(folder: Path) -> dict[str, Any]:
     """What the model card in a folder says of its licence, by the keys of a card's front matter; empty if nothing."""
     try:
         with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
-            text = file.read(FRONT_MATTER_BYTES)
-        found = re.match(r"\ufeff?---\s*\n(.*?)\n---", text, re.DOTALL)
+            found = re.match(r"\ufeff?---\s*\n(.*?)\n---", file.read(FRONT_MATTER_BYTES), re.DOTALL)
         values = yaml.safe_load(found[1]) if found else None
     except (OSError, yaml.YAMLError, RecursionError, ValueError):
         values = None
@@ -66,26 +67,45 @@ def licence_of(folder: Path) -> dict[str, Any]:
     return kept
 
 
-def write(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Result, base_licence: dict[str, Any]) -> str:
-    """The card, in Markdown. `base_licence`: `licence_of` the model that was trained further; empty for a new one."""
+def write(
+    config: TrainConfig,
+    model: ModelConfig,
+    corpus: Corpus,
+    history: RunHistory,
+    *,
+    steps_run: int,
+    loss: float,
+    samples: Sequence[tuple[str, str]],
+    base_licence: dict[str, Any],
+) -> str:
+    """The card of the exported model, in Markdown.
+
+    `loss`: of its weights as stored, held-out nats per token; `samples`: prompts and completions; `base_licence`:
+    `licence_of` the model that was trained further, empty for a new one.
+    """
+    count = sum(math.prod(shape) for shape in hf_shapes(model).values())
+    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
+    shape = [
+        ("parameters", f"{count:,}"),
+        ("layers", model.num_layers),
+        ("hidden size", model.hidden_size),
+        ("heads", f"{model.num_heads} query, {model.num_kv_heads} key/value, {model.head_dim} wide"),
+        ("MLP width", model.intermediate_size),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("context", f"{model.max_position_embeddings:,} tokens"),
+    ]
     parts = [
-        _front_matter(config, base_licence),
-        f"# {_title(model)}\n\n{_summary(config)}",
-        _shape(model),
+        front_matter(config, base_licence),
+        f"# A {size}-parameter {model.family} model trained with megalite\n\n{_summary(config)}\n",
+        f"## Shape\n\n{_table(('', ''), shape)}",
         _data(config, corpus),
-        _training(config, model, corpus, result),
-        _samples(config, corpus, result),
+        _training(config, corpus, history, steps_run, loss),
+        _samples(config, corpus, samples),
     ]
     return "\n".join(parts)
 
 
-def _title(model: ModelConfig) -> str:
-    count = num_parameters(model)
-    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
-    return f"A {size}-parameter {model.family} model trained with megalite"
-
-
-def _front_matter(config: TrainConfig, base_licence: dict[str, Any]) -> str:
+def front_matter(config: TrainConfig, base_licence: dict[str, Any]) -> str:
     """A model trained further is under its base's licence; what is not known is not claimed."""
     stdlib = config.data.source == "stdlib"
     new = {"license": "other", "license_name": "psf-2.0", "license_link": PSF_LICENCE} if stdlib else {}
@@ -96,31 +116,25 @@ def _front_matter(config: TrainConfig, base_licence: dict[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"|{''.join(f' {cell} |' if cell != '' else ' |' for cell in line)}\n" for line in lines)
+
+
 def _summary(config: TrainConfig) -> str:
     if config.data.source == "stdlib":
         return (
             "It has read nothing but the Python standard library and writes text that looks like it. It is small "
             "enough to run on any computer, which is its purpose: to show and test megalite with a real model. Do not "
-            "expect the code it writes to be right, or instructions to be followed.\n"
+            "expect the code it writes to be right, or instructions to be followed."
         )
     if config.model.path is not None:
-        return f"`{config.model.path}`, trained further on `{config.data.source}`.\n"
-    return f"Trained from scratch on `{config.data.source}`.\n"
-
-
-def _shape(model: ModelConfig) -> str:
-    return (
-        "## Shape\n\n| | |\n| --- | --- |\n"
-        f"| parameters | {num_parameters(model):,} |\n| layers | {model.num_layers} |\n"
-        f"| hidden size | {model.hidden_size} |\n"
-        f"| heads | {model.num_heads} query, {model.num_kv_heads} key/value, {model.head_dim} wide |\n"
-        f"| MLP width | {model.intermediate_size} |\n| vocabulary | {model.vocab_size:,} |\n"
-        f"| context | {model.max_position_embeddings:,} tokens |\n"
-    )
+        return f"`{config.model.path}`, trained further on `{config.data.source}`."
+    return f"Trained from scratch on `{config.data.source}`."
 
 
 def _data(config: TrainConfig, corpus: Corpus) -> str:
-    train, held_out = (corpus.facts["splits"][name] for name in ("train", "held_out"))
     if config.data.source == "stdlib":
         what = (
             f"The standard library's own source as it comes with {corpus.facts['python']}: `{config.data.pattern}`. It "
@@ -130,58 +144,57 @@ def _data(config: TrainConfig, corpus: Corpus) -> str:
         what = f"The files of `{config.data.source}`. The licence of that text decides how this model may be used."
     excluded = ", ".join(f"`{pattern}`" for pattern in config.data.exclude)
     left_out = f" Left out: {excluded}." if excluded else ""
-    if corpus.facts["format"] == "examples":
-        kept = "Examples are kept for evaluation by a hash of what they hold; the loss is on responses only."
-        columns = ("examples", "bytes of responses", "tokens")
-    else:
+    if corpus.is_text:
         kept = "Files are kept for evaluation by a hash of their name, lines of files by a hash of what they hold."
-        columns = ("documents", "bytes", "tokens")
+        columns = ("", "documents", "bytes", "tokens")
+    else:
+        kept = "Examples are kept for evaluation by a hash of what they hold; the loss is on responses only."
+        columns = ("", "examples", "bytes of responses", "tokens")
+    rows = [
+        (title, *(f"{corpus.facts['splits'][name][key]:,}" for key in ("documents", "bytes", "tokens")))
+        for title, name in (("training", "train"), ("held out", "held_out"))
+    ]
     own = config.tokenizer.path is None and config.model.path is None
     tokenizer = "The tokenizer is a byte-level BPE trained on the training files.\n" if own else ""
-    return (
-        f"## Text\n\n{what}{left_out} {kept}\n\n| | {' | '.join(columns)} |\n| --- | --- | --- | --- |\n"
-        f"| training | {train['documents']:,} | {train['bytes']:,} | {train['tokens']:,} |\n"
-        f"| held out | {held_out['documents']:,} | {held_out['bytes']:,} | {held_out['tokens']:,} |\n\n{tokenizer}"
-    )
+    return f"## Text\n\n{what}{left_out} {kept}\n\n{_table(columns, rows)}\n{tokenizer}"
 
 
-def _training(config: TrainConfig, model: ModelConfig, corpus: Corpus, result: Result) -> str:
-    optimizer, epochs = config.optimizer, result.tokens / corpus.facts["splits"]["train"]["tokens"]
-    per_step = result.tokens // max(1, result.step)
+def _training(config: TrainConfig, corpus: Corpus, history: RunHistory, steps_run: int, loss: float) -> str:
+    optimizer, step, tokens = config.optimizer, history.best_step, history.best_tokens
+    epochs, per_step = tokens / corpus.facts["splits"]["train"]["tokens"], tokens // max(1, step)
+    rows = [(row["step"], f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}") for row in _curve(history.evaluations)]
     return (
         "## Training\n\n"
-        f"{result.step:,} steps of {per_step:,} tokens ({result.tokens:,} tokens, {epochs:.1f} times the training "
+        f"{step:,} steps of {per_step:,} tokens ({tokens:,} tokens, {epochs:.1f} times the training "
         f"text), AdamW, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}, "
         f"{config.model.dtype} with float32 optimizer state, DeepSpeed ZeRO-{config.train.zero_stage}. The run took "
-        f"{result.steps_run:,} steps; these are the weights with the lowest held-out loss.\n\n"
-        f"**Held-out loss: {result.loss:.4f} nats per token, {bits_per_byte(result.loss, corpus):.4f} bits per byte**, "
-        "of the weights as they are stored here.\n\n"
-        "| step | held-out loss | bits per byte |\n| --- | --- | --- |\n" + _curve(result.evaluations)
+        f"{steps_run:,} steps; these are the weights with the lowest held-out loss.\n\n"
+        f"**Held-out loss: {loss:.4f} nats per token, {bits_per_byte(loss, corpus):.4f} bits per byte**, "
+        f"of the weights as they are stored here.\n\n{_table(('step', 'held-out loss', 'bits per byte'), rows)}"
     )
 
 
-def _curve(evaluations: list[dict[str, Any]]) -> str:
-    """At most CURVE_ROWS rows, evenly chosen, the last and the best among them."""
+def _curve(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most CURVE_ROWS of them, evenly chosen, the last and the best among them."""
     if not evaluations:
-        return ""
+        return []
     last = len(evaluations) - 1
     chosen = {round(i * last / (CURVE_ROWS - 2)) for i in range(CURVE_ROWS - 1)}
     chosen.add(min(range(len(evaluations)), key=lambda i: evaluations[i]["loss"]))
-    rows = [evaluations[i] for i in sorted(chosen)]
-    return "".join(f"| {row['step']} | {row['loss']:.4f} | {row['bits_per_byte']:.4f} |\n" for row in rows)
+    return [evaluations[i] for i in sorted(chosen)]
 
 
-def _samples(config: TrainConfig, corpus: Corpus, result: Result) -> str:
-    if not result.samples:
+def _samples(config: TrainConfig, corpus: Corpus, samples: Sequence[tuple[str, str]]) -> str:
+    if not samples:
         return ""
     head = f"## Samples\n\nTemperature {SAMPLE_TEMPERATURE}, up to {SAMPLE_TOKENS} tokens, the first try of each.\n"
     data = config.data
     files = data.pattern if data.source == "stdlib" or Path(data.source).is_dir() else data.source
-    language = "python" if corpus.facts["format"] == "text" and files.endswith(".py") else ""
-    return head + "".join(f"\n{_fenced(prompt + completion, language)}" for prompt, completion in result.samples)
+    language = "python" if corpus.is_text and files.endswith(".py") else ""
+    return head + "".join(f"\n{fenced(prompt + completion, language)}" for prompt, completion in samples)
 
 
-def _fenced(text: str, language: str) -> str:
+def fenced(text: str, language: str) -> str:
     """A block of code in Markdown, behind a fence that does not occur in it."""
     fence = "~" * max(3, 1 + max(map(len, re.findall("~+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}\n"

@@ -16,8 +16,9 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,17 +27,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.collectives import all_reduce_sum
-from megalite.core.layout import Layout, Whole, width
-from megalite.core.parallel_state import ParallelState
+from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, sync_folder
 from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
+from megalite.train.gradients import is_shared
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
 from megalite.weights import manifest as manifests
-from megalite.weights import shards
-from megalite.weights import side_files as companions
+from megalite.weights import shards, side_files
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.manifest import Manifest, Range, StoredFile, StoredTensor, digest_of, file_name
 from megalite.weights.shards import expected, stored_layout
@@ -49,11 +49,9 @@ KINDS = (WEIGHT, *MOMENTS)
 DTYPE = "float32"
 """Of the weights in a state."""
 _NAME = re.compile(r"step-\d{8}(?:-([1-9]\d{0,8}))?")
-"""Of what runs save."""
+"""Of a state's folder; the number is which save of its step it is, where it is not the first."""
 DIGEST_BYTES = 16
 log = logging.getLogger(__name__)
-Held = dict[str, tuple[tuple[int, ...], list[Owned]]]
-"""Shape of each parameter that a rank stores, and the ranges it is made of."""
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -68,31 +66,25 @@ def save_state(
     all ranks when it returns on one. Each tp and pp rank has its files, which different replicas write at the same
     time. Killed at any moment, the newest complete state is the old or the new one.
     """
-    state, model = trainer.state, trainer.decoder.config
+    state = trainer.state
     layout = stored_layout(state.layout)
-    wide = _wide_moments(model, layout)
     target = _new_folder(folder, trainer.steps_done)
-    digests = _write_files(trainer, layout, wide, target)
+    digests = _write_files(trainer, layout, target)
     if state.rank == state.layout.first_rank:
-        files = _collect(state, model, layout, wide, digests)
-        config = companions.with_dtype(base.values, DTYPE)
-        copies = companions.write({**beside, CONFIG: companions.as_json(config)}, target)
-        manifest = Manifest(
-            layout=layout,
-            config=config,
-            files=files,
-            copies=copies,
-            training={"step": trainer.steps_done, **training},
-        )
+        files = _collect_files(trainer, layout, digests)
+        config = side_files.with_dtype(base.values, DTYPE)
+        copies = side_files.write({**beside, CONFIG: side_files.as_json(config)}, target)
+        noted = {"step": trainer.steps_done, **training}
         maybe_fault("state.manifest", state.rank)
-        manifests.write(target, manifest)
+        manifests.write(target, Manifest(layout=layout, config=config, files=files, copies=copies, training=noted))
         sync_folder(folder)
         maybe_fault("state.clean", state.rank)
         for other in _states(folder):
             if other != target:
                 _remove(other)
     else:
-        _send_digests(state, digests)
+        for mine in digests.values():  # this says at the same time that the file is on the disk
+            dist.send(torch.frombuffer(mine, dtype=torch.uint8), state.layout.first_rank, group=state.world.group)
     all_reduce_sum(torch.zeros(1), state.world)  # everybody waits for the first rank
 
 
@@ -129,142 +121,106 @@ def _count(path: Path) -> int:
     return int(found[1]) if found and found[1] else 1
 
 
-def _stored_rank(state: ParallelState) -> int:
-    """The rank whose files hold what this rank holds."""
-    return stored_layout(state.layout).rank(tp=state.tp.rank, pp=state.pp.rank)
-
-
 def _writer(layout: Layout, rank: int, kind: str) -> int:
     """The rank of a run's `layout` that writes the file of a stored rank: the replicas share the kinds out."""
     place = stored_layout(layout).coord(rank)
     return layout.rank(tp=place.tp, pp=place.pp, dp=KINDS.index(kind) % layout.dp)
 
 
-def _write_files(trainer: Trainer, layout: Layout, wide: set[str], target: Path) -> dict[str, bytes]:
+def _write_files(trainer: Trainer, layout: Layout, target: Path) -> dict[str, bytearray]:
     """Write this rank's share of the files; the digests of their ranges, end to end, by kind. Collective over dp."""
     state = trainer.state
-    rank = _stored_rank(state)
-    held = _held(trainer.decoder.config, layout, rank, wide)
+    rank = layout.rank(tp=state.tp.rank, pp=state.pp.rank)
     mine = [kind for kind in KINDS if _writer(state.layout, rank, kind) == state.rank]
     params = dict(trainer.decoder.named_parameters())
-    digests: dict[str, list[bytes]] = {kind: [] for kind in mine}
-    with ExitStack() as unfinished:
-        ends = {kind: unfinished.enter_context(ExitStack()) for kind in mine}
-        files: dict[str, BinaryIO] = {}
-        for kind in mine:
-            files[kind] = ends[kind].enter_context(DurableFile(target / file_name(rank, kind)))
-            files[kind].write(_header(held, layout, wide, rank, kind))
-        for name, (_, parts) in held.items():
+    digests = {kind: bytearray() for kind in mine}
+    files: dict[str, BinaryIO] = {}
+    with ExitStack() as stack:
+        for kind in reversed(mine):  # they are closed in the order of the kinds
+            files[kind] = stack.enter_context(DurableFile(target / file_name(rank, kind)))
+            stack.callback(maybe_fault, "state.save", state.rank)
+            files[kind].write(_RankFile.of(trainer.decoder.config, layout, rank, kind).header)
+        for name, (_, _, parts) in _RankFile.of(trainer.decoder.config, layout, rank, WEIGHT).tensors.items():
             for kind in KINDS:
                 value = get_whole(params[name], kind)  # every replica comes by here
                 if kind in files:
-                    value = _as_stored(trainer, name, kind, value.cpu())
+                    value = _rescaled(trainer, name, kind, value.cpu(), stored=True)
                     files[kind].write(as_bytes(value))
-                    digests[kind] += _digests(value, parts)
-        for kind in mine:
-            maybe_fault("state.save", state.rank)
-            ends[kind].close()
-    return {kind: b"".join(parts) for kind, parts in digests.items()}
+                    for part in parts:
+                        values = value.narrow(part.piece.dim, part.start, part.hi - part.lo)
+                        digests[kind] += bytes.fromhex(digest_of(as_bytes(values)))
+    return digests
 
 
-def _digests(value: Tensor, parts: list[Owned]) -> Iterator[bytes]:
-    """Of each range that a parameter is made of."""
-    data = as_bytes(value)
-    row = len(data) // value.shape[0]
-    for part in parts:
-        rows = data[part.start * row : (part.start + part.hi - part.lo) * row]
-        yield bytes.fromhex(digest_of(rows if len(parts) > 1 else data))
-
-
-def _send_digests(state: ParallelState, digests: dict[str, bytes]) -> None:
-    """Tell the first rank what this one has written, which says at the same time that it is on the disk."""
-    for mine in digests.values():
-        dist.send(
-            torch.frombuffer(bytearray(mine), dtype=torch.uint8), state.layout.first_rank, group=state.world.group
-        )
-
-
-def _collect(
-    state: ParallelState, model: ModelConfig, layout: Layout, wide: set[str], digests: dict[str, bytes]
-) -> dict[str, StoredFile]:
+def _collect_files(trainer: Trainer, layout: Layout, digests: Mapping[str, bytearray]) -> dict[str, StoredFile]:
     """On the first rank what the manifest says of the files, once every rank has written its own."""
+    state = trainer.state
     files = {}
     for rank in layout.ranks:
-        held = _held(model, layout, rank, wide)
         for kind in KINDS:
+            file = _RankFile.of(trainer.decoder.config, layout, rank, kind)
             writer = _writer(state.layout, rank, kind)
-            found = digests.get(kind, b"")
-            if writer != state.rank:
-                buffer = torch.empty(DIGEST_BYTES * sum(len(parts) for _, parts in held.values()), dtype=torch.uint8)
-                dist.recv(buffer, writer, group=state.world.group)
-                found = buffer.numpy().tobytes()
-            files[file_name(rank, kind)] = _stored_file(held, layout, wide, rank, kind, found)
+            found = digests.get(kind) if writer == state.rank else None
+            if found is None:
+                found = bytearray(DIGEST_BYTES * sum(len(parts) for _, _, parts in file.tensors.values()))
+                dist.recv(torch.frombuffer(found, dtype=torch.uint8), writer, group=state.world.group)
+            files[file_name(rank, kind)] = file.stored(bytes(found))
     return files
 
 
 # ---- what a file holds -----------------------------------------------------------------------------------------------
 
 
-def _moment_scale(trainer: Trainer, name: str, kind: str, ndim: int) -> Tensor | None:
-    """Factor from a moment as it is trained to that of the true gradient, see `trainer.complete_gradients`.
+def _rescaled(trainer: Trainer, name: str, kind: str, value: Tensor, *, stored: bool) -> Tensor:
+    """A moment without the factor on its gradient that this layout has, see `complete_gradients`; or with it again.
 
-    It depends on the layout, so what is stored is without it. None: there is none.
+    It is stored in float64, so it comes back bit for bit.
     """
     holders = trainer.holders.get(name)
     if holders is None or kind == WEIGHT:
-        return None
-    scale = holders.to("cpu", torch.float64).view(-1, *[1] * (ndim - 1))
-    return scale.sqrt() if kind == "exp_avg" else scale
+        return value
+    scale = holders.to("cpu", torch.float64).view(-1, *[1] * (value.ndim - 1))
+    scale = scale.sqrt() if kind == "exp_avg" else scale
+    return value * scale if stored else (value / scale).float()
 
 
-def _as_stored(trainer: Trainer, name: str, kind: str, value: Tensor) -> Tensor:
-    scale = _moment_scale(trainer, name, kind, value.ndim)
-    return value if scale is None else value * scale
+@dataclass(frozen=True)
+class _RankFile:
+    """One file of a state, as every rank knows it before it is written."""
+
+    layout: Layout
+    rank: int
+    kind: str
+    tensors: dict[str, tuple[str, tuple[int, ...], list[Owned]]]
+    """Dtype, shape and ranges of each parameter, in the order of the file: what may be float64 comes first."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, layout: Layout, rank: int, kind: str) -> _RankFile:
+        scaled = {piece.param for piece in pieces(model) if is_shared(piece.split, layout.tp)}
+        held = sorted(expected(model, layout, rank).items(), key=lambda item: item[0] not in scaled)
+        dtypes = {name: "F64" if kind != WEIGHT and name in scaled else "F32" for name, _ in held}
+        return cls(layout, rank, kind, {name: (dtypes[name], shape, parts) for name, (shape, parts) in held})
+
+    @property
+    def header(self) -> bytes:
+        entries = {name: (dtype, shape) for name, (dtype, shape, _) in self.tensors.items()}
+        path = Path(file_name(self.rank, self.kind))
+        return new_header(path, entries, shards.metadata(self.layout, self.rank, self.kind))[0]
+
+    def stored(self, digests: bytes) -> StoredFile:
+        """As the manifest has it; `digests`: of its ranges, end to end."""
+        left = iter(digests[at : at + DIGEST_BYTES].hex() for at in range(0, len(digests), DIGEST_BYTES))
+        tensors = {
+            name: StoredTensor(dtype, shape, tuple(_range(part, next(left)) for part in parts))
+            for name, (dtype, shape, parts) in self.tensors.items()
+        }
+        start = self.header
+        sizes = (DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape, _ in self.tensors.values())
+        return StoredFile(self.rank, self.kind, len(start) + sum(sizes), digest_of(start), tensors)
 
 
-def _as_trained(trainer: Trainer, name: str, kind: str, value: Tensor) -> Tensor:
-    scale = _moment_scale(trainer, name, kind, value.ndim)
-    return (value if scale is None else value / scale).float()
-
-
-def _wide_moments(model: ModelConfig, layout: Layout) -> set[str]:
-    """The parameters whose moments are scaled, and stored in float64: they come back bit for bit."""
-    tp = layout.tp
-    return {
-        piece.param
-        for piece in pieces(model)
-        if not isinstance(piece.split, Whole)
-        and sum(width(piece.split, tp, rank) for rank in range(tp)) > piece.split.total
-    }
-
-
-def _held(model: ModelConfig, layout: Layout, rank: int, wide: set[str]) -> Held:
-    """What a rank stores, in the order of its files: there the wide ones come first."""
-    return dict(sorted(expected(model, layout, rank).items(), key=lambda item: item[0] not in wide))
-
-
-def _dtype(name: str, kind: str, wide: set[str]) -> str:
-    return "F64" if kind != WEIGHT and name in wide else "F32"
-
-
-def _header(held: Held, layout: Layout, wide: set[str], rank: int, kind: str) -> bytes:
-    entries = {name: (_dtype(name, kind, wide), shape) for name, (shape, _) in held.items()}
-    return new_header(Path(file_name(rank, kind)), entries, shards.metadata(layout, rank, kind))[0]
-
-
-def _stored_file(held: Held, layout: Layout, wide: set[str], rank: int, kind: str, digests: bytes) -> StoredFile:
-    left = iter(digests[at : at + DIGEST_BYTES].hex() for at in range(0, len(digests), DIGEST_BYTES))
-    tensors = {
-        name: StoredTensor(
-            _dtype(name, kind, wide),
-            shape,
-            tuple(Range(one.piece.hf, one.piece.hf_dim, one.lo, one.hi, next(left)) for one in parts),
-        )
-        for name, (shape, parts) in held.items()
-    }
-    start = _header(held, layout, wide, rank, kind)
-    sizes = (DTYPE_BYTES[tensor.dtype] * math.prod(tensor.shape) for tensor in tensors.values())
-    return StoredFile(rank, kind, len(start) + sum(sizes), digest_of(start), tensors)
+def _range(part: Owned, digest: str) -> Range:
+    return Range(part.piece.hf, part.piece.hf_dim, part.lo, part.hi, digest)
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
@@ -287,7 +243,7 @@ def state_to_resume(folder: Path, *, resume: bool) -> tuple[Path, Manifest] | No
 
 def check_same_model(manifest: Manifest, base: ModelFolder) -> None:
     """ConfigError if a state is of another model than the one that training began with."""
-    config = companions.with_dtype(base.values, DTYPE)
+    config = side_files.with_dtype(base.values, DTYPE)
     keys = sorted(config.keys() | manifest.config.keys())
     changed = [key for key in keys if config.get(key) != manifest.config.get(key)]
     if changed:
@@ -317,11 +273,11 @@ def load_state(trainer: Trainer, path: Path) -> None:
     of the saved run weights and moments are then what they were, bit for bit.
     """
     state = trainer.state
-    manifest = shards.open_manifest(path)
-    step = _step(path, manifest)
+    step = _step(path, shards.open_manifest(path))
     params = dict(trainer.decoder.named_parameters())
     for kind in KINDS:
         for name, value in read_parameters(path, trainer.decoder.config, state.layout, state.rank, kind):
-            set_whole(params[name], kind, _as_trained(trainer, name, kind, value).to(trainer.device))
+            value = _rescaled(trainer, name, kind, value, stored=False).float()
+            set_whole(params[name], kind, value.to(trainer.device))
     finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.zero_stage, step)
     trainer.steps_done = step

@@ -45,53 +45,50 @@ def export_model(decoder: Decoder, path: Path, dtype: torch.dtype) -> None:
     entries = {name: (DTYPE_NAMES[dtype], shapes[name]) for name in order}
     with DurableFile(path) as file:
         file.write(new_header(path, entries, {"format": "pt"})[0])
-        for _, tensor in tensors:
+        for tensor in tensors:
             file.write(as_bytes(tensor))
         maybe_fault("export.save", state.rank)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A CPU tensor's elements in row-major order."""
-    return memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _tensors_of_parameters(config: ModelConfig) -> dict[str, list[str]]:
+def _tensors_of_parameters(config: ModelConfig) -> dict[str, dict[str, None]]:
     """The Hugging Face tensors behind each parameter, over all ranks. A tied embedding is that of the first stage."""
-    names: dict[str, list[str]] = {}
+    names: dict[str, dict[str, None]] = {}
     for piece in pieces(config):
-        if piece.param == "head.weight" and config.tie_embeddings:
-            continue
-        mine = names.setdefault(piece.param, [])
-        if piece.hf not in mine:
-            mine.append(piece.hf)
+        if not (config.tie_embeddings and piece.param == "head.weight"):
+            names.setdefault(piece.param, {})[piece.hf] = None
     return names
 
 
-def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[Tensor]:
     """Every Hugging Face tensor on the first rank of the first replica; nothing elsewhere. Collective."""
-    config, state = decoder.config, decoder.state
-    layout = stored_layout(state.layout)
+    config, replica = decoder.config, decoder.state.replica
+    layout = stored_layout(decoder.state.layout)
     held = [expected(config, layout, rank) for rank in layout.ranks]
     shapes = hf_shapes(config)
     params = dict(decoder.named_parameters())
     for name, tensors in _tensors_of_parameters(config).items():
-        local = get_whole(params[name], WEIGHT).to("cpu", dtype) if name in held[state.replica.rank] else None
-        if state.dp.rank > 0:
+        mine = name in held[replica.rank]
+        local = get_whole(params[name], WEIGHT).to("cpu", dtype) if mine else torch.empty(0)  # collective over dp
+        if decoder.state.dp.rank > 0:
             continue
-        if not state.replica.is_first:
-            if local is not None:
-                dist.send(local.contiguous(), state.replica.ranks[0], group=state.replica.group)
+        if not replica.is_first:
+            if mine:
+                dist.send(local.contiguous(), replica.ranks[0], group=replica.group)
             continue
         whole = {hf: torch.empty(shapes[hf], dtype=dtype) for hf in tensors}
-        for rank, ranges in zip(state.replica.ranks, held, strict=True):
-            if name not in ranges:
-                continue
-            shape, parts = ranges[name]
-            if rank != state.rank:
-                local = torch.empty(shape, dtype=dtype)
-                dist.recv(local, rank, group=state.replica.group)
-            _place(local, parts, whole)
-        yield from whole.items()
+        for rank, ranges in zip(replica.ranks, held, strict=True):
+            if name in ranges:
+                shape, parts = ranges[name]
+                if rank != decoder.state.rank:
+                    local = torch.empty(shape, dtype=dtype)
+                    dist.recv(local, rank, group=replica.group)
+                _place(local, parts, whole)
+        yield from whole.values()
 
 
 def _place(local: Tensor, parts: list[Owned], whole: dict[str, Tensor]) -> None:
@@ -108,12 +105,12 @@ def files_beside(base: ModelFolder) -> Companions:
     All that goes along with the base's own weights but its model card, with the tokenizer of `base.tokenizer_path`.
     What is small is read now: the base may be gone when the training ends.
     """
-    found: Companions = {}
-    if (base.path / CONFIG).exists():
-        found = {name: path for name, path in beside(base.path).items() if not is_of_tokenizer(name)}
-        found.pop("README.md", None)
+    own = beside(base.path) if (base.path / CONFIG).exists() else {}
+    found: Companions = {name: path for name, path in own.items() if name != "README.md" and not is_of_tokenizer(name)}
     found |= of_tokenizer(base.tokenizer_path)
-    found = {name: path.read_bytes() if path.stat().st_size <= SMALL_BYTES else path for name, path in found.items()}
+    for name, file in found.items():
+        if isinstance(file, Path) and file.stat().st_size <= SMALL_BYTES:
+            found[name] = file.read_bytes()
     return {**found, CONFIG: as_json(base.values), GENERATION: base.generation.to_bytes()}
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megalite.core.collectives import all_reduce_sum
-from megalite.core.layout import Whole
+from megalite.core.layout import Split, Whole, width
 from megalite.core.parallel_state import Axis, ParallelState
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
@@ -18,20 +19,23 @@ from megalite.weights.table import pieces
 
 @dataclass(frozen=True, slots=True)
 class SharedRows:
-    """Rows of a local parameter that other tp ranks hold too."""
+    """Rows of a local parameter that other tp ranks hold too: rows lo..hi of `total`, from `start` on in it."""
 
     start: int
-    """First row in the local parameter."""
     lo: int
     hi: int
     total: int
-    """They are rows lo..hi of `total`."""
     holders: tuple[int, ...]
     """tp ranks that hold each of the rows lo..hi."""
 
     @property
-    def end(self) -> int:
-        return self.start + self.hi - self.lo
+    def local(self) -> slice:
+        return slice(self.start, self.start + self.hi - self.lo)
+
+
+def is_shared(split: Split, tp: int) -> bool:
+    """Whether several of `tp` ranks hold the same rows of a cut matrix: of key and value heads, where they are few."""
+    return not isinstance(split, Whole) and sum(width(split, tp, rank) for rank in range(tp)) > split.total
 
 
 def shared_rows(config: ModelConfig, state: ParallelState) -> dict[str, list[SharedRows]]:
@@ -40,18 +44,17 @@ def shared_rows(config: ModelConfig, state: ParallelState) -> dict[str, list[Sha
     tp = state.tp
     layers = state.layout.layers(state.pp.rank, config.layer_costs())
     for piece in pieces(config):
-        if isinstance(piece.split, Whole) or piece.stage not in layers:
+        if piece.stage not in layers or not is_shared(piece.split, tp.size):
             continue
         holders = [0] * piece.split.total
         for rank in range(tp.size):
-            lo, hi = piece.split.range(tp.size, rank)
-            holders[lo:hi] = [count + 1 for count in holders[lo:hi]]
-        if max(holders) > 1:
-            assert piece.dim == 0, "replicated parts are rows"
-            lo, hi = piece.split.range(tp.size, tp.rank)
-            start = piece.local_start(tp.size, tp.rank)
-            rows = SharedRows(start, lo, hi, piece.split.total, tuple(holders[lo:hi]))
-            shared.setdefault(piece.param, []).append(rows)
+            for row in range(*piece.split.range(tp.size, rank)):
+                holders[row] += 1
+        lo, hi = piece.split.range(tp.size, tp.rank)
+        start = piece.local_start(tp.size, tp.rank)
+        assert piece.dim == 0 and start is not None, "replicated parts are rows, and no expert's"
+        rows = SharedRows(start, lo, hi, piece.split.total, tuple(holders[lo:hi]))
+        shared.setdefault(piece.param, []).append(rows)
     return shared
 
 
@@ -69,12 +72,12 @@ def complete_gradients(decoder: Decoder) -> dict[str, Tensor]:
     shared = shared_rows(decoder.config, decoder.state)
     holders: dict[str, Tensor] = {}
     for name, param in decoder.named_parameters():
-        if param.sum_gradient_over_tp:
+        if getattr(param, "sum_gradient_over_tp", False):
             param.register_hook(lambda grad: all_reduce_sum(grad.contiguous().clone(), tp))
         if name in shared:
             holders[name] = torch.ones(param.shape[0], device=param.device)
             for rows in shared[name]:
-                holders[name][rows.start : rows.end] = torch.tensor(rows.holders, device=param.device)
+                holders[name][rows.local] = torch.tensor(rows.holders, device=param.device, dtype=torch.float32)
             param.register_hook(_sum_shared_rows(shared[name], holders[name].rsqrt(), tp))
     return holders
 
@@ -85,11 +88,11 @@ def _sum_shared_rows(shared: list[SharedRows], scale: Tensor, tp: Axis) -> Calla
     def hook(grad: Tensor) -> Tensor:
         buffers = [grad.new_zeros(rows.total, *grad.shape[1:]) for rows in shared]
         for rows, buffer in zip(shared, buffers, strict=True):
-            buffer[rows.lo : rows.hi] = grad[rows.start : rows.end]
+            buffer[rows.lo : rows.hi] = grad[rows.local]
         summed = all_reduce_sum(torch.cat(buffers), tp).split([rows.total for rows in shared])
         grad = grad.clone()
         for rows, total in zip(shared, summed, strict=True):
-            grad[rows.start : rows.end] = total[rows.lo : rows.hi]
+            grad[rows.local] = total[rows.lo : rows.hi]
         return grad * scale.to(grad.dtype).view(-1, *[1] * (grad.ndim - 1))
 
     return hook
@@ -103,15 +106,17 @@ class TiedEmbedding:
 
     def __init__(self, decoder: Decoder):
         """Collective over the run the first time for a layout: it makes communicators."""
-        state, self.param = decoder.state, None
+        state = decoder.state
+        self.param: nn.Parameter | None = None
         if not decoder.config.tie_embeddings or state.pp.size == 1:
             return
         self.axis, self.dp = state.pipeline_ends(), state.dp
-        if state.is_first_stage:
+        if decoder.embed is not None:
             self.param = decoder.embed.tokens.weight
-        elif state.is_last_stage:
-            self.param = decoder.head.weight
-            self.param.ds_pipe_replicated = True  # DeepSpeed counts the other copy in the gradient norm
+        elif decoder.head is not None:
+            weight: Any = decoder.head.weight
+            weight.ds_pipe_replicated = True  # DeepSpeed counts the other copy in the gradient norm
+            self.param = weight
 
     def complete_gradient(self, gradient_of: Callable[[nn.Parameter], Tensor]) -> None:
         """Sum what both copies have accumulated, before DeepSpeed takes the mean over dp. Collective over the replicas.
@@ -119,7 +124,7 @@ class TiedEmbedding:
         The sum is over dp too, and only the first replica keeps it: DeepSpeed then adds zeros to it, which is exact in
         whatever order it adds and wherever in its buffers a copy lies. So both copies are updated by equal numbers.
         """
-        if self.param is None:
+        if self.param is None or self.axis is None:
             return
         gradient = gradient_of(self.param)
         all_reduce_sum(gradient, self.axis)

@@ -6,8 +6,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from megalite.monitor.words import format_rate, wrapped
 from megalite.run import runtime as distributed
 from megalite.train import card
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
-from megalite.train.data.batch import MicroBatch
 from megalite.train.data.prepared import PREPARED, Corpus, prepare
 from megalite.train.data.reading import open_reader
 from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed, training_report
+from megalite.train.micro_batch import MicroBatch
 from megalite.train.model import Scorer
 from megalite.train.new_model import config_of, make_decoder, starting_point
 from megalite.train.optimizer import learning_rate
@@ -40,42 +40,17 @@ from megalite.train.trainer import StepReport, Trainer
 from megalite.weights import transfer
 from megalite.weights.folder import ModelFolder
 
-
-@dataclass
-class Progress:
-    """What a run knows of itself besides weights; saved with them.
-
-    There is no state of a random generator to save: new weights follow from train.seed, the order of the data from
-    data.seed and the number of sequences read, and nothing else in training is random.
-    """
-
-    sequences: int = 0
-    """Training sequences read; counted, because the number in a step changes with the layout."""
-    tokens: int = 0
-    """Tokens of them."""
-    best_loss: float | None = None
-    best_step: int = 0
-    best_sequences: int = 0
-    best_tokens: int = 0
-    evaluations_since_best: int = 0
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-
-
 WriteSamples = Callable[..., list[str | None]]
 """See `hybrid.samples.write_samples`, which is above this room: training knows no engine."""
 
 
-def no_samples(decoder: Any, folder: Path, prompts: Sequence[Any], *_: object, **__: object) -> list[str | None]:
-    """The model is not asked."""
-    return [None] * len(prompts)
-
-
-def run(loaded: Loaded, write_samples: WriteSamples = no_samples) -> int:
+def run(loaded: Loaded, write_samples: WriteSamples) -> int:
     """Train as the config says; every rank calls it. Returns the exit code, 0 also after a SIGTERM and a save.
 
-    `write_samples` lets the trained model write.
+    `write_samples` lets the trained model write for its card.
     """
     config = loaded.config
+    assert isinstance(config, TrainConfig)
     with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
         distributed.prepare_deepspeed(runtime)
         Job(config, runtime, write_samples).run()
@@ -85,7 +60,7 @@ def run(loaded: Loaded, write_samples: WriteSamples = no_samples) -> int:
 class Job:
     """One training run, from its output folder to its model card."""
 
-    def __init__(self, config: TrainConfig, runtime: distributed.Runtime, write_samples: WriteSamples = no_samples):
+    def __init__(self, config: TrainConfig, runtime: distributed.Runtime, write_samples: WriteSamples):
         parallel = config.parallel
         layout = Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, interleave=parallel.interleave)
         self.config = config
@@ -94,6 +69,7 @@ class Job:
         self._write_samples = write_samples
         self.state = ParallelState(layout, sequence_parallel=parallel.sequence_parallel)
         self.is_writer = self.state.rank == layout.first_rank
+        assert config.output.folder is not None, "the config's rules see to it"
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
         self.found = state_to_resume(self.states, resume=config.output.resume)
@@ -112,7 +88,7 @@ class Job:
             deepspeed_keys=config.deepspeed,
         )
         self.reader = open_reader(self.corpus, config.data, config.train, self.state)
-        self.progress = Progress()
+        self.history = card.RunHistory()
         self.log: RunLog | None = None
         self.peak = peak_of_run(
             self.device, config.model.dtype, ranks=layout.size, local_ranks=runtime.local_world_size
@@ -131,11 +107,11 @@ class Job:
                 board = self.config.output.tensorboard
                 self.log = RunLog(self.folder / "training", step=self.trainer.steps_done, tensorboard=board)
             self._say(self.reader.describe())
-            before, read = self.trainer.steps_done, self.progress.tokens
+            before, read = self.trainer.steps_done, self.history.tokens
             self.state.meter.start()
             reason = self._train()
             self.state.meter.stop()
-            self._tell_report(self.trainer.steps_done - before, self.progress.tokens - read)
+            self._report_ranks(self.trainer.steps_done - before, self.history.tokens - read)
             self._say(f"training ends after step {self.trainer.steps_done}: {reason}")
             if self.stop_signal == signal.SIGINT:
                 raise Stopped(self.stop_signal)
@@ -148,25 +124,24 @@ class Job:
     # ---- putting it together -----------------------------------------------------------------------------------
 
     def _open_corpus(self) -> Corpus:
-        folder = self.folder / PREPARED
+        folder, config = self.folder / PREPARED, self.config
         if self.is_writer:
             remove_unfinished(self.states)
-            config = self.config
-            tokenizer = replace(config.tokenizer, path=config.tokenizer.path or config.model.path)
-            named = config.model.path and ModelFolder.open(config.model.path).generation.eos_token_ids
+            named = ModelFolder.open(config.model.path).generation.eos_token_ids if config.model.path else ()
             prepare(
                 config.data,
-                tokenizer,
+                replace(config.tokenizer, path=config.tokenizer.path or config.model.path),
                 folder,
                 in_use=self.found is not None,
-                ends=named or (),
+                ends=named,
                 model=config_of(config.model),
             )
-        self._wait_for_all()
+        if self.state.layout.size > 1:
+            dist.barrier()
         return Corpus.open(folder)
 
     def _open_base(self) -> ModelFolder:
-        corpus = self.corpus
+        corpus, length = self.corpus, self.config.data.sequence_length
         base = starting_point(
             self.config.model,
             tokenizer=corpus.folder,
@@ -174,10 +149,9 @@ class Job:
             end=corpus.eos_token_id,
             taught=corpus.ends,
         )
-        model = base.model
-        if model.max_position_embeddings < self.config.data.sequence_length:
-            rule = f"must be at most the model's {model.max_position_embeddings} positions"
-            raise ConfigError(Problem(key="data.sequence_length", rule=rule, value=self.config.data.sequence_length))
+        if base.model.max_position_embeddings < length:
+            rule = f"must be at most the model's {base.model.max_position_embeddings} positions"
+            raise ConfigError(Problem(key="data.sequence_length", rule=rule, value=length))
         return base
 
     def _resume(self) -> None:
@@ -188,7 +162,7 @@ class Job:
         if manifest.training.get("data") != self.corpus.digest:
             raise CheckpointError(f"{path}: the run read other text than {self.corpus.folder} holds now")
         load_state(self.trainer, path)
-        self.progress = Progress(**manifest.training["progress"])
+        self.history = card.RunHistory(**manifest.training["progress"])
         self._say(f"going on after step {self.trainer.steps_done}, from {path}")
 
     # ---- the loop ------------------------------------------------------------------------------------------------
@@ -199,11 +173,11 @@ class Job:
         speed = Speed()
         reason = self._done()
         while reason is None:
-            data = self.reader.step(self.progress.sequences)
+            data = self.reader.step(self.history.sequences)
             report = trainer.step(data.batches)
             tokens = sum(data.lengths)
-            self.progress.sequences += self.reader.sequences_per_step
-            self.progress.tokens += tokens
+            self.history.sequences += self.reader.sequences_per_step
+            self.history.tokens += tokens
             speed.count(tokens, training_flops(self.model, data.lengths))
             step = trainer.steps_done
             reason = self._done() or self._stop_asked()
@@ -216,23 +190,16 @@ class Job:
             if step % train.save_every == 0 or reason is not None:
                 with speed.paused():
                     self._require_finite(report)
-                    self._save()
+                    training = {"data": self.corpus.digest, "progress": asdict(self.history)}
+                    save_state(trainer, self.states, training, self.base, self.beside)
         return reason
-
-    def _tell_report(self, steps: int, tokens: int) -> None:
-        """Memory, speed and where the time went, on every rank. Collective."""
-        if not (self.config.monitor.report and steps):
-            return
-        reports = gather_reports(training_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens))
-        if self.is_writer:
-            print(format_report(reports), file=sys.stderr, flush=True)
 
     def _done(self) -> str | None:
         """Why there is nothing left to do; the same on every rank."""
         train = self.config.train
         if self.trainer.steps_done >= train.steps:
             return "all steps are done"
-        if train.patience is not None and self.progress.evaluations_since_best >= train.patience:
+        if train.patience is not None and self.history.evaluations_since_best >= train.patience:
             return f"{train.patience} evaluations without a lower held-out loss"
         return None
 
@@ -240,9 +207,8 @@ class Job:
         """What the clock or a signal on any rank asks for, agreed on by all."""
         limit = self.config.train.max_seconds
         late = limit is not None and time.monotonic() - self.began > limit
-        asked = torch.tensor(
-            [self.runtime.signal_received() or 0, int(late)], dtype=torch.int32
-        )  # not on the device: no wait
+        # Not on the device: that would wait for it.
+        asked = torch.tensor([self.runtime.signal_received() or 0, int(late)], dtype=torch.int32)
         if self.state.layout.size > 1:
             dist.all_reduce(asked, dist.ReduceOp.MAX)
         self.stop_signal, late = asked.tolist()
@@ -251,18 +217,27 @@ class Job:
         return f"train.max_seconds={limit:g} are over" if late else None
 
     def _report(self, report: StepReport, speed: Speed) -> None:
+        """The line of a step."""
         trainer, optimizer, steps = self.trainer, self.config.optimizer, self.config.train.steps
         value, norm = self._require_finite(report)
         tokens, flops = speed.read()
         rate = learning_rate(optimizer, trainer.steps_done - 1, steps)
         line = f"step {trainer.steps_done}/{steps}  loss {value:.4f}  lr {rate:.2e}  norm {norm:.3f}"
         line += f"  {format_rate(tokens, 1)} tokens/s"
-        values = {"loss": value, "lr": rate, "gradient_norm": norm, "tokens_per_second": tokens}
+        values: dict[str, Any] = {"loss": value, "lr": rate, "gradient_norm": norm, "tokens_per_second": tokens}
         if self.device.type == "cuda":
             utilisation = flops / self.peak if self.peak is not None else None
             values["mfu"] = utilisation
             line += f"  MFU {utilisation:.1%}" if utilisation is not None else ""
         self._say(line, values)
+
+    def _report_ranks(self, steps: int, tokens: int) -> None:
+        """Memory, speed and where the time went, on every rank. Collective."""
+        if not (self.config.monitor.report and steps):
+            return
+        reports = gather_reports(training_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens))
+        if self.is_writer:
+            print(format_report(reports), file=sys.stderr, flush=True)
 
     def _require_finite(self, report: StepReport) -> tuple[float, float]:
         """Mean loss and gradient norm of the last step; MegaliteError if the weights can't be right after it."""
@@ -277,78 +252,70 @@ class Job:
 
     def _evaluate(self) -> None:
         """Measure the held-out loss; keep the model if it is the best so far."""
-        progress, step = self.progress, self.trainer.steps_done
-        if progress.evaluations and progress.evaluations[-1]["step"] == step:
+        history, step = self.history, self.trainer.steps_done
+        if history.evaluations and history.evaluations[-1]["step"] == step:
             return
         loss = self.trainer.evaluate(self.reader.held_out(self.config.train.eval_batches))
         bits = card.bits_per_byte(loss, self.corpus)
-        progress.evaluations.append({"step": step, "loss": loss, "bits_per_byte": bits})
-        progress.evaluations_since_best += 1
-        best = progress.best_loss is None or loss < progress.best_loss
+        history.evaluations.append({"step": step, "loss": loss, "bits_per_byte": bits})
+        history.evaluations_since_best += 1
+        best = history.best_loss is None or loss < history.best_loss
         if best:
-            progress.best_loss, progress.best_step, progress.evaluations_since_best = loss, step, 0
-            progress.best_sequences, progress.best_tokens = progress.sequences, progress.tokens
-            self._export()
+            history.best_loss, history.best_step, history.evaluations_since_best = loss, step, 0
+            history.best_sequences, history.best_tokens = history.sequences, history.tokens
+            export_folder(self.trainer.decoder, self.folder, self.base, self.beside, self.config.model.dtype)
         self._say(
             f"step {step}  held-out loss {loss:.4f}, {bits:.4f} bits per byte{' (best so far)' if best else ''}",
             {"held_out_loss": loss, "bits_per_byte": bits},
         )
 
-    # ---- files ---------------------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        training = {"data": self.corpus.digest, "progress": asdict(self.progress)}
-        save_state(self.trainer, self.states, training, self.base, self.beside)
-
-    def _export(self) -> None:
-        """Make the output folder hold the present model."""
-        dtype = self.config.model.dtype
-        export_folder(self.trainer.decoder, self.folder, self.base, self.beside, dtype)
+    # ---- the end -------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """Read the exported model back, measure it, let it write, and make the model card of that.
 
         A signal ends it without the card; what was trained is in the folder already. Raises Stopped for a SIGINT.
         """
-        self._wait_for_all()
+        history = self.history
+        if self.state.layout.size > 1:
+            dist.barrier()
         try:
             loss, samples = self._exported_model()
         except Stopped as stop:
             self._say(
                 f"stopped by {signal.Signals(stop.signum).name} before the model card: the model of step "
-                f"{self.progress.best_step} is in {self.folder}, and a further run writes its card"
+                f"{history.best_step} is in {self.folder}, and a further run writes its card"
             )
             if stop.signum == signal.SIGINT:
                 raise
             return
-        progress = self.progress
-        result = card.Result(
-            step=progress.best_step,
-            steps_run=self.trainer.steps_done,
-            tokens=progress.best_tokens,
-            loss=loss,
-            evaluations=progress.evaluations,
-            samples=samples,
-        )
         if self.is_writer:
-            write_durably(
-                self.folder / "README.md", card.write(self.config, self.model, self.corpus, result, self.base_licence)
+            text = card.write(
+                self.config,
+                self.model,
+                self.corpus,
+                history,
+                steps_run=self.trainer.steps_done,
+                loss=loss,
+                samples=samples,
+                base_licence=self.base_licence,
             )
+            write_durably(self.folder / "README.md", text)
         bits = card.bits_per_byte(loss, self.corpus)
-        line = f"the model of step {progress.best_step} is in {self.folder}"
+        line = f"the model of step {history.best_step} is in {self.folder}"
         self._say(
             f"{line}: held-out loss {loss:.4f}, {bits:.4f} bits per byte",
-            {"exported_step": progress.best_step, "held_out_loss": loss, "bits_per_byte": bits},
+            {"exported_step": history.best_step, "held_out_loss": loss, "bits_per_byte": bits},
         )
 
     def _exported_model(self) -> tuple[float, list[tuple[str, str]]]:
         """Held-out loss of the model in the folder, and what it makes of train.sample_prompts."""
-        layout = self.state.layout
+        config, layout = self.config, self.state.layout
         state = ParallelState(Layout(layout.tp, layout.pp, layout.dp))  # generation knows no interleaving
-        decoder = transfer.build(self.model, state, dtype=transfer.DTYPES[self.config.model.dtype], device=self.device)
+        decoder = transfer.build(self.model, state, dtype=transfer.DTYPES[config.model.dtype], device=self.device)
         transfer.load_folder(decoder, self.folder)
         loss = Scorer(decoder).mean_loss(self._until_stopped(self.reader.held_out(None)))
-        written = self.config.train.sample_prompts
+        written = config.train.sample_prompts
         if not written:
             return loss, []
         self._say(f"writing {len(written)} sample{'s' if len(written) > 1 else ''} for the model card")
@@ -359,8 +326,8 @@ class Job:
             [[{"role": "user", "content": text}] for text in written] if chats else written,
             self.runtime,
             sampling=SamplingParams(temperature=card.SAMPLE_TEMPERATURE, max_tokens=card.SAMPLE_TOKENS),
-            seed=self.config.train.seed,
-            chat_variables=section_variables(self.config.data),
+            seed=config.train.seed,
+            chat_variables=section_variables(config.data),
         )
         shown = [f"user: {text}\n\nassistant: " for text in written] if chats else written
         return loss, [(text, answer) for text, answer in zip(shown, answers, strict=True) if answer is not None]
@@ -373,8 +340,6 @@ class Job:
                 raise Stopped(self.stop_signal)
             yield batch
 
-    # ---- small things --------------------------------------------------------------------------------------------
-
     def _say(self, line: str, values: dict[str, Any] | None = None) -> None:
         """A line on the terminal and, with `values`, one in the log; by one rank."""
         if not self.is_writer:
@@ -382,7 +347,3 @@ class Job:
         print(wrapped(line), flush=True)
         if values is not None and self.log is not None:
             self.log.write(self.trainer.steps_done, values)
-
-    def _wait_for_all(self) -> None:
-        if self.state.layout.size > 1:
-            dist.barrier()

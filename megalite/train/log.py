@@ -1,4 +1,4 @@
-"""What a training run tells: lines on the terminal, JSON lines in a file, TensorBoard; and how fast it is."""
+"""The log of a training run, as JSON lines and TensorBoard curves; its speed, and the report of a rank."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from megalite.monitor.metrics import RankReport
 
 
 def continued(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> LineFile:
-    """The JSON lines of a run that goes on, less a torn last one, and those of work that is to be done again.
+    """The JSON lines of a run that goes on, less torn ones, and those of work that is to be done again.
 
     `keep` says of the values of a line whether they stay.
     """
+
+    def stays(line: str) -> bool:
+        try:
+            return line.endswith("\n") and keep(json.loads(line))
+        except ValueError:
+            return False
+
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if (values := _values(line)) is not None and keep(values)]
+        kept = list(filter(stays, lines))
         if kept != lines:
             write_durably(path, "".join(kept))
     return LineFile(path)
-
-
-def _values(line: str) -> Mapping[str, Any] | None:
-    """What a line says; None if it is torn."""
-    try:
-        return json.loads(line) if line.endswith("\n") else None
-    except ValueError:
-        return None
 
 
 class Board:
@@ -83,11 +82,11 @@ class RunLog:
 
 
 def training_report(decoder: Decoder, rank: int, *, steps: int, tokens: int) -> RankReport:
-    """What a rank did since the start of its decoder's meter: `steps` of the run, of `tokens` on all ranks together.
+    """A rank's report since the start of its decoder's meter: `steps` of the run, of `tokens` on all ranks together.
 
     All that is neither communication nor waiting counts as computing; so does what DeepSpeed sends by itself.
     """
-    state, layers = decoder.state, [int(name) for name in decoder.layers]
+    state, layers = decoder.state, decoder.layer_range
     measured = state.meter.report(
         rank=rank,
         tp=state.coord.tp,
@@ -106,9 +105,7 @@ class Speed:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._tokens = 0
-        self._flops = 0.0
-        self._since = clock()
+        self._tokens, self._flops, self._since = 0, 0.0, clock()
 
     def count(self, tokens: int, flops: float) -> None:
         """Work done by a step."""

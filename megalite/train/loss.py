@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from megalite.core.collectives import all_reduce_max, all_reduce_sum
 from megalite.core.parallel_state import Axis
-from megalite.train.data.batch import MicroBatch
+from megalite.train.micro_batch import MicroBatch
 
 BLOCK = 1 << 25
 """Logits in memory at once, in float32: 128 MiB, and a copy or two while they are worked on."""
@@ -43,7 +43,7 @@ class Loss(Protocol):
 class NextToken:
     """The negative log-likelihood of each target."""
 
-    metric_names = ()
+    metric_names: tuple[str, ...] = ()
 
     def __call__(self, logprobs: Tensor, batch: MicroBatch) -> TokenLoss:
         return TokenLoss(loss=-logprobs)

@@ -17,13 +17,11 @@ from megalite.core.pipeline import Pipeline
 from megalite.core.schedules import forward_only
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import BlockCall, Decoder
-from megalite.train.data.batch import MicroBatch
 from megalite.train.loss import target_logprobs
+from megalite.train.micro_batch import MicroBatch
 
 ChunkModel = Callable[[MicroBatch, Tensor | None, int], Tensor]
-"""(micro batch, what the previous stage gave, chunk) -> hidden states, or after the last chunk what is wanted."""
-
-
+"""As `LanguageModel.forward`; a DeepSpeed engine around one is another."""
 CONTEXTS = 32
 """Attention contexts kept by their lengths: fixed windows share one, and the chunks of a micro batch do."""
 
@@ -38,17 +36,21 @@ class LanguageModel(nn.Module):
         self._attention = lru_cache(maxsize=CONTEXTS)(PackedAttention)
 
     def forward(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """After the model's last chunk log-probabilities, by the full distribution: float32 [T]; else as `hidden`.
+        """Run a chunk of this stage's layers; `received`: hidden states of the chunk before, [T or T/tp, hidden].
 
-        They are those of the distribution at the batch's temperature.
+        After the model's last chunk the log-probability of each target at the batch's temperature, by the distribution
+        over the whole vocabulary: float32 [T]. Else hidden states.
         """
-        hidden = self.hidden(batch, received, chunk)
+        context = self._attention(batch.lengths, batch.ids.device, beyond=batch.beyond)
+        hidden: Tensor = self.decoder(batch.ids if received is None else received, context, chunk)
         if not self.decoder.is_end(chunk):
             return hidden
-        return self.decoder.head(self.decoder.norm(hidden), partial(self._logprobs, batch))
+        assert self.decoder.head is not None and self.decoder.norm is not None
+        logprobs: Tensor = self.decoder.head(self.decoder.norm(hidden), partial(self._logprobs, batch))
+        return logprobs
 
     def _logprobs(self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the head makes of its input here: see `Product`."""
+        """Takes the place of the head's product with its input: see `Product`."""
         assert bias is None
         return target_logprobs(
             hidden,
@@ -59,11 +61,6 @@ class LanguageModel(nn.Module):
             temperature=batch.temperature,
             softcap=self.decoder.config.final_softcap,
         )
-
-    def hidden(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
-        """Hidden states after a chunk, `received` being those before it: [T or T/tp, hidden]."""
-        context = self._attention(batch.lengths, batch.ids.device, beyond=batch.beyond)
-        return self.decoder(batch.ids if received is None else received, context, chunk)
 
 
 def recompute_blocks(decoder: Decoder) -> None:
@@ -78,16 +75,12 @@ def recompute_blocks(decoder: Decoder) -> None:
 
 def prepared(batch: MicroBatch, state: ParallelState, device: torch.device) -> MicroBatch:
     """On the device, and padded to what sequence parallel can cut."""
-    return batch.padded(_token_multiple(state)).to(device)
+    return batch.padded(state.tp.size if state.sequence_parallel else 1).to(device)
 
 
 def hidden_rows(batch: MicroBatch, state: ParallelState) -> int:
     """Rows of a prepared batch's hidden states between stages."""
-    return batch.num_tokens // _token_multiple(state)
-
-
-def _token_multiple(state: ParallelState) -> int:
-    return state.tp.size if state.sequence_parallel else 1
+    return batch.num_tokens // (state.tp.size if state.sequence_parallel else 1)
 
 
 def make_pipeline(decoder: Decoder) -> Pipeline:
@@ -113,38 +106,31 @@ class Scorer:
         if not counts:
             return []
         whole = torch.empty(sum(counts), dtype=torch.float32, device=self.device)
-        for found, place in zip(self.outputs(self.model, batches), whole.split(counts), strict=True):
+        for (_, found), place in zip(self._outputs(batches), torch.split(whole, counts), strict=True):
             if found is not None:
                 place.copy_(found[: len(place)])
-        return list(broadcast_from_last(whole, self.state.pp).split(counts))
+        return list(torch.split(broadcast_from_last(whole, self.state.pp), counts))
 
     def mean_loss(self, batches: Iterable[MicroBatch]) -> float:
         """Mean negative log-likelihood, weighted, over the batches of all replicas; every replica has as many."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-
-        def summed(batch: MicroBatch, received: Tensor | None, chunk: int) -> Tensor:
-            output = self.model(batch, received, chunk)
-            if not self.decoder.is_end(chunk):
-                return output
-            return torch.stack([-(output * batch.weights).double().sum(), batch.weights.double().sum()])
-
-        for found in self.outputs(summed, batches):
+        for batch, found in self._outputs(batches):
             if found is not None:
-                sums += found
+                sums += torch.stack([-(found * batch.weights).double().sum(), batch.weights.double().sum()])
         total, weight = all_reduce_sum(all_reduce_sum(sums, self.state.pp), self.state.dp).tolist()
-        return total / weight
+        return float(total / weight)
 
     @torch.no_grad()
-    def outputs(self, model: ChunkModel, batches: Iterable[MicroBatch]) -> Iterator[Tensor | None]:
-        """Of each batch what `model` gives after its last chunk; None on the other stages.
+    def _outputs(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, Tensor | None]]:
+        """Each batch, prepared, and what the model gives after its last chunk; None on the other stages.
 
         Batches go through in rounds of as many as there are stages; a stage does not wait for the others between.
         """
         source, layout = iter(batches), self.state.layout
         while some := [prepared(batch, self.state, self.device) for batch in islice(source, layout.pp)]:
-            work = _ForwardWork(self.decoder, model, some)
+            work = _ForwardWork(self.decoder, self.model, some)
             self.pipeline.run(forward_only(layout.pp, self.state.pp.rank, len(some), layout.interleave), work)
-            yield from work.outputs
+            yield from zip(some, work.outputs, strict=True)
         self.pipeline.drain()
 
 

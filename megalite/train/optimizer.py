@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate, and what DeepSpeed is told of it."""
+"""The optimizer, its learning rate, and DeepSpeed's configuration."""
 
 from __future__ import annotations
 
@@ -23,18 +23,12 @@ def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
 
 def make_optimizer(decoder: Decoder, section: OptimizerSection) -> torch.optim.AdamW:
     """AdamW with decay on matrices only; PyTorch's own, so that DeepSpeed has nothing to compile."""
-    params = list(decoder.parameters())
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=section.learning_rate,
-        betas=tuple(section.betas),
-        eps=section.eps,
-        fused=True,
-    )
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (section.weight_decay, 0.0)]
+    for param in decoder.parameters():
+        groups[param.ndim < 2]["params"].append(param)
+    groups = [group for group in groups if group["params"]]
+    low, high = section.betas
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=(low, high), eps=section.eps, fused=True)
 
 
 def deepspeed_config(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.train import zero
 from megalite.train.balance import LoadBalance
-from megalite.train.data.batch import MicroBatch
 from megalite.train.gradients import TiedEmbedding, complete_gradients
 from megalite.train.loss import NEXT_TOKEN, Loss
+from megalite.train.micro_batch import MicroBatch
 from megalite.train.model import LanguageModel, Scorer, hidden_rows, make_pipeline, prepared, recompute_blocks
 from megalite.train.optimizer import deepspeed_config, learning_rate, make_optimizer
 
@@ -39,13 +38,11 @@ def check_trainable(model: ModelConfig, state: ParallelState, zero_stage: int) -
     reason = zero_refusal(zero_stage, pp=state.pp.size, tied=model.tie_embeddings)
     if reason is not None:
         problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}"))
-    if state.tp.size > model.num_heads:
-        rule = f"must be at most the model's {model.num_heads} attention heads in training"
-        problems.append(Problem(key="parallel.tp", rule=rule, value=state.tp.size))
     experts = min((moe.num_experts for moe in model.moe if moe is not None), default=state.tp.size)
-    if state.tp.size > experts:
-        rule = f"must be at most the model's {experts} experts in training"
-        problems.append(Problem(key="parallel.tp", rule=rule, value=state.tp.size))
+    for most, what in ((model.num_heads, "attention heads"), (experts, "experts")):
+        if state.tp.size > most:
+            rule = f"must be at most the model's {most} {what} in training"
+            problems.append(Problem(key="parallel.tp", rule=rule, value=state.tp.size))
     if problems:
         raise ConfigError(*problems)
 
@@ -79,7 +76,7 @@ class Trainer:
         """`steps`: over which the learning rate falls. `recompute`: keep only the inputs of layers for the backward.
 
         `router_aux_loss_coef`: weight of the load-balancing loss; None: the model's. `deepspeed_keys`: further keys for
-        DeepSpeed's config.
+        DeepSpeed's config. ConfigError if the model can't be trained in the decoder's layout.
         """
         import deepspeed  # 0.5 s, and only training needs it
 
@@ -87,6 +84,7 @@ class Trainer:
         self.state = decoder.state
         self.section = optimizer
         self.steps = steps
+        self.steps_done = 0
         self.zero_stage = zero_stage
         weight = next(decoder.parameters())
         self.device = weight.device
@@ -99,47 +97,38 @@ class Trainer:
         self.holders = complete_gradients(decoder)
         """Of each row of the parameters that have rows on several tp ranks: how many hold it."""
         self.optimizer = make_optimizer(decoder, optimizer)
+        keys = deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {})
         with zero.one_optimizer_for_stages_1_and_2():
             self.engine, *_ = deepspeed.initialize(
                 model=LanguageModel(decoder),
                 optimizer=self.optimizer,
-                config=deepspeed_config(
-                    optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {}
-                ),
+                config=keys,
                 mpu=as_mpu(self.state),
                 dist_init_required=False,
             )
         zero.begin_optimizer(self.optimizer, self.engine.optimizer, zero_stage)
         self.pipeline = make_pipeline(decoder)
         self.scorer = Scorer(decoder, self.engine, self.pipeline)
-        self.steps_done = 0
 
     def step(self, batches: Sequence[MicroBatch], loss: Loss = NEXT_TOKEN) -> StepReport:
         """One optimizer step over this replica's micro batches; every replica has as many.
 
-        What is minimised is the mean of `loss` over the tokens of all replicas, weighted by `batch.weights`, and with
-        experts the load-balancing loss of the micro batches, weighted by their tokens.
+        Every micro batch goes forward and backward through the pipeline's stages (1F1B), gradients add up, DeepSpeed
+        averages them over dp and clips them, and AdamW updates the weights at the learning rate of this step. What is
+        minimised is the mean of `loss` over the tokens of all replicas, weighted by `batch.weights`, and with experts
+        the load-balancing loss of the micro batches, weighted by their tokens. `read` gives the means.
         """
         rate = learning_rate(self.section, self.steps_done, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        weight, tokens = self._totals(batches)
-        work = _TrainingWork(
-            self.engine,
-            self.decoder,
-            [prepared(batch, self.state, self.device) for batch in batches],
-            loss,
-            self.balance,
-            weight=weight,
-            tokens=tokens,
-        )
+        work = _TrainingWork(self, batches, loss)
         layout = self.state.layout
         self.pipeline.run(training(layout.pp, self.state.pp.rank, len(batches), layout.interleave), work)
         self.pipeline.drain()
-        self.tied.complete_gradient(partial(zero.accumulated_gradient, self.engine.optimizer))
+        self.tied.complete_gradient(lambda param: zero.accumulated_gradient(self.engine.optimizer, param))
         self.engine.step()
         self.steps_done += 1
-        return StepReport(sums=work.sums, weight=weight, names=work.names)
+        return StepReport(sums=work.sums, weight=work.weight, names=work.names)
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
         """Log-probability of each target of this replica's micro batches, on every rank of it: float32 [T] each."""
@@ -147,7 +136,7 @@ class Trainer:
             return self.scorer.logprobs(batches)
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
-        """Mean loss per token, weighted, over the batches of all replicas; every replica has as many."""
+        """Mean loss per token in nats, weighted, over the batches of all replicas; every replica has as many."""
         with self._evaluating():
             return self.scorer.mean_loss(batches)
 
@@ -163,7 +152,11 @@ class Trainer:
         """
         if self.zero_stage < 3:
             return nullcontext()
-        return zero.gathered([self.decoder.get_parameter(name) for name in names])
+        import deepspeed
+
+        params = [self.decoder.get_parameter(name) for name in names]
+        gathering: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(params, modifier_rank=None)
+        return gathering
 
     def offload_optimizer(self) -> None:
         """Move the optimizer's state to host memory, so that others get its place on the device, until it is reloaded.
@@ -189,42 +182,27 @@ class Trainer:
         finally:
             self.engine.train()
 
-    def _totals(self, batches: Sequence[MicroBatch]) -> tuple[float, float]:
-        """Sum of the weights, and number of tokens, over all replicas."""
-        weights = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
-        tokens = weights.new_tensor(sum(batch.num_real for batch in batches))
-        weight, count = all_reduce_sum(torch.stack([weights, tokens]), self.state.dp).tolist()
-        return max(weight, 1e-9), max(count, 1.0)
-
 
 class _TrainingWork:
     """A stage's forward and backward passes in one step; DeepSpeed keeps their gradients. See `StageWork`."""
 
-    def __init__(
-        self,
-        engine: Any,
-        decoder: Decoder,
-        batches: Sequence[MicroBatch],
-        loss: Loss,
-        balance: LoadBalance,
-        *,
-        weight: float,
-        tokens: float,
-    ):
-        """`weight`, `tokens`: of all replicas' batches."""
-        self.engine = engine
-        self.decoder = decoder
-        self.batches = batches
+    def __init__(self, trainer: Trainer, batches: Sequence[MicroBatch], loss: Loss):
+        """Collective over the replicas: they sum up what the means of the step are over."""
+        self.engine = trainer.engine
+        self.decoder = trainer.decoder
+        self.balance = trainer.balance
         self.loss = loss
-        self.balance = balance
-        self.weight = weight
-        self.tokens = tokens
-        self.replicas = decoder.state.dp.size  # DeepSpeed takes the mean over them
-        self.names = ("loss", *loss.metric_names, *balance.metric_names)
-        device = next(decoder.parameters()).device
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.open: dict[tuple[int, int], _Open] = {}
-        """Between forward and backward."""
+        state = trainer.state
+        weights = torch.stack([batch.weights.double().sum() for batch in batches]).sum()
+        tokens = weights.new_tensor(sum(batch.num_real for batch in batches))
+        weight, count = all_reduce_sum(torch.stack([weights, tokens]), state.dp).tolist()
+        self.weight, self.tokens = max(weight, 1e-9), max(count, 1.0)
+        self.batches = [prepared(batch, state, trainer.device) for batch in batches]
+        self.replicas = state.dp.size  # DeepSpeed takes the mean over them
+        self.names = ("loss", *loss.metric_names, *self.balance.metric_names)
+        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=trainer.device)
+        self.passes: dict[tuple[int, int], _Pass] = {}
+        """Of a micro batch through a chunk, between forward and backward."""
 
     def rows(self, micro_batch: int) -> int:
         return hidden_rows(self.batches[micro_batch], self.decoder.state) + self.balance.extra_rows
@@ -238,7 +216,7 @@ class _TrainingWork:
             output = self.engine(batch, received, chunk)
         counts = counts if seen.counts is None else counts + seen.counts
         if not self.decoder.is_end(chunk):
-            self.open[micro_batch, chunk] = _Open(received, output, seen.probabilities, counts)
+            self.passes[micro_batch, chunk] = _Pass(received, output, seen.probabilities, counts)
             return self.balance.pack(output.detach(), counts)
         found = self.loss(output, batch)
         weighted = (found.loss * batch.weights).sum()
@@ -246,36 +224,40 @@ class _TrainingWork:
         values = torch.stack([weighted.detach(), *metrics])
         self.sums[: len(values)] += values.double()
         scaled = weighted * (self.replicas / self.weight)
-        self.open[micro_batch, chunk] = _Open(received, scaled, seen.probabilities, counts)
+        self.passes[micro_batch, chunk] = _Pass(received, scaled, seen.probabilities, counts)
         return None
 
     def backward(self, micro_batch: int, chunk: int, gradient: Tensor | None) -> Tensor | None:
-        opened = self.open.pop((micro_batch, chunk))
-        scalar, counts = opened.output, opened.counts
+        done = self.passes.pop((micro_batch, chunk))
+        scalar, counts = done.output, done.counts
         if gradient is not None:
             gradient, counts = self.balance.unpack(gradient)
-            scalar = _WithGradient.apply(opened.output, gradient)
-        if opened.probabilities is not None:
+            scalar = _WithGradient.apply(done.output, gradient)
+        if done.probabilities is not None:
             batch = self.batches[micro_batch]
-            part = self.balance.loss(batch, counts, opened.probabilities)
+            part = self.balance.loss(batch, counts, done.probabilities)
             share = batch.num_real / self.tokens
             self.sums[-1] += part.detach().double() * share * self.weight
             scalar = scalar + part * (self.balance.weigh(share) * self.replicas)
         self.engine.backward(scalar)
-        return None if opened.received is None else self.balance.pack(opened.received.grad, counts)
+        if done.received is None:
+            return None
+        assert done.received.grad is not None
+        return self.balance.pack(done.received.grad, counts)
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
-    """A chunk's pass over a micro batch that waits for its backward pass."""
+class _Pass:
+    """A chunk's forward pass over a micro batch, kept for its backward pass."""
 
     received: Tensor | None
     """What the chunk was given."""
     output: Tensor
     """Hidden states, or after the last chunk the scaled loss."""
     probabilities: Tensor | None
+    """Of this chunk's routers, see `Routing`; None without any."""
     counts: Tensor
-    """Of this chunk's routers, and of all up to it; see `LoadBalance`."""
+    """Assignments to each expert in all layers up to this chunk's end: float32 [E]."""
 
 
 class _WithGradient(torch.autograd.Function):
@@ -285,10 +267,10 @@ class _WithGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, output: Tensor, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         return output.new_zeros((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx, _: Tensor):
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
         return ctx.saved_tensors[0], None

@@ -1,4 +1,4 @@
-"""What DeepSpeed's ZeRO keeps of each parameter, read and set as whole float32 tensors whatever the stage.
+"""DeepSpeed's ZeRO state of each parameter, read and set as whole float32 tensors whatever the stage.
 
 All that relies on DeepSpeed's insides is here. Stages 1 and 2 cut the flat float32 weights and moments of a parameter
 group over dp; stage 3 cuts every parameter by itself.
@@ -6,8 +6,8 @@ group over dp; stage 3 cuts every parameter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ WEIGHT = "weight"
 
 @contextmanager
 def one_optimizer_for_stages_1_and_2() -> Iterator[None]:
-    """While DeepSpeed makes an engine, stage 1 gets the optimizer of stage 2 for any numbers of weights and gradients.
+    """While DeepSpeed makes an engine, stage 1 gets the optimizer of stage 2 whatever the dtypes.
 
     For bfloat16 weights with float32 gradients it would take its BF16_Optimizer, which can't offload its state, counts
     padding into other partitions, and keeps all that is read and set here under other names. The usual one accumulates
@@ -43,27 +43,26 @@ def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None
 
     PyTorch would make it at the first step. A state that is loaded before that step needs its place now.
     """
-    flat = zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
-    for partition in flat:
+    for partition in zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups:
         step = torch.zeros((), device=partition.device)
         optimizer.state[partition] = {"step": step, **{kind: torch.zeros_like(partition) for kind in MOMENTS}}
     if stage < 3:
-        # Links each parameter to its part of the flat moments, which the public safe_get/safe_set functions need.
-        # DeepSpeed calls it only from inside its step, after the first group's, when later groups would have no state
-        # yet; there is no public way to have it done. It does nothing the second time.
-        zero._lazy_init_hp_params_optimizer_state()
+        _link_moments(zero)
+
+
+def _link_moments(zero: Any) -> None:
+    """Stages 1 and 2: link each parameter to its part of the flat moments, as the public safe_get and safe_set need it.
+
+    DeepSpeed calls it only from inside its step, after the first group's, when later groups would have no state yet;
+    there is no public way to have it done. It does nothing the second time.
+    """
+    zero._lazy_init_hp_params_optimizer_state()
 
 
 def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor:
     """Stage 1: what the backward passes of this step have left, and the step will reduce over dp."""
-    return zero.get_gradient_for_reduction(param)
-
-
-def gathered(params: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """Stage 3: the parameters are whole while it lasts, for reading. Collective over dp."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(params), modifier_rank=None)
+    gradient: Tensor = zero.get_gradient_for_reduction(param)
+    return gradient
 
 
 def offload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
@@ -71,8 +70,10 @@ def offload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
     if stage == 3:  # the engine would do it for its own compiled optimizer only
         _move_stage3(engine.optimizer, optimizer, torch.device("cpu"))
         return
-    on_device = any(param.is_cuda for param in engine.module.parameters())
-    engine.offload_states(include=_optimizer_states(), pin_memory=on_device)
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+
+    states = [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states]
+    engine.offload_states(include=states, pin_memory=engine.device.type == "cuda")
 
 
 def reload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
@@ -81,22 +82,14 @@ def reload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
         _move_stage3(engine.optimizer, optimizer, engine.device)
         return
     engine.reload_states()
-    engine.optimizer._hp_optimizer_states_linked = False  # the links of `begin_optimizer` were cut by the offload
-    engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _optimizer_states() -> list[Any]:
-    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
-
-    return [OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states]
+    engine.optimizer._hp_optimizer_states_linked = False  # the offload has cut the links
+    _link_moments(engine.optimizer)
 
 
 def _move_stage3(zero: Any, optimizer: torch.optim.AdamW, device: torch.device) -> None:
     for partition in zero.fp32_partitioned_groups_flat:
-        partition.data = partition.data.to(device)
-        for kind in MOMENTS:
-            moment = optimizer.state[partition][kind]
-            moment.data = moment.data.to(device)
+        for tensor in (partition, *(optimizer.state[partition][kind] for kind in MOMENTS)):
+            tensor.data = tensor.data.to(device)
 
 
 def whole_shape(param: nn.Parameter) -> tuple[int, ...]:
@@ -108,28 +101,23 @@ def get_whole(param: nn.Parameter, kind: str) -> Tensor:
     """The weights that the optimizer updates (WEIGHT) or a moment, float32. Collective over dp."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if kind == WEIGHT:
-        return safe_get_full_fp32_param(param).view(whole_shape(param))
-    return safe_get_full_optimizer_state(param, kind).view(whole_shape(param))
+    found: Tensor = safe_get_full_fp32_param(param) if kind == WEIGHT else safe_get_full_optimizer_state(param, kind)
+    return found.view(whole_shape(param))
 
 
 def set_whole(param: nn.Parameter, kind: str, value: Tensor) -> None:
     """Put this rank's part of `value` where DeepSpeed keeps it; `finish_setting` follows when all are set."""
     import deepspeed.utils as ds
 
-    if hasattr(param, "ds_id"):  # stage 3: equal parts, the last padded
-        size, rank = param.ds_tensor.ds_numel, dist.get_rank(param.ds_process_group)
-        part = value.new_zeros(size)
+    where, cut = "full", vars(param)
+    if "ds_tensor" in cut:  # stage 3: equal parts, the last padded
+        where, size, rank = "local", cut["ds_tensor"].ds_numel, dist.get_rank(cut["ds_process_group"])
         mine = value.flatten()[rank * size : (rank + 1) * size]
-        part[: len(mine)] = mine
-        if kind == WEIGHT:
-            ds.safe_set_local_fp32_param(param, part)
-        else:
-            ds.safe_set_local_optimizer_state(param, part, kind)
-    elif kind == WEIGHT:
-        ds.safe_set_full_fp32_param(param, value)
+        value = torch.cat([mine, mine.new_zeros(size - len(mine))])
+    if kind == WEIGHT:
+        getattr(ds, f"safe_set_{where}_fp32_param")(param, value)
     else:
-        ds.safe_set_full_optimizer_state(param, value, kind)
+        getattr(ds, f"safe_set_{where}_optimizer_state")(param, value, kind)
 
 
 def finish_setting(optimizer: torch.optim.AdamW, zero: Any, stage: int, step: int) -> None:

@@ -33,8 +33,8 @@ from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.run.runtime import prepare_deepspeed, start
 from megalite.tools.toolkit import say_time_left
-from megalite.train.data.batch import from_sequences, from_windows
 from megalite.train.data.packing import pack
+from megalite.train.micro_batch import from_sequences, from_windows
 from megalite.train.optimizer import deepspeed_config, make_optimizer
 from megalite.train.trainer import Trainer
 from megalite.train.zero import one_optimizer_for_stages_1_and_2

@@ -1,4 +1,4 @@
-"""Examples for supervised fine-tuning as tokens, and which of them are learnt: the responses. Torch-free.
+"""Examples for supervised fine-tuning as tokens with a loss mask: the tokens of responses count. Torch-free.
 
 The text of an example, prompt and response, is tokenised as a whole, so its tokens read as it is written. Which of them
 are the response's follows from where their characters stand; a token that stands for characters of both sides of the
@@ -24,10 +24,10 @@ _QUESTION = ({"role": "user", "content": "?"},)
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One sequence of tokens, at least two."""
+    """One example as tokens, at least two."""
 
     ids: tuple[int, ...]
-    learnt: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     """Of each token whether it is of a response and so counts in the loss."""
 
     def __len__(self) -> int:
@@ -35,18 +35,18 @@ class Encoded:
 
     def cut(self, length: int) -> Encoded:
         """Its first `length` tokens."""
-        return Encoded(self.ids[:length], self.learnt[:length])
+        return Encoded(self.ids[:length], self.loss_mask[:length])
 
     def ends(self, end_tokens: Collection[int]) -> set[int]:
-        """Those of `end_tokens` that end a response: what a model that has learnt this stops with."""
-        followed = (*self.learnt[1:], False)
-        counted = zip(self.ids, self.learnt, followed, strict=True)
+        """Those of `end_tokens` that end a response: what a model that is trained on this stops with."""
+        following = (*self.loss_mask[1:], False)
+        counted = zip(self.ids, self.loss_mask, following, strict=True)
         return {token for token, counts, more in counted if counts and not more and token in end_tokens}
 
     @property
-    def num_learnt(self) -> int:
-        """Tokens that count; the first of a sequence is never predicted."""
-        return sum(self.learnt[1:])
+    def num_targets(self) -> int:
+        """Targets that count; the first token of a sequence is never a target."""
+        return sum(self.loss_mask[1:])
 
 
 def encode_pair(tokenizer: Tokenizer, prompt: str, response: str, end: int) -> Encoded:
@@ -56,11 +56,11 @@ def encode_pair(tokenizer: Tokenizer, prompt: str, response: str, end: int) -> E
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Messages, end: int, **variables: Any) -> list[Encoded]:
-    """A chat as what its assistant's turns are learnt from, each up to and including its end-of-turn token.
+    """A chat as examples in which the assistant's turns count, each up to and including its end-of-turn token.
 
-    One sequence, where each rendering is the beginning of the next. Some templates show an earlier turn otherwise than
-    the last one (without its reasoning): then there is one sequence for each turn, as it was generated. `end`, the
-    end-of-text token, ends a sequence whose last turn the template leaves without a special token; messages after the
+    One example, where each rendering is the beginning of the next. Some templates show an earlier turn otherwise than
+    the last one (without its reasoning): then there is one example for each turn, as it was generated. `end`, the
+    end-of-text token, ends an example whose last turn the template leaves without a special token; messages after the
     last turn are left out. `variables` reach the template, e.g. `tools`. ValueError (TemplateError is one) if the
     template can't show these messages, or shows a turn otherwise than its prompt begins it.
     """
@@ -91,7 +91,7 @@ def _rendered_turn(
     answered = rendered(messages[: turn + 1], prompt=False)
     if turn > 0:
         asked = rendered(messages[:turn], prompt=True)
-    else:  # no chat before it could be shown: what all answers, or else all chats begin with tells where this one does
+    else:  # no chat before it could be rendered: it begins after a generation prompt, or what all chats begin with
         question = rendered(_QUESTION, prompt=False)
         opening = rendered(_QUESTION, prompt=True).removeprefix(question)
         asked = answered[: answered.find(opening)] + opening if opening else commonprefix((answered, question))
@@ -111,21 +111,21 @@ def _conversation(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, in
     like to write a line end after it.
     """
     ids, offsets = tokenizer.encode_with_offsets(text, add_special_tokens=False)
-    learnt = [False] * len(ids)
+    loss_mask = [False] * len(ids)
     ended = False
     for start, stop in spans:
         places = [i for i, (begins, stops) in enumerate(offsets) if begins < stop and stops > start]
         special = [i for i in places if ids[i] in tokenizer.special_ids]
         ended = bool(special) and not text[offsets[special[-1]][1] : stop].strip()
         for place in places:
-            learnt[place] = not ended or place <= special[-1]
-    return _encoded(ids, learnt, None if ended else end)
+            loss_mask[place] = not ended or place <= special[-1]
+    return _encoded(ids, loss_mask, None if ended else end)
 
 
-def _encoded(ids: Sequence[int], learnt: Sequence[bool], end: int | None) -> Encoded:
+def _encoded(ids: Sequence[int], loss_mask: Sequence[bool], end: int | None) -> Encoded:
     """With `end` at the end, unless it is there already or None."""
     if end is not None and ids[-1:] != [end]:
-        ids, learnt = [*ids, end], [*learnt, True]
+        ids, loss_mask = [*ids, end], [*loss_mask, True]
     if len(ids) < 2:
         raise ValueError("fewer than two tokens: there is nothing to predict")
-    return Encoded(tuple(ids), tuple(learnt))
+    return Encoded(tuple(ids), tuple(loss_mask))

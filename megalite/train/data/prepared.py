@@ -2,7 +2,7 @@
 
     texts     train.npy          document <eos> document <eos> ...
     examples  train.npy          the tokens of all examples, end to end
-              train_learnt.npy   of each token whether it counts: those of responses do
+              train_learnt.npy   the loss mask: of each token whether it counts; those of responses do
               train_lengths.npy  tokens of each example
     both      the same of held_out, the tokenizer's files, and data.json, written last
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,24 +29,22 @@ from megalite.config.train_rules import data_problems
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import DurableFile, write_json
 from megalite.model.hf_config import read_json
-from megalite.text.tokenizer import Tokenizer, TokenizerError
+from megalite.text.detokenizer import TokenizerError
+from megalite.text.tokenizer import Tokenizer
 from megalite.train.data import bpe
 from megalite.train.data.examples import Encoded, encode_chat, encode_pair
 from megalite.train.data.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
-from megalite.weights import side_files as companions
+from megalite.weights import side_files
 
 PREPARED = Path("training/data")
 """The prepared folder of a run, in its output folder."""
 MANIFEST = "data.json"
 SPLITS = ("train", "held_out")
-"""Files of a tokenizer, of which the first is always there."""
 TEXTS_AT_ONCE = 256
 VERSION = 2
 """Of how text becomes tokens: a folder that an earlier version made holds other tokens, and is not used."""
-READING = ("sequence_length", "seed")
-"""Keys of the data section that decide how prepared text is read, not what it holds."""
-READING_EXAMPLES = ("seed",)
-ONLY_EXAMPLES = ("too_long", "tools", "chat_template_kwargs")
+ONLY_READING = {"text": ("sequence_length", "seed", "too_long", "tools", "chat_template_kwargs"), "examples": ("seed",)}
+"""Keys of the data section that do not decide what a folder of either format holds."""
 
 log = logging.getLogger(__name__)
 
@@ -77,16 +75,14 @@ def prepare(
     its config.json, which decides with the tokenizer's files how they are read, here as in the exported model.
     """
     manifest = folder / MANIFEST
-    made = read_json(manifest) if manifest.exists() else {}
-    current = made.get("version") == VERSION
-    if current and _settings(data, tokenizer, made.get("format", "text")) == made.get("settings"):
-        return
-    if in_use and made and not current:
-        rule = f"{folder} was prepared by a version of megalite that made other tokens of the same text"
-        raise ConfigError(Problem(key="output.folder", rule=rule, fix="Choose another, or go on with that version."))
-    if in_use and made:
-        raise ConfigError(*_changes(_settings(data, tokenizer, made["format"]), made["settings"], folder))
-    manifest.unlink(missing_ok=True)
+    if manifest.exists():
+        made = read_json(manifest)
+        current, wanted = made.get("version") == VERSION, _settings(data, tokenizer, made.get("format", "text"))
+        if current and wanted == made.get("settings"):
+            return
+        if in_use:
+            raise ConfigError(*_changes(wanted, made.get("settings", {}), folder, current))
+        manifest.unlink()
     files = find_files(data)
     # Neighbours in a training sequence should not be neighbours in a folder: order by hash.
     files.sort(key=lambda file: hash_of(file.name[::-1]))
@@ -95,33 +91,31 @@ def prepare(
     known = Tokenizer.load(folder, model=model)
     assert known is not None, "it was just brought"
     end = end_of_text(known, ends)
-    if records.format == "text":
-        contents = _write_texts(records, known, folder, end)
-    else:
-        contents = _write_examples(records, known, folder, end)
-        known.close()
-    write_json(
-        manifest,
-        {
-            "format": records.format,
-            "version": VERSION,
-            "settings": _settings(data, tokenizer, records.format),
-            "python": f"{platform.python_implementation()} {platform.python_version()}",
-            "vocab_size": len(known),
-            "eos_token_id": end,
-            "splits": contents,
-        },
-    )
+    splits = (_tokenised_texts if records.format == "text" else _tokenised_examples)(records, known, end)
+    known.close()
+    values = {
+        "format": records.format,
+        "version": VERSION,
+        "settings": _settings(data, tokenizer, records.format),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "vocab_size": len(known),
+        "eos_token_id": end,
+        "splits": {name: split.write(folder, name) for name, split in splits.items()},
+    }
+    write_json(manifest, values)
 
 
 def _settings(data: DataSection, tokenizer: TokenizerSection, form: str) -> dict[str, Any]:
     """The values that decide what the folder holds."""
-    aside = (*READING, *ONLY_EXAMPLES) if form == "text" else READING_EXAMPLES
-    values = {f"data.{key}": value for key, value in asdict(data).items() if key not in aside}
+    values = {f"data.{key}": value for key, value in asdict(data).items() if key not in ONLY_READING[form]}
     return values | {f"tokenizer.{key}": value for key, value in asdict(tokenizer).items()}
 
 
-def _changes(wanted: dict[str, Any], made_with: dict[str, Any], folder: Path) -> list[Problem]:
+def _changes(wanted: dict[str, Any], made_with: dict[str, Any], folder: Path, current: bool) -> list[Problem]:
+    """Why a run can't go on with the folder. `current`: it is of this VERSION."""
+    if not current:
+        rule = f"{folder} was prepared by a version of megalite that made other tokens of the same text"
+        return [Problem(key="output.folder", rule=rule, fix="Choose another, or go on with that version.")]
     fix = f"Set it back to {{}}, or choose another output.folder than the one with {folder}."
     return [
         Problem(key=key, rule="is not what the run began with", value=value, fix=fix.format(made_with.get(key)))
@@ -141,9 +135,8 @@ def bring_tokenizer(section: TokenizerSection, records: Iterable[Record], folder
         return
     source = Path(section.path)
     if not (source / "tokenizer.json").is_file():
-        rule = "must hold tokenizer.json"
-        raise ConfigError(Problem(key="tokenizer.path", rule=rule, value=section.path))
-    companions.write(companions.of_tokenizer(source), folder)
+        raise ConfigError(Problem(key="tokenizer.path", rule="must hold tokenizer.json", value=section.path))
+    side_files.write(side_files.of_tokenizer(source), folder)
 
 
 def _words_of(record: Record) -> str:
@@ -159,137 +152,79 @@ def end_of_text(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int:
 
     ConfigError if there is none.
     """
-    if tokenizer.eos_token_id is not None:
-        return tokenizer.eos_token_id
-    known = [token for token in ends if token < len(tokenizer)]
-    if known:
-        return known[0]
-    for name in (bpe.END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"):
-        token = tokenizer.backend.token_to_id(name)
+    named = map(tokenizer.backend.token_to_id, (bpe.END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"))
+    known = (token for token in ends if token < len(tokenizer))
+    for token in (tokenizer.eos_token_id, *known, *named):
         if token is not None:
             return token
     raise ConfigError(Problem(key="tokenizer.path", rule=f"has no end-of-text token such as {bpe.END_OF_TEXT}"))
 
 
-# ---- texts
+# ---- tokens
 
 
-@dataclass
-class _Texts:
-    """One split of text while it is put together."""
+class _NewSplit:
+    """One split while it is put together."""
 
-    parts: list[np.ndarray]
-    documents: int = 0
-    size: int = 0
+    def __init__(self, what: str, arrays: Sequence[str], counts: Sequence[str]):
+        """`what`: it is made of. `arrays`: the names of its files, less the split's own; `counts`: what is counted."""
+        self.what = what
+        self.arrays: dict[str, list[Any]] = {name: [] for name in arrays}
+        self.counts = dict.fromkeys(("documents", "bytes", *counts), 0)
+        self.ends: set[int] = set()
+        """Tokens that responses end with."""
+
+    def write(self, folder: Path, name: str) -> dict[str, Any]:
+        """Write the arrays; what the manifest says of the split. ConfigError if it is empty."""
+        if not self.counts["documents"]:
+            fix = "Give more files, or another data.held_out."
+            raise ConfigError(Problem(key="data.source", rule=f"leaves no {self.what} for the {name} split", fix=fix))
+        digest = hashlib.sha256()
+        tokens = 0
+        for suffix, parts in self.arrays.items():
+            values = np.concatenate(parts)
+            tokens = tokens or len(values)
+            digest.update(values.tobytes())
+            with DurableFile(folder / f"{name}{suffix}.npy") as file:
+                np.save(file, values)
+        ends = {"ends": sorted(self.ends)} if self.ends else {}
+        return {**self.counts, "tokens": tokens, **ends, "sha256": digest.hexdigest()}
 
 
-def _write_texts(records: Records, tokenizer: Tokenizer, folder: Path, end: int) -> dict[str, Any]:
-    """Tokenise into `train.npy` and `held_out.npy`; what the manifest says of them."""
+def _dtype(tokenizer: Tokenizer) -> type[np.generic]:
+    return np.uint16 if len(tokenizer) <= 1 << 16 else np.int32
+
+
+def _tokenised_texts(records: Records, tokenizer: Tokenizer, end: int) -> dict[str, _NewSplit]:
     tokenizer.backend.encode_special_tokens = True  # text that spells a special token is text
-    dtype = _dtype(len(tokenizer))
-    stop = np.array([end], dtype)
-    splits = {name: _Texts([stop]) for name in SPLITS}  # the first document, too, begins after an end
-    for batch in _chunks(records, TEXTS_AT_ONCE):
+    splits = {name: _NewSplit("text", ("",), ()) for name in SPLITS}
+    stop = np.array([end], _dtype(tokenizer))
+    for split in splits.values():
+        split.arrays[""].append(stop)  # the first document, too, begins after an end
+    left = iter(records)
+    while batch := list(islice(left, TEXTS_AT_ONCE)):
         texts = [record.values["text"] for record in batch]
         for record, ids in zip(batch, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
             if isinstance(ids, ValueError):
                 log.warning("%s is left out: %s", record.where, ids)
                 continue
             split = splits[SPLITS[record.held_out]]
-            split.parts += [np.array(ids, dtype), stop]
-            split.documents += 1
-            split.size += len(record.values["text"].encode())
-    contents = {}
-    for name, split in splits.items():
-        _require(split.documents, "text", name)
-        tokens = np.concatenate(split.parts)
-        _write_array(folder / f"{name}.npy", tokens)
-        digest = hashlib.sha256(tokens.tobytes()).hexdigest()
-        counts = {"documents": split.documents, "bytes": split.size, "tokens": len(tokens)}
-        contents[name] = {**counts, "sha256": digest}
-    return contents
+            split.arrays[""] += [np.array(ids, stop.dtype), stop]
+            split.counts["documents"] += 1
+            split.counts["bytes"] += len(record.values["text"].encode())
+    return splits
 
 
-def _dtype(vocab_size: int) -> type[np.generic]:
-    return np.uint16 if vocab_size <= 1 << 16 else np.int32
-
-
-def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    left = iter(records)
-    while chunk := list(islice(left, size)):
-        yield chunk
-
-
-def _require(count: int, what: str, split: str) -> None:
-    if not count:
-        fix = "Give more files, or another data.held_out."
-        raise ConfigError(Problem(key="data.source", rule=f"leaves no {what} for the {split} split", fix=fix))
-
-
-def _write_array(path: Path, values: np.ndarray) -> None:
-    with DurableFile(path) as file:
-        np.save(file, values)
-
-
-# ---- examples
-
-
-@dataclass
-class _Examples:
-    """One split of examples while it is put together."""
-
-    ids: list[np.ndarray] = field(default_factory=list)
-    learnt: list[np.ndarray] = field(default_factory=list)
-    size: int = 0
-    too_long: int = 0
-    """Longer than data.sequence_length, and so cut or left out."""
-    left_out: int = 0
-    """Of them; also when no token of a response would be left."""
-    chats: int = 0
-    """Of them, turns of chats."""
-    ends: set[int] = field(default_factory=set)
-    """Tokens that responses end with."""
-
-    def add(self, example: Encoded, section: DataSection, tokenizer: Tokenizer, end: int) -> None:
-        """Take the example in, as far as it fits. ValueError: it is too long, and data.too_long says error."""
-        fitted = self._fitted(example, section)
-        if fitted is None:
-            return
-        self.ends |= example.ends({*tokenizer.special_ids, end})
-        dtype = _dtype(len(tokenizer))
-        self.ids.append(np.array(fitted.ids, dtype))
-        self.learnt.append(np.array(fitted.learnt, np.bool_))
-        words = [token for token, counts in zip(fitted.ids, fitted.learnt, strict=True) if counts]
-        self.size += len(tokenizer.decode(words, skip_special_tokens=True).encode())
-
-    def _fitted(self, example: Encoded, section: DataSection) -> Encoded | None:
-        """The example as it is trained on, None if it is left out."""
-        most = section.sequence_length
-        if len(example) <= most:
-            return example
-        if section.too_long == "error":
-            raise ValueError(
-                f"has {len(example)} tokens, more than data.sequence_length = {most}. Raise it, or set data.too_long "
-                "to skip or truncate"
-            )
-        self.too_long += 1
-        cut = example.cut(most)
-        if section.too_long == "truncate" and cut.num_learnt:
-            return cut
-        self.left_out += 1
-        return None
-
-
-def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: int) -> dict[str, Any]:
-    """Tokenise into three files a split; what the manifest says of them."""
-    splits = {name: _Examples() for name in SPLITS}
+def _tokenised_examples(records: Records, tokenizer: Tokenizer, end: int) -> dict[str, _NewSplit]:
+    arrays, counts = ("", "_learnt", "_lengths"), ("learnt", "too_long", "left_out", "chats")
+    splits = {name: _NewSplit("examples", arrays, counts) for name in SPLITS}
     problems: list[Problem] = []
     for record in records:
         try:
+            split = splits[SPLITS[record.held_out]]
             for example in _encoded(record, records.section, tokenizer, end):
-                split = splits[SPLITS[record.held_out]]
-                split.add(example, records.section, tokenizer, end)
-                split.chats += "messages" in record.values
+                _add(split, example, records.section, tokenizer, end)
+                split.counts["chats"] += "messages" in record.values
         except TokenizerError as error:  # no fault of the line's
             log.warning("%s is left out: %s", record.where, error)
         except ValueError as error:
@@ -298,10 +233,10 @@ def _write_examples(records: Records, tokenizer: Tokenizer, folder: Path, end: i
                 break
     if problems:
         raise ConfigError(*problems)
-    return {name: _write_split(folder, name, split) for name, split in splits.items()}
+    return splits
 
 
-def _encoded(record: Record, section: DataSection, tokenizer: Tokenizer, end: int) -> list[Encoded]:
+def _encoded(record: Record, section: DataSection, tokenizer: Tokenizer, end: int) -> Iterable[Encoded]:
     values = record.values
     if "messages" in values:
         variables = section_variables(section) | chat_variables(values)
@@ -309,108 +244,108 @@ def _encoded(record: Record, section: DataSection, tokenizer: Tokenizer, end: in
     return [encode_pair(tokenizer, values["prompt"], values["response"], end)]
 
 
-def _write_split(folder: Path, name: str, split: _Examples) -> dict[str, Any]:
-    _require(len(split.ids), "examples", name)
-    lengths = np.array([len(ids) for ids in split.ids], np.int32)
-    arrays = {"": np.concatenate(split.ids), "_learnt": np.concatenate(split.learnt), "_lengths": lengths}
-    digest = hashlib.sha256()
-    for suffix, values in arrays.items():
-        _write_array(folder / f"{name}{suffix}.npy", values)
-        digest.update(values.tobytes())
-    return {
-        "documents": len(lengths),
-        "bytes": split.size,
-        "tokens": len(arrays[""]),
-        "learnt": int(sum(learnt[1:].sum() for learnt in split.learnt)),
-        "too_long": split.too_long,
-        "left_out": split.left_out,
-        "chats": split.chats,
-        "ends": sorted(split.ends),
-        "sha256": digest.hexdigest(),
-    }
+def _add(split: _NewSplit, example: Encoded, section: DataSection, tokenizer: Tokenizer, end: int) -> None:
+    """Take the example in, as far as it fits. ValueError: it is too long, and data.too_long says error."""
+    ends = example.ends({*tokenizer.special_ids, end})
+    if len(example) > section.sequence_length:
+        if section.too_long == "error":
+            raise ValueError(
+                f"has {len(example)} tokens, more than data.sequence_length = {section.sequence_length}. Raise it, or "
+                "set data.too_long to skip or truncate"
+            )
+        split.counts["too_long"] += 1
+        example = example.cut(section.sequence_length)
+        if section.too_long == "skip" or not example.num_targets:
+            split.counts["left_out"] += 1
+            return
+    split.ends |= ends
+    split.arrays[""].append(np.array(example.ids, _dtype(tokenizer)))
+    split.arrays["_learnt"].append(np.array(example.loss_mask, np.bool_))
+    split.arrays["_lengths"].append(np.array([len(example)], np.int32))
+    split.counts["documents"] += 1
+    split.counts["learnt"] += example.num_targets
+    response = [token for token, counts in zip(example.ids, example.loss_mask, strict=True) if counts]
+    split.counts["bytes"] += len(tokenizer.decode(response, skip_special_tokens=True).encode())
 
 
 # ---- reading it back
 
 
-@dataclass(frozen=True)
-class ExampleSet:
-    """The examples of a split."""
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """One split as memory maps: running text, or examples, which are a sequence of (token ids, loss mask)."""
 
     tokens: np.ndarray
-    learnt: np.ndarray
+    """uint16 or int32 [N]."""
+    loss_mask: np.ndarray
+    """bool [N]; likewise the next, of examples only."""
     lengths: np.ndarray
+    """Tokens of each example."""
     ends: np.ndarray
-    """Place in `tokens` where each example ends."""
+    """Index in `tokens` after each example."""
+
+    @classmethod
+    def open(cls, folder: Path, name: str, facts: Mapping[str, Any], *, is_text: bool) -> Split:
+        """`facts`: of the split, in the manifest. CheckpointError if a file doesn't fit, or what numpy raises."""
+        tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
+        if len(tokens) != facts["tokens"]:
+            raise CheckpointError(f"{folder / name}.npy: {len(tokens)} tokens, {MANIFEST} says otherwise")
+        if is_text:
+            none = np.array([], np.int32)
+            return cls(tokens=tokens, loss_mask=none.astype(np.bool_), lengths=none, ends=none)
+        loss_mask = np.load(folder / f"{name}_learnt.npy", mmap_mode="r")
+        lengths = np.load(folder / f"{name}_lengths.npy")
+        if len(loss_mask) != len(tokens) or lengths.sum() != len(tokens):
+            raise CheckpointError(f"{folder / name}_learnt.npy: does not fit {name}.npy")
+        return cls(tokens=tokens, loss_mask=loss_mask, lengths=lengths, ends=np.cumsum(lengths, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of an example, and of each whether it counts."""
-        end = int(self.ends[index])
-        place = slice(end - int(self.lengths[index]), end)
-        return self.tokens[place], self.learnt[place]
+        place = slice(self.ends[index] - self.lengths[index], self.ends[index])
+        return self.tokens[place], self.loss_mask[place]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """A prepared folder, opened: token ids as memory maps and what is known of them."""
+    """A prepared folder, opened: its splits, and what its manifest says of them."""
 
     folder: Path
-    train: np.ndarray | ExampleSet
-    """Running text, or examples."""
-    held_out: np.ndarray | ExampleSet
+    train: Split
+    held_out: Split
     vocab_size: int
     eos_token_id: int
     """Ends texts, and responses that nothing else ends."""
     ends: tuple[int, ...]
     """Every token that a model learns to end with."""
+    is_text: bool
+    """Running text, not examples."""
     facts: dict[str, Any]
     """The manifest."""
+    digest: str
+    """Changes with any token of the training split."""
+    held_out_tokens_per_byte: float
+    """Of the text that is predicted."""
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
         """CheckpointError if the folder is incomplete."""
         facts = read_json(folder / MANIFEST)
-        open_split = _open_text if facts["format"] == "text" else _open_examples
+        is_text, train, held_out = facts["format"] == "text", facts["splits"]["train"], facts["splits"]["held_out"]
         try:
-            train, held_out = (open_split(folder, name, facts["splits"][name]) for name in SPLITS)
+            splits = {name: Split.open(folder, name, facts["splits"][name], is_text=is_text) for name in SPLITS}
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{folder}: the prepared text is damaged: {error}. Remove the folder.") from error
         return cls(
             folder=folder,
-            train=train,
-            held_out=held_out,
+            train=splits["train"],
+            held_out=splits["held_out"],
             vocab_size=facts["vocab_size"],
             eos_token_id=facts["eos_token_id"],
-            ends=tuple(facts["splits"]["train"].get("ends", [facts["eos_token_id"]])),
+            ends=tuple(train.get("ends", [facts["eos_token_id"]])),
+            is_text=is_text,
             facts=facts,
+            digest=train["sha256"],
+            held_out_tokens_per_byte=held_out.get("learnt", held_out["tokens"]) / held_out["bytes"],
         )
-
-    @property
-    def digest(self) -> str:
-        """Changes with any token of the training split."""
-        return self.facts["splits"]["train"]["sha256"]
-
-    @property
-    def held_out_tokens_per_byte(self) -> float:
-        """Of the text that is predicted."""
-        split = self.facts["splits"]["held_out"]
-        return split.get("learnt", split["tokens"]) / split["bytes"]
-
-
-def _open_text(folder: Path, name: str, facts: dict[str, Any]) -> np.ndarray:
-    tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
-    if len(tokens) != facts["tokens"]:
-        raise CheckpointError(f"{folder / name}.npy: {len(tokens)} tokens, {MANIFEST} says otherwise")
-    return tokens
-
-
-def _open_examples(folder: Path, name: str, facts: dict[str, Any]) -> ExampleSet:
-    tokens = _open_text(folder, name, facts)
-    learnt = np.load(folder / f"{name}_learnt.npy", mmap_mode="r")
-    lengths = np.load(folder / f"{name}_lengths.npy")
-    if len(learnt) != len(tokens) or lengths.sum() != len(tokens):
-        raise CheckpointError(f"{folder / name}_learnt.npy: does not fit {name}.npy")
-    return ExampleSet(tokens, learnt, lengths, np.cumsum(lengths, dtype=np.int64))

@@ -12,6 +12,7 @@ import json
 import logging
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +23,6 @@ from megalite.config.chat import VARIABLES, chat_problem
 from megalite.config.schema import DataSection
 from megalite.errors import ConfigError, Problem
 
-NOT_STANDARD_LIBRARY = ("site-packages/", "dist-packages/")
 JSON_LINES = ".jsonl"
 MOST_PROBLEMS = 10
 """Bad lines that are reported at once; the rest of the data is not read then."""
@@ -40,6 +40,10 @@ class SourceFile:
     """Path relative to the source, with forward slashes."""
     path: Path
 
+    @property
+    def is_lines(self) -> bool:
+        return self.name.endswith(JSON_LINES)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -55,29 +59,26 @@ class Record:
 
 def find_files(section: DataSection) -> list[SourceFile]:
     """The files of `section`, sorted by name, less the excluded ones. ConfigError if there are none."""
+    source, excluded = Path(section.source), list(section.exclude)
     if section.source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.glob(section.pattern)]
-        found = [file for file in found if not file.name.startswith(NOT_STANDARD_LIBRARY)]
-    elif Path(section.source).is_dir():
-        root = Path(section.source)
-        found = [SourceFile(path.relative_to(root).as_posix(), path) for path in root.glob(section.pattern)]
-    elif Path(section.source).is_file():
-        found = [SourceFile(Path(section.source).name, Path(section.source))]
+        source = Path(sysconfig.get_paths()["stdlib"])
+        excluded += ["site-packages/*", "dist-packages/*"]
+    if source.is_dir():
+        found = {path.relative_to(source).as_posix(): path for path in source.glob(section.pattern)}
+    elif source.is_file():
+        found = {source.name: source}
     else:
-        pattern = Path(section.source)
-        root = Path(pattern.anchor)
-        matches = root.glob(pattern.relative_to(root).as_posix()) if section.source else ()
-        found = [SourceFile(path.as_posix(), path) for path in matches]
+        root = Path(source.anchor)
+        found = {path.as_posix(): path for path in root.glob(source.relative_to(root).as_posix())}
     kept = [
-        file
-        for file in found
-        if file.path.is_file() and not any(fnmatchcase(file.name, pattern) for pattern in section.exclude)
+        SourceFile(name, path)
+        for name, path in sorted(found.items())
+        if path.is_file() and not any(fnmatchcase(name, pattern) for pattern in excluded)
     ]
     if not kept:
         fix = "Give `stdlib`, a file, a folder with files that match data.pattern, or a glob."
         raise ConfigError(Problem(key="data.source", rule="must name some files", value=section.source, fix=fix))
-    return sorted(kept, key=lambda file: file.name)
+    return kept
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -106,7 +107,7 @@ class Records:
     def __iter__(self) -> Iterator[Record]:
         problems: list[Problem] = []
         for file in self.files:
-            for item in self._lines(file) if is_lines(file) else self._text(file):
+            for item in self._lines(file) if file.is_lines else self._text(file):
                 if isinstance(item, Problem):
                     problems.append(item)
                     if len(problems) == MOST_PROBLEMS:
@@ -120,13 +121,11 @@ class Records:
         """As the config says, or as the first line of the first file of lines."""
         if self.section.format != "auto":
             return self.section.format
-        for file in filter(is_lines, self.files):
-            _, first = next(_objects(file), (0, None))
+        for file in self.files:
+            _, first = next(_objects(file), (0, None)) if file.is_lines else (0, None)
             if isinstance(first, dict):
-                try:
+                with suppress(ValueError):  # told when the line is read
                     return "text" if _kind(first) == TEXT else "examples"
-                except ValueError:  # told when the line is read
-                    pass
         return "text"
 
     def _text(self, file: SourceFile) -> Iterator[Record | Problem]:
@@ -153,18 +152,18 @@ class Records:
                     raise values
                 kind = _kind(values)
                 kept = {key: values[key] for key in kind} | _checked(kind, values)
-                self._check_kind(kind, first)
+                self._check_kind(kind, first or kind)
                 first = kind
             except ValueError as error:
                 yield Problem(key="", rule=f"{where}: {error}")
                 continue
-            if kept == {"text": ""}:
-                continue
-            content = json.dumps(kept, sort_keys=True, ensure_ascii=False)
-            yield Record(where, is_held_out(content, self.section.held_out), kept)
+            if kept != {"text": ""}:
+                content = json.dumps(kept, sort_keys=True, ensure_ascii=False)
+                yield Record(where, is_held_out(content, self.section.held_out), kept)
 
-    def _check_kind(self, kind: tuple[str, ...], first: tuple[str, ...] | None) -> None:
-        if first is not None and kind != first:
+    def _check_kind(self, kind: tuple[str, ...], first: tuple[str, ...]) -> None:
+        """ValueError: the line is not of the kind of its file's first, or of the data's format."""
+        if kind != first:
             raise ValueError(f"holds {_words(kind)}, the lines before it {_words(first)}; a file holds one kind")
         if (kind == TEXT) != (self.format == "text"):
             wanted = "texts" if self.format == "text" else "examples"
@@ -172,15 +171,11 @@ class Records:
             raise ValueError(f"holds {_words(kind)}, and {by} {wanted}")
 
 
-def is_lines(file: SourceFile) -> bool:
-    return file.name.endswith(JSON_LINES)
-
-
 def line_problems(section: DataSection) -> list[Problem]:
     """What is wrong with the lines that `section` names, the first few of them; reads all files of JSON lines."""
     try:
         files = find_files(section)
-        if section.format == "examples" or any(map(is_lines, files)):
+        if section.format == "examples" or any(file.is_lines for file in files):
             for _ in Records(files, section):
                 pass
     except ConfigError as error:

@@ -1,9 +1,10 @@
-"""What one pass of one replica computes: sequences end to end, their targets, and how much each token counts."""
+"""Micro batches: what the trainer computes in one pass. Sequences lie end to end, and every target has a weight."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ class MicroBatch:
     targets: Tensor
     """The token after each: int64 [T]."""
     weights: Tensor
-    """How much each target counts in the loss: float32 [T]; 0 for what is given (prompts, padding)."""
+    """Weight of each target in the loss: float32 [T]; 0 for what is given (prompts, padding)."""
     lengths: tuple[int, ...]
     """Tokens of each sequence; they sum to T."""
     beyond: int = 0
@@ -42,40 +43,28 @@ class MicroBatch:
         """On `device`; the copy does not wait for a GPU."""
         if device.type == "cpu":
             return self
-
-        def send(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
-        return replace(
-            self,
-            ids=send(self.ids),
-            targets=send(self.targets),
-            weights=send(self.weights),
-            values={name: send(value) for name, value in self.values.items()},
-        )
+        return self._mapped(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
 
     def padded(self, multiple: int) -> MicroBatch:
-        """With a further sequence that does not count, so that T is a multiple: sequence parallel cuts T over tp."""
+        """With a further sequence of weight 0, so that T is a multiple: sequence parallel cuts T over tp."""
         padding = -self.num_tokens % multiple
         if not padding:
             return self
-
-        def pad(tensor: Tensor) -> Tensor:
-            return torch.cat([tensor, tensor.new_zeros(padding)])
-
-        return replace(
-            self,
-            ids=pad(self.ids),
-            targets=pad(self.targets),
-            weights=pad(self.weights),
+        return self._mapped(
+            lambda tensor: torch.cat([tensor, tensor.new_zeros(padding)]),
             lengths=(*self.lengths, padding),
-            values={name: pad(value) for name, value in self.values.items()},
             padding=self.padding + padding,
         )
 
+    def _mapped(self, function: Callable[[Tensor], Tensor], **changes: Any) -> MicroBatch:
+        """With `function` applied to every tensor."""
+        values = {name: function(value) for name, value in self.values.items()}
+        ids, targets, weights = map(function, (self.ids, self.targets, self.weights))
+        return replace(self, ids=ids, targets=targets, weights=weights, values=values, **changes)
+
 
 def from_windows(windows: Tensor, counts: Sequence[bool] | None = None) -> MicroBatch:
-    """Windows of running text, int64 [B, L + 1], as B sequences of L tokens; `counts`: whether each counts."""
+    """Windows of running text, int64 [B, L + 1], as B sequences of L tokens; `counts`: whether each has weight."""
     batch, length = windows.shape[0], windows.shape[1] - 1
     weights = torch.ones(batch, length)
     if counts is not None:
@@ -94,17 +83,16 @@ def from_sequences(
     values: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> MicroBatch:
     """Whole sequences of at least two tokens; `weights` and `values` have an entry for each token after the first."""
-    flat = [token for sequence in sequences for token in sequence[:-1]]
-    targets = [token for sequence in sequences for token in sequence[1:]]
+    ids = torch.tensor([token for sequence in sequences for token in sequence[:-1]], dtype=torch.int64)
 
     def per_token(rows: Sequence[Sequence[float]]) -> Tensor:
         tensor = torch.tensor([value for row in rows for value in row], dtype=torch.float32)
-        assert tensor.shape[0] == len(flat), "a value for each token after the first"
+        assert tensor.shape == ids.shape, "a value for each token after the first"
         return tensor
 
     return MicroBatch(
-        ids=torch.tensor(flat, dtype=torch.int64),
-        targets=torch.tensor(targets, dtype=torch.int64),
+        ids=ids,
+        targets=torch.tensor([token for sequence in sequences for token in sequence[1:]], dtype=torch.int64),
         weights=per_token(weights),
         lengths=tuple(len(sequence) - 1 for sequence in sequences),
         beyond=1,
@@ -113,6 +101,6 @@ def from_sequences(
 
 
 def blank(tokens: int) -> MicroBatch:
-    """A batch that does not count: replicas that have run out of work compute one while the others have work."""
+    """A micro batch of padding: replicas that have run out of work compute one while the others have work."""
     zeros = torch.zeros(tokens, dtype=torch.int64)
     return MicroBatch(ids=zeros, targets=zeros, weights=torch.zeros(tokens), lengths=(tokens,), padding=tokens)
