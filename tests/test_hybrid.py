@@ -87,8 +87,7 @@ def run_job(rank: int, config: HybridConfig, stop_at: int = 0) -> str:
         asked = itertools.count(1)
         if stop_at and rank == 1:
             runtime.signal_received = lambda: signal.SIGTERM if next(asked) >= stop_at else None
-        with Job(config, runtime) as job:
-            job.run()
+        Job(config, runtime).run()
     return said.getvalue()
 
 

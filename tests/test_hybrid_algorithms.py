@@ -199,12 +199,12 @@ def longest_silence(groups: dict) -> float:
 
 
 def test_samples_are_kept_with_what_became_of_them(tmp_path):
-    judged = ScoredRollout(
+    scored = ScoredRollout(
         reward=0.25, failure="it raised ValueError", advantage=-1.5, trainer_logprobs=(-0.1, 0.0, -123.0)
     )
     rollout = replace(ROLLOUT, text="ä")
     path = rollout_file(tmp_path, 12)
-    write_rollouts(path, 12, [rollout], [judged])
+    write_rollouts(path, 12, [rollout], [scored])
     [line] = path.open(encoding="utf-8")
     assert path.name == "iteration-000012.jsonl"
     assert json.loads(line) == {
@@ -236,20 +236,14 @@ def record(folder) -> Record:
 
 
 def iterate(job: Record, number: int) -> None:
-    judged = [
-        ScoredRollout(reward=reward, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for reward in (0, 1, 0, 0)
-    ]
     rollouts = [replace(ROLLOUT, text="", sample=place) for place in (0, 1, 0, 1)]
+    rewards = (0.0, 1.0, 0.0, 0.0)
+    scored = [ScoredRollout(reward=one, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for one in rewards]
     job.begin()
     with job.timed("sampling"):
         pass
-    lesson = UpdateResult(
-        advantages=[0.0] * 4,
-        trainer_logprobs=[()] * 4,
-        agreement=Agreement(),
-        metrics={"loss": 1.0, "gradient_norm": 2.0},
-    )
-    job.iteration(number, rollouts, judged, lesson)
+    metrics = {"loss": 1.0, "gradient_norm": 2.0}
+    job.iteration(number, rollouts, UpdateResult(scored=scored, agreement=Agreement(), metrics=metrics))
 
 
 def logged(folder) -> list[tuple[str, int]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,10 +18,17 @@ from torch import Tensor
 from megalite.train.loss import TokenLoss
 from megalite.train.micro_batch import MicroBatch
 
+T = TypeVar("T")
+
 DEVIATION_FLOOR = 1e-6
 """Keeps a group of nearly equal rewards from being divided by nothing."""
 EQUAL = 1e-9
 """Rewards that differ by less, absolutely or of their size, are equal: what is left is rounding."""
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Parts of `size` items, one after another; the last may be shorter."""
+    return (items[at : at + size] for at in range(0, len(items), size))
 
 
 def group_advantages(rewards: Sequence[float], *, divide: bool) -> list[float]:
@@ -85,7 +92,7 @@ def agreement(trainer: Sequence[Sequence[float]], sampler: Sequence[Sequence[flo
     return Agreement(count, max(differences), math.fsum(differences) / count, off / count)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PolicyLoss:
     """The clipped surrogate of GRPO, with a penalty for leaving a reference model where `kl_coefficient` > 0.
 

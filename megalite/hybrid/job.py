@@ -8,10 +8,11 @@ samples to all ranks, and the decision to stop.
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 
@@ -26,10 +27,10 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, Stopped, maybe_fault
 from megalite.hybrid.generator import Generator
-from megalite.hybrid.job_files import Materials
-from megalite.hybrid.learner import Learner, UpdateResult
+from megalite.hybrid.job_files import JobFiles
+from megalite.hybrid.learner import Learner
 from megalite.hybrid.record import Record
-from megalite.hybrid.rollout import Rollout, ScoredRollout
+from megalite.hybrid.rollout import Rollout
 from megalite.hybrid.sync import Sync
 from megalite.inference.channel import broadcast_bytes, compare_ranks
 from megalite.inference.replica import Replica
@@ -53,15 +54,15 @@ MIB = 1 << 20
 def run(loaded: Loaded) -> int:
     """The whole job; every rank calls it. Returns the exit code."""
     config = loaded.config
+    assert isinstance(config, HybridConfig)
     with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
         distributed.prepare_deepspeed(runtime)
-        with Job(config, runtime) as job:
-            job.run()
+        Job(config, runtime).run()
     return EXIT_DONE
 
 
 @dataclass
-class Progress:
+class HybridProgress:
     """How far a job has come; saved with the weights."""
 
     supervised_steps: int = 0
@@ -80,19 +81,18 @@ class Job:
         self.train_layout, self.infer_layout = _layout(config.train.parallel), _layout(config.infer.parallel)
         self.home = self.train_layout.first_rank
         """The rank that rewards, logs and keeps the samples."""
-        self.progress = Progress()
-        self.materials = Materials(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
-        compare_ranks(sha256(repr(self.materials.examples).encode()).digest(), "data.source")
+        self.progress = HybridProgress()
+        self.files = JobFiles(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
+        compare_ranks(sha256(repr(self.files.examples).encode()).digest(), "data.source")
         meter = Meter()  # one for both sides, which take turns
-        self.train_state = ParallelState.join(
-            self.train_layout, sequence_parallel=config.train.parallel.sequence_parallel, meter=meter
-        )
+        sequence_parallel = config.train.parallel.sequence_parallel
+        self.train_state = ParallelState.join(self.train_layout, sequence_parallel=sequence_parallel, meter=meter)
         self.infer_state = ParallelState.join(self.infer_layout, meter=meter)
         ParallelState.make_training_groups(self.train_layout)
-        self.trainer = self._make_trainer() if self.train_state else None
-        self.reference = self._make_reference()
-        self.learner = self._make_learner() if self.trainer else None
-        self.decoder = self._make_generating_decoder()
+        self.trainer = self._make_trainer(self.train_state) if self.train_state else None
+        self.reference = self._make_reference(self.train_state) if self.train_state else None
+        self.learner = self._make_learner(self.trainer) if self.trainer else None
+        self.decoder = self._make_generating_decoder(self.infer_state) if self.infer_state else None
         self.sync = self._make_sync()
         self.generator = self._make_generator()
         self.order = TrainingOrder(len(self.generator.places), config.data.seed)
@@ -100,85 +100,70 @@ class Job:
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
         speaks = runtime.rank == self.home
-        self.record = Record(config, self.materials.model, self.materials.folder, speaks, peak=peak)
+        self.record = Record(config, self.files.model, self.files.folder, speaks, peak=peak)
         self.pool: RewardPool | None = None
+        """On the rank that rewards."""
         self.generates = False
         """The generating decoder has weights."""
-
-    def __enter__(self) -> Job:
-        if self.runtime.rank == self.home:
-            section = self.config.hybrid
-            self.pool = RewardPool(
-                section.reward,
-                workers=section.reward_workers,
-                time_limit=section.reward_time_limit,
-                failure_reward=section.failure_reward,
-            )
-            self.pool.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.record.close()
-        if self.pool is not None:
-            self.pool.__exit__(*error)
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """All of it. A SIGTERM saves and ends it well; a SIGINT saves and raises Stopped."""
-        self._resume()
-        try:
-            self._supervise()
-            if self.reference is not None and self.config.supervised.steps > 0:
-                self.materials.load_reference(self.reference)
-            before = self.progress.iterations
-            self._watched.meter.start()
-            while self.progress.iterations < self.config.hybrid.steps:
-                self._iterate()
-                self._stop_if_asked()
-            self._watched.meter.stop()
-            self._tell_report(self.progress.iterations - before)
-        except Stopped as stop:
-            self.record.say(
-                f"stopped by {signal.Signals(stop.signum).name} after {self.progress.iterations} iterations"
-            )
+        with ExitStack() as stack:
+            stack.callback(self.record.close)
+            if self.runtime.rank == self.home:
+                self.pool = stack.enter_context(self._make_pool())
+            self._resume()
+            try:
+                self._supervise()
+                if self.reference is not None and self.config.supervised.steps > 0:
+                    self.files.load_reference(self.reference)
+                self._loop()
+            except Stopped as stop:
+                name = signal.Signals(stop.signum).name
+                self.record.say(f"stopped by {name} after {self.progress.iterations} iterations")
+                self._save()
+                if stop.signum != signal.SIGTERM:
+                    raise
+                return
             self._save()
-            if stop.signum != signal.SIGTERM:
-                raise
-            return
-        self._save()
-        self._export()
+            if self.trainer is not None:
+                self.files.export(self.trainer)
+            self.record.say(f"the model is in {self.files.folder}")
 
-    @property
-    def _watched(self) -> ParallelState:
-        """What the report is about on this rank: the side that learns, where it is on both."""
-        return self.train_state or self.infer_state
-
-    def _tell_report(self, iterations: int) -> None:
-        """Memory, speed and where the time went, on every rank. Collective."""
-        if not (self.config.monitor.report and iterations):
-            return
-        decoder = self.trainer.decoder if self.trainer else self.decoder
-        own = training_report(decoder, self.runtime.rank, steps=iterations, tokens=self.record.learnt_tokens)
-        reports = gather_reports(own)
-        if self.runtime.rank == self.home:
-            print(format_report(reports), file=sys.stderr, flush=True)
+    def _loop(self) -> None:
+        """The iterations, then where their time went, on every rank."""
+        before = self.progress.iterations
+        measured = self.trainer.decoder if self.trainer else self.decoder
+        assert measured is not None, "a rank is in one layout or in both"
+        measured.state.meter.start()
+        while self.progress.iterations < self.config.hybrid.steps:
+            self._iterate()
+            self._stop_if_asked()
+        measured.state.meter.stop()
+        steps = self.progress.iterations - before
+        if self.config.monitor.report and steps:
+            own = training_report(measured, self.runtime.rank, steps=steps, tokens=self.record.learnt_tokens)
+            reports = gather_reports(own)
+            if self.runtime.rank == self.home:
+                print(format_report(reports), file=sys.stderr, flush=True)
 
     def _supervise(self) -> None:
         """Steps on the task's own responses, before the first samples."""
         section, progress = self.config.supervised, self.progress
         if progress.supervised_steps >= section.steps:
             return
-        order = TrainingOrder(len(self.materials.responses), self.config.data.seed)
+        order = TrainingOrder(len(self.files.responses), self.config.data.seed)
         while progress.supervised_steps < section.steps:
             first = progress.supervised_steps * section.examples_per_step
             if self.learner is not None:
                 places = order.indices(first, section.examples_per_step).tolist()
-                found = self.learner.supervise([self.materials.responses[place] for place in places])
+                found = self.learner.supervise([self.files.responses[place] for place in places])
                 self.record.supervised(progress.supervised_steps + 1, found)
             progress.supervised_steps += 1
-            if self.reference is not None and progress.supervised_steps == section.steps:
-                self.materials.save_reference(self.trainer)
+            if self.trainer is not None and self.reference is not None and progress.supervised_steps == section.steps:
+                self.files.save_reference(self.trainer)
             self._stop_if_asked()
         self._save()
 
@@ -187,7 +172,9 @@ class Job:
         self.record.begin()
         with self.record.timed("syncing"):
             if iteration % config.sync_every == 0 or not self.generates:
-                self._push()
+                self.progress.weight_version = self.sync.push()
+                self.generator.renew()
+                self.generates = True
         with self.record.timed("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
             order = self.order.indices(first, config.prompts_per_step).tolist()
@@ -197,27 +184,21 @@ class Job:
         with self.record.timed("rewarding"):
             scored = self._reward(rollouts)
         if self.learner is not None:
-            groups = _groups(rollouts, config.samples_per_prompt)
             with self.record.timed("learning"):
-                lesson = self.learner.learn(groups, [one.reward for one in scored])
+                update = self.learner.learn(rollouts, scored)
             maybe_fault("hybrid.learnt", self.runtime.rank)
-            self.record.iteration(iteration + 1, rollouts, _judged(scored, lesson), lesson)
+            self.record.iteration(iteration + 1, rollouts, update)
         self.progress.iterations += 1
         if self.progress.iterations % config.save_every == 0 and self.progress.iterations < config.steps:
             self._save()
-
-    def _push(self) -> None:
-        self.progress.weight_version = self.sync.push()
-        self.generator.renew()
-        self.generates = True
 
     @contextmanager
     def _room_for_generating(self) -> Iterator[None]:
         """The KV cache and the optimizer give memory back to each other, as the config says."""
         section = self.config.hybrid
-        offloads = section.offload_optimizer and self.trainer is not None
-        if offloads:
-            self.trainer.offload_optimizer()
+        offloads = self.trainer if section.offload_optimizer else None
+        if offloads is not None:
+            offloads.offload_optimizer()
         if section.free_kv_while_training:
             self.generator.wake()
         try:
@@ -225,28 +206,25 @@ class Job:
         finally:  # also when a signal has stopped the sampling: what follows is a checkpoint
             if section.free_kv_while_training:
                 self.generator.sleep()
-            if offloads:
-                self.trainer.reload_optimizer()
+            if offloads is not None:
+                offloads.reload_optimizer()
 
     def _reward(self, rollouts: Sequence[Rollout]) -> list[Scored]:
         """Of every rollout, on every rank of the training layout."""
         if self.train_state is None:
             return []
-        rewards = None
         scored: list[Scored] = []
+        rewards = None
         if self.pool is not None:
-            examples = self.materials.examples
-            scored = self.pool.evaluate(
-                [
-                    Sample(prompt=one.prompt, completion=one.text, example=examples[one.example].record)
-                    for one in rollouts
-                ]
-            )
-            rewards = torch.tensor([one.reward for one in scored], dtype=torch.float64).numpy().tobytes()
-        found = torch.frombuffer(
-            bytearray(broadcast_bytes(rewards, self.home, self.train_state.world)), dtype=torch.float64
-        )
-        return scored or [Scored(reward=reward) for reward in found.tolist()]
+            records = [self.files.examples[one.example].record for one in rollouts]
+            samples = [
+                Sample(prompt=one.prompt, completion=one.text, example=record)
+                for one, record in zip(rollouts, records, strict=True)
+            ]
+            scored = self.pool.evaluate(samples)
+            rewards = json.dumps([one.reward for one in scored]).encode()
+        found = json.loads(broadcast_bytes(rewards, self.home, self.train_state.world))
+        return scored or [Scored(reward=reward) for reward in found]
 
     def _stop_if_asked(self) -> None:
         """Raise Stopped on every rank when a signal has reached one."""
@@ -258,13 +236,28 @@ class Job:
 
     # ---- putting it together -------------------------------------------------------------------------------------
 
-    def _make_trainer(self) -> Trainer:
-        config = self.config
-        decoder = make_decoder(
-            config.model, self.materials.model, self.train_state, device=self.device, seed=config.train.seed
+    def _make_pool(self) -> RewardPool:
+        section = self.config.hybrid
+        assert section.reward is not None
+        return RewardPool(
+            section.reward,
+            workers=section.reward_workers,
+            time_limit=section.reward_time_limit,
+            failure_reward=section.failure_reward,
         )
+
+    def _new_decoder(self, state: ParallelState) -> Decoder:
+        config = self.config
+        return make_decoder(config.model, self.files.model, state, device=self.device, seed=config.train.seed)
+
+    def _empty_decoder(self, state: ParallelState) -> Decoder:
+        dtype = transfer.DTYPES[self.config.model.dtype]
+        return transfer.build(self.files.model, state, dtype=dtype, device=self.device)
+
+    def _make_trainer(self, state: ParallelState) -> Trainer:
+        config = self.config
         return Trainer(
-            decoder,
+            self._new_decoder(state),
             config.optimizer,
             steps=config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step,
             zero_stage=config.train.zero_stage,
@@ -273,48 +266,34 @@ class Job:
             deepspeed_keys=config.deepspeed,
         )
 
-    def _make_reference(self) -> Decoder | None:
+    def _make_reference(self, state: ParallelState) -> Decoder | None:
         """The policy as it was before its first update, where the loss measures the distance from it."""
         config = self.config
-        if self.trainer is None or config.hybrid.kl_coefficient == 0 or config.hybrid.algorithm != "grpo":
+        if config.hybrid.kl_coefficient == 0 or config.hybrid.algorithm != "grpo":
             return None
-        model = self.materials.model
-        if config.supervised.steps > 0:  # its weights are those after these steps
-            dtype = transfer.DTYPES[config.model.dtype]
-            decoder = transfer.build(model, self.train_state, dtype=dtype, device=self.device)
-        else:
-            decoder = make_decoder(config.model, model, self.train_state, device=self.device, seed=config.train.seed)
-        return decoder.requires_grad_(False)
+        make = self._empty_decoder if config.supervised.steps > 0 else self._new_decoder  # filled after these steps
+        return make(state).requires_grad_(False)
 
-    def _make_learner(self) -> Learner:
+    def _make_learner(self, trainer: Trainer) -> Learner:
         return Learner(
-            self.trainer,
+            trainer,
             self.config.hybrid,
             micro_batch_tokens=self.config.train.micro_batch_tokens,
             temperature=policy_temperature(self.config.sampling),
             reference=Scorer(self.reference).logprobs if self.reference is not None else None,
         )
 
-    @property
-    def _shares_weights(self) -> bool:
-        """Both layouts cut the model alike, and ranks hold their parameters whole: the same tensors serve both."""
-        return self.train_layout == self.infer_layout and self.config.train.zero_stage < 3
-
-    def _make_generating_decoder(self) -> Decoder | None:
-        if self.infer_state is None:
-            return None
-        model = self.materials.model
-        if self._shares_weights:
-            return transfer.twin(self.trainer.decoder, self.infer_state)
-        dtype = transfer.DTYPES[self.config.model.dtype]
-        decoder = transfer.build(model, self.infer_state, dtype=dtype, device=self.device)
+    def _make_generating_decoder(self, state: ParallelState) -> Decoder:
+        if self.trainer and self.train_layout == self.infer_layout and self.config.train.zero_stage < 3:
+            return transfer.twin(self.trainer.decoder, state)  # cut alike and held whole: the same tensors serve both
+        decoder = self._empty_decoder(state)
         if self.device.type == "cpu":
             store_by_input(decoder)
         return decoder.requires_grad_(False)
 
     def _make_sync(self) -> Sync:
         return Sync(
-            self.materials.model,
+            self.files.model,
             self.trainer.decoder if self.trainer else None,
             self.decoder,
             self.train_layout,
@@ -330,7 +309,7 @@ class Job:
         if self.decoder is not None:
             replica = Replica(
                 self.decoder,
-                self.materials.tokenizer,
+                self.files.tokenizer,
                 self.runtime,
                 engine=config.infer.engine,
                 dp_mode=config.infer.parallel.dp_mode,
@@ -338,7 +317,7 @@ class Job:
         generator = Generator(
             replica,
             self.infer_layout,
-            self.materials.examples,
+            self.files.examples,
             config.sampling,
             samples=config.hybrid.samples_per_prompt,
             at_once=config.hybrid.prompts_per_step,
@@ -351,9 +330,9 @@ class Job:
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def _resume(self) -> None:
-        found = self.materials.load_state(self.trainer)
+        found = self.files.load_state(self.trainer)
         if found is not None:
-            self.progress = Progress(**found)
+            self.progress = HybridProgress(**found)
             self.sync.version = self.progress.weight_version
             self.record.say(
                 f"going on after {self.progress.supervised_steps} supervised steps and "
@@ -363,13 +342,7 @@ class Job:
 
     def _save(self) -> None:
         if self.trainer is not None:
-            self.materials.save_state(self.trainer, asdict(self.progress))
-
-    def _export(self) -> None:
-        """The model in the output folder, in Hugging Face layout."""
-        if self.trainer is not None:
-            self.materials.export(self.trainer)
-        self.record.say(f"the model is in {self.materials.folder}")
+            self.files.save_state(self.trainer, asdict(self.progress))
 
     def _wait_for_all(self) -> None:
         if dist.is_initialized() and self.runtime.world_size > 1:
@@ -378,14 +351,3 @@ class Job:
 
 def _layout(parallel: ParallelSection) -> Layout:
     return Layout(parallel.tp, parallel.pp, parallel.dp, parallel.first_rank, interleave=parallel.interleave)
-
-
-def _groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
-    return [list(rollouts[at : at + size]) for at in range(0, len(rollouts), size)]
-
-
-def _judged(scored: Sequence[Scored], lesson: UpdateResult) -> list[ScoredRollout]:
-    return [
-        ScoredRollout(reward=one.reward, failure=one.failure, advantage=advantage, trainer_logprobs=logprobs)
-        for one, advantage, logprobs in zip(scored, lesson.advantages, lesson.trainer_logprobs, strict=True)
-    ]

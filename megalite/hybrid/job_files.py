@@ -41,7 +41,7 @@ from megalite.weights.transfer import load_folder
 log = logging.getLogger(__name__)
 
 
-class Materials:
+class JobFiles:
     """Every rank constructs it alike; one writes."""
 
     def __init__(self, config: HybridConfig, *, is_writer: bool, wait: Callable[[], None]):

@@ -1,11 +1,12 @@
-"""The training side of a hybrid job on one rank: what is made of rewarded samples, and of the task's own responses."""
+"""The training side of a hybrid job on one rank: updates from scored samples, and from the task's own responses."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from megalite.hybrid.algorithms import (
     PolicyLoss,
     agreement,
     best_of_group,
+    chunks,
     group_advantages,
     importance_weights,
 )
-from megalite.hybrid.rollout import Rollout
+from megalite.hybrid.rollout import Rollout, ScoredRollout
+from megalite.rewards.pool import Scored
 from megalite.train.data.examples import Encoded
 from megalite.train.data.packing import pack
 from megalite.train.loss import NEXT_TOKEN, Loss
@@ -30,19 +33,19 @@ from megalite.train.trainer import Trainer
 
 Logprobs = Callable[[Sequence[MicroBatch]], list[Tensor]]
 """Log-probabilities of the targets of this replica's micro batches, on every rank of it."""
+Values = Callable[[int], dict[str, list[float]]]
+"""By the index of a rollout: what a loss needs of each of its sampled tokens, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """What an iteration came to."""
+    """What an iteration's updates came to."""
 
-    advantages: list[float]
-    """Of each rollout; for rejection sampling 1 if it was learnt from, else 0."""
-    trainer_logprobs: list[tuple[float, ...]]
-    """Of each rollout's tokens, before the update."""
+    scored: list[ScoredRollout]
+    """Of each rollout; log-probabilities are those before the updates."""
     agreement: Agreement
     metrics: dict[str, float]
-    """Means over the iteration's updates: `loss`, those of the loss, `gradient_norm`; empty if there was none."""
+    """Means over the updates: `loss`, those of the loss, `gradient_norm`; empty if there was none."""
 
 
 class Learner:
@@ -69,148 +72,117 @@ class Learner:
 
     def supervise(self, examples: Sequence[Encoded]) -> dict[str, float]:
         """One step on responses; loss and gradient norm."""
-        [mine] = self._plan([[len(example.ids) - 1 for example in examples]])
+        packs = self._packs(range(len(examples)), [len(example.ids) for example in examples])
         batches = [
             from_sequences(
                 [examples[index].ids for index in packed],
                 [list(map(float, examples[index].loss_mask[1:])) for index in packed],
             )
             if packed
-            else blank(self._tp)
-            for packed in mine
+            else blank(self.trainer.state.tp.size)
+            for packed in packs
         ]
         return self._step(batches, NEXT_TOKEN)
 
-    def learn(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> UpdateResult:
-        """The updates of one iteration; `rewards` of the rollouts, group after group."""
-        rollouts = list(chain.from_iterable(groups))
-        each = list(_split(range(len(rollouts)), self.section.updates_per_step))
-        plans = self._plan([[len(rollouts[index].tokens) - 1 for index in update] for update in each])
-        mine = [
-            [[update[place] for place in packed] for packed in plan] for update, plan in zip(each, plans, strict=True)
-        ]
-        trainer_logprobs = self._score(self.trainer.logprobs, rollouts, list(chain.from_iterable(mine)))
-        found = agreement(trainer_logprobs, [rollout.logprobs for rollout in rollouts])
-        if self.section.algorithm == "grpo":
-            size = len(groups[0])
-            advantages = [
-                advantage
-                for group in _chunks(rewards, size)
-                for advantage in group_advantages(group, divide=self.section.divide_by_deviation)
-            ]
-            metrics = self._update_policy(rollouts, mine, each, advantages, trainer_logprobs)
-        else:
-            advantages = self._chosen(groups, rewards)
-            metrics = self._imitate(rollouts, each, advantages)
+    def learn(self, rollouts: Sequence[Rollout], scored: Sequence[Scored]) -> UpdateResult:
+        """The updates of one iteration; `scored` are the rewards of the rollouts, group after group."""
+        section, lengths = self.section, [len(rollout.tokens) for rollout in rollouts]
+        updates = list(chunks(range(len(rollouts)), len(rollouts) // section.updates_per_step))
+        packs = [self._packs(update, lengths) for update in updates]
+        old = self._score(self.trainer.logprobs, rollouts, packs)
+        advantages = self._advantages([one.reward for one in scored])
+        loss: Loss = NEXT_TOKEN
+        values, temperature = _no_values, 1.0
+        if section.algorithm == "grpo":
+            loss = PolicyLoss(section.clip_low, section.clip_high, section.kl_coefficient)
+            reference = None if self.reference is None else self._score(self.reference, rollouts, packs)
+            values, temperature = self._policy_values(rollouts, advantages, old, reference), self.temperature
+        metrics = []
+        for update, mine in zip(updates, packs, strict=True):
+            kept = [index for index in update if advantages[index]]
+            if not kept:
+                continue  # every sample is as good as its group: nothing to learn, and Adam makes steps of rounding
+            if section.algorithm == "rejection":
+                mine = self._packs(kept, lengths)
+            metrics.append(self._step([self._batch(rollouts, packed, values, temperature) for packed in mine], loss))
         return UpdateResult(
-            advantages=advantages, trainer_logprobs=trainer_logprobs, agreement=found, metrics=_means(metrics)
+            scored=[
+                ScoredRollout(reward=one.reward, failure=one.failure, advantage=advantage, trainer_logprobs=logprobs)
+                for one, advantage, logprobs in zip(scored, advantages, old, strict=True)
+            ],
+            agreement=agreement(old, [rollout.logprobs for rollout in rollouts]),
+            metrics={name: statistics.fmean(row[name] for row in metrics) for name in (metrics[0] if metrics else ())},
         )
 
-    # ---- the two algorithms
+    def _advantages(self, rewards: Sequence[float]) -> list[float]:
+        """Of each rollout by its group; for rejection sampling 1 if it is learnt from, else 0."""
+        section = self.section
+        groups = chunks(rewards, section.samples_per_prompt)
+        if section.algorithm == "grpo":
+            return [one for group in groups for one in group_advantages(group, divide=section.divide_by_deviation)]
+        bests = ((best_of_group(group, above=section.keep_above), len(group)) for group in groups)
+        return [float(place == best) for best, size in bests for place in range(size)]
 
-    def _update_policy(
+    def _policy_values(
         self,
         rollouts: Sequence[Rollout],
-        mine: list[list[list[int]]],
-        each: list[Sequence[int]],
         advantages: Sequence[float],
         old: Sequence[tuple[float, ...]],
-    ) -> list[dict[str, float]]:
-        section = self.section
-        loss = PolicyLoss(clip_low=section.clip_low, clip_high=section.clip_high, kl_coefficient=section.kl_coefficient)
-        reference = None
-        if self.reference is not None:
-            reference = self._score(self.reference, rollouts, list(chain.from_iterable(mine)))
+        reference: Sequence[tuple[float, ...]] | None,
+    ) -> Values:
+        """What the policy loss needs of each rollout."""
+        kind, limit = self.section.importance_correction, self.section.importance_limit
 
-        def per_token(index: int) -> dict[str, list[float]]:
-            count = len(rollouts[index].token_ids)
+        def values(index: int) -> dict[str, list[float]]:
+            sampled = rollouts[index].logprobs
             found = {
-                "advantage": [advantages[index]] * count,
+                "advantage": [advantages[index]] * len(sampled),
                 "old": list(old[index]),
-                "importance": importance_weights(
-                    old[index],
-                    rollouts[index].logprobs,
-                    kind=section.importance_correction,
-                    limit=section.importance_limit,
-                ),
+                "importance": importance_weights(old[index], sampled, kind=kind, limit=limit),
             }
-            return found | ({"reference": list(reference[index])} if reference is not None else {})
+            return found if reference is None else found | {"reference": list(reference[index])}
 
-        metrics = []
-        for update, packs in zip(each, mine, strict=True):
-            if not any(advantages[index] for index in update):
-                continue  # every sample is as good as its group: nothing to learn, and Adam makes steps of rounding
-            metrics.append(self._step([self._batch(rollouts, packed, per_token) for packed in packs], loss))
-        return metrics
-
-    def _chosen(self, groups: Sequence[Sequence[Rollout]], rewards: Sequence[float]) -> list[float]:
-        chosen = []
-        for group in _chunks(rewards, len(groups[0])):
-            best = best_of_group(group, above=self.section.keep_above)
-            chosen += [float(place == best) for place in range(len(group))]
-        return chosen
-
-    def _imitate(
-        self, rollouts: Sequence[Rollout], each: list[Sequence[int]], chosen: Sequence[float]
-    ) -> list[dict[str, float]]:
-        metrics = []
-        for update in each:
-            kept = [index for index in update if chosen[index]]
-            if not kept:
-                continue
-            [packs] = self._plan([[len(rollouts[index].tokens) - 1 for index in kept]])
-            batches = [
-                replace(self._batch(rollouts, [kept[place] for place in packed], lambda index: {}), temperature=1.0)
-                for packed in packs
-            ]
-            metrics.append(self._step(batches, NEXT_TOKEN))
-        return metrics
+        return values
 
     # ---- common
 
-    @property
-    def _tp(self) -> int:
-        return self.trainer.state.tp.size
-
-    def _plan(self, updates: list[list[int]]) -> list[list[list[int]]]:
-        """This replica's micro batches of each update, from its sequences' lengths."""
+    def _packs(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """Those of `indices` that this replica computes, a list for each micro batch; `lengths` in tokens by index."""
         dp = self.trainer.state.dp
-        return [pack(lengths, self.capacity, dp.size)[dp.rank] for lengths in updates]
+        mine = pack([lengths[index] - 1 for index in indices], self.capacity, dp.size)[dp.rank]
+        return [[indices[place] for place in packed] for packed in mine]
 
     def _batch(
-        self, rollouts: Sequence[Rollout], packed: Sequence[int], per_token: Callable[[int], dict[str, list[float]]]
+        self, rollouts: Sequence[Rollout], packed: Sequence[int], values: Values, temperature: float
     ) -> MicroBatch:
-        """The rollouts at `packed`, at their temperature; their own tokens count and have the values of `per_token`."""
+        """The rollouts at `packed`; their own tokens count, and have `values`."""
         if not packed:
-            names = per_token(0)
-            empty = blank(self._tp)
-            return replace(empty, values={name: torch.zeros(empty.num_tokens) for name in names})
-        given = {index: [0.0] * (len(rollouts[index].prompt_token_ids) - 1) for index in packed}
-        values = {index: per_token(index) for index in packed}
+            empty = blank(self.trainer.state.tp.size)
+            return replace(empty, values={name: torch.zeros(empty.num_tokens) for name in values(0)})
+        prompts = [[0.0] * (len(rollouts[index].prompt_token_ids) - 1) for index in packed]
+        found = [values(index) for index in packed]
         batch = from_sequences(
             [rollouts[index].tokens for index in packed],
-            [given[index] + [1.0] * len(rollouts[index].token_ids) for index in packed],
-            {name: [given[index] + values[index][name] for index in packed] for name in values[packed[0]]},
+            [given + [1.0] * len(rollouts[index].token_ids) for given, index in zip(prompts, packed, strict=True)],
+            {name: [given + one[name] for given, one in zip(prompts, found, strict=True)] for name in found[0]},
         )
-        return replace(batch, temperature=self.temperature)
+        return replace(batch, temperature=temperature)
 
     def _score(
-        self, logprobs: Logprobs, rollouts: Sequence[Rollout], packs: Sequence[Sequence[int]]
+        self, logprobs: Logprobs, rollouts: Sequence[Rollout], packs: Sequence[Sequence[Sequence[int]]]
     ) -> list[tuple[float, ...]]:
         """Log-probabilities of the sampled tokens of all rollouts, of which this replica computes those in `packs`."""
-        starts = [0]
-        for rollout in rollouts:
-            starts.append(starts[-1] + len(rollout.token_ids))
+        mine = [packed for update in packs for packed in update]
+        starts = [0, *accumulate(len(rollout.token_ids) for rollout in rollouts)]
         found = torch.zeros(starts[-1], device=self.trainer.device)
-        scores = logprobs([self._batch(rollouts, packed, lambda index: {}) for packed in packs])
-        for packed, batch in zip(packs, scores, strict=True):
-            offset = 0
+        scores = logprobs([self._batch(rollouts, packed, _no_values, self.temperature) for packed in mine])
+        for packed, batch in zip(mine, scores, strict=True):
+            end = 0
             for index in packed:
-                offset += len(rollouts[index].tokens) - 1
-                count = len(rollouts[index].token_ids)
-                found[starts[index] : starts[index + 1]] = batch[offset - count : offset]
+                end += len(rollouts[index].tokens) - 1
+                found[starts[index] : starts[index + 1]] = batch[end - len(rollouts[index].token_ids) : end]
         values = all_reduce_sum(found, self.trainer.state.dp).tolist()  # others have zeros where this one has values
-        return [tuple(values[lo:hi]) for lo, hi in zip(starts, starts[1:], strict=False)]
+        return [tuple(values[lo:hi]) for lo, hi in pairwise(starts)]
 
     def _step(self, batches: Sequence[MicroBatch], loss: Loss) -> dict[str, float]:
         report = self.trainer.step(batches, loss)
@@ -225,14 +197,5 @@ class Learner:
         return values
 
 
-def _split(items: Sequence[int], parts: int) -> Iterator[Sequence[int]]:
-    size = len(items) // parts
-    return (items[at : at + size] for at in range(0, size * parts, size))
-
-
-def _chunks(items: Sequence[float], size: int) -> Iterator[Sequence[float]]:
-    return (items[at : at + size] for at in range(0, len(items), size))
-
-
-def _means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else ())}
+def _no_values(index: int) -> dict[str, list[float]]:
+    return {}

@@ -12,8 +12,9 @@ from typing import Any
 
 from megalite.config.schema import HybridConfig
 from megalite.files import LineFile
+from megalite.hybrid.algorithms import chunks
 from megalite.hybrid.learner import UpdateResult
-from megalite.hybrid.rollout import Rollout, ScoredRollout, rollout_file, write_rollouts
+from megalite.hybrid.rollout import Rollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_duration, format_rate, wrapped
 from megalite.train.flops import training_flops
@@ -66,14 +67,12 @@ class Record:
             line = f"supervised step {step}/{self.supervised_steps}  loss {values['loss']:.4f}"
             self._tell(f"{line}  norm {values['gradient_norm']:.3f}", {"supervised_step": step, **values})
 
-    def iteration(
-        self, number: int, rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], update: UpdateResult
-    ) -> None:
+    def iteration(self, number: int, rollouts: Sequence[Rollout], update: UpdateResult) -> None:
         """An iteration is done, the `number`th."""
         if not self.speaks:
             return
-        write_rollouts(rollout_file(self.rollouts, number), number, rollouts, scored)
-        values = self._values(rollouts, scored, update)
+        write_rollouts(rollout_file(self.rollouts, number), number, rollouts, update.scored)
+        values = self._values(rollouts, update)
         self.learnt_tokens += sum(len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts)
         self.lasted.append(values["seconds"])
         line = None
@@ -84,10 +83,8 @@ class Record:
         if self.board is not None:
             self.board.write(number, values)
 
-    def _values(
-        self, rollouts: Sequence[Rollout], scored: Sequence[ScoredRollout], update: UpdateResult
-    ) -> dict[str, Any]:
-        rewards = [one.reward for one in scored]
+    def _values(self, rollouts: Sequence[Rollout], update: UpdateResult) -> dict[str, Any]:
+        rewards = [one.reward for one in update.scored]
         size = self.config.samples_per_prompt
         tokens = sum(len(one.token_ids) for one in rollouts)
         seconds = time.monotonic() - self.began
@@ -96,8 +93,8 @@ class Record:
         learning = max(self.seconds.get("learning", seconds), 1e-9)
         return {
             "reward": statistics.fmean(rewards),
-            "reward_of_best": statistics.fmean(max(rewards[at : at + size]) for at in range(0, len(rewards), size)),
-            "reward_failures": sum(one.failure is not None for one in scored),
+            "reward_of_best": statistics.fmean(map(max, chunks(rewards, size))),
+            "reward_failures": sum(one.failure is not None for one in update.scored),
             "length": tokens / len(rollouts),
             "finished": sum(one.finish_reason == "stop" for one in rollouts) / len(rollouts),
             **update.metrics,

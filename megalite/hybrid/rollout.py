@@ -79,11 +79,11 @@ def rollout_file(folder: Path, iteration: int) -> Path:
     return folder / f"iteration-{iteration:06d}.jsonl"
 
 
-def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], judged: Iterable[ScoredRollout]) -> None:
+def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], scored: Iterable[ScoredRollout]) -> None:
     """One JSON line a sample; the file is there whole or not at all."""
     lines = []
-    for rollout, verdict in zip(rollouts, judged, strict=True):
-        values: dict[str, Any] = {"iteration": iteration, **_values(rollout), **_values(verdict)}
+    for rollout, score in zip(rollouts, scored, strict=True):
+        values: dict[str, Any] = {"iteration": iteration, **_values(rollout), **_values(score)}
         values["sampler_logprobs"] = values.pop("logprobs")
         lines.append(json.dumps(values, ensure_ascii=False, allow_nan=False))
     write_durably(path, "".join(f"{line}\n" for line in lines))

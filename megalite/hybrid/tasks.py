@@ -81,7 +81,7 @@ def load_examples(
         problems = check_source(source, options)
         if problems:
             raise ConfigError(*problems)
-        entries = _read(Path(source), lambda line: is_held_out(line, held_out) == (split == "held_out"))
+        entries = _read(Path(source), split, held_out)
     problems, examples = [], []
     for where, record in entries:
         try:
@@ -123,13 +123,14 @@ def _made(
         yield f"{source}[{place}]", record
 
 
-def _read(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Any]]:
-    """The records of a file's wanted lines that are not blank; a ValueError for one that can't be read."""
+def _read(path: Path, split: Split, held_out: float) -> Iterator[tuple[str, Any]]:
+    """The split's records of a file of JSON lines; a ValueError for one that can't be read."""
     try:
         with path.open("rb") as file:
             for line in json_text.lines(file):
-                if line.problem or wanted(line.raw.decode().strip()):
-                    yield f"{path.name}:{line.number}", line.problem or line.value
+                text = line.raw.decode(errors="surrogateescape")
+                if is_held_out(text, held_out) == (split == "held_out"):
+                    yield f"{path.name}:{line.number}", line.value if line.problem is None else line.problem
     except OSError as error:
         raise ConfigError(Problem(key="data.source", rule=f"{error.strerror}", value=str(path))) from error
 
