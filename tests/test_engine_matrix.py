@@ -1,24 +1,42 @@
-"""Every family in every layout generates what transformers generates: paged cache, chunked prefill, cohorts and all."""
+"""Every family in every layout generates and scores what transformers does: the promise of the project in one table.
+
+Generation: paged cache, chunked prefill, cohorts and all. Scores: packed forward passes through the training pipeline.
+"""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from pool_runtime import PoolRuntime
-from test_layout_matrix import LAYOUTS, MAX_TOKENS, PROMPTS, TOLERANCE, VARIANT_NAMES
-from tiny_models import VOCAB
+from tiny_models import VARIANTS, VOCAB
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
 from megalite.inference.io.inputs import make_request
 from megalite.inference.replica import load_replica
 from megalite.inference.run import prompt_limits, run_everywhere
+from megalite.train.micro_batch import from_sequences
+from megalite.train.model import Scorer
+
+FEWER_LAYOUTS = [(1, 1, 1), (4, 1, 1), (2, 2, 1)]
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (3, 1, 1), (1, 3, 1)]
+FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "phi3_longrope", "gpt2")
+"""Of each family the variant that is run in every layout; what a checkpoint says otherwise needs fewer."""
+VARIANT_NAMES = [*VARIANTS, "gpt2_bare"]
+CASES = [(name, layout) for name in VARIANT_NAMES for layout in (LAYOUTS if name in FAMILIES else FEWER_LAYOUTS)]
+TOLERANCE = 1e-4
+MAX_TOKENS = 12
+
+_random = random.Random(1)
+PROMPTS = [[_random.randrange(3, VOCAB) for _ in range(length)] for length in (1, 7, 19, 40)]
 
 
-def generate(rank: int, folder: Path, layout: Layout):
-    """(tokens, log-probabilities [prompt + output - 1, vocab] after all positions but the last) of each prompt.
+def generate_and_score(rank: int, folder: Path, layout: Layout, sequences: list[list[int]]):
+    """(tokens, log-probabilities [prompt + output - 1, vocab] after all positions but the last) of each prompt; and
+    the log-probability of every next token of `sequences`.
 
     The engine has small blocks and a small token budget, so that prompts are prefilled in chunks and wait for places.
     """
@@ -38,15 +56,25 @@ def generate(rank: int, folder: Path, layout: Layout):
         entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
         rows = [[entry[token].logprob for token in range(VOCAB)] for entry in entries]
         results.append((output.outputs[0].token_ids, torch.tensor(rows)))
-    return results
+    [scores] = Scorer(replica.decoder).logprobs([from_sequences(sequences, [[1.0] * (len(s) - 1) for s in sequences])])
+    return results, scores
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}pp{}dp{}".format(*layout))
 @pytest.mark.parametrize("name", VARIANT_NAMES)
-def test_engine_equals_transformers(name, layout, tiny, reference, ranks):
+def test_greedy_choices_of_the_reference_are_not_near_ties(name, reference):
+    """Otherwise equal tokens would be luck."""
+    generated = reference(name, PROMPTS, MAX_TOKENS)
+    assert min(g.margin for g in generated) > 10 * TOLERANCE
+    assert len({token for g in generated for token in g.tokens}) > 4
+
+
+@pytest.mark.parametrize("name, layout", CASES, ids=lambda one: one if isinstance(one, str) else str(Layout(*one)))
+def test_equals_transformers(name, layout, tiny, reference, ranks):
     layout = Layout(*layout)
     expected = reference(name, PROMPTS, MAX_TOKENS)
-    for results in ranks(layout.size).run(generate, tiny(name), layout):
+    nexts = [want.logprobs[:-1].gather(1, torch.tensor(want.ids)[1:, None])[:, 0] for want in expected]
+    for results, scores in ranks(layout.size).run(generate_and_score, tiny(name), layout, [g.ids for g in expected]):
         for want, (tokens, logprobs) in zip(expected, results, strict=True):
             assert tokens == want.tokens
             torch.testing.assert_close(logprobs, want.logprobs[:-1], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(scores, torch.cat(nexts), atol=TOLERANCE, rtol=0)
