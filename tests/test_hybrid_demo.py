@@ -171,6 +171,7 @@ def test_functions_of_the_standard_library_score_well_as_they_are():
     examples = load_examples(LIBRARY, {}, split="train")
     assert len(examples) > 300
     assert all(is_held_out(one.record["origin"].partition(":")[0], 0.03) for one in examples)
+    examples = examples[:80]
     whole = [complete_function(one.prompt, one.response, one.record) for one in examples]
     halves = [complete_function(one.prompt, one.response[: len(one.response) // 2], one.record) for one in examples]
     assert sum(whole) / len(whole) > 0.9 and sum(halves) / len(halves) < 0.4

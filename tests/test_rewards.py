@@ -30,19 +30,16 @@ from megalite.run.processes import Process
 
 
 @pytest.mark.parametrize(
-    ("completion", "reward"),
-    [("46", 1), (" 46 \n12+1=13", 1), ("\n46", 0), ("46.", 0), ("", 0), ("146\n", 0)],
+    ("reward", "example", "wanted"),
+    [
+        (exact_match, {"answer": "46"}, {"46": 1, " 46 \n12+1=13": 1, "\n46": 0, "46.": 0, "": 0, "146\n": 0}),
+        (exact_match, {"answer": 46}, {"46": 1, "64": 0}),
+        (matches_pattern, {"pattern": r"[a-z]+\d+\n"}, {"ab12\n": 1, "ab12\n\n": 0}),
+        (length_close, {"length": 10}, {"": 0, "x" * 5: 0.5, "x" * 10: 1, "x" * 15: 0.5, "x" * 20: 0, "x" * 90: 0}),
+    ],
 )
-def test_exact_match(completion, reward):
-    assert exact_match("12+34=", completion, {"answer": "46"}) == reward
-    assert exact_match("12+34=", completion, {"answer": 46}) == reward
-
-
-def test_pattern_and_length():
-    assert matches_pattern("", "ab12\n", {"pattern": r"[a-z]+\d+\n"}) == 1
-    assert matches_pattern("", "ab12\n\n", {"pattern": r"[a-z]+\d+\n"}) == 0
-    lengths = {0: 0, 5: 0.5, 10: 1, 15: 0.5, 20: 0, 90: 0}
-    assert {n: length_close("", "x" * n, {"length": 10}) for n in lengths} == lengths
+def test_rewards_of_a_completion_alone(reward, example, wanted):
+    assert {completion: reward("12+34=", completion, example) for completion in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -419,29 +416,28 @@ def test_shipped_rewards_are_served():
     assert scored == [Scored(reward=1.0), Scored(reward=0.0)]
 
 
-@pytest.mark.parametrize(
-    ("completion", "failure"),
-    [
-        ("1 / 0", r"raised ZeroDivisionError: division by zero \(<string>:1\)"),
-        ("float('nan')", "returned nan, which is not a finite number"),
-        ("float('-inf')", "returned -inf, which is not a finite number"),
-        ("'1'", "returned '1', which is not a finite number"),
-        ("None", "returned None, which is not a finite number"),
-        ("10**400", "raised OverflowError.*"),
-        ("sys.exit(0)", "raised SystemExit: 0.*"),
-        ("os._exit(3)", r"its process died \(exit status 3\)"),
-        ("os.kill(os.getpid(), 9)", r"its process died \(SIGKILL\)"),
-        ("ctypes.string_at(0)", r"its process died \(SIGSEGV\)"),
-        ("os.closerange(3, 99)", "(its process died|closed the pipe).*"),
-        ("os.write(int(sys.argv[2]), b'?\\n')", "wrote into the pipe of its process"),
-        ("os.write(int(sys.argv[2]), b'{}\\n')", "wrote into the pipe of its process"),
-    ],
-)
-def test_a_bad_reward_costs_one_sample(own, completion, failure):
-    scored = evaluate(["1", completion, "True", "3"], workers=1)
-    assert [one.reward for one in scored] == [1, -1, 1, 3]
-    assert [one.failure is None for one in scored] == [True, False, True, True]
-    assert re.fullmatch(failure, scored[1].failure), scored[1].failure
+BAD_REWARDS = [
+    ("1 / 0", r"raised ZeroDivisionError: division by zero \(<string>:1\)"),
+    ("float('nan')", "returned nan, which is not a finite number"),
+    ("float('-inf')", "returned -inf, which is not a finite number"),
+    ("'1'", "returned '1', which is not a finite number"),
+    ("None", "returned None, which is not a finite number"),
+    ("10**400", "raised OverflowError.*"),
+    ("sys.exit(0)", "raised SystemExit: 0.*"),
+    ("os._exit(3)", r"its process died \(exit status 3\)"),
+    ("os.kill(os.getpid(), 9)", r"its process died \(SIGKILL\)"),
+    ("ctypes.string_at(0)", r"its process died \(SIGSEGV\)"),
+    ("os.closerange(3, 99)", "(its process died|closed the pipe).*"),
+    ("os.write(int(sys.argv[2]), b'?\\n')", "wrote into the pipe of its process"),
+    ("os.write(int(sys.argv[2]), b'{}\\n')", "wrote into the pipe of its process"),
+]
+
+
+def test_a_bad_reward_costs_one_sample(own):
+    scored = evaluate([text for number, (bad, _) in enumerate(BAD_REWARDS) for text in (str(number), bad)], workers=3)
+    assert scored[::2] == [Scored(reward=number) for number in range(len(BAD_REWARDS))]
+    for (completion, failure), found in zip(BAD_REWARDS, scored[1::2], strict=True):
+        assert found.reward == -1 and re.fullmatch(failure, found.failure), (completion, found.failure)
 
 
 def test_a_program_can_not_spoil_the_samples_of_others():

@@ -22,7 +22,7 @@ from megalite.inference.run import prepare_each, prompt_limits, run_here
 log = logging.getLogger(__name__)
 
 _STOPPED = b"stopped "
-"""Begins what is told instead of samples when a signal has come."""
+"""Begins what is sent instead of samples when a signal has come."""
 
 
 class Generator:
@@ -43,37 +43,83 @@ class Generator:
 
         ConfigError names every example that leaves no room for its output.
         """
-        self.replica = replica
         self.layout = layout
-        self.stop_requested = stop_requested
         self.sampled_tokens = 0
         """Of all samples so far."""
-        self.params = replace(sampling, n=samples)
-        self.requests: dict[int, Request] = {}
-        self.texts: dict[int, str] = {}
+        self.sampler = None
         if replica is not None:
-            self._prepare(examples)
+            self.sampler = _Sampler(replica, examples, replace(sampling, n=samples), at_once, stop_requested)
+        self.rank = replica.state.rank if replica is not None else None
         first = layout.control_ranks[0]
-        known = (
-            json.dumps(list(self.requests)).encode() if replica is not None and replica.state.rank == first else None
+        known = list(self.sampler.requests) if self.sampler and self.rank == first else None
+        self.places: list[int] = json.loads(
+            broadcast_bytes(json.dumps(known).encode() if known is not None else None, first)
         )
-        self.places: list[int] = json.loads(broadcast_bytes(known, first))
         """Of the examples that can be sampled for, the same everywhere."""
         if not self.places:
             raise ConfigError(Problem(key="tokenizer.path", rule="the tokenizer fails at every example"))
-        if replica is None:
-            return
-        longest = max(len(request.prompt_token_ids) for request in self.requests.values()) + self.params.max_tokens
-        self.engine = replica.engine(longest=longest, sequences=samples * at_once, at_temperature=True)
+
+    def sample(self, places: Sequence[int], *, first: int, weight_version: int) -> list[Rollout]:
+        """The samples of the examples at `places`, some of `self.places`, group after group.
+
+        Collective over the run, the same everywhere.
+
+        `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
+        and its place in the group, so no two are clones. Stopped on every rank, if a signal has stopped the sampling.
+        """
+        mine = self.sampler.groups(places, first, weight_version) if self.sampler else b""
+        groups: dict[int, list[Rollout]] = {}
+        for source in self.layout.control_ranks:
+            data = broadcast_bytes(mine if self.rank == source else None, source)
+            if data.startswith(_STOPPED):
+                raise Stopped(int(data.removeprefix(_STOPPED)))
+            groups |= unpack_groups(data)
+        rollouts = [rollout for number in range(len(places)) for rollout in groups[number]]
+        self.sampled_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+        return rollouts
+
+    def renew(self) -> None:
+        """The weights have changed."""
+        if self.sampler:
+            self.sampler.engine.renew()
+
+    def sleep(self) -> None:
+        """Give the KV cache's memory back."""
+        if self.sampler:
+            self.sampler.engine.sleep()
+
+    def wake(self) -> None:
+        if self.sampler:
+            self.sampler.engine.wake()
+
+
+class _Sampler:
+    """The requests of one replica, and its engine."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        examples: Sequence[Example],
+        params: SamplingParams,
+        at_once: int,
+        stop_requested: Callable[[], bool],
+    ):
+        self.replica = replica
+        self.stop_requested = stop_requested
+        self.requests: dict[int, Request] = {}
+        """By the place of the example; ids and seeds are those of the iteration that asks."""
+        self.texts: dict[int, str] = {}
+        self._prepare(examples, params)
+        longest = max((len(one.prompt_token_ids) + one.max_tokens for one in self.requests.values()), default=1)
+        self.engine = replica.engine(longest=longest, sequences=params.n * at_once, at_temperature=True)
         self.calls = 0
 
-    def _prepare(self, examples: Sequence[Example]) -> None:
-        """A request and the prompt's text for each example; ids and seeds are those of the iteration that asks."""
+    def _prepare(self, examples: Sequence[Example], params: SamplingParams) -> None:
         limits = prompt_limits(self.replica)
         asked = [
             Asked(
-                prompt=example.prompt if example.messages is None else list(example.messages),
-                params=self.params,
+                prompt=example.messages or example.prompt or "",
+                params=params,
                 id=str(index),
                 index=index,
                 where=example.where,
@@ -90,39 +136,19 @@ class Generator:
                 problems += made.problems
                 continue
             request, text = made
-            if request.max_tokens < self.params.max_tokens:
+            if params.max_tokens is not None and request.max_tokens < params.max_tokens:
                 rule = (
                     f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "
-                    f"{self.params.max_tokens} is more than max_model_len = {limits.max_model_len}"
+                    f"{params.max_tokens} is more than max_model_len = {limits.max_model_len}"
                 )
                 problems.append(Problem(key=example.where, rule=rule, fix="Shorten it, or lower sampling.max_tokens."))
-            self.requests[place], self.texts[place] = request, text
-        limits.tokenizer.close()
+            self.requests[place], self.texts[place] = request, text or ""
+        if limits.tokenizer is not None:
+            limits.tokenizer.close()
         if problems:
             raise ConfigError(*problems[:10])
 
-    def sample(self, places: Sequence[int], *, first: int, weight_version: int) -> list[Rollout]:
-        """The samples of the examples at `places`, some of `self.places`, group after group.
-
-        Collective over the run, the same everywhere.
-
-        `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
-        and its place in the group, so no two are clones. Stopped on every rank, if a signal has stopped the sampling.
-        """
-        rank, mine = None, b""
-        if self.replica is not None:
-            rank, mine = self.replica.state.rank, self._generate(places, first, weight_version)
-        groups: dict[int, list[Rollout]] = {}
-        for source in self.layout.control_ranks:
-            data = broadcast_bytes(mine if rank == source else None, source)
-            if data.startswith(_STOPPED):
-                raise Stopped(int(data.removeprefix(_STOPPED)))
-            groups |= unpack_groups(data)
-        rollouts = [rollout for number in range(len(places)) for rollout in groups[number]]
-        self.sampled_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
-        return rollouts
-
-    def _generate(self, places: Sequence[int], first: int, weight_version: int) -> bytes:
+    def groups(self, places: Sequence[int], first: int, weight_version: int) -> bytes:
         """This replica's groups, packed; or the signal that has stopped them, which all ranks are to hear of."""
         seed = self.replica.settings.seed
         requests = [
@@ -136,26 +162,8 @@ class Generator:
             outputs = run_here(self.replica, self.engine, requests, texts, key=key, stop_requested=self.stop_requested)
         except Stopped as stop:
             return _STOPPED + str(stop.signum).encode()
-        return pack_groups(
-            {
-                int(output.request_id): _group(output, places[int(output.request_id)], weight_version)
-                for output in outputs
-            }
-        )
-
-    def renew(self) -> None:
-        """The weights have changed."""
-        if self.replica is not None:
-            self.engine.renew()
-
-    def sleep(self) -> None:
-        """Give the KV cache's memory back."""
-        if self.replica is not None:
-            self.engine.sleep()
-
-    def wake(self) -> None:
-        if self.replica is not None:
-            self.engine.wake()
+        groups = {int(output.request_id): output for output in outputs}
+        return pack_groups({number: _group(one, places[number], weight_version) for number, one in groups.items()})
 
 
 def _group(output: RequestOutput, place: int, weight_version: int) -> list[Rollout]:

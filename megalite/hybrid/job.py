@@ -13,7 +13,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from hashlib import sha256
 
 import torch
@@ -27,7 +26,7 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, Stopped, maybe_fault
 from megalite.hybrid.generator import Generator
-from megalite.hybrid.job_files import JobFiles
+from megalite.hybrid.job_files import HybridProgress, JobFiles
 from megalite.hybrid.learner import Learner
 from megalite.hybrid.record import Record
 from megalite.hybrid.rollout import Rollout
@@ -59,16 +58,6 @@ def run(loaded: Loaded) -> int:
         distributed.prepare_deepspeed(runtime)
         Job(config, runtime).run()
     return EXIT_DONE
-
-
-@dataclass
-class HybridProgress:
-    """How far a job has come; saved with the weights."""
-
-    supervised_steps: int = 0
-    iterations: int = 0
-    weight_version: int = 0
-    """Of the weights that were sampled with last."""
 
 
 class Job:
@@ -332,7 +321,7 @@ class Job:
     def _resume(self) -> None:
         found = self.files.load_state(self.trainer)
         if found is not None:
-            self.progress = HybridProgress(**found)
+            self.progress = found
             self.sync.version = self.progress.weight_version
             self.record.say(
                 f"going on after {self.progress.supervised_steps} supervised steps and "
@@ -342,7 +331,7 @@ class Job:
 
     def _save(self) -> None:
         if self.trainer is not None:
-            self.files.save_state(self.trainer, asdict(self.progress))
+            self.files.save_state(self.trainer, self.progress)
 
     def _wait_for_all(self) -> None:
         if dist.is_initialized() and self.runtime.world_size > 1:

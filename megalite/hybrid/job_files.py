@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.hybrid.tasks import Example, load_examples
 from megalite.model.decoder import Decoder
-from megalite.text.tokenizer import Tokenizer, TokenizerError
+from megalite.text.detokenizer import TokenizerError
+from megalite.text.tokenizer import Tokenizer
 from megalite.train.checkpoint import (
     check_same_model,
     load_state,
@@ -41,6 +43,16 @@ from megalite.weights.transfer import load_folder
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class HybridProgress:
+    """How far a job has come; saved with the weights."""
+
+    supervised_steps: int = 0
+    iterations: int = 0
+    weight_version: int = 0
+    """Of the weights that were sampled with last."""
+
+
 class JobFiles:
     """Every rank constructs it alike; one writes."""
 
@@ -48,11 +60,12 @@ class JobFiles:
         """`wait` returns when every rank has called it. ConfigError names what can't be used."""
         self.config = config
         self.is_writer = is_writer
+        data = config.data
+        assert config.output.folder is not None and data.source is not None, "checked by config.validate"
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
         self.references = self.folder / "training" / "reference"
         self.found = state_to_resume(self.states, resume=config.output.resume)
-        data = config.data
         variables = section_variables(data)
         self.examples = load_examples(data.source, data.options, split="train", seed=data.seed, variables=variables)
         wait()  # until all have looked for a state: what is unfinished goes now
@@ -99,37 +112,36 @@ class JobFiles:
         found = []
         for example in self.examples:
             try:
-                found.append(self._response(example))
+                found.append(self._response(example, example.response or ""))
             except TokenizerError as error:  # no fault of the example's
                 log.warning("%s is left out: %s", example.where, error)
         if not found:
             raise ConfigError(Problem(key="tokenizer.path", rule="the tokenizer fails at every example"))
         return found
 
-    def _response(self, example: Example) -> supervised.Encoded:
+    def _response(self, example: Example, response: str) -> supervised.Encoded:
         if example.messages is None:
-            return supervised.encode_pair(self.tokenizer, example.prompt, example.response, self.end)
-        chat = (example.messages, example.response, self.end)
-        return supervised.encode_answer(self.tokenizer, *chat, **example.variables)
+            return supervised.encode_pair(self.tokenizer, example.prompt or "", response, self.end)
+        return supervised.encode_answer(self.tokenizer, example.messages, response, self.end, **example.variables)
 
     # ---- checkpoints and the model
 
-    def save_state(self, trainer: Trainer, progress: dict[str, Any]) -> None:
+    def save_state(self, trainer: Trainer, progress: HybridProgress) -> None:
         """Collective over the training layout."""
-        self._save(trainer, self.states, {"progress": progress})
+        self._save(trainer, self.states, {"progress": asdict(progress)})
 
-    def load_state(self, trainer: Trainer | None) -> dict[str, Any] | None:
+    def load_state(self, trainer: Trainer | None) -> HybridProgress | None:
         """Go on from the newest state, if there is one: its progress. Collective; `trainer` where there is one."""
         if self.found is None:
             return None
         path, manifest = self.found
         check_same_model(manifest, self.base)
         progress = manifest.training.get("progress")
-        if not isinstance(progress, dict) or progress.keys() != {"supervised_steps", "iterations", "weight_version"}:
+        if not isinstance(progress, dict) or progress.keys() != {field.name for field in fields(HybridProgress)}:
             raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
         if trainer is not None:
             load_state(trainer, path)
-        return progress
+        return HybridProgress(**progress)
 
     def save_reference(self, trainer: Trainer) -> None:
         """Keep the model as it is now for `load_reference`. Collective over the training layout."""

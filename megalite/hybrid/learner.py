@@ -92,7 +92,8 @@ class Learner:
         old = self._score(self.trainer.logprobs, rollouts, packs)
         advantages = self._advantages([one.reward for one in scored])
         loss: Loss = NEXT_TOKEN
-        values, temperature = _no_values, 1.0
+        values: Values = _no_values
+        temperature = 1.0
         if section.algorithm == "grpo":
             loss = PolicyLoss(section.clip_low, section.clip_high, section.kl_coefficient)
             reference = None if self.reference is None else self._score(self.reference, rollouts, packs)

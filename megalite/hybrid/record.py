@@ -153,4 +153,4 @@ def _line(number: int, steps: int, values: dict[str, Any], left: float) -> str:
 
 
 def _is_done(values: Mapping[str, Any], supervised_steps: int, iterations: int) -> bool:
-    return values.get("supervised_step", 0) <= supervised_steps and values.get("iteration", 0) <= iterations
+    return bool(values.get("supervised_step", 0) <= supervised_steps and values.get("iteration", 0) <= iterations)

@@ -70,7 +70,10 @@ def unpack_groups(data: bytes) -> dict[int, list[Rollout]]:
     lines, ids, logprobs = unpack(data)
     sizes, *words = map(json.loads, lines.split(b"\n"))
     rows = zip(words, ids[::2], ids[1::2], logprobs, strict=True)
-    rollouts = (Rollout(**one, **dict(zip(_NUMBERS, map(tuple, row), strict=True))) for one, *row in rows)
+    rollouts = (
+        Rollout(prompt_token_ids=tuple(prompt), token_ids=tuple(sampled), logprobs=tuple(scores), **rest)
+        for rest, prompt, sampled, scores in rows
+    )
     return {int(number): list(islice(rollouts, size)) for number, size in sizes.items()}
 
 

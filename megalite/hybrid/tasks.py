@@ -9,7 +9,7 @@ on its arguments alone, so that every rank, and a job that is resumed, makes the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,7 +35,7 @@ class Example:
     """Names it in messages: `tasks.jsonl:17`, `my_tasks:sums[3]`."""
     prompt: str | None
     """None for a chat."""
-    messages: Sequence[Mapping[str, Any]] | None
+    messages: list[dict[str, Any]] | None
     """None for a text."""
     variables: Mapping[str, Any]
     """What a chat's template sees beside the messages, e.g. `tools`."""

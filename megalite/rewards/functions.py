@@ -32,7 +32,7 @@ def matches_pattern(prompt: str, completion: str, example: Mapping[str, Any]) ->
 
 def length_close(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     """1 if the completion has `example["length"]` characters, falling to 0 at none and at twice as many."""
-    wanted = _field(example, "length")
+    wanted: float = _field(example, "length")
     return max(0.0, 1.0 - abs(len(completion) - wanted) / max(1, wanted))
 
 

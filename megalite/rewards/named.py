@@ -65,8 +65,8 @@ class NamedFunction:
             fix = f"Write {':'.join(module_name.rsplit('.', 1))}." if "." in module_name and not colon else ""
             raise self._error("must be package.module:function", fix)
         module = self._import(module_name)
-        function = getattr(module, function_name, None)
-        if not callable(function):
+        function: Callable[..., Any] | None = getattr(module, function_name, None)
+        if function is None or not callable(function):
             functions = [one for one, value in vars(module).items() if inspect.isfunction(value) and one[0] != "_"]
             rule = f"{module_name} has no function {function_name}" if function is None else "is not a function"
             raise self._error(rule, _nearest(function_name, functions, f"{module_name}:"))

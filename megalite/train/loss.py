@@ -32,9 +32,11 @@ class TokenLoss:
 
 
 class Loss(Protocol):
-    """What a training step minimises. The names of its metrics are the same for every batch."""
+    """What a training step minimises."""
 
-    metric_names: tuple[str, ...]
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of its metrics, the same for every batch."""
 
     def __call__(self, logprobs: Tensor, batch: MicroBatch) -> TokenLoss:
         """`logprobs`: of each target, by the full distribution at the batch's temperature: float32 [T]."""
