@@ -15,7 +15,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
 from megalite.weights import shards
-from megalite.weights.hf import at_hand, open_checkpoint
+from megalite.weights.hf import at_hand, read_headers, resolve
 
 
 def check(
@@ -114,4 +114,4 @@ def _check_weights(config: Config, model: ModelConfig | None) -> None:
     if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks
         shards.open_manifest(config.model.path)
     else:
-        open_checkpoint(config.model.path, names=families.weight_names(model))
+        read_headers(resolve(config.model.path), families.weight_names(model))

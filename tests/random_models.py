@@ -12,8 +12,10 @@ from pathlib import Path
 from random import Random
 
 from megalite.model import families
+from megalite.weights.dtypes import DTYPE_BYTES
+from megalite.weights.hf import read_headers
 from megalite.weights.table import hf_shapes
-from megalite.weights.tensor_file import DTYPE_BYTES, new_header
+from megalite.weights.tensor_file import TensorInfo, new_header
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -104,3 +106,15 @@ def write_tensors(path: Path, entries: dict[str, tuple[str, tuple[int, ...]]], r
             for at in range(item - 1, len(data), item):
                 data[at] = data[at] & 0x80 | 0x38 + data[at] % 6  # sign, and an exponent near zero
             file.write(data)
+
+
+def read_bytes(info: TensorInfo) -> bytes:
+    """The bytes of a tensor, read as plainly as can be."""
+    with open(info.file, "rb") as file:
+        file.seek(info.offset)
+        return file.read(info.nbytes)
+
+
+def contents(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor of a Hugging Face folder: dtype, shape and bytes."""
+    return {name: (one.dtype, one.shape, read_bytes(one)) for name, one in read_headers(folder).tensors.items()}

@@ -28,10 +28,11 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
 from megalite.hybrid.comparison import describe
-from megalite.hybrid.fingerprint import Covered, Fingerprinter, Range
+from megalite.hybrid.fingerprint import Covered, Fingerprinter
 from megalite.hybrid.sync import Sync
 from megalite.model import families
 from megalite.train.trainer import Trainer
+from megalite.weights.table import Range
 from megalite.weights.transfer import build, load_folder, twin
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def push_and_compare(
         store_by_input(generating)
     sync = Sync(config, training, generating, source, target, bucket_bytes=BUCKET)
     if staged:
-        sync._mover.transport = torch.device("cpu", 0)  # another name of the same memory
+        sync._executor.transport = torch.device("cpu", 0)  # another name of the same memory
     addresses = {} if generating is None else {name: p.data_ptr() for name, p in generating.named_parameters()}
     assert sync.push() == 1
     assert_loaded(generating, folder, target, dtype)
@@ -334,16 +335,21 @@ def test_the_odd_one_out_is_said():
     )
 
 
+def covering(dim: int, *ranges: tuple[int, int, int]) -> Covered:
+    """A parameter that consists of ranges: where each begins in it, and its indices."""
+    return Covered("p", dim, tuple(Range(None, lo, hi, start, dim) for start, lo, hi in ranges), (0,) * len(ranges))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_fingerprint_is_of_the_values_and_their_places(dtype):
     make = Fingerprinter(CPU, dtype, largest=64, limit_bytes=300)
     values = torch.randn(24, 40).to(dtype)
-    covered = Covered("p", 0, (Range(0, 0, 24, 0),))
-    print_of = lambda x: make.of(x, covered).tolist()  # noqa: E731
+    whole_covered = covering(0, (0, 0, 24))
+    print_of = lambda x: make.of(x, whole_covered).tolist()  # noqa: E731
     whole = print_of(values)
     assert print_of(values.t().contiguous().t()) == whole, "the order in memory is no matter"
     assert print_of(torch.randn(48, 80).to(dtype)[::2, ::2].copy_(values)) == whole
-    assert Fingerprinter(CPU, dtype, largest=64, limit_bytes=1 << 20).of(values, covered).tolist() == whole
+    assert Fingerprinter(CPU, dtype, largest=64, limit_bytes=1 << 20).of(values, whole_covered).tolist() == whole
     swapped = values.clone()
     swapped[[3, 4]] = swapped[[4, 3]]
     assert print_of(swapped) != whole and print_of(values.flip(1)) != whole
@@ -359,14 +365,14 @@ def test_parts_of_a_tensor_have_the_fingerprints_of_their_places():
     """Rows 10..24 are the same whether they are a parameter of their own or the end of a stacked one."""
     make = Fingerprinter(CPU, torch.float32, largest=64, limit_bytes=1 << 20)
     values = torch.randn(24, 8)
-    parts = make.of(values, Covered("p", 0, (Range(0, 0, 10, 0), Range(10, 10, 24, 1)))).tolist()
-    assert make.of(values[10:], Covered("p", 0, (Range(0, 10, 24, 0),))).tolist() == parts[1:]
+    parts = make.of(values, covering(0, (0, 0, 10), (10, 10, 24))).tolist()
+    assert make.of(values[10:], covering(0, (0, 10, 24))).tolist() == parts[1:]
     columns = values.t().contiguous()
-    assert make.of(columns[:, 10:], Covered("p", 1, (Range(0, 10, 24, 0),))).tolist() == parts[1:]
+    assert make.of(columns[:, 10:], covering(1, (0, 10, 24))).tolist() == parts[1:]
     vector = values[:, 0].contiguous()
     assert (
-        make.of(vector[10:], Covered("p", 0, (Range(0, 10, 24, 0),))).tolist()
-        == (make.of(vector, Covered("p", 0, (Range(0, 0, 10, 0), Range(10, 10, 24, 1)))).tolist()[1:])
+        make.of(vector[10:], covering(0, (0, 10, 24))).tolist()
+        == (make.of(vector, covering(0, (0, 0, 10), (10, 10, 24))).tolist()[1:])
     )
 
 
@@ -377,5 +383,5 @@ def test_fingerprints_are_made_piece_by_piece(turned):
     values = torch.ones(512, rows).t() if turned else torch.ones(rows, 512)
     make = Fingerprinter(CPU, torch.bfloat16, largest=rows, limit_bytes=limit)
     with Allocations() as seen:
-        make.of(values, Covered("p", 0, (Range(0, 0, rows, 0),)))
+        make.of(values, covering(0, (0, 0, rows)))
     assert limit // 2 < seen.peak < limit + 48 * rows < values.nbytes // 20

@@ -21,7 +21,7 @@ from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.config import ModelConfig
 from megalite.run import runtime as distributed
-from megalite.weights.shards import expected
+from megalite.weights.table import expected
 from megalite.weights.transfer import build, load_folder
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.files import write_durably
 from megalite.tools.toolkit import Parser, main
-from megalite.weights.blocks import stored_blocks
+from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.manifest import file_name
-from megalite.weights.sources import Source, open_source
 from megalite.weights.table import hf_shapes
 
 EPILOG = """\
@@ -44,15 +43,15 @@ class Strip:
     """The range, for people."""
 
 
-def strips_of(source: Source, layout: Layout, param: str) -> list[Strip]:
+def strips_of(source: Checkpoint, layout: Layout, param: str) -> list[Strip]:
     """Every range of one local parameter on every rank that has it."""
-    _, infos = rank_files(source, layout, Path(), None)
     found = []
-    for rank in layout.ranks:
-        for name, one, block in stored_blocks(source.model, layout, rank, infos[file_name(rank)]):
-            if name == param:
-                found.append(Strip(one.piece.hf, one.lo, one.hi, rank, block.offset, block.nbytes, block.range))
-    if source.form != "hf":
+    for (rank, _), (_, blocks) in rank_files(source, layout, Path(), None).items():
+        for block in blocks:
+            if block.info.name == param:
+                one = block.range
+                found.append(Strip(one.piece.hf, one.lo, one.hi, rank, block.offset, block.nbytes, str(one)))
+    if source.manifest:
         raise ConfigError(Problem(key="--model", rule="must be in Hugging Face layout"))
     if not found:
         raise ConfigError(Problem(key="--param", rule=f"no parameter is called {param}"))
@@ -76,12 +75,12 @@ def ribbon(left: tuple[float, float], right: tuple[float, float], colour: str) -
     )
 
 
-def tensors(source: Source, extent: dict[str, int], scale: float) -> tuple[list[str], dict[str, float], float]:
+def tensors(source: Checkpoint, extent: dict[str, int], scale: float) -> tuple[list[str], dict[str, float], float]:
     """The file's tensors, one bar each: SVG, the top of each bar, and where they end."""
     shapes, lines, tops, y = hf_shapes(source.model), [], {}, float(TOP)
     for hf, rows in extent.items():
         tops[hf] = y
-        first = min(block.offset for part, blocks in source.blocks.items() if part.hf == hf for block in blocks)
+        first = min(block.offset for block in source.blocks if block.part[0] == hf)
         height = rows * scale
         shape = " x ".join(map(str, shapes[hf]))
         where = f"{shape} {source.dtypes[hf]}, bytes from {first:,}"
@@ -112,7 +111,7 @@ def files(strips: list[Strip], tops: dict[str, float], scale: float) -> tuple[li
     return ribbons, lines, y
 
 
-def draw(source: Source, layout: Layout, param: str) -> str:
+def draw(source: Checkpoint, layout: Layout, param: str) -> str:
     """The picture: the file's tensors on the left, the rank files' parameter on the right, ranges as ribbons."""
     strips = strips_of(source, layout, param)
     extent: dict[str, int] = {}
@@ -140,7 +139,7 @@ def draw(source: Source, layout: Layout, param: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    write_durably(args.out, draw(open_source(args.model), parse_layout(args.layout), args.param))
+    write_durably(args.out, draw(open_checkpoint(args.model), parse_layout(args.layout), args.param))
     return 0
 
 

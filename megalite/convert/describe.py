@@ -1,46 +1,39 @@
-"""What a checkpoint is, in numbers: a Hugging Face folder, rank shards or training state. Importable without torch."""
+"""What a checkpoint is, in numbers: a Hugging Face folder, rank shards or training state. Torch-free."""
 
 from __future__ import annotations
 
 import difflib
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
-from megalite.weights.blocks import Block, Blocks, Move, plan
-from megalite.weights.copying import Reading, matrices
-from megalite.weights.dtypes import STORAGE, to_float
+from megalite.weights.checkpoint import Checkpoint, open_checkpoint
+from megalite.weights.copying import OpenFiles, matrices
+from megalite.weights.dtypes import DTYPE_BYTES
 from megalite.weights.folder import ModelFolder
 from megalite.weights.manifest import WEIGHT
-from megalite.weights.sources import Source, open_source
+from megalite.weights.moves import Block, Move, move_of
+from megalite.weights.rounding import Elements, to_float
 from megalite.weights.table import hf_shapes
-from megalite.weights.tensor_file import DTYPE_BYTES
 
 
 def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
     """Facts that JSON can hold. Sizes are bytes, `tensors` are the model's own, the largest first."""
-    source = open_source(path, revision)
-    shapes = hf_shapes(source.model)
-    tensors = [
-        {
-            "name": name,
-            "shape": list(shape),
-            "dtype": source.dtypes[name],
-            "bytes": math.prod(shape) * DTYPE_BYTES[source.dtypes[name]],
-        }
-        for name, shape in shapes.items()
-    ]
-    dtypes = Counter()
-    for tensor in tensors:
-        dtypes[tensor["dtype"]] += tensor["bytes"]
+    source = open_checkpoint(path, revision)
+    shapes, dtypes = hf_shapes(source.model), source.dtypes
+    sizes = {name: math.prod(shape) * DTYPE_BYTES[dtypes[name]] for name, shape in shapes.items()}
+    by_dtype: Counter[str] = Counter()
+    for name, size in sizes.items():
+        by_dtype[dtypes[name]] += size
+    layout = source.layout
+    interleaved = {"interleave": layout.interleave} if layout.interleave > 1 else {}
+    training = source.manifest.training if source.manifest else {}
     return {
         "path": str(source.folder),
         "form": _form(source),
@@ -50,14 +43,19 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
         "layers": source.model.num_layers,
         **_model(source.model),
         **_beside(source.beside),
-        "layout": _layout(source) if source.form == "shards" else None,
+        "layout": {"tp": layout.tp, "pp": layout.pp, **interleaved} if source.manifest else None,
         "bytes": source.nbytes,
-        "dtypes": dict(dtypes.most_common()),
+        "dtypes": dict(by_dtype.most_common()),
         "kinds": source.kinds,
         "files": _files(source),
-        "tensors": sorted(tensors, key=lambda tensor: -tensor["bytes"]),
+        "tensors": [
+            {"name": name, "shape": list(shapes[name]), "dtype": dtypes[name], "bytes": sizes[name]}
+            for name in sorted(sizes, key=lambda name: -sizes[name])
+        ],
         "left_out": list(source.left_out),
-        "training": _plain(source.manifest.training) if source.manifest else {},
+        "training": {
+            key: f"{len(value)} entries" if isinstance(value, dict | list) else value for key, value in training.items()
+        },
         "notes": source.notes,
     }
 
@@ -93,18 +91,13 @@ def _beside(folder: ModelFolder) -> dict[str, Any]:
     return found
 
 
-def _form(source: Source) -> str:
-    if source.form == "hf":
+def _form(source: Checkpoint) -> str:
+    if not source.manifest:
         return "Hugging Face folder"
     return "rank shards" if source.kinds == [WEIGHT] else "training state"
 
 
-def _layout(source: Source) -> dict[str, int]:
-    interleaved = {"interleave": source.layout.interleave} if source.layout.interleave > 1 else {}
-    return {"tp": source.layout.tp, "pp": source.layout.pp, **interleaved}
-
-
-def _files(source: Source) -> list[dict[str, Any]]:
+def _files(source: Checkpoint) -> list[dict[str, Any]]:
     """Each weight file; of a rank file also which rank and layers."""
     found = []
     costs = source.model.layer_costs()
@@ -120,73 +113,62 @@ def _files(source: Source) -> list[dict[str, Any]]:
     return found
 
 
-def _plain(training: dict[str, Any]) -> dict[str, Any]:
-    """The short facts of a training run; what is long is only counted."""
-    return {
-        key: value if not isinstance(value, dict | list) else f"{len(value)} entries" for key, value in training.items()
-    }
+def describe_tensor(
+    path: str | Path, name: str, revision: str | None = None, *, statistics: bool = False
+) -> dict[str, Any]:
+    """Shape, dtype and where it lies of one tensor, by its Hugging Face name.
 
-
-def describe_tensor(path: str | Path, name: str, revision: str | None = None) -> dict[str, Any]:
-    """Shape, dtype, where it lies and statistics of one tensor, by its Hugging Face name.
-
-    For rank shards also by the name of a local parameter, which is then told of each rank that has it. ConfigError if
-    there is no such tensor.
+    For rank shards also by the name of a local parameter, of each rank that has it. `statistics`: of its elements as
+    well, which are read for that. ConfigError if there is no such tensor.
     """
-    source = open_source(path, revision)
-    weights: Blocks = {part: blocks for part, blocks in source.blocks.items() if part.kind == WEIGHT}
+    source = open_checkpoint(path, revision)
     if source.bare and name not in source.dtypes:
         name = families.weight_names(source.model).prefix + name
     if name in source.dtypes:
-        moves = plan(weights, {part: [] for part in weights if part.hf == name})
-        places = [(block.file.name, block.tensor, block.range) for move in moves for block in weights[move.part]]
+        blocks = [block for block in source.blocks if block.part[0] == name and block.kind == WEIGHT]
+        starts = sorted({block.part for block in blocks})
+        moves = [move_of(block for block in blocks if block.part == part) for part in starts]
         return {
             "name": name,
             "shape": list(hf_shapes(source.model)[name]),
             "dtype": source.dtypes[name],
-            "places": [{"file": file, "tensor": tensor, "range": text} for file, tensor, text in places],
-            "statistics": _statistics(moves),
+            "places": [
+                {"file": block.file.name, "tensor": block.info.name, "range": str(block.range)} for block in blocks
+            ],
+            **({"statistics": _statistics(moves)} if statistics else {}),
         }
-    local = {name for infos in source.files.values() for name in infos}
-    if name not in local:
-        known = sorted({*source.dtypes, *local})
+    ranks = [
+        _local([block for block in source.blocks if block.info is infos[name]], statistics)
+        for infos in source.files.values()
+        if name in infos
+    ]
+    if not ranks:
+        known = sorted({*source.dtypes, *(name for infos in source.files.values() for name in infos)})
         close = difflib.get_close_matches(name, known, n=1)
         fix = f"Did you mean {close[0]}?" if close else "Without --tensor, all names are listed."
         raise ConfigError(Problem(key="--tensor", rule=f"no tensor is called {name}", fix=fix))
-    return {
-        "name": name,
-        "ranks": [_local(source, file, name) for file, infos in source.files.items() if name in infos],
-    }
+    return {"name": name, "ranks": ranks}
 
 
-def _local(source: Source, file: str, name: str) -> dict[str, Any]:
+def _local(blocks: list[Block], statistics: bool) -> dict[str, Any]:
     """A local parameter as one rank has it."""
-    info = source.files[file][name]
-    mine = {
-        part: [block for block in blocks if (block.file.name, block.tensor) == (file, name)]
-        for part, blocks in source.blocks.items()
+    info = blocks[0].info
+    return {
+        "file": info.file.name,
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "ranges": [str(block.range) for block in blocks],
+        **({"statistics": _statistics([Move((block,)) for block in blocks])} if statistics else {}),
     }
-    ranges = [block.range for blocks in mine.values() for block in blocks]
-    moves = [
-        Move(part, block.rows, block.cols, (_at_origin(block),), ())
-        for part, blocks in mine.items()
-        for block in blocks
-    ]
-    shape = list(info.shape)
-    return {"file": file, "shape": shape, "dtype": info.dtype, "ranges": ranges, "statistics": _statistics(moves)}
-
-
-def _at_origin(block: Block) -> Block:
-    return replace(block, top=0, left=0)
 
 
 def _statistics(moves: list[Move]) -> dict[str, Any]:
     """Of all elements of the moves' parts; NaN and infinities are counted and left out of the rest."""
     totals = _Totals()
-    with Reading() as files:
+    with OpenFiles() as files:
         for move in moves:
-            for _, _, matrix in matrices(files, move):
-                totals.add(to_float(matrix.view(STORAGE[move.dtype]), move.dtype))
+            for _, _, matrix in matrices(files, move, move.sources[0].range.dim):
+                totals.add(to_float(matrix, move.dtype))
     return totals.result()
 
 
@@ -194,26 +176,24 @@ class _Totals:
     """Sums that grow band by band, in float64."""
 
     def __init__(self) -> None:
-        self.count = self.finite = self.zeros = self.nans = 0
+        self.counts: Counter[str] = Counter()
         self.total = self.squares = 0.0
         self.low, self.high = math.inf, -math.inf
 
-    def add(self, values: NDArray) -> None:
+    def add(self, values: Elements) -> None:
         good = values[np.isfinite(values)].astype(np.float64)
-        self.count += values.size
-        self.nans += int(np.isnan(values).sum())
-        self.finite += good.size
-        self.zeros += int((good == 0).sum())
+        nans = int(np.isnan(values).sum())
+        self.counts += Counter(count=values.size, zeros=int((good == 0).sum()), nan=nans)
+        self.counts["infinite"] += values.size - good.size - nans
         if good.size:
             self.total += float(good.sum())
             self.squares += float(np.square(good).sum())
             self.low, self.high = min(self.low, float(good.min())), max(self.high, float(good.max()))
 
     def result(self) -> dict[str, Any]:
-        infinities = self.count - self.finite - self.nans
-        facts: dict[str, Any] = {"count": self.count, "zeros": self.zeros, "nan": self.nans, "infinite": infinities}
-        if self.finite:
-            mean = self.total / self.finite
-            variance = max(0.0, self.squares / self.finite - mean * mean)
+        facts: dict[str, Any] = {key: self.counts[key] for key in ("count", "zeros", "nan", "infinite")}
+        if finite := facts["count"] - facts["nan"] - facts["infinite"]:
+            mean = self.total / finite
+            variance = max(0.0, self.squares / finite - mean * mean)
             facts |= {"min": self.low, "max": self.high, "mean": mean, "std": math.sqrt(variance)}
         return facts

@@ -17,23 +17,24 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, write_index
-from megalite.convert.output import NewFile, Outcome, Output
+from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, index_of
+from megalite.convert.output import SILENT, Meter, NewFile, Output, Written
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.hf_config import read_json
-from megalite.weights import side_files as companions
-from megalite.weights.dtypes import NAMES
-from megalite.weights.hf import resolve
+from megalite.weights import side_files
+from megalite.weights.dtypes import SAFETENSORS, torch_dtype
+from megalite.weights.folder import CONFIG
+from megalite.weights.hf import check_names, resolve
 from megalite.weights.manifest import digest_of
 from megalite.weights.table import hf_shapes, pieces
-from megalite.weights.tensor_file import WEIGHT_DTYPES
 
 WRAPPERS = ("module.", "_forward_module.", "_orig_mod.")
 """What training frameworks put before a model's own names."""
@@ -52,9 +53,8 @@ def import_checkpoint(
     dtype: str = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
-    begin: Callable[[int], None] = lambda total: None,
-    progress: Callable[[int], None] = lambda count: None,
-) -> Outcome:
+    meter: Meter = SILENT,
+) -> Written:
     """Write a DeepSpeed checkpoint's weights as a Hugging Face folder.
 
     Args:
@@ -74,10 +74,10 @@ def import_checkpoint(
     checkpoint, out = Path(checkpoint), Path(out)
     folder = resolve(model, weights=False, beside=True)
     config = families.read(folder)
-    files, infos = hf_files(config, out, dict.fromkeys(hf_shapes(config), NAMES[dtype]), max_shard_bytes)
-    copies = companions.chosen(folder, read_json(folder / companions.CONFIG), dtype)
+    files, infos = hf_files(config, out, dict.fromkeys(hf_shapes(config), SAFETENSORS[dtype]), max_shard_bytes)
+    copies = side_files.chosen(folder, read_json(folder / CONFIG), dtype)
     work = _fingerprint(checkpoint, files)
-    output = Output(out, files, work, overwrite=overwrite, extra_bytes=companions.nbytes(copies))
+    output = Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies))
     output.check()
     with contextlib.ExitStack() as stack:
         tensors = _whole(config, _open(checkpoint, tag, stack), str(checkpoint))
@@ -85,17 +85,17 @@ def import_checkpoint(
         def converted(file: Path) -> Iterator[memoryview]:
             mine = {name: info for name, info in infos.items() if info.file == file}
             for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
-                values = tensors[name]().to(getattr(torch, WEIGHT_DTYPES[info.dtype])).contiguous()
+                values = tensors[name]().to(torch_dtype(info.dtype)).contiguous()
                 yield values.view(-1).view(torch.uint8).numpy().data
-                progress(info.nbytes)
+                meter.advance(info.nbytes)
 
-        begin(sum(info.nbytes for info in infos.values()))
+        meter.begin(sum(info.nbytes for info in infos.values()))
         with output:
             for file in files:
                 output.fill(file.name, converted(out / file.name))
-            companions.write(copies, out)
-            output.finish(lambda: write_index(out, infos) if len(files) > 1 else None)
-    return output.outcome
+            side_files.write(copies, out)
+            output.finish(lambda: side_files.write(index_of(infos) if len(files) > 1 else {}, out))
+    return output.written
 
 
 def _fingerprint(checkpoint: Path, files: list[NewFile]) -> str:
@@ -155,7 +155,7 @@ def _universal(folder: Path) -> Tensors:
         return saved
 
     found = {path.parent.name: path for path in folder.glob("*/fp32.pt")}
-    return {name: lambda path=path: read(path) for name, path in found.items()}
+    return {name: partial(read, path) for name, path in found.items()}
 
 
 def _zero(folder: Path, rank: str, stack: contextlib.ExitStack) -> Tensors:
@@ -185,21 +185,15 @@ def _first_line(error: Exception) -> str:
 def _whole(config: ModelConfig, ranks: list[Tensors], where: str) -> Tensors:
     """The model's tensors, tensor-parallel slices joined. CheckpointError unless they are exactly the model's."""
     ranks = [_own_names(config, tensors) for tensors in ranks]
-    shapes, names = hf_shapes(config), families.weight_names(config)
-    missing = sorted({name for tensors in ranks for name in shapes if name not in tensors})
-    known = [re.compile(pattern) for pattern in names.ignored]
-    unknown = sorted(
-        {n for tensors in ranks for n in tensors if n not in shapes and not any(p.search(n) for p in known)}
-    )
-    for what, found in (("missing", missing), ("unknown", unknown)):
-        if found:
-            listed = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-            raise CheckpointError(f"{where}: the weights do not fit config.json; {what} tensors: {listed}")
+    for tensors in ranks:
+        check_names(config, dict.fromkeys(tensors), where)
+    shapes = hf_shapes(config)
     fused = {piece.hf for piece in pieces(config) if piece.hf_start}
-    return {
-        name: lambda name=name: _joined(name, [tensors[name]() for tensors in ranks], shapes[name], name in fused)
-        for name in shapes
-    }
+
+    def joined(name: str) -> Tensor:
+        return _joined(name, [tensors[name]() for tensors in ranks], shapes[name], name in fused)
+
+    return {name: partial(joined, name) for name in shapes}
 
 
 def _own_names(config: ModelConfig, tensors: Tensors) -> Tensors:

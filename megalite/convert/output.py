@@ -1,8 +1,8 @@
 """A folder of weight files under construction: it can be killed at any moment and gone on with.
 
-Weight files grow under temporary names (`rank-000.safetensors.part`), are synced and renamed when all their tensors
-are in. A journal notes the digests of every part of the model once it is written; whoever runs the same work again
-checks what the journal lists against the files and writes only the rest. Importable without torch.
+Weight files grow under temporary names and get their own, durably, when all their tensors are in. A journal notes each
+finished file with the digests of its ranges; whoever runs the same work again checks those files against it and makes
+only the others. Torch-free.
 """
 
 from __future__ import annotations
@@ -16,25 +16,23 @@ import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from megalite.errors import CheckpointError, ConfigError, Problem, ResourceError, maybe_fault
-from megalite.files import LineFile, left_behind, sync_folder, told_clearly
+from megalite.files import DurableFile, LineFile, left_behind, sync_folder, told_clearly
 from megalite.monitor.words import format_bytes
 from megalite.weights import manifest as manifests
-from megalite.weights.blocks import Block, Move, Part
-from megalite.weights.copying import Reading, allow_open_files, digest_block, in_parallel, perform
+from megalite.weights.copying import OpenFiles, allow_open_files, digest_block, in_parallel, perform
 from megalite.weights.hf import INDEX, SINGLE
+from megalite.weights.moves import Block, Move
+from megalite.weights.rounding import Elements
 from megalite.weights.shards import JOURNAL, STEP
 from megalite.weights.side_files import of_model
 
-PART = ".part"
 SPARE_BYTES = 32 << 20
 """Free space to leave beside what is written: manifest, tokenizer, the file system's own."""
 _OURS = re.compile(r"(\w+-\d{3,}|model(-\d{5}-of-\d{5})?)\.safetensors(\.part)?")
@@ -49,8 +47,16 @@ _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
-Progress = Callable[[int], None]
-"""Is told of bytes that are in place."""
+
+class Meter:
+    """Is told how many bytes a piece of work has, and how many more of them are done; this one keeps it to itself."""
+
+    def begin(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+SILENT = Meter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,11 @@ class NewFile:
     header: bytes
     nbytes: int
     """Header included."""
-    is_last: bool = False
-    """Makes the folder look whole, so it is renamed after everything else."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it makes the folder look whole, so that it gets its name after everything else."""
+        return self.name == SINGLE
 
     def fits(self, path: Path) -> bool:
         """Whether `path` is a file of this size that begins with this header."""
@@ -73,11 +82,11 @@ class NewFile:
 
 
 @dataclass
-class Outcome:
-    """What a piece of work came to."""
+class Written:
+    """What a conversion wrote."""
 
     folder: Path
-    written: int = 0
+    nbytes: int = 0
     """Bytes of tensors written by this run."""
     reused: int = 0
     """Bytes of tensors that an earlier, interrupted run had written."""
@@ -98,11 +107,13 @@ class Output:
         self.folder = folder
         self.work = work
         self.overwrite = overwrite
-        self.outcome = Outcome(folder, files=len(files))
+        self.written = Written(folder, files=len(files))
         self._files = {folder / file.name: file for file in files}
         self._extra_bytes = extra_bytes
-        self._descriptors: dict[Path, int] = {}
-        self._left: Counter[Path] = Counter()
+        self._open: dict[Path, tuple[DurableFile, int]] = {}
+        """Files under construction and their descriptors."""
+        self._digests: dict[tuple[Path, int], str] = {}
+        """By file and offset."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> Output:
@@ -110,31 +121,24 @@ class Output:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.check()
         self._check_space()
-        with told_clearly(self.folder):
-            self._lock_folder()
-        self._journal = LineFile(self.folder / JOURNAL)
-        allow_open_files(2 * len(self._files))  # each may also be read, to see what an earlier run has done
-        try:
+        with ExitStack() as stack:
+            with told_clearly(self.folder):
+                stack.callback(os.close, self._lock_folder())
+            self._journal = stack.enter_context(LineFile(self.folder / JOURNAL))
+            stack.push(self._give_up)
             self._journal.cut_torn_line()
-            if self._is_own():
-                self._unseal(_SEALS - {file.name for file in self._files.values()})
-            else:
-                self._clear()
-            self._open_parts()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            allow_open_files(len(self._files))
+            self._clear()
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._journal.close()
-        self._close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
-    def _close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+    def _give_up(self, *error: Any) -> None:
+        """Leave nothing of files that are not finished."""
+        while self._open:
+            self._open.popitem()[1][0].__exit__(*error)
 
     # ---- what the folder holds -----------------------------------------------------------------------------------
 
@@ -148,7 +152,7 @@ class Output:
         try:
             with open(self.folder / JOURNAL, "rb") as file:
                 first = file.readline(4096)
-            return json.loads(first) == {"work": self.work}
+            return bool(json.loads(first) == {"work": self.work})
         except (OSError, ValueError):
             return False
 
@@ -168,30 +172,27 @@ class Output:
         return weights + of_model(self.folder) if weights else []
 
     def _clear(self) -> None:
-        """Begin anew in a folder that is empty or was given up."""
-        old = self._old_files()
-        self._unseal(_SEALS)
+        """Take away what makes the folder look whole, before anything else in it is touched; litter; other work."""
+        is_own = self._is_own()
+        old = [] if is_own else self._old_files()
+        seals = {self.folder / name for name in _SEALS} - (self._files.keys() if is_own else set())
         with told_clearly(self.folder):
-            for path in old:
+            for path in sorted(seals):
                 path.unlink(missing_ok=True)
                 maybe_fault(STEP)
+            sync_folder(self.folder)
+            for path in [*left_behind(self.folder), *old]:
+                path.unlink(missing_ok=True)
+                maybe_fault(STEP)
+            if is_own:
+                return
             os.truncate(self.folder / JOURNAL, 0)
         self._journal.append(json.dumps({"work": self.work}))
         maybe_fault(STEP)
 
-    def _unseal(self, seals: Iterable[str]) -> None:
-        """Take away what makes the folder look whole, before anything else in it is touched; and litter."""
-        with told_clearly(self.folder):
-            for name in sorted(seals):
-                (self.folder / name).unlink(missing_ok=True)
-                maybe_fault(STEP)
-            for path in left_behind(self.folder):
-                path.unlink(missing_ok=True)
-            sync_folder(self.folder)
-
     def _check_space(self) -> None:
         needed = sum(file.nbytes for file in self._files.values()) + self._extra_bytes + SPARE_BYTES
-        held = sum(path.lstat().st_blocks * 512 for path in self._old_files())
+        held = sum(path.lstat().st_blocks * 512 for path in [*self._old_files(), *left_behind(self.folder)])
         free = shutil.disk_usage(self.folder).free
         if needed > free + held:
             raise ResourceError(
@@ -199,163 +200,148 @@ class Output:
                 "space, or write to another disk."
             )
 
-    def _lock_folder(self) -> None:
-        """CheckpointError if another process is at work here. A file system without locks is taken at its word."""
-        path = self.folder / JOURNAL
-        self._descriptors[path] = lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    def _lock_folder(self) -> int:
+        """Lock it and give the descriptor. A file system without locks is taken at its word.
+
+        CheckpointError if another process is at work here.
+        """
+        lock = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         maybe_fault(STEP)
+        problem = ""
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_nlink == 0:
+                problem = "has just finished with it"
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
-                return
-            os.close(self._descriptors.pop(path))
-            raise CheckpointError(f"{self.folder}: another process is writing to it") from error
-        if os.fstat(lock).st_nlink == 0:
-            os.close(self._descriptors.pop(path))
-            raise CheckpointError(f"{self.folder}: another process has just finished with it")
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                problem = "is writing to it"
+        if problem:
+            os.close(lock)
+            raise CheckpointError(f"{self.folder}: another process {problem}")
+        return lock
 
     # ---- weight files --------------------------------------------------------------------------------------------
 
-    def _open_parts(self) -> None:
-        """Open what an earlier run left, if it has the right header and size; make the rest."""
-        for path, file in self._files.items():
-            part = path.with_name(path.name + PART)
-            for there in (path, part):
-                if there not in self._descriptors and path not in self._descriptors and file.fits(there):
-                    os.replace(there, part)  # not finished until all of it was checked
-                    maybe_fault(STEP)
-                    self._descriptors[path] = os.open(part, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            if path not in self._descriptors:
-                self._descriptors[path] = self._new(path, part, file)
-
-    def _new(self, path: Path, part: Path, file: NewFile) -> int:
+    def _begin(self, path: Path) -> None:
+        """Make a weight file anew, with its header."""
         with told_clearly(path):
-            part.unlink(missing_ok=True)
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            try:
-                maybe_fault(STEP)
-                os.ftruncate(descriptor, file.nbytes)
-                maybe_fault(STEP)
-                _write(descriptor, memoryview(file.header), 0)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            return descriptor
+            path.unlink(missing_ok=True)
+        target = DurableFile(path)
+        self._open[path] = target, target.__enter__().fileno()
+        maybe_fault(STEP)
+        with told_clearly(path):
+            _write(self._open[path][1], memoryview(self._files[path].header), 0)
 
-    def _put(self, block: Block, row: int, rows: NDArray[np.uint8]) -> None:
+    def _put(self, block: Block, row: int, rows: Elements) -> None:
         """Write stored rows of a block from `row` on."""
-        descriptor = self._descriptors[block.file]
+        descriptor = self._open[block.file][1]
         start = block.offset + row * block.stride
         with told_clearly(block.file):
-            if block.is_contiguous:
-                _write(descriptor, memoryview(rows).cast("B"), start)
+            if block.row_bytes == block.stride:
+                _write(descriptor, _bytes(rows), start)
                 _start_writeback(descriptor, start, rows.nbytes)
                 return
             for index in range(len(rows)):
-                _write(descriptor, memoryview(rows[index]), start + index * block.stride)
+                _write(descriptor, _bytes(rows[index]), start + index * block.stride)
+
+    def _complete(self, path: Path, digests: list[str]) -> None:
+        """All of a file is written; `digests` of its ranges, by offset."""
+        if self._files[path].is_last:
+            return
+        self._open.pop(path)[0].__exit__(None, None, None)
+        maybe_fault(STEP)
+        with self._lock:
+            self._journal.append(json.dumps({"file": path.name, "digests": digests}))
+        maybe_fault(STEP)
 
     # ---- the work ------------------------------------------------------------------------------------------------
 
-    def run(self, moves: list[Move], jobs: int, progress: Progress) -> dict[Block, str]:
-        """Perform all moves, but for those that an earlier run did; gives the digest of every target block."""
-        digests = self._kept(moves, jobs, progress)
+    def run(self, moves: list[Move], jobs: int, meter: Meter) -> Mapping[tuple[Path, int], str]:
+        """Perform all moves but those into files that an earlier run finished; digests by file and offset."""
+        held: dict[Path, list[Block]] = {}
         for move in moves:
-            self._left.update(path for path in {block.file for block in move.targets})
-        for move in moves:
-            if move.targets[0] in digests:
-                self._finished(move)
-        self.outcome.reused = sum(move.nbytes for move in moves if move.targets[0] in digests)
-        todo = [move for move in moves if move.targets[0] not in digests]
-        with Reading() as files:
+            for block in move.targets:
+                held.setdefault(block.file, []).append(block)
+        for blocks in held.values():
+            blocks.sort(key=lambda block: block.offset)
+        kept = {path for path, digests in self._noted().items() if self._is_kept(held[path], digests, jobs, meter)}
+        self.written.reused = sum(block.nbytes for path in kept for block in held[path])
+        for path in held.keys() - kept:
+            self._begin(path)
+        left = Counter({path: len(blocks) for path, blocks in held.items()})
+        todo = [replace(one, targets=tuple(block for block in one.targets if block.file not in kept)) for one in moves]
+        with OpenFiles() as files:
 
             def work(move: Move) -> None:
-                mine = perform(files, move, self._put)
+                digests = perform(files, move, self._put)
                 maybe_fault("shards.written")
                 with self._lock:
-                    self._journal.append(json.dumps({"part": _key(move.part), "digests": mine}))
-                    digests.update(zip(move.targets, mine, strict=True))
-                    self.outcome.written += move.nbytes
-                maybe_fault(STEP)
-                self._finished(move)
-                progress(move.nbytes)
+                    for block, digest in zip(move.targets, digests, strict=True):
+                        self._digests[block.file, block.offset] = digest
+                        left[block.file] -= 1
+                    ready = {block.file for block in move.targets if not left[block.file]}
+                    self.written.nbytes += move.nbytes
+                for path in ready:
+                    self._complete(path, [self._digests[path, block.offset] for block in held[path]])
+                meter.advance(move.nbytes)
 
-            in_parallel(work, files.expecting(todo), jobs)
-        return digests
+            in_parallel(work, files.expecting([move for move in todo if move.targets]), jobs)
+        return self._digests
 
-    def _kept(self, moves: list[Move], jobs: int, progress: Progress) -> dict[Block, str]:
-        """Digests of the blocks that the journal lists and that still are what it says."""
-        noted = self._noted()
-        kept: dict[Block, str] = {}
-        with Reading() as files:
+    def _is_kept(self, blocks: list[Block], digests: list[str], jobs: int, meter: Meter) -> bool:
+        """Whether a file that an earlier run finished is still what it was then. Notes its digests."""
+        path = blocks[0].file
+        if not self._files[path].fits(path) or len(digests) != len(blocks):
+            return False
+        found: dict[tuple[Path, int], str] = {}
+        with OpenFiles() as files:
 
-            def check(move: Move) -> None:
-                listed = noted[tuple(_key(move.part))]
-                parts = [replace(block, file=block.file.with_name(block.file.name + PART)) for block in move.targets]
-                if [digest_block(files, part) for part in parts] == listed:
-                    with self._lock:
-                        kept.update(zip(move.targets, listed, strict=True))
-                    progress(move.nbytes)
+            def check(block: Block) -> None:
+                found[path, block.offset] = digest_block(files, block)
+                meter.advance(block.nbytes)
 
-            in_parallel(check, [move for move in moves if tuple(_key(move.part)) in noted], jobs)
-        return kept
+            in_parallel(check, blocks, jobs)
+        self._digests |= found
+        return [found[path, block.offset] for block in blocks] == digests
 
-    def _noted(self) -> dict[tuple[str, int, str], list[str]]:
-        """The journal's entries; a line that makes no sense is as good as none."""
-        noted: dict[tuple[str, int, str], list[str]] = {}
+    def _noted(self) -> dict[Path, list[str]]:
+        """The files that the journal lists; a line that makes no sense is as good as none."""
+        noted: dict[Path, list[str]] = {}
         with open(self.folder / JOURNAL, "rb") as file:
             for line in file:
                 try:
                     entry = json.loads(line)
-                    hf, start, kind = entry["part"]
-                    noted[str(hf), int(start), str(kind)] = list(entry["digests"])
+                    path, digests = self.folder / entry["file"], list(entry["digests"])
                 except (ValueError, KeyError, TypeError):
                     continue
+                if path in self._files:
+                    noted[path] = digests
         return noted
-
-    def _finished(self, move: Move) -> None:
-        """One move fewer to wait for; the last one of a file makes it a file."""
-        ready = []
-        with self._lock:
-            for path in {block.file for block in move.targets}:
-                self._left[path] -= 1
-                if not self._left[path]:
-                    ready.append(path)
-        for path in ready:
-            self._complete(path)
 
     def fill(self, name: str, tensors: Iterable[memoryview]) -> None:
         """Write all tensors of one weight file, in the order of its header; an earlier run's bytes are not kept."""
         path = self.folder / name
+        self._begin(path)
         offset = len(self._files[path].header)
         for data in tensors:
             with told_clearly(path):
-                _write(self._descriptors[path], data, offset)
+                _write(self._open[path][1], data, offset)
             offset += len(data)
-            self.outcome.written += len(data)
+            self.written.nbytes += len(data)
         assert offset == self._files[path].nbytes, f"{name} is not what its header says"
-        self._complete(path)
+        self._complete(path, [])
 
-    def _complete(self, path: Path) -> None:
-        """All of a file is written."""
-        with told_clearly(path):
-            os.fsync(self._descriptors[path])
-            if not self._files[path].is_last:
-                os.replace(path.with_name(path.name + PART), path)
-                maybe_fault(STEP)
-
-    def finish(self, seal: Callable[[], None]) -> None:
+    def finish(self, seal: Callable[[], object]) -> None:
         """Make the folder whole: `seal` writes what must come last, such as the manifest."""
-        assert not +self._left, "finished before all was written"
+        assert all(self._files[path].is_last for path in self._open), "finished before all was written"
         with told_clearly(self.folder):
             sync_folder(self.folder)
         maybe_fault("shards.seal")
         seal()
         maybe_fault(STEP)
+        while self._open:
+            self._open.popitem()[1][0].__exit__(None, None, None)
         with told_clearly(self.folder):
-            for path, file in self._files.items():
-                if file.is_last:
-                    os.replace(path.with_name(path.name + PART), path)
             sync_folder(self.folder)
             maybe_fault(STEP)
             (self.folder / JOURNAL).unlink()
@@ -363,8 +349,8 @@ class Output:
             sync_folder(self.folder)
 
 
-def _key(part: Part) -> list[str | int]:
-    return [part.hf, part.start, part.kind]
+def _bytes(rows: Elements) -> memoryview:
+    return rows.reshape(-1).view("uint8").data
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:
@@ -381,8 +367,3 @@ def _start_writeback(descriptor: int, offset: int, count: int) -> None:
     """
     if count >= _WRITEBACK_BYTES and _sync_file_range is not None:
         _sync_file_range(descriptor, offset, count, _SYNC_FILE_RANGE_WRITE)
-
-
-def total_bytes(moves: Iterable[Move]) -> int:
-    """What the moves write."""
-    return sum(move.nbytes for move in moves)

@@ -43,7 +43,7 @@ class Side:
         self.covered = {one.param: one for one in covered}
         self.batches = batches
         self.gathered = gathered
-        self.atoms = [part.atom for names in batches for name in names for part in self.covered[name].ranges]
+        self.atoms = [number for names in batches for name in names for number in self.covered[name].atoms]
 
     def fingerprints(self, make: Fingerprinter) -> Tensor:
         """int64 [atoms], in their order."""
@@ -84,14 +84,14 @@ class Comparison:
             ranks = [torch.empty_like(named) for _ in range(dist.get_world_size())]
             dist.all_gather(ranks, named)
         values = torch.stack(ranks, 1).tolist()  # [named, rank, side]
-        tensors = len({self.atoms[number].hf for number in different})
+        tensors = len({self.atoms[number].range.piece.hf for number in different})
         lines = [
             f"weights of version {version}: ranks that should hold the same differ in "
             f"{format_count(len(different), 'range')} of {format_count(tensors, 'tensor')}; run the job again, "
             "it goes on from its last checkpoint"
         ]
         for number, found in zip(different, values, strict=False):
-            lines.append(f"  {self.atoms[number]}: {describe(found)}")
+            lines.append(f"  {self.atoms[number].range}: {describe(found)}")
         return "\n".join(lines)
 
 

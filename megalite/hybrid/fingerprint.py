@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite.weights.reshard_plan import Atom, Held
+from megalite.weights.table import Range
 
 BITS = 62
 """Of a fingerprint: int64 with room for the neutral elements of a minimum."""
@@ -29,34 +30,25 @@ _BYTES_PER_ELEMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Range:
-    """Indices lo..hi of a Hugging Face tensor, as a part of a local parameter."""
-
-    start: int
-    lo: int
-    hi: int
-    atom: int
-    """Number of the atom it is."""
-
-
-@dataclass(frozen=True, slots=True)
 class Covered:
-    """The ranges that a parameter consists of along `dim`, in order."""
+    """The ranges that a parameter consists of along `dim`, in order, and the number of the atom that each is."""
 
     param: str
     dim: int
     ranges: tuple[Range, ...]
+    atoms: tuple[int, ...]
 
 
 def cover(atoms: Sequence[Atom], holders: Callable[[Atom], Sequence[Held]], rank: int) -> list[Covered]:
     """What each parameter of `rank` consists of. `holders`: those of an atom on the side that is meant."""
-    found: dict[tuple[str, int], list[Range]] = {}
+    found: dict[tuple[str, int], list[tuple[Range, int]]] = {}
     for number, atom in enumerate(atoms):
         for held in holders(atom):
             if rank in held.ranks:
-                found.setdefault((held.param, held.dim), []).append(Range(held.start, atom.lo, atom.hi, number))
+                found.setdefault((held.range.piece.param, held.range.dim), []).append((held.range, number))
     return [
-        Covered(param, dim, tuple(sorted(ranges, key=lambda one: one.start))) for (param, dim), ranges in found.items()
+        Covered(param, dim, *zip(*sorted(mine, key=lambda one: one[0].start), strict=True))
+        for (param, dim), mine in found.items()
     ]
 
 
@@ -81,7 +73,7 @@ class Fingerprinter:
         sums = self._bits(x) if x.ndim == 1 else self._sums(x if covered.dim == 0 else x.t())
         place = torch.cat([self.along[one.lo : one.hi] for one in covered.ranges])
         total = torch.cumsum((sums.to(torch.int64) & 0xFFFFFFFF) * place, 0)  # wraps around, as its differences do
-        last = [one.start + one.hi - one.lo - 1 for one in covered.ranges]
+        last = [one.start + one.count - 1 for one in covered.ranges]
         return torch.diff(total[last], prepend=total.new_zeros(1)) & MASK
 
     def _sums(self, x: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
+from megalite.weights.dtypes import torch_dtype
 
 MIB = 1 << 20
 
@@ -240,7 +241,7 @@ class Job:
         return make_decoder(config.model, self.files.model, state, device=self.device, seed=config.train.seed)
 
     def _empty_decoder(self, state: ParallelState) -> Decoder:
-        dtype = transfer.DTYPES[self.config.model.dtype]
+        dtype = torch_dtype(self.config.model.dtype)
         return transfer.build(self.files.model, state, dtype=dtype, device=self.device)
 
     def _make_trainer(self, state: ParallelState) -> Trainer:

@@ -24,11 +24,10 @@ from megalite.hybrid.comparison import Comparison, Side, lowest
 from megalite.hybrid.fingerprint import Fingerprinter, cover
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.reshard import Gathered, Mover, Round, RoundBuilder, Slot
+from megalite.weights.dtypes import WEIGHT_DTYPES, torch_dtype
+from megalite.weights.reshard import Executor, Gathered, Round, RoundBuilder, Slot
 from megalite.weights.reshard_plan import atoms, buckets, plan
-from megalite.weights.shards import expected
-from megalite.weights.table import hf_shapes
-from megalite.weights.transfer import DTYPES
+from megalite.weights.table import expected, hf_shapes
 
 Verify = Literal["always", "first", "off"]
 
@@ -82,7 +81,7 @@ class Sync:
         source, target = self._source, self._target
         dtypes = {param.dtype for param in target.values()}
         assert len(dtypes) <= 1, f"the parameters of one decoder have the dtypes {dtypes}"
-        known = list(DTYPES.values())
+        known = [torch_dtype(name) for name in WEIGHT_DTYPES]
         code = known.index(dtypes.pop()) if dtypes else len(known)
         same = self._layouts[0] == self._layouts[1]
         shared = same and all(source[name].data_ptr() == param.data_ptr() for name, param in target.items())
@@ -97,9 +96,9 @@ class Sync:
         transfers = plan(model, source_layout, target_layout)
         builder = self._round_builder(model, bucket_bytes)
         local = [one for one in transfers if one.is_local]
-        self._copies = builder.batches(local, [Slot(one) for one in local if one.source.rank == self.rank])
+        self._copies = builder.batches(local, [Slot(one) for one in local if one.sender == self.rank])
         self._rounds = [builder.round(one) for one in buckets(transfers, bucket_bytes, self.dtype.itemsize)]
-        self._mover = Mover(
+        self._executor = Executor(
             self.rank,
             self._source,
             self._target,
@@ -138,13 +137,12 @@ class Sync:
     @property
     def buffer_bytes(self) -> int:
         """Memory that a push takes on this rank while it moves weights, and gives back."""
-        return max((one.elements for one in self._rounds), default=0) * self.dtype.itemsize
+        return max((one.sent + one.received for one in self._rounds), default=0) * self.dtype.itemsize
 
     @property
     def received_bytes(self) -> int:
         """What a push brings to this rank from others."""
-        messages = [message for one in self._rounds for message in one.incoming]
-        return sum(message.hi - message.lo for message in messages) * self.dtype.itemsize
+        return sum(one.received for one in self._rounds) * self.dtype.itemsize
 
     @torch.no_grad()
     def push(self) -> int:
@@ -155,8 +153,8 @@ class Sync:
         self.version += 1
         began = time.perf_counter()
         if not self.is_shared:
-            self._mover.copy(self._copies)
-            self._mover.exchange(self._rounds)
+            self._executor.copy(self._copies)
+            self._executor.exchange(self._rounds)
         moved = time.perf_counter()
         if not self.is_shared and (self.verify == "always" or (self.verify == "first" and self.version == 1)):
             self._comparison.check(self.version)

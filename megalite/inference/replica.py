@@ -29,10 +29,11 @@ from megalite.model.kernels import free_memory, ranks_on_device
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
 from megalite.run.runtime import Runtime
 from megalite.text.tokenizer import Tokenizer
+from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import ModelFolder
 from megalite.weights.hf import resolve
 from megalite.weights.table import owned
-from megalite.weights.transfer import DTYPES, build, initialise, load_folder
+from megalite.weights.transfer import build, initialise, load_folder
 
 
 class Replica:
@@ -237,9 +238,9 @@ def fetch(section: ModelSection, runtime: Runtime) -> Path:
 def choose_dtype(asked: str, model: ModelConfig, device: torch.device) -> torch.dtype:
     """The numbers to compute in: as asked, or the checkpoint's where this device is fast in them."""
     if asked != "auto":
-        return DTYPES[asked]
+        return torch_dtype(asked)
     if device.type != "cpu":
-        return DTYPES[model.dtype]
+        return torch_dtype(model.dtype)
     fast = model.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 

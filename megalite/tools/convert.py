@@ -25,6 +25,6 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     layout = parse_layout(args.layout)
     with writing("convert", args) as (bar, options):
-        outcome = convert(args.model, layout, args.out, revision=args.revision, **options)
-    report(outcome, bar.seconds, f"tp={layout.tp},pp={layout.pp}, manifest.json")
+        written = convert(args.model, layout, args.out, revision=args.revision, **options)
+    report(written, bar.seconds, f"tp={layout.tp},pp={layout.pp}, manifest.json")
     return 0

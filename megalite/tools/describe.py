@@ -1,9 +1,9 @@
 """Family, parameters, layout, bytes a rank, dtypes and the largest tensors of a Hugging Face folder, of rank shards or
-of training state. Reads headers only; with --tensor also that one tensor, for its statistics.
+of training state. Reads headers only; with --tensor and --statistics also that one tensor.
 
 example:
   megalite describe checkpoints/demo
-  megalite describe checkpoints/demo --tensor model.embed_tokens.weight
+  megalite describe checkpoints/demo --tensor model.embed_tokens.weight --statistics
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from megalite.tools.toolkit import Parser
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("path", metavar="PATH", help="a folder or a hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--tensor", metavar="NAME", help="shape, dtype and statistics of one tensor")
+    parser.add_argument("--tensor", metavar="NAME", help="shape and dtype of one tensor, and where it lies")
+    parser.add_argument("--statistics", action="store_true", help="with --tensor: read it, for mean, range and NaN")
     parser.add_argument("--all", action="store_true", help="list every tensor, not just the largest")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
 
@@ -90,12 +91,11 @@ def tensor_lines(facts: dict[str, Any]) -> Iterator[str]:
     if "ranks" in facts:
         yield facts["name"]
         for rank in facts["ranks"]:
-            yield f"  {rank['file']}: {_shape(rank)}; {_statistics(rank['statistics'])}"
+            yield f"  {rank['file']}: {_shape(rank)}{_statistics(rank, '; ')}"
             for text in rank["ranges"]:
                 yield f"    {text}"
         return
-    yield f"{facts['name']}: {_shape(facts)}"
-    yield f"  {_statistics(facts['statistics'])}"
+    yield f"{facts['name']}: {_shape(facts)}{_statistics(facts, chr(10) + '  ')}"
     for place in facts["places"]:
         yield f"  {place['file']}: {place['tensor']}: {place['range']}"
 
@@ -104,16 +104,20 @@ def _shape(facts: dict[str, Any]) -> str:
     return f"{' x '.join(map(str, facts['shape']))} {facts['dtype']}"
 
 
-def _statistics(facts: dict[str, Any]) -> str:
+def _statistics(of: dict[str, Any], before: str) -> str:
+    facts = of.get("statistics")
+    if facts is None:
+        return ""
     counts = f"{facts['zeros']} zeros, {facts['nan']} NaN, {facts['infinite']} infinite"
     if "mean" not in facts:
-        return counts
-    return f"min {facts['min']:.6g}, max {facts['max']:.6g}, mean {facts['mean']:.6g}, std {facts['std']:.6g}; {counts}"
+        return before + counts
+    numbers = ", ".join(f"{key} {facts[key]:.6g}" for key in ("min", "max", "mean", "std"))
+    return f"{before}{numbers}; {counts}"
 
 
 def run(args: argparse.Namespace) -> int:
     if args.tensor:
-        facts = describe_tensor(args.path, args.tensor, args.revision)
+        facts = describe_tensor(args.path, args.tensor, args.revision, statistics=args.statistics)
         text = "\n".join(tensor_lines(facts))
     else:
         facts = describe(args.path, args.revision)

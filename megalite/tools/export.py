@@ -22,6 +22,6 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with writing("export", args) as (bar, options):
-        outcome = export(args.source, args.out, max_shard_bytes=args.max_shard_size, **options)
-    report(outcome, bar.seconds, "Hugging Face layout")
+        written = export(args.source, args.out, max_shard_bytes=args.max_shard_size, **options)
+    report(written, bar.seconds, "Hugging Face layout")
     return 0

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from megalite.convert.import_deepspeed import import_checkpoint  # imports torch
 
     with Bar("import") as bar:
-        outcome = import_checkpoint(
+        written = import_checkpoint(
             args.source,
             args.model,
             args.out,
@@ -41,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
-            begin=bar.begin,
-            progress=bar.advance,
+            meter=bar,
         )
-    report(outcome, bar.seconds, "Hugging Face layout")
+    report(written, bar.seconds, "Hugging Face layout")
     return 0

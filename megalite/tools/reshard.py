@@ -23,6 +23,6 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     layout = parse_layout(args.layout)
     with writing("reshard", args) as (bar, options):
-        outcome = reshard(args.source, layout, args.out, **options)
-    report(outcome, bar.seconds, f"tp={layout.tp},pp={layout.pp}, manifest.json")
+        written = reshard(args.source, layout, args.out, **options)
+    report(written, bar.seconds, f"tp={layout.tp},pp={layout.pp}, manifest.json")
     return 0

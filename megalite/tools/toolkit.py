@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 from megalite import terminal
-from megalite.convert.convert import default_jobs
-from megalite.convert.output import Outcome
+from megalite.convert.convert import JOBS
+from megalite.convert.output import Meter, Written
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
 from megalite.monitor.words import format_bytes, format_count, format_duration
@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_jobs(self) -> None:
         text = "tensors at work at once; each takes a few MiB of memory (default: %(default)s)"
-        self.add_argument("--jobs", type=positive, default=default_jobs(), metavar="N", help=text)
+        self.add_argument("--jobs", type=positive, default=JOBS, metavar="N", help=text)
 
 
 def positive(text: str) -> int:
@@ -79,7 +79,7 @@ def size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-class Bar:
+class Bar(Meter):
     """Bytes done, rate and time left on one line of a terminal; nothing where standard error is not one."""
 
     def __init__(self, title: str):
@@ -119,7 +119,7 @@ def writing(title: str, args: argparse.Namespace) -> Iterator[tuple[Bar, dict[st
     """A progress bar, and the options of `Parser.add_writing` with it as the keywords of what writes the folder."""
     with Bar(title) as bar:
         options = {name: getattr(args, name) for name in ("dtype", "jobs", "overwrite")}
-        yield bar, {**options, "begin": bar.begin, "progress": bar.advance}
+        yield bar, {**options, "meter": bar}
 
 
 def say_time_left(seconds: float, rounds: int, what: str = "") -> None:
@@ -128,18 +128,18 @@ def say_time_left(seconds: float, rounds: int, what: str = "") -> None:
         print(f"{what and f'{what}: '}about {format_duration(seconds * rounds)} left", file=sys.stderr, flush=True)
 
 
-def report(outcome: Outcome, seconds: float, last: str) -> None:
+def report(written: Written, seconds: float, last: str) -> None:
     """What was written, in one line, and what the user should know."""
-    for note in outcome.notes:
+    for note in written.notes:
         print(f"note: {note}")
-    if outcome.was_done:
-        print(f"{outcome.folder}: already whole, nothing to do")
+    if written.was_done:
+        print(f"{written.folder}: already whole, nothing to do")
         return
-    reused = f", {format_bytes(outcome.reused)} of an interrupted run kept" if outcome.reused else ""
-    rate = format_bytes(int(outcome.written / max(seconds, 1e-3)))
+    reused = f", {format_bytes(written.reused)} of an interrupted run kept" if written.reused else ""
+    rate = format_bytes(int(written.nbytes / max(seconds, 1e-3)))
     print(
-        f"{outcome.folder}: {format_count(outcome.files, 'weight file')}, "
-        f"{format_bytes(outcome.written)} written in {seconds:.1f} s ({rate}/s){reused}; {last}"
+        f"{written.folder}: {format_count(written.files, 'weight file')}, "
+        f"{format_bytes(written.nbytes)} written in {seconds:.1f} s ({rate}/s){reused}; {last}"
     )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
-from megalite.files import DurableFile, sync_folder
+from megalite.files import DurableFile, as_json, sync_folder
 from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
 from megalite.train.gradients import is_shared
@@ -37,12 +37,12 @@ from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
 from megalite.weights import manifest as manifests
 from megalite.weights import shards, side_files
+from megalite.weights.dtypes import DTYPE_BYTES
 from megalite.weights.folder import CONFIG, ModelFolder
-from megalite.weights.manifest import Manifest, Range, StoredFile, StoredTensor, digest_of, file_name
-from megalite.weights.shards import expected, stored_layout
-from megalite.weights.side_files import Companions
-from megalite.weights.table import Owned, pieces
-from megalite.weights.tensor_file import DTYPE_BYTES, new_header
+from megalite.weights.manifest import Manifest, StoredFile, StoredRange, StoredTensor, digest_of, file_name
+from megalite.weights.shards import rank_header, stored_layout
+from megalite.weights.side_files import SideFiles
+from megalite.weights.table import Range, expected, pieces
 from megalite.weights.transfer import read_parameters
 
 KINDS = (WEIGHT, *MOMENTS)
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 def save_state(
-    trainer: Trainer, folder: Path, training: Mapping[str, Any], base: ModelFolder, beside: Companions
+    trainer: Trainer, folder: Path, training: Mapping[str, Any], base: ModelFolder, beside: SideFiles
 ) -> None:
     """Save all that a resumed run needs as `folder/step-N` and remove older states.
 
@@ -73,7 +73,7 @@ def save_state(
     if state.rank == state.layout.first_rank:
         files = _collect_files(trainer, layout, digests)
         config = side_files.with_dtype(base.values, DTYPE)
-        copies = side_files.write({**beside, CONFIG: side_files.as_json(config)}, target)
+        copies = side_files.write({**beside, CONFIG: as_json(config).encode()}, target)
         noted = {"step": trainer.steps_done, **training}
         maybe_fault("state.manifest", state.rank)
         manifests.write(target, Manifest(layout=layout, config=config, files=files, copies=copies, training=noted))
@@ -191,7 +191,7 @@ class _RankFile:
     layout: Layout
     rank: int
     kind: str
-    tensors: dict[str, tuple[str, tuple[int, ...], list[Owned]]]
+    tensors: dict[str, tuple[str, tuple[int, ...], list[Range]]]
     """Dtype, shape and ranges of each parameter, in the order of the file: what may be float64 comes first."""
 
     @classmethod
@@ -205,7 +205,7 @@ class _RankFile:
     def header(self) -> bytes:
         entries = {name: (dtype, shape) for name, (dtype, shape, _) in self.tensors.items()}
         path = Path(file_name(self.rank, self.kind))
-        return new_header(path, entries, shards.metadata(self.layout, self.rank, self.kind))[0]
+        return rank_header(path, entries, self.layout, self.rank, self.kind)[0]
 
     def stored(self, digests: bytes) -> StoredFile:
         """As the manifest has it; `digests`: of its ranges, end to end."""
@@ -219,8 +219,8 @@ class _RankFile:
         return StoredFile(self.rank, self.kind, len(start) + sum(sizes), digest_of(start), tensors)
 
 
-def _range(part: Owned, digest: str) -> Range:
-    return Range(part.piece.hf, part.piece.hf_dim, part.lo, part.hi, digest)
+def _range(part: Range, digest: str) -> StoredRange:
+    return StoredRange(part.piece.hf, part.piece.hf_dim, part.lo, part.hi, digest)
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------

@@ -10,22 +10,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.errors import maybe_fault
-from megalite.files import DurableFile
+from megalite.files import DurableFile, as_json
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.generation import NAME as GENERATION
 from megalite.train.zero import WEIGHT, get_whole
+from megalite.weights.dtypes import SAFETENSORS, torch_dtype
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import SINGLE
-from megalite.weights.shards import expected, stored_layout
-from megalite.weights.side_files import Companions, as_json, beside, is_of_tokenizer, of_tokenizer, with_dtype, write
-from megalite.weights.table import Owned, hf_shapes, pieces
+from megalite.weights.shards import stored_layout
+from megalite.weights.side_files import SideFiles, beside, is_of_tokenizer, of_tokenizer, with_dtype, write
+from megalite.weights.table import Range, expected, hf_shapes, pieces
 from megalite.weights.tensor_file import new_header
-from megalite.weights.transfer import DTYPES
 
 SMALL_BYTES = 64 << 20
 """Files up to this size are kept in memory."""
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def export_model(decoder: Decoder, path: Path, dtype: torch.dtype) -> None:
@@ -42,7 +41,7 @@ def export_model(decoder: Decoder, path: Path, dtype: torch.dtype) -> None:
         return
     shapes = hf_shapes(decoder.config)
     order = [name for names in _tensors_of_parameters(decoder.config).values() for name in names]
-    entries = {name: (DTYPE_NAMES[dtype], shapes[name]) for name in order}
+    entries = {name: (SAFETENSORS[str(dtype).removeprefix("torch.")], shapes[name]) for name in order}
     with DurableFile(path) as file:
         file.write(new_header(path, entries, {"format": "pt"})[0])
         for tensor in tensors:
@@ -91,7 +90,7 @@ def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[Tensor]:
         yield from whole.values()
 
 
-def _place(local: Tensor, parts: list[Owned], whole: dict[str, Tensor]) -> None:
+def _place(local: Tensor, parts: list[Range], whole: dict[str, Tensor]) -> None:
     """Copy one rank's share of a parameter to where it belongs."""
     for one in parts:
         values = local.narrow(one.piece.dim, one.start, one.hi - one.lo)
@@ -99,23 +98,23 @@ def _place(local: Tensor, parts: list[Owned], whole: dict[str, Tensor]) -> None:
         target.copy_(values.t() if one.piece.transpose else values)
 
 
-def files_beside(base: ModelFolder) -> Companions:
+def files_beside(base: ModelFolder) -> SideFiles:
     """What belongs beside weights that were trained from `base`, by name.
 
     All that goes along with the base's own weights but its model card, with the tokenizer of `base.tokenizer_path`.
     What is small is read now: the base may be gone when the training ends.
     """
     own = beside(base.path) if (base.path / CONFIG).exists() else {}
-    found: Companions = {name: path for name, path in own.items() if name != "README.md" and not is_of_tokenizer(name)}
+    found: SideFiles = {name: path for name, path in own.items() if name != "README.md" and not is_of_tokenizer(name)}
     found |= of_tokenizer(base.tokenizer_path)
     for name, file in found.items():
         if isinstance(file, Path) and file.stat().st_size <= SMALL_BYTES:
             found[name] = file.read_bytes()
-    return {**found, CONFIG: as_json(base.values), GENERATION: base.generation.to_bytes()}
+    return {**found, CONFIG: as_json(base.values).encode(), GENERATION: base.generation.to_bytes()}
 
 
-def export_folder(decoder: Decoder, folder: Path, base: ModelFolder, files: Companions, dtype: str) -> None:
+def export_folder(decoder: Decoder, folder: Path, base: ModelFolder, files: SideFiles, dtype: str) -> None:
     """Make `folder` hold the present model, trained from `base`, with its `files_beside`. Collective."""
     if decoder.state.rank == decoder.state.layout.first_rank:
-        write({**files, CONFIG: as_json(with_dtype(base.values, dtype))}, folder)
-    export_model(decoder, folder / SINGLE, DTYPES[dtype])
+        write({**files, CONFIG: as_json(with_dtype(base.values, dtype)).encode()}, folder)
+    export_model(decoder, folder / SINGLE, torch_dtype(dtype))

@@ -38,6 +38,7 @@ from megalite.train.new_model import config_of, make_decoder, starting_point
 from megalite.train.optimizer import learning_rate
 from megalite.train.trainer import StepReport, Trainer
 from megalite.weights import transfer
+from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import ModelFolder
 
 WriteSamples = Callable[..., list[str | None]]
@@ -312,7 +313,7 @@ class Job:
         """Held-out loss of the model in the folder, and what it makes of train.sample_prompts."""
         config, layout = self.config, self.state.layout
         state = ParallelState(Layout(layout.tp, layout.pp, layout.dp))  # generation knows no interleaving
-        decoder = transfer.build(self.model, state, dtype=transfer.DTYPES[config.model.dtype], device=self.device)
+        decoder = transfer.build(self.model, state, dtype=torch_dtype(config.model.dtype), device=self.device)
         transfer.load_folder(decoder, self.folder)
         loss = Scorer(decoder).mean_loss(self._until_stopped(self.reader.held_out(None)))
         written = config.train.sample_prompts

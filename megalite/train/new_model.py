@@ -18,6 +18,7 @@ from megalite.model.decoder import Decoder
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
 from megalite.weights import transfer
+from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import CONFIG, ModelFolder
 
 
@@ -66,7 +67,7 @@ def make_decoder(
 
     New matrices have the standard deviation `initializer_range` of config.json, if it names one.
     """
-    decoder = transfer.build(model, state, dtype=transfer.DTYPES[section.dtype], device=device)
+    decoder = transfer.build(model, state, dtype=torch_dtype(section.dtype), device=device)
     if section.path is None:
         std = (section.config or {}).get("initializer_range", transfer.INIT_STD)
         transfer.initialise(decoder, seed, std=std)

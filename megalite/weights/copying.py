@@ -1,8 +1,9 @@
 """Performs moves: reads the blocks of a part band by band, cuts and converts them, and gives them to whoever asks.
 
-Memory is bounded by bands of a few MiB a thread; where a matrix has to be turned (GPT-2), the whole of it is held once.
-A digest that the source's manifest knows is checked on the way, so that damage is never passed on. Importable without
-torch.
+Reading is plain `pread`, not a memory map, so that bytes arrive in large sequential requests and count as nobody's
+resident memory. Memory is bounded by bands of a few MiB a thread; where a matrix has to be turned (GPT-2), the whole of
+it is held once. A digest that the source's manifest knows is checked on the way, so that damage is never passed on.
+Torch-free.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import resource
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,10 +21,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from megalite.errors import CheckpointError
-from megalite.weights.blocks import Block, Move
-from megalite.weights.dtypes import STORAGE, convert
-from megalite.weights.tensor_file import CHUNK_BYTES, DTYPE_BYTES, LONG_SEGMENT_BYTES
+from megalite.weights.dtypes import STORAGE
+from megalite.weights.moves import Block, Move
+from megalite.weights.rounding import Elements, convert
+from megalite.weights.table import Range
 
+CHUNK_BYTES = 16 << 20
+"""Most that one request to the system asks for."""
+LONG_SEGMENT_BYTES = 256 << 10
+"""Column ranges this long a row are read row by row; shorter ones cost less as whole rows, cut in memory."""
 BAND_BYTES = 1 << 20
 """Rows of a part that are in memory at once: they stay in the processor's cache between reading and writing."""
 AHEAD_BYTES = 16 << 20
@@ -65,14 +70,14 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
 
 
-class Reading:
+class OpenFiles:
     """Files opened once, for reading by several threads."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Reading:
+    def __enter__(self) -> OpenFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -90,7 +95,7 @@ class Reading:
         """The moves as they are; the disk is asked for the first bytes of each before it is handed out."""
         for move in moves:
             for block in move.sources:
-                count = min(AHEAD_BYTES, block.stored_shape[0] * block.stride)
+                count = min(AHEAD_BYTES, block.shape[0] * block.stride)
                 _will_need(self._descriptor(block.file), block.offset, count)
             yield move
 
@@ -100,11 +105,11 @@ class Reading:
             descriptor = self._descriptor(block.file)
             width, start = out.shape[1], block.offset + lo * block.stride
             _fetch_ahead(descriptor, block, lo, hi)
-            if block.is_contiguous:
-                _fill(descriptor, memoryview(out).cast("B"), start, block)
+            if block.row_bytes == block.stride:
+                _fill(descriptor, out.data.cast("B"), start, block)
             elif width >= LONG_SEGMENT_BYTES:
                 for index in range(hi - lo):
-                    _fill(descriptor, memoryview(out[index]), start + index * block.stride, block)
+                    _fill(descriptor, out[index].data, start + index * block.stride, block)
             else:
                 self._cut(descriptor, block, start, out)
         except OSError as error:
@@ -118,14 +123,14 @@ class Reading:
             count = min(step, rows - first)
             whole = _buffers.take("rows", 1, count * block.stride)[0]
             used = (count - 1) * block.stride + width  # the last row may end the file
-            _fill(descriptor, memoryview(whole[:used]), start + first * block.stride, block)
+            _fill(descriptor, whole[:used].data, start + first * block.stride, block)
             out[first : first + count] = whole.reshape(count, block.stride)[:, :width]
 
 
 def _fetch_ahead(descriptor: int, block: Block, lo: int, hi: int) -> None:
     """Have the system read on from the disk while rows lo..hi are worked on: the first time all of AHEAD_BYTES, then
     as much as has been used up. Several threads read at different places of a file, which the kernel can't foresee."""
-    end = block.stored_shape[0] * block.stride
+    end = block.shape[0] * block.stride
     start = min(end, hi * block.stride + (AHEAD_BYTES - (hi - lo) * block.stride if lo else 0))
     _will_need(descriptor, block.offset + start, min(end, hi * block.stride + AHEAD_BYTES) - start)
 
@@ -141,24 +146,17 @@ def _fill(descriptor: int, out: memoryview, offset: int, block: Block) -> None:
     while done < len(out):
         count = os.preadv(descriptor, [out[done : done + CHUNK_BYTES]], offset + done)
         if count == 0:
-            raise CheckpointError(f"{block.file}: ends inside tensor {block.tensor}; it changed while being read")
+            raise CheckpointError(f"{block.file}: ends inside tensor {block.info.name}; it changed while being read")
         done += count
 
 
-def read_block(files: Reading, block: Block) -> Iterator[NDArray[np.uint8]]:
-    """The bytes of a block in bands of stored rows [rows, bytes of a row], each valid until the next."""
-    rows, _ = block.stored_shape
-    for lo, hi in _bands(rows, block.stored_row_bytes):
-        out = _buffers.take("block", hi - lo, block.stored_row_bytes)
-        files.rows(block, lo, hi, out)
-        yield out
-
-
-def digest_block(files: Reading, block: Block) -> str:
+def digest_block(files: OpenFiles, block: Block) -> str:
     """The digest of a block's bytes as they are in its file now."""
     state = xxhash.xxh3_128()
-    for band in read_block(files, block):
-        state.update(band)
+    for lo, hi in _bands(block.shape[0], block.row_bytes):
+        out = _buffers.take("block", hi - lo, block.row_bytes)
+        files.rows(block, lo, hi, out)
+        state.update(out.data)
     return state.hexdigest()
 
 
@@ -168,141 +166,104 @@ def _bands(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
         yield lo, min(lo + step, rows)
 
 
-class _Gathering:
-    """Fills bands of a part's matrix from its sources, checking the digests that are known."""
+def overlap(one: Range, move: Move, lo: int, hi: int) -> tuple[int, slice, slice]:
+    """What a range has of rows lo..hi of a move's matrix: the first of its own rows, and its rows and columns there.
 
-    def __init__(self, files: Reading, move: Move):
-        self.files = files
-        self.move = move
-        self.item = DTYPE_BYTES[move.dtype]
-        self.states = {block: xxhash.xxh3_128() for block in move.sources if block.digest}
-        self.whole = {block: self._stored(block) for block in move.sources if block.transposed}
-
-    def _stored(self, block: Block) -> NDArray:
-        """All of a block as it is stored, [its columns, its rows] elements: any band of rows takes from all of it."""
-        stored = np.empty((block.cols, block.stored_row_bytes), np.uint8)
-        self._read(block, 0, block.cols, stored)
-        return stored.view(STORAGE[block.dtype])
-
-    def band(self, lo: int, hi: int) -> NDArray[np.uint8]:
-        """Rows lo..hi of the matrix, [rows, bytes of a row]; valid until the next band."""
-        matrix = _buffers.take("matrix", hi - lo, self.move.cols * self.item)
-        for block in self.move.sources:
-            top, bottom = max(lo, block.top), min(hi, block.top + block.rows)
-            if top >= bottom:
-                continue
-            where = matrix[top - lo : bottom - lo, block.left * self.item : (block.left + block.cols) * self.item]
-            if block in self.whole:
-                stored = self.whole[block]
-                _turn(stored[:, top - block.top : bottom - block.top], where.view(stored.dtype))
-            elif where.flags.c_contiguous:
-                self._read(block, top - block.top, bottom - block.top, where)
-            else:
-                part = _buffers.take("part", *where.shape)
-                self._read(block, top - block.top, bottom - block.top, part)
-                where[:] = part
-        return matrix
-
-    def _read(self, block: Block, lo: int, hi: int, out: NDArray[np.uint8]) -> None:
-        self.files.rows(block, lo, hi, out)
-        if block in self.states:
-            self.states[block].update(out)
-
-    def check(self) -> None:
-        for block, state in self.states.items():
-            if state.hexdigest() != block.digest:
-                raise CheckpointError(
-                    f"{block.file}: damaged: tensor {block.tensor}, {block.range}: its bytes are not those that its "
-                    "manifest lists. Make this file anew or copy it again."
-                )
+    No rows, if the range lies elsewhere.
+    """
+    start = one.lo - move.lo
+    if one.dim == 1:
+        return lo, slice(0, hi - lo), slice(start, start + one.count)
+    top, bottom = max(lo, start), min(hi, start + one.count)
+    return top - start, slice(top - lo, max(top, bottom) - lo), slice(None)
 
 
-def matrices(files: Reading, move: Move) -> Iterator[tuple[int, int, NDArray[np.uint8]]]:
-    """(lo, hi, rows lo..hi) of a part's matrix, in order, in the dtype of its sources; each valid until the next.
+Band = tuple[int, int, Elements]
+"""First row, end, and those rows of a matrix; valid until the next band."""
+
+
+def matrices(files: OpenFiles, move: Move, dim: int) -> Iterator[Band]:
+    """The matrix of indices lo..hi of a move, which lie along `dim`, in bands and in the dtype of the sources.
 
     After the last band known digests are checked: CheckpointError if the sources are damaged.
     """
-    gathering = _Gathering(files, move)
-    for lo, hi in _bands(move.rows, move.cols * gathering.item):
-        yield lo, hi, gathering.band(lo, hi)
-    gathering.check()
+    stored = move.sources[0].range.dim
+    count, row = move.hi - move.lo, move.sources[0].range.piece.row
+    rows, columns = (count, row) if stored == 0 else (row, count)
+    bands = _stored_bands(files, move, rows, columns)
+    yield from bands if stored == dim else _turned(bands, np.empty((rows, columns), STORAGE[move.dtype]))
 
 
-Put = Callable[[Block, int, NDArray[np.uint8]], None]
-"""Takes stored rows of a target from a given row on, [rows, bytes of a row]."""
-
-
-def perform(files: Reading, move: Move, put: Put) -> list[str]:
-    """Give every target of a move its rows, in order; returns the targets' digests."""
-    if move.targets[0].transposed:
-        if not move.sources[0].transposed:
-            return _perform_turned(files, move, put)
-        return perform(files, _upright(move), put)
-    states = {block.region: xxhash.xxh3_128() for block in move.targets}
-    target = move.targets[0].dtype
-    item = DTYPE_BYTES[target]
-    for lo, hi, matrix in matrices(files, move):
-        values = _converted(matrix, move, target)
-        cut: dict[tuple[int, int, int, int], NDArray[np.uint8]] = {}
-        for block in move.targets:
-            top, bottom = max(lo, block.top), min(hi, block.top + block.rows)
-            if top >= bottom:
+def _stored_bands(files: OpenFiles, move: Move, rows: int, columns: int) -> Iterator[Band]:
+    """As `matrices`, in the orientation of the sources."""
+    dtype = np.dtype(STORAGE[move.dtype])
+    states = [xxhash.xxh3_128() for _ in move.sources]
+    for lo, hi in _bands(rows, columns * dtype.itemsize):
+        matrix = _buffers.take("matrix", hi - lo, columns * dtype.itemsize).view(dtype)
+        for block, state in zip(move.sources, states, strict=True):
+            first, mine, across = overlap(block.range, move, lo, hi)
+            where = matrix[mine, across]
+            if not len(where):
                 continue
-            if block.region not in cut:  # copies of a range share the cut and the digest
-                part = values[top - lo : bottom - lo, block.left * item : (block.left + block.cols) * item]
-                if not part.flags.c_contiguous:
-                    columns = _buffers.take(f"columns {len(cut)}", *part.shape)
-                    columns[:] = part
-                    part = columns
-                cut[block.region] = part
-                states[block.region].update(part)
-            put(block, top - block.top, cut[block.region])
-    return [states[block.region].hexdigest() for block in move.targets]
+            part = (
+                where.view(np.uint8) if where.flags.c_contiguous else _buffers.take("part", len(where), block.row_bytes)
+            )
+            files.rows(block, first, first + len(where), part)
+            if block.digest:
+                state.update(part.data)
+            if not where.flags.c_contiguous:
+                where[:] = part.view(dtype)
+        yield lo, hi, matrix
+    for block, state in zip(move.sources, states, strict=True):
+        if block.digest and state.hexdigest() != block.digest:
+            raise CheckpointError(
+                f"{block.file}: damaged: tensor {block.info.name}, {block.range}: its bytes are not those that its "
+                "manifest lists. Make this file anew or copy it again."
+            )
 
 
-def _perform_turned(files: Reading, move: Move, put: Put) -> list[str]:
-    """As `perform`, where stored rows of the targets are columns of the matrix."""
-    matrix = np.empty((move.rows, move.cols * DTYPE_BYTES[move.dtype]), np.uint8)
-    for lo, hi, rows in matrices(files, move):
-        matrix[lo:hi] = rows
-    elements = matrix.view(STORAGE[move.dtype])
-    digests = []
-    for block in move.targets:
-        state = xxhash.xxh3_128()
-        mine = elements[block.top : block.top + block.rows, block.left : block.left + block.cols]
-        for lo, hi in _bands(block.cols, block.rows * elements.itemsize):
-            turned = np.empty((hi - lo, block.rows), elements.dtype)
-            _turn(mine[:, lo:hi], turned)
-            rows = _converted(turned.view(np.uint8), move, block.dtype)
-            state.update(rows)
-            put(block, lo, rows)
-        digests.append(state.hexdigest())
-    return digests
+def _turned(bands: Iterator[Band], whole: Elements) -> Iterator[Band]:
+    """Bands of the transposed matrix; `whole` is memory for all of it."""
+    for lo, hi, band in bands:
+        whole[lo:hi] = band
+    for lo, hi in _bands(whole.shape[1], whole.shape[0] * whole.itemsize):
+        out = _buffers.take("turned", hi - lo, whole.shape[0] * whole.itemsize).view(whole.dtype)
+        _turn(whole[:, lo:hi], out)
+        yield lo, hi, out
 
 
-def _turn(values: NDArray, out: NDArray) -> None:
+def _turn(values: Elements, out: Elements) -> None:
     """out = values transposed, in tiles that fit the processor's cache: four times as fast as in one go."""
     for row in range(0, out.shape[0], 2 * TILE):
         for col in range(0, out.shape[1], TILE):
             out[row : row + 2 * TILE, col : col + TILE] = values[col : col + TILE, row : row + 2 * TILE].T
 
 
-def _upright(move: Move) -> Move:
-    """The same move where all blocks are stored turned, in terms of the turned matrix."""
-
-    def turn(block: Block) -> Block:
-        assert block.transposed, "some blocks are turned, some are not"
-        top, left, rows, cols = block.left, block.top, block.cols, block.rows
-        return replace(block, top=top, left=left, rows=rows, cols=cols, transposed=False)
-
-    return Move(move.part, move.cols, move.rows, tuple(map(turn, move.sources)), tuple(map(turn, move.targets)))
+Put = Callable[[Block, int, Elements], None]
+"""Takes stored rows of a target from a given row on."""
 
 
-def _converted(matrix: NDArray[np.uint8], move: Move, target: str) -> NDArray[np.uint8]:
-    if target == move.dtype:
-        return matrix
-    values = convert(matrix.view(STORAGE[move.dtype]), move.dtype, target, f"{move.sources[0].file}: {move.part.hf}")
-    return np.ascontiguousarray(values).view(np.uint8)
+def perform(files: OpenFiles, move: Move, put: Put = lambda block, row, rows: None) -> list[str]:
+    """Give every target of a move its rows, in order; returns the targets' digests."""
+    states = {block.range.lo: xxhash.xxh3_128() for block in move.targets}
+    target = move.targets[0]
+    for lo, hi, matrix in matrices(files, move, target.range.dim):
+        values = convert(matrix, move.dtype, target.info.dtype, f"{move.sources[0].file}: {move.part[0]}")
+        cut: dict[int, Elements] = {}
+        for block in move.targets:
+            first, mine, across = overlap(block.range, move, lo, hi)
+            part = values[mine, across]
+            if not len(part):
+                continue
+            start = block.range.lo
+            if start not in cut:  # copies of a range share the cut and the digest
+                if not part.flags.c_contiguous:
+                    part = _buffers.take(f"columns {len(cut)}", len(part), block.row_bytes).view(values.dtype)
+                    part[:] = values[mine, across]
+                cut[start] = part
+                states[start].update(part.view(np.uint8).data)
+            put(block, first, cut[start])
+    return [states[block.range.lo].hexdigest() for block in move.targets]
 
 
 def in_parallel(work: Callable[[Item], None], items: Iterable[Item], jobs: int) -> None:

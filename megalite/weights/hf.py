@@ -1,15 +1,16 @@
-"""Opens a model in Hugging Face layout, from a folder or the hub, and gives byte ranges of its tensors.
+"""A model in Hugging Face layout, in a folder or on the hub: which tensors it has, and where they lie.
 
-`resolve` turns a folder or a hub id (`owner/name`) into a folder; `open_checkpoint` checks the headers of all its
-weight files before anything is read. Only safetensors are read: other formats can hold code and are refused with the
-way to convert them. Importable without torch.
+`resolve` turns a folder or a hub id (`owner/name`) into a folder; `read_headers` checks the headers of all its weight
+files. Only safetensors are read: other formats can hold code and are refused with the way to convert them. Torch-free.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from megalite.config.typecheck import gguf_advice
@@ -19,7 +20,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
 from megalite.weights.table import hf_shapes
-from megalite.weights.tensor_file import TensorFiles, TensorInfo, is_plain_name, read_header
+from megalite.weights.tensor_file import TensorInfo, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -56,40 +57,36 @@ def is_weights(name: str) -> bool:
     return Path(name).suffix in {".safetensors", ".part", *OTHER_FORMATS} or name.endswith(".index.json")
 
 
-class Checkpoint(TensorFiles):
-    """A model folder whose headers have been checked; nothing of its weights is read yet."""
+@dataclass(frozen=True)
+class HFWeights:
+    """The tensors of a model folder, by their full names; nothing but headers is read."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], *, bare: bool = False):
-        super().__init__(tensors)
-        self.folder = folder
-        self.bare = bare
-        """Its files hold the bare model, whose names lack the family's prefix."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+    folder: Path
+    tensors: dict[str, TensorInfo]
+    bare: bool = False
+    """Its files hold the bare model, whose names lack the family's prefix."""
 
 
-def open_checkpoint(path: str | Path, revision: str | None = None, *, names: WeightNames | None = None) -> Checkpoint:
-    """The weights of a model folder or hub id.
+def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
+    """The weights of a model folder. CheckpointError names the file that is missing, damaged or refused.
 
     With `names`, what the model's tensors are called, they are found as transformers finds them: those of the bare
     model, saved without the family's prefix, get their full names, and an embedding that is stored only as the head it
-    is tied to gets its own. CheckpointError names the file that is missing, damaged or refused.
+    is tied to gets its own.
     """
-    folder = resolve(path, revision)
-    head = names.tied_head if names is not None else None
-    tensors = _read_headers(folder, may_be_absent=head)
-    bare = names is not None and not any(name.startswith(names.prefix) for name in tensors)
+    if names is None:
+        return HFWeights(folder, _read_files(folder, None))
+    embedding, head = names.embed.hf, names.tied_head
+    tensors = _read_files(folder, may_be_absent=head)
+    bare = not any(name.startswith(names.prefix) for name in tensors)
     if bare:
         tensors = {name if name.startswith("lm_head.") else names.prefix + name: info for name, info in tensors.items()}
     if head in tensors:
-        if names.embed.hf in tensors:
-            _check_tied(tensors[names.embed.hf], tensors[head])
+        if embedding in tensors:
+            _check_tied(tensors[embedding], tensors[head])
         else:
-            tensors[names.embed.hf] = tensors.pop(head)
-    return Checkpoint(folder, tensors, bare=bare)
+            tensors[embedding] = tensors.pop(head)
+    return HFWeights(folder, tensors, bare)
 
 
 def _check_tied(embedding: TensorInfo, head: TensorInfo) -> None:
@@ -97,23 +94,25 @@ def _check_tied(embedding: TensorInfo, head: TensorInfo) -> None:
 
     Rows all over both are compared: heads that were trained apart differ everywhere.
     """
-    with TensorFiles({"embedding": embedding, "head": head}) as files:
-        equal = (embedding.dtype, embedding.shape) == (head.dtype, head.shape) and all(
-            files.read_bytes("embedding", 0, row, row + 1) == files.read_bytes("head", 0, row, row + 1)
-            for row in range(0, head.shape[0], max(1, head.shape[0] // COMPARED_ROWS))
-        )
-    if not equal:
+    if (embedding.dtype, embedding.shape) != (head.dtype, head.shape) or _some_rows(embedding) != _some_rows(head):
         raise CheckpointError(
             f"{head.file}: {head.name} is not {embedding.name}, though config.json ties them. If they are two, "
             "set tie_word_embeddings to false in config.json, else remove one."
         )
 
 
-def _read_headers(folder: Path, may_be_absent: str | None) -> dict[str, TensorInfo]:
+def _some_rows(info: TensorInfo) -> list[bytes]:
+    count, nbytes = info.shape[0], info.nbytes // max(1, info.shape[0])
+    with open(info.file, "rb") as file:
+        rows = range(0, count, max(1, count // COMPARED_ROWS))
+        return [os.pread(file.fileno(), nbytes, info.offset + row * nbytes) for row in rows]
+
+
+def _read_files(folder: Path, may_be_absent: str | None) -> dict[str, TensorInfo]:
     """Of all weight files, by name. `may_be_absent`: a tensor that an index may list although no file has it."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() or single.is_symlink():
-        return read_header(inside(folder, SINGLE))
+        return read_header(single)
     if not index.exists():
         raise _no_weights(folder)
     weight_map = _weight_map(index)
@@ -127,7 +126,7 @@ def _read_headers(folder: Path, may_be_absent: str | None) -> dict[str, TensorIn
         )
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for name, info in read_header(inside(folder, shard)).items():
+        for name, info in read_header(folder / shard).items():
             if name in tensors:
                 raise CheckpointError(f"{info.file}: tensor {name} is also in {tensors[name].file.name}")
             tensors[name] = info
@@ -149,32 +148,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder, of which something in the folder has told the name.
-
-    CheckpointError if the name leads out of it. The file itself may be a link to anywhere: so models are shared on a
-    cluster, and so the hub's cache is made.
-    """
-    if not all(is_plain_name(part) for part in name.split("/")):
-        raise CheckpointError(f"{folder}: {name[:100]!r} is not the name of a file in it")
-    return folder / name
-
-
-def check_names(config: ModelConfig, source: TensorFiles, where: str) -> None:
-    """CheckpointError unless the source has exactly the model's tensors, in the shapes the config implies.
+def check_names(config: ModelConfig, tensors: Mapping[str, TensorInfo | None], where: str) -> None:
+    """CheckpointError unless the tensors are exactly the model's, in the shapes the config implies.
 
     Tensors that a family is known to store without using (rotary frequencies, masks) are passed over; all else counts.
+    None: of a shape that is not known yet.
     """
     expected = hf_shapes(config)
     ignored = [re.compile(pattern) for pattern in weight_names(config).ignored]
-    missing = sorted(name for name in expected if name not in source.tensors)
-    unknown = sorted(
-        name for name in source.tensors if name not in expected and not any(p.search(name) for p in ignored)
-    )
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(name for name in tensors.keys() - expected.keys() if not any(p.search(name) for p in ignored))
     wrong = [
-        f"{name} is {list(source.tensors[name].shape)}, config.json implies {list(shape)}"
+        f"{name} is {list(info.shape)}, config.json implies {list(shape)}"
         for name, shape in expected.items()
-        if name in source.tensors and tuple(source.tensors[name].shape) != shape
+        if (info := tensors.get(name)) is not None and info.shape != shape
     ]
     problems = [
         f"{what}: {_some(names)}"
@@ -215,7 +202,7 @@ def resolve(path: str | Path, revision: str | None = None, *, weights: bool = Tr
     """The local folder of a model: the path itself, or the cached snapshot of a hub id, downloaded if need be.
 
     `weights=False` fetches only the configuration and tokenizer; `beside` all that goes along with weights, see
-    `companions`. With HF_HUB_OFFLINE=1, or when the hub does not answer, a complete cached snapshot is used.
+    `side_files`. With HF_HUB_OFFLINE=1, or when the hub does not answer, a complete cached snapshot is used.
     CheckpointError if there is none.
     """
     local = Path(path).expanduser()

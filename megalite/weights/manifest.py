@@ -1,18 +1,17 @@
 """What a folder of rank shards says of itself: manifest.json, written last, believed only after every rule is checked.
 
 It lists, for every tensor of every rank file, dtype, shape and which ranges of which Hugging Face tensors it is made
-of, each with a digest of its bytes as they lie in the file: xxh3_128, which finds accidents, not forgery. Importable
-without torch.
+of, each with a digest of its bytes as they lie in the file: xxh3_128, which finds accidents, not forgery. Torch-free.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import xxhash
 
@@ -20,7 +19,8 @@ from megalite import json_text
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.files import read_whole, write_durably
-from megalite.weights.tensor_file import WEIGHT_DTYPES, is_plain_name
+from megalite.weights.dtypes import WEIGHT_DTYPES
+from megalite.weights.tensor_file import is_plain_name
 
 NAME = "manifest.json"
 FORMAT = "megalite-shards"
@@ -30,46 +30,64 @@ MAX_RANKS = 1 << 16
 WEIGHT = "weight"
 """The kind of file that holds the model; training adds kinds of its own, in the same ranges."""
 
-_DIGEST = re.compile(r"[0-9a-f]{32}")
-_KIND = re.compile(r"[a-z][a-z0-9_]{0,40}")
+_OF_THE_TEXT = ("format", "version", "digest")
+"""Keys that say something of manifest.json itself."""
 _TAIL = re.compile(rb'\n  "digest": "([0-9a-f]{32})"\n\}\n\Z')
 """The last line but one: the digest of all that comes before it."""
 
 
+def _is_name(value: str) -> bool:
+    return is_plain_name(value) and len(value) <= 1000
+
+
+Name = Annotated[str, "has a name that is not plain", _is_name]
+FilePath = Annotated[str, "has a name that is not plain", lambda value: all(map(_is_name, value.split("/")))]
+Digest = Annotated[str, "must be a digest, 32 hexadecimal digits", re.compile("[0-9a-f]{32}").fullmatch]
+Kind = Annotated[str, "is a damaged kind", re.compile("[a-z][a-z0-9_]{0,40}").fullmatch]
+Count = Annotated[int, "must be a whole number", lambda value: 0 <= value <= 1 << 56]
+Dtype = Annotated[str, f"must be one of {', '.join(WEIGHT_DTYPES)}", WEIGHT_DTYPES.__contains__]
+"""Type, rule in words, and the rule: see `_take`."""
+
+
 @dataclass(frozen=True, slots=True)
-class Range:
+class StoredRange:
     """Elements lo..hi of a Hugging Face tensor along `dim`, and the digest of their bytes in the rank file."""
 
-    hf: str
-    dim: int
-    lo: int
-    hi: int
-    digest: str
+    hf: Name
+    dim: Count
+    lo: Count
+    hi: Count
+    digest: Digest
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A local parameter in a rank file: its ranges one after another."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    ranges: tuple[Range, ...]
+    dtype: Dtype
+    shape: tuple[Count, ...]
+    ranges: tuple[StoredRange, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """One safetensors file of one rank."""
 
-    rank: int
-    kind: str
-    nbytes: int
-    header: str
+    rank: Count
+    kind: Kind
+    nbytes: Count
+    header: Digest
     """Digest of the bytes before the tensors."""
-    tensors: dict[str, StoredTensor]
+    tensors: dict[Name, StoredTensor]
 
     @property
     def name(self) -> str:
         return file_name(self.rank, self.kind)
+
+    @property
+    def hf_names(self) -> set[str]:
+        """The Hugging Face tensors of which it holds something."""
+        return {one.hf for tensor in self.tensors.values() for one in tensor.ranges}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +98,18 @@ class Manifest:
     """dp is 1: replicas share the files."""
     config: dict[str, Any]
     """The values of config.json."""
-    files: dict[str, StoredFile]
-    """By name: one for each rank and kind."""
-    copies: dict[str, str] = field(default_factory=dict)
-    """Digests of the files beside the shards: config.json, tokenizer, generation settings."""
     bare: bool = False
     """The original's tensor names lack the family's prefix, and so will an export's."""
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[Name, ...] = ()
     """Tensors of the original that are not weights of the model and were not kept."""
     made_from: str = ""
     """Fingerprint of the work that made the folder: source, layout, dtype."""
     training: dict[str, Any] = field(default_factory=dict)
     """What a training run notes beside its weights; empty for a model."""
+    copies: dict[FilePath, Digest] = field(default_factory=dict)
+    """Digests of the files beside the shards: config.json, tokenizer, generation settings."""
+    files: dict[str, StoredFile]
+    """By name: one for each rank and kind."""
 
     @property
     def kinds(self) -> list[str]:
@@ -122,31 +140,24 @@ def encode(manifest: Manifest) -> bytes:
     layout = {"tp": manifest.layout.tp, "pp": manifest.layout.pp}
     if manifest.layout.interleave > 1:
         layout["interleave"] = manifest.layout.interleave
-    head: dict[str, Any] = {"format": FORMAT, "version": VERSION, "layout": layout, "config": manifest.config}
-    head |= {"bare": manifest.bare, "left_out": list(manifest.left_out), "made_from": manifest.made_from}
-    head |= {"training": manifest.training, "copies": manifest.copies}
-    lines = [f"  {_json(key)}: {_json(value)}," for key, value in head.items()]
-    lines.append('  "files": {')
-    lines.append(",\n".join(_file_text(name, file) for name, file in manifest.files.items()))
-    lines.append("  },")
-    body = ("{\n" + "\n".join(lines)).encode()
-    return body + f'\n  "digest": "{digest_of(body)}"\n}}\n'.encode()
+    values = {"format": FORMAT, "version": VERSION, **vars(manifest), "layout": layout}
+    values["files"] = {name: asdict(file) for name, file in manifest.files.items()}
+    body = "{\n" + ",\n".join(f"  {_json(key)}: {_lines(value, '  ')}" for key, value in values.items()) + ","
+    return f'{body}\n  "digest": "{digest_of(body.encode())}"\n}}\n'.encode()
 
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def _file_text(name: str, file: StoredFile) -> str:
-    head = {"rank": file.rank, "kind": file.kind, "nbytes": file.nbytes, "header": file.header}
-    tensors = ",\n".join(_tensor_text(key, tensor) for key, tensor in file.tensors.items())
-    return f'    {_json(name)}: {_json(head)[:-1]}, "tensors": {{\n{tensors}\n    }}}}'
-
-
-def _tensor_text(name: str, tensor: StoredTensor) -> str:
-    head = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
-    ranges = ",\n".join(f"        {_json(asdict(one))}" for one in tensor.ranges)
-    return f'      {_json(name)}: {_json(head)[:-1]}, "ranges": [\n{ranges}]}}'
+def _lines(value: Any, indent: str) -> str:
+    """JSON in which every container has a line of its own but the innermost, which share one with what they hold."""
+    if isinstance(value, dict) and any(isinstance(one, dict | list | tuple) and one for one in value.values()):
+        inner = [f"{indent}  {_json(key)}: {_lines(one, indent + '  ')}" for key, one in value.items()]
+        return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
+    if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
+        return "[\n" + ",\n".join(f"{indent}  {_json(one)}" for one in value) + "]"
+    return _json(value)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -169,7 +180,7 @@ def decode(content: bytes, path: Path) -> Manifest:
     """As `read`, of bytes; `path` is for messages."""
     try:
         values = json_text.parse(content)
-    except ValueError as error:
+    except json_text.JsonError as error:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not the manifest of rank shards")
@@ -180,121 +191,66 @@ def decode(content: bytes, path: Path) -> Manifest:
     body = content[: -len(tail.group())] if tail else b""
     if tail is None or digest_of(body).encode() != tail.group(1):
         raise CheckpointError(f"{path}: damaged, or changed after it was written: its digest does not match")
-    return _Reader(path).manifest(values)
+    try:
+        return _manifest(values)
+    except _Broken as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
-class _Reader:
-    """Takes values apart, believing nothing; every message names the file and the key."""
+class _Broken(Exception):
+    """Where a value breaks a rule, and which."""
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def problem(self, where: str, rule: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {where[:200]} {rule}")
-
-    def keys(self, values: Any, where: str, *keys: str) -> dict[str, Any]:
-        if not isinstance(values, dict) or values.keys() != set(keys):
-            raise self.problem(where, f"must have exactly {', '.join(keys)}")
-        return values
-
-    def count(self, value: Any, where: str, low: int = 0, high: int = 1 << 56) -> int:
-        if type(value) is not int or not low <= value <= high:
-            raise self.problem(where, f"must be a whole number from {low} to {high}")
+def _take(kind: Any, value: Any, where: str) -> Any:
+    """A value as the type of a manifest's field has it, believing nothing. _Broken: where it isn't so."""
+    if kind is Any:
         return value
-
-    def digest(self, value: Any, where: str) -> str:
-        if not isinstance(value, str) or not _DIGEST.fullmatch(value):
-            raise self.problem(where, "must be a digest, 32 hexadecimal digits")
+    if kind is Layout:
+        return _layout(value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        base, rule, good = arguments
+        if not (type(value) is base and good(value)):
+            raise _Broken(f"{where[:200]} {rule}")
         return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_take(arguments[0], one, where) for one in value)
+    if origin is dict and isinstance(value, dict):
+        key, each = arguments
+        return {_take(key, name, where): _take(each, one, f"{where}.{name}") for name, one in value.items()}
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        hints = _hints(kind)
+        if value.keys() != hints.keys():
+            raise _Broken(f"{where[:200]} must have exactly {', '.join(hints)}")
+        return kind(**{name: _take(each, value[name], f"{where}.{name}") for name, each in hints.items()})
+    if type(value) is not kind:
+        raise _Broken(f"{where[:200]} is of the wrong type")
+    return value
 
-    def name(self, value: Any, where: str) -> str:
-        if not isinstance(value, str) or not is_plain_name(value) or len(value) > 1000:
-            raise self.problem(where, f"has a name that is not plain: {str(value)[:100]!r}")
-        return value
 
-    def path_name(self, value: str) -> str:
-        """The name of a file beside the weights, or its path in a subfolder."""
-        for part in value.split("/"):
-            self.name(part, "copies")
-        return value
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
-    def mapping(self, value: Any, where: str) -> Mapping[str, Any]:
-        if not isinstance(value, dict):
-            raise self.problem(where, "must be an object")
-        return value
 
-    def manifest(self, values: Any) -> Manifest:
-        head = ("format", "version", "layout", "config", "bare", "left_out", "made_from", "training", "copies")
-        values = self.keys(values, "it", *head, "files", "digest")
-        self.digest(values["digest"], "digest")
-        layout = self.layout(values["layout"])
-        if type(values["bare"]) is not bool or not isinstance(values["made_from"], str):
-            raise self.problem("bare or made_from", "is of the wrong type")
-        if not isinstance(values["left_out"], list):
-            raise self.problem("left_out", "must be a list")
-        copies = self.mapping(values["copies"], "copies")
-        manifest = Manifest(
-            layout=layout,
-            config=dict(self.mapping(values["config"], "config")),
-            files={name: self.file(name, file) for name, file in self.mapping(values["files"], "files").items()},
-            copies={self.path_name(key): self.digest(value, f"copies.{key}") for key, value in copies.items()},
-            bare=values["bare"],
-            left_out=tuple(self.name(name, "left_out") for name in values["left_out"]),
-            made_from=values["made_from"],
-            training=dict(self.mapping(values["training"], "training")),
-        )
-        expected = {file_name(rank, kind) for kind in {WEIGHT, *manifest.kinds} for rank in manifest.layout.ranks}
-        if manifest.files.keys() != expected:
-            wrong = sorted(manifest.files.keys() ^ expected)[0]
-            places = f"{layout.tp} x {layout.pp}"
-            raise self.problem("files", f"must list one file a rank of {places}; {wrong[:100]!r} is too few or many")
-        return manifest
+def _layout(value: Any, where: str) -> Layout:
+    sizes = _take(dict[str, Annotated[int, f"must be a whole number from 1 to {MAX_RANKS}", _ranks]], value, where)
+    if not {"tp", "pp"} <= sizes.keys() <= {"tp", "pp", "interleave"} or sizes["tp"] * sizes["pp"] > MAX_RANKS:
+        raise _Broken(f"{where} must be tp and pp, of at most {MAX_RANKS} ranks")
+    if sizes.get("interleave", 1) > 1 and sizes["pp"] == 1:
+        raise _Broken(f"{where}.interleave must be 1 where pp is 1")
+    return Layout(**sizes)
 
-    def layout(self, values: Any) -> Layout:
-        keys = ("tp", "pp", "interleave") if isinstance(values, dict) and "interleave" in values else ("tp", "pp")
-        sizes = self.keys(values, "layout", *keys)
-        sizes = {key: self.count(sizes[key], f"layout.{key}", 1, MAX_RANKS) for key in keys}
-        if sizes["tp"] * sizes["pp"] > MAX_RANKS:
-            raise self.problem("layout", f"must have at most {MAX_RANKS} ranks")
-        if sizes.get("interleave", 1) > 1 and sizes["pp"] == 1:
-            raise self.problem("layout.interleave", "must be 1 where pp is 1")
-        return Layout(**sizes)
 
-    def file(self, name: str, values: Any) -> StoredFile:
-        where = f"files.{name}"
-        values = self.keys(values, where, "rank", "kind", "nbytes", "header", "tensors")
-        if not isinstance(values["kind"], str) or not _KIND.fullmatch(values["kind"]):
-            raise self.problem(where, "has a damaged kind")
-        file = StoredFile(
-            self.count(values["rank"], f"{where}.rank", 0, MAX_RANKS),
-            values["kind"],
-            self.count(values["nbytes"], f"{where}.nbytes"),
-            self.digest(values["header"], f"{where}.header"),
-            {
-                self.name(key, where): self.tensor(tensor, f"{where}: {key}")
-                for key, tensor in self.mapping(values["tensors"], where).items()
-            },
-        )
-        if file.name != name:
-            raise self.problem(where, f"must be named {file.name}")
-        return file
+def _ranks(value: int) -> bool:
+    return 1 <= value <= MAX_RANKS
 
-    def tensor(self, values: Any, where: str) -> StoredTensor:
-        values = self.keys(values, where, "dtype", "shape", "ranges")
-        if not isinstance(values["dtype"], str) or values["dtype"] not in WEIGHT_DTYPES:
-            raise self.problem(where, f"has a dtype that is none of {', '.join(WEIGHT_DTYPES)}")
-        if not isinstance(values["shape"], list) or not 1 <= len(values["shape"]) <= 16:
-            raise self.problem(where, "has a damaged shape")
-        if not isinstance(values["ranges"], list):
-            raise self.problem(where, "has no list of ranges")
-        shape = tuple(self.count(size, f"{where}: shape", 0, 1 << 48) for size in values["shape"])
-        return StoredTensor(values["dtype"], shape, tuple(self.range(one, where) for one in values["ranges"]))
 
-    def range(self, values: Any, where: str) -> Range:
-        values = self.keys(values, f"{where}: a range", "hf", "dim", "lo", "hi", "digest")
-        hf = self.name(values["hf"], where)
-        dim = self.count(values["dim"], f"{where}: dim", 0, 15)
-        lo = self.count(values["lo"], f"{where}: lo", 0, 1 << 48)
-        return Range(
-            hf, dim, lo, self.count(values["hi"], f"{where}: hi", lo, 1 << 48), self.digest(values["digest"], where)
-        )
+def _manifest(values: dict[str, Any]) -> Manifest:
+    manifest: Manifest = _take(Manifest, {key: one for key, one in values.items() if key not in _OF_THE_TEXT}, "it")
+    layout = manifest.layout
+    expected = {file_name(rank, kind) for kind in {WEIGHT, *manifest.kinds} for rank in layout.ranks}
+    misnamed = {name for name, file in manifest.files.items() if file.name != name}
+    if wrong := sorted(misnamed | manifest.files.keys() ^ expected):
+        raise _Broken(f"files must list one file a rank of {layout.tp} x {layout.pp}; {wrong[0][:100]!r} is wrong")
+    return manifest

@@ -3,21 +3,23 @@
     source parameters --pack--> [ outgoing | incoming ] --unpack--> target parameters
                                    one buffer, in the target's dtype
 
-It decides nothing: what goes where in which round is `exchange.plan` and `exchange.buckets`.
+It decides nothing: what goes where in which round is `reshard_plan.plan` and `reshard_plan.buckets`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megalite.errors import maybe_fault
-from megalite.weights.reshard_plan import Parcel, Place, Transfer, parcels
+from megalite.weights.reshard_plan import Transfer
+from megalite.weights.table import Range
 
 Gathered = Callable[[Sequence[str]], AbstractContextManager[None]]
 """Makes the named source parameters whole on this rank while it lasts. All replicas enter it alike."""
@@ -25,7 +27,7 @@ Gathered = Callable[[Sequence[str]], AbstractContextManager[None]]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A transfer and where its elements are in the buffer; local copies have no place in it."""
+    """A transfer and where its elements begin in the buffer; local copies have no place in it."""
 
     transfer: Transfer
     start: int = 0
@@ -40,26 +42,21 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
-    """Elements lo..hi of the buffer, to or from a peer."""
-
-    peer: int
-    lo: int
-    hi: int
-
-
-@dataclass(frozen=True, slots=True)
 class Round:
-    """What this rank does in a round. The buffer holds what goes out, then what comes in."""
+    """What this rank does in a round. Its buffer holds what goes out, then what comes in, ordered by the other rank."""
 
-    outgoing: tuple[Message, ...]
-    incoming: tuple[Message, ...]
     packing: tuple[Batch, ...]
-    unpacking: tuple[Slot, ...]
+    outgoing: tuple[Slot, ...]
+    incoming: tuple[Slot, ...]
 
     @property
-    def elements(self) -> int:
-        return max((message.hi for message in (*self.outgoing, *self.incoming)), default=0)
+    def sent(self) -> int:
+        """Elements."""
+        return sum(slot.transfer.elements for slot in self.outgoing)
+
+    @property
+    def received(self) -> int:
+        return sum(slot.transfer.elements for slot in self.incoming)
 
 
 class RoundBuilder:
@@ -76,19 +73,23 @@ class RoundBuilder:
         self.bucket_bytes = bucket_bytes
 
     def round(self, transfers: Sequence[Transfer]) -> Round:
-        outgoing, incoming = parcels(transfers, self.rank)
-        sent, packing, end = _lay_out(outgoing, 0)
-        got, unpacking, _ = _lay_out(incoming, end)
-        return Round(sent, got, self.batches(transfers, packing), unpacking)
+        outgoing = sorted((one for one in transfers if one.sender == self.rank), key=lambda one: one.receiver)
+        incoming = sorted((one for one in transfers if one.receiver == self.rank), key=lambda one: one.sender)
+        slots, end = [], 0
+        for transfer in (*outgoing, *incoming):
+            slots.append(Slot(transfer, end))
+            end += transfer.elements
+        packed = slots[: len(outgoing)]
+        return Round(self.batches(transfers, packed), tuple(packed), tuple(slots[len(outgoing) :]))
 
     def batches(self, transfers: Iterable[Transfer], slots: Iterable[Slot]) -> tuple[Batch, ...]:
         """Batches for `slots` of this rank, which are some of `transfers`, those of all ranks."""
         by_name: dict[str, list[Slot]] = {}
         for transfer in transfers:
-            if transfer.source.rank in self.peers:
-                by_name.setdefault(transfer.source.param, [])
+            if transfer.sender in self.peers:
+                by_name.setdefault(transfer.source.piece.param, [])
         for slot in slots:
-            by_name[slot.transfer.source.param].append(slot)
+            by_name[slot.transfer.source.piece.param].append(slot)
         return tuple(
             Batch(tuple(names), tuple(slot for name in names for slot in by_name[name])) for names in self.fit(by_name)
         )
@@ -106,19 +107,7 @@ class RoundBuilder:
         return batches
 
 
-def _lay_out(mine: Sequence[Parcel], start: int) -> tuple[tuple[Message, ...], tuple[Slot, ...], int]:
-    """Messages and slots one after another from element `start` of the buffer, and where they end."""
-    messages, slots = [], []
-    for parcel in mine:
-        lo = start
-        for transfer in parcel.transfers:
-            slots.append(Slot(transfer, start))
-            start += transfer.elements
-        messages.append(Message(parcel.peer, lo, start))
-    return tuple(messages), tuple(slots), start
-
-
-class Mover:
+class Executor:
     """Copies from `source` to `target` parameters of this rank and exchanges messages with the others.
 
     gloo cannot send CUDA tensors (it aborts the process): then `transport` is the CPU, and messages pass through a
@@ -149,61 +138,61 @@ class Mover:
         for batch in batches:
             with self.gathered(batch.names):
                 for slot in batch.slots:
-                    transfer = slot.transfer
-                    source = _region(self.source, transfer.source, transfer.count)
-                    _region(self.target, transfer.target, transfer.count).copy_(source)
+                    _view(self.target, slot.transfer.target).copy_(_view(self.source, slot.transfer.source))
 
     def exchange(self, rounds: Sequence[Round]) -> None:
         """The rounds in order. Their buffer is given back at the end."""
-        size = max((one.elements for one in rounds), default=0)
+        size = max((one.sent + one.received for one in rounds), default=0)
         buffer = torch.empty(size, dtype=self.dtype, device=self.device)
         wire = buffer if self.transport == self.device else torch.empty_like(buffer, device=self.transport)
         for one in rounds:
             self._pack(one, buffer)
+            sent, end = one.sent, one.sent + one.received
             if wire is not buffer:
-                _copy_messages(one.outgoing, wire, buffer)
+                wire[:sent].copy_(buffer[:sent])
             self._send(one, wire)
             if wire is not buffer:
-                _copy_messages(one.incoming, buffer, wire)
+                buffer[sent:end].copy_(wire[sent:end])
             self._unpack(one, buffer)
 
     def _pack(self, one: Round, buffer: Tensor) -> None:
         for batch in one.packing:
             with self.gathered(batch.names):
                 for slot in batch.slots:
-                    source = _region(self.source, slot.transfer.source, slot.transfer.count)
+                    source = _view(self.source, slot.transfer.source)
                     _segment(buffer, slot, source).copy_(source)  # rounds, where the target has another dtype
 
     def _send(self, one: Round, wire: Tensor) -> None:
-        work = [dist.P2POp(dist.irecv, wire[m.lo : m.hi], m.peer) for m in one.incoming]
-        work += [dist.P2POp(dist.isend, wire[m.lo : m.hi], m.peer) for m in one.outgoing]
+        work = [dist.P2POp(dist.irecv, *message) for message in _messages(one.incoming, wire, lambda it: it.sender)]
+        work += [dist.P2POp(dist.isend, *message) for message in _messages(one.outgoing, wire, lambda it: it.receiver)]
         for request in dist.batch_isend_irecv(work) if work else ():
             request.wait()
 
     def _unpack(self, one: Round, buffer: Tensor) -> None:
-        if not one.unpacking:
+        if not one.incoming:
             return
         fault = maybe_fault("sync.bucket", self.rank, offers=("skip", "corrupt"))
         if fault == "skip":
             return
         if fault == "corrupt":
-            start = one.unpacking[0].start
+            start = one.incoming[0].start
             buffer[start : start + 1].view(torch.uint8)[0] ^= 1
-        for slot in one.unpacking:
-            target = _region(self.target, slot.transfer.target, slot.transfer.count)
+        for slot in one.incoming:
+            target = _view(self.target, slot.transfer.target)
             target.copy_(_segment(buffer, slot, target))
 
 
-def _region(params: Mapping[str, Tensor], place: Place, count: int) -> Tensor:
-    return params[place.param].detach().narrow(place.dim, place.start, count)
+def _view(params: Mapping[str, Tensor], one: Range) -> Tensor:
+    return params[one.piece.param].detach().narrow(one.dim, one.start, one.count)
 
 
 def _segment(buffer: Tensor, slot: Slot, like: Tensor) -> Tensor:
-    return buffer[slot.start : slot.start + slot.transfer.elements].view(like.shape)
+    return buffer[slot.start : slot.start + like.numel()].view(like.shape)
 
 
-def _copy_messages(messages: Sequence[Message], target: Tensor, source: Tensor) -> None:
-    """Messages of one direction lie one after another."""
-    if messages:
-        lo, hi = messages[0].lo, messages[-1].hi
-        target[lo:hi].copy_(source[lo:hi])
+def _messages(slots: Iterable[Slot], wire: Tensor, peer: Callable[[Transfer], int]) -> Iterator[tuple[Tensor, int]]:
+    """What goes to or comes from each other rank, and that rank; its slots lie one after another."""
+    for other, mine in groupby(slots, key=lambda slot: peer(slot.transfer)):
+        first, *rest = mine
+        last = rest[-1] if rest else first
+        yield wire[first.start : last.start + last.transfer.elements], other

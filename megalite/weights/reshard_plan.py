@@ -1,25 +1,25 @@
-"""Plans of how a model moves in memory from the ranks of one layout to those of another.
+"""Plans of how a model moves in memory from the ranks of one layout to those of another. Torch-free.
 
     owned(source) --\\
-                     atoms --> plan: one Transfer a range --> buckets: rounds of bounded memory --> Parcels of a rank
+                     atoms --> plan: one Transfer a range --> buckets: rounds of bounded memory
     owned(target) --/
 
 The two layouts may share all, some or none of their ranks. Every rank derives the same lists from the model and the
 layouts alone, so nothing has to be agreed. What a rank has already it copies locally; the rest comes from whichever
-holder has least to send. Importable without torch.
+holder has least to send.
 """
 
 from __future__ import annotations
 
 import heapq
-import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 
 from megalite.core.layout import Layout
 from megalite.model.config import ModelConfig
-from megalite.weights.table import owned
+from megalite.weights.table import Range, owned
 
 PORTIONS = 8
 """Ranges longer than this part of a bucket are cut, so that buckets fill up whatever the sizes are."""
@@ -27,146 +27,84 @@ PORTIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Where a range lies in a local parameter, on every rank that has it there: the replicas of one place."""
+    """A range in a local parameter, and all ranks that have it there: the replicas of one place of the grid."""
 
     ranks: tuple[int, ...]
-    param: str
-    dim: int
-    start: int
+    range: Range
 
 
 @dataclass(frozen=True, slots=True)
 class Atom:
-    """Indices lo..hi along `dim` of a Hugging Face tensor: of either layout, a rank holds all of them or none."""
+    """One range, where each layout holds it: a rank of either has all of it or none."""
 
-    hf: str
-    dim: int
-    lo: int
-    hi: int
-    row: int
-    """Elements of one index."""
     sources: tuple[Held, ...]
     targets: tuple[Held, ...]
 
     @property
-    def elements(self) -> int:
-        return (self.hi - self.lo) * self.row
-
-    def __str__(self) -> str:
-        return f"{self.hf} {'columns' if self.dim else 'rows'} {self.lo}..{self.hi}"
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a range begins: index `start` along `dim` of a parameter of a global rank."""
-
-    rank: int
-    param: str
-    dim: int
-    start: int
+    def range(self) -> Range:
+        """In one of the target's parameters."""
+        return self.targets[0].range
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Indices lo..hi along `dim` of a Hugging Face tensor, on their way from one rank's parameter to another's."""
+    """One range, on its way from one rank's parameter to another's."""
 
-    hf: str
-    dim: int
-    lo: int
-    hi: int
-    row: int
-    """Elements of one index."""
-    source: Place
-    target: Place
-
-    @property
-    def count(self) -> int:
-        """Indices, along the dims of both places."""
-        return self.hi - self.lo
+    sender: int
+    source: Range
+    receiver: int
+    target: Range
 
     @property
     def elements(self) -> int:
-        return self.count * self.row
+        return self.target.elements
 
     @property
     def is_local(self) -> bool:
-        return self.source.rank == self.target.rank
+        return self.sender == self.receiver
 
     @property
     def pair(self) -> tuple[int, int]:
-        """Sending and receiving rank."""
-        return self.source.rank, self.target.rank
+        return self.sender, self.receiver
 
-    def part(self, first: int, count: int) -> Transfer:
-        """`count` of the indices from the `first` on."""
-        if count == self.count:
-            return self
-        lo, source, target = self.lo + first, self.source, self.target
-        source = Place(source.rank, source.param, source.dim, source.start + first)
-        target = Place(target.rank, target.param, target.dim, target.start + first)
-        return Transfer(self.hf, self.dim, lo, lo + count, self.row, source, target)
+    def cut(self, lo: int, hi: int) -> Transfer:
+        """The part of it that is lo..hi."""
+        return Transfer(self.sender, self.source.cut(lo, hi), self.receiver, self.target.cut(lo, hi))
 
 
-@dataclass(frozen=True, slots=True)
-class Parcel:
-    """What one rank sends to one other in a round, packed into one message in this order."""
-
-    peer: int
-    """The other rank."""
-    transfers: tuple[Transfer, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Range:
-    """What `owned` gives one place of the grid, and the ranks that are at it in each replica."""
-
-    lo: int
-    hi: int
-    row: int
-    held: Held
-
-
-_Ranges = dict[tuple[str, int], list[_Range]]
+_Held = dict[tuple[str, int], list[Held]]
 """By Hugging Face tensor and dim."""
 
 
 def atoms(model: ModelConfig, source: Layout, target: Layout) -> list[Atom]:
     """The model, cut wherever a range of either layout begins or ends, in the order of the weight table."""
-    return _cut(_ranges(model, source), _ranges(model, target))
-
-
-def _ranges(model: ModelConfig, layout: Layout) -> _Ranges:
-    found: _Ranges = defaultdict(list)
-    for pp in range(layout.pp):
-        for tp in range(layout.tp):
-            ranks = tuple(layout.rank(tp=tp, pp=pp, dp=dp) for dp in range(layout.dp))
-            for part in owned(model, layout, ranks[0]):
-                piece = part.piece
-                held = Held(ranks, piece.param, piece.dim, part.start)
-                found[piece.hf, piece.hf_dim].append(_Range(part.lo, part.hi, math.prod(piece.other), held))
+    sources, found = _held(model, source), []
+    for key, wanted in _held(model, target).items():
+        there = sources[key]
+        cuts = sorted({cut for held in (*there, *wanted) for cut in (held.range.lo, held.range.hi)})
+        senders, receivers = _pieces(there, cuts), _pieces(wanted, cuts)
+        for lo, hi in pairwise(cuts):
+            assert senders[lo] and receivers[lo], f"{key[0]} {lo}..{hi}: the layouts do not hold the same"
+            found.append(Atom(tuple(senders[lo]), tuple(receivers[lo])))
     return found
 
 
-def _cut(sources: _Ranges, targets: _Ranges) -> list[Atom]:
-    found = []
-    for key, wanted in targets.items():
-        hf, dim = key
-        cuts = sorted({cut for one in (*sources[key], *wanted) for cut in (one.lo, one.hi)})
-        senders, receivers = _holders(sources[key], cuts), _holders(wanted, cuts)
-        for lo, hi in zip(cuts, cuts[1:], strict=False):
-            assert senders[lo] and receivers[lo], f"{hf} {lo}..{hi}: the layouts do not hold the same"
-            found.append(Atom(hf, dim, lo, hi, wanted[0].row, tuple(senders[lo]), tuple(receivers[lo])))
+def _held(model: ModelConfig, layout: Layout) -> _Held:
+    """What `owned` gives each place of the grid, with the ranks that are at it in each replica."""
+    found: _Held = defaultdict(list)
+    for ranks in zip(*layout.replicas(), strict=True):
+        for one in owned(model, layout, ranks[0]):
+            found[one.piece.hf, one.piece.hf_dim].append(Held(ranks, one))
     return found
 
 
-def _holders(ranges: list[_Range], cuts: list[int]) -> dict[int, list[Held]]:
-    """Who holds what begins at each cut."""
+def _pieces(held: list[Held], cuts: list[int]) -> dict[int, list[Held]]:
+    """Who holds what, cut up, by where it begins."""
     index = {cut: number for number, cut in enumerate(cuts)}
     found: dict[int, list[Held]] = {cut: [] for cut in cuts}
-    for one in ranges:
-        held = one.held
-        for cut in cuts[index[one.lo] : index[one.hi]]:
-            found[cut].append(Held(held.ranks, held.param, held.dim, held.start + cut - one.lo))
+    for one in held:
+        for lo, hi in pairwise(cuts[index[one.range.lo] : index[one.range.hi] + 1]):
+            found[lo].append(Held(one.ranks, one.range.cut(lo, hi)))
     return found
 
 
@@ -174,16 +112,13 @@ def plan(model: ModelConfig, source: Layout, target: Layout) -> list[Transfer]:
     """Every element of every parameter of `target` once, from a rank of `source` that holds it."""
     transfers = []
     loads = _Loads()
-    wanted = _ranges(model, target)
-    for atom in _cut(_ranges(model, source), wanted):
-        places = {rank: Place(rank, held.param, held.dim, held.start) for held in atom.sources for rank in held.ranks}
-        holders = tuple(sorted(places))
+    for atom in atoms(model, source, target):
+        have = {rank: held.range for held in atom.sources for rank in held.ranks}
+        holders = tuple(sorted(have))
         for held in atom.targets:
             for rank in held.ranks:
-                sender = rank if rank in places else loads.add_to_least(holders, atom.elements)
-                goal = Place(rank, held.param, held.dim, held.start)
-                transfers.append(Transfer(atom.hf, atom.dim, atom.lo, atom.hi, atom.row, places[sender], goal))
-    _check(transfers, wanted)
+                sender = rank if rank in have else loads.add_to_least(holders, held.range.elements)
+                transfers.append(Transfer(sender, have[sender], rank, held.range))
     return transfers
 
 
@@ -210,41 +145,13 @@ class _Loads:
         return rank
 
 
-def _check(transfers: list[Transfer], wanted: _Ranges) -> None:
-    """AssertionError unless every parameter of every target rank is filled without gap or overlap."""
-    missing: dict[tuple[int, str], int] = defaultdict(int)
-    for one in (one for ranges in wanted.values() for one in ranges):
-        for rank in one.held.ranks:
-            missing[rank, one.held.param] += (one.hi - one.lo) * one.row
-    filled: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
-    for transfer in transfers:
-        goal = transfer.target
-        filled[goal.rank, goal.param].append((goal.start, goal.start + transfer.count))
-        missing[goal.rank, goal.param] -= transfer.elements
-    for (rank, param), ranges in filled.items():
-        end = 0
-        for lo, hi in sorted(ranges):
-            assert lo == end, f"the plan leaves a gap or an overlap in {param} of rank {rank} at {end}"
-            end = hi
-    assert not any(missing.values()), f"the plan leaves out {[key for key, count in missing.items() if count]}"
-
-
-def received(transfers: Iterable[Transfer]) -> dict[int, int]:
-    """Elements that each rank gets from others; ranks that get nothing are left out."""
-    counts: dict[int, int] = defaultdict(int)
-    for transfer in transfers:
-        if not transfer.is_local:
-            counts[transfer.target.rank] += transfer.elements
-    return dict(counts)
-
-
 def least_received(model: ModelConfig, source: Layout, target: Layout) -> dict[int, int]:
     """Elements that each rank of `target` lacks before: no plan can move fewer. Ranks that lack none are left out."""
     counts: dict[int, int] = defaultdict(int)
     for atom in atoms(model, source, target):
         have = {rank for held in atom.sources for rank in held.ranks}
         for rank in {rank for held in atom.targets for rank in held.ranks} - have:
-            counts[rank] += atom.elements
+            counts[rank] += atom.range.elements
     return dict(counts)
 
 
@@ -283,9 +190,10 @@ def _evenly(transfers: Iterable[Transfer], portion: int) -> list[Transfer]:
     parts = []
     for transfer in transfers:
         if not transfer.is_local:
-            step = max(1, portion // transfer.row)
-            for first in range(0, transfer.count, step):
-                part = transfer.part(first, min(step, transfer.count - first))
+            lo, hi = transfer.target.lo, transfer.target.hi
+            step = max(1, portion // transfer.target.piece.row)
+            for first in range(lo, hi, step):
+                part = transfer if step >= hi - lo else transfer.cut(first, min(first + step, hi))
                 parts.append((before[part.pair], part))
                 before[part.pair] += part.elements
     parts.sort(key=lambda one: one[0] / before[one[1].pair])  # stable: equals stay in the order of the plan
@@ -297,29 +205,13 @@ def _joined(transfers: list[Transfer]) -> list[Transfer]:
     by_pair: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
     for transfer in transfers:
         mine = by_pair[transfer.pair]
-        if mine and _follows(mine[-1], transfer):
-            mine[-1] = replace(mine[-1], hi=transfer.hi)
+        if mine and _goes_on(mine[-1].source, transfer.source) and _goes_on(mine[-1].target, transfer.target):
+            mine[-1] = mine[-1].cut(mine[-1].target.lo, transfer.target.hi)
         else:
             mine.append(transfer)
     return [transfer for mine in by_pair.values() for transfer in mine]
 
 
-def _follows(one: Transfer, other: Transfer) -> bool:
-    """Whether a transfer goes on where one of the same pair ends, in the tensor and in both parameters."""
-    return (one.hf, one.hi) == (other.hf, other.lo) and all(
-        (a.param, a.start + one.count) == (b.param, b.start)
-        for a, b in ((one.source, other.source), (one.target, other.target))
-    )
-
-
-def parcels(transfers: Iterable[Transfer], rank: int) -> tuple[list[Parcel], list[Parcel]]:
-    """(outgoing, incoming) of one rank in a round, by peer."""
-    outgoing: dict[int, list[Transfer]] = defaultdict(list)
-    incoming: dict[int, list[Transfer]] = defaultdict(list)
-    for transfer in transfers:
-        if transfer.source.rank == rank:
-            outgoing[transfer.target.rank].append(transfer)
-        if transfer.target.rank == rank:
-            incoming[transfer.source.rank].append(transfer)
-    sent, got = ([Parcel(peer, tuple(mine)) for peer, mine in sorted(side.items())] for side in (outgoing, incoming))
-    return sent, got
+def _goes_on(one: Range, other: Range) -> bool:
+    """Whether a range goes on where another ends, in the tensor and in the parameter."""
+    return one.piece is other.piece and (one.hi, one.start + one.count) == (other.lo, other.start)

@@ -4,12 +4,13 @@
            manifest.json                written last: a folder without one is unfinished
            config.json tokenizer.json   as in the Hugging Face folder
 
-`expected` derives from the weight table what each file must hold,
-so that writing, loading, resharding and verifying agree. Importable without torch.
+What each file must hold follows from the weight table, so that writing, loading, resharding and verifying agree.
+Torch-free.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
-from megalite.weights.hf import INDEX, SINGLE, inside
-from megalite.weights.manifest import Manifest, StoredFile, file_name
-from megalite.weights.table import Owned, owned
-from megalite.weights.tensor_file import TensorInfo, read_header
+from megalite.weights.hf import INDEX, SINGLE
+from megalite.weights.manifest import WEIGHT, Manifest, StoredFile, StoredRange, StoredTensor, digest_of, file_name
+from megalite.weights.moves import Block
+from megalite.weights.table import expected
+from megalite.weights.tensor_file import TensorInfo, new_header, read_header
 
 JOURNAL = ".unfinished.jsonl"
-"""Where a conversion notes what it has done, until the manifest takes its place."""
+"""Where a conversion notes which files it has finished, until the manifest takes its place."""
 STEP = "shards.step"
 """Fault point that is passed after every change to a folder under construction, so that tests can kill at each."""
 
@@ -55,7 +57,7 @@ def open_manifest(folder: str | Path) -> Manifest:
         )
     manifest = manifests.read(folder)
     for name, file in manifest.files.items():
-        path = inside(folder, name)
+        path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; {manifests.NAME} lists it. Copy the folder again.")
         size = path.stat().st_size
@@ -75,66 +77,75 @@ def layout_words(layout: Layout) -> str:
     return f"tp={layout.tp},pp={layout.pp}{interleaved}"
 
 
-def metadata(layout: Layout, rank: int, kind: str) -> dict[str, str]:
-    """What a rank file says of itself in its header."""
-    return {"format": "pt", "layout": layout_words(layout), "rank": str(rank), "kind": kind}
+def rank_header(
+    path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]], layout: Layout, rank: int, kind: str
+) -> tuple[bytes, dict[str, TensorInfo]]:
+    """See `new_header`, of the file of a rank, which says whose it is."""
+    said = {"format": "pt", "layout": layout_words(layout), "rank": str(rank), "kind": kind}
+    return new_header(path, entries, said)
 
 
-def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Owned]]]:
-    """Shape of each local parameter that `rank` stores, and the ranges it is made of, in the order they lie in it.
+def rank_blocks(
+    config: ModelConfig,
+    layout: Layout,
+    rank: int,
+    tensors: Mapping[str, TensorInfo],
+    kind: str = WEIGHT,
+    file: StoredFile | None = None,
+) -> list[Block]:
+    """The ranges that the file of one rank holds, in the order of `expected`. `file`: which tells their digests."""
+    return [
+        Block(one, tensors[name], file.tensors[name].ranges[index].digest if file else "", kind)
+        for name, (_, ranges) in expected(config, layout, rank).items()
+        for index, one in enumerate(ranges)
+    ]
 
-    Parameters of which this rank has nothing are left out.
+
+def stored_file(header: bytes, rank: int, kind: str, blocks: Iterable[Block]) -> StoredFile:
+    """What a manifest says of a rank file, from its `blocks` with their digests."""
+    infos: dict[str, TensorInfo] = {}
+    ranges: dict[str, list[StoredRange]] = {}
+    for block in blocks:
+        infos[block.info.name] = block.info
+        one = block.range
+        listed = StoredRange(one.piece.hf, one.piece.hf_dim, one.lo, one.hi, block.digest)
+        ranges.setdefault(block.info.name, []).append(listed)
+    tensors = {name: StoredTensor(info.dtype, info.shape, tuple(ranges[name])) for name, info in infos.items()}
+    nbytes = len(header) + sum(info.nbytes for info in infos.values())
+    return StoredFile(rank, kind, nbytes, digest_of(header), tensors)
+
+
+def file_blocks(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> list[Block]:
+    """What a rank file of `layout` holds, once its header, the manifest and the weight table agree.
+
+    Else CheckpointError.
     """
-    parts: dict[str, list[Owned]] = {}
-    for part in owned(config, layout, rank):
-        parts.setdefault(part.piece.param, []).append(part)
-    found = {}
-    for name, mine in parts.items():
-        mine.sort(key=lambda part: part.start)
-        dim, other = mine[0].piece.dim, mine[0].piece.other
-        end = 0
-        for part in mine:
-            same = (part.piece.dim, part.piece.other) == (dim, other)
-            assert part.start == end and same, f"the weight table leaves a gap in {name}"
-            end += part.hi - part.lo
-        assert dim == 0 or len(mine) == 1, f"{name}: ranges along dim 1 would not lie one after another"
-        shape = list(other)
-        shape.insert(dim, end)
-        found[name] = (tuple(shape), mine)
-    return found
-
-
-def check_file(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> dict[str, TensorInfo]:
-    """The tensors of a rank file, once its header, the manifest and the weight table agree; else CheckpointError."""
-    path = inside(folder, file.name)
+    manifest, path = folder / manifests.NAME, folder / file.name
     if layout.pp * layout.interleave > config.num_layers:
-        raise CheckpointError(
-            f"{folder / manifests.NAME}: {layout_words(layout)} is not possible with {config.num_layers} layers"
-        )
+        raise CheckpointError(f"{manifest}: {layout_words(layout)} is not possible with {config.num_layers} layers")
     wanted = expected(config, layout, file.rank)
     if file.tensors.keys() != wanted.keys():
         wrong = sorted(file.tensors.keys() ^ wanted.keys())[0]
         what = "lacks" if wrong in wanted else "has the unknown"
-        raise CheckpointError(f"{folder / manifests.NAME}: {file.name} {what} tensor {wrong}")
-    for name, (shape, parts) in wanted.items():
+        raise CheckpointError(f"{manifest}: {file.name} {what} tensor {wrong}")
+    for name, (shape, ranges) in wanted.items():
         stored = file.tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
-                f"{folder / manifests.NAME}: {file.name}: {name} is {list(stored.shape)}, config.json implies "
-                f"{list(shape)}"
+                f"{manifest}: {file.name}: {name} is {list(stored.shape)}, config.json implies {list(shape)}"
             )
-        ranges = [(one.hf, one.dim, one.lo, one.hi) for one in stored.ranges]
-        if ranges != [(part.piece.hf, part.piece.hf_dim, part.lo, part.hi) for part in parts]:
+        listed = [(one.hf, one.dim, one.lo, one.hi) for one in stored.ranges]
+        if listed != [(one.piece.hf, one.piece.hf_dim, one.lo, one.hi) for one in ranges]:
             raise CheckpointError(
-                f"{folder / manifests.NAME}: {file.name}: {name} is not made of the ranges that rank {file.rank} of "
+                f"{manifest}: {file.name}: {name} is not made of the ranges that rank {file.rank} of "
                 f"{layout_words(layout)} holds"
             )
     tensors = read_header(path)
-    listed = {name: (stored.dtype, stored.shape) for name, stored in file.tensors.items()}
+    said = {name: (stored.dtype, stored.shape) for name, stored in file.tensors.items()}
     found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
-    if found != listed:
-        wrong = next(name for name in {**listed, **found} if listed.get(name) != found.get(name))
+    if found != said:
+        wrong = next(name for name in {**said, **found} if said.get(name) != found.get(name))
         raise CheckpointError(
             f"{path}: its header does not say of {wrong} what {manifests.NAME} says. Is it the file of another rank?"
         )
-    return tensors
+    return rank_blocks(config, layout, file.rank, tensors, file.kind, file)

@@ -5,7 +5,7 @@ Torch-free.
 
 from __future__ import annotations
 
-import json
+import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from megalite.errors import CheckpointError, maybe_fault
-from megalite.files import DurableFile, left_behind, write_durably
+from megalite.files import DurableFile, as_json, left_behind, write_durably
 from megalite.weights import manifest as manifests
 from megalite.weights.folder import CONFIG
 from megalite.weights.hf import CODE, INDEX, TEMPLATES, is_weights
@@ -42,7 +42,7 @@ MODEL = (CONFIG, "generation_config.json", *TOKENIZER, "LICENSE*", "README.md")
 _NOT_ALONG = {manifests.NAME, INDEX, JOURNAL}
 """They tell of weight files, and go with those."""
 
-Companions = dict[str, Path | bytes]
+SideFiles = dict[str, Path | bytes]
 """By name, `folder/file` in subfolders: the file to copy, or its new content."""
 
 
@@ -68,7 +68,7 @@ def beside(folder: Path) -> dict[str, Path]:
     return found
 
 
-def of_tokenizer(folder: Path) -> Companions:
+def of_tokenizer(folder: Path) -> SideFiles:
     """The files of a folder that make up its tokenizer."""
     return {name: folder / name for name in _names(folder, "", set()) if is_of_tokenizer(name)}
 
@@ -118,27 +118,22 @@ def with_dtype(values: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     return {**values, key: dtype}
 
 
-def as_json(values: Mapping[str, Any]) -> bytes:
-    """As transformers writes a config."""
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def chosen(folder: Path, values: Mapping[str, Any], dtype: str | None) -> Companions:
+def chosen(folder: Path, values: Mapping[str, Any], dtype: str | None) -> SideFiles:
     """What is to be put beside the weights: byte for byte, but for config.json where the dtype changes."""
-    companions: Companions = dict(beside(folder))
+    files: SideFiles = dict(beside(folder))
     if dtype is not None:
-        companions[CONFIG] = as_json(with_dtype(values, dtype))
-    return companions
+        files[CONFIG] = as_json(with_dtype(values, dtype)).encode()
+    return files
 
 
-def nbytes(companions: Companions) -> int:
-    return sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in companions.values())
+def nbytes(files: SideFiles) -> int:
+    return sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in files.values())
 
 
-def write(companions: Companions, out: Path) -> dict[str, str]:
+def write(files: SideFiles, out: Path) -> dict[str, str]:
     """Put them in place; gives their digests."""
     digests = {}
-    for name, content in companions.items():
+    for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, bytes):
             write_durably(out / name, content)
@@ -150,19 +145,16 @@ def write(companions: Companions, out: Path) -> dict[str, str]:
     return digests
 
 
-def are_in(companions: Companions, out: Path) -> bool:
+def are_in(files: SideFiles, out: Path) -> bool:
     """Whether a folder holds all of them, as they are now."""
     return all(
         (out / name).is_file()
         and digest_of_file(out / name) == (digest_of(one) if isinstance(one, bytes) else digest_of_file(one))
-        for name, one in companions.items()
+        for name, one in files.items()
     )
 
 
 def digest_of_file(path: Path) -> str:
     """The digest of a whole file."""
-    state = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            state.update(chunk)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

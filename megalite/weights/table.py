@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, Split, Whole, share, width
-from megalite.model.config import ModelConfig
+from megalite.model.config import ModelConfig, MoESpec
 from megalite.model.families import Source, weight_names
 
 
@@ -61,6 +61,11 @@ class Piece:
         """Dimension of the stored tensor along which ranges are counted."""
         return 1 - self.dim if self.transpose else self.dim
 
+    @property
+    def row(self) -> int:
+        """Elements of one index along `dim`."""
+        return math.prod(self.other)
+
     def local_start(self, tp: int, tp_rank: int) -> int | None:
         """Offset in the local parameter along `dim`; None if this tp rank has no part of it."""
         start = sum(width(split, tp, tp_rank) for split in self.before)
@@ -69,21 +74,39 @@ class Piece:
         first = self.expert.start(tp, tp_rank)
         return None if first is None else first + start
 
+    def as_stored(self) -> Range:
+        """All of the piece, where it lies in the Hugging Face tensor."""
+        return Range(self, self.hf_start, self.hf_start + self.split.total, self.hf_start, self.hf_dim)
+
 
 @dataclass(frozen=True, slots=True)
-class Owned:
-    """The range of a piece that one rank holds."""
+class Range:
+    """Indices lo..hi of a piece, counted along `piece.hf_dim` of the Hugging Face tensor, and their place in a tensor.
+
+    That tensor is a local parameter, or the Hugging Face tensor itself.
+    """
 
     piece: Piece
     lo: int
     hi: int
-    """Half-open range of the stored tensor along `piece.hf_dim`, fused offset included."""
     start: int
-    """Where it begins in the local parameter along `piece.dim`."""
+    """Where the range begins in that tensor, along `dim`."""
+    dim: int
+
+    @property
+    def count(self) -> int:
+        return self.hi - self.lo
 
     @property
     def elements(self) -> int:
-        return (self.hi - self.lo) * math.prod(self.piece.other)
+        return self.count * self.piece.row
+
+    def cut(self, lo: int, hi: int) -> Range:
+        """The part of it that is lo..hi."""
+        return replace(self, lo=lo, hi=hi, start=self.start + lo - self.lo)
+
+    def __str__(self) -> str:
+        return f"{self.piece.hf} {'columns' if self.piece.hf_dim else 'rows'} {self.lo}..{self.hi}"
 
 
 @lru_cache(maxsize=8)
@@ -92,31 +115,31 @@ def pieces(config: ModelConfig) -> tuple[Piece, ...]:
     names = weight_names(config)
     vocab, hidden = Even(config.vocab_size), config.hidden_size
     table = _Table(stage="first")
-    table.matrix(names.embed, "embed.tokens.weight", vocab, hidden)
-    table.matrix(names.positions, "embed.positions", Whole(config.max_position_embeddings), hidden)
+    table.add(names.embed, "embed.tokens.weight", vocab, hidden)
+    table.add(names.positions, "embed.positions", config.max_position_embeddings, hidden)
     for layer in range(config.num_layers):
         table.rows += _layer_pieces(config, layer)
     table.stage = "last"
-    table.vector(names.final_norm, "norm.weight", hidden)
-    table.vector(names.final_norm_bias, "norm.bias", hidden)
-    table.matrix(names.embed if config.tie_embeddings else names.lm_head, "head.weight", vocab, hidden)
+    table.add(names.final_norm, "norm.weight", hidden)
+    table.add(names.final_norm_bias, "norm.bias", hidden)
+    table.add(names.embed if config.tie_embeddings else names.lm_head, "head.weight", vocab, hidden)
     return tuple(table.rows)
 
 
-def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Owned]:
+def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Range]:
     """The ranges that global `rank` of `layout` holds, in the order of `pieces`; empty ranges are left out."""
     place = layout.coord(rank)
     layers = layout.layers(place.pp, config.layer_costs())
-    ends = {"first": place.pp == 0, "last": place.pp == layout.pp - 1}
+    here = {*layers, *["first"] * (place.pp == 0), *["last"] * (place.pp == layout.pp - 1)}
     for piece in pieces(config):
-        if piece.stage not in layers and not ends.get(piece.stage, False):
+        if piece.stage not in here:
             continue
         if piece.param == "head.weight" and config.tie_embeddings and layout.pp == 1:
             continue  # one parameter serves as both
         start = piece.local_start(layout.tp, place.tp)
         lo, hi = piece.split.range(layout.tp, place.tp)
         if start is not None and lo < hi:
-            yield Owned(piece, piece.hf_start + lo, piece.hf_start + hi, start)
+            yield Range(piece, piece.hf_start + lo, piece.hf_start + hi, start, piece.dim)
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -132,6 +155,29 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Range]]]:
+    """Shape of each local parameter that `rank` stores, and the ranges it is made of, in the order they lie in it.
+
+    Parameters of which this rank has nothing are left out.
+    """
+    ranges: dict[str, list[Range]] = {}
+    for one in owned(config, layout, rank):
+        ranges.setdefault(one.piece.param, []).append(one)
+    found = {}
+    for name, mine in ranges.items():
+        mine.sort(key=lambda one: one.start)
+        piece, end = mine[0].piece, 0
+        for one in mine:
+            same = (one.piece.dim, one.piece.other) == (piece.dim, piece.other)
+            assert one.start == end and same, f"the weight table leaves a gap in {name}"
+            end += one.count
+        assert piece.dim == 0 or len(mine) == 1, f"{name}: ranges along dim 1 would not lie one after another"
+        shape = list(piece.other)
+        shape.insert(piece.dim, end)
+        found[name] = (tuple(shape), mine)
+    return found
+
+
 def local_elements(config: ModelConfig, layout: Layout, rank: int) -> int:
     """Parameters that `rank` holds."""
     return sum(part.elements for part in owned(config, layout, rank))
@@ -144,29 +190,23 @@ class _Table:
         self.stage = stage
         self.rows: list[Piece] = []
 
-    def vector(self, source: Source | None, param: str, size: int) -> None:
-        """A vector that every tp rank holds whole."""
-        self._add(source, param, 0, Whole(size), ())
-
-    def cut_vector(self, source: Source | None, param: str, split: Split, before: tuple[Split, ...] = ()) -> None:
-        self._add(source, param, 0, split, (), before)
-
-    def matrix(
-        self, source: Source | None, param: str, split: Split, inputs: int, before: tuple[Split, ...] = (), expert=None
+    def add(
+        self,
+        source: Source | None,
+        param: str,
+        cut: Split | int,
+        *other: int,
+        dim: int = 0,
+        before: tuple[Split, ...] = (),
+        expert: ExpertPlace | None = None,
     ) -> None:
-        """[split, inputs], cut by rows (outputs)."""
-        self._add(source, param, 0, split, (inputs,), before, expert)
-
-    def row_matrix(self, source: Source | None, param: str, outputs: int, split: Split) -> None:
-        """[outputs, split], cut by columns (inputs)."""
-        self._add(source, param, 1, split, (outputs,))
-
-    def _add(self, source, param, dim, split, other, before=(), expert=None) -> None:
+        """A vector, or a matrix whose other dim is given. `cut`: over tp ranks; a number is not cut."""
         if source is None:
             return
         hf = source.hf
         if "{" in hf:
             hf = hf.format(layer=self.stage, expert=expert.index if expert else None)
+        split = Whole(cut) if isinstance(cut, int) else cut
         piece = Piece(hf, param, self.stage, dim, split, other, before, source.start, source.transpose, expert)
         self.rows.append(piece)
 
@@ -184,21 +224,26 @@ def _layer_pieces(config: ModelConfig, layer: int) -> list[Piece]:
         (names.mlp_norm, names.mlp_norm_bias, "mlp_norm"),
         (names.post_mlp_norm, None, "post_mlp_norm"),
     ):
-        table.vector(source, f"{prefix}.{name}.weight", hidden)
-        table.vector(bias, f"{prefix}.{name}.bias", hidden)
-    stacked = ((names.q, names.q_bias, queries, ()), (names.k, names.k_bias, keys, (queries,)))
-    stacked += ((names.v, names.v_bias, keys, (queries, keys)),)
-    for source, bias, split, before in stacked:
-        table.matrix(source, f"{prefix}.attn.qkv.weight", split, hidden, before)
-        table.cut_vector(bias, f"{prefix}.attn.qkv.bias", split, before)
-    table.vector(names.q_norm, f"{prefix}.attn.q_norm.weight", head)
-    table.vector(names.k_norm, f"{prefix}.attn.k_norm.weight", head)
-    table.row_matrix(names.attn_out, f"{prefix}.attn.out.weight", hidden, queries)
-    table.vector(names.attn_out_bias, f"{prefix}.attn.out.bias", hidden)
-    if config.moe[layer] is None:
+        table.add(source, f"{prefix}.{name}.weight", hidden)
+        table.add(bias, f"{prefix}.{name}.bias", hidden)
+    before: tuple[Split, ...] = ()
+    for source, bias, split in (
+        (names.q, names.q_bias, queries),
+        (names.k, names.k_bias, keys),
+        (names.v, names.v_bias, keys),
+    ):
+        table.add(source, f"{prefix}.attn.qkv.weight", split, hidden, before=before)
+        table.add(bias, f"{prefix}.attn.qkv.bias", split, before=before)
+        before = (*before, split)
+    table.add(names.q_norm, f"{prefix}.attn.q_norm.weight", head)
+    table.add(names.k_norm, f"{prefix}.attn.k_norm.weight", head)
+    table.add(names.attn_out, f"{prefix}.attn.out.weight", queries, hidden, dim=1)
+    table.add(names.attn_out_bias, f"{prefix}.attn.out.bias", hidden)
+    moe = config.moe[layer]
+    if moe is None:
         _mlp_pieces(config, table, f"{prefix}.mlp")
     else:
-        _moe_pieces(config, layer, table, f"{prefix}.mlp")
+        _moe_pieces(config, moe, table, f"{prefix}.mlp")
     return table.rows
 
 
@@ -207,22 +252,22 @@ def _mlp_pieces(config: ModelConfig, table: _Table, prefix: str) -> None:
     inner, hidden = Even(config.intermediate_size), config.hidden_size
     before: tuple[Split, ...] = ()
     if config.gated_mlp:
-        table.matrix(names.gate, f"{prefix}.up.weight", inner, hidden)
-        table.cut_vector(names.gate_bias, f"{prefix}.up.bias", inner)
+        table.add(names.gate, f"{prefix}.up.weight", inner, hidden)
+        table.add(names.gate_bias, f"{prefix}.up.bias", inner)
         before = (inner,)
-    table.matrix(names.up, f"{prefix}.up.weight", inner, hidden, before)
-    table.cut_vector(names.up_bias, f"{prefix}.up.bias", inner, before)
-    table.row_matrix(names.down, f"{prefix}.down.weight", hidden, inner)
-    table.vector(names.down_bias, f"{prefix}.down.bias", hidden)
+    table.add(names.up, f"{prefix}.up.weight", inner, hidden, before=before)
+    table.add(names.up_bias, f"{prefix}.up.bias", inner, before=before)
+    table.add(names.down, f"{prefix}.down.weight", inner, hidden, dim=1)
+    table.add(names.down_bias, f"{prefix}.down.bias", hidden)
 
 
-def _moe_pieces(config: ModelConfig, layer: int, table: _Table, prefix: str) -> None:
-    names, moe, hidden = weight_names(config), config.moe[layer], config.hidden_size
-    table.matrix(names.router, f"{prefix}.router", Whole(moe.num_experts), hidden)
-    inner = Whole(moe.intermediate_size)
+def _moe_pieces(config: ModelConfig, moe: MoESpec, table: _Table, prefix: str) -> None:
+    names, hidden = weight_names(config), config.hidden_size
+    table.add(names.router, f"{prefix}.router", moe.num_experts, hidden)
+    inner = moe.intermediate_size
     for index in range(moe.num_experts):
-        up = ExpertPlace(index, moe.num_experts, 2 * moe.intermediate_size)
+        up = ExpertPlace(index, moe.num_experts, 2 * inner)
         down = ExpertPlace(index, moe.num_experts, hidden)
-        table.matrix(names.expert_gate, f"{prefix}.up", inner, hidden, (), up)
-        table.matrix(names.expert_up, f"{prefix}.up", inner, hidden, (inner,), up)
-        table.matrix(names.expert_down, f"{prefix}.down", Whole(hidden), moe.intermediate_size, (), down)
+        table.add(names.expert_gate, f"{prefix}.up", inner, hidden, expert=up)
+        table.add(names.expert_up, f"{prefix}.up", inner, hidden, before=(Whole(inner),), expert=up)
+        table.add(names.expert_down, f"{prefix}.down", hidden, inner, expert=down)

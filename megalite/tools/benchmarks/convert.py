@@ -48,7 +48,8 @@ import json, sys
 from pathlib import Path
 import numpy as np
 from megalite.model import families
-from megalite.convert.convert import hf_files, write_index
+from megalite.convert.convert import hf_files, index_of
+from megalite.weights import side_files
 from megalite.weights.table import hf_shapes
 folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
 (folder / "config.json").write_text(json.dumps(values))
@@ -66,7 +67,7 @@ for file in files:
             target.write(pool[start : start + min(left, 60 << 20)].data)
             left -= min(left, 60 << 20)
 if len(files) > 1:
-    write_index(folder, infos)
+    side_files.write(index_of(infos), folder)
 """
 
 

@@ -34,7 +34,7 @@ from megalite.model.decoder import Decoder
 from megalite.monitor.words import format_bytes
 from megalite.tools.toolkit import say_time_left
 from megalite.weights.reshard_plan import least_received
-from megalite.weights.table import Owned, local_elements, owned
+from megalite.weights.table import Range, local_elements, owned
 from megalite.weights.transfer import build, initialise
 
 RANKS = 4
@@ -201,7 +201,7 @@ class Gather:
     ):
         self.rank = dist.get_rank()
         self.params = [dict(decoder.named_parameters()) if decoder else {} for decoder in (training, generating)]
-        self.senders: dict[str, list[tuple[int, Owned]]] = {}
+        self.senders: dict[str, list[tuple[int, Range]]] = {}
         """Of each tensor: the ranks of the first replica that hold its parts, each part once."""
         seen = set()
         for rank in source.replicas()[0]:
@@ -210,7 +210,7 @@ class Gather:
                 if key not in seen:
                     self.senders.setdefault(part.piece.hf, []).append((rank, part))
                 seen.add(key)
-        self.mine: dict[str, list[Owned]] = {}
+        self.mine: dict[str, list[Range]] = {}
         for part in owned(model, target, self.rank) if self.rank in target.ranks else ():
             self.mine.setdefault(part.piece.hf, []).append(part)
         self.received = self.buffer = 0
@@ -236,5 +236,5 @@ class Gather:
             for part in self.mine.get(hf, ()):
                 self._local(1, part).copy_(whole.narrow(piece.dim, part.lo, part.hi - part.lo))
 
-    def _local(self, side: int, part: Owned) -> torch.Tensor:
+    def _local(self, side: int, part: Range) -> torch.Tensor:
         return self.params[side][part.piece.param].narrow(part.piece.dim, part.start, part.hi - part.lo)

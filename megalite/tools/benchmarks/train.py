@@ -39,6 +39,7 @@ from megalite.train.optimizer import deepspeed_config, make_optimizer
 from megalite.train.trainer import Trainer
 from megalite.train.zero import one_optimizer_for_stages_1_and_2
 from megalite.weights import transfer
+from megalite.weights.dtypes import torch_dtype
 
 ALL_STEPS = 1 << 20
 """Of the learning rate's schedule: it stays at its peak while this measures."""
@@ -174,7 +175,7 @@ def timed(step: Step, rows: list[Tensor]) -> Timed:
 
 def ours(folder: Path, dtype: str, device: torch.device) -> Step:
     model = families.read(folder)
-    decoder = transfer.build(model, ParallelState(Layout()), dtype=transfer.DTYPES[dtype], device=device)
+    decoder = transfer.build(model, ParallelState(Layout()), dtype=torch_dtype(dtype), device=device)
     transfer.load_folder(decoder, folder)
     trainer = Trainer(decoder, OPTIMIZER, steps=ALL_STEPS)
 
@@ -197,7 +198,7 @@ def theirs(
     import deepspeed
     from transformers import AutoModelForCausalLM
 
-    number = transfer.DTYPES[dtype]
+    number = torch_dtype(dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=number).to(device)
     model.config.use_cache = False
     model.train()

@@ -1,0 +1,170 @@
+"""Moves of weights between files: which ranges are read, and from where, to make which others. Torch-free.
+
+A part is one Hugging Face tensor, or one weight of a fused one. It is cut along one dimension: a Hugging Face file has
+all of it in one `Block`, each rank file the range that the weight table gives that rank. A `Move` holds the blocks that
+a part is read from and those it is written to; convert, reshard, export and verify are lists of moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from megalite.errors import CheckpointError
+from megalite.model.config import ModelConfig
+from megalite.weights.dtypes import DTYPE_BYTES
+from megalite.weights.manifest import WEIGHT
+from megalite.weights.table import Range, pieces
+from megalite.weights.tensor_file import TensorInfo
+
+Part = tuple[str, int, str]
+"""Hugging Face tensor, its first index that belongs to the weight, and the kind: weights or optimizer state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A range and the tensor of a file that it lies in.
+
+    Its bytes are rows of the stored matrix, if the range lies along dim 0, or a piece of each row; a vector is a
+    matrix of one column.
+    """
+
+    range: Range
+    info: TensorInfo
+    digest: str = ""
+    """Of the bytes, row by row as stored; empty if it is not known."""
+    kind: str = WEIGHT
+
+    @property
+    def part(self) -> Part:
+        return self.range.piece.hf, self.range.piece.hf_start, self.kind
+
+    @property
+    def file(self) -> Path:
+        return self.info.file
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the block, as stored."""
+        count, row = self.range.count, self.range.piece.row
+        return (count, row) if self.range.dim == 0 else (row, count)
+
+    @property
+    def row_bytes(self) -> int:
+        return self.shape[1] * DTYPE_BYTES[self.info.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.range.elements * DTYPE_BYTES[self.info.dtype]
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one stored row to the next."""
+        columns = self.info.shape[1] if len(self.info.shape) == 2 else 1
+        return columns * DTYPE_BYTES[self.info.dtype]
+
+    @property
+    def offset(self) -> int:
+        """Of the first element, in bytes from the start of the file."""
+        step = self.stride if self.range.dim == 0 else DTYPE_BYTES[self.info.dtype]
+        return self.info.offset + self.range.start * step
+
+    def cut(self, lo: int, hi: int) -> Block:
+        """What of it lies in lo..hi. Only the whole of a block can be checked."""
+        lo, hi = max(lo, self.range.lo), min(hi, self.range.hi)
+        if (lo, hi) == (self.range.lo, self.range.hi):
+            return self
+        return replace(self, range=self.range.cut(lo, hi), digest="")
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Blocks that together hold lo..hi of a part, in order, and the blocks to be made of them."""
+
+    sources: tuple[Block, ...]
+    targets: tuple[Block, ...] = ()
+
+    @property
+    def part(self) -> Part:
+        return self.sources[0].part
+
+    @property
+    def lo(self) -> int:
+        return self.sources[0].range.lo
+
+    @property
+    def hi(self) -> int:
+        return self.sources[-1].range.hi
+
+    @property
+    def dtype(self) -> str:
+        """What the sources hold."""
+        return self.sources[0].info.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Written by this move."""
+        return sum(block.nbytes for block in self.targets)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where reading begins: disks and caches are quickest where moves are performed in this order."""
+        return str(self.sources[0].file), self.sources[0].offset
+
+
+def hf_blocks(config: ModelConfig, tensors: dict[str, TensorInfo]) -> list[Block]:
+    """Where each part lies in Hugging Face files. A part that is used twice (a tied embedding) is there once."""
+    found: dict[tuple[str, int], Block] = {}
+    for piece in pieces(config):
+        found.setdefault((piece.hf, piece.hf_start), Block(piece.as_stored(), tensors[piece.hf]))
+    return list(found.values())
+
+
+def by_part(blocks: Iterable[Block]) -> dict[Part, list[Block]]:
+    """The blocks of each part, in their order."""
+    found: dict[Part, list[Block]] = {}
+    for block in blocks:
+        found.setdefault(block.part, []).append(block)
+    return found
+
+
+def plan(sources: Iterable[Block], targets: Iterable[Block]) -> list[Move]:
+    """One move for each part of `targets`, in the order in which the sources lie in their files.
+
+    Copies of a range are read once. CheckpointError if a part's sources differ in dtype.
+    """
+    there = by_part(sources)
+    moves = [move_of(there[part], wanted) for part, wanted in by_part(targets).items()]
+    return sorted(moves, key=lambda move: move.place)
+
+
+def reading(sources: Iterable[Block], wanted: Range, *, whole: bool) -> Move:
+    """The move without targets that brings a range, out of blocks of its part.
+
+    Of the blocks only what lies in the range is read, so the digest of a block is checked where all of it is needed.
+    `whole`: blocks are read whole, and every digest is checked.
+    """
+    needed = [block for block in sources if block.range.lo < wanted.hi and wanted.lo < block.range.hi]
+    move = move_of(needed if whole else [block.cut(wanted.lo, wanted.hi) for block in needed])
+    assert move.lo <= wanted.lo and wanted.hi <= move.hi, f"no source holds all of {wanted}"
+    return move
+
+
+def move_of(sources: Iterable[Block], targets: Sequence[Block] = ()) -> Move:
+    """The move from blocks of one part, of which copies of a range are left out, to others."""
+    distinct: dict[int, Block] = {}
+    for block in sources:
+        distinct.setdefault(block.range.lo, block)
+    chosen = [distinct[lo] for lo in sorted(distinct)]
+    move = Move(tuple(chosen), tuple(targets))
+    assert all(a.range.hi == b.range.lo for a, b in pairwise(chosen)), f"{move.part}: the sources leave a gap"
+    inside = all(move.lo <= block.range.lo and block.range.hi <= move.hi for block in targets)
+    assert inside, f"{move.part}: a target lies where no source is"
+    odd = next((block for block in chosen if block.info.dtype != move.dtype), None)
+    if odd is not None:
+        raise CheckpointError(
+            f"{odd.file}: {odd.range} is {odd.info.dtype}, other ranges of the tensor are {move.dtype}"
+        )
+    return move
