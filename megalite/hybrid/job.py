@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import sha256
@@ -20,7 +19,6 @@ import torch.distributed as dist
 
 from megalite.config.load import Loaded
 from megalite.config.schema import HybridConfig, ParallelSection
-from megalite.core.collectives import gather_reports
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -36,14 +34,13 @@ from megalite.inference.replica import Replica
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
 from megalite.monitor.metrics import Meter
-from megalite.monitor.report import format_report
 from megalite.rewards.pool import RewardPool, Sample, Scored
 from megalite.run import runtime as distributed
 from megalite.train.data.order import TrainingOrder
 from megalite.train.flops import peak_of_run
-from megalite.train.log import training_report
+from megalite.train.log import print_report
 from megalite.train.model import Scorer
-from megalite.train.new_model import make_decoder
+from megalite.train.new_model import make_decoder, make_trainer
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
 from megalite.weights.dtypes import torch_dtype
@@ -134,10 +131,8 @@ class Job:
         measured.state.meter.stop()
         steps = self.progress.iterations - before
         if self.config.monitor.report and steps:
-            own = training_report(measured, self.runtime.rank, steps=steps, tokens=self.record.learnt_tokens)
-            reports = gather_reports(own)
-            if self.runtime.rank == self.home:
-                print(format_report(reports), file=sys.stderr, flush=True)
+            tokens, writes = self.record.learnt_tokens, self.runtime.rank == self.home
+            print_report(measured, self.runtime.rank, steps=steps, tokens=tokens, writes=writes)
 
     def _supervise(self) -> None:
         """Steps on the task's own responses, before the first samples."""
@@ -246,15 +241,8 @@ class Job:
 
     def _make_trainer(self, state: ParallelState) -> Trainer:
         config = self.config
-        return Trainer(
-            self._new_decoder(state),
-            config.optimizer,
-            steps=config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step,
-            zero_stage=config.train.zero_stage,
-            recompute=config.train.recompute,
-            router_aux_loss_coef=config.model.router_aux_loss_coef,
-            deepspeed_keys=config.deepspeed,
-        )
+        steps = config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step
+        return make_trainer(config, self.files.model, state, steps=steps, device=self.device)
 
     def _make_reference(self, state: ParallelState) -> Decoder | None:
         """The policy as it was before its first update, where the loss measures the distance from it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -17,12 +16,10 @@ import torch.distributed as dist
 from megalite.config.chat import section_variables
 from megalite.config.load import Loaded
 from megalite.config.schema import SamplingParams, TrainConfig
-from megalite.core.collectives import gather_reports
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import write_durably
-from megalite.monitor.report import format_report
 from megalite.monitor.words import format_rate, wrapped
 from megalite.run import runtime as distributed
 from megalite.train import card
@@ -31,12 +28,12 @@ from megalite.train.data.prepared import PREPARED, Corpus, prepare
 from megalite.train.data.reading import open_reader
 from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
-from megalite.train.log import RunLog, Speed, training_report
+from megalite.train.log import RunLog, Speed, print_report
 from megalite.train.micro_batch import MicroBatch
 from megalite.train.model import Scorer
-from megalite.train.new_model import config_of, make_decoder, starting_point
+from megalite.train.new_model import config_of, make_trainer, starting_point
 from megalite.train.optimizer import learning_rate
-from megalite.train.trainer import StepReport, Trainer
+from megalite.train.trainer import StepReport
 from megalite.weights import transfer
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import ModelFolder
@@ -79,15 +76,7 @@ class Job:
         self.model = self.base.model
         self.beside = files_beside(self.base)
         self.base_licence = card.licence_of(self.base.path)
-        self.trainer = Trainer(
-            make_decoder(config.model, self.model, self.state, device=self.device, seed=config.train.seed),
-            config.optimizer,
-            steps=config.train.steps,
-            zero_stage=config.train.zero_stage,
-            recompute=config.train.recompute,
-            router_aux_loss_coef=config.model.router_aux_loss_coef,
-            deepspeed_keys=config.deepspeed,
-        )
+        self.trainer = make_trainer(config, self.model, self.state, steps=config.train.steps, device=self.device)
         self.reader = open_reader(self.corpus, config.data, config.train, self.state)
         self.history = card.RunHistory()
         self.log: RunLog | None = None
@@ -112,7 +101,9 @@ class Job:
             self.state.meter.start()
             reason = self._train()
             self.state.meter.stop()
-            self._report_ranks(self.trainer.steps_done - before, self.history.tokens - read)
+            steps, tokens = self.trainer.steps_done - before, self.history.tokens - read
+            if self.config.monitor.report and steps:
+                print_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens, writes=self.is_writer)
             self._say(f"training ends after step {self.trainer.steps_done}: {reason}")
             if self.stop_signal == signal.SIGINT:
                 raise Stopped(self.stop_signal)
@@ -231,14 +222,6 @@ class Job:
             values["mfu"] = utilisation
             line += f"  MFU {utilisation:.1%}" if utilisation is not None else ""
         self._say(line, values)
-
-    def _report_ranks(self, steps: int, tokens: int) -> None:
-        """Memory, speed and where the time went, on every rank. Collective."""
-        if not (self.config.monitor.report and steps):
-            return
-        reports = gather_reports(training_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens))
-        if self.is_writer:
-            print(format_report(reports), file=sys.stderr, flush=True)
 
     def _require_finite(self, report: StepReport) -> tuple[float, float]:
         """Mean loss and gradient norm of the last step; MegaliteError if the weights can't be right after it."""

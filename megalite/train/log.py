@@ -1,8 +1,9 @@
-"""The log of a training run, as JSON lines and TensorBoard curves; its speed, and the report of a rank."""
+"""The log of a training run, as JSON lines and TensorBoard curves; its speed, and the report of all ranks."""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megalite.core.collectives import gather_reports
 from megalite.files import LineFile, write_durably
 from megalite.model.decoder import Decoder
-from megalite.monitor.metrics import RankReport
+from megalite.monitor.report import format_report
 
 
 def continued(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> LineFile:
@@ -81,10 +83,11 @@ class RunLog:
         self._board.close()
 
 
-def training_report(decoder: Decoder, rank: int, *, steps: int, tokens: int) -> RankReport:
-    """A rank's report since the start of its decoder's meter: `steps` of the run, of `tokens` on all ranks together.
+def print_report(decoder: Decoder, rank: int, *, steps: int, tokens: int, writes: bool) -> None:
+    """Print memory, speed and times of all ranks since the start of `decoder`'s meter. Collective over the run.
 
-    All that is neither communication nor waiting counts as computing; so does what DeepSpeed sends by itself.
+    `steps`: of the run, over `tokens` on all ranks together; `writes`: this rank prints. All that is neither
+    communication nor waiting counts as computing; so does what DeepSpeed sends by itself.
     """
     state, layers = decoder.state, decoder.layer_range
     measured = state.meter.report(
@@ -96,8 +99,10 @@ def training_report(decoder: Decoder, rank: int, *, steps: int, tokens: int) -> 
         weight_bytes=sum(param.nbytes for param in decoder.parameters()),
         learnt_tokens=tokens,
     )
-    rest = measured.seconds - measured.communication - measured.waiting
-    return replace(measured, steps=steps, compute=max(0.0, rest), sampling=0.0, scheduling=0.0)
+    rest = max(0.0, measured.seconds - measured.communication - measured.waiting)
+    reports = gather_reports(replace(measured, steps=steps, compute=rest, sampling=0.0, scheduling=0.0))
+    if writes:
+        print(format_report(reports), file=sys.stderr, flush=True)
 
 
 class Speed:

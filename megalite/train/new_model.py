@@ -1,4 +1,4 @@
-"""The model that a training job begins with: its shape, its config.json and its decoder."""
+"""The model that a training job begins with: its config.json, its decoder and its trainer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megalite.config.schema import NewModelSection
+from megalite.config.schema import HybridConfig, NewModelSection, TrainConfig
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.model import families
@@ -17,6 +17,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
+from megalite.train.trainer import Trainer
 from megalite.weights import transfer
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import CONFIG, ModelFolder
@@ -30,11 +31,11 @@ def config_of(section: NewModelSection) -> dict[str, Any]:
 def starting_point(
     section: NewModelSection, *, tokenizer: Path, vocab_size: int, end: int, taught: Collection[int]
 ) -> ModelFolder:
-    """What the model that training begins with is, but for its weights: a folder's, or of `section.config`.
+    """The model folder that training begins with, less its weights: `section.path`, or one made of `section.config`.
 
     `tokenizer`: the folder of its tokenizer, which has `vocab_size` tokens. A new model ends its texts with `end`;
-    either ends with the tokens `taught` too, for that is what it will do. ConfigError if the tokenizer has more tokens
-    than the model.
+    `taught`: tokens that responses in the training data end with, at which either model stops too from now on.
+    ConfigError if the tokenizer has more tokens than the model.
     """
     if section.path is not None:
         base = ModelFolder.open(section.path, tokenizer=tokenizer)
@@ -74,3 +75,18 @@ def make_decoder(
     else:
         transfer.load_folder(decoder, Path(section.path))
     return decoder
+
+
+def make_trainer(
+    config: TrainConfig | HybridConfig, model: ModelConfig, state: ParallelState, *, steps: int, device: torch.device
+) -> Trainer:
+    """The trainer of `make_decoder`'s model, over `steps` optimizer steps. Collective over the layout of `state`."""
+    return Trainer(
+        make_decoder(config.model, model, state, device=device, seed=config.train.seed),
+        config.optimizer,
+        steps=steps,
+        zero_stage=config.train.zero_stage,
+        recompute=config.train.recompute,
+        router_aux_loss_coef=config.model.router_aux_loss_coef,
+        deepspeed_keys=config.deepspeed,
+    )

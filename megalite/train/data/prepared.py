@@ -16,7 +16,8 @@ import hashlib
 import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ PREPARED = Path("training/data")
 """The prepared folder of a run, in its output folder."""
 MANIFEST = "data.json"
 SPLITS = ("train", "held_out")
+ARRAYS = {"text": ("",), "examples": ("", "_learnt", "_lengths")}
+"""Files of a split of either format: what follows its name."""
 TEXTS_AT_ONCE = 256
 VERSION = 2
 """Of how text becomes tokens: a folder that an earlier version made holds other tokens, and is not used."""
@@ -166,10 +169,10 @@ def end_of_text(tokenizer: Tokenizer, ends: Sequence[int] = ()) -> int:
 class _NewSplit:
     """One split while it is put together."""
 
-    def __init__(self, what: str, arrays: Sequence[str], counts: Sequence[str]):
-        """`what`: it is made of. `arrays`: the names of its files, less the split's own; `counts`: what is counted."""
-        self.what = what
-        self.arrays: dict[str, list[Any]] = {name: [] for name in arrays}
+    def __init__(self, form: str, *counts: str):
+        """`form`: its format; `counts`: what is counted."""
+        self.form = form
+        self.arrays: dict[str, list[Any]] = {name: [] for name in ARRAYS[form]}
         self.counts = dict.fromkeys(("documents", "bytes", *counts), 0)
         self.ends: set[int] = set()
         """Tokens that responses end with."""
@@ -178,17 +181,15 @@ class _NewSplit:
         """Write the arrays; what the manifest says of the split. ConfigError if it is empty."""
         if not self.counts["documents"]:
             fix = "Give more files, or another data.held_out."
-            raise ConfigError(Problem(key="data.source", rule=f"leaves no {self.what} for the {name} split", fix=fix))
+            raise ConfigError(Problem(key="data.source", rule=f"leaves no {self.form} for the {name} split", fix=fix))
         digest = hashlib.sha256()
-        tokens = 0
-        for suffix, parts in self.arrays.items():
-            values = np.concatenate(parts)
-            tokens = tokens or len(values)
+        whole = {suffix: np.concatenate(parts) for suffix, parts in self.arrays.items()}
+        for suffix, values in whole.items():
             digest.update(values.tobytes())
             with DurableFile(folder / f"{name}{suffix}.npy") as file:
                 np.save(file, values)
         ends = {"ends": sorted(self.ends)} if self.ends else {}
-        return {**self.counts, "tokens": tokens, **ends, "sha256": digest.hexdigest()}
+        return {**self.counts, "tokens": len(whole[""]), **ends, "sha256": digest.hexdigest()}
 
 
 def _dtype(tokenizer: Tokenizer) -> type[np.generic]:
@@ -197,7 +198,7 @@ def _dtype(tokenizer: Tokenizer) -> type[np.generic]:
 
 def _tokenised_texts(records: Records, tokenizer: Tokenizer, end: int) -> dict[str, _NewSplit]:
     tokenizer.backend.encode_special_tokens = True  # text that spells a special token is text
-    splits = {name: _NewSplit("text", ("",), ()) for name in SPLITS}
+    splits = {name: _NewSplit("text") for name in SPLITS}
     stop = np.array([end], _dtype(tokenizer))
     for split in splits.values():
         split.arrays[""].append(stop)  # the first document, too, begins after an end
@@ -216,8 +217,7 @@ def _tokenised_texts(records: Records, tokenizer: Tokenizer, end: int) -> dict[s
 
 
 def _tokenised_examples(records: Records, tokenizer: Tokenizer, end: int) -> dict[str, _NewSplit]:
-    arrays, counts = ("", "_learnt", "_lengths"), ("learnt", "too_long", "left_out", "chats")
-    splits = {name: _NewSplit("examples", arrays, counts) for name in SPLITS}
+    splits = {name: _NewSplit("examples", "learnt", "too_long", "left_out", "chats") for name in SPLITS}
     problems: list[Problem] = []
     for record in records:
         try:
@@ -271,39 +271,27 @@ def _add(split: _NewSplit, example: Encoded, section: DataSection, tokenizer: To
 # ---- reading it back
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Split:
     """One split as memory maps: running text, or examples, which are a sequence of (token ids, loss mask)."""
 
     tokens: np.ndarray
     """uint16 or int32 [N]."""
-    loss_mask: np.ndarray
+    loss_mask: np.ndarray = field(default_factory=lambda: np.array([], np.int32))
     """bool [N]; likewise the next, of examples only."""
-    lengths: np.ndarray
+    lengths: np.ndarray = field(default_factory=lambda: np.array([], np.int32))
     """Tokens of each example."""
-    ends: np.ndarray
-    """Index in `tokens` after each example."""
 
-    @classmethod
-    def open(cls, folder: Path, name: str, facts: Mapping[str, Any], *, is_text: bool) -> Split:
-        """`facts`: of the split, in the manifest. CheckpointError if a file doesn't fit, or what numpy raises."""
-        tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
-        if len(tokens) != facts["tokens"]:
-            raise CheckpointError(f"{folder / name}.npy: {len(tokens)} tokens, {MANIFEST} says otherwise")
-        if is_text:
-            none = np.array([], np.int32)
-            return cls(tokens=tokens, loss_mask=none.astype(np.bool_), lengths=none, ends=none)
-        loss_mask = np.load(folder / f"{name}_learnt.npy", mmap_mode="r")
-        lengths = np.load(folder / f"{name}_lengths.npy")
-        if len(loss_mask) != len(tokens) or lengths.sum() != len(tokens):
-            raise CheckpointError(f"{folder / name}_learnt.npy: does not fit {name}.npy")
-        return cls(tokens=tokens, loss_mask=loss_mask, lengths=lengths, ends=np.cumsum(lengths, dtype=np.int64))
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """Index in `tokens` after each example."""
+        return np.cumsum(self.lengths, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        place = slice(self.ends[index] - self.lengths[index], self.ends[index])
+        place = slice(self._ends[index] - self.lengths[index], self._ends[index])
         return self.tokens[place], self.loss_mask[place]
 
 
@@ -332,15 +320,21 @@ class Corpus:
     def open(cls, folder: Path) -> Corpus:
         """CheckpointError if the folder is incomplete."""
         facts = read_json(folder / MANIFEST)
-        is_text, train, held_out = facts["format"] == "text", facts["splits"]["train"], facts["splits"]["held_out"]
+        is_text, found, splits = facts["format"] == "text", facts["splits"], {}
         try:
-            splits = {name: Split.open(folder, name, facts["splits"][name], is_text=is_text) for name in SPLITS}
+            for name in SPLITS:
+                files = [folder / f"{name}{suffix}.npy" for suffix in ARRAYS[facts["format"]]]
+                splits[name] = split = Split(*(np.load(file, mmap_mode="r") for file in files))
+                if len(split.tokens) != found[name]["tokens"]:
+                    raise ValueError(f"{files[0]}: {len(split.tokens)} tokens, {MANIFEST} says otherwise")
+                if not is_text and not len(split.tokens) == len(split.loss_mask) == split.lengths.sum():
+                    raise ValueError(f"{files[1]}: does not fit {files[0].name}")
         except (OSError, ValueError, EOFError) as error:
             raise CheckpointError(f"{folder}: the prepared text is damaged: {error}. Remove the folder.") from error
+        train, held_out = found["train"], found["held_out"]
         return cls(
             folder=folder,
-            train=splits["train"],
-            held_out=splits["held_out"],
+            **splits,
             vocab_size=facts["vocab_size"],
             eos_token_id=facts["eos_token_id"],
             ends=tuple(train.get("ends", [facts["eos_token_id"]])),
