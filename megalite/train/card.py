@@ -85,6 +85,8 @@ def write(
     """
     count = sum(math.prod(shape) for shape in hf_shapes(model).values())
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
+    optimizer, step, tokens = config.optimizer, history.best_step, history.best_tokens
+    epochs, per_step = tokens / corpus.facts["splits"]["train"]["tokens"], tokens // max(1, step)
     shape = [
         ("parameters", f"{count:,}"),
         ("layers", model.num_layers),
@@ -94,12 +96,19 @@ def write(
         ("vocabulary", f"{model.vocab_size:,}"),
         ("context", f"{model.max_position_embeddings:,} tokens"),
     ]
+    curve = [(row["step"], f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}") for row in _curve(history.evaluations)]
     parts = [
         front_matter(config, base_licence),
         f"# A {size}-parameter {model.family} model trained with megalite\n\n{_summary(config)}\n",
         f"## Shape\n\n{_table(('', ''), shape)}",
-        _data(config, corpus),
-        _training(config, corpus, history, steps_run, loss),
+        f"## Text\n\n{_text(config, corpus)}",
+        "## Training\n\n"
+        f"{step:,} steps of {per_step:,} tokens ({tokens:,} tokens, {epochs:.1f} times the training text), AdamW, "
+        f"learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}, {config.model.dtype} "
+        f"with float32 optimizer state, DeepSpeed ZeRO-{config.train.zero_stage}. The run took {steps_run:,} steps; "
+        "these are the weights with the lowest held-out loss.\n\n"
+        f"**Held-out loss: {loss:.4f} nats per token, {bits_per_byte(loss, corpus):.4f} bits per byte**, of the "
+        f"weights as they are stored here.\n\n{_table(('step', 'held-out loss', 'bits per byte'), curve)}",
         _samples(config, corpus, samples),
     ]
     return "\n".join(parts)
@@ -134,7 +143,7 @@ def _summary(config: TrainConfig) -> str:
     return f"Trained from scratch on `{config.data.source}`."
 
 
-def _data(config: TrainConfig, corpus: Corpus) -> str:
+def _text(config: TrainConfig, corpus: Corpus) -> str:
     if config.data.source == "stdlib":
         what = (
             f"The standard library's own source as it comes with {corpus.facts['python']}: `{config.data.pattern}`. It "
@@ -142,36 +151,21 @@ def _data(config: TrainConfig, corpus: Corpus) -> str:
         )
     else:
         what = f"The files of `{config.data.source}`. The licence of that text decides how this model may be used."
-    excluded = ", ".join(f"`{pattern}`" for pattern in config.data.exclude)
-    left_out = f" Left out: {excluded}." if excluded else ""
+    if config.data.exclude:
+        what += f" Left out: {', '.join(f'`{pattern}`' for pattern in config.data.exclude)}."
     if corpus.is_text:
-        kept = "Files are kept for evaluation by a hash of their name, lines of files by a hash of what they hold."
-        columns = ("", "documents", "bytes", "tokens")
+        what += " Files are kept for evaluation by a hash of their name, lines of files by a hash of what they hold."
+        head = ("", "documents", "bytes", "tokens")
     else:
-        kept = "Examples are kept for evaluation by a hash of what they hold; the loss is on responses only."
-        columns = ("", "examples", "bytes of responses", "tokens")
+        what += " Examples are kept for evaluation by a hash of what they hold; the loss is on responses only."
+        head = ("", "examples", "bytes of responses", "tokens")
     rows = [
         (title, *(f"{corpus.facts['splits'][name][key]:,}" for key in ("documents", "bytes", "tokens")))
         for title, name in (("training", "train"), ("held out", "held_out"))
     ]
     own = config.tokenizer.path is None and config.model.path is None
     tokenizer = "The tokenizer is a byte-level BPE trained on the training files.\n" if own else ""
-    return f"## Text\n\n{what}{left_out} {kept}\n\n{_table(columns, rows)}\n{tokenizer}"
-
-
-def _training(config: TrainConfig, corpus: Corpus, history: RunHistory, steps_run: int, loss: float) -> str:
-    optimizer, step, tokens = config.optimizer, history.best_step, history.best_tokens
-    epochs, per_step = tokens / corpus.facts["splits"]["train"]["tokens"], tokens // max(1, step)
-    rows = [(row["step"], f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}") for row in _curve(history.evaluations)]
-    return (
-        "## Training\n\n"
-        f"{step:,} steps of {per_step:,} tokens ({tokens:,} tokens, {epochs:.1f} times the training "
-        f"text), AdamW, learning rate {optimizer.learning_rate:g}, weight decay {optimizer.weight_decay:g}, "
-        f"{config.model.dtype} with float32 optimizer state, DeepSpeed ZeRO-{config.train.zero_stage}. The run took "
-        f"{steps_run:,} steps; these are the weights with the lowest held-out loss.\n\n"
-        f"**Held-out loss: {loss:.4f} nats per token, {bits_per_byte(loss, corpus):.4f} bits per byte**, "
-        f"of the weights as they are stored here.\n\n{_table(('step', 'held-out loss', 'bits per byte'), rows)}"
-    )
+    return f"{what}\n\n{_table(head, rows)}\n{tokenizer}"
 
 
 def _curve(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,13 +71,14 @@ def target_logprobs(
     block at a time, forward by rows and backward by columns, so [T, V] exists in no precision unless it is one block.
     Over the axis only T numbers travel (Megatron-LM, arXiv 1909.08053, section 3).
     """
-    return _TargetLogprobs.apply(hidden, weight, targets, axis, first_row, temperature, softcap)
+    apply: Callable[..., Tensor] = _TargetLogprobs.apply
+    return apply(hidden, weight, targets, axis, first_row, temperature, softcap)
 
 
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -109,7 +110,7 @@ class _TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With p the softmax, the gradient of a row's logits is (onehot(target) - p) grad / temperature."""
         hidden, weight, local, lse, share, kept = ctx.saved_tensors
         into_hidden = torch.zeros_like(hidden, dtype=torch.float32)

@@ -6,7 +6,7 @@ is done here: the stages' schedule, and gradients that are partial on each tp ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -232,7 +232,8 @@ class _TrainingWork:
         scalar, counts = done.output, done.counts
         if gradient is not None:
             gradient, counts = self.balance.unpack(gradient)
-            scalar = _WithGradient.apply(done.output, gradient)
+            with_gradient: Callable[..., Tensor] = _WithGradient.apply
+            scalar = with_gradient(done.output, gradient)
         if done.probabilities is not None:
             batch = self.batches[micro_batch]
             part = self.balance.loss(batch, counts, done.probabilities)

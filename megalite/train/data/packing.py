@@ -42,8 +42,7 @@ def _first_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> P
     packs: Packs = []
     rooms: list[int] = []
     for index in order:
-        fitting = (place for place, room in enumerate(rooms) if lengths[index] <= room)
-        place = next(fitting, len(packs))
+        place = next((place for place, room in enumerate(rooms) if lengths[index] <= room), len(packs))
         if place == len(packs):
             packs.append([])
             rooms.append(capacity)

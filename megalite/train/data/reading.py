@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -35,29 +34,9 @@ class StepData:
     """Tokens of each sequence of all replicas."""
 
 
-class Reader(Protocol):
-    """Gives steps and evaluations their micro batches."""
-
-    sequences_per_step: int
-    """Over all replicas."""
-
-    def step(self, first: int) -> StepData:
-        """The step that begins with sequence number `first`, counted over all epochs."""
-
-    def held_out(self, limit: int | None) -> Iterator[MicroBatch]:
-        """This replica's share of the held-out split, or of `limit` micro batches' worth of it over all replicas.
-
-        Every replica gets as many micro batches; what fills them up has weight 0.
-        """
-
-    def describe(self) -> str:
-        """What there is to read, in a line."""
-
-
 def open_reader(corpus: Corpus, data: DataSection, train: TrainSection, state: ParallelState) -> Reader:
     """The reader for what `corpus` holds. ConfigError if there is too little of it."""
-    kind = WindowReader if corpus.is_text else ExampleReader
-    return kind(corpus, data, train, state)
+    return (WindowReader if corpus.is_text else ExampleReader)(corpus, data, train, state)
 
 
 class WindowReader:
@@ -70,19 +49,24 @@ class WindowReader:
         self._dp = state.dp
         self._share = self._micro * train.gradient_accumulation_steps
         self.sequences_per_step = self._share * self._dp.size
+        """Over all replicas."""
         # Of the training text one length is left for the offset and the last target.
         windows = _count_windows(len(self._text) - self._length, self._text, self._length, "training")
         self._order = TrainingOrder(windows, data.seed, self._length)
         self._held_out = _count_windows(len(self._held_out_text) - 1, self._held_out_text, self._length, "held-out")
 
     def step(self, first: int) -> StepData:
+        """The step that begins with sequence number `first`, counted over all epochs."""
         start = first + self._dp.rank * self._share
         firsts = range(start, start + self._share, self._micro)
         batches = [from_windows(self._windows(self._text, self._order.indices(one, self._micro))) for one in firsts]
         return StepData(batches, [self._length] * self.sequences_per_step)
 
     def held_out(self, limit: int | None) -> Iterator[MicroBatch]:
-        """Windows end to end."""
+        """This replica's share of the held-out split, or of `limit` micro batches' worth of it over all replicas.
+
+        Every replica gets as many micro batches; what fills them up has weight 0.
+        """
         size, dp = self._micro, self._dp
         count = self._held_out if limit is None else min(limit * size, self._held_out)
         for first in range(0, count, size * dp.size):
@@ -91,6 +75,7 @@ class WindowReader:
             yield from_windows(windows, (mine < count).tolist())
 
     def describe(self) -> str:
+        """What there is to read, in a line."""
         return f"{len(self._text):,} tokens of text to train on, {len(self._held_out_text):,} held out"
 
     def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> torch.Tensor:
@@ -108,7 +93,10 @@ def _count_windows(room: int, tokens: np.ndarray, length: int, split: str) -> in
 
 
 class ExampleReader:
-    """Whole examples, packed into micro batches of at most micro_batch_size * sequence_length tokens."""
+    """Whole examples, packed into micro batches of at most micro_batch_size * sequence_length tokens.
+
+    Its methods are those of `WindowReader`.
+    """
 
     def __init__(self, corpus: Corpus, data: DataSection, train: TrainSection, state: ParallelState):
         self._examples, self._held_out = corpus.train, corpus.held_out
@@ -149,3 +137,6 @@ class ExampleReader:
             rows = [ids.tolist() for ids, _ in found], [mask[1:].tolist() for _, mask in found]
             batches.append(from_sequences(*rows) if found else blank(1))
         return StepData(batches, lengths)
+
+
+Reader = WindowReader | ExampleReader

@@ -148,15 +148,12 @@ class Records:
         for number, values in _objects(file):
             where = f"{file.path}:{number}"
             try:
-                if isinstance(values, ValueError):
-                    raise values
-                kind = _kind(values)
-                kept = {key: values[key] for key in kind} | _checked(kind, values)
+                kind, kept = _checked(values)
                 self._check_kind(kind, first or kind)
-                first = kind
             except ValueError as error:
                 yield Problem(key="", rule=f"{where}: {error}")
                 continue
+            first = kind
             if kept != {"text": ""}:
                 content = json.dumps(kept, sort_keys=True, ensure_ascii=False)
                 yield Record(where, is_held_out(content, self.section.held_out), kept)
@@ -213,22 +210,25 @@ def _words(kind: tuple[str, ...]) -> str:
     return "/".join(map(repr, kind))
 
 
-def _checked(kind: tuple[str, ...], values: dict[str, Any]) -> dict[str, Any]:
-    """What a line may have besides the keys of its kind. ValueError: a value is not what it must be."""
-    if kind != CHAT:
-        for key in kind:
-            if not isinstance(values[key], str):
-                raise ValueError(f"{key!r} must be a text, got {type(values[key]).__name__}")
-            try:
-                values[key].encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{key!r} has half a surrogate pair at character {error.start}") from None
-        if kind == PAIR and not values["response"]:
-            raise ValueError("'response' is empty: there is nothing to learn from")
-        return {}
-    wrong = chat_problem(values)
-    if wrong is not None:
-        raise ValueError(str(wrong).rstrip("."))
-    if not any(message["role"] == "assistant" for message in values["messages"]):
-        raise ValueError("no message has the role 'assistant': there is nothing to learn from")
-    return {key: values[key] for key in VARIABLES if values.get(key) is not None}
+def _checked(values: dict[str, Any] | ValueError) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Kind of a line, and what is kept of its values. ValueError: a value is not what it must be."""
+    if isinstance(values, ValueError):
+        raise values
+    kind = _kind(values)
+    if kind == CHAT:
+        wrong = chat_problem(values)
+        if wrong is not None:
+            raise ValueError(str(wrong).rstrip("."))
+        if not any(message["role"] == "assistant" for message in values["messages"]):
+            raise ValueError("no message has the role 'assistant': there is nothing to learn from")
+        return kind, {key: values[key] for key in (*kind, *VARIABLES) if values.get(key) is not None}
+    for key in kind:
+        if not isinstance(values[key], str):
+            raise ValueError(f"{key!r} must be a text, got {type(values[key]).__name__}")
+        try:
+            values[key].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{key!r} has half a surrogate pair at character {error.start}") from None
+    if kind == PAIR and not values["response"]:
+        raise ValueError("'response' is empty: there is nothing to learn from")
+    return kind, {key: values[key] for key in kind}
