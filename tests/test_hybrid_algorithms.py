@@ -105,7 +105,7 @@ def test_importance_weights_are_ratios_cut_at_the_limit():
 
 def test_agreement_is_over_the_tokens_of_all_samples():
     found = agreement([(-1.0, -2.0), (-3.0,)], [(-1.0, -2.1), (-3.005,)])
-    assert (found.tokens, found.share_off) == (3, pytest.approx(1 / 3))
+    assert found.share_off == pytest.approx(1 / 3)
     assert (found.largest, found.mean) == (pytest.approx(0.1), pytest.approx(0.105 / 3))
     assert agreement([], []) == Agreement()
 
@@ -232,7 +232,7 @@ def record(folder) -> Record:
     config = HybridConfig(
         hybrid=HybridSection(steps=3, samples_per_prompt=2), supervised=SupervisedSection(steps=2, examples_per_step=1)
     )
-    return Record(config, MODEL, folder, speaks=True, peak=None)
+    return Record(config, MODEL, folder, is_writer=True, peak=None)
 
 
 def iterate(job: Record, number: int) -> None:
@@ -253,7 +253,7 @@ def logged(folder) -> list[tuple[str, int]]:
 
 def test_the_log_says_how_good_the_samples_are(tmp_path, capsys):
     job = record(tmp_path)
-    job.go_on(0, 0)
+    job.resume(0, 0)
     iterate(job, 1)
     job.close()
     [line] = (json.loads(line) for line in (tmp_path / "training" / "log.jsonl").open())
@@ -265,7 +265,7 @@ def test_the_log_says_how_good_the_samples_are(tmp_path, capsys):
 def test_a_job_that_goes_on_forgets_what_it_will_do_again(tmp_path):
     """Lines of work after the checkpoint go, and a torn one; earlier ones stay."""
     job = record(tmp_path)
-    job.go_on(0, 0)
+    job.resume(0, 0)
     for step in (1, 2):
         job.supervised(step, {"loss": 1.0, "gradient_norm": 1.0})
     for number in (1, 2, 3):
@@ -274,14 +274,14 @@ def test_a_job_that_goes_on_forgets_what_it_will_do_again(tmp_path):
     with (tmp_path / "training" / "log.jsonl").open("a") as file:
         file.write('{"iteration": 4, "rew')
     job = record(tmp_path)
-    job.go_on(2, 1)
+    job.resume(2, 1)
     steps = [("supervised_step", 1), ("supervised_step", 2), ("iteration", 1)]
     assert logged(tmp_path) == steps
     iterate(job, 2)
     job.close()
     assert logged(tmp_path) == [*steps, ("iteration", 2)]
     job = record(tmp_path)
-    job.go_on(1, 0)
+    job.resume(1, 0)
     job.close()
     assert logged(tmp_path) == steps[:1]
 
@@ -290,7 +290,7 @@ def test_tensorboard_shows_the_iterations(tmp_path):
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for done, numbers in ((0, (1, 2)), (1, (2,))):  # killed after the second, it goes on from the state of the first
         job = record(tmp_path)
-        job.go_on(2, done)
+        job.resume(2, done)
         for number in numbers:
             iterate(job, number)
         job.close()
@@ -299,8 +299,8 @@ def test_tensorboard_shows_the_iterations(tmp_path):
 
 
 def test_a_rank_that_does_not_speak_writes_nothing(tmp_path, capsys):
-    job = Record(HybridConfig(), MODEL, tmp_path, speaks=False, peak=None)
-    job.go_on(0, 0)
+    job = Record(HybridConfig(), MODEL, tmp_path, is_writer=False, peak=None)
+    job.resume(0, 0)
     iterate(job, 1)
     job.say("hello")
     job.close()

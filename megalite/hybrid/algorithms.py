@@ -70,7 +70,6 @@ def importance_weights(
 class Agreement:
     """How far sampler and trainer agree on the log-probabilities of the same tokens."""
 
-    tokens: int = 0
     largest: float = 0.0
     """Absolute difference."""
     mean: float = 0.0
@@ -87,9 +86,8 @@ def agreement(trainer: Sequence[Sequence[float]], sampler: Sequence[Sequence[flo
     ]
     if not differences:
         return Agreement()
-    off = sum(math.expm1(difference) > 0.01 for difference in differences)
-    count = len(differences)
-    return Agreement(count, max(differences), math.fsum(differences) / count, off / count)
+    off = [math.expm1(difference) > 0.01 for difference in differences]
+    return Agreement(max(differences), statistics.fmean(differences), statistics.fmean(off))
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,6 @@ class Generator:
         ConfigError names every example that leaves no room for its output.
         """
         self.layout = layout
-        self.sampled_tokens = 0
-        """Of all samples so far."""
         self.sampler = None
         if replica is not None:
             self.sampler = _Sampler(replica, examples, replace(sampling, n=samples), at_once, stop_requested)
@@ -62,10 +60,9 @@ class Generator:
     def sample(self, places: Sequence[int], *, first: int, weight_version: int) -> list[Rollout]:
         """The samples of the examples at `places`, some of `self.places`, group after group.
 
-        Collective over the run, the same everywhere.
-
-        `first`: how many prompts the run has sampled before; the seed of a sample comes from the count of its prompt
-        and its place in the group, so no two are clones. Stopped on every rank, if a signal has stopped the sampling.
+        Collective over the run, the same everywhere. `first`: how many prompts the run has sampled before; the seed of
+        a sample comes from the count of its prompt and its place in the group, so no two are clones. Stopped on every
+        rank, if a signal has stopped the sampling.
         """
         mine = self.sampler.groups(places, first, weight_version) if self.sampler else b""
         groups: dict[int, list[Rollout]] = {}
@@ -74,9 +71,7 @@ class Generator:
             if data.startswith(_STOPPED):
                 raise Stopped(int(data.removeprefix(_STOPPED)))
             groups |= unpack_groups(data)
-        rollouts = [rollout for number in range(len(places)) for rollout in groups[number]]
-        self.sampled_tokens += sum(len(rollout.token_ids) for rollout in rollouts)
-        return rollouts
+        return [rollout for number in range(len(places)) for rollout in groups[number]]
 
     def renew(self) -> None:
         """The weights have changed."""

@@ -86,8 +86,8 @@ class Job:
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
-        speaks = runtime.rank == self.home
-        self.record = Record(config, self.files.model, self.files.folder, speaks, peak=peak)
+        is_home = runtime.rank == self.home
+        self.record = Record(config, self.files.model, self.files.folder, is_home, peak=peak)
         self.pool: RewardPool | None = None
         """On the rank that rewards."""
         self.generates = False
@@ -316,7 +316,7 @@ class Job:
                 f"going on after {self.progress.supervised_steps} supervised steps and "
                 f"{self.progress.iterations} iterations"
             )
-        self.record.go_on(self.progress.supervised_steps, self.progress.iterations)
+        self.record.resume(self.progress.supervised_steps, self.progress.iterations)
 
     def _save(self) -> None:
         if self.trainer is not None:

@@ -1,4 +1,4 @@
-"""What a hybrid job tells: a line on the terminal, a line in the log, and a file of samples for each iteration."""
+"""The log of a hybrid job: a line on the terminal, a JSON line in a file, and a file of samples for each iteration."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megalite.train.log import Board, continued
 
 
 class Record:
-    """Speaks and writes on one rank of the job, and measures on all."""
+    """Measures on every rank of the job, and prints and writes on one."""
 
-    def __init__(self, config: HybridConfig, model: ModelConfig, folder: Path, speaks: bool, *, peak: float | None):
+    def __init__(self, config: HybridConfig, model: ModelConfig, folder: Path, is_writer: bool, *, peak: float | None):
         """`peak`: operations a second of the devices that train; None if it is not known."""
         self.config = config.hybrid
         self.tensorboard = config.output.tensorboard
@@ -33,53 +33,53 @@ class Record:
         self.supervised_steps = config.supervised.steps
         self.path = folder / "training" / "log.jsonl"
         self.rollouts = folder / "training" / "rollouts"
-        self.speaks = speaks
+        self.is_writer = is_writer
         self.log: LineFile | None = None
         self.board: Board | None = None
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
         self.learnt_tokens = 0
         """Of all iterations of this run; likewise the next, in seconds."""
-        self.lasted: list[float] = []
+        self.durations: list[float] = []
 
-    def go_on(self, supervised_steps: int, iterations: int) -> None:
-        """Open the log, without what it says of work that is to be done again."""
-        if not self.speaks:
+    def resume(self, supervised_steps: int, iterations: int) -> None:
+        """Open the log, without the lines of work that is to be done again."""
+        if not self.is_writer:
             return
         self.log = continued(self.path, lambda values: _is_done(values, supervised_steps, iterations))
         self.board = Board(self.path.parent, step=iterations, wanted=self.tensorboard)
 
     def begin(self) -> None:
-        """An iteration begins."""
+        """Start the clock of an iteration."""
         self.seconds = {}
         self.began = time.monotonic()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Seconds of a part of the iteration."""
+        """Measure a part of the iteration."""
         began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     def supervised(self, step: int, values: dict[str, float]) -> None:
-        """A supervised step is done."""
+        """Write what came of a supervised step."""
         if step % self.config.log_every == 0 or step == self.supervised_steps:
             line = f"supervised step {step}/{self.supervised_steps}  loss {values['loss']:.4f}"
-            self._tell(f"{line}  norm {values['gradient_norm']:.3f}", {"supervised_step": step, **values})
+            self._write(f"{line}  norm {values['gradient_norm']:.3f}", {"supervised_step": step, **values})
 
     def iteration(self, number: int, rollouts: Sequence[Rollout], update: UpdateResult) -> None:
-        """An iteration is done, the `number`th."""
-        if not self.speaks:
+        """Write what came of the `number`th iteration."""
+        if not self.is_writer:
             return
         write_rollouts(rollout_file(self.rollouts, number), number, rollouts, update.scored)
         values = self._values(rollouts, update)
         self.learnt_tokens += sum(len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts)
-        self.lasted.append(values["seconds"])
+        self.durations.append(values["seconds"])
         line = None
         if number % self.config.log_every == 0 or number == self.config.steps:
-            left = (self.config.steps - number) * statistics.median(self.lasted)
+            left = (self.config.steps - number) * statistics.median(self.durations)
             line = _line(number, self.config.steps, values, left)
-        self._tell(line, {"iteration": number, **values})
+        self._write(line, {"iteration": number, **values})
         if self.board is not None:
             self.board.write(number, values)
 
@@ -111,10 +111,10 @@ class Record:
         }
 
     def say(self, line: str) -> None:
-        self._tell(line, None)
+        self._write(line, None)
 
-    def _tell(self, line: str | None, values: dict[str, Any] | None) -> None:
-        if not self.speaks:
+    def _write(self, line: str | None, values: dict[str, Any] | None) -> None:
+        if not self.is_writer:
             return
         if line is not None:
             print(wrapped(line), flush=True)
