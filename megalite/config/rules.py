@@ -52,7 +52,8 @@ class Bounds:
             return problem(key, f"must hold at most {self.cap} entries, and has {len(numbers)}", value, self.fix)
         for at, number in numbers.items():
             if not all(_COMPARE[name](number, limit) for name, limit in self.limits.items()):
-                return problem(at, f"must be {self}{', or null' if is_optional(hint) else ''}", number, self.fix)
+                or_null = ", or null" if at == key and is_optional(hint) else ""
+                return problem(at, f"must be {self}{or_null}", number, self.fix)
         if self.cap is not None and numbers.keys() == {key} and value > self.cap:
             return problem(key, f"must be at most {self.cap}", value, self.fix)
         return None

@@ -113,10 +113,7 @@ def read_lines(text: str, name: str) -> tuple[Any, Lines]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None:
-            return {}, {}
-        lines = dict(loader.lines(node))
-        return loader.construct_document(node), lines
+        return ({}, {}) if node is None else (loader.construct_document(node), dict(loader.lines(node)))
     except yaml.YAMLError as error:
         raise ConfigError(_syntax_problem(error, name)) from error
     except RecursionError as error:
