@@ -96,3 +96,19 @@ def greedy(folder: Path, prompt: list[int], max_tokens: int) -> Generated:
         ids.append(int(logprobs[-1].argmax()))
         logprobs = score(folder, ids)
     return Generated(prompt=prompt, tokens=ids[len(prompt) :], logprobs=logprobs)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec) -> torch.Tensor:
+    """Causal attention by an `AttentionSpec`, in float64: q [count, H, D], the last positions of k and v [length, K, D]
+    -> [count, H, D]."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    key = torch.arange(k.shape[0], device=q.device)
+    query = key[k.shape[0] - q.shape[0] :, None]
+    seen = key <= query
+    if spec.window is not None:
+        seen &= key > query - spec.window
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)

@@ -1,35 +1,21 @@
-"""Attention over the host cache: however rows lie in it, the result is that of the plain formula."""
+"""Attention over the host cache and over packs, with gradients: the result is that of the plain formula in float64."""
+
+from __future__ import annotations
 
 import pytest
 import torch
+from reference import attention as formula
 
+from megalite.model import attention
 from megalite.model.attention import PackedAttention
 from megalite.model.config import AttentionSpec
 from megalite.model.host_attention import CacheRow, HostAttention, HostCache
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 8
-
-
-def formula(spec, q, k, v, start):
-    """q [count, H, D] at positions start.., k and v [start + count, K, D]; float64."""
-    q, k, v = q.double(), k.double(), v.double()
-    out = torch.zeros_like(q)
-    for head in range(q.shape[1]):
-        kv = head // (q.shape[1] // k.shape[1])
-        for i in range(q.shape[0]):
-            low = max(0, start + i + 1 - spec.window) if spec.window else 0
-            scores = k[low : start + i + 1, kv] @ q[i, head] * spec.scale
-            if spec.softcap:
-                scores = spec.softcap * torch.tanh(scores / spec.softcap)
-            out[i, head] = scores.softmax(0) @ v[low : start + i + 1, kv]
-    return out.float()
-
-
 SPECS = [
-    AttentionSpec(layer=3, scale=0.3),
-    AttentionSpec(layer=3, scale=0.3, window=5),
-    AttentionSpec(layer=3, scale=0.3, softcap=2.0),
-    AttentionSpec(layer=3, scale=0.3, window=5, softcap=2.0),
+    AttentionSpec(layer=3, scale=0.3, window=window, softcap=softcap)
+    for window, softcap in ((None, None), (5, None), (None, 2.0), (5, 2.0), (100, None))
 ]
 
 LAYOUTS = {
@@ -59,21 +45,44 @@ def test_host_attention(spec, name):
         rows.append(CacheRow(len(slots), start, count, mine[0] if run else None, None if run else torch.tensor(blocks)))
         slots += mine[start:]
         positions += range(start, start + count)
-        expected.append(formula(spec, q[start:], k, v, start))
+        expected.append(formula(q[start:], k, v, spec))
         packs.append((q[start:], k[start:], v[start:]))
     q, k, v = (torch.cat(parts) for parts in zip(*packs, strict=True))
     context = HostAttention(cache, rows, torch.tensor(positions), torch.tensor(positions), torch.tensor(slots))
-    torch.testing.assert_close(context.attend(spec, q, k, v), torch.cat(expected), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(context.attend(spec, q, k, v).double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
+def packed_case(lengths, heads, kv_heads, dim, dtype=torch.float32):
+    """A fused projection [T, H + 2 K, D] that requires gradients, and its q, k and v."""
+    torch.manual_seed(len(lengths) + heads)
+    fused = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, device=DEVICE).to(dtype).requires_grad_()
+    return fused, fused.split([heads, kv_heads, kv_heads], 1)
+
+
+def check_packed(lengths, heads, kv_heads, spec, *, dim=32, dtype=torch.float32, tolerance=1e-5):
+    """Outputs and gradients against the formula, sequence by sequence."""
+    fused, qkv = packed_case(lengths, heads, kv_heads, dim, dtype)
+    out = PackedAttention(lengths, DEVICE).attend(spec, *qkv)
+    weight = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * weight).sum(), fused)
+    rows = zip(*(x.split(lengths) for x in qkv), strict=True)
+    expected = torch.cat([formula(*row, spec) for row in rows])
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), fused)
+    assert out.shape == qkv[0].shape and out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("lengths", [[1], [12] * 3, [5, 1, 30, 17], [2, 2, 2, 9, 9, 20, 2]], ids=str)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-@pytest.mark.parametrize("lengths", [[9], [6, 6], [3, 8, 1]], ids=str)
-def test_packed_attention(spec, lengths):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(sum(lengths), heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-    expected = torch.cat([formula(spec, *part, 0) for part in parts])
-    context = PackedAttention(lengths)
-    assert context.positions.tolist() == [place for length in lengths for place in range(length)]
-    assert context.lengths.tolist() == [length for length in lengths for _ in range(length)]
-    torch.testing.assert_close(context.attend(spec, q, k, v), expected, atol=1e-5, rtol=1e-5)
+def test_packed_attention(lengths, heads, kv_heads, spec, monkeypatch):
+    monkeypatch.setattr(attention, "CHUNK", 8)
+    check_packed(lengths, heads, kv_heads, spec)
+
+
+def test_a_pack_knows_its_positions_and_may_have_no_heads():
+    context = PackedAttention([3, 4], DEVICE, beyond=1)
+    assert context.positions.tolist() == [0, 1, 2, 0, 1, 2, 3] and context.lengths.tolist() == [4] * 3 + [5] * 4
+    _, (q, k, v) = packed_case([3, 4], 4, 2, 8)
+    assert context.attend(SPECS[0], q[:, :0], k, v).shape == (7, 0, 8)

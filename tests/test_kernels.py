@@ -1,4 +1,4 @@
-"""Paged attention, the cache writer and packed attention against plain float64 torch.
+"""The Triton kernels, paged attention and cache writer, and attention on CUDA against plain float64 torch.
 
 The Triton kernels run compiled where there is a CUDA device and under Triton's interpreter where there is none; without
 Triton their tests are skipped. Cache slots that no query may read hold NaN.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy
 import pytest
@@ -18,8 +19,11 @@ CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported
 
+from reference import attention as reference  # noqa: E402
+from test_attention import check_packed, packed_case  # noqa: E402
+
 from megalite.errors import ResourceError  # noqa: E402
-from megalite.model import attention, kernels  # noqa: E402
+from megalite.model import kernels  # noqa: E402
 from megalite.model.attention import PackedAttention  # noqa: E402
 from megalite.model.config import AttentionSpec  # noqa: E402
 
@@ -43,21 +47,6 @@ def few_programs(monkeypatch):
 
 def make_spec(dim: int, window: int | None = None, softcap: float | None = None) -> AttentionSpec:
     return AttentionSpec(layer=0, scale=1.3 / math.sqrt(dim), window=window, softcap=softcap)
-
-
-def reference(q, k, v, spec):
-    """q [count, H, D], the last positions of k and v [length, K, D] -> float64 [count, H, D]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    key = torch.arange(k.shape[0], device=q.device)
-    query = key[k.shape[0] - q.shape[0] :, None]
-    seen = key <= query
-    if spec.window is not None:
-        seen &= key > query - spec.window
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 @dataclass
@@ -94,10 +83,7 @@ class Step:
             self.cache[:, :, slots.to(DEVICE)] = kv[first_seen:].permute(1, 2, 0, 3)
             self.k.append(kv[:, 0])
             self.v.append(kv[:, 1])
-        starts = [0]
-        for _, count in self.rows:
-            starts.append(starts[-1] + count)
-        self.starts = starts
+        self.starts = starts = list(accumulate((count for _, count in self.rows), initial=0))
         self.query_start = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
         self.context_len = torch.tensor([c for c, _ in self.rows], dtype=torch.int32, device=DEVICE)
         self.block_table = self.block_table.to(DEVICE)
@@ -122,6 +108,19 @@ class Step:
             parts.append(reference(q, self.k[b], self.v[b], self.spec) if context else torch.zeros_like(q).double())
         return torch.cat(parts)
 
+    def part(self, row: int, first: int, last: int, context_len: int) -> torch.Tensor:
+        """Only queries first..last of the pack, which are the newest of a row's `context_len` positions."""
+        return kernels.paged_attention(
+            self.q[first:last],
+            *self.cache,
+            query_start=torch.tensor([0, last - first], dtype=torch.int32, device=DEVICE),
+            context_len=torch.tensor([context_len], dtype=torch.int32, device=DEVICE),
+            block_table=self.block_table[row : row + 1],
+            block_size=self.block_size,
+            spec=self.spec,
+            max_query_len=max(2, last - first),  # never cut along the keys, as in a step of longer rows
+        )
+
     def check(self, **overrides) -> torch.Tensor:
         out = self.run(**overrides)
         tolerance = TOLERANCE[self.dtype]
@@ -133,66 +132,40 @@ DECODE = [(1, 1), (45, 1), (70, 1)]
 MIXED = [(37, 1), (19, 19), (61, 7), (1, 1), (33, 10)]
 
 
+BASE = {"heads": 4, "kv_heads": 2, "dim": 16}
+SHAPES = {
+    **{f"{group} query heads a KV head": {"heads": 2 * group, "dim": 32} for group in (1, 2, 4, 8)},
+    **{f"heads {h}:{kv}": {"heads": h, "kv_heads": kv} for h, kv in ((7, 1), (6, 2), (20, 1))},
+    **{f"head dim {dim}": {"dim": dim} for dim in (8, 64, 80, 96, 128, 256)},
+    **{f"block size {size}": {"block_size": size} for size in (8, 12, 64)},
+    **{f"window {window}": {"spec": make_spec(16, window=window)} for window in (1, 7, 16, 33, 500)},
+    "float16": {"dim": 64, "dtype": torch.float16},
+    "bfloat16": {"dim": 64, "dtype": torch.bfloat16},
+}
+"""What differs from BASE."""
+
+
 @needs_triton
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
-def test_query_heads_share_kv_heads(rows, group):
-    Step(rows, heads=2 * group, kv_heads=2, dim=32).check()
-
-
-@needs_triton
-@pytest.mark.parametrize("heads, kv_heads", [(7, 1), (6, 2), (20, 1)])
-def test_groups_that_are_no_power_of_two(heads, kv_heads):
-    for rows in (DECODE, MIXED):
-        Step(rows, heads, kv_heads, dim=16).check()
-
-
-@needs_triton
-@pytest.mark.parametrize("dim", [8, 32, 64, 80, 96, 128, 256])
-def test_head_dims(dim):
-    Step([(37, 1), (20, 20), (50, 1)], heads=4, kv_heads=2, dim=dim).check()
-    Step([(37, 1), (50, 1)], heads=4, kv_heads=2, dim=dim).check()
-
-
-@needs_triton
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    if dtype == torch.bfloat16 and not CUDA:
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_equals_the_formula(shape, rows):
+    if shape.get("dtype") == torch.bfloat16 and not CUDA:
         pytest.skip("Triton's interpreter multiplies bfloat16 tiles wrongly")
-    Step(DECODE, heads=4, kv_heads=2, dim=64, dtype=dtype).check()
-    Step(MIXED, heads=4, kv_heads=2, dim=64, dtype=dtype).check()
-
-
-@needs_triton
-@pytest.mark.parametrize("block_size", [8, 12, 16, 64])
-def test_block_sizes(block_size):
-    for rows in (DECODE, MIXED):
-        Step(rows, heads=4, kv_heads=2, dim=16, block_size=block_size).check()
-
-
-@needs_triton
-@pytest.mark.parametrize("window", [1, 7, 16, 33, 500])
-def test_a_window_hides_older_keys_and_never_reads_their_blocks(window):
-    for rows in (DECODE, MIXED):
-        step = Step(rows, heads=4, kv_heads=2, dim=16, spec=make_spec(16, window=window))
-        step.check()
-    Step(DECODE, heads=4, kv_heads=2, dim=16, spec=make_spec(16, window=window)).check(num_splits=4)
+    step = Step(rows, **{**BASE, **shape})
+    step.check()
+    if rows == DECODE and step.spec.window:
+        step.check(num_splits=4)
 
 
 @needs_triton
 @pytest.mark.parametrize("window", [None, 20])
 def test_softcap(window):
-    spec = make_spec(32, window=window, softcap=1.5)
+    spec = make_spec(16, window=window, softcap=1.5)
     for rows in (DECODE, MIXED):
-        step = Step(rows, heads=4, kv_heads=2, dim=32, spec=spec)
+        step = Step(rows, **BASE, spec=spec)
         out = step.check()
-        assert not torch.allclose(out, step.run(spec=make_spec(32, window=window)), atol=1e-3)  # the cap is felt
-
-
-@needs_triton
-def test_scores_far_below_the_softcap_saturate():
-    step = Step(DECODE, heads=2, kv_heads=1, dim=32, spec=AttentionSpec(layer=0, scale=40.0, softcap=2.0))
-    step.check()
+        assert not torch.allclose(out, step.run(spec=make_spec(16, window=window)), atol=1e-3)  # the cap is felt
+    Step(DECODE, **BASE, spec=AttentionSpec(layer=0, scale=40.0, softcap=2.0)).check()  # scores saturate
 
 
 @needs_triton
@@ -221,37 +194,15 @@ def test_rows_without_queries_are_passed_over():
 def test_a_row_does_not_depend_on_its_batch():
     step = Step([(61, 9), (37, 1), (90, 20)], heads=4, kv_heads=2, dim=32)
     whole = step.run()
-    for b, (lo, hi) in enumerate(zip(step.starts, step.starts[1:], strict=False)):
-        alone = kernels.paged_attention(
-            step.q[lo:hi],
-            *step.cache,
-            query_start=torch.tensor([0, hi - lo], dtype=torch.int32, device=DEVICE),
-            context_len=step.context_len[b : b + 1],
-            block_table=step.block_table[b : b + 1],
-            block_size=step.block_size,
-            spec=step.spec,
-            max_query_len=20,
-        )
-        assert torch.equal(alone, whole[lo:hi])
+    for row, (first, last) in enumerate(pairwise(step.starts)):
+        assert torch.equal(step.part(row, first, last, step.rows[row][0]), whole[first:last])
 
 
 @needs_triton
 def test_a_prompt_in_chunks_gives_the_same_bits():
     step = Step([(55, 55)], heads=4, kv_heads=2, dim=32)
-    whole, chunks = step.check(), []
-    for lo, hi in ((0, 13), (13, 40), (40, 55)):
-        chunks.append(
-            kernels.paged_attention(
-                step.q[lo:hi],
-                *step.cache,
-                query_start=torch.tensor([0, hi - lo], dtype=torch.int32, device=DEVICE),
-                context_len=torch.tensor([hi], dtype=torch.int32, device=DEVICE),
-                block_table=step.block_table,
-                block_size=step.block_size,
-                spec=step.spec,
-                max_query_len=hi - lo,
-            )
-        )
+    whole = step.check()
+    chunks = [step.part(0, first, last, last) for first, last in pairwise((0, 13, 40, 55))]
     assert torch.equal(torch.cat(chunks), whole)
 
 
@@ -303,42 +254,6 @@ def test_without_triton_generation_says_what_is_missing(monkeypatch):
     step = Step(DECODE, heads=4, kv_heads=2, dim=32)
     with pytest.raises(ResourceError, match="Triton"):
         step.run()
-
-
-PACKED = {"one": [1], "even": [12, 12, 12], "ragged": [5, 1, 30, 17], "alike": [2, 2, 2, 9, 9, 20, 2]}
-
-
-def packed_case(lengths, heads, kv_heads, dim, dtype=torch.float32):
-    torch.manual_seed(len(lengths) + heads)
-    fused = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, device=DEVICE).to(dtype).requires_grad_()
-    return fused, fused.split([heads, kv_heads, kv_heads], 1)
-
-
-def check_packed(lengths, heads, kv_heads, spec, *, dim=32, dtype=torch.float32, tolerance):
-    """Outputs and gradients against the reference, sequence by sequence."""
-    fused, qkv = packed_case(lengths, heads, kv_heads, dim, dtype)
-    out = PackedAttention(lengths, DEVICE).attend(spec, *qkv)
-    weight = torch.randn_like(out)
-    (gradient,) = torch.autograd.grad((out * weight).sum(), fused)
-    rows = zip(*(x.split(lengths) for x in qkv), strict=True)
-    expected = torch.cat([reference(*row, spec) for row in rows])
-    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), fused)
-    assert out.shape == qkv[0].shape and out.dtype == dtype
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=2 * tolerance, atol=2 * tolerance)
-
-
-@pytest.mark.parametrize("lengths", PACKED.values(), ids=PACKED)
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("window, softcap", [(None, None), (6, None), (None, 1.5), (6, 1.5), (100, None)])
-def test_packed_attention(lengths, heads, kv_heads, window, softcap, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK", 8)
-    check_packed(lengths, heads, kv_heads, make_spec(32, window, softcap), tolerance=1e-5)
-
-
-def test_packed_attention_without_heads():
-    _, (q, k, v) = packed_case([3, 4], 4, 2, 8)
-    assert PackedAttention([3, 4], DEVICE).attend(make_spec(8), q[:, :0], k, v).shape == (7, 0, 8)
 
 
 @needs_cuda

@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -56,9 +57,10 @@ def tokens(count: int) -> list[int]:
     return [_random.randrange(3, VOCAB) for _ in range(count)]
 
 
-def right(folder: Path, ids: list[int], length: int) -> torch.Tensor:
+@cache
+def right(folder: Path, ids: tuple[int, ...], length: int) -> torch.Tensor:
     """Log-probabilities [len(ids), vocab] by transformers of a sequence that may get `length` tokens long."""
-    return score(folder, ids + [0] * (length - len(ids)))[: len(ids)]
+    return score(folder, [*ids] + [0] * (length - len(ids)))[: len(ids)]
 
 
 def of_next(logprobs: torch.Tensor, ids: list[int]) -> torch.Tensor:
@@ -152,24 +154,21 @@ def test_phi3_takes_its_original_length_beside_the_rope(tiny):
 def test_divisors_are_not_rounded_to_the_models_dtype(tiny, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny("phi3_longrope"), folder)
-    rope = families.read(folder).rope
-    exact = replace(rope, scaling=replace(rope.scaling, short_factor=(1.0199999809, 1.0299999713)))
-    edit_config(
-        folder,
-        rope_parameters={
-            **json.loads((folder / "config.json").read_text())["rope_parameters"],
-            "short_factor": list(exact.scaling.short_factor),
-        },
-    )
+    given = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    edit_config(folder, rope_parameters={**given, "short_factor": [1.0199999809, 1.0299999713]})
     short = torch.tensor([1])
     half = decoder_of(folder, torch.bfloat16)._rotary.frequencies(short)
-    torch.testing.assert_close(half, Rotary(exact).frequencies(short), atol=0, rtol=0)
+    plain = Rotary(replace(families.read(folder).rope, scaling=None)).frequencies(short)
+    torch.testing.assert_close(half, plain / torch.tensor([[1.0199999809, 1.0299999713]]), atol=0, rtol=0)
 
 
 # ---- LongRoPE's divisors are the request's own
 
 
-def ask(limit: int, prompt: int | list[int], **params) -> tuple[list[int], SamplingParams]:
+Ask = tuple[list[int], SamplingParams]
+
+
+def ask(limit: int, prompt: int | list[int], **params) -> Ask:
     """A request that may get `limit` tokens long."""
     ids = tokens(prompt) if isinstance(prompt, int) else prompt
     params = {"ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0, **params}
@@ -192,18 +191,17 @@ ASKS = [
 ]
 
 
-def generate(rank: int, folder: Path, engine: dict) -> tuple[list, int, int]:
+def generate(rank: int, folder: Path, engine: dict, rounds: list[list[Ask]]) -> tuple[list, int, int]:
+    """Outputs, preemptions and prefix hits of rounds of requests to one engine."""
     config = InferConfig(
         model=ModelSection(path=str(folder), dtype="float32"),
         engine=EngineSection(**{"block_size": 4, "check_lockstep": True, **engine}),
     )
     replica, _ = load_replica(config, PoolRuntime(rank, 1))
-    limits = prompt_limits(replica)
-    made = [make_request(*one, limits, id=str(i), index=i)[0] for i, one in enumerate(ASKS)]
-    running = replica.engine()
-    outputs = []
-    for key in ("first", "with a warm cache"):
-        outputs += run_everywhere(replica, running, made, {}, key=key)
+    limits, running, outputs = prompt_limits(replica), replica.engine(), []
+    for key, asks in enumerate(rounds):
+        made = [make_request(*one, limits, id=str(i), index=i)[0] for i, one in enumerate(asks)]
+        outputs += run_everywhere(replica, running, made, {}, key=str(key))
     return outputs, running.scheduler.stats.preemptions, running.scheduler.stats.prefix_hit_tokens
 
 
@@ -219,36 +217,32 @@ def generate(rank: int, folder: Path, engine: dict) -> tuple[list, int, int]:
 )
 def test_requests_on_both_sides_of_the_border(engine, tiny, ranks):
     folder = tiny("phi3_longrope")
-    [(outputs, preemptions, hits)] = ranks(1).run(generate, folder, engine)
-    for (prompt, params), output in zip(ASKS * 2, outputs, strict=True):
+    rounds = [ASKS, ASKS] if not engine else [ASKS]  # the second with a warm cache
+    [(outputs, preemptions, hits)] = ranks(1).run(generate, folder, engine, rounds)
+    for (prompt, params), output in zip(sum(rounds, []), outputs, strict=True):
         length = len(prompt) + params.max_tokens
         for made in output.outputs:
             ids = prompt + made.token_ids
             assert len(ids) == length
-            wanted = of_next(right(folder, ids, length), ids).tolist()
-            scored = [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-            assert scored + made.token_logprobs == pytest.approx(wanted, abs=TOLERANCE)
+            wanted = of_next(right(folder, tuple(ids), length), ids).tolist()
+            assert scored(output, prompt) + made.token_logprobs == pytest.approx(wanted, abs=TOLERANCE)
     assert bool(preemptions) == ("num_kv_blocks" in engine)
     assert hits > 0, "samples share, and so do requests on the same side"
 
 
+def scored(output, prompt: list[int]) -> list[float]:
+    return [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+
+
 def test_what_is_cut_by_an_early_end_keeps_the_divisors_of_its_limit(tiny, ranks):
     """A request's keys are cached as they were rotated, so its divisors can't follow what came of it."""
-    folder = tiny("phi3_longrope")
-    ids = tokens(12)
+    folder, ids = tiny("phi3_longrope"), tokens(12)
     stopped = SamplingParams(max_tokens=60, temperature=0, stop_token_ids=list(range(VOCAB)), prompt_logprobs=0)
-    [output] = ranks(1).run(_one, folder, ids, stopped)
-    got = [entry[token].logprob for token, entry in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+    [([output], _, _)] = ranks(1).run(generate, folder, {}, [[(ids, stopped)]])
     assert len(output.outputs[0].token_ids) == 1
-    assert got == pytest.approx(of_next(right(folder, ids, 72), ids).tolist(), abs=TOLERANCE)
-    assert got != pytest.approx(of_next(right(folder, ids, 13), ids).tolist(), abs=0.05)
-
-
-def _one(rank: int, folder: Path, ids: list[int], params: SamplingParams):
-    config = InferConfig(model=ModelSection(path=str(folder), dtype="float32"))
-    replica, _ = load_replica(config, PoolRuntime(rank, 1))
-    request, _ = make_request(ids, params, prompt_limits(replica), id="0", index=0)
-    return run_everywhere(replica, replica.engine(), [request], {}, key="one")[0]
+    got = scored(output, ids)
+    assert got == pytest.approx(of_next(right(folder, tuple(ids), 72), ids).tolist(), abs=TOLERANCE)
+    assert got != pytest.approx(of_next(right(folder, tuple(ids), 13), ids).tolist(), abs=0.05)
 
 
 def test_in_training_by_the_length_of_each_sequence(tiny):
