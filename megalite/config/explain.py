@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from dataclasses import Field, fields, is_dataclass
-from functools import cache
+from dataclasses import Field, fields
+from functools import cache, reduce
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -39,7 +39,7 @@ def _explain_fields(owner: type) -> list[str]:
     return blocks
 
 
-def _explain_key(field: Field, name: str, hint: Any, note: str) -> str:
+def _explain_key(field: Field[Any], name: str, hint: Any, note: str) -> str:
     default = field.default_factory() if callable(field.default_factory) else field.default
     bounds = field.metadata.get("bounds", NO_BOUNDS)
     kind = ", ".join(filter(None, (_words(hint), str(bounds), f"at most {bounds.cap}" if bounds.cap else "")))
@@ -70,7 +70,7 @@ def _notes() -> dict[str, dict[str, str]]:
             own = found[node.name] = {"": inspect.cleandoc(ast.get_docstring(node) or "")}
             for before, after in zip(node.body, node.body[1:], strict=False):
                 if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    own[before.target.id] = inspect.cleandoc(after.value.value).replace("\n", " ")
+                    own[ast.unparse(before.target)] = inspect.cleandoc(ast.literal_eval(after.value)).replace("\n", " ")
     return found
 
 
@@ -78,10 +78,7 @@ def table(loaded: Loaded) -> str:
     """Every value and where it came from, one line a key."""
     rows = []
     for key in hints(type(loaded.config)):
-        value: Any = loaded.config
-        for name in key.split("."):
-            value = getattr(value, name)
-        assert not is_dataclass(value), key
+        value = reduce(getattr, key.split("."), loaded.config)
         rows.append((key, yaml_lines.write(value, inline=True), loaded.origins[key]))
     keys = max(len(key) for key, _, _ in rows)
     values = max(len(text) for _, text, _ in rows if len(text) <= 40)

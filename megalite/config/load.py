@@ -10,10 +10,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
-from operator import getitem
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +41,7 @@ Kind = Literal["infer", "train", "hybrid"]
 SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig, "hybrid": HybridConfig}
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
-_KEY = re.compile(r"-*[a-z_]+\.[a-z_]|[^=]+=.")
+_OVERRIDE = re.compile(r"-*[a-z_]+\.[a-z_]|[^=]+=.")
 """Begins an override."""
 MOST_BYTES = 1 << 20
 """Of a config file. Prompts that take more belong in a file of their own."""
@@ -65,16 +64,6 @@ class Loaded:
     """Of `text`: equal configs have equal digests, however they were written."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    key: str
-    """`section.key` in the schema."""
-    inside: tuple[str | int, ...]
-    """Path within the value, for a mapping set piece by piece; empty: the whole value."""
-    value: Any
-    origin: str
-
-
 def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read the config file at `path` and apply `section.key=value` overrides.
 
@@ -89,31 +78,23 @@ def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> 
 
 def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded, list[Problem]]:
     """As `load_config`, but give the problems back and leave the values that have one at their defaults."""
-    schema = SCHEMAS[kind]
-    settings, problems = _from_file(schema, path)
-    for setting in _from_command_line(schema, overrides):
-        (problems if isinstance(setting, Problem) else settings).append(setting)
-    good = []
-    for setting in settings:
-        wrong = _check(schema, setting)
-        if wrong:
-            problems.append(wrong)
-        else:
-            good.append(setting)
-    values, origins = _merge(schema, good)
-    return loaded_from(_build(schema, values), origins), problems
+    reader = _Reader(SCHEMAS[kind])
+    reader.read_file(path)
+    reader.read_overrides(overrides)
+    return loaded_from(_build(SCHEMAS[kind], reader.values), reader.origins), reader.problems
 
 
 def loaded_from(config: Config, origins: dict[str, str] | None = None) -> Loaded:
     """A config object, e.g. one made in Python, with its canonical text and digest."""
-    tree, given = asdict(config), {}
+    tree: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     origins = dict.fromkeys(hints(type(config)), DEFAULT) | (origins or {})
     for key, hint in hints(type(config)).items():
-        *section, name = key.split(".")
-        inner = reduce(getitem, section, tree)
-        inner[name] = with_floats(hint, inner[name])
+        path = key.split(".")
+        value = with_floats(hint, reduce(getattr, path, config))
+        tree = _put(tree, path, value)
         if origins[key] != DEFAULT:
-            reduce(lambda there, part: there.setdefault(part, {}), section, given)[name] = inner[name]
+            given = _put(given, path, value)
     text = yaml_lines.write(tree)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     return Loaded(config=config, origins=origins, text=text, given=yaml_lines.write(given), sha256=sha256)
@@ -132,47 +113,125 @@ def with_origins(problems: Iterable[Problem], origins: dict[str, str]) -> list[P
     found = []
     for one in problems:
         key = one.key.partition("[")[0]
-        origin = next((origins[k] for k in (key, key.rpartition(".")[0]) if k in origins), "")
-        if one.origin or (origin == DEFAULT and one.value is None):
-            found.append(one)
-        else:
-            found.append(replace(one, origin=origin))
+        origin = origins.get(key) or origins.get(key.rpartition(".")[0], "")
+        done = one.origin or (origin == DEFAULT and one.value is None)
+        found.append(one if done else replace(one, origin=origin))
     return found
 
 
-# ---- the file ----------------------------------------------------------------------------------------------------
+class _Reader:
+    """Collects the values of a schema's keys, where each came from, and every problem of reading them."""
 
+    def __init__(self, schema: type):
+        self.values: dict[str, Any] = {}
+        """By dotted key; each has passed the checks of single values."""
+        self.origins: dict[str, str] = {}
+        self.problems: list[Problem] = []
+        self._schema, self._hints, self._sections = schema, hints(schema), sections(schema)
 
-def _from_file(schema: type, path: str | Path) -> tuple[list[_Setting], list[Problem]]:
-    name = printable(path)
-    root, lines = yaml_lines.read_lines(_read_text(Path(path)), name)
-    if not isinstance(root, dict):
-        raise ConfigError(Problem(key=str(path), rule=f"must hold sections, e.g. `{next(iter(sections(schema)))}:`"))
-    settings: list[_Setting] = []
-    problems: list[Problem] = []
+    def read_file(self, path: str | Path) -> None:
+        name = printable(path)
+        root, lines = yaml_lines.read_lines(_read_text(Path(path)), name)
+        if not isinstance(root, dict):
+            rule = f"must hold sections, e.g. `{next(iter(self._sections))}:`"
+            raise ConfigError(Problem(key=name, rule=rule))
+        self._read_section(root, (), name, lines)
 
-    def collect(section: dict, path: tuple) -> None:
-        for key, value in section.items():
-            at = (*path, key)
-            full, origin = ".".join(map(str, at)), f"{name}:{lines[at]}"
-            if full in hints(schema):
-                settings.append(_Setting(full, (), value, origin))
-            elif full not in sections(schema):
-                problems.append(unknown_key(full, schema, origin))
+    def _read_section(self, section: dict[Any, Any], path: tuple[Any, ...], file: str, lines: yaml_lines.Lines) -> None:
+        for name, value in section.items():
+            at = (*path, name)
+            key, origin = ".".join(map(str, at)), f"{file}:{lines[at]}"
+            if key in self._hints:
+                self._set(key, (), value, origin)
+            elif key not in self._sections:
+                self.problems.append(unknown_key(key, self._schema, origin))
             elif isinstance(value, dict):
-                collect(value, at)
+                self._read_section(value, at, file, lines)
             elif value is not None:
-                example = _a_key_of(schema, full).removeprefix(f"{full}.")
-                fix = f"Write `{full}: {{{example}: ...}}`."
-                problems.append(problem(full, "is a section and must hold keys", value, fix, origin))
+                fix = f"Write `{key}: {{{self._a_key_of(key).removeprefix(f'{key}.')}: ...}}`."
+                self.problems.append(problem(key, "is a section and must hold keys", value, fix, origin))
 
-    collect(root, ())
-    return settings, problems
+    def read_overrides(self, overrides: Sequence[str]) -> None:
+        rest = list(overrides)
+        seen: dict[tuple[Any, ...], str] = {}
+        while rest:
+            word = rest.pop(0).removeprefix("--")
+            key, _, text = word.partition("=")
+            if not (key and text and key == key.strip() and text == text.strip()):
+                while rest and not _OVERRIDE.match(rest[0]):  # the shell cuts `a = b` into several words
+                    word = f"{word} {rest.pop(0)}"
+                key, *values = re.split(r"\s*=\s*|\s+", word.strip(), maxsplit=1)
+                meant = f"{key or 'section.key'}={''.join(values) or 'VALUE'}"
+                rule = "an override is written section.key=value, without spaces round its `=`"
+                self._refuse(key, rule, f"Write {printable(meant)}.")
+                continue
+            path = tuple(key.split("."))
+            twin = next((seen[other] for other in seen if other[: len(path)] == path[: len(other)]), None)
+            if twin:
+                self._refuse(key, "is set twice", f"Keep one of {twin} and {word}.")
+            else:
+                self._read_override(key, text)
+            seen.setdefault(path, word)
+
+    def _read_override(self, typed: str, text: str) -> None:
+        if typed in self._sections:
+            return self._refuse(typed, "is a section", f"Set one of its keys, e.g. {self._a_key_of(typed)}=VALUE.")
+        parts = typed.split(".")
+        key = next((key for key in accumulate(parts, "{}.{}".format) if key in self._hints), None)
+        if key is None:
+            self.problems.append(unknown_key(typed, self._schema, COMMAND_LINE))
+            return None
+        hint, inside = self._hints[key], parts[key.count(".") + 1 :]
+        if inside and not (is_mapping(hint) and all(inside)):
+            return self._refuse(typed, f"unknown key: {key} has no keys of its own", f"Did you mean {key}?")
+        value: Any = text
+        literal = not inside and (is_text(hint) or (hint is Any and text[0] not in "[{"))
+        if not literal or text in ("null", "~") or text[0] in "\"'":  # else a colon or a number needs no quotes
+            try:
+                value = yaml_lines.read(text, typed)
+            except ConfigError as error:
+                self.problems.append(replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE))
+                return None
+        if key == "sampling.logit_bias":
+            inside = [token_key(part) for part in inside]
+        return self._set(key, inside, value, COMMAND_LINE)
+
+    def _refuse(self, typed: str, rule: str, fix: str) -> None:
+        self.problems.append(Problem(key=printable(typed), rule=rule, fix=fix, origin=COMMAND_LINE))
+
+    def _a_key_of(self, section: str) -> str:
+        """For examples in messages."""
+        return next(key for key in self._hints if key.startswith(f"{section}."))
+
+    def _set(self, key: str, inside: Sequence[Any], value: Any, origin: str) -> None:
+        """Take a key's value; `inside`: path within it, of a mapping that is set piece by piece."""
+        wrong = _value_problem(key, self._hints[key], _put(None, inside, value), origin)
+        if wrong:
+            self.problems.append(wrong)
+            return
+        self.values[key] = _put(self.values.get(key), inside, value)
+        before = self.origins.get(key, origin) if inside else origin
+        self.origins[key] = before if before.endswith(origin) else f"{before} and {origin}"
 
 
-def _a_key_of(schema: type, section: str) -> str:
-    """For examples in messages."""
-    return next(key for key in hints(schema) if key.startswith(f"{section}."))
+def _value_problem(key: str, hint: Any, value: Any, origin: str) -> Problem | None:
+    if key not in LITERAL_KEYS and re.search(r'\$\{|"\\*\?\?\?"', json.dumps(value)):
+        fix = "Write the value itself; `${...}` and `???` are not expanded."
+        return problem(key, "must be a plain value", value, fix, origin)
+    if is_text(hint) and isinstance(value, str):
+        if not value.strip():
+            return problem(key, "must not be empty", value, "Leave it out, or write null.", origin)
+        if not value.isprintable():
+            return problem(key, "must be printable text on one line", value, "", origin)
+    return misfit(key, hint, value, origin)
+
+
+def _put(tree: Any, path: Sequence[Any], value: Any) -> Any:
+    """A copy of the mapping `tree` with another value at a path; the value itself where the path is empty."""
+    if not path:
+        return value
+    inner = tree if isinstance(tree, dict) else {}
+    return inner | {path[0]: _put(inner.get(path[0]), path[1:], value)}
 
 
 def _read_text(path: Path) -> str:
@@ -191,114 +250,12 @@ def _read_text(path: Path) -> str:
         raise ConfigError(Problem(key=name, rule=f"can't be read: {reason}")) from error
 
 
-# ---- the command line --------------------------------------------------------------------------------------------
-
-
-def _from_command_line(schema: type, overrides: Sequence[str]) -> list[_Setting | Problem]:
-    found: list[_Setting | Problem] = []
-    seen: dict[tuple, str] = {}
-    for token in _split(overrides):
-        setting = token if isinstance(token, Problem) else _override(schema, *token)
-        if isinstance(setting, _Setting):
-            path = (setting.key, *setting.inside)
-            typed = "=".join(token)
-            twin = next((seen[p] for p in seen if p[: len(path)] == path[: len(p)]), None)
-            if twin:
-                setting = _line(".".join(map(str, path)), "is set twice", f"Keep one of {twin} and {typed}.")
-            seen.setdefault(path, typed)
-        found.append(setting)
-    return found
-
-
-def _split(overrides: Sequence[str]) -> Iterable[tuple[str, str] | Problem]:
-    """Each override as (key, text of the value). Spaces round the `=`, where the shell cuts it, are told to go."""
-    rest = list(overrides)
-    while rest:
-        token = rest.pop(0).removeprefix("--")
-        key, _, value = token.partition("=")
-        if key and value and key == key.strip() and value == value.strip():
-            yield key, value
-            continue
-        while rest and not _KEY.match(rest[0]):
-            token = f"{token} {rest.pop(0)}"
-        key, *values = re.split(r"\s*=\s*|\s+", token.strip(), maxsplit=1)
-        meant = f"{key or 'section.key'}={''.join(values) or 'VALUE'}"
-        rule = "an override is written section.key=value, without spaces round its `=`"
-        yield _line(printable(key), rule, f"Write {printable(meant)}.")
-
-
-def _override(schema: type, typed: str, text: str) -> _Setting | Problem:
-    known = hints(schema)
-    if typed in sections(schema):
-        return _line(typed, "is a section", f"Set one of its keys, e.g. {_a_key_of(schema, typed)}=VALUE.")
-    parts = typed.split(".")
-    key = next((key for key in accumulate(parts, "{}.{}".format) if key in known), None)
-    if key is None:
-        return unknown_key(typed, schema, COMMAND_LINE)
-    inside: tuple[str | int, ...] = tuple(parts[key.count(".") + 1 :])
-    if inside and not (is_mapping(known[key]) and all(inside)):
-        return _line(printable(typed), f"unknown key: {key} has no keys of its own", f"Did you mean {key}?")
-    value: Any = text
-    literal = not inside and (is_text(known[key]) or (known[key] is Any and text[0] not in "[{"))
-    if not literal or text in ("null", "~") or text[0] in "\"'":  # else a colon or a number needs no quotes
-        try:
-            value = yaml_lines.read(text, typed)
-        except ConfigError as error:
-            return replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE)
-    if inside and key == "sampling.logit_bias":
-        inside = tuple(token_key(part) for part in inside)
-    return _Setting(key, inside, value, COMMAND_LINE)
-
-
-def _line(key: str, rule: str, fix: str = "") -> Problem:
-    return Problem(key=key, rule=rule, fix=fix, origin=COMMAND_LINE)
-
-
-# ---- settings to a config ----------------------------------------------------------------------------------------
-
-
-def _check(schema: type, setting: _Setting) -> Problem | None:
-    key, hint = setting.key, hints(schema)[setting.key]
-    value: Any = setting.value
-    for part in reversed(setting.inside):
-        value = {part: value}
-    if key not in LITERAL_KEYS:
-        if re.search(r'\$\{|"\\*\?\?\?"', json.dumps(value)):
-            fix = "Write the value itself; `${...}` and `???` are not expanded."
-            return problem(key, "must be a plain value", setting.value, fix, setting.origin)
-    if is_text(hint) and isinstance(value, str):
-        if not value.strip():
-            return problem(key, "must not be empty", value, "Leave it out, or write null.", setting.origin)
-        if not value.isprintable():
-            return problem(key, "must be printable text on one line", value, "", setting.origin)
-    return misfit(key, hint, value, setting.origin)
-
-
-def _merge(schema: type, settings: list[_Setting]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The last value of each key and where it came from; pieces of a mapping are put into the mapping so far."""
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for setting in settings:
-        if not setting.inside:
-            values[setting.key], origins[setting.key] = setting.value, setting.origin
-            continue
-        target = values[setting.key] = dict(values.get(setting.key) or {})
-        for part in setting.inside[:-1]:
-            inner = target.get(part)
-            target[part] = dict(inner) if isinstance(inner, dict) else {}
-            target = target[part]
-        target[setting.inside[-1]] = setting.value
-        before = origins.get(setting.key, setting.origin)
-        origins[setting.key] = before if before.endswith(setting.origin) else f"{before} and {setting.origin}"
-    return values, origins
-
-
 def _build(schema: type, values: dict[str, Any]) -> Any:
     """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it."""
     free = [key for key in values if mentions(hints(schema)[key], Any) or key in LITERAL_KEYS]
-    settled = OmegaConf.create()
+    settled: dict[str, Any] = {}
     for key in values.keys() - set(free):
-        OmegaConf.update(settled, key, values[key], merge=False)
+        settled = _put(settled, key.split("."), values[key])
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settled))
     for key in free:
         config = _with(config, key.split("."), values[key])

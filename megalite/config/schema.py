@@ -98,7 +98,7 @@ class EngineSection:
     """Compare a hash of the scheduler's state between ranks every step; for debugging."""
 
 
-def _takes_vllm_arguments(schema: type) -> type:
+def _takes_vllm_arguments(schema: Any) -> Any:
     """Let the constructor of `schema` also take the other arguments of vLLM's; see config/vllm.py."""
     made = schema.__init__
 

@@ -60,21 +60,23 @@ def _names(schema: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in fields(schema):
         hint = found[field.name] = known[field.name]
-        if is_dataclass(hint):
+        if _is_section(hint):
             found |= {f"{field.name}.{name}": inner for name, inner in _names(hint).items()}
     return found
 
 
-@cache
+def _is_section(hint: Any) -> bool:
+    return is_dataclass(hint)
+
+
 def hints(schema: type) -> dict[str, Any]:
     """Type of each key of a config class by its dotted name: `section.key`, plain names in a section."""
-    return {name: hint for name, hint in _names(schema).items() if not is_dataclass(hint)}
+    return {name: hint for name, hint in _names(schema).items() if not _is_section(hint)}
 
 
-@cache
 def sections(schema: type) -> dict[str, type]:
     """The section class behind each dotted name that is a section; a section may hold further ones."""
-    return {name: hint for name, hint in _names(schema).items() if is_dataclass(hint)}
+    return {name: hint for name, hint in _names(schema).items() if _is_section(hint)}
 
 
 def unknown_key(key: str, schema: type, origin: str = "") -> Problem:

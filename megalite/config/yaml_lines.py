@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
+import yaml  # has no types of its own
 
 from megalite.errors import ConfigError, Problem
 
@@ -25,21 +25,21 @@ _PLAIN_VALUES = {
 }
 """What is no text; PyYAML reads these as YAML 1.2 does."""
 
-Lines = dict[tuple, int]
+Lines = dict[tuple[Any, ...], int]
 """The line, from 1, on which the value of each key begins; keys as paths of mappings that are not inside a list."""
 
 
-class _Refused(yaml.MarkedYAMLError):
+class _Refused(yaml.MarkedYAMLError):  # type: ignore[misc]
     """YAML, but not of the kind that is read."""
 
     def __init__(self, complaint: str, mark: yaml.Mark):
         super().__init__(problem=complaint, problem_mark=mark)
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise _Refused("aliases (*name) are not read; write the value out", event.start_mark)
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(f"the tag {tag!r} is not read; write the plain value", event.start_mark)
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -57,14 +57,14 @@ class _Loader(yaml.SafeLoader):
             if key in seen:
                 raise _Refused(f"the key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep=True)
+        return dict(super().construct_mapping(node, deep=True))
 
-    def construct_yaml_str(self, node):
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
         if re.search("[\ud800-\udfff]", node.value):
             raise _Refused("text holds half of a surrogate pair, which is not Unicode", node.start_mark)
-        return node.value
+        return str(node.value)
 
-    def lines(self, node: yaml.Node, path: tuple = ()) -> Iterator[tuple[tuple, int]]:
+    def lines(self, node: yaml.Node, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
         if isinstance(node, yaml.MappingNode):
             for key_node, child in node.value:
                 inner = (*path, self.construct_object(key_node))
@@ -72,14 +72,14 @@ class _Loader(yaml.SafeLoader):
                 yield from self.lines(child, inner)
 
 
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = {}
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
-    def increase_indent(self, flow=False, indentless=False):
-        return super().increase_indent(flow, False)
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
 
 
 def _represent_float(dumper: yaml.SafeDumper, value: float) -> yaml.Node:
@@ -125,7 +125,9 @@ def write(value: object, *, inline: bool = False) -> str:
 
     `inline`: on one line, as it could be typed on the command line.
     """
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30, default_flow_style=inline)
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**30, default_flow_style=inline
+    )
     return text.removesuffix("\n").removesuffix("\n...") if inline else text
 
 
