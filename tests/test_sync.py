@@ -2,7 +2,6 @@
 
 import os
 import re
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +54,14 @@ def decoder_in(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float
     return decoder
 
 
+def sync_between(folder: Path, source: Layout, target: Layout, *, dtype: torch.dtype = torch.float32, **settings):
+    """A decoder in training, one to be filled, each None outside its layout, and the way from one to the other."""
+    training = decoder_in(folder, source, filled=True)
+    generating = decoder_in(folder, target, dtype=dtype, filled=False)
+    settings = {"bucket_bytes": BUCKET, **settings}
+    return training, generating, Sync(families.read(folder), training, generating, source, target, **settings)
+
+
 def assert_loaded(got, folder: Path, layout: Layout, dtype: torch.dtype = torch.float32) -> None:
     """Bit for bit what loading gives in that layout."""
     want = decoder_in(folder, layout, dtype=dtype, filled=True)
@@ -74,21 +81,22 @@ def push_and_compare(
     by_input: bool = False,
     staged: bool = False,
 ) -> int:
-    """Two pushes; bytes that each brings to this rank."""
-    config = families.read(folder)
-    training = decoder_in(folder, source, filled=True)
-    generating = decoder_in(folder, target, dtype=dtype, filled=False)
+    """Two pushes, the second of other weights; bytes that each brings to this rank."""
+    training, generating, sync = sync_between(folder, source, target, dtype=dtype)
     if by_input and generating is not None:
         store_by_input(generating)
-    sync = Sync(config, training, generating, source, target, bucket_bytes=BUCKET)
     if staged:
         sync._executor.transport = torch.device("cpu", 0)  # another name of the same memory
-    addresses = {} if generating is None else {name: p.data_ptr() for name, p in generating.named_parameters()}
+    params = {} if generating is None else dict(generating.named_parameters())
+    addresses = {name: param.data_ptr() for name, param in params.items()}
     assert sync.push() == 1
     assert_loaded(generating, folder, target, dtype)
+    before = {name: param.detach().clone() for name, param in params.items()}
+    for param in training.parameters() if training is not None else ():
+        param.data.neg_()
     assert sync.push() == 2
-    if generating is not None:
-        assert addresses == {name: p.data_ptr() for name, p in generating.named_parameters()}, "weights moved in memory"
+    assert all(torch.equal(param, -before[name]) for name, param in params.items()), "weights of its moment"
+    assert addresses == {name: param.data_ptr() for name, param in params.items()}, "weights moved in memory"
     return sync.received_bytes
 
 
@@ -134,31 +142,6 @@ def test_the_target_may_be_otherwise(options, tiny, ranks):
 
 def test_one_process_needs_no_ranks(tiny):
     assert push_and_compare(0, tiny("qwen3"), Layout(), Layout(), dtype=torch.bfloat16, by_input=True) == 0
-
-
-def push_changes(rank: int, folder: Path) -> list[int]:
-    """A second push brings what has changed since the first."""
-    source, target = Layout(2, 1, 2), Layout(4)
-    training, generating = (decoder_in(folder, layout, filled=True) for layout in (source, target))
-    sync = Sync(families.read(folder), training, generating, source, target, bucket_bytes=BUCKET, verify="first")
-    versions = [sync.push()]
-    for decoder in (training, generating):
-        before = {name: param.detach().clone() for name, param in decoder.named_parameters()}
-        if decoder is training:
-            for param in decoder.parameters():
-                param.data *= -2
-            versions.append(sync.push())
-        else:
-            assert not any(param.isnan().any() for param in decoder.parameters())
-    for name, param in generating.named_parameters():
-        assert torch.equal(before[name], param), name
-    loaded = dict(decoder_in(folder, target, filled=True).named_parameters())
-    assert all(torch.equal(param, -2 * loaded[name]) for name, param in generating.named_parameters())
-    return versions
-
-
-def test_every_push_brings_the_weights_of_its_moment(tiny, ranks):
-    assert ranks(RANKS).run(push_changes, tiny("llama_tied")) == [[1, 2]] * RANKS
 
 
 def share(rank: int, folder: Path) -> tuple[int, int]:
@@ -246,9 +229,7 @@ class Allocations(TorchDispatchMode):
 
 
 def push_and_count(rank: int, folder: Path, source: Layout, target: Layout, bucket: int) -> tuple[int, int, int]:
-    training = decoder_in(folder, source, filled=True)
-    generating = decoder_in(folder, target, filled=False)
-    sync = Sync(families.read(folder), training, generating, source, target, bucket_bytes=bucket, verify="off")
+    _, generating, sync = sync_between(folder, source, target, bucket_bytes=bucket, verify="off")
     with Allocations() as seen:
         sync.push()
     assert_loaded(generating, folder, target)
@@ -264,31 +245,20 @@ def test_moving_takes_one_bucket_of_memory(bucket, tiny, ranks):
 # ---- verification ----------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def fault(spec: str):
-    os.environ[errors.FAULT_VARIABLE] = spec
-    errors._passages.clear()
-    try:
-        yield
-    finally:
-        del os.environ[errors.FAULT_VARIABLE]
-
-
 def push_with_fault(rank: int, folder: Path, spec: str, verify: str) -> list[str]:
     """What each of three pushes said; the second of them meets a fault."""
-    source, target = Layout(2, 2), Layout(4)
-    training = decoder_in(folder, source, filled=True)
-    generating = decoder_in(folder, target, filled=False)
-    sync = Sync(families.read(folder), training, generating, source, target, bucket_bytes=BUCKET, verify=verify)
+    training, _, sync = sync_between(folder, Layout(2, 2), Layout(4), verify=verify)
     said = []
     for attempt in range(3):
         for param in training.parameters():
             param.data += 1
-        with fault(spec if attempt == 1 else "nowhere=raise"):
-            try:
-                said.append(str(sync.push()))
-            except MegaliteError as error:
-                said.append(str(error))
+        errors._passages.clear()
+        os.environ[errors.FAULT_VARIABLE] = spec if attempt == 1 else "nowhere=raise"
+        try:
+            said.append(str(sync.push()))
+        except MegaliteError as error:
+            said.append(str(error))
+    del os.environ[errors.FAULT_VARIABLE]
     return said
 
 
@@ -313,10 +283,7 @@ def test_verification_may_be_left_out(tiny, ranks):
 
 
 def drift(rank: int, folder: Path) -> str:
-    source, target = Layout(1, 1, 2), Layout(2, first_rank=2)
-    training = decoder_in(folder, source, filled=True)
-    generating = decoder_in(folder, target, filled=False)
-    sync = Sync(families.read(folder), training, generating, source, target, bucket_bytes=BUCKET)
+    training, _, sync = sync_between(folder, Layout(1, 1, 2), Layout(2, first_rank=2))
     if rank == 1:
         training.norm.weight.data[5] += 1
     with pytest.raises(MegaliteError) as error:
