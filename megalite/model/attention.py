@@ -1,16 +1,17 @@
-"""How a layer attends: contexts that `Decoder.forward` is given. The model never asks whether it trains or generates.
+"""Attention contexts: how the tokens of a forward pass attend. The model never asks whether it trains or generates.
 
-`PackedAttention` runs whole sequences laid end to end (training, scoring a batch). Generation reads and writes a paged
-KV cache: `HostAttention` in host memory, `DeviceAttention` on an accelerator. All take q [T, H, D], k and v [T, K, D]
-with H a multiple of K, and give [T, H, D].
+`PackedAttention` is for whole sequences laid end to end (training, scoring). Generation uses a paged KV cache:
+`HostAttention` in host memory, `DeviceAttention` on an accelerator. Shapes: T tokens, H query heads, K KV heads (H is a
+multiple of K), D channels of a head; query head h attends to KV head h // (H / K).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from itertools import accumulate, groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,72 +20,73 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.model.config import AttentionSpec
 
+_varlen: Callable[..., Any] | None = None
+"""torch's attention over sequences of different lengths, where this version has it."""
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
-    varlen_attn = None
+    pass
+else:  # some versions want to be told that query heads share KV heads
+    _varlen = (
+        partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
+    )
 
-_GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in signature(varlen_attn).parameters else {}
-"""Some versions of torch want to be told that query heads share key and value heads."""
 CHUNK = 512
 """Queries whose scores exist at a time where no fused attention of torch can be used."""
 
 
 class AttentionContext(Protocol):
-    """What a forward pass needs to know about the tokens it is given."""
+    """The sequences that the T tokens of a forward pass belong to, and how they attend to each other."""
 
     @property
     def positions(self) -> Tensor:
-        """Position of each token in its sequence: int64 [T]."""
+        """Position of each token in its sequence, from 0: int64 [T]."""
 
     @property
     def lengths(self) -> Tensor:
-        """Longest length that each token's sequence is meant to get: int64 [T]. Of that its rotation may depend."""
+        """Longest length that each token's sequence may get, on which its rotary frequencies may depend: int64 [T]."""
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of layer `spec.layer`: [T, H, D], [T, K, D], [T, K, D] -> [T, H, D]."""
+        """Causal attention of layer `spec.layer`: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
 
 
 class PackedAttention:
-    """Whole sequences end to end: token t of the pack belongs to one of `lengths`; nothing is kept afterwards.
+    """Whole sequences of `lengths` tokens laid end to end, without padding and without a KV cache; differentiable.
 
-    Nothing is padded. Neighbours of one length are attended to as a batch: sequences in the order of their lengths, as
-    `packing.pack` puts them, need at most sqrt(2 T) batches for T tokens. A GPU attends to all of them in one kernel
-    where torch has one: float16 or bfloat16, no softcap.
-
-    `beyond`: further tokens of each sequence that are not in the pack, because they are targets only.
+    Neighbours of one length are computed as a batch: sequences sorted by length, as `packing.pack` makes them, need at
+    most sqrt(2 T) batches for T tokens. A GPU computes all of them in one kernel where torch has one: float16 or
+    bfloat16, no softcap. `beyond`: tokens of each sequence that are not in the pack, because they are targets only.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu", *, beyond: int = 0):
         self.longest = max(lengths)
         self.runs = [(len(list(alike)), length) for length, alike in groupby(lengths)]
-        """Number of neighbours alike, and their length."""
+        """(number of neighbours of equal length, that length), in order."""
         self.cu_lengths = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
         self.positions = torch.cat([torch.arange(length, device=device) for length in lengths])
         self.lengths = torch.cat([torch.full((length,), length + beyond, device=device) for length in lengths])
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """With gradients."""
         if q.shape[1] == 0:
             return torch.empty_like(q)
         ragged = len(self.runs) > 1 or (spec.window is not None and spec.window < self.longest)
-        if ragged and _has_varlen(q, spec):
+        if ragged and _varlen is not None and _varlen_takes(q, spec):
             left = -1 if spec.window is None else spec.window - 1
             place = (self.cu_lengths, self.cu_lengths, self.longest, self.longest)
-            return varlen_attn(q, k, v, *place, scale=spec.scale, window_size=(left, 0), **_GROUPED)
+            out: Tensor = _varlen(q, k, v, *place, scale=spec.scale, window_size=(left, 0))
+            return out
         sizes = [count * length for count, length in self.runs]
         attended = []
         for run, *parts in zip(self.runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
-            out = _attend_batch(*(x.unflatten(0, run).transpose(1, 2) for x in parts), spec)  # [B, H, L, D]
-            attended.append(out.transpose(1, 2).flatten(0, 1))
+            batched_q, batched_k, batched_v = (x.unflatten(0, run).transpose(1, 2) for x in parts)  # [B, H or K, L, D]
+            attended.append(_attend_batch(batched_q, batched_k, batched_v, spec).transpose(1, 2).flatten(0, 1))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
 
 
-def _has_varlen(q: Tensor, spec: AttentionSpec) -> bool:
-    """Whether torch's variable-length attention, which is FlashAttention-2, can do it."""
+def _varlen_takes(q: Tensor, spec: AttentionSpec) -> bool:
+    """Whether torch's variable-length attention, which is FlashAttention-2, has a kernel for it."""
     return (
-        varlen_attn is not None
-        and q.is_cuda
+        q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
         and spec.softcap is None
         and q.shape[-1] % 8 == 0
@@ -110,26 +112,33 @@ def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tenso
     if spec.softcap is None and window is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
     if spec.softcap is None:
-        mask = _seen(0, length, 0, length, window, q.device)
+        mask = causal_mask(range(length), range(length), window, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
     chunks = []
     for first in range(0, length, CHUNK):
         last = min(first + CHUNK, length)
         low = 0 if window is None else max(0, first - window + 1)
-        mask = _seen(first, last, low, last, window, q.device)
+        mask = causal_mask(range(first, last), range(low, last), window, q.device)
         parts = q[:, :, first:last], k[:, :, low:last], v[:, :, low:last]
-        chunks.append(checkpoint(_attend_capped, *parts, mask, spec, use_reentrant=False, preserve_rng_state=False))
+        chunks.append(checkpoint(attend_capped, *parts, spec, mask, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(chunks, 2)
 
 
-def _seen(first: int, last: int, low: int, high: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [last - first, high - low]: which keys low..high the queries first..last see."""
-    query = torch.arange(first, last, device=device)[:, None]
-    key = torch.arange(low, high, device=device)[None]
+def causal_mask(queries: range, keys: range, window: int | None, device: torch.device) -> Tensor:
+    """bool [queries, keys], by position: a query sees itself and earlier keys, at most `window` in all."""
+    query = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    key = torch.arange(keys.start, keys.stop, device=device)[None]
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
 
 
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
+def attend_capped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None = None) -> Tensor:
+    """Attention with a softcap, its scores written out in float32: [..., L, D] and [..., M, D] -> [..., L, D].
+
+    `mask`: bool, the keys that each query sees; None: all.
+    """
+    assert spec.softcap is not None
     scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).type_as(v) @ v
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).type_as(v) @ v

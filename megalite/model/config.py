@@ -1,4 +1,4 @@
-"""What a decoder is made of, in numbers and choices; importable without torch.
+"""`ModelConfig`: sizes and choices of a decoder-only transformer; importable without torch.
 
 `families.py` reads a Hugging Face config.json into a `ModelConfig`; `decoder.py` builds the model from it and
 `weights/table.py` the weight table. A field is named for what it decides, never for the family that needs it.
@@ -14,12 +14,12 @@ from megalite.core.layout import LayerCosts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """A change of the rotary frequencies for contexts longer than the model was first trained on."""
+    """RoPE scaling: changed rotary frequencies for contexts longer than those of pre-training."""
 
     kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float = 1.0
     original_max_position: int
-    """Longest sequence before the stretch."""
+    """Longest sequence without the scaling, in tokens."""
     low_freq_factor: float = 1.0
     """llama3: wavelengths above original_max_position / this are divided by `factor`."""
     high_freq_factor: float = 4.0
@@ -31,9 +31,9 @@ class RopeScaling:
     attention_factor: float = 1.0
     """yarn, longrope: multiplies cos and sin."""
     short_factor: tuple[float, ...] = ()
-    """longrope (arXiv 2402.13753): divisors for sequences up to original_max_position, one a frequency."""
+    """longrope (arXiv 2402.13753): divisor of each frequency for sequences up to original_max_position."""
     long_factor: tuple[float, ...] = ()
-    """longrope: divisors for longer sequences."""
+    """longrope: the same for longer sequences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,27 +42,27 @@ class Rope:
 
     theta: float = 10000.0
     rotary_dim: int
-    """Leading channels of a head that are rotated."""
+    """Number of leading channels of a head that are rotated."""
     scaling: RopeScaling | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec:
-    """How one layer attends; what an attention context needs to know besides q, k and v."""
+    """Parameters of one layer's attention: what an attention context needs besides q, k and v."""
 
     layer: int
     """Global layer index."""
     scale: float
     """Multiplies q k^T."""
     window: int | None = None
-    """Keys a query sees, itself included; null: all earlier ones."""
+    """Sliding window: number of keys a query sees, its own included; None: all earlier ones."""
     softcap: float | None = None
-    """Scores become softcap * tanh(score / softcap)."""
+    """Scores become softcap * tanh(score / softcap); None: they stay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoESpec:
-    """A mixture of experts in place of the MLP; experts are cut over tp as whole units."""
+    """A mixture of experts in place of the MLP; each tp rank holds whole experts."""
 
     num_experts: int
     top_k: int
@@ -85,11 +85,11 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_position_embeddings: int
-    """Longest sequence that the model is made for, with its rope's stretch; rows of learned positions."""
+    """Longest sequence in tokens, RoPE scaling included; number of learned positions."""
     attention: tuple[AttentionSpec, ...]
-    """One entry a layer."""
+    """Of each layer."""
     moe: tuple[MoESpec | None, ...]
-    """One entry a layer; null: a dense MLP."""
+    """Of each layer; None: a dense MLP."""
     tie_embeddings: bool
     norm: Literal["rms", "rms_zero_centred", "layer"] = "rms"
     """rms_zero_centred: the weight is stored as its difference from one."""
@@ -108,13 +108,13 @@ class ModelConfig:
     learned_positions: bool = False
     """Add a learned vector for each position to the embedding; max_position_embeddings of them."""
     embedding_scale: float | None = None
-    """Multiplies the embedding, rounded to the model's dtype."""
+    """Multiplies the embedding, after rounding to the model's dtype; None: nothing does."""
     final_softcap: float | None = None
     """Logits become softcap * tanh(logit / softcap)."""
     router_aux_loss_coef: float = 0.0
-    """Training's weight of the load-balancing loss of experts."""
+    """Weight of the experts' load-balancing loss in training."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the checkpoint says its numbers are."""
+    """Data type of the checkpoint by its config.json."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -122,20 +122,18 @@ class ModelConfig:
     def num_layers(self) -> int:
         return len(self.attention)
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Elements of keys and values of one token in one layer, over all KV heads."""
-        return 2 * self.num_kv_heads * self.head_dim
-
     def key_variant(self, length: int) -> int:
-        """Equal for the longest lengths of two sequences if equal tokens have equal keys in both; see model/rope.py."""
+        """Which rotary frequencies a sequence of at most `length` tokens has: it shares keys with those of equal value.
+
+        0 except for longrope and dynamic, whose frequencies depend on the length; see model/rope.py.
+        """
         scaling = self.rope.scaling if self.rope is not None else None
         if scaling is None or length <= scaling.original_max_position:
             return 0
         return {"longrope": 1, "dynamic": length}.get(scaling.kind, 0)
 
     def layer_parameters(self, layer: int) -> int:
-        """Parameters of one layer, norms and biases aside."""
+        """Number of parameters of one layer without norms and biases."""
         heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         matrices = 3 if self.gated_mlp else 2
         moe = self.moe[layer]
@@ -145,7 +143,7 @@ class ModelConfig:
         return heads + experts
 
     def layer_costs(self) -> LayerCosts:
-        """Parameters by stage position: what a decode step has to read, and what a rank has to hold."""
+        """Number of parameters of each layer and of both ends: what a decode step reads and what a rank holds."""
         vocab = self.vocab_size * self.hidden_size
         positions = self.max_position_embeddings * self.hidden_size if self.learned_positions else 0
         layers = tuple(self.layer_parameters(layer) for layer in range(self.num_layers))

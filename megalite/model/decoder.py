@@ -25,7 +25,7 @@ from megalite.core.layers import (
     VocabParallelEmbedding,
     replicated,
 )
-from megalite.core.layout import Even, KVHeads, QueryHeads
+from megalite.core.layout import Even, KVHeads, QueryHeads, width
 from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
@@ -43,7 +43,11 @@ def make_norm(config: ModelConfig, state: ParallelState) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention with heads cut over tp; how to attend is the context's."""
+    """Self-attention with heads cut over tp: q, k, v projection, q/k norms, rotation, attention, output projection.
+
+    The attention itself, and any KV cache, is the `AttentionContext`'s. [T, hidden] -> [T, hidden] ([T/tp, hidden]
+    under sequence parallelism).
+    """
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
@@ -53,7 +57,7 @@ class Attention(nn.Module):
         keys = KVHeads(config.num_kv_heads, config.head_dim)
         self.qkv = ColumnParallelLinear(config.hidden_size, (queries, keys, keys), state, bias=config.qkv_bias)
         self.out = RowParallelLinear(queries, config.hidden_size, state, bias=config.attention_out_bias)
-        self.heads = [width // config.head_dim for width in self.qkv.widths]  # local query, key, value heads
+        self.heads = [outputs // config.head_dim for outputs in self.qkv.widths]  # local query, key, value heads
         if config.qk_norm:
             norm = partial(RMSNorm, config.head_dim, config.norm_eps, partial_gradient=state.tp.size > 1)
             self.q_norm, self.k_norm = norm(), norm()
@@ -69,8 +73,8 @@ class Attention(nn.Module):
         if rotation is not None:
             qk = rotation(qk)
         q, k = qk.split((num_q, num_k), 1)
-        attended = ctx.attend(self.spec, q, k, v)
-        return self.out(attended.flatten(-2))
+        out: Tensor = self.out(ctx.attend(self.spec, q, k, v).flatten(-2))
+        return out
 
 
 class MLP(nn.Module):
@@ -87,7 +91,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
-        return self.down(gated(hidden, self.activation) if self.gated else ACTIVATIONS[self.activation](hidden))
+        hidden = gated(hidden, self.activation) if self.gated else ACTIVATIONS[self.activation](hidden)
+        out: Tensor = self.down(hidden)
+        return out
 
 
 def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module:
@@ -107,7 +113,10 @@ def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module
 
 
 class Block(nn.Module):
-    """One layer. `post_attn_norm` and `post_mlp_norm` are identities in families that have none."""
+    """One transformer layer, x + attn(norm(x)) then x + mlp(norm(x)): [T, hidden] -> [T, hidden].
+
+    Under sequence parallelism both are [T/tp, hidden]. The post norms are identities in families that have none.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
@@ -120,15 +129,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         x = x + self.post_attn_norm(self.attn(self.attn_norm(x), ctx, rotation))
-        return x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
+        x = x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
+        return x
 
 
 BlockCall = Callable[[Tensor, AttentionContext, Rotation | None], Tensor]
-"""A block, or what calls it."""
+"""The forward of a block, or a function that wraps it."""
 
 
 class Embedding(nn.Module):
-    """Token ids to the first layer's input: table, learned positions and scale as the family has them."""
+    """Token ids to the first layer's input: embedding table, scale and learned positions, as the family has them."""
 
     def __init__(self, config: ModelConfig, state: ParallelState):
         super().__init__()
@@ -141,8 +151,8 @@ class Embedding(nn.Module):
         )
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        """int64 [T], [T] -> [T or T/tp, hidden]."""
-        x = self.tokens(token_ids)
+        """Token ids and positions, int64 [T] each -> [T, hidden], under sequence parallelism [T/tp, hidden]."""
+        x: Tensor = self.tokens(token_ids)
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)
         if self.positions is not None:
@@ -153,9 +163,12 @@ class Embedding(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The layers of this rank's pipeline stage, with the embedding on the first and the head on the last.
+    """A decoder-only transformer: the part of it that this rank's pipeline stage holds, cut over tp.
 
-    They are run chunk by chunk, see `Layout`; in inference a stage has one chunk.
+    The first stage has the embedding too, the last the final norm and the head. Sequences are packed: T tokens in one
+    dimension, and an `AttentionContext` says which belong together. `forward` runs one chunk of layers (see `Layout`;
+    in inference a stage has one), `logits` comes after the model's last chunk and may be given fewer rows. Parameters
+    are uninitialised until weights are loaded.
     """
 
     def __init__(self, config: ModelConfig, state: ParallelState):
@@ -180,7 +193,10 @@ class Decoder(nn.Module):
         self._rotary = Rotary(config.rope) if config.rope is not None else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
-        """Token ids int64 [T] in the model's first chunk, hidden states [T or T/tp, hidden] in others -> hidden."""
+        """Run one chunk of layers on hidden states [T, hidden] ([T/tp, hidden] under sequence parallelism).
+
+        For the model's first chunk `x` is token ids, int64 [T]. Returns hidden states.
+        """
         if self.embed is not None and chunk == 0:
             x = self.embed(x, ctx.positions)
         rotation = self._rotary(ctx.positions, ctx.lengths, x.dtype) if self._rotary is not None else None
@@ -189,21 +205,21 @@ class Decoder(nn.Module):
         return x
 
     def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:
-        """Call each block through what `wrap` makes of it, from now on; parameters and their names stay."""
+        """Replace the call of each block by `wrap` of it; parameters and their names stay."""
         self._chunks = [[wrap(block) for block in chunk] for chunk in self._chunks]
 
     def is_end(self, chunk: int) -> bool:
-        """Whether the head comes after this chunk."""
+        """Whether this chunk of this stage is the model's last one, after which `logits` comes."""
         return self.head is not None and chunk == len(self._chunks) - 1
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """After the last chunk: hidden states [R, hidden] -> logits of this tp rank's vocab rows [R, vocab / tp]."""
-        logits = self.head(self.norm(hidden))
+        """Last stage: hidden states [R, hidden] -> logits of this tp rank's part of the vocabulary, [R, vocab/tp]."""
+        assert self.head is not None and self.norm is not None
+        logits: Tensor = self.head(self.norm(hidden))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def vocab_widths(self) -> list[int]:
-        """Vocab rows on each tp rank."""
-        split = Even(self.config.vocab_size)
-        return [hi - lo for lo, hi in (split.range(self.state.tp.size, r) for r in range(self.state.tp.size))]
+        """Columns of `logits` on each tp rank."""
+        return [width(Even(self.config.vocab_size), self.state.tp.size, rank) for rank in range(self.state.tp.size)]

@@ -1,7 +1,7 @@
-"""What an entry of the family table says, and what follows from it; importable without torch.
+"""What a model family is made of (`Family`), and what follows from it; importable without torch.
 
-`model_config` makes a `ModelConfig` of a config.json by an entry; `names_of` says where the model's weights lie in
-a checkpoint. The entries themselves are in families.py.
+`model_config` makes a `ModelConfig` of a family's config.json, `names_of` the names of its tensors in a checkpoint. The
+families themselves are in families.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
@@ -25,7 +26,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 MAX_EXPERTS = 1 << 18
-"""Of all layers together; each has tensors of its own, which are listed before any is looked for."""
+"""Most experts of all layers together: each has tensors of its own, which are listed before any is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,21 +147,24 @@ def _experts(config: HFConfig, layers: int, width: str, *, normalize: bool) -> M
 
 
 def scale_by_head_dim(config: HFConfig, head_dim: int, layer: int) -> float:
-    return head_dim**-0.5
+    return float(head_dim**-0.5)
 
 
 def scale_by_scalar(config: HFConfig, head_dim: int, layer: int) -> float:
-    return config.number("query_pre_attn_scalar") ** -0.5
+    return float(config.number("query_pre_attn_scalar") ** -0.5)
 
 
 def gpt2_scale(config: HFConfig, head_dim: int, layer: int) -> float:
-    scale = head_dim**-0.5 if config.flag("scale_attn_weights", True) else 1.0
+    scale = scale_by_head_dim(config, head_dim, layer) if config.flag("scale_attn_weights", True) else 1.0
     return scale / (layer + 1) if config.flag("scale_attn_by_inverse_layer_idx") else scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """What distinguishes one architecture from the others."""
+    """One model architecture: its keys in config.json, its choices and its tensor names.
+
+    A field's default is what Llama does.
+    """
 
     architecture: str
     """The class name in config.json's `architectures`."""
@@ -177,7 +181,7 @@ class Family:
     """Names in config.json, where they differ from Llama's."""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """What an absent key means, as in transformers."""
-    fixed: Mapping[str, object] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     """`ModelConfig` fields that are the same in every checkpoint."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """`ModelConfig` field -> boolean key in config.json."""
@@ -220,7 +224,7 @@ def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFCon
 
 
 def model_config(name: str, family: Family, config: HFConfig, generation: GenerationConfig) -> ModelConfig:
-    """What a config.json describes; CheckpointError if it contradicts itself or needs what no family here has.
+    """The model of a config.json; CheckpointError if it contradicts itself or asks for what is not supported.
 
     End-of-sequence ids beyond the vocabulary are left out: they can't be generated.
     """
@@ -238,6 +242,8 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
     if family.rotary:
         rope = read_rope(config, head_dim, partial=family.partial_rotary, kinds=family.rope_kinds)
     begin = config.token_ids("bos_token_id") or generation.token_ids("bos_token_id") or ()
+    aux_loss = config.optional_number("router_aux_loss_coef", or_zero=True) if family.moe is not dense else None
+    choices = {**family.fixed, **{name: config.flag(key) for name, key in family.flags.items()}}
     return ModelConfig(
         family=name,
         vocab_size=vocab,
@@ -255,12 +261,11 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
         rope=rope,
         embedding_scale=hidden**0.5 if family.scaled_embedding else None,
         final_softcap=config.optional_number("final_logit_softcapping") if family.softcaps else None,
-        router_aux_loss_coef=config.number_or_zero("router_aux_loss_coef") if family.moe is not dense else 0.0,
+        router_aux_loss_coef=aux_loss or 0.0,
         dtype=config.dtype(),
         bos_token_id=next((token for token in begin if token < vocab), None),
         eos_token_ids=tuple(token for token in generation.eos_token_ids if token < vocab),
-        **family.fixed,
-        **{field_name: config.flag(key) for field_name, key in family.flags.items()},
+        **choices,
     )
 
 
@@ -322,7 +327,7 @@ def _weights_of(config: ModelConfig) -> list[str]:
 
 
 def _start(family: Family, config: ModelConfig, weight: str) -> int:
-    """Outputs of the weights that come before this one in the same tensor."""
+    """First output of a weight in its tensor: the outputs of those fused before it."""
     expert_width = max((moe.intermediate_size for moe in config.moe if moe is not None), default=0)
     outputs = {
         "q": config.num_heads * config.head_dim,

@@ -1,8 +1,8 @@
-"""generation_config.json: how a model's owner means it to be sampled, and which tokens end its text. Torch-free.
+"""generation_config.json: a model's default sampling parameters and end-of-sequence tokens. Torch-free.
 
-Precedence is as in transformers: where the file exists it is all there is, else the same keys of config.json count.
-The one exception is `eos_token_id`: where the file names no end token, config.json's are used, for a model that never
-stops is nobody's wish.
+Precedence is as in transformers: if the file exists only it counts, else the same keys of config.json. The one
+exception is `eos_token_id`: where the file names none, config.json's are used, since otherwise nothing would stop the
+model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_defaults
+from megalite.config.schema import ModelSection
 from megalite.model.hf_config import HFConfig, read_json
 
 NAME = "generation_config.json"
@@ -25,14 +26,14 @@ SAMPLING = {
     "min_p": ("min_p", float),
     "max_new_tokens": ("max_tokens", int),
 }
-"""Keys that decide how a request is sampled by default, as in vLLM: field of SamplingParams, type."""
+"""Keys with default sampling parameters, as in vLLM -> (field of SamplingParams, type)."""
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", *SAMPLING)
 """Keys that older models keep in config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """What a model folder says of generating; made by `read`."""
+    """The generation settings of a model folder; made by `read`."""
 
     path: Path
     """The file that the values are from, for messages: generation_config.json, or config.json where there is none."""
@@ -59,12 +60,12 @@ class GenerationConfig:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a text, as they are named, those beyond the vocabulary too. CheckpointError: no token ids."""
+        """End-of-sequence tokens as listed, those beyond the vocabulary too. CheckpointError if they are no ids."""
         of_config = HFConfig(self.path.with_name("config.json"), self.config)
         return self.token_ids("eos_token_id") or of_config.token_ids("eos_token_id") or ()
 
     def token_ids(self, key: str) -> tuple[int, ...] | None:
-        """Of the values: one token id or a list of them; None when absent or null."""
+        """One token id or a list of them among the values; None when absent or null."""
         return HFConfig(self.path, self.values).token_ids(key)
 
     @property
@@ -86,13 +87,14 @@ class GenerationConfig:
         return found
 
     def under(self, loaded: Loaded) -> Loaded:
-        """The config of an inference job with this sampling where it sets none, if it asks for it."""
-        if loaded.config.model.generation_config == "none":
+        """An inference job's config with these sampling parameters where it sets none, if it asks for them."""
+        model = loaded.config.model
+        if not isinstance(model, ModelSection) or model.generation_config == "none":
             return loaded
         return with_defaults(loaded, "sampling", self.sampling, str(self.path))
 
     def with_ends(self, token_ids: Iterable[int]) -> GenerationConfig:
-        """The same, naming `token_ids` as end tokens too. Where it names them all, nothing changes, not even a byte."""
+        """With `token_ids` as further end tokens. If all are listed already, the file's bytes stay as they are."""
         if set(token_ids) <= set(self.token_ids("eos_token_id") or ()):
             return self
         ends = list(dict.fromkeys([*self.eos_token_ids, *token_ids]))

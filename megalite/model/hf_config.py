@@ -1,4 +1,4 @@
-"""Reads a Hugging Face config.json key by key, believing nothing; importable without torch.
+"""Reads a Hugging Face config.json key by key, checking each value; importable without torch.
 
 Every error is a `CheckpointError` that names the file and the key. The formats of transformers 4 (`torch_dtype`,
 `rope_theta`, `rope_scaling`) and 5 (`dtype`, `rope_parameters`) read the same.
@@ -81,10 +81,10 @@ REQUIRED: Any = object()
 
 
 class HFConfig:
-    """The values of one config.json under a family's names for them.
+    """The values of one config.json under a family's names for them; the methods read one key each and check it.
 
-    `keys` says where a family keeps a value (first name present wins), `defaults` what an absent key means. A key set
-    to null counts as given for `optional_*`, as absent for the others.
+    `keys` says where a family keeps a value (first name present wins), `defaults` what an absent key means. Null counts
+    as absent, except for `raw`, `optional_size` and `optional_number`, which give None.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class HFConfig:
         path: Path,
         values: Mapping[str, Any],
         keys: Mapping[str, tuple[str, ...]] | None = None,
-        defaults: Mapping[str, object] | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ):
         self.path = path
         self.values = values
@@ -105,23 +105,20 @@ class HFConfig:
         return next((name for name in names if name in self.values), names[0])
 
     def problem(self, key: str, rule: str, value: object = None) -> CheckpointError:
-        got = (
-            "" if value is None else f", got {str(value)[:80]!r}" if isinstance(value, str) else f", got {value!r:.80}"
+        shown = repr(value[:80]) if isinstance(value, str) else f"{value!r:.80}"
+        return CheckpointError(
+            f"{self.path}: {self.spelling(key)} {rule}" + ("" if value is None else f", got {shown}")
         )
-        return CheckpointError(f"{self.path}: {self.spelling(key)} {rule}{got}")
-
-    def has(self, key: str) -> bool:
-        return self.spelling(key) in self.values
 
     def raw(self, key: str) -> Any:
         """The value, the family's default for it when the key is absent, or None."""
         return self.values.get(self.spelling(key), self.defaults.get(key))
 
-    def _given(self, key: str, default: object) -> Any:
+    def _given(self, key: str, default: Any = REQUIRED) -> Any:
         value = self.values.get(self.spelling(key))
         if value is None:
             value = self.defaults.get(key) if default is REQUIRED else default
-        if value is None and default is REQUIRED:
+        if value is None:
             raise self.problem(key, "is missing")
         return value
 
@@ -134,32 +131,27 @@ class HFConfig:
         return value
 
     def size(self, key: str, default: Any = REQUIRED, *, low: int = 1) -> int:
-        """A count of something; `default` stands in for an absent or null key."""
+        """A count of something."""
         return self._checked_size(key, self._given(key, default), low)
 
     def optional_size(self, key: str) -> int | None:
         value = self.raw(key)
         return None if value is None else self._checked_size(key, value, 1)
 
+    def checked_number(self, key: str, value: Any, *, or_zero: bool = False) -> float:
+        if type(value) not in (int, float):
+            raise self.problem(key, "must be a number", value)
+        if not 0 < value < 1e300 and not (or_zero and value == 0):  # NaN fails too; isfinite would overflow on an int
+            raise self.problem(key, "must be positive and finite", value)
+        return float(value)
+
     def number(self, key: str, default: Any = REQUIRED) -> float:
         """A positive finite number."""
         return self.checked_number(key, self._given(key, default))
 
-    def optional_number(self, key: str) -> float | None:
+    def optional_number(self, key: str, *, or_zero: bool = False) -> float | None:
         value = self.raw(key)
-        return None if value is None else self.checked_number(key, value)
-
-    def number_or_zero(self, key: str) -> float:
-        """A finite number that is not negative; zero where it is absent."""
-        value = self.raw(key)
-        return 0.0 if value is None or (type(value) in (int, float) and value == 0) else self.checked_number(key, value)
-
-    def checked_number(self, key: str, value: object) -> float:
-        if type(value) not in (int, float):
-            raise self.problem(key, "must be a number", value)
-        if not 0 < value < 1e300:  # NaN fails too; math.isfinite would overflow on a huge int
-            raise self.problem(key, "must be positive and finite", value)
-        return float(value)
+        return None if value is None else self.checked_number(key, value, or_zero=or_zero)
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self._given(key, self.defaults.get(key, default))
@@ -167,9 +159,9 @@ class HFConfig:
             raise self.problem(key, "must be true or false", value)
         return value
 
-    def choice(self, key: str, choices: Mapping[str, Any]) -> Any:
+    def choice(self, key: str, choices: Mapping[str, str]) -> Any:
         """The entry of `choices` that a string names."""
-        value = self._given(key, REQUIRED)
+        value = self._given(key)
         if not isinstance(value, str) or value not in choices:
             raise self.problem(key, f"must be one of {', '.join(choices)}", value)
         return choices[value]
@@ -191,7 +183,8 @@ class HFConfig:
             raise self.problem(key, "must be a token id or a list of token ids", value)
         return tuple(ids)
 
-    def dtype(self) -> str:
+    def dtype(self) -> Any:
+        """One of DTYPES; float32 when absent."""
         key = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
         value = self.values.get(key)
         if value is None:
@@ -202,6 +195,7 @@ class HFConfig:
         return name
 
     def refuse_unsupported(self) -> None:
+        """CheckpointError for a key that would change what the model computes in a way that is not supported."""
         for key, (harmless, reason) in UNSUPPORTED.items():
             value = self.values.get(key)
             if not any(value is item or value == item for item in harmless):
@@ -211,7 +205,7 @@ class HFConfig:
 def read_rope(config: HFConfig, head_dim: int, *, partial: bool, kinds: Mapping[str, str]) -> Rope:
     """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
-    `partial`: the family rotates only a leading part of each head. `kinds`: the family's own names for a scaling.
+    `partial`: the family reads `partial_rotary_factor`. `kinds`: the family's own names for a scaling.
     """
     key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     given = config.values.get(key) or {}
@@ -243,16 +237,16 @@ def read_rope(config: HFConfig, head_dim: int, *, partial: bool, kinds: Mapping[
     return Rope(theta=theta, rotary_dim=rotary_dim, scaling=_scaling(config, inner, kind, rotary_dim))
 
 
-def _scaling(config: HFConfig, inner: HFConfig, kind: str, rotary_dim: int) -> RopeScaling:
-    """The stretch of the frequencies; `inner` holds the scaling's keys over those of the file."""
+def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> RopeScaling:
+    """The change of the frequencies; `inner` has the scaling's keys over those of the file."""
     longest = config.size("max_position_embeddings")
     if kind == "linear":
         original = inner.optional_size("original_max_position_embeddings") or longest
-        return RopeScaling(kind="linear", factor=inner.number("factor"), original_max_position=original)
+        return RopeScaling(kind=kind, factor=inner.number("factor"), original_max_position=original)
     if kind == "dynamic":
         if rotary_dim < 4:
             raise config.problem("rope_type", "dynamic needs 4 rotated channels or more", rotary_dim)
-        return RopeScaling(kind="dynamic", factor=inner.number("factor"), original_max_position=longest)
+        return RopeScaling(kind=kind, factor=inner.number("factor"), original_max_position=longest)
     # The key beside the scaling wins over the one in it, as in transformers (Phi-3 keeps it there).
     original = config.optional_size("original_max_position_embeddings") or inner.size(
         "original_max_position_embeddings", REQUIRED if kind == "longrope" else longest, low=2
@@ -261,42 +255,29 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: str, rotary_dim: int) -> R
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
         if high <= low:
             raise inner.problem("high_freq_factor", f"must be above low_freq_factor ({low})", high)
-        return RopeScaling(
-            kind="llama3",
-            factor=inner.number("factor"),
-            original_max_position=original,
-            low_freq_factor=low,
-            high_freq_factor=high,
-        )
+        more: dict[str, Any] = {"factor": inner.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
+        return RopeScaling(kind=kind, original_max_position=original, **more)
     factor = inner.optional_number("factor") or longest / original
     attention_factor = inner.optional_number("attention_factor")
     if kind == "yarn":
         if inner.values.get("truncate") not in (None, True):
             raise inner.problem("truncate", "must be true: another form of yarn is not supported")
-        return RopeScaling(
-            kind="yarn",
-            factor=factor,
-            original_max_position=original,
-            beta_fast=inner.optional_number("beta_fast") or 32.0,
-            beta_slow=inner.optional_number("beta_slow") or 1.0,
-            attention_factor=attention_factor or _yarn_attention_factor(inner, factor),
-        )
-    if attention_factor is None:
-        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        betas = {"beta_fast": inner.optional_number("beta_fast"), "beta_slow": inner.optional_number("beta_slow")}
+        more = {key: value for key, value in betas.items() if value is not None}
+        attention_factor = attention_factor or _yarn_attention_factor(inner, factor)
+    else:
+        more = {key: _divisors(inner, key, rotary_dim // 2) for key in ("short_factor", "long_factor")}
+        if attention_factor is None:
+            attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return RopeScaling(
-        kind="longrope",
-        factor=factor,
-        original_max_position=original,
-        attention_factor=attention_factor,
-        short_factor=_divisors(inner, "short_factor", rotary_dim // 2),
-        long_factor=_divisors(inner, "long_factor", rotary_dim // 2),
+        kind=kind, factor=factor, original_max_position=original, attention_factor=attention_factor, **more
     )
 
 
 def longest_sequence(rope: Rope | None, stated: int) -> int:
-    """How long a sequence may get: `stated` (max_position_embeddings), or the original length times the stretch.
+    """Longest sequence in tokens: `stated` (max_position_embeddings), or the original length times the factor.
 
-    As vLLM reads it: for llama3 and longrope `stated` is with the stretch, where it is above the original length.
+    As vLLM reads it: for llama3 and longrope `stated` is the scaled length, where it is above the original one.
     """
     scaling = rope.scaling if rope is not None else None
     if scaling is None or (scaling.kind in ("llama3", "longrope") and stated > scaling.original_max_position):
@@ -319,6 +300,7 @@ def _yarn_attention_factor(inner: HFConfig, factor: float) -> float:
 
 
 def _divisors(inner: HFConfig, key: str, count: int) -> tuple[float, ...]:
+    """LongRoPE's divisors of the frequencies."""
     value = inner.raw(key)
     if not isinstance(value, list) or len(value) != count:
         raise inner.problem(key, f"must be a list of {count} numbers, one a rotated channel pair")

@@ -1,9 +1,9 @@
-"""Attention for CUDA tensors in generation: Triton kernels over the paged KV cache.
+"""Triton kernels for generation on CUDA: paged attention, and the write into the paged KV cache.
 
-The cache of a layer is two tensors [kv_heads, slots, head_dim] with
-slot = block * block_size + offset; a row is one sequence of the step, its queries are its newest tokens. Every launch
-depends on shapes and on the arguments that are plain Python numbers, never on a tensor's values, so a decode step can
-be captured in a CUDA graph. The current CUDA device must be the one that holds the tensors.
+The cache of a layer is two tensors [kv_heads, slots, head_dim] with slot = block * block_size + offset; a row is one
+sequence of the step, its queries are its newest tokens. A launch depends on shapes and on plain Python numbers, never
+on a tensor's values, so a decode step can be captured in a CUDA graph. The current CUDA device must be the one that
+holds the tensors.
 
 The paged kernel is FlashAttention-2 (arXiv 2307.08691, algorithm 1) over block tables (PagedAttention, arXiv
 2309.06180), with the query heads that share a KV head stacked in one tile. A decode step of few rows is cut along the
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ MAX_SPLITS = 32
 """Parts that the keys of one row are cut into at most."""
 
 
-def _jit(kernel):
+def _jit(kernel: Callable[..., Any]) -> Any:
     """Compile for the GPU at first use; lengths that change from step to step must not start another compilation."""
     return kernel if triton is None else triton.jit(kernel, do_not_specialize=["num_rows", "table_stride"])
 
@@ -289,7 +291,10 @@ def paged_attention(
     if splits > 1:
         partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
-    capped = spec.softcap is not None
+    # Scores are exponents of two, see the kernel.
+    score_factor, cap_factor = spec.scale * math.log2(math.e), 1.0
+    if spec.softcap is not None:
+        score_factor, cap_factor = spec.scale / spec.softcap, spec.softcap * math.log2(math.e)
     block_dim = max(16, triton.next_power_of_2(dim))
     _attention_kernel[(tiles, kv_heads, splits)](
         q,
@@ -303,8 +308,8 @@ def paged_attention(
         block_table,
         rows,
         block_table.stride(0),
-        spec.scale / spec.softcap if capped else spec.scale * math.log2(math.e),
-        spec.softcap * math.log2(math.e) if capped else 1.0,
+        score_factor,
+        cap_factor,
         *q.stride()[:2],
         *k_cache.stride()[:2],
         HEADS=heads,
@@ -313,7 +318,7 @@ def paged_attention(
         BLOCK_DIM=block_dim,
         PAGE=block_size,
         WINDOW=spec.window,
-        CAPPED=capped,
+        CAPPED=spec.softcap is not None,
         ONE_QUERY=one_query,
         SPLITS=splits,
         TILE_ROWS=tile_rows,
@@ -341,23 +346,23 @@ def _num_splits(rows: int, kv_heads: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device that nobody holds."""
+    """Free memory of a CUDA device in bytes, after this process has given back what it only caches."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
 
 
 def release_memory(device: torch.device) -> None:
-    """Give a CUDA device what this process holds of it and uses no more."""
+    """Give back a CUDA device's memory that this process no longer uses."""
     if device.type == "cuda":
         gc.collect()  # an engine's objects know each other
         torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls it; empty for a CPU."""
+    """Product name of a GPU; empty for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def ranks_on_device(ranks_on_host: int) -> int:
-    """How many ranks share a CUDA device when they are dealt out over this host's."""
+    """Most ranks on one CUDA device when a host's ranks are spread over its devices."""
     return -(-ranks_on_host // torch.cuda.device_count())

@@ -1,5 +1,4 @@
-"""Rotary position embedding: the angle of each token's channels by its position and, where the model was stretched that
-way, by the length of its sequence."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864) with linear, dynamic NTK, Llama 3, YaRN and LongRoPE scaling."""
 
 from __future__ import annotations
 
@@ -13,10 +12,10 @@ from megalite.model.config import Rope, RopeScaling
 
 
 class Rotary:
-    """The rope of a model; called once in every forward pass, it gives what rotates its tokens.
+    """A model's rotary frequencies; called once in every forward pass, it returns the `Rotation` of its tokens.
 
-    LongRoPE and dynamic NTK rotate by frequencies that follow from the longest length that a sequence is meant to get,
-    see `AttentionContext.lengths`; the others by the same ones everywhere.
+    The angle of channel pair c of a token is its position times frequency c. The frequencies of LongRoPE and dynamic
+    NTK depend on the longest length that the token's sequence may get, see `AttentionContext.lengths`.
     """
 
     def __init__(self, rope: Rope):
@@ -25,11 +24,11 @@ class Rotary:
             exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
             plain = 1.0 / rope.theta**exponent
             self._table = plain[None] if rope.scaling is None else _TABLES[rope.scaling.kind](plain, rope, rope.scaling)
-        self.factor = (rope.scaling.attention_factor if rope.scaling is not None else None) or 1.0
+        self.factor = rope.scaling.attention_factor if rope.scaling is not None else 1.0
         """Multiplies cos and sin."""
 
     def __call__(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
-        """Of tokens at `positions` of sequences that are at most `lengths` long, int64 [T] each."""
+        """For tokens at `positions` of sequences of at most `lengths` tokens: int64 [T] each; `dtype`: of q and k."""
         angles = positions[:, None].float() * self.frequencies(lengths)
         return Rotation((angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype))
 
@@ -37,9 +36,9 @@ class Rotary:
         """Angle per position of each rotated channel pair: float32 [T, rotary_dim / 2], or [1, ...] for all tokens."""
         if self._table.device != lengths.device:
             self._table = self._table.to(lengths.device)
-        if len(self._table) == 1:
-            return self._table
         scaling, lengths = self.scaling, lengths[:, None]
+        if scaling is None or len(self._table) == 1:
+            return self._table
         if scaling.kind == "longrope":
             return torch.where(lengths > scaling.original_max_position, self._table[1], self._table[0])
         stretch = (lengths / scaling.original_max_position).clamp(min=1)
@@ -47,13 +46,13 @@ class Rotary:
 
 
 class Rotation:
-    """Rotates heads by their token's angle: the cos and sin [T, rotary_dim / 2] of one forward pass."""
+    """The rotation of one forward pass's tokens: cos and sin [T, rotary_dim / 2] of their angles."""
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos[:, None], sin[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[T, H, D] -> [T, H, D]; channels beyond the rotated ones pass through."""
+        """Rotate query or key heads [T, H, D] -> [T, H, D]; channels beyond rotary_dim pass through."""
         return rotate(x, self.cos, self.sin)
 
 
@@ -62,14 +61,14 @@ def _linear(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
 
 
 def _dynamic(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
-    """Dynamic NTK: theta grows with the sequence, so that the slowest pair is stretched as far as it. The frequencies
-    of short sequences, and the power of theta's growth by which each falls."""
+    """Dynamic NTK: theta grows with the sequence. Rows: the frequencies of short sequences, and the exponent with which
+    each falls as theta grows."""
     pairs = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32)
     return torch.stack([plain, -pairs / (rope.rotary_dim - 2)])
 
 
 def _llama3(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1 model card)."""
+    """Long wavelengths are scaled, short ones kept, those between interpolated (Llama 3.1 model card)."""
     turns = scaling.original_max_position * plain / (2 * math.pi)  # rotations over the original context
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
@@ -77,7 +76,7 @@ def _llama3(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
-    """YaRN, arXiv 2309.00071: a ramp over channels between kept and stretched."""
+    """YaRN, arXiv 2309.00071: a ramp over channels between kept and scaled frequencies."""
 
     def channel(rotations: float) -> float:
         wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
