@@ -9,7 +9,8 @@ from reference import attention as formula
 from megalite.model import attention
 from megalite.model.attention import PackedAttention
 from megalite.model.config import AttentionSpec
-from megalite.model.host_attention import CacheRow, HostAttention, HostCache
+from megalite.model.host_attention import CacheRow, HostAttention
+from megalite.model.kv_cache import HostCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK, HEADS, KV_HEADS, DIM = 4, 6, 2, 8

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
 from megalite.model.config import ModelConfig, MoESpec, Rope
-from megalite.model.families import LLAMA_WEIGHTS, Family, Source
+from megalite.model.families import LLAMA_WEIGHTS, Family, TensorRef
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -336,12 +336,12 @@ def test_fused_tensors_have_offsets_and_plain_ones_do_not(read):
     assert [phi3.q.start, phi3.k.start, phi3.v.start] == [0, 48, 64]
     assert [phi3.gate.start, phi3.up.start] == [0, 44]
     gpt2 = families.weight_names(read(GPT2))
-    assert gpt2.v == Source("transformer.h.{layer}.attn.c_attn.weight", start=96, transpose=True)
-    assert gpt2.v_bias == Source("transformer.h.{layer}.attn.c_attn.bias", start=96)
+    assert gpt2.v == TensorRef("transformer.h.{layer}.attn.c_attn.weight", start=96, transpose=True)
+    assert gpt2.v_bias == TensorRef("transformer.h.{layer}.attn.c_attn.bias", start=96)
     assert gpt2.down.transpose and not gpt2.embed.transpose and gpt2.lm_head is None
     llama = families.weight_names(read({**LLAMA, "attention_bias": True, "mlp_bias": True}))
-    assert llama.v == Source("model.layers.{layer}.self_attn.v_proj.weight")
-    assert llama.gate_bias == Source("model.layers.{layer}.mlp.gate_proj.bias")
+    assert llama.v == TensorRef("model.layers.{layer}.self_attn.v_proj.weight")
+    assert llama.gate_bias == TensorRef("model.layers.{layer}.mlp.gate_proj.bias")
     assert llama.attn_norm_bias is None and llama.lm_head is not None
 
 
@@ -371,7 +371,7 @@ def test_a_family_of_ones_own(read, registered):
     registered("mine", Family(architecture="MineForCausalLM", weights=weights, fixed={"qk_norm": True}))
     config = read({**LLAMA, "architectures": ["MineForCausalLM"]})
     assert config.family == "mine" and config.qk_norm
-    assert families.weight_names(config).q_norm == Source("model.layers.{layer}.qn.weight")
+    assert families.weight_names(config).q_norm == TensorRef("model.layers.{layer}.qn.weight")
 
 
 def test_registering_twice_or_leaving_a_name_out_is_refused(read, registered):

@@ -32,7 +32,7 @@ from megalite.inference.request import Row, Sequence, StepPlan
 from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import Decoder
-from megalite.model.device_attention import DeviceCache
+from megalite.model.kv_cache import DeviceCache
 from megalite.model.rope import Rotary
 from megalite.train.micro_batch import from_sequences
 from megalite.train.model import LanguageModel

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megalite.inference.request import Row, StepPlan
 from megalite.model.attention import AttentionContext
-from megalite.model.device_attention import DeviceAttention, DeviceCache
-from megalite.model.host_attention import CacheRow, HostAttention, HostCache
+from megalite.model.device_attention import DeviceAttention
+from megalite.model.host_attention import CacheRow, HostAttention
+from megalite.model.kv_cache import DeviceCache, HostCache
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalite.inference.batch import Batch, blank_decode_batch, fill_decode_batch
-from megalite.model.device_attention import DeviceCache
+from megalite.model.kv_cache import DeviceCache
 
 Forward = Callable[[Batch, Tensor], Tensor]
 """(batch, token ids or hidden states) -> hidden states, or logits on the last stage."""

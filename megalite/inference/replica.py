@@ -23,9 +23,8 @@ from megalite.inference.sampler import Sampler
 from megalite.inference.scheduler import Scheduler
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.model.device_attention import DeviceCache
-from megalite.model.host_attention import HostCache
 from megalite.model.kernels import free_memory, ranks_on_device
+from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
 from megalite.run.runtime import Runtime
 from megalite.text.tokenizer import Tokenizer

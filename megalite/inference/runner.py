@@ -14,8 +14,7 @@ from megalite.inference.batch import Batch, is_decode, pack
 from megalite.inference.graphs import DecodeGraphs
 from megalite.inference.request import StepPlan
 from megalite.model.decoder import Decoder
-from megalite.model.device_attention import DeviceCache
-from megalite.model.host_attention import HostCache
+from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.metrics import Meter
 
 PromptLogits = Callable[[int, Tensor], None]

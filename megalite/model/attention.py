@@ -135,10 +135,10 @@ def causal_mask(queries: range, keys: range, window: int | None, device: torch.d
 def attend_capped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None = None) -> Tensor:
     """Attention with a softcap, its scores written out in float32: [..., L, D] and [..., M, D] -> [..., L, D].
 
-    `mask`: bool, the keys that each query sees; None: all.
+    `mask`: as F.scaled_dot_product_attention's: bool, the keys that each query sees, or added to the scores.
     """
     assert spec.softcap is not None
     scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).type_as(v) @ v

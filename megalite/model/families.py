@@ -13,7 +13,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.family_spec import (
     Family,
-    Source,
+    TensorRef,
     WeightNames,
     experts_by_step,
     experts_everywhere,
@@ -30,7 +30,7 @@ from megalite.model.family_spec import (
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import HFConfig, read_json
 
-__all__ = ["FAMILIES", "Family", "Source", "WeightNames", "from_values", "read", "register", "weight_names"]
+__all__ = ["FAMILIES", "Family", "TensorRef", "WeightNames", "from_values", "read", "register", "weight_names"]
 
 LLAMA_WEIGHTS = {
     "embed": "model.embed_tokens.weight",

@@ -30,7 +30,7 @@ MAX_EXPERTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class TensorRef:
     """Where a weight lies in a checkpoint."""
 
     hf: str
@@ -51,39 +51,39 @@ class WeightNames:
     """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
     tied_head: str | None
     """What the head would be called, where it is the embedding."""
-    embed: Source
-    final_norm: Source
-    attn_norm: Source
-    q: Source
-    k: Source
-    v: Source
-    attn_out: Source
-    mlp_norm: Source
-    positions: Source | None = None
-    final_norm_bias: Source | None = None
-    lm_head: Source | None = None
+    embed: TensorRef
+    final_norm: TensorRef
+    attn_norm: TensorRef
+    q: TensorRef
+    k: TensorRef
+    v: TensorRef
+    attn_out: TensorRef
+    mlp_norm: TensorRef
+    positions: TensorRef | None = None
+    final_norm_bias: TensorRef | None = None
+    lm_head: TensorRef | None = None
     """None: tied to the embedding."""
-    attn_norm_bias: Source | None = None
-    q_bias: Source | None = None
-    k_bias: Source | None = None
-    v_bias: Source | None = None
-    attn_out_bias: Source | None = None
-    q_norm: Source | None = None
-    k_norm: Source | None = None
-    post_attn_norm: Source | None = None
-    mlp_norm_bias: Source | None = None
-    post_mlp_norm: Source | None = None
-    gate: Source | None = None
+    attn_norm_bias: TensorRef | None = None
+    q_bias: TensorRef | None = None
+    k_bias: TensorRef | None = None
+    v_bias: TensorRef | None = None
+    attn_out_bias: TensorRef | None = None
+    q_norm: TensorRef | None = None
+    k_norm: TensorRef | None = None
+    post_attn_norm: TensorRef | None = None
+    mlp_norm_bias: TensorRef | None = None
+    post_mlp_norm: TensorRef | None = None
+    gate: TensorRef | None = None
     """Dense layers; the MLP of a mixture of experts is in `router` and `expert_*`."""
-    up: Source | None = None
-    down: Source | None = None
-    gate_bias: Source | None = None
-    up_bias: Source | None = None
-    down_bias: Source | None = None
-    router: Source | None = None
-    expert_gate: Source | None = None
-    expert_up: Source | None = None
-    expert_down: Source | None = None
+    up: TensorRef | None = None
+    down: TensorRef | None = None
+    gate_bias: TensorRef | None = None
+    up_bias: TensorRef | None = None
+    down_bias: TensorRef | None = None
+    router: TensorRef | None = None
+    expert_gate: TensorRef | None = None
+    expert_up: TensorRef | None = None
+    expert_down: TensorRef | None = None
 
 
 WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
@@ -295,9 +295,9 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
             raise ConfigError(Problem(key=f"family {name}", rule=f"has no tensor name for {base!r}"))
         start = _start(family, config, base)
         if weight != base:
-            sources[weight] = Source(hf.removesuffix(".weight") + ".bias", start)
+            sources[weight] = TensorRef(hf.removesuffix(".weight") + ".bias", start)
         else:
-            sources[weight] = Source(hf, start, transpose=family.transposed and base in LINEAR)
+            sources[weight] = TensorRef(hf, start, transpose=family.transposed and base in LINEAR)
     head = family.weights["lm_head"] if config.tie_embeddings else None
     tied = (f"^{re.escape(head)}$",) if head else ()
     ignored = (*COMMON_IGNORED, *family.ignored, *tied)

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache in host memory."""
+"""Attention over a paged KV cache in host memory. Shapes: B rows, H query heads, K KV heads, L keys, D channels."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.model.attention import attend_capped, causal_mask
 from megalite.model.config import AttentionSpec
+from megalite.model.kv_cache import HostCache
 
 
 def attend_block(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, start: int) -> Tensor:
-    """Attention of `count` queries at positions start.. over keys at positions 0..start+count-1.
+    """Causal attention of queries at positions start..L-1 over keys at positions 0..L-1.
 
-    q [B, H, count, D], k and v [B, K, start + count, D] -> [B, H, count, D].
+    q [B, H, L - start, D], k and v [B, K, L, D] -> [B, H, L - start, D].
     """
-    count, length = q.shape[-2], k.shape[-2]
-    if count == 1:
+    length, group = k.shape[-2], q.shape[1] // k.shape[1]
+    if length - start == 1:
         seen = slice(-spec.window if spec.window is not None else None, None)
         return attend_one(spec, q[..., 0, :], k[..., seen, :], v[..., seen, :])[..., None, :]
     windowed = spec.window is not None and length > spec.window
-    grouped = q.shape[1] != k.shape[1]
     if spec.softcap is None and start == 0 and not windowed:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped)
-    mask = causal_mask(count, length, spec.window, q.device)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=group > 1)
+    mask = causal_mask(range(start, length), range(length), spec.window, q.device)
     if spec.softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return _softcapped(spec, q, k, v, torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=group > 1)
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    return attend_capped(q, k, v, spec, mask)
 
 
 def attend_one(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -45,34 +45,20 @@ def attend_one(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tenso
     if spec.softcap is None:
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=spec.scale)
     else:
-        out = _softcapped(spec, grouped, k, v, mask)
+        out = attend_capped(grouped, k, v, spec, mask)
     return out.flatten(1, 2)
-
-
-def _softcapped(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
-    if mask is not None:
-        scores = scores + mask
-    return scores.softmax(-1).type_as(v) @ v
-
-
-def causal_mask(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [count, length]: each of the last `count` positions sees itself and earlier ones, at most `window`."""
-    query = torch.arange(length - count, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
 
 
 @dataclass(frozen=True, slots=True)
 class CacheRow:
-    """The tokens of one sequence in a step: where they are in the pack and where its keys are in the cache."""
+    """One sequence's new tokens in a step, and where its keys are in the cache."""
 
     offset: int
-    """First token in the pack."""
+    """Index of the first new token among the step's T tokens."""
     start: int
-    """Position of that token."""
+    """Position of that token in the sequence."""
     count: int
+    """Number of new tokens."""
     first_slot: int | None
     """Cache slot of position 0 when all its slots are one run."""
     blocks: Tensor | None
@@ -88,38 +74,6 @@ class CacheRow:
         return self.count == 1 and self.first_slot is not None
 
 
-class HostCache:
-    """Keys and values of this rank's layers in host memory: for each global layer index [2, K, slots, D].
-
-    Zeroed, because masked positions are multiplied, but a page takes real memory only once it is written.
-    """
-
-    def __init__(
-        self, layers: Sequence[int], kv_heads: int, blocks: int, head_dim: int, *, block_size: int, dtype: torch.dtype
-    ):
-        self.block_size = block_size
-        self._shape = (2, kv_heads, blocks * block_size, head_dim)
-        self._dtype = dtype
-        self._places = tuple(layers)
-        self.allocate()
-
-    def allocate(self) -> None:
-        """Take the memory; what the cache held is gone."""
-        nbytes = math.prod(self._shape) * self._dtype.itemsize
-        self.layers = {
-            layer: torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(self._dtype).view(self._shape)
-            for layer in self._places
-        }
-
-    def free(self) -> None:
-        """Give the memory back, until `allocate`."""
-        self.layers = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers.values())
-
-
 ROW_COST = 256
 """Keys one attention call could have read in the time it takes to start one, measured on CPU; see `_Lanes`."""
 
@@ -127,24 +81,25 @@ ROW_COST = 256
 class _Lanes:
     """Decoding sequences whose keys lie at even distances in the cache, seen as one batch without copying them.
 
-    Starts that are multiples of a distance apart make a strided view [lanes, K, longest, D]; lanes between that belong
-    to no sequence, and the positions beyond a shorter sequence, are computed and thrown away.
+    First slots that are multiples of a distance apart make a strided view [lanes, K, longest, D]. Lanes between that
+    belong to no sequence, and positions beyond a shorter sequence, are computed and thrown away.
     """
 
     def __init__(self, rows: Sequence[CacheRow]):
-        self.rows = rows = sorted(rows, key=lambda row: row.first_slot)
-        self.first = rows[0].first_slot
-        self.distance = math.gcd(*(row.first_slot - self.first for row in rows))
-        lanes = [(row.first_slot - self.first) // self.distance for row in rows]
+        runs = sorted((row.first_slot, row.offset, row.length) for row in rows if row.first_slot is not None)
+        slots, offsets, self.lengths = map(list, zip(*runs, strict=True))
+        self.first = slots[0]
+        self.distance = math.gcd(*(slot - self.first for slot in slots))
+        lanes = [(slot - self.first) // self.distance for slot in slots]
         self.count = lanes[-1] + 1
-        self.longest = max(row.length for row in rows)
-        self.offsets = _places([row.offset for row in rows])
+        self.longest = max(self.lengths)
+        self.offsets = _places(offsets)
         self.lanes = _places(lanes)
         self.masks: dict[int | None, Tensor] = {}
 
     @classmethod
     def of(cls, rows: Sequence[CacheRow], slots: int) -> _Lanes | None:
-        """The rows as lanes where that is cheaper than one call a row; None otherwise."""
+        """The rows as lanes where that is cheaper than one call for each; None otherwise. `slots`: of the cache."""
         if len(rows) < 2:
             return None
         lanes = cls(rows)
@@ -161,10 +116,10 @@ class _Lanes:
         return cached.as_strided((self.count, heads, self.longest, dim), strides, offset)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[lanes, 1, 1, longest]: 0 where a lane's query may look, -inf elsewhere."""
+        """[lanes, 1, 1, longest], added to the scores: 0 for keys that a lane's query sees, -inf elsewhere."""
         if window not in self.masks:
             lengths = torch.full((self.count, 1), self.longest)
-            lengths[self.lanes, 0] = torch.tensor([row.length for row in self.rows])
+            lengths[self.lanes, 0] = torch.tensor(self.lengths)
             key = torch.arange(self.longest)[None]
             hidden = key >= lengths
             if window is not None:
@@ -184,15 +139,16 @@ class _Lanes:
 
 
 def _places(indices: list[int]) -> slice | Tensor:
-    """Ascending by one, indices are a slice, which costs no copy."""
+    """Indices as a slice, which costs no copy, where they ascend by one."""
     run = indices == list(range(indices[0], indices[0] + len(indices)))
     return slice(indices[0], indices[0] + len(indices)) if run else torch.tensor(indices)
 
 
 class HostAttention:
-    """One step over a paged cache in host memory: all keys and values are written first, then every row attends.
+    """Attention context of one step over a paged cache in host memory.
 
-    A row whose slots are one run reads them in place; others gather their blocks.
+    All new keys and values are written first, then every row attends to its keys in the cache. A row whose slots are
+    one run reads them in place; others gather their blocks.
     """
 
     def __init__(self, cache: HostCache, rows: Sequence[CacheRow], positions: Tensor, lengths: Tensor, slots: Tensor):
@@ -225,5 +181,6 @@ class HostAttention:
         """A row's keys or values [K, length, D]."""
         if row.first_slot is not None:
             return cached[:, row.first_slot : row.first_slot + row.length]
+        assert row.blocks is not None
         blocks = cached.unflatten(1, (-1, self.cache.block_size)).index_select(1, row.blocks)
-        return blocks.flatten(1, 2)[:, : row.length]
+        return torch.flatten(blocks, 1, 2)[:, : row.length]

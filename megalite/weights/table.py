@@ -15,7 +15,7 @@ from typing import Literal
 
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, Split, Whole, share, width
 from megalite.model.config import ModelConfig, MoESpec
-from megalite.model.families import Source, weight_names
+from megalite.model.families import TensorRef, weight_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class _Table:
 
     def add(
         self,
-        source: Source | None,
+        source: TensorRef | None,
         param: str,
         cut: Split | int,
         *other: int,
