@@ -26,9 +26,9 @@ from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.model.families import read, weight_names
 from megalite.weights import tensor_file
-from megalite.weights.copying import OpenFiles, digest_block
+from megalite.weights.copying import OpenFiles, digest_extent
 from megalite.weights.hf import INDEX, SINGLE, read_headers, resolve
-from megalite.weights.moves import hf_blocks
+from megalite.weights.moves import hf_extents
 from megalite.weights.tensor_file import read_header
 
 
@@ -139,11 +139,11 @@ def test_a_tied_embedding_is_read_as_transformers_reads_it(variant, tiny, tmp_pa
 
 def test_a_file_that_shrinks_while_open_is_noticed(tiny, tmp_path):
     folder = shutil.copytree(tiny("llama_tied"), tmp_path / "model")
-    blocks = hf_blocks(read(folder), read_headers(folder).tensors)
-    last = max(blocks, key=lambda block: block.offset)
+    extents = hf_extents(read(folder), read_headers(folder).tensors)
+    last = max(extents, key=lambda extent: extent.offset)
     os.truncate(folder / SINGLE, last.offset + 4)
     with OpenFiles() as files, pytest.raises(CheckpointError, match=f"ends inside tensor {last.info.name}"):
-        digest_block(files, last)
+        digest_extent(files, last)
 
 
 # ---- damaged and hostile files

@@ -123,7 +123,7 @@ def test_both_ends_of_a_message_agree_on_what_is_in_it(case):
             starts = [slot.start for slot in (*mine.outgoing, *mine.incoming)]
             sizes = [slot.transfer.elements for slot in (*mine.outgoing, *mine.incoming)]
             assert starts == [sum(sizes[:index]) for index in range(len(sizes))]
-            packed = [slot for batch in mine.packing for slot in batch.slots]
+            packed = [slot for gather in mine.packing for slot in gather.slots]
             assert sorted(packed, key=lambda slot: slot.start) == list(mine.outgoing)
         assert sent == got and sum(map(len, sent.values())) == len(one)
 

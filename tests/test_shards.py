@@ -216,7 +216,7 @@ def test_layouts_that_no_model_could_have_are_refused(tmp_path):
     manifest, model = manifests.read(tmp_path / "cut"), families.read(tmp_path / "cut")
     for layout in (Layout(1, 5), Layout(1, 2, interleave=4)):
         with pytest.raises(CheckpointError, match="is not possible with 4 layers"):
-            shards.file_blocks(tmp_path / "cut", next(iter(manifest.files.values())), model, layout)
+            shards.file_extents(tmp_path / "cut", next(iter(manifest.files.values())), model, layout)
 
 
 # ---- a manifest that can't be trusted ----------------------------------------------------------------------------

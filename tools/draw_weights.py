@@ -46,11 +46,11 @@ class Strip:
 def strips_of(source: Checkpoint, layout: Layout, param: str) -> list[Strip]:
     """Every range of one local parameter on every rank that has it."""
     found = []
-    for (rank, _), (_, blocks) in rank_files(source, layout, Path(), None).items():
-        for block in blocks:
-            if block.info.name == param:
-                one = block.range
-                found.append(Strip(one.piece.hf, one.lo, one.hi, rank, block.offset, block.nbytes, str(one)))
+    for (rank, _), (_, extents) in rank_files(source, layout, Path(), None).items():
+        for extent in extents:
+            if extent.info.name == param:
+                one = extent.range
+                found.append(Strip(one.piece.hf, one.lo, one.hi, rank, extent.offset, extent.nbytes, str(one)))
     if source.manifest:
         raise ConfigError(Problem(key="--model", rule="must be in Hugging Face layout"))
     if not found:
@@ -80,7 +80,7 @@ def tensors(source: Checkpoint, extent: dict[str, int], scale: float) -> tuple[l
     shapes, lines, tops, y = hf_shapes(source.model), [], {}, float(TOP)
     for hf, rows in extent.items():
         tops[hf] = y
-        first = min(block.offset for block in source.blocks if block.part[0] == hf)
+        first = min(extent.offset for extent in source.extents if extent.part[0] == hf)
         height = rows * scale
         shape = " x ".join(map(str, shapes[hf]))
         where = f"{shape} {source.dtypes[hf]}, bytes from {first:,}"

@@ -1,6 +1,6 @@
 """Checkpoints from one form and layout to another: `convert`, `reshard` and `export`. No processes, no model instance.
 
-Each makes a plan (which block of which file goes where) and has it performed on a bounded pool of threads; see
+Each makes a plan (which extent of which file goes where) and has it performed on a bounded pool of threads; see
 weights/moves.py, weights/copying.py and output.py. Values are never changed, but for their dtype where that is asked
 for. Torch-free.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from megalite.convert.output import SILENT, Meter, NewFile, Output, Written
+from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import as_json
@@ -27,16 +27,16 @@ from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights import side_files
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
-from megalite.weights.copying import OpenFiles, digest_block, in_parallel, perform
+from megalite.weights.copying import OpenFiles, digest_extent, in_parallel, perform
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.manifest import WEIGHT, Manifest, file_name
-from megalite.weights.moves import Block, Move, hf_blocks, plan
+from megalite.weights.moves import Extent, Move, hf_extents, plan
 from megalite.weights.shards import (
     JOURNAL,
     layout_words,
     open_manifest,
-    rank_blocks,
+    rank_extents,
     rank_header,
     stored_file,
     stored_layout,
@@ -91,7 +91,7 @@ def write_shards(
     dtype: str | None = None,
     jobs: int = JOBS,
     overwrite: bool = False,
-    meter: Meter = SILENT,
+    progress: ByteProgress = SILENT,
 ) -> Written:
     """Cut a checkpoint for a layout.
 
@@ -99,7 +99,7 @@ def write_shards(
         dtype: what the weights become (`bfloat16`, ...); None keeps them bit for bit. Optimizer state stays float32.
         jobs: threads at work.
         overwrite: `out` may hold something else, which is then removed.
-        meter: is told the bytes to come, and those in place.
+        progress: is told the bytes to come, and those in place.
 
     Raises CheckpointError for a source or an output that can't be used, ConfigError for a wish that can't be met,
     ResourceError when the disk is too small. Interrupted, the same call goes on with the files that are not finished.
@@ -113,10 +113,10 @@ def write_shards(
     work = _fingerprint("shards", source, files, copies, [layout_words(layout)])
     if not overwrite and _is_done(out, work):
         return Written(out, files=len(files), was_done=True)
-    moves = plan(source.blocks, (block for _, blocks in made.values() for block in blocks))
-    meter.begin(sum(move.nbytes for move in moves))
+    moves = plan(source.extents, (extent for _, extents in made.values() for extent in extents))
+    progress.begin(sum(move.nbytes for move in moves))
     with Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies)) as output:
-        digests = output.run(moves, jobs, meter)
+        digests = output.run(moves, jobs, progress)
         manifest = Manifest(
             layout=layout,
             config=side_files.with_dtype(source.values, dtype),
@@ -129,9 +129,9 @@ def write_shards(
                 file.name: stored_file(
                     file.header,
                     *place,
-                    [replace(block, digest=digests[block.file, block.offset]) for block in blocks],
+                    [replace(extent, digest=digests[extent.file, extent.offset]) for extent in extents],
                 )
-                for place, (file, blocks) in made.items()
+                for place, (file, extents) in made.items()
             },
         )
         output.finish(lambda: manifests.write(out, manifest))
@@ -147,7 +147,7 @@ def export(
     dtype: str | None = None,
     jobs: int = JOBS,
     overwrite: bool = False,
-    meter: Meter = SILENT,
+    progress: ByteProgress = SILENT,
 ) -> Written:
     """Rank shards, or the weights of training state, as a folder in Hugging Face layout; arguments as above.
 
@@ -163,13 +163,13 @@ def export(
     files, tensors = hf_files(source.model, out, dtypes, max_shard_bytes, prefix)
     copies = side_files.chosen(source.folder, source.values, dtype)
     work = _fingerprint("export", source, files, copies, [])
-    moves = plan(source.blocks, hf_blocks(source.model, tensors))
+    moves = plan(source.extents, hf_extents(source.model, tensors))
     index = index_of(tensors) if len(files) > 1 else {}
-    meter.begin(sum(move.nbytes for move in moves))
-    if not overwrite and _looks_exported(out, files, copies | index) and _is_same(moves, jobs, meter):
+    progress.begin(sum(move.nbytes for move in moves))
+    if not overwrite and _looks_exported(out, files, copies | index) and _is_same(moves, jobs, progress):
         return Written(out, files=len(files), was_done=True)
     with Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies)) as output:
-        output.run(moves, jobs, meter)
+        output.run(moves, jobs, progress)
         side_files.write(copies, out)
         output.finish(lambda: side_files.write(index, out))
     output.written.notes = tuple(source.notes)
@@ -205,7 +205,7 @@ def _looks_exported(out: Path, files: list[NewFile], beside: side_files.SideFile
     return finished and side_files.are_in(beside, out)
 
 
-def _is_same(moves: list[Move], jobs: int, meter: Meter) -> bool:
+def _is_same(moves: list[Move], jobs: int, progress: ByteProgress) -> bool:
     """Whether the targets hold already what the moves would write: a Hugging Face folder does not say what it was made
     of, so every byte is compared, until one differs."""
     differs = threading.Event()
@@ -214,9 +214,9 @@ def _is_same(moves: list[Move], jobs: int, meter: Meter) -> bool:
         def compare(move: Move) -> None:
             if differs.is_set():
                 return
-            if perform(files, move) != [digest_block(files, block) for block in move.targets]:
+            if perform(files, move) != [digest_extent(files, extent) for extent in move.targets]:
                 differs.set()
-            meter.advance(move.nbytes)
+            progress.advance(move.nbytes)
 
         in_parallel(compare, files.expecting(moves), jobs)
     return not differs.is_set()
@@ -239,10 +239,10 @@ def _fingerprint(form: str, source: Checkpoint, files: list[NewFile], copies: si
 
 def rank_files(
     source: Checkpoint, layout: Layout, out: Path, dtype: str | None
-) -> dict[tuple[int, str], tuple[NewFile, list[Block]]]:
+) -> dict[tuple[int, str], tuple[NewFile, list[Extent]]]:
     """The files to be made for each rank and kind, and what they will hold."""
     made = {}
-    dtypes = {(block.part[0], block.kind): block.info.dtype for block in source.blocks}
+    dtypes = {(extent.part[0], extent.kind): extent.info.dtype for extent in source.extents}
     for kind in source.kinds:
         for rank in layout.ranks:
             entries = {}
@@ -260,9 +260,9 @@ def rank_files(
                 entries[name] = (next(iter(mine.values())), shape)
             name = file_name(rank, kind)
             header, tensors = rank_header(out / name, entries, layout, rank, kind)
-            blocks = rank_blocks(source.model, layout, rank, tensors, kind)
+            extents = rank_extents(source.model, layout, rank, tensors, kind)
             nbytes = len(header) + sum(info.nbytes for info in tensors.values())
-            made[rank, kind] = NewFile(name, header, nbytes), blocks
+            made[rank, kind] = NewFile(name, header, nbytes), extents
     return made
 
 

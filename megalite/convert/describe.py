@@ -18,7 +18,7 @@ from megalite.weights.copying import OpenFiles, matrices
 from megalite.weights.dtypes import DTYPE_BYTES
 from megalite.weights.folder import ModelFolder
 from megalite.weights.manifest import WEIGHT
-from megalite.weights.moves import Block, Move, move_of
+from megalite.weights.moves import Extent, Move, move_of
 from megalite.weights.rounding import Elements, to_float
 from megalite.weights.table import hf_shapes
 
@@ -125,20 +125,20 @@ def describe_tensor(
     if source.bare and name not in source.dtypes:
         name = families.weight_names(source.model).prefix + name
     if name in source.dtypes:
-        blocks = [block for block in source.blocks if block.part[0] == name and block.kind == WEIGHT]
-        starts = sorted({block.part for block in blocks})
-        moves = [move_of(block for block in blocks if block.part == part) for part in starts]
+        extents = [extent for extent in source.extents if extent.part[0] == name and extent.kind == WEIGHT]
+        starts = sorted({extent.part for extent in extents})
+        moves = [move_of(extent for extent in extents if extent.part == part) for part in starts]
         return {
             "name": name,
             "shape": list(hf_shapes(source.model)[name]),
             "dtype": source.dtypes[name],
             "places": [
-                {"file": block.file.name, "tensor": block.info.name, "range": str(block.range)} for block in blocks
+                {"file": extent.file.name, "tensor": extent.info.name, "range": str(extent.range)} for extent in extents
             ],
             **({"statistics": _statistics(moves)} if statistics else {}),
         }
     ranks = [
-        _local([block for block in source.blocks if block.info is infos[name]], statistics)
+        _local([extent for extent in source.extents if extent.info is infos[name]], statistics)
         for infos in source.files.values()
         if name in infos
     ]
@@ -150,15 +150,15 @@ def describe_tensor(
     return {"name": name, "ranks": ranks}
 
 
-def _local(blocks: list[Block], statistics: bool) -> dict[str, Any]:
+def _local(extents: list[Extent], statistics: bool) -> dict[str, Any]:
     """A local parameter as one rank has it."""
-    info = blocks[0].info
+    info = extents[0].info
     return {
         "file": info.file.name,
         "shape": list(info.shape),
         "dtype": info.dtype,
-        "ranges": [str(block.range) for block in blocks],
-        **({"statistics": _statistics([Move((block,)) for block in blocks])} if statistics else {}),
+        "ranges": [str(extent.range) for extent in extents],
+        **({"statistics": _statistics([Move((extent,)) for extent in extents])} if statistics else {}),
     }
 
 

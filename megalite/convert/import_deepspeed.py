@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, index_of
-from megalite.convert.output import SILENT, Meter, NewFile, Output, Written
+from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
@@ -53,7 +53,7 @@ def import_checkpoint(
     dtype: str = "float32",
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
-    meter: Meter = SILENT,
+    progress: ByteProgress = SILENT,
 ) -> Written:
     """Write a DeepSpeed checkpoint's weights as a Hugging Face folder.
 
@@ -87,9 +87,9 @@ def import_checkpoint(
             for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
                 values = tensors[name]().to(torch_dtype(info.dtype)).contiguous()
                 yield values.view(-1).view(torch.uint8).numpy().data
-                meter.advance(info.nbytes)
+                progress.advance(info.nbytes)
 
-        meter.begin(sum(info.nbytes for info in infos.values()))
+        progress.begin(sum(info.nbytes for info in infos.values()))
         with output:
             for file in files:
                 output.fill(file.name, converted(out / file.name))

@@ -26,9 +26,9 @@ from megalite.errors import CheckpointError, ConfigError, Problem, ResourceError
 from megalite.files import DurableFile, LineFile, left_behind, sync_folder, told_clearly
 from megalite.monitor.words import format_bytes
 from megalite.weights import manifest as manifests
-from megalite.weights.copying import OpenFiles, allow_open_files, digest_block, in_parallel, perform
+from megalite.weights.copying import OpenFiles, allow_open_files, digest_extent, in_parallel, perform
 from megalite.weights.hf import INDEX, SINGLE
-from megalite.weights.moves import Block, Move
+from megalite.weights.moves import Extent, Move
 from megalite.weights.rounding import Elements
 from megalite.weights.shards import JOURNAL, STEP
 from megalite.weights.side_files import of_model
@@ -48,7 +48,7 @@ if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
-class Meter:
+class ByteProgress:
     """Is told how many bytes a piece of work has, and how many more of them are done; this one keeps it to itself."""
 
     def begin(self, total: int) -> None: ...
@@ -56,7 +56,7 @@ class Meter:
     def advance(self, count: int) -> None: ...
 
 
-SILENT = Meter()
+SILENT = ByteProgress()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,7 @@ class Output:
 
     def _check_space(self) -> None:
         needed = sum(file.nbytes for file in self._files.values()) + self._extra_bytes + SPARE_BYTES
-        held = sum(path.lstat().st_blocks * 512 for path in [*self._old_files(), *left_behind(self.folder)])
+        held = sum(path.lstat().st_extents * 512 for path in [*self._old_files(), *left_behind(self.folder)])
         free = shutil.disk_usage(self.folder).free
         if needed > free + held:
             raise ResourceError(
@@ -232,17 +232,17 @@ class Output:
         with told_clearly(path):
             _write(self._open[path][1], memoryview(self._files[path].header), 0)
 
-    def _put(self, block: Block, row: int, rows: Elements) -> None:
-        """Write stored rows of a block from `row` on."""
-        descriptor = self._open[block.file][1]
-        start = block.offset + row * block.stride
-        with told_clearly(block.file):
-            if block.row_bytes == block.stride:
+    def _put(self, extent: Extent, row: int, rows: Elements) -> None:
+        """Write stored rows of an extent from `row` on."""
+        descriptor = self._open[extent.file][1]
+        start = extent.offset + row * extent.stride
+        with told_clearly(extent.file):
+            if extent.row_bytes == extent.stride:
                 _write(descriptor, _bytes(rows), start)
                 _start_writeback(descriptor, start, rows.nbytes)
                 return
             for index in range(len(rows)):
-                _write(descriptor, _bytes(rows[index]), start + index * block.stride)
+                _write(descriptor, _bytes(rows[index]), start + index * extent.stride)
 
     def _complete(self, path: Path, digests: list[str]) -> None:
         """All of a file is written; `digests` of its ranges, by offset."""
@@ -256,53 +256,53 @@ class Output:
 
     # ---- the work ------------------------------------------------------------------------------------------------
 
-    def run(self, moves: list[Move], jobs: int, meter: Meter) -> Mapping[tuple[Path, int], str]:
+    def run(self, moves: list[Move], jobs: int, progress: ByteProgress) -> Mapping[tuple[Path, int], str]:
         """Perform all moves but those into files that an earlier run finished; digests by file and offset."""
-        held: dict[Path, list[Block]] = {}
+        held: dict[Path, list[Extent]] = {}
         for move in moves:
-            for block in move.targets:
-                held.setdefault(block.file, []).append(block)
-        for blocks in held.values():
-            blocks.sort(key=lambda block: block.offset)
-        kept = {path for path, digests in self._noted().items() if self._is_kept(held[path], digests, jobs, meter)}
-        self.written.reused = sum(block.nbytes for path in kept for block in held[path])
+            for extent in move.targets:
+                held.setdefault(extent.file, []).append(extent)
+        for extents in held.values():
+            extents.sort(key=lambda extent: extent.offset)
+        kept = {path for path, digests in self._noted().items() if self._is_kept(held[path], digests, jobs, progress)}
+        self.written.reused = sum(extent.nbytes for path in kept for extent in held[path])
         for path in held.keys() - kept:
             self._begin(path)
-        left = Counter({path: len(blocks) for path, blocks in held.items()})
-        todo = [replace(one, targets=tuple(block for block in one.targets if block.file not in kept)) for one in moves]
+        left = Counter({path: len(extents) for path, extents in held.items()})
+        todo = [replace(one, targets=tuple(to for to in one.targets if to.file not in kept)) for one in moves]
         with OpenFiles() as files:
 
             def work(move: Move) -> None:
                 digests = perform(files, move, self._put)
                 maybe_fault("shards.written")
                 with self._lock:
-                    for block, digest in zip(move.targets, digests, strict=True):
-                        self._digests[block.file, block.offset] = digest
-                        left[block.file] -= 1
-                    ready = {block.file for block in move.targets if not left[block.file]}
+                    for extent, digest in zip(move.targets, digests, strict=True):
+                        self._digests[extent.file, extent.offset] = digest
+                        left[extent.file] -= 1
+                    ready = {extent.file for extent in move.targets if not left[extent.file]}
                     self.written.nbytes += move.nbytes
                 for path in ready:
-                    self._complete(path, [self._digests[path, block.offset] for block in held[path]])
-                meter.advance(move.nbytes)
+                    self._complete(path, [self._digests[path, extent.offset] for extent in held[path]])
+                progress.advance(move.nbytes)
 
             in_parallel(work, files.expecting([move for move in todo if move.targets]), jobs)
         return self._digests
 
-    def _is_kept(self, blocks: list[Block], digests: list[str], jobs: int, meter: Meter) -> bool:
+    def _is_kept(self, extents: list[Extent], digests: list[str], jobs: int, progress: ByteProgress) -> bool:
         """Whether a file that an earlier run finished is still what it was then. Notes its digests."""
-        path = blocks[0].file
-        if not self._files[path].fits(path) or len(digests) != len(blocks):
+        path = extents[0].file
+        if not self._files[path].fits(path) or len(digests) != len(extents):
             return False
         found: dict[tuple[Path, int], str] = {}
         with OpenFiles() as files:
 
-            def check(block: Block) -> None:
-                found[path, block.offset] = digest_block(files, block)
-                meter.advance(block.nbytes)
+            def check(extent: Extent) -> None:
+                found[path, extent.offset] = digest_extent(files, extent)
+                progress.advance(extent.nbytes)
 
-            in_parallel(check, blocks, jobs)
+            in_parallel(check, extents, jobs)
         self._digests |= found
-        return [found[path, block.offset] for block in blocks] == digests
+        return [found[path, extent.offset] for extent in extents] == digests
 
     def _noted(self) -> dict[Path, list[str]]:
         """The files that the journal lists; a line that makes no sense is as good as none."""

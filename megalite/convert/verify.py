@@ -13,19 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megalite.convert.convert import JOBS
-from megalite.convert.output import SILENT, Meter
+from megalite.convert.output import SILENT, ByteProgress
 from megalite.errors import CheckpointError
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.generation import GenerationConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
-from megalite.weights.copying import OpenFiles, digest_block, in_parallel, perform
+from megalite.weights.copying import OpenFiles, digest_extent, in_parallel, perform
 from megalite.weights.folder import CONFIG
 from megalite.weights.hf import resolve
 from megalite.weights.manifest import Manifest, StoredFile
-from megalite.weights.moves import Block, Move, Part, plan
-from megalite.weights.shards import file_blocks, is_sharded
+from megalite.weights.moves import Extent, Move, Part, plan
+from megalite.weights.shards import file_extents, is_sharded
 from megalite.weights.side_files import digest_of_file
 from megalite.weights.table import hf_shapes
 from megalite.weights.tensor_file import MAX_HEADER_BYTES
@@ -54,7 +54,7 @@ def verify(
     against: str | Path | None = None,
     *,
     jobs: int = JOBS,
-    meter: Meter = SILENT,
+    progress: ByteProgress = SILENT,
 ) -> Report:
     """Check a folder of rank shards or in Hugging Face layout, and compare it with another checkpoint.
 
@@ -63,10 +63,10 @@ def verify(
     """
     folder = resolve(path)
     other = open_checkpoint(against) if against is not None else None
-    check = _Check(Report(folder), jobs, meter)
-    blocks, model = check.shards() if is_sharded(folder) else check.hf(other is None)
+    check = _Check(Report(folder), jobs, progress)
+    extents, model = check.shards() if is_sharded(folder) else check.hf(other is None)
     if other is not None and model is not None:
-        check.compare(blocks, model, other)
+        check.compare(extents, model, other)
     check.report.findings.sort()
     return check.report
 
@@ -74,10 +74,10 @@ def verify(
 class _Check:
     """Collects findings from several threads."""
 
-    def __init__(self, report: Report, jobs: int, meter: Meter):
+    def __init__(self, report: Report, jobs: int, progress: ByteProgress):
         self.report = report
         self.jobs = jobs
-        self.meter = meter
+        self.progress = progress
         self._lock = threading.Lock()
 
     def wrong(self, finding: str) -> None:
@@ -86,7 +86,7 @@ class _Check:
 
     @contextmanager
     def _findings(self) -> Iterator[None]:
-        """What is wrong with the folder, and ends the block, is a finding."""
+        """What is wrong with the folder, and ends what is within, is a finding."""
         try:
             yield
         except CheckpointError as error:
@@ -94,9 +94,9 @@ class _Check:
 
     # ---- rank shards ---------------------------------------------------------------------------------------------
 
-    def shards(self) -> tuple[list[Block], ModelConfig | None]:
+    def shards(self) -> tuple[list[Extent], ModelConfig | None]:
         """Hold rank shards against their manifest; gives where the parts lie, as far as that is sound."""
-        folder, blocks = self.report.folder, []
+        folder, extents = self.report.folder, []
         with self._findings():
             if not (folder / manifests.NAME).is_file():
                 raise CheckpointError(f"{folder}: unfinished: it has no {manifests.NAME}, which is written last")
@@ -106,12 +106,12 @@ class _Check:
             self._beside(manifest)
             for file in manifest.files.values():
                 with self._findings():
-                    blocks += self._file(manifest, file, model)
+                    extents += self._file(manifest, file, model)
                     self.report.files += 1
-            self._replicas(blocks)
-            self._digests(blocks)
-            return blocks, model if self.report.files == len(manifest.files) else None
-        return blocks, None
+            self._replicas(extents)
+            self._digests(extents)
+            return extents, model if self.report.files == len(manifest.files) else None
+        return extents, None
 
     def _beside(self, manifest: Manifest) -> None:
         """The other files of the folder."""
@@ -126,8 +126,8 @@ class _Check:
             if path.name not in manifest.files:
                 self.wrong(f"{path}: not listed in {manifests.NAME}")
 
-    def _file(self, manifest: Manifest, file: StoredFile, model: ModelConfig) -> list[Block]:
-        """The blocks of a rank file, whose header must be sound."""
+    def _file(self, manifest: Manifest, file: StoredFile, model: ModelConfig) -> list[Extent]:
+        """The extents of a rank file, whose header must be sound."""
         path = self.report.folder / file.name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
@@ -135,40 +135,40 @@ class _Check:
         other = next((one.name for one in manifest.files.values() if one.header == header), file.name)
         if header != file.header and other != file.name:
             raise CheckpointError(f"{path}: is the file {other}; were files swapped?")
-        blocks = file_blocks(self.report.folder, file, model, manifest.layout)
+        extents = file_extents(self.report.folder, file, model, manifest.layout)
         if header != file.header:
             raise CheckpointError(f"{path}: its header is not as it was when it was written")
-        return blocks
+        return extents
 
-    def _replicas(self, blocks: list[Block]) -> None:
+    def _replicas(self, extents: list[Extent]) -> None:
         """Copies of a range must be equal."""
-        first: dict[tuple[Part, int], Block] = {}
-        for block in blocks:
-            other = first.setdefault((block.part, block.range.lo), block)
-            if (other.digest, other.info.dtype) != (block.digest, block.info.dtype):
-                self.wrong(f"{_words(block)}: differs from the copy in {other.file}")
+        first: dict[tuple[Part, int], Extent] = {}
+        for extent in extents:
+            other = first.setdefault((extent.part, extent.range.lo), extent)
+            if (other.digest, other.info.dtype) != (extent.digest, extent.info.dtype):
+                self.wrong(f"{_words(extent)}: differs from the copy in {other.file}")
 
-    def _digests(self, blocks: list[Block]) -> None:
-        self.meter.begin(sum(block.nbytes for block in blocks))
+    def _digests(self, extents: list[Extent]) -> None:
+        self.progress.begin(sum(extent.nbytes for extent in extents))
         with OpenFiles() as files:
 
-            def check(block: Block) -> None:
+            def check(extent: Extent) -> None:
                 with self._findings():
-                    if digest_block(files, block) != block.digest:
-                        self.wrong(f"{_words(block)}: its bytes are not those of the manifest")
-                    self._checked(1, block.nbytes)
+                    if digest_extent(files, extent) != extent.digest:
+                        self.wrong(f"{_words(extent)}: its bytes are not those of the manifest")
+                    self._checked(1, extent.nbytes)
 
-            in_parallel(check, blocks, self.jobs)
+            in_parallel(check, extents, self.jobs)
 
     def _checked(self, ranges: int, nbytes: int) -> None:
         with self._lock:
             self.report.ranges += ranges
             self.report.nbytes += nbytes
-        self.meter.advance(nbytes)
+        self.progress.advance(nbytes)
 
     # ---- Hugging Face layout, and comparing ----------------------------------------------------------------------
 
-    def hf(self, alone: bool) -> tuple[list[Block], ModelConfig | None]:
+    def hf(self, alone: bool) -> tuple[list[Extent], ModelConfig | None]:
         """Check the headers of a folder in Hugging Face layout, which has no digests of its own."""
         try:
             source = open_checkpoint(self.report.folder)
@@ -181,9 +181,9 @@ class _Check:
         self.report.notes += source.notes
         if alone:
             self.report.notes.append("only headers were checked: a Hugging Face folder has no digests; use --against")
-        return source.blocks, source.model
+        return source.extents, source.model
 
-    def compare(self, blocks: list[Block], model: ModelConfig, other: Checkpoint) -> None:
+    def compare(self, extents: list[Extent], model: ModelConfig, other: Checkpoint) -> None:
         """Make every range anew from another checkpoint and compare digests."""
         mine, theirs = hf_shapes(model), hf_shapes(other.model)
         if mine != theirs:
@@ -193,26 +193,26 @@ class _Check:
                 f"{self.report.folder}: not the same model as {other.folder}: {name} is {here} here and {there} there"
             )
             return
-        known = {block.part for block in other.blocks}
-        moves = plan(other.blocks, (block for block in blocks if block.part in known))
-        changed = {(move.dtype, block.info.dtype) for move in moves for block in move.targets}
+        known = {extent.part for extent in other.extents}
+        moves = plan(other.extents, (extent for extent in extents if extent.part in known))
+        changed = {(move.dtype, extent.info.dtype) for move in moves for extent in move.targets}
         if words := ", ".join(f"{theirs} there, {mine} here" for theirs, mine in sorted(changed) if theirs != mine):
             self.report.notes.append(f"compared after conversion: {words}")
-        self.meter.begin(sum(move.nbytes for move in moves))
+        self.progress.begin(sum(move.nbytes for move in moves))
         with OpenFiles() as files:
 
             def check(move: Move) -> None:
                 with self._findings():
-                    for block, digest in zip(move.targets, perform(files, move), strict=True):
-                        if digest != (block.digest or digest_block(files, block)):
-                            self.wrong(f"{_words(block)}: differs from {other.folder}")
+                    for extent, digest in zip(move.targets, perform(files, move), strict=True):
+                        if digest != (extent.digest or digest_extent(files, extent)):
+                            self.wrong(f"{_words(extent)}: differs from {other.folder}")
                     self._checked(len(move.targets), move.nbytes)
 
             in_parallel(check, files.expecting(moves), self.jobs)
 
 
-def _words(block: Block) -> str:
-    return f"{block.file}: {block.info.name}: {block.range}"
+def _words(extent: Extent) -> str:
+    return f"{extent.file}: {extent.info.name}: {extent.range}"
 
 
 def _shape(shape: Iterable[int] | None) -> str:

@@ -96,7 +96,7 @@ class Sync:
         transfers = plan(model, source_layout, target_layout)
         builder = self._round_builder(model, bucket_bytes)
         local = [one for one in transfers if one.is_local]
-        self._copies = builder.batches(local, [Slot(one) for one in local if one.sender == self.rank])
+        self._copies = builder.gathers(local, [Slot(one) for one in local if one.sender == self.rank])
         self._rounds = [builder.round(one) for one in buckets(transfers, bucket_bytes, self.dtype.itemsize)]
         self._executor = Executor(
             self.rank,

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             max_shard_bytes=args.max_shard_size,
             overwrite=args.overwrite,
-            meter=bar,
+            progress=bar,
         )
     report(written, bar.seconds, "Hugging Face layout")
     return 0

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megalite import terminal
 from megalite.convert.convert import JOBS
-from megalite.convert.output import Meter, Written
+from megalite.convert.output import ByteProgress, Written
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
 from megalite.monitor.words import format_bytes, format_count, format_duration
@@ -79,7 +79,7 @@ def size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
-class Bar(Meter):
+class Bar(ByteProgress):
     """Bytes done, rate and time left on one line of a terminal; nothing where standard error is not one."""
 
     def __init__(self, title: str):
@@ -119,7 +119,7 @@ def writing(title: str, args: argparse.Namespace) -> Iterator[tuple[Bar, dict[st
     """A progress bar, and the options of `Parser.add_writing` with it as the keywords of what writes the folder."""
     with Bar(title) as bar:
         options = {name: getattr(args, name) for name in ("dtype", "jobs", "overwrite")}
-        yield bar, {**options, "meter": bar}
+        yield bar, {**options, "progress": bar}
 
 
 def say_time_left(seconds: float, rounds: int, what: str = "") -> None:

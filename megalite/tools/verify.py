@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with Bar("verify") as bar:
-        report = verify(args.path, args.against, jobs=args.jobs, meter=bar)
+        report = verify(args.path, args.against, jobs=args.jobs, progress=bar)
     for note in report.notes:
         print(f"note: {note}")
     for finding in report.findings[:SHOWN]:

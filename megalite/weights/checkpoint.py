@@ -1,6 +1,6 @@
 """What weights are read from: a model in Hugging Face layout, rank shards of any layout, or training state of ours.
 
-`open_checkpoint` finds out which, checks every header and says where each part of the model lies; `blocks_for` does so
+`open_checkpoint` finds out which, checks every header and says where each part of the model lies; `extents_for` does so
 for what one rank needs. Torch-free.
 """
 
@@ -19,8 +19,8 @@ from megalite.weights.dtypes import WEIGHT_DTYPES
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import HFWeights, check_names, read_headers, resolve
 from megalite.weights.manifest import WEIGHT, Manifest
-from megalite.weights.moves import Block, hf_blocks
-from megalite.weights.shards import file_blocks, is_sharded, open_manifest, stored_layout
+from megalite.weights.moves import Extent, hf_extents
+from megalite.weights.shards import file_extents, is_sharded, open_manifest, stored_layout
 from megalite.weights.table import hf_shapes, owned
 from megalite.weights.tensor_file import TensorInfo
 
@@ -33,7 +33,7 @@ class Checkpoint:
     """What the folder holds beside its weights."""
     manifest: Manifest | None
     """Of rank shards; None for Hugging Face layout."""
-    blocks: list[Block]
+    extents: list[Extent]
     files: dict[str, dict[str, TensorInfo]]
     """Weight files by name, and their tensors by the names in the file."""
     bare: bool
@@ -69,7 +69,7 @@ class Checkpoint:
     @property
     def dtypes(self) -> dict[str, str]:
         """Of each Hugging Face tensor."""
-        return {block.part[0]: block.info.dtype for block in self.blocks if block.kind == WEIGHT}
+        return {extent.part[0]: extent.info.dtype for extent in self.extents if extent.kind == WEIGHT}
 
     @property
     def nbytes(self) -> int:
@@ -91,14 +91,14 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
     return _open_shards(folder) if is_sharded(folder) else _open_hf(folder)
 
 
-def blocks_for(folder: Path, model: ModelConfig, layout: Layout, rank: int, kind: str = WEIGHT) -> list[Block]:
+def extents_for(folder: Path, model: ModelConfig, layout: Layout, rank: int, kind: str = WEIGHT) -> list[Extent]:
     """Where the parts of which `rank` of `layout` holds something lie: in a Hugging Face folder, or in rank shards.
 
     Shards may be cut for any layout; where they are cut for this one, the rank's own file holds everything. Headers are
     checked, of those files only. CheckpointError: the folder is damaged, unfinished or of another model.
     """
     if not is_sharded(folder):
-        return hf_blocks(model, _hf_weights(folder, model).tensors)
+        return hf_extents(model, _hf_weights(folder, model).tensors)
     manifest = open_manifest(folder)
     files = [file for file in manifest.files.values() if file.kind == kind]
     if manifest.layout == stored_layout(layout):
@@ -108,7 +108,7 @@ def blocks_for(folder: Path, model: ModelConfig, layout: Layout, rank: int, kind
     else:
         names = {one.piece.hf for one in owned(model, layout, rank)}
         files = [file for file in files if not names.isdisjoint(file.hf_names)]
-    return [block for file in files for block in file_blocks(folder, file, model, manifest.layout)]
+    return [extent for file in files for extent in file_extents(folder, file, model, manifest.layout)]
 
 
 def _hf_weights(folder: Path, model: ModelConfig) -> HFWeights:
@@ -136,7 +136,7 @@ def _open_hf(folder: Path) -> Checkpoint:
     return Checkpoint(
         beside=beside,
         manifest=None,
-        blocks=hf_blocks(beside.model, weights.tensors),
+        extents=hf_extents(beside.model, weights.tensors),
         files=files,
         bare=weights.bare,
         left_out=left_out,
@@ -147,12 +147,14 @@ def _open_hf(folder: Path) -> Checkpoint:
 def _open_shards(folder: Path) -> Checkpoint:
     manifest = open_manifest(folder)
     beside = ModelFolder.open(folder)
-    blocks = [
-        block for file in manifest.files.values() for block in file_blocks(folder, file, beside.model, manifest.layout)
+    extents = [
+        extent
+        for file in manifest.files.values()
+        for extent in file_extents(folder, file, beside.model, manifest.layout)
     ]
     files: dict[str, dict[str, TensorInfo]] = {}
-    for block in blocks:
-        files.setdefault(block.file.name, {})[block.info.name] = block.info
+    for extent in extents:
+        files.setdefault(extent.file.name, {})[extent.info.name] = extent.info
     notes = []
     config = manifest.copies.get(CONFIG)
     if config is not None and manifests.digest_of((folder / CONFIG).read_bytes()) != config:
@@ -160,7 +162,7 @@ def _open_shards(folder: Path) -> Checkpoint:
     return Checkpoint(
         beside=beside,
         manifest=manifest,
-        blocks=blocks,
+        extents=extents,
         files=files,
         bare=manifest.bare,
         left_out=manifest.left_out,

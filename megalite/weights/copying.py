@@ -1,4 +1,4 @@
-"""Performs moves: reads the blocks of a part band by band, cuts and converts them, and gives them to whoever asks.
+"""Performs moves: reads the extents of a part band by band, cuts and converts them, and gives them to whoever asks.
 
 Reading is plain `pread`, not a memory map, so that bytes arrive in large sequential requests and count as nobody's
 resident memory. Memory is bounded by bands of a few MiB a thread; where a matrix has to be turned (GPT-2), the whole of
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from megalite.errors import CheckpointError
 from megalite.weights.dtypes import STORAGE
-from megalite.weights.moves import Block, Move
+from megalite.weights.moves import Extent, Move
 from megalite.weights.rounding import Elements, convert
 from megalite.weights.table import Range
 
@@ -33,7 +33,7 @@ LONG_SEGMENT_BYTES = 256 << 10
 BAND_BYTES = 1 << 20
 """Rows of a part that are in memory at once: they stay in the processor's cache between reading and writing."""
 AHEAD_BYTES = 16 << 20
-"""What the system is asked to fetch from the disk of each block while a band of it is being worked on."""
+"""What the system is asked to fetch from the disk of each extent while a band of it is being worked on."""
 REQUEST_BYTES = 1 << 20
 """Of one such request: of a longer one the kernel may fetch no more than its own read-ahead."""
 TILE = 64
@@ -94,45 +94,45 @@ class OpenFiles:
     def expecting(self, moves: Iterable[Move]) -> Iterator[Move]:
         """The moves as they are; the disk is asked for the first bytes of each before it is handed out."""
         for move in moves:
-            for block in move.sources:
-                count = min(AHEAD_BYTES, block.shape[0] * block.stride)
-                _will_need(self._descriptor(block.file), block.offset, count)
+            for extent in move.sources:
+                count = min(AHEAD_BYTES, extent.shape[0] * extent.stride)
+                _will_need(self._descriptor(extent.file), extent.offset, count)
             yield move
 
-    def rows(self, block: Block, lo: int, hi: int, out: NDArray[np.uint8]) -> None:
-        """Stored rows lo..hi of a block into contiguous `out` [hi - lo, bytes of a row]."""
+    def rows(self, extent: Extent, lo: int, hi: int, out: NDArray[np.uint8]) -> None:
+        """Stored rows lo..hi of an extent into contiguous `out` [hi - lo, bytes of a row]."""
         try:
-            descriptor = self._descriptor(block.file)
-            width, start = out.shape[1], block.offset + lo * block.stride
-            _fetch_ahead(descriptor, block, lo, hi)
-            if block.row_bytes == block.stride:
-                _fill(descriptor, out.data.cast("B"), start, block)
+            descriptor = self._descriptor(extent.file)
+            width, start = out.shape[1], extent.offset + lo * extent.stride
+            _fetch_ahead(descriptor, extent, lo, hi)
+            if extent.row_bytes == extent.stride:
+                _fill(descriptor, out.data.cast("B"), start, extent)
             elif width >= LONG_SEGMENT_BYTES:
                 for index in range(hi - lo):
-                    _fill(descriptor, out[index].data, start + index * block.stride, block)
+                    _fill(descriptor, out[index].data, start + index * extent.stride, extent)
             else:
-                self._cut(descriptor, block, start, out)
+                self._cut(descriptor, extent, start, out)
         except OSError as error:
-            raise CheckpointError(f"{block.file}: can't be read: {error.strerror}") from error
+            raise CheckpointError(f"{extent.file}: can't be read: {error.strerror}") from error
 
-    def _cut(self, descriptor: int, block: Block, start: int, out: NDArray[np.uint8]) -> None:
+    def _cut(self, descriptor: int, extent: Extent, start: int, out: NDArray[np.uint8]) -> None:
         """Short segments: read whole rows, keep the columns that are asked for."""
         rows, width = out.shape
-        step = max(1, BAND_BYTES // block.stride)
+        step = max(1, BAND_BYTES // extent.stride)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            whole = _buffers.take("rows", 1, count * block.stride)[0]
-            used = (count - 1) * block.stride + width  # the last row may end the file
-            _fill(descriptor, whole[:used].data, start + first * block.stride, block)
-            out[first : first + count] = whole.reshape(count, block.stride)[:, :width]
+            whole = _buffers.take("rows", 1, count * extent.stride)[0]
+            used = (count - 1) * extent.stride + width  # the last row may end the file
+            _fill(descriptor, whole[:used].data, start + first * extent.stride, extent)
+            out[first : first + count] = whole.reshape(count, extent.stride)[:, :width]
 
 
-def _fetch_ahead(descriptor: int, block: Block, lo: int, hi: int) -> None:
+def _fetch_ahead(descriptor: int, extent: Extent, lo: int, hi: int) -> None:
     """Have the system read on from the disk while rows lo..hi are worked on: the first time all of AHEAD_BYTES, then
     as much as has been used up. Several threads read at different places of a file, which the kernel can't foresee."""
-    end = block.shape[0] * block.stride
-    start = min(end, hi * block.stride + (AHEAD_BYTES - (hi - lo) * block.stride if lo else 0))
-    _will_need(descriptor, block.offset + start, min(end, hi * block.stride + AHEAD_BYTES) - start)
+    end = extent.shape[0] * extent.stride
+    start = min(end, hi * extent.stride + (AHEAD_BYTES - (hi - lo) * extent.stride if lo else 0))
+    _will_need(descriptor, extent.offset + start, min(end, hi * extent.stride + AHEAD_BYTES) - start)
 
 
 def _will_need(descriptor: int, offset: int, count: int) -> None:
@@ -141,21 +141,21 @@ def _will_need(descriptor: int, offset: int, count: int) -> None:
         os.posix_fadvise(descriptor, offset + start, length, os.POSIX_FADV_WILLNEED)
 
 
-def _fill(descriptor: int, out: memoryview, offset: int, block: Block) -> None:
+def _fill(descriptor: int, out: memoryview, offset: int, extent: Extent) -> None:
     done = 0
     while done < len(out):
         count = os.preadv(descriptor, [out[done : done + CHUNK_BYTES]], offset + done)
         if count == 0:
-            raise CheckpointError(f"{block.file}: ends inside tensor {block.info.name}; it changed while being read")
+            raise CheckpointError(f"{extent.file}: ends inside tensor {extent.info.name}; it changed while being read")
         done += count
 
 
-def digest_block(files: OpenFiles, block: Block) -> str:
-    """The digest of a block's bytes as they are in its file now."""
+def digest_extent(files: OpenFiles, extent: Extent) -> str:
+    """The digest of an extent's bytes as they are in its file now."""
     state = xxhash.xxh3_128()
-    for lo, hi in _bands(block.shape[0], block.row_bytes):
-        out = _buffers.take("block", hi - lo, block.row_bytes)
-        files.rows(block, lo, hi, out)
+    for lo, hi in _bands(extent.shape[0], extent.row_bytes):
+        out = _buffers.take("extent", hi - lo, extent.row_bytes)
+        files.rows(extent, lo, hi, out)
         state.update(out.data)
     return state.hexdigest()
 
@@ -200,24 +200,23 @@ def _stored_bands(files: OpenFiles, move: Move, rows: int, columns: int) -> Iter
     states = [xxhash.xxh3_128() for _ in move.sources]
     for lo, hi in _bands(rows, columns * dtype.itemsize):
         matrix = _buffers.take("matrix", hi - lo, columns * dtype.itemsize).view(dtype)
-        for block, state in zip(move.sources, states, strict=True):
-            first, mine, across = overlap(block.range, move, lo, hi)
+        for extent, state in zip(move.sources, states, strict=True):
+            first, mine, across = overlap(extent.range, move, lo, hi)
             where = matrix[mine, across]
             if not len(where):
                 continue
-            part = (
-                where.view(np.uint8) if where.flags.c_contiguous else _buffers.take("part", len(where), block.row_bytes)
-            )
-            files.rows(block, first, first + len(where), part)
-            if block.digest:
+            is_whole = where.flags.c_contiguous
+            part = where.view(np.uint8) if is_whole else _buffers.take("part", len(where), extent.row_bytes)
+            files.rows(extent, first, first + len(where), part)
+            if extent.digest:
                 state.update(part.data)
-            if not where.flags.c_contiguous:
+            if not is_whole:
                 where[:] = part.view(dtype)
         yield lo, hi, matrix
-    for block, state in zip(move.sources, states, strict=True):
-        if block.digest and state.hexdigest() != block.digest:
+    for extent, state in zip(move.sources, states, strict=True):
+        if extent.digest and state.hexdigest() != extent.digest:
             raise CheckpointError(
-                f"{block.file}: damaged: tensor {block.info.name}, {block.range}: its bytes are not those that its "
+                f"{extent.file}: damaged: tensor {extent.info.name}, {extent.range}: its bytes are not those that its "
                 "manifest lists. Make this file anew or copy it again."
             )
 
@@ -239,31 +238,31 @@ def _turn(values: Elements, out: Elements) -> None:
             out[row : row + 2 * TILE, col : col + TILE] = values[col : col + TILE, row : row + 2 * TILE].T
 
 
-Put = Callable[[Block, int, Elements], None]
+Put = Callable[[Extent, int, Elements], None]
 """Takes stored rows of a target from a given row on."""
 
 
-def perform(files: OpenFiles, move: Move, put: Put = lambda block, row, rows: None) -> list[str]:
+def perform(files: OpenFiles, move: Move, put: Put = lambda extent, row, rows: None) -> list[str]:
     """Give every target of a move its rows, in order; returns the targets' digests."""
-    states = {block.range.lo: xxhash.xxh3_128() for block in move.targets}
+    states = {extent.range.lo: xxhash.xxh3_128() for extent in move.targets}
     target = move.targets[0]
     for lo, hi, matrix in matrices(files, move, target.range.dim):
         values = convert(matrix, move.dtype, target.info.dtype, f"{move.sources[0].file}: {move.part[0]}")
         cut: dict[int, Elements] = {}
-        for block in move.targets:
-            first, mine, across = overlap(block.range, move, lo, hi)
+        for extent in move.targets:
+            first, mine, across = overlap(extent.range, move, lo, hi)
             part = values[mine, across]
             if not len(part):
                 continue
-            start = block.range.lo
+            start = extent.range.lo
             if start not in cut:  # copies of a range share the cut and the digest
                 if not part.flags.c_contiguous:
-                    part = _buffers.take(f"columns {len(cut)}", len(part), block.row_bytes).view(values.dtype)
+                    part = _buffers.take(f"columns {len(cut)}", len(part), extent.row_bytes).view(values.dtype)
                     part[:] = values[mine, across]
                 cut[start] = part
                 states[start].update(part.view(np.uint8).data)
-            put(block, first, cut[start])
-    return [states[block.range.lo].hexdigest() for block in move.targets]
+            put(extent, first, cut[start])
+    return [states[extent.range.lo].hexdigest() for extent in move.targets]
 
 
 def in_parallel(work: Callable[[Item], None], items: Iterable[Item], jobs: int) -> None:

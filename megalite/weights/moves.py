@@ -1,8 +1,8 @@
 """Moves of weights between files: which ranges are read, and from where, to make which others. Torch-free.
 
 A part is one Hugging Face tensor, or one weight of a fused one. It is cut along one dimension: a Hugging Face file has
-all of it in one `Block`, each rank file the range that the weight table gives that rank. A `Move` holds the blocks that
-a part is read from and those it is written to; convert, reshard, export and verify are lists of moves.
+all of it in one `Extent`, each rank file the range that the weight table gives that rank. A `Move` holds the extents
+that a part is read from and those it is written to; convert, reshard, export and verify are lists of moves.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Part = tuple[str, int, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Extent:
     """A range and the tensor of a file that it lies in.
 
     Its bytes are rows of the stored matrix, if the range lies along dim 0, or a piece of each row; a vector is a
@@ -47,7 +47,7 @@ class Block:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the block, as stored."""
+        """Rows and columns of the extent, as stored."""
         count, row = self.range.count, self.range.piece.row
         return (count, row) if self.range.dim == 0 else (row, count)
 
@@ -71,8 +71,8 @@ class Block:
         step = self.stride if self.range.dim == 0 else DTYPE_BYTES[self.info.dtype]
         return self.info.offset + self.range.start * step
 
-    def cut(self, lo: int, hi: int) -> Block:
-        """What of it lies in lo..hi. Only the whole of a block can be checked."""
+    def cut(self, lo: int, hi: int) -> Extent:
+        """What of it lies in lo..hi. Only the whole of an extent can be checked."""
         lo, hi = max(lo, self.range.lo), min(hi, self.range.hi)
         if (lo, hi) == (self.range.lo, self.range.hi):
             return self
@@ -81,10 +81,10 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Blocks that together hold lo..hi of a part, in order, and the blocks to be made of them."""
+    """Blocks that together hold lo..hi of a part, in order, and the extents to be made of them."""
 
-    sources: tuple[Block, ...]
-    targets: tuple[Block, ...] = ()
+    sources: tuple[Extent, ...]
+    targets: tuple[Extent, ...] = ()
 
     @property
     def part(self) -> Part:
@@ -106,7 +106,7 @@ class Move:
     @property
     def nbytes(self) -> int:
         """Written by this move."""
-        return sum(block.nbytes for block in self.targets)
+        return sum(extent.nbytes for extent in self.targets)
 
     @property
     def place(self) -> tuple[str, int]:
@@ -114,23 +114,23 @@ class Move:
         return str(self.sources[0].file), self.sources[0].offset
 
 
-def hf_blocks(config: ModelConfig, tensors: dict[str, TensorInfo]) -> list[Block]:
+def hf_extents(config: ModelConfig, tensors: dict[str, TensorInfo]) -> list[Extent]:
     """Where each part lies in Hugging Face files. A part that is used twice (a tied embedding) is there once."""
-    found: dict[tuple[str, int], Block] = {}
+    found: dict[tuple[str, int], Extent] = {}
     for piece in pieces(config):
-        found.setdefault((piece.hf, piece.hf_start), Block(piece.as_stored(), tensors[piece.hf]))
+        found.setdefault((piece.hf, piece.hf_start), Extent(piece.as_stored(), tensors[piece.hf]))
     return list(found.values())
 
 
-def by_part(blocks: Iterable[Block]) -> dict[Part, list[Block]]:
-    """The blocks of each part, in their order."""
-    found: dict[Part, list[Block]] = {}
-    for block in blocks:
-        found.setdefault(block.part, []).append(block)
+def by_part(extents: Iterable[Extent]) -> dict[Part, list[Extent]]:
+    """The extents of each part, in their order."""
+    found: dict[Part, list[Extent]] = {}
+    for extent in extents:
+        found.setdefault(extent.part, []).append(extent)
     return found
 
 
-def plan(sources: Iterable[Block], targets: Iterable[Block]) -> list[Move]:
+def plan(sources: Iterable[Extent], targets: Iterable[Extent]) -> list[Move]:
     """One move for each part of `targets`, in the order in which the sources lie in their files.
 
     Copies of a range are read once. CheckpointError if a part's sources differ in dtype.
@@ -140,29 +140,29 @@ def plan(sources: Iterable[Block], targets: Iterable[Block]) -> list[Move]:
     return sorted(moves, key=lambda move: move.place)
 
 
-def reading(sources: Iterable[Block], wanted: Range, *, whole: bool) -> Move:
-    """The move without targets that brings a range, out of blocks of its part.
+def reading(sources: Iterable[Extent], wanted: Range, *, whole: bool) -> Move:
+    """The move without targets that brings a range, out of extents of its part.
 
-    Of the blocks only what lies in the range is read, so the digest of a block is checked where all of it is needed.
-    `whole`: blocks are read whole, and every digest is checked.
+    Of the extents only what lies in the range is read, so the digest of an extent is checked where all of it is needed.
+    `whole`: extents are read whole, and every digest is checked.
     """
-    needed = [block for block in sources if block.range.lo < wanted.hi and wanted.lo < block.range.hi]
-    move = move_of(needed if whole else [block.cut(wanted.lo, wanted.hi) for block in needed])
+    needed = [extent for extent in sources if extent.range.lo < wanted.hi and wanted.lo < extent.range.hi]
+    move = move_of(needed if whole else [extent.cut(wanted.lo, wanted.hi) for extent in needed])
     assert move.lo <= wanted.lo and wanted.hi <= move.hi, f"no source holds all of {wanted}"
     return move
 
 
-def move_of(sources: Iterable[Block], targets: Sequence[Block] = ()) -> Move:
-    """The move from blocks of one part, of which copies of a range are left out, to others."""
-    distinct: dict[int, Block] = {}
-    for block in sources:
-        distinct.setdefault(block.range.lo, block)
+def move_of(sources: Iterable[Extent], targets: Sequence[Extent] = ()) -> Move:
+    """The move from extents of one part, of which copies of a range are left out, to others."""
+    distinct: dict[int, Extent] = {}
+    for extent in sources:
+        distinct.setdefault(extent.range.lo, extent)
     chosen = [distinct[lo] for lo in sorted(distinct)]
     move = Move(tuple(chosen), tuple(targets))
     assert all(a.range.hi == b.range.lo for a, b in pairwise(chosen)), f"{move.part}: the sources leave a gap"
-    inside = all(move.lo <= block.range.lo and block.range.hi <= move.hi for block in targets)
+    inside = all(move.lo <= extent.range.lo and extent.range.hi <= move.hi for extent in targets)
     assert inside, f"{move.part}: a target lies where no source is"
-    odd = next((block for block in chosen if block.info.dtype != move.dtype), None)
+    odd = next((extent for extent in chosen if extent.info.dtype != move.dtype), None)
     if odd is not None:
         raise CheckpointError(
             f"{odd.file}: {odd.range} is {odd.info.dtype}, other ranges of the tensor are {move.dtype}"

@@ -34,7 +34,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Gather:
     """Source parameters that are made whole together, and what is read from them meanwhile."""
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Batch:
 class Round:
     """What this rank does in a round. Its buffer holds what goes out, then what comes in, ordered by the other rank."""
 
-    packing: tuple[Batch, ...]
+    packing: tuple[Gather, ...]
     outgoing: tuple[Slot, ...]
     incoming: tuple[Slot, ...]
 
@@ -60,10 +60,10 @@ class Round:
 
 
 class RoundBuilder:
-    """Makes a rank's rounds and batches.
+    """Makes a rank's rounds and gathers.
 
     `peers`: the replicas of this rank in the source layout, itself included; what any of them reads, all make whole.
-    `sizes`: bytes of each whole source parameter. A batch is at most `bucket_bytes` large, or one parameter.
+    `sizes`: bytes of each whole source parameter. A gather is at most `bucket_bytes` large, or one parameter.
     """
 
     def __init__(self, rank: int, peers: Sequence[int], sizes: Mapping[str, int], bucket_bytes: int):
@@ -80,9 +80,9 @@ class RoundBuilder:
             slots.append(Slot(transfer, end))
             end += transfer.elements
         packed = slots[: len(outgoing)]
-        return Round(self.batches(transfers, packed), tuple(packed), tuple(slots[len(outgoing) :]))
+        return Round(self.gathers(transfers, packed), tuple(packed), tuple(slots[len(outgoing) :]))
 
-    def batches(self, transfers: Iterable[Transfer], slots: Iterable[Slot]) -> tuple[Batch, ...]:
+    def gathers(self, transfers: Iterable[Transfer], slots: Iterable[Slot]) -> tuple[Gather, ...]:
         """Batches for `slots` of this rank, which are some of `transfers`, those of all ranks."""
         by_name: dict[str, list[Slot]] = {}
         for transfer in transfers:
@@ -91,20 +91,20 @@ class RoundBuilder:
         for slot in slots:
             by_name[slot.transfer.source.piece.param].append(slot)
         return tuple(
-            Batch(tuple(names), tuple(slot for name in names for slot in by_name[name])) for names in self.fit(by_name)
+            Gather(tuple(names), tuple(slot for name in names for slot in by_name[name])) for names in self.fit(by_name)
         )
 
     def fit(self, names: Iterable[str]) -> list[list[str]]:
         """The names in order, cut where the whole parameters would be more than a bucket."""
-        batches: list[list[str]] = []
+        gathers: list[list[str]] = []
         room = -1
         for name in names:
             room -= self.sizes[name]
             if room < 0:
-                batches.append([])
+                gathers.append([])
                 room = self.bucket_bytes - self.sizes[name]
-            batches[-1].append(name)
-        return batches
+            gathers[-1].append(name)
+        return gathers
 
 
 class Executor:
@@ -133,11 +133,11 @@ class Executor:
         self.device = device
         self.transport = transport
 
-    def copy(self, batches: Iterable[Batch]) -> None:
+    def copy(self, gathers: Iterable[Gather]) -> None:
         """From parameter to parameter, whatever the order in which either lies in memory."""
-        for batch in batches:
-            with self.gathered(batch.names):
-                for slot in batch.slots:
+        for gather in gathers:
+            with self.gathered(gather.names):
+                for slot in gather.slots:
                     _view(self.target, slot.transfer.target).copy_(_view(self.source, slot.transfer.source))
 
     def exchange(self, rounds: Sequence[Round]) -> None:
@@ -156,9 +156,9 @@ class Executor:
             self._unpack(one, buffer)
 
     def _pack(self, one: Round, buffer: Tensor) -> None:
-        for batch in one.packing:
-            with self.gathered(batch.names):
-                for slot in batch.slots:
+        for gather in one.packing:
+            with self.gathered(gather.names):
+                for slot in gather.slots:
                     source = _view(self.source, slot.transfer.source)
                     _segment(buffer, slot, source).copy_(source)  # rounds, where the target has another dtype
 

@@ -20,7 +20,7 @@ from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.manifest import WEIGHT, Manifest, StoredFile, StoredRange, StoredTensor, digest_of, file_name
-from megalite.weights.moves import Block
+from megalite.weights.moves import Extent
 from megalite.weights.table import expected
 from megalite.weights.tensor_file import TensorInfo, new_header, read_header
 
@@ -85,37 +85,37 @@ def rank_header(
     return new_header(path, entries, said)
 
 
-def rank_blocks(
+def rank_extents(
     config: ModelConfig,
     layout: Layout,
     rank: int,
     tensors: Mapping[str, TensorInfo],
     kind: str = WEIGHT,
     file: StoredFile | None = None,
-) -> list[Block]:
+) -> list[Extent]:
     """The ranges that the file of one rank holds, in the order of `expected`. `file`: which tells their digests."""
     return [
-        Block(one, tensors[name], file.tensors[name].ranges[index].digest if file else "", kind)
+        Extent(one, tensors[name], file.tensors[name].ranges[index].digest if file else "", kind)
         for name, (_, ranges) in expected(config, layout, rank).items()
         for index, one in enumerate(ranges)
     ]
 
 
-def stored_file(header: bytes, rank: int, kind: str, blocks: Iterable[Block]) -> StoredFile:
-    """What a manifest says of a rank file, from its `blocks` with their digests."""
+def stored_file(header: bytes, rank: int, kind: str, extents: Iterable[Extent]) -> StoredFile:
+    """What a manifest says of a rank file, from its `extents` with their digests."""
     infos: dict[str, TensorInfo] = {}
     ranges: dict[str, list[StoredRange]] = {}
-    for block in blocks:
-        infos[block.info.name] = block.info
-        one = block.range
-        listed = StoredRange(one.piece.hf, one.piece.hf_dim, one.lo, one.hi, block.digest)
-        ranges.setdefault(block.info.name, []).append(listed)
+    for extent in extents:
+        infos[extent.info.name] = extent.info
+        one = extent.range
+        listed = StoredRange(one.piece.hf, one.piece.hf_dim, one.lo, one.hi, extent.digest)
+        ranges.setdefault(extent.info.name, []).append(listed)
     tensors = {name: StoredTensor(info.dtype, info.shape, tuple(ranges[name])) for name, info in infos.items()}
     nbytes = len(header) + sum(info.nbytes for info in infos.values())
     return StoredFile(rank, kind, nbytes, digest_of(header), tensors)
 
 
-def file_blocks(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> list[Block]:
+def file_extents(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> list[Extent]:
     """What a rank file of `layout` holds, once its header, the manifest and the weight table agree.
 
     Else CheckpointError.
@@ -148,4 +148,4 @@ def file_blocks(folder: Path, file: StoredFile, config: ModelConfig, layout: Lay
         raise CheckpointError(
             f"{path}: its header does not say of {wrong} what {manifests.NAME} says. Is it the file of another rank?"
         )
-    return rank_blocks(config, layout, file.rank, tensors, file.kind, file)
+    return rank_extents(config, layout, file.rank, tensors, file.kind, file)

@@ -18,10 +18,10 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import maybe_fault
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.checkpoint import blocks_for
+from megalite.weights.checkpoint import extents_for
 from megalite.weights.copying import OpenFiles, in_parallel, matrices, overlap
 from megalite.weights.dtypes import torch_dtype
-from megalite.weights.moves import Block, Move, by_part, reading
+from megalite.weights.moves import Extent, Move, by_part, reading
 from megalite.weights.table import Piece, Range, expected, owned
 
 INIT_STD = 0.02
@@ -60,17 +60,17 @@ def load_folder(decoder: Decoder, folder: str | Path, *, whole: bool = False) ->
     """
     state = decoder.state
     place = (decoder.config, state.layout, state.rank)
-    fill(dict(decoder.named_parameters()), owned(*place), blocks_for(Path(folder), *place), whole=whole)
+    fill(dict(decoder.named_parameters()), owned(*place), extents_for(Path(folder), *place), whole=whole)
 
 
 @torch.no_grad()
-def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], blocks: Iterable[Block], *, whole: bool) -> None:
-    """Read local parameters, by name, which are made of `ranges`, out of the files that `blocks` of one kind lie in.
+def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterable[Extent], *, whole: bool) -> None:
+    """Read local parameters, by name, which are made of `ranges`, out of the files that `extents` of one kind lie in.
 
     They may be of any dtype and on any device. Files are read in order, by a few threads, each of which holds a band of
     rows; of a matrix that the file holds turned (GPT-2) the whole. `whole`: see `moves.reading`.
     """
-    there = {part[:2]: mine for part, mine in by_part(blocks).items()}
+    there = {part[:2]: mine for part, mine in by_part(extents).items()}
     filled = _Filled(params)
     work: list[tuple[Move, Range, Tensor]] = []
     for one in ranges:
@@ -108,9 +108,9 @@ def read_parameters(
     Out of rank shards of any layout, whose digests are all checked: a rank reads each range whole of which it needs
     some rows. With twice the tp of the files that is twice the bytes. CheckpointError if a file is damaged.
     """
-    blocks = by_part(blocks_for(folder, config, layout, rank, kind))
+    extents = by_part(extents_for(folder, config, layout, rank, kind))
     for name, (shape, ranges) in expected(config, layout, rank).items():
-        mine = [block for one in ranges for block in blocks[one.piece.hf, one.piece.hf_start, kind]]
+        mine = [extent for one in ranges for extent in extents[one.piece.hf, one.piece.hf_start, kind]]
         values = torch.empty(shape, dtype=torch_dtype(mine[0].info.dtype))
         fill({name: values}, ranges, mine, whole=True)
         yield name, values
