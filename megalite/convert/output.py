@@ -192,7 +192,7 @@ class Output:
 
     def _check_space(self) -> None:
         needed = sum(file.nbytes for file in self._files.values()) + self._extra_bytes + SPARE_BYTES
-        held = sum(path.lstat().st_extents * 512 for path in [*self._old_files(), *left_behind(self.folder)])
+        held = sum(path.lstat().st_blocks * 512 for path in [*self._old_files(), *left_behind(self.folder)])
         free = shutil.disk_usage(self.folder).free
         if needed > free + held:
             raise ResourceError(

@@ -13,12 +13,12 @@ of any layout goes on from it. What it holds does not depend on dp and the ZeRO 
 from __future__ import annotations
 
 import logging
-import math
 import re
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,19 +30,18 @@ from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, as_json, sync_folder
-from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
 from megalite.train.gradients import is_shared
 from megalite.train.trainer import Trainer
 from megalite.train.zero import MOMENTS, WEIGHT, finish_setting, get_whole, set_whole
 from megalite.weights import manifest as manifests
 from megalite.weights import shards, side_files
-from megalite.weights.dtypes import DTYPE_BYTES
 from megalite.weights.folder import CONFIG, ModelFolder
-from megalite.weights.manifest import Manifest, StoredFile, StoredRange, StoredTensor, digest_of, file_name
-from megalite.weights.shards import rank_header, stored_layout
+from megalite.weights.manifest import Manifest, StoredFile, digest_of, file_name
+from megalite.weights.moves import Extent
+from megalite.weights.shards import rank_extents, rank_header, stored_file, stored_layout
 from megalite.weights.side_files import SideFiles
-from megalite.weights.table import Range, expected, pieces
+from megalite.weights.table import expected, pieces
 from megalite.weights.transfer import read_parameters
 
 KINDS = (WEIGHT, *MOMENTS)
@@ -139,15 +138,17 @@ def _write_files(trainer: Trainer, layout: Layout, target: Path) -> dict[str, by
         for kind in reversed(mine):  # they are closed in the order of the kinds
             files[kind] = stack.enter_context(DurableFile(target / file_name(rank, kind)))
             stack.callback(maybe_fault, "state.save", state.rank)
-            files[kind].write(_RankFile.of(trainer.decoder.config, layout, rank, kind).header)
-        for name, (_, _, parts) in _RankFile.of(trainer.decoder.config, layout, rank, WEIGHT).tensors.items():
+            files[kind].write(_rank_file(trainer, layout, rank, kind)[0])
+        extents = _rank_file(trainer, layout, rank, WEIGHT)[1]
+        for name, parts in groupby((extent.range for extent in extents), key=lambda one: one.piece.param):
+            ranges = list(parts)
             for kind in KINDS:
                 value = get_whole(params[name], kind)  # every replica comes by here
                 if kind in files:
                     value = _rescaled(trainer, name, kind, value.cpu(), stored=True)
                     files[kind].write(as_bytes(value))
-                    for part in parts:
-                        values = value.narrow(part.piece.dim, part.start, part.hi - part.lo)
+                    for one in ranges:
+                        values = value.narrow(one.dim, one.start, one.count)
                         digests[kind] += bytes.fromhex(digest_of(as_bytes(values)))
     return digests
 
@@ -158,13 +159,15 @@ def _collect_files(trainer: Trainer, layout: Layout, digests: Mapping[str, bytea
     files = {}
     for rank in layout.ranks:
         for kind in KINDS:
-            file = _RankFile.of(trainer.decoder.config, layout, rank, kind)
+            header, extents = _rank_file(trainer, layout, rank, kind)
             writer = _writer(state.layout, rank, kind)
             found = digests.get(kind) if writer == state.rank else None
             if found is None:
-                found = bytearray(DIGEST_BYTES * sum(len(parts) for _, _, parts in file.tensors.values()))
+                found = bytearray(DIGEST_BYTES * len(extents))
                 dist.recv(torch.frombuffer(found, dtype=torch.uint8), writer, group=state.world.group)
-            files[file_name(rank, kind)] = file.stored(bytes(found))
+            digests_of = (found[at : at + DIGEST_BYTES].hex() for at in range(0, len(found), DIGEST_BYTES))
+            told = [replace(extent, digest=digest) for extent, digest in zip(extents, digests_of, strict=True)]
+            files[file_name(rank, kind)] = stored_file(header, rank, kind, told)
     return files
 
 
@@ -184,43 +187,14 @@ def _rescaled(trainer: Trainer, name: str, kind: str, value: Tensor, *, stored: 
     return value * scale if stored else (value / scale).float()
 
 
-@dataclass(frozen=True)
-class _RankFile:
-    """One file of a state, as every rank knows it before it is written."""
-
-    layout: Layout
-    rank: int
-    kind: str
-    tensors: dict[str, tuple[str, tuple[int, ...], list[Range]]]
-    """Dtype, shape and ranges of each parameter, in the order of the file: what may be float64 comes first."""
-
-    @classmethod
-    def of(cls, model: ModelConfig, layout: Layout, rank: int, kind: str) -> _RankFile:
-        scaled = {piece.param for piece in pieces(model) if is_shared(piece.split, layout.tp)}
-        held = sorted(expected(model, layout, rank).items(), key=lambda item: item[0] not in scaled)
-        dtypes = {name: "F64" if kind != WEIGHT and name in scaled else "F32" for name, _ in held}
-        return cls(layout, rank, kind, {name: (dtypes[name], shape, parts) for name, (shape, parts) in held})
-
-    @property
-    def header(self) -> bytes:
-        entries = {name: (dtype, shape) for name, (dtype, shape, _) in self.tensors.items()}
-        path = Path(file_name(self.rank, self.kind))
-        return rank_header(path, entries, self.layout, self.rank, self.kind)[0]
-
-    def stored(self, digests: bytes) -> StoredFile:
-        """As the manifest has it; `digests`: of its ranges, end to end."""
-        left = iter(digests[at : at + DIGEST_BYTES].hex() for at in range(0, len(digests), DIGEST_BYTES))
-        tensors = {
-            name: StoredTensor(dtype, shape, tuple(_range(part, next(left)) for part in parts))
-            for name, (dtype, shape, parts) in self.tensors.items()
-        }
-        start = self.header
-        sizes = (DTYPE_BYTES[dtype] * math.prod(shape) for dtype, shape, _ in self.tensors.values())
-        return StoredFile(self.rank, self.kind, len(start) + sum(sizes), digest_of(start), tensors)
-
-
-def _range(part: Range, digest: str) -> StoredRange:
-    return StoredRange(part.piece.hf, part.piece.hf_dim, part.lo, part.hi, digest)
+def _rank_file(trainer: Trainer, layout: Layout, rank: int, kind: str) -> tuple[bytes, list[Extent]]:
+    """The header of a rank's file and the ranges in it, in their order: those of what may be float64 come first."""
+    model = trainer.decoder.config
+    scaled = {piece.param for piece in pieces(model) if is_shared(piece.split, layout.tp)}
+    held = sorted(expected(model, layout, rank).items(), key=lambda item: item[0] not in scaled)
+    entries = {name: ("F64" if kind != WEIGHT and name in scaled else "F32", shape) for name, (shape, _) in held}
+    header, tensors = rank_header(Path(file_name(rank, kind)), entries, layout, rank, kind)
+    return header, sorted(rank_extents(model, layout, rank, tensors, kind), key=lambda extent: extent.offset)
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
