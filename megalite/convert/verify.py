@@ -1,4 +1,4 @@
-"""Proves that weights are what they should be: every range is derived again and its digest compared.
+"""Verification of weights: every range is made again and its digest compared.
 
 By itself a folder of rank shards is held against its manifest and the weight table; `against` another checkpoint, in
 any form and layout, every range is also made anew from there. Torch-free.

@@ -1,4 +1,4 @@
-"""Performs moves: reads the extents of a part band by band, cuts and converts them, and gives them to whoever asks.
+"""Performs moves: reads the extents of a part in bands of rows, cuts and converts them, and passes them on.
 
 Reading is plain `pread`, not a memory map, so that bytes arrive in large sequential requests and count as nobody's
 resident memory. Memory is bounded by bands of a few MiB a thread; where a matrix has to be turned (GPT-2), the whole of

@@ -102,7 +102,8 @@ def _check_tied(embedding: TensorInfo, head: TensorInfo) -> None:
 
 
 def _some_rows(info: TensorInfo) -> list[bytes]:
-    count, nbytes = info.shape[0], info.nbytes // max(1, info.shape[0])
+    count = info.shape[0] if info.shape else 1
+    nbytes = info.nbytes // max(1, count)
     with open(info.file, "rb") as file:
         rows = range(0, count, max(1, count // COMPARED_ROWS))
         return [os.pread(file.fileno(), nbytes, info.offset + row * nbytes) for row in rows]

@@ -1,4 +1,4 @@
-"""What a folder of rank shards says of itself: manifest.json, written last, believed only after every rule is checked.
+"""The manifest of a folder of rank shards, manifest.json: written last, checked against every rule when it is read.
 
 It lists, for every tensor of every rank file, dtype, shape and which ranges of which Hugging Face tensors it is made
 of, each with a digest of its bytes as they lie in the file: xxh3_128, which finds accidents, not forgery. Torch-free.
@@ -202,7 +202,7 @@ class _Broken(Exception):
 
 
 def _take(kind: Any, value: Any, where: str) -> Any:
-    """A value as the type of a manifest's field has it, believing nothing. _Broken: where it isn't so."""
+    """A JSON value converted to the type of a manifest's field, or _Broken."""
     if kind is Any:
         return value
     if kind is Layout:

@@ -1,4 +1,4 @@
-"""Moves of weights between files: which ranges are read, and from where, to make which others. Torch-free.
+"""The plan of copying weights between files: which ranges are read, from where, to make which others. Torch-free.
 
 A part is one Hugging Face tensor, or one weight of a fused one. It is cut along one dimension: a Hugging Face file has
 all of it in one `Extent`, each rank file the range that the weight table gives that rank. A `Move` holds the extents

@@ -1,4 +1,4 @@
-"""Performs a plan of transfers on one rank: local copies, then rounds of one message to and from each other rank.
+"""Executes a reshard plan on one rank: local copies, then rounds of one message to and from each other rank.
 
     source parameters --pack--> [ outgoing | incoming ] --unpack--> target parameters
                                    one buffer, in the target's dtype

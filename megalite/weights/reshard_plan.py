@@ -1,4 +1,4 @@
-"""Plans of how a model moves in memory from the ranks of one layout to those of another. Torch-free.
+"""The plan of moving a model in memory from the ranks of one layout to those of another. Torch-free.
 
     owned(source) --\\
                      atoms --> plan: one Transfer a range --> buckets: rounds of bounded memory

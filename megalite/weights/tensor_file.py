@@ -1,4 +1,4 @@
-"""One safetensors file: a header that is believed only after every rule is checked.
+"""The header of a safetensors file: read and checked against every rule, or made for a new file.
 
 The file is 8 bytes of little-endian header length, a JSON header, and the tensors' bytes end to end. Torch-free.
 """
