@@ -85,7 +85,7 @@ def layouts(draw, layers: int) -> Layout:
     return Layout(tp, pp, interleave=draw(st.integers(1, layers // pp)) if pp > 1 else 1)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sizes=SIZES, data=st.data())
 def test_any_chain_of_layouts_gives_back_every_bit(tmp_path_factory, sizes, data):
     """And what comes out of a reshard is what comes out of a convert to the same layout."""

@@ -52,7 +52,6 @@ def local(folder: Path, layout: Layout, rank: int) -> dict:
     [
         Sizes("llama", layers=4, tied=True),
         Sizes("gpt2", layers=4, tied=True, dtype="F32"),
-        Sizes("phi3", layers=4),
         Sizes("qwen3_moe", layers=4, vector_dtype="F32"),
     ],
     ids=lambda sizes: sizes.family,

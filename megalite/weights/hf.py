@@ -61,7 +61,6 @@ def is_weights(name: str) -> bool:
 class HFWeights:
     """The tensors of a model folder, by their full names; nothing but headers is read."""
 
-    folder: Path
     tensors: dict[str, TensorInfo]
     bare: bool = False
     """Its files hold the bare model, whose names lack the family's prefix."""
@@ -75,7 +74,7 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
     is tied to gets its own.
     """
     if names is None:
-        return HFWeights(folder, _read_files(folder, None))
+        return HFWeights(_read_files(folder, None))
     embedding, head = names.embed.hf, names.tied_head
     tensors = _read_files(folder, may_be_absent=head)
     bare = not any(name.startswith(names.prefix) for name in tensors)
@@ -86,7 +85,7 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
             _check_tied(tensors[embedding], tensors[head])
         else:
             tensors[embedding] = tensors.pop(head)
-    return HFWeights(folder, tensors, bare)
+    return HFWeights(tensors, bare)
 
 
 def _check_tied(embedding: TensorInfo, head: TensorInfo) -> None:
