@@ -150,9 +150,7 @@ def test_how_a_program_fails_is_told_in_words_of_ours(program, reason):
 
 
 ATTEMPTS = """
-open('/etc/shadow')
 open('/etc/passwd')
-open('/etc/hostname', 'rb')
 open(SECRET)
 open(LINK)
 open(FIFO)
@@ -168,26 +166,17 @@ os.scandir(os.path.dirname(SECRET))
 os.listdir('/proc')
 os.listdir('/proc/self/fd')
 open('/proc/self/environ')
-open('/proc/self/maps')
 open('/proc/self/mem', 'rb')
 open('/proc/self/fd/0')
-open('/proc/thread-self/fd/1', 'rb')
 open('/dev/fd/0')
-open('/dev/stdin')
 open(f'/proc/{os.getppid()}/environ')
-open(f'/proc/{os.getppid()}/cmdline')
 open(f'/proc/{os.getppid()}/fd/0', 'rb')
 [open(f'/proc/{PIPE}/fd/{fd}', 'rb') for fd in FDS]
 [os.open(f'/proc/{PIPE}/fd/{fd}', os.O_RDONLY | os.O_NONBLOCK) for fd in FDS]
 open(f'/proc/{PIPE}/root/etc/passwd')
 open(f'/proc/{PIPE}/cwd')
-open(f'/proc/{PIPE}/task/{PIPE}/environ')
-os.readlink(f'/proc/{PIPE}/fd/0')
 os.readlink('/proc/self/exe')
 open('/dev/zero', 'rb')
-open('/dev/tty')
-open('/dev/shm')
-open('/sys/kernel/uevent_seqnum')
 mmap.mmap(os.open(SECRET, os.O_RDONLY), 0)
 open('/tmp/absent/x', 'w')
 open(SECRET, 'a')
@@ -195,46 +184,36 @@ os.open('/dev/null', os.O_RDWR)
 os.open('/tmp', os.O_TMPFILE | os.O_RDWR)
 os.remove(SECRET)
 os.mkdir('/tmp/absent')
-os.rmdir('/tmp/absent')
 os.rename(SECRET, SECRET + '2')
 os.link(SECRET, SECRET + '2')
-os.symlink(SECRET, SECRET + '2')
 os.mkfifo(SECRET + '2')
-os.truncate(SECRET, 0)
 os.chmod(SECRET, 0)
-os.chown(SECRET, 0, 0)
-os.utime(SECRET)
 os.setxattr(SECRET, 'user.x', b'')
 os.chdir('/tmp')
-os.chroot('/tmp')
 os.memfd_create('x')
 os.pipe()
 socket.socket()
-socket.socketpair()
 os.fork()
-os.posix_spawn('/bin/true', ['true'], {})
 os.execv('/bin/true', ['true'])
 os.kill(os.getppid(), 0)
 os.kill(-1, 0)
-os.pidfd_open(os.getppid())
-os.setuid(1)
 os.setsid()
-os.sched_setaffinity(0, {0})
-os.setpriority(os.PRIO_PROCESS, 0, 5)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))
 fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())
 fcntl.ioctl(0, 0)
 call('prctl', 1, 0, 0, 0, 0)
 call('ptrace', 16, os.getppid(), 0, 0)
 call('process_vm_readv', os.getppid(), 0, 0, 0, 0, 0)
-call('mount', 0, 0, 0, 0, 0)
 call('unshare', 0x10000000)
 call('syscall', 437, -100, b'/etc/passwd', bytes(24), 24)
 call('syscall', 438, 3, 0, 0)
 call('syscall', 425, 1, bytes(120))
 call('syscall', 444, 0, 0, 1)
 """
-"""Each must fail. The numbers: openat2, pidfd_getfd, io_uring_setup, landlock_create_ruleset."""
+"""Each must fail; the test of the filter shows that whole classes of calls are refused.
+
+The numbers: openat2, pidfd_getfd, io_uring_setup, landlock_create_ruleset.
+"""
 
 
 @pytest.mark.parametrize("allow_list", [True, False])
@@ -403,17 +382,11 @@ def test_rewards_come_in_the_order_of_the_samples(own):
 def test_a_pool_serves_many_times_and_takes_large_examples(own):
     with RewardPool("own_rewards:reward", workers=2, time_limit=PATIENCE, failure_reward=0) as pool:
         for size in (1, 1 << 20):
-            samples = [
-                Sample(prompt="é" * size, completion="len(prompt) + len(example['x'])", example={"x": "y" * size})
-            ]
-            assert pool.evaluate(samples * 3) == [Scored(reward=2 * size)] * 3
+            completion, example = "len(prompt) + len(example['x'])", {"x": "y" * size}
+            samples = [Sample(prompt="é" * size, completion=completion, example=example)] * 3
+            assert pool.evaluate(samples) == [Scored(reward=2 * size)] * 3
     with pytest.raises(RuntimeError, match="entered"):
         pool.evaluate([])
-
-
-def test_shipped_rewards_are_served():
-    scored = evaluate(["x = 1\n", "x = = 1\ny\n"], "megalite.rewards:parses_as_python")
-    assert scored == [Scored(reward=1.0), Scored(reward=0.0)]
 
 
 BAD_REWARDS = [
@@ -571,15 +544,12 @@ def test_a_reward_that_can_not_be_used_is_named_before_the_start(own, name, mess
     assert found.key == "hybrid.reward" and found.value == name
 
 
-def test_good_rewards_pass_the_check(own):
-    assert check_reward("configs.hybrid.grpo_demo:complete_function") is None
-    assert check_reward("own_rewards:reward") is None
+NAMES_OF_EARLIER_CONFIGS = ["megalite.hybrid.rewards:exact_match", "megalite.hybrid.rewards:complete_function"]
 
 
-@pytest.mark.parametrize("name", ["rewards:exact_match", "rewards:complete_function"])
-def test_names_of_earlier_configs_lead_where_the_rewards_are_now(name, own):
-    """In any working folder."""
-    assert check_reward(f"megalite.hybrid.{name}") is None
+@pytest.mark.parametrize("name", ["own_rewards:reward", "megalite.rewards:passes_asserts", *NAMES_OF_EARLIER_CONFIGS])
+def test_good_rewards_pass_the_check_in_any_working_folder(name, own):
+    assert check_reward(name) is None
 
 
 def test_rewards_and_tasks_need_no_torch():

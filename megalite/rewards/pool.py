@@ -94,7 +94,7 @@ class RewardPool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        workers = [self._idle.get() for _ in range(self._count)]
+        workers = [self._idle.get() for _ in range(self._idle.qsize())]  # all: `evaluate` leaves none at work
         for worker in workers:
             worker.child.no_more()
         for worker in workers:
