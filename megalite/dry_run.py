@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
-from megalite.inference.memory import activation_bytes, blocks_for, graph_bytes, kv_block_bytes
+from megalite.inference.memory import RankMemory, blocks_for
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
 from megalite.weights.table import local_elements
@@ -93,15 +93,15 @@ def _engine_columns(engine: EngineSection, dtype: str, item: int) -> tuple[Colum
         full = f"kv of {engine.max_num_seqs} x {length}"
         found: dict[str, list[str]] = {"weights": [], "kv a token": [], full: [], "activations": []}
         for rank in ranks:
-            token = kv_block_bytes(model, layout, rank, block_size=1, itemsize=item)
-            batch = {"max_tokens": engine.max_num_batched_tokens, "max_rows": engine.max_num_seqs, "itemsize": item}
+            memory, rows = RankMemory(model, layout, rank, item), engine.max_num_seqs
+            token = memory.kv_block(1)
+            activations = memory.activations(max_tokens=engine.max_num_batched_tokens, max_rows=rows)
             found["weights"].append(format_bytes(local_elements(model, layout, rank) * item))
             found["kv a token"].append(format_bytes(token))
-            found[full].append(format_bytes(token * length * engine.max_num_seqs))
-            found["activations"].append(format_bytes(activation_bytes(model, layout, rank, **batch)))
+            found[full].append(format_bytes(token * length * rows))
+            found["activations"].append(format_bytes(activations))
             if not engine.enforce_eager:
-                width = blocks_for(length, engine.block_size)
-                graphs = graph_bytes(model, layout, rank, max_rows=engine.max_num_seqs, max_blocks=width, itemsize=item)
+                graphs = memory.graphs(max_rows=rows, max_blocks=blocks_for(length, engine.block_size))
                 found.setdefault("graphs", []).append(format_bytes(graphs))
         return found
 

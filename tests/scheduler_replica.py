@@ -98,8 +98,8 @@ class Replica:
         plan, self.plans[cohort] = self.plans[cohort], None
         if plan is None:
             return []
-        results = [next_token(row.sequence.request, row.sequence.index, row.sequence.token_ids) for row in plan.sampled]
-        ended = self.scheduler.finish(plan, results)
+        sampled = [row.sequence for row in plan.sampled]
+        ended = self.scheduler.finish(plan, tuple(next_token(s.request, s.index, s.token_ids) for s in sampled))
         self.ended += ended
         self.check()
         return ended

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from megalite import LLM, SamplingParams
-from megalite.inference.memory import graph_bytes
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -120,8 +119,8 @@ def test_graphs_take_no_more_than_the_estimate(model):
             assert made.setdefault(count, tokens) == tokens
         assert sorted(replica._runner.graphs.captured) == [1, 2, 4, 8, 16]
         torch.cuda.empty_cache()
-        size = {"max_rows": 16, "max_blocks": 512 // 16, "itemsize": 4}
-        assert torch.cuda.memory_reserved() - before <= graph_bytes(replica.model, replica.layout, 0, **size)
+        estimate = replica.memory.graphs(max_rows=16, max_blocks=512 // 16)
+        assert torch.cuda.memory_reserved() - before <= estimate
 
 
 def test_bfloat16_stays_near_float32(model):

@@ -14,21 +14,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from pool_runtime import PoolRuntime
+from pool_replica import make_replica, make_requests
 from slow_generation import EOS, Ask, Completion, Expected, Slow
 from tiny_models import VOCAB
 from tiny_tokenizer import with_tokenizer
 from waiting import wait_until
 
-from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
+from megalite.config.schema import SamplingParams
+from megalite.core.agreement import broadcast_bytes
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError
-from megalite.inference.channel import broadcast_bytes
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
 from megalite.inference.io.inputs import Asked, make_request
 from megalite.inference.outputs import RequestOutput
-from megalite.inference.replica import Replica, load_replica
+from megalite.inference.replica import Replica
 from megalite.inference.request import Request
 from megalite.inference.run import make_feed, prepare, prompt_limits, run_everywhere
 from megalite.text.tokenizer import Tokenizer
@@ -116,19 +115,13 @@ class Seen:
     """Rows that ended before their prompt did."""
 
 
-def make_replica(rank: int, folder: Path, setting: Setting, store: str) -> Replica:
-    layout = setting.layout
-    config = InferConfig(
-        model=ModelSection(path=str(folder), dtype="float32"),
-        parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp, dp_mode=setting.dp_mode),
-        engine=EngineSection(**{"max_model_len": MAX_MODEL_LEN, "check_lockstep": True, **setting.engine}),
-    )
-    return load_replica(config, PoolRuntime(rank, layout.size, dist.FileStore(store, layout.size)))[0]
+def replica_of(setting: Setting, rank: int, folder: Path, store: str) -> Replica:
+    engine = {"max_model_len": MAX_MODEL_LEN, "check_lockstep": True, **setting.engine}
+    return make_replica(rank, folder, setting.layout, store=store, dp_mode=setting.dp_mode, **engine)
 
 
 def requests_for(replica: Replica, asks: Sequence[Ask]) -> list[Request]:
-    limits = prompt_limits(replica)
-    made = [make_request(ask.prompt, ask.params, limits, id=str(ask.place), index=ask.place)[0] for ask in asks]
+    made = make_requests(replica, [(ask.prompt, ask.params) for ask in asks])
     return [replace(request, bad_words=ask.bad_words) for request, ask in zip(made, asks, strict=True)]
 
 
@@ -169,7 +162,7 @@ class Spy:
 
 def generate(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], store: str):
     """What this rank gets and sees in each round: [(outputs in the order of `asks`, Seen), ...]."""
-    replica = make_replica(rank, folder, setting, store)
+    replica = replica_of(setting, rank, folder, store)
     engine = replica.engine()
     spy, requests = Spy(engine), requests_for(replica, asks)
     calls = [[request] for request in requests] if setting.alone else [requests]
@@ -220,7 +213,6 @@ SETTINGS = {
     "chunks of 7": Setting(engine={"block_size": 4, "max_num_batched_tokens": 7, "max_num_seqs": 5}),
     "blocks of 1": Setting(engine={"block_size": 1, "max_num_batched_tokens": 40, "max_num_seqs": 40}),
     "one place": Setting(engine={"max_num_seqs": 1}),
-    "no prefix cache": Setting(engine={"enable_prefix_caching": False}),
     "all cached": Setting(rounds=2, engine={"block_size": 4}),
     "recomputed": Setting(rounds=2, engine=TIGHT),
     "recomputed, no prefix cache": Setting(engine={**TIGHT, "enable_prefix_caching": False}),
@@ -229,13 +221,11 @@ SETTINGS = {
     "tp2": Setting(layout=Layout(2, 1, 1), engine=SMALL),
     "pp2": Setting(layout=Layout(1, 2, 1), engine=SMALL, rounds=2),
     "dp2": Setting(layout=Layout(1, 1, 2), engine=SMALL),
-    "dp2 async": Setting(layout=Layout(1, 1, 2), engine={**SMALL, "max_num_seqs": 3}, dp_mode="async", rounds=2),
-    "pp2 recomputed": Setting(layout=Layout(1, 2, 1), engine=TIGHT),
     "pp2 swapped": Setting(layout=Layout(1, 2, 1), engine={**TIGHT, "swap_space": 120 * GIB_A_BLOCK}),
     "pp3 swapped": Setting(layout=Layout(1, 3, 1), engine=SWAP),
     "tp3 recomputed": Setting(layout=Layout(3, 1, 1), engine=TIGHT),
     "tp2 pp2 swapped": Setting(layout=Layout(2, 2, 1), engine=SWAP),
-    "pp2 dp2 async": Setting(layout=Layout(1, 2, 2), engine=SMALL, dp_mode="async"),
+    "pp2 dp2 async": Setting(layout=Layout(1, 2, 2), engine={**SMALL, "max_num_seqs": 3}, dp_mode="async", rounds=2),
 }
 
 
@@ -266,7 +256,7 @@ def assert_it_happened(name: str, setting: Setting, seen: list[list[Seen]]) -> N
     whole = [seen] if setting.dp_mode == "async" else [[rounds] for rounds in seen]
     chunked = [sum(one.chunks for one in round_) > 0 for ranks in whole for round_ in zip(*ranks, strict=True)]
     assert chunked == [setting.engine.get("max_num_batched_tokens", 256) < 45] * len(chunked)
-    if name in ("no prefix cache", "alone"):
+    if name == "alone":  # without a prefix cache
         assert first.hits == hits(16, siblings_only=True) > 0
     if name == "all cached":
         assert seen[0][1].hits == hits(4)
@@ -323,7 +313,7 @@ def talking(tiny, tmp_path_factory) -> Path:
     return with_tokenizer(tiny(MODEL), tmp_path_factory.mktemp("talking") / "model")
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 3, 1)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 1), Layout(1, 3, 1)], ids=str)
 def test_stop_strings_end_every_stage(layout, talking, ranks, tmp_path):
     free = [Ask(place, SHORT[place], SamplingParams(max_tokens=40, ignore_eos=True, seed=place)) for place in range(6)]
     setting = Setting(layout=layout, engine={**SMALL, "num_kv_blocks": 40})
@@ -364,12 +354,12 @@ def test_no_stop_string_before_min_tokens(talking, ranks, tmp_path):
 
 def leave_off(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], store: str, after: int):
     """Run, stop after some steps, then run what is left on the same engine: (outputs before, outputs of the rest)."""
-    replica = make_replica(rank, folder, setting, store)
+    replica = replica_of(setting, rank, folder, store)
     engine, requests = replica.engine(), requests_for(replica, asks)
     before: list[RequestOutput] = []
     steps = []
     hooks = Hooks(on_output=before.append, on_step=steps.append, stop_requested=lambda: len(steps) >= after)
-    assert not engine.run(requests, make_feed(replica, requests, "first"), hooks)
+    assert not engine.run(make_feed(replica, requests, "first"), hooks)
     assert_idle(engine)
     state = replica.state
     names = json.dumps([output.request_id for output in before]).encode() if state.is_control else None
@@ -391,7 +381,7 @@ def test_a_stopped_engine_goes_on_with_the_rest(layout, tiny, ranks, expected, t
 
 def interrupt(rank: int, folder: Path, asks: Sequence[Ask], store: str):
     """Ctrl-C in the middle of a run, then the whole run again."""
-    replica = make_replica(rank, folder, Setting(engine=SWAP), store)
+    replica = replica_of(Setting(engine=SWAP), rank, folder, store)
     engine, requests = replica.engine(), requests_for(replica, asks)
     steps = []
 
@@ -401,7 +391,7 @@ def interrupt(rank: int, folder: Path, asks: Sequence[Ask], store: str):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        engine.run(requests, make_feed(replica, requests, "first"), Hooks(on_step=on_step))
+        engine.run(make_feed(replica, requests, "first"), Hooks(on_step=on_step))
     assert_idle(engine)
     return run_everywhere(replica, engine, requests, {}, key="second")
 
@@ -414,13 +404,13 @@ def test_an_interrupted_engine_can_be_used_again(tiny, ranks, expected, tmp_path
 def hurried(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> tuple[int, int]:
     """Requests that this replica finished, and the most it had at once, when replica 1 takes four times as long."""
     setting = Setting(layout=Layout(1, 2, 2), dp_mode="async", engine={"max_num_seqs": 2})
-    replica = make_replica(rank, folder, setting, store)
+    replica = replica_of(setting, rank, folder, store)
     engine, requests = replica.engine(), requests_for(replica, asks)
     feed, had = make_feed(replica, requests, "queue"), []
     slow, steps, over = replica.state.coord.dp == 1, Path(f"{store}-steps"), Path(f"{store}-over")
 
     def on_step(count: int) -> None:
-        had.append(len(engine.scheduler.unfinished) + engine.channel.num_arriving)
+        had.append(len(engine.scheduler._unfinished) + engine.channel.num_arriving)
         if not slow and replica.state.coord.pp == 1:
             with steps.open("a") as file:
                 file.write(".")
@@ -428,7 +418,7 @@ def hurried(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> tuple[i
             ahead = lambda: steps.exists() and steps.stat().st_size >= 4 * len(had)  # noqa: E731
             wait_until(lambda: over.exists() or ahead(), "replica 0 is ahead")
 
-    assert engine.run(requests, feed, Hooks(on_step=on_step))
+    assert engine.run(feed, Hooks(on_step=on_step))
     if not slow:
         over.touch()
     return engine.finished, max(had, default=0)
@@ -444,7 +434,7 @@ def test_a_free_replica_takes_more_work(tiny, ranks, tmp_path):
 
 def texts(rank: int, folder: Path, store: str) -> list[str | None]:
     """Prompts as the results of a second call show them; the first call's were texts, the second's are token ids."""
-    replica = make_replica(rank, folder, Setting(layout=Layout(1, 1, 2)), store)
+    replica = replica_of(Setting(layout=Layout(1, 1, 2)), rank, folder, store)
     engine, limits = replica.engine(), prompt_limits(replica)
     params = [SamplingParams(max_tokens=length) for length in (3, 9)]
     shown = []
@@ -467,7 +457,7 @@ def test_texts_of_one_call_do_not_show_up_in_the_next(talking, ranks, tmp_path):
 
 def prepared(rank: int, folder: Path, given: dict[str, list], store: str) -> dict[str, object]:
     """Of each case what the ranks make of `given`, one entry a rank: ids, or why not; and who tokenised how often."""
-    replica = make_replica(rank, folder, Setting(layout=Layout(1, 2, 2)), store)
+    replica = replica_of(Setting(layout=Layout(1, 2, 2)), rank, folder, store)
     limits, encode, encoded = prompt_limits(replica), replica.tokenizer.encode_batch, []
     replica.tokenizer.encode_batch = lambda texts, **options: encoded.append(len(texts)) or encode(texts, **options)
     found = {}
@@ -523,7 +513,7 @@ def test_ranks_are_given_the_same_and_tokenise_it_once_a_replica(talking, ranks,
 
 
 def out_of_step(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> None:
-    replica = make_replica(rank, folder, Setting(layout=Layout(1, 2, 1)), store)
+    replica = replica_of(Setting(layout=Layout(1, 2, 1)), rank, folder, store)
     engine = replica.engine()
     engine.scheduler._cache_age += rank == 0
     run_everywhere(replica, engine, requests_for(replica, asks), {}, key="")

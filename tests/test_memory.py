@@ -7,16 +7,15 @@ import random
 from pathlib import Path
 
 import pytest
-from pool_runtime import PoolRuntime
+from pool_replica import generate, make_replica, make_requests
 from reference import score
 from tiny_models import VOCAB
 
-from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
+from megalite.config.schema import SamplingParams
 from megalite.core.layout import Layout
 from megalite.inference import memory
-from megalite.inference.io.inputs import make_request
-from megalite.inference.llm import prompt_limits, run_everywhere
-from megalite.inference.replica import load_replica
+from megalite.inference.memory import RankMemory
+from megalite.inference.run import run_everywhere
 from megalite.model import families
 from megalite.monitor.metrics import peak_memory, reset_peak_memory
 
@@ -33,39 +32,30 @@ def shape(**changes) -> dict:
 def test_logits_of_scored_prompts_and_graphs_are_counted():
     """At 8k tokens a step and a vocabulary of 152k, logits of all would be 4.6 GiB in float32."""
     config = families.from_values(Path("config.json"), shape(vocab_size=152_000))
-    step = {"max_tokens": 8192, "itemsize": 2}
-    few, many = (memory.activation_bytes(config, Layout(), 0, max_rows=rows, **step) for rows in (1, 256))
+    one = RankMemory(config, Layout(), 0, itemsize=2)
+    few, many = (one.activations(max_tokens=8192, max_rows=rows) for rows in (1, 256))
     hidden = 8192 * 2 * 1000  # the layers' part is below
     chunk = memory.SCORED_LOGITS * 12 + memory.SAMPLING_CHUNK * 25
     assert chunk - 152_000 * 12 <= few <= chunk + hidden
     assert 256 * 152_000 * 12 <= many <= 256 * 152_000 * 12 + memory.SAMPLING_CHUNK * 25 + hidden
     assert memory.scored_rows(config, 1) * 152_000 <= memory.SCORED_LOGITS
     assert memory.scored_rows(config, 256) == 256, "no more than are sampled from in any case"
-    first, last = (memory.activation_bytes(config, Layout(1, 2, 1), rank, max_rows=256, **step) for rank in (0, 1))
+    stages = (RankMemory(config, Layout(1, 2, 1), rank, itemsize=2) for rank in (0, 1))
+    first, last = (stage.activations(max_tokens=8192, max_rows=256) for stage in stages)
     assert first <= hidden and last == many, "only the last stage has logits"
-    graphs = {"max_blocks": 512, "itemsize": 2}
-    powers = [1, 2, 4, 8, 16, 32, 64]
-    each = [memory.activation_bytes(config, Layout(), 0, max_tokens=n, max_rows=n, itemsize=2) for n in powers]
-    assert memory.graph_bytes(config, Layout(), 0, max_rows=40, **graphs) >= 2 * 12 * 152_000 * sum(powers)
-    assert memory.graph_bytes(config, Layout(), 0, max_rows=40, **graphs) <= 8 * each[-1] + memory.GRAPH_OVERHEAD
+    graphs, largest = one.graphs(max_rows=40, max_blocks=512), one.activations(max_tokens=64, max_rows=64)
+    assert 2 * 12 * 152_000 * (2 * 64 - 1) <= graphs <= 8 * largest + memory.GRAPH_OVERHEAD
 
 
 def scores(rank: int, folder: Path, layout: Layout, prompts: list[list[int]]) -> tuple[list[list[float]], list[int]]:
     """Of each token after the first; and of how many rows the head's outputs were."""
     memory.SCORED_LOGITS = 5 * VOCAB
-    config = InferConfig(
-        model=ModelSection(path=str(folder), dtype="float32"),
-        parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp),
-        engine=EngineSection(block_size=4, max_num_batched_tokens=17, max_num_seqs=3),
-    )
-    replica, _ = load_replica(config, PoolRuntime(rank, layout.size))
-    limits, logits, seen = prompt_limits(replica), replica.decoder.logits, []
+    replica = make_replica(rank, folder, layout, block_size=4, max_num_batched_tokens=17, max_num_seqs=3)
+    logits, seen = replica.decoder.logits, []
     replica.decoder.logits = lambda hidden: seen.append(len(hidden)) or logits(hidden)
     params = [SCORED, SamplingParams(max_tokens=3, prompt_logprobs=2, ignore_eos=True)]
-    requests = [make_request(ids, params[i % 2], limits, id=str(i), index=i)[0] for i, ids in enumerate(prompts)]
-    outputs = run_everywhere(replica, replica.engine(), requests, {}, key="scores")
     found = []
-    for output in outputs:
+    for output in generate(replica, [(ids, params[i % 2]) for i, ids in enumerate(prompts)]):
         pairs = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
         found.append([entry[token].logprob for token, entry in pairs])
     return found, seen
@@ -85,17 +75,12 @@ def test_prompts_are_scored_a_chunk_at_a_time(layout, tiny, ranks):
 
 def peak(rank: int, folder: Path, length: int) -> tuple[int, int, int]:
     """Bytes that scoring a prompt took: at its peak, by the estimate, and of the cache."""
-    config = InferConfig(
-        model=ModelSection(path=str(folder), dtype="float32", load_format="dummy"),
-        engine=EngineSection(max_num_batched_tokens=length, max_num_seqs=4),
-    )
-    replica, _ = load_replica(config, PoolRuntime(rank, 1))
-    step = {"max_tokens": length, "max_rows": 4, "itemsize": 4}
-    estimate = memory.activation_bytes(replica.model, replica.layout, 0, **step)
+    replica = make_replica(rank, folder, load_format="dummy", max_num_batched_tokens=length, max_num_seqs=4)
+    estimate = replica.memory.activations(max_tokens=length, max_rows=4)
     engine = replica.engine(longest=length, sequences=1)
-    request, _ = make_request([5, 6, 7, 8] * (length // 4), SCORED, prompt_limits(replica), id="0", index=0)
+    requests = make_requests(replica, [([5, 6, 7, 8] * (length // 4), SCORED)])
     before = reset_peak_memory()
-    run_everywhere(replica, engine, [request], {}, key="peak")
+    run_everywhere(replica, engine, requests, {}, key="peak")
     return peak_memory() - before, estimate, replica.kv_bytes
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from megalite.config.schema import SamplingParams
+from megalite.core.agreement import broadcast_bytes
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem, Stopped
 from megalite.hybrid.rollout import Rollout, pack_groups, unpack_groups
 from megalite.hybrid.tasks import Example
-from megalite.inference.channel import broadcast_bytes
 from megalite.inference.io.inputs import Asked, TokenizerFailed, derived_seed
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica

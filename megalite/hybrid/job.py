@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megalite.config.load import Loaded
 from megalite.config.schema import HybridConfig, ParallelSection
+from megalite.core.agreement import broadcast_bytes, compare_ranks
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -29,7 +30,6 @@ from megalite.hybrid.learner import Learner
 from megalite.hybrid.record import Record
 from megalite.hybrid.rollout import Rollout
 from megalite.hybrid.sync import Sync
-from megalite.inference.channel import broadcast_bytes, compare_ranks
 from megalite.inference.replica import Replica
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +43,8 @@ def _pack_host(plan: StepPlan, cache: HostCache) -> Batch:
     size = cache.block_size
     rows: list[CacheRow] = []
     slots: list[int] = []
-    offset = 0
     for row in plan.rows:
-        blocks = row.sequence.blocks
+        blocks, offset = row.sequence.blocks, len(slots)
         first_slot = gathered = None
         if row.sequence.contiguous:
             first_slot = blocks[0] * size
@@ -53,7 +53,6 @@ def _pack_host(plan: StepPlan, cache: HostCache) -> Batch:
             gathered = torch.tensor(blocks[: -(-(row.start + row.count) // size)])
             slots += _slots(row, size)
         rows.append(CacheRow(offset, row.start, row.count, first_slot, gathered))
-        offset += row.count
     positions, lengths = torch.tensor([_positions(plan), _lengths(plan)])
     context = HostAttention(cache, rows, positions, lengths, torch.tensor(slots))
     wanted = (torch.tensor(rows, dtype=torch.int64) for rows in logit_rows(plan))
@@ -75,7 +74,7 @@ def _pack_device(plan: StepPlan, cache: DeviceCache) -> Batch:
     starts += range(starts[-1] + 1, starts[-1] + 1 + padding)
     slots = [slot for row in plan.rows for slot in _slots(row, cache.block_size)]
 
-    def send(values: list, dtype: torch.dtype) -> Tensor:
+    def send(values: list[Any], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(cache.device, non_blocking=True)
 
     blank = [0] * padding
@@ -123,6 +122,7 @@ def blank_decode_batch(cache: DeviceCache, rows: int, table_width: int) -> Batch
 def fill_decode_batch(static: Batch, batch: Batch) -> None:
     """Copy a decode batch into a graph's buffers of the same padded number of rows."""
     source, target = batch.context, static.context
+    assert isinstance(source, DeviceAttention) and isinstance(target, DeviceAttention)
     static.token_ids.copy_(batch.token_ids)
     target.positions.copy_(source.positions)
     target.lengths.copy_(source.lengths)

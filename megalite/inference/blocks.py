@@ -1,6 +1,6 @@
 """The paged KV cache's bookkeeping: who holds which block, what can be shared, what is given up first. Torch-free.
 
-A block is a page of `block_size` tokens. It is in one of four states:
+A block is a page of some tokens. It is in one of four states:
 
     held       at least one sequence's table names it
     blank      free, holds nothing worth keeping
@@ -9,7 +9,7 @@ A block is a page of `block_size` tokens. It is in one of four states:
     set aside  free (blank or cached content), and in the run that one sequence is expected to grow into
 
 Runs exist because attention on CPU reads a sequence's keys as one slice when its block ids ascend by one. They are a
-wish, not a right: when nothing else is free, the longest run is halved.
+wish, not a right: when nothing else is free, all of them end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from zlib import crc32
 
@@ -36,14 +35,6 @@ def _is_run(blocks: Sequence[int]) -> bool:
     return not blocks or blocks[-1] - blocks[0] == len(blocks) - 1
 
 
-@dataclass(slots=True)
-class _Run:
-    """Free blocks next..end-1, set aside for one owner."""
-
-    next: int
-    end: int
-
-
 class BlockPool:
     """`num_blocks` reference-counted blocks with a prefix cache; every operation is deterministic.
 
@@ -51,9 +42,8 @@ class BlockPool:
     `contiguous=False` no runs are set aside.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, contiguous: bool = True):
+    def __init__(self, num_blocks: int, *, contiguous: bool = True):
         self.num_blocks = num_blocks
-        self.block_size = block_size
         self.num_free = num_blocks
         """Blocks that no table names, cached and set-aside ones included."""
         self._contiguous = contiguous
@@ -61,17 +51,14 @@ class BlockPool:
         self._key: list[bytes | None] = [None] * num_blocks
         self._index: dict[bytes, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently released first
-        self._runs: dict[int, _Run] = {}
+        self._runs: dict[int, range] = {}  # set aside, by owner
         # One byte a block, so that bytearray.find finds a run. 0 in _closed: blank or cached; 0 in _dirty: blank.
         self._closed = bytearray(num_blocks)
         self._dirty = bytearray(num_blocks)
-        self._num_blank = num_blocks
-        self._low = 0  # no blank block is below
-        self._hopeless = num_blocks + 1  # no run of this length since a block was last opened
 
     # ---- sharing by content
 
-    def match(self, keys: Sequence[bytes]) -> list[int]:
+    def match(self, keys: Iterable[bytes]) -> list[int]:
         """The blocks that hold the longest known beginning of `keys`; they are not held yet."""
         blocks = []
         for key in keys:
@@ -91,9 +78,8 @@ class BlockPool:
             if self._holders[block] == 0:
                 self.num_free -= 1
                 if self._closed[block]:
-                    self._cut_run(block)
-                else:
-                    self._close(block)
+                    self._end_run(next(owner for owner, run in self._runs.items() if block in run))
+                self._close(block)
             self._holders[block] += 1
 
     def register(self, block: int, key: bytes) -> None:
@@ -108,7 +94,7 @@ class BlockPool:
             self._key[block] = None
         self._index.clear()
         for block in self._cached:
-            self._make_blank(block)
+            self._dirty[block] = 0
         self._cached.clear()
 
     # ---- taking and giving back
@@ -133,23 +119,25 @@ class BlockPool:
                 start = self._find_run(length)
             end = start + length
         if 0 <= start < end:
-            for block in range(start, end):
+            self._runs[owner] = range(start, end)
+            for block in self._runs[owner]:
                 self._close(block)
-            self._runs[owner] = _Run(start, end)
 
     def extend(self, owner: int, blocks: list[int], count: int) -> None:
         """Append `count` blocks to the table; the caller has made sure that `num_free` is at least that."""
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} free"
         for _ in range(count):
-            run = self._runs.get(owner)
+            run = self._runs.pop(owner, None)
             if run is None:
-                block = self._pick(owner, blocks)
+                block = self._pick(blocks)
+                self._close(block)
             else:
-                block = run.next
-                run.next += 1
-                if run.next == run.end:
-                    del self._runs[owner]
-            self._forget(block)
+                block = run[0]
+                if len(run) > 1:
+                    self._runs[owner] = run[1:]
+            key, self._key[block] = self._key[block], None
+            if key is not None:
+                del self._index[key]
             self._holders[block] = 1
             self.num_free -= 1
             blocks.append(block)
@@ -161,66 +149,38 @@ class BlockPool:
             if self._holders[block] == 0:
                 self.num_free += 1
                 self._open(block)
-        run = self._runs.pop(owner, None)
-        if run is not None:
-            self._open_run(run.next, run.end)
+        if owner in self._runs:
+            self._end_run(owner)
 
     # ---- inside
 
     def _find_run(self, length: int) -> int:
         """Start of `length` open neighbours, or -1: blank ones if there are, else near the oldest cached block."""
-        if length >= self._hopeless:
-            return -1
         pattern = bytes(length)
-        start = -1
-        if self._num_blank >= length:
-            self._low = self._dirty.find(0, self._low)
-            start = self._dirty.find(pattern, self._low)
+        start = self._dirty.find(pattern)
         if start < 0:
             oldest = next(iter(self._cached), 0)
             start = self._closed.find(pattern, max(0, oldest - length + 1))
-        if start < 0:
-            start = self._closed.find(pattern)
-        if start < 0:
-            self._hopeless = length
-        return start
+        return start if start >= 0 else self._closed.find(pattern)
 
-    def _pick(self, owner: int, blocks: Sequence[int]) -> int:
-        """Close a block for an owner without a run: the one that makes `blocks` a longer run, a blank one, the oldest
-        cached one, or one of a run."""
+    def _pick(self, blocks: Sequence[int]) -> int:
+        """An open block for a table without a run: one that continues its blocks, a blank one or the oldest cached one.
+
+        Where none is open, all runs end.
+        """
         after = blocks[-1] + 1 if blocks else self.num_blocks
         if self._contiguous and after < self.num_blocks and not self._closed[after] and _is_run(blocks):
-            block = after
-        elif self._num_blank:
-            block = self._low = self._dirty.find(0, self._low)
-        elif self._cached:
-            block = next(iter(self._cached))
-        else:
-            return self._halve_longest_run(owner)
-        self._close(block)
-        return block
+            return after
+        blank = self._dirty.find(0)
+        if blank < 0 and not self._cached:
+            for owner in list(self._runs):
+                self._end_run(owner)
+            blank = self._dirty.find(0)
+        return blank if blank >= 0 else next(iter(self._cached))
 
-    def _halve_longest_run(self, owner: int) -> int:
-        """Move the second half of the longest run to `owner`, who takes its first block at once."""
-        donor, run = max(self._runs.items(), key=lambda item: item[1].end - item[1].next)
-        block, end = (run.next + run.end) // 2, run.end
-        run.end = block
-        if run.next == run.end:
-            del self._runs[donor]
-        if block + 1 < end:
-            self._runs[owner] = _Run(block + 1, end)
-        return block
-
-    def _cut_run(self, block: int) -> None:
-        """End the run that contains `block` before it; what comes after is open again."""
-        owner, run = next(item for item in self._runs.items() if item[1].next <= block < item[1].end)
-        end, run.end = run.end, block
-        if run.next == run.end:
-            del self._runs[owner]
-        self._open_run(block + 1, end)
-
-    def _open_run(self, start: int, end: int) -> None:
-        for block in range(start, end):
+    def _end_run(self, owner: int) -> None:
+        """Open what is set aside for `owner`."""
+        for block in self._runs.pop(owner):
             self._open(block)
             if self._key[block] is not None:  # it was near the oldest when the run was chosen
                 self._cached.move_to_end(block, last=False)
@@ -228,31 +188,15 @@ class BlockPool:
     def _open(self, block: int) -> None:
         """A held or set-aside block becomes blank or cached."""
         self._closed[block] = 0
-        self._hopeless = self.num_blocks + 1
         if self._key[block] is None:
-            self._make_blank(block)
+            self._dirty[block] = 0
         else:
             self._cached[block] = None
 
     def _close(self, block: int) -> None:
         """A blank or cached block becomes held or set aside; its content, if any, stays known."""
-        self._closed[block] = 1
-        if self._dirty[block]:
-            del self._cached[block]
-        else:
-            self._dirty[block] = 1
-            self._num_blank -= 1
-
-    def _make_blank(self, block: int) -> None:
-        self._dirty[block] = 0
-        self._num_blank += 1
-        self._low = min(self._low, block)
-
-    def _forget(self, block: int) -> None:
-        key = self._key[block]
-        if key is not None:
-            self._key[block] = None
-            del self._index[key]
+        self._closed[block] = self._dirty[block] = 1
+        self._cached.pop(block, None)
 
     # ---- looking at it
 
@@ -265,15 +209,12 @@ class BlockPool:
         held = Counter(block for table in tables for block in table)
         assert self._holders == [held[block] for block in range(self.num_blocks)], "reference counts"
         assert self.num_free == self._holders.count(0), "free count"
-        aside = [block for run in self._runs.values() for block in range(run.next, run.end)]
-        assert len(aside) == len(set(aside)), "a block is in two runs"
-        assert all(run.next < run.end for run in self._runs.values()), "empty run"
+        aside = [block for run in self._runs.values() for block in run]
+        assert len(aside) == len(set(aside)) and all(self._runs.values()), "a block is in two runs, or a run is empty"
         assert not any(held[block] for block in aside), "a held block is set aside"
         assert list(self._closed) == [int(held[b] > 0 or b in aside) for b in range(self.num_blocks)], "closed"
         is_open = [block for block in range(self.num_blocks) if not self._closed[block]]
         assert sorted(self._cached) == [block for block in is_open if self._key[block] is not None], "cached"
         blank = [block for block in is_open if self._key[block] is None]
         assert blank == [block for block in range(self.num_blocks) if not self._dirty[block]], "blank"
-        assert len(blank) == self._num_blank and all(block >= self._low for block in blank), "blank count"
         assert self._index == {key: b for b, key in enumerate(self._key) if key is not None}, "index"
-        assert bytes(self._hopeless) not in self._closed, "a run is there although none was found"

@@ -1,6 +1,6 @@
-"""The inference engine of one rank: schedule, execute, sample, tell, finish, again.
+"""The inference engine of one rank: schedule, execute, sample, send the results, finish, again.
 
-Lockstep: every rank of a replica calls `run` with the same requests and makes the same plans. Step t works on cohort
+Lockstep: every rank of a replica calls `run` with the same feed and makes the same plans. Step t works on cohort
 t mod pp; its results enter the scheduler right before step t + pp is planned, so with pipeline stages pp disjoint
 cohorts are in flight and no stage waits for another's sampling.
 """
@@ -8,19 +8,21 @@ cohorts are in flight and no stage waits for another's sampling.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
-from megalite.inference.channel import Feed, Message, ReplicaChannel
+from megalite.inference.channel import ReplicaChannel, StepMessage
+from megalite.inference.feeds import Feed
 from megalite.inference.outputs import OutputProcessor, RequestOutput
-from megalite.inference.request import Request, Sampled, StepPlan
-from megalite.inference.request import Sequence as Sampling
+from megalite.inference.request import Sampled, StepPlan
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler
 from megalite.inference.scheduler import Scheduler
@@ -28,6 +30,7 @@ from megalite.monitor.metrics import Meter
 
 LOOKAHEAD = 2
 """Sequences beyond the running ones that a replica claims from a shared queue, so that a place is refilled at once."""
+_HASH_BITS = 2**62 - 1
 
 
 @dataclass(kw_only=True)
@@ -51,9 +54,6 @@ class _Pending:
     """Of the scheduler that made it; 0 unless lockstep is checked."""
 
 
-_HASH_BITS = 2**62 - 1
-
-
 class Engine:
     """Generates for one replica; every rank of the replica holds one and calls it alike."""
 
@@ -68,6 +68,7 @@ class Engine:
         *,
         check_lockstep: bool = False,
     ):
+        """`check_lockstep`: compare a hash of the scheduler over the ranks in every step."""
         self.state = state
         self.runner = runner
         self.scheduler = scheduler
@@ -83,17 +84,17 @@ class Engine:
         """Of the requests taken on."""
         self.output_tokens = 0
 
-    def run(self, requests: Sequence[Request], feed: Feed, hooks: Hooks) -> bool:
+    def run(self, feed: Feed, hooks: Hooks) -> bool:
         """Generate for what `feed` gives this replica; False if it was stopped before the end.
 
         Finished outputs go to `hooks.on_output` on the control rank. Whatever happens, nothing unfinished is left: an
         engine of one rank can be used again even after an exception.
         """
         try:
-            return self._run(requests, feed, hooks)
+            return self._run(feed, hooks)
         except BaseException:
             self.channel.sent.clear()
-            self._drop(self.scheduler.clear())
+            self._drop()
             raise
 
     def renew(self) -> None:
@@ -109,19 +110,18 @@ class Engine:
         """Be ready to run again."""
         self.runner.wake()
 
-    def _run(self, requests: Sequence[Request], feed: Feed, hooks: Hooks) -> bool:
+    def _run(self, feed: Feed, hooks: Hooks) -> bool:
         depth = self.state.pp.size
-        answered: deque[_Pending | None] = deque([None] * depth)  # what the messages on their way answer
+        pending: deque[_Pending | None] = deque([None] * depth)  # what the messages on their way answer
         if self.state.is_control:
             for _ in range(depth):
-                self.channel.send(self._message(None, (), feed, hooks))
+                self._send(None, (), feed, hooks)
         step = 0
         while True:
-            message = self._receive(answered.popleft(), hooks)
+            message = self._receive(pending.popleft(), hooks)
             if message.stop:
                 break
-            for place in range(*message.arrivals):
-                request = requests[feed.order[place]]
+            for request in feed.requests[slice(*message.arrivals)]:
                 self.prompt_tokens += len(request.prompt_token_ids)
                 self.scheduler.add(request)
                 if self.state.is_control:
@@ -131,41 +131,41 @@ class Engine:
             with self.meter.phase("scheduling"):
                 plan = self.scheduler.schedule(step % depth)
             made = _Pending(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
+            pending.append(made)
             if self.state.is_control:
                 self.outputs.scheduled(plan)
                 logits = self.runner.execute(plan, partial(self._record_prompts, plan))
-                self.channel.send(self._message(made, self._sample(plan, logits, hooks), feed, hooks))
+                self._send(made, self._sample(plan, logits, hooks), feed, hooks)
             else:
                 self.runner.execute(plan)
-            answered.append(made)
             step += 1
             decoded = sum(row.count for row in plan.rows if row.count == 1)
             self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
-        for made in answered:
-            self._receive(made, hooks)
+        for left in pending:
+            self._receive(left, hooks)
         self.runner.close()
         if message.stop:
-            self._drop([seq for request_id in self.scheduler.unfinished for seq in self.scheduler.abort(request_id)])
+            self._drop()
         return not message.stop
 
-    def _drop(self, sequences: Sequence[Sampling]) -> None:
-        """Forget sequences that the scheduler has ended before their time."""
-        for sequence in sequences:
+    def _drop(self) -> None:
+        """Forget what is unfinished."""
+        for sequence in self.scheduler.clear():
             self.sampler.forget(sequence)
         self.outputs.clear()
 
-    def _receive(self, made: _Pending | None, hooks: Hooks) -> Message:
+    def _receive(self, pending: _Pending | None, hooks: Hooks) -> StepMessage:
         """Take the next message and finish the plan that it answers."""
         with self.meter.phase("waiting"):
-            message = self.channel.receive(len(made.plan.sampled) if made else 0)
-        if made is None:
+            message = self.channel.receive(len(pending.plan.sampled) if pending else 0)
+        if pending is None:
             return message
-        if message.state_hash != made.state_hash:
+        if message.state_hash != pending.state_hash:
             raise MegaliteError(
                 f"the scheduler of rank {self.state.rank} differs from that of its control rank "
-                f"{self.state.control_rank} at step {made.plan.step}; this is a bug, please report it"
+                f"{self.state.control_rank} at step {pending.plan.step}; this is a bug, please report it"
             )
-        finished = self.scheduler.finish(made.plan, list(message.results))
+        finished = self.scheduler.finish(pending.plan, message.results)
         if self.state.is_control:
             for sequence in finished:
                 self.sampler.forget(sequence)
@@ -175,15 +175,20 @@ class Engine:
                     hooks.on_output(output)
         return message
 
-    def _message(self, made: _Pending | None, results: tuple[Sampled, ...], feed: Feed, hooks: Hooks) -> Message:
+    def _send(self, pending: _Pending | None, results: tuple[Sampled, ...], feed: Feed, hooks: Hooks) -> None:
+        """Send the message that answers `pending`, and take on work; control rank only."""
         stop = hooks.stop_requested()
         room = self.scheduler.max_num_seqs + LOOKAHEAD - self.scheduler.num_running - self.scheduler.num_waiting
-        room -= self.channel.num_arriving
-        arrivals = (0, 0) if stop else feed.take(room)
-        state_hash = made.state_hash if made else 0
-        return Message(
-            results, arrivals, feed.sequences(*arrivals), exhausted=feed.exhausted, stop=stop, state_hash=state_hash
+        arrivals = (0, 0) if stop else feed.take(room - self.channel.num_arriving)
+        message = StepMessage(
+            results=results,
+            arrivals=arrivals,
+            arriving=feed.sequences(*arrivals),
+            exhausted=feed.exhausted,
+            stop=stop,
+            state_hash=pending.state_hash if pending else 0,
         )
+        self.channel.send(message)
 
     def _sample(self, plan: StepPlan, logits: Tensor | None, hooks: Hooks) -> tuple[Sampled, ...]:
         """Sample a plan's rows and record what was sampled; control rank only."""
@@ -204,18 +209,15 @@ class Engine:
 
     def _record_prompts(self, plan: StepPlan, first: int, logits: Tensor) -> None:
         """Log-probabilities of prompt tokens from `logits` [C, vocab] of the plan's prompt rows `first` and on: those
-        of row p score token p + 1."""
+        at position p score token p + 1."""
+        places = [(row, position) for row in plan.rows for position in range(*row.prompt_logits)]
+        begin = 0
         with self.meter.phase("sampling"):
-            offset = 0  # of the sequence's first prompt row
-            for row in plan.rows:
-                lo, hi = row.prompt_logits
-                begin, end = max(first, offset), min(first + len(logits), offset + hi - lo)
-                if begin < end:
-                    start, stop = lo + begin - offset, lo + end - offset
-                    request = row.sequence.request
-                    next_ids = request.prompt_token_ids[start + 1 : stop + 1]
-                    count = request.params.prompt_logprobs or 0
-                    mine = logits[begin - first : end - first]
-                    scores = self.sampler.prompt_logprobs(mine, next_ids, count, request_id=request.id)
-                    self.outputs.append_prompt(row.sequence, start, scores)
-                offset += hi - lo
+            for row, group in groupby(places[first : first + len(logits)], key=itemgetter(0)):
+                positions = [position for _, position in group]
+                request, end = row.sequence.request, begin + len(positions)
+                next_ids = request.prompt_token_ids[positions[0] + 1 : positions[-1] + 2]
+                count = request.params.prompt_logprobs or 0
+                scores = self.sampler.prompt_logprobs(logits[begin:end], next_ids, count, request_id=request.id)
+                self.outputs.append_prompt(row.sequence, positions[0], scores)
+                begin = end

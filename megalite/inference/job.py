@@ -15,15 +15,15 @@ from pathlib import Path
 from megalite import terminal
 from megalite.config.load import DEFAULT, Loaded
 from megalite.config.schema import InferConfig
+from megalite.core.agreement import broadcast_bytes
 from megalite.core.collectives import gather_reports
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
-from megalite.inference.channel import Ranks, broadcast_bytes
 from megalite.inference.engine import Hooks
 from megalite.inference.io.inputs import InputBatch, read_inputs
 from megalite.inference.io.output_file import OutputFile, fingerprint, print_output
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica, as_sampled, load_replica
-from megalite.inference.run import agree_on_end, make_feed, prompt_limits
+from megalite.inference.run import Ranks, agree_on_end, make_feed, prompt_limits
 from megalite.monitor.progress import Progress
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
@@ -87,7 +87,7 @@ def _generate(loaded: Loaded, runtime: Runtime) -> int:
             stop_requested=lambda: runtime.signal_received() is not None or enough.reader_has_left,
         )
         replica.meter.start()
-        completed = engine.run(left.requests, make_feed(replica, left.requests, _MAIL + "/next"), hooks)
+        completed = engine.run(make_feed(replica, left.requests, _MAIL + "/next"), hooks)
         replica.meter.stop()
         mail.finish(writer)
         reports = gather_reports(replica.report(engine, failed=len(left.failures) if writer else 0))

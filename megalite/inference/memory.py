@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, width
 from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
@@ -16,58 +18,63 @@ GRAPH_OVERHEAD = 64 << 20
 """Bytes left for what the driver keeps of captured graphs."""
 
 
-def kv_heads_on(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """KV heads that a rank caches."""
-    split = KVHeads(config.num_kv_heads, config.head_dim)
-    return width(split, layout.tp, layout.coord(rank).tp) // config.head_dim
-
-
-def kv_block_bytes(config: ModelConfig, layout: Layout, rank: int, *, block_size: int, itemsize: int) -> int:
-    """Bytes of one KV block on a rank: keys and values of block_size tokens in the layers of its stage."""
-    layers = len(layout.layers(layout.coord(rank).pp, config.layer_costs()))
-    return 2 * layers * kv_heads_on(config, layout, rank) * config.head_dim * block_size * itemsize
-
-
-def activation_bytes(
-    config: ModelConfig, layout: Layout, rank: int, *, max_tokens: int, max_rows: int, itemsize: int
-) -> int:
-    """Upper estimate of a forward pass's temporary memory on a rank.
-
-    The widest moment of a layer (residual, norm, stacked projection and its activation), and on the last stage the
-    logits of max_rows rows, or of a chunk of a scored prompt, whole and as this rank's slice on its way to the others,
-    and what the sampler makes of a chunk of them.
-    """
-    place = layout.coord(rank)
-    queries = QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim)
-    keys = KVHeads(config.num_kv_heads, config.head_dim)
-    heads = sum(width(split, layout.tp, place.tp) for split in (queries, keys, keys))
-    inner = width(Even(config.intermediate_size), layout.tp, place.tp) * (2 if config.gated_mlp else 1)
-    widest = 3 * config.hidden_size + max(3 * heads, 2 * inner)
-    total = max_tokens * widest * itemsize
-    if place.pp == layout.pp - 1:
-        rows = max(max_rows, min(max_tokens, scored_rows(config, max_rows)))
-        logits = rows * config.vocab_size
-        total += 3 * logits * 4 + 25 * min(logits, max(SAMPLING_CHUNK, config.vocab_size))
-    return total
-
-
 def scored_rows(config: ModelConfig, max_rows: int) -> int:
     """Rows of scored prompts that the head is applied to at a time; `max_rows` are sampled from at most."""
     return max(max_rows, SCORED_LOGITS // config.vocab_size, 1)
 
 
-def graph_bytes(
-    config: ModelConfig, layout: Layout, rank: int, *, max_rows: int, max_blocks: int, itemsize: int
-) -> int:
-    """Upper estimate of what decode steps as captured graphs keep on a rank, for up to `max_rows` sequences.
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What generation takes on one rank beside the weights, in bytes."""
 
-    There is a graph for each power of two rows, so all of them take at most twice what the largest does, in buffers and
-    temporary memory, and the warm-up before a capture as much again.
-    """
-    rows = 1 << (max_rows - 1).bit_length()
-    step = activation_bytes(config, layout, rank, max_tokens=rows, max_rows=rows, itemsize=itemsize)
-    buffers = rows * (4 * max_blocks + config.hidden_size * itemsize + 64)
-    return 2 * (2 * step + buffers) + GRAPH_OVERHEAD
+    config: ModelConfig
+    layout: Layout
+    rank: int
+    """Global."""
+    itemsize: int
+    """Bytes of a number of the weights, which the cache and the activations have too."""
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads that the rank caches."""
+        split = KVHeads(self.config.num_kv_heads, self.config.head_dim)
+        return width(split, self.layout.tp, self.layout.coord(self.rank).tp) // self.config.head_dim
+
+    def kv_block(self, block_size: int) -> int:
+        """One KV block: keys and values of `block_size` tokens in the layers of the rank's stage."""
+        layers = len(self.layout.layers(self.layout.coord(self.rank).pp, self.config.layer_costs()))
+        return 2 * layers * self.kv_heads * self.config.head_dim * block_size * self.itemsize
+
+    def activations(self, *, max_tokens: int, max_rows: int) -> int:
+        """Upper estimate of a forward pass's temporary memory: `max_tokens` tokens, of which `max_rows` are sampled.
+
+        The widest moment of a layer (residual, norm, stacked projection and its activation), and on the last stage the
+        logits of max_rows rows, or of a chunk of a scored prompt, whole and as this rank's slice on its way to the
+        others, and what the sampler makes of a chunk of them.
+        """
+        config, place, tp = self.config, self.layout.coord(self.rank), self.layout.tp
+        queries = QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim)
+        keys = KVHeads(config.num_kv_heads, config.head_dim)
+        heads = sum(width(split, tp, place.tp) for split in (queries, keys, keys))
+        inner = width(Even(config.intermediate_size), tp, place.tp) * (2 if config.gated_mlp else 1)
+        widest = 3 * config.hidden_size + max(3 * heads, 2 * inner)
+        total = max_tokens * widest * self.itemsize
+        if place.pp == self.layout.pp - 1:
+            rows = max(max_rows, min(max_tokens, scored_rows(config, max_rows)))
+            logits = rows * config.vocab_size
+            total += 3 * logits * 4 + 25 * min(logits, max(SAMPLING_CHUNK, config.vocab_size))
+        return total
+
+    def graphs(self, *, max_rows: int, max_blocks: int) -> int:
+        """Upper estimate of what decode steps as captured graphs keep, for up to `max_rows` sequences.
+
+        There is a graph for each power of two rows, so all of them take at most twice what the largest does, in buffers
+        and temporary memory, and the warm-up before a capture as much again. `max_blocks`: of the longest sequence.
+        """
+        rows = 1 << (max_rows - 1).bit_length()
+        step = self.activations(max_tokens=rows, max_rows=rows)
+        buffers = rows * (4 * max_blocks + self.config.hidden_size * self.itemsize + 64)
+        return 2 * (2 * step + buffers) + GRAPH_OVERHEAD
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

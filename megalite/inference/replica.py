@@ -11,12 +11,20 @@ import torch.distributed as dist
 from megalite.config.load import Loaded, with_origins
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, InferConfig, ModelSection
+from megalite.core.agreement import minimum
 from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
-from megalite.inference import memory
 from megalite.inference.engine import Engine
+from megalite.inference.memory import (
+    GIB,
+    RankMemory,
+    blocks_for,
+    host_memory_available,
+    scored_rows,
+    settle_length,
+)
 from megalite.inference.outputs import OutputProcessor
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler
@@ -66,6 +74,7 @@ class Replica:
         self.model = decoder.config
         weight = next(decoder.parameters())
         self.dtype, self.device = weight.dtype, weight.device
+        self.memory = RankMemory(self.model, self.layout, self.state.rank, self.dtype.itemsize)
         self._runner: Runner | None = None
         runtime.before_groups_go.append(self._drop_graphs)
         self._fit()
@@ -76,35 +85,33 @@ class Replica:
 
     def _fit(self) -> None:
         """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
-        engine, world = self.settings, self.state.world
-        if world.size > 1:
-            dist.barrier(world.group)
-        place = {"config": self.model, "layout": self.layout, "rank": self.state.rank}
-        self.block_bytes = memory.kv_block_bytes(**place, block_size=engine.block_size, itemsize=self.dtype.itemsize)
-        budget = self._memory() * engine.gpu_memory_utilization
-        rows = {"max_rows": engine.max_num_seqs, "itemsize": self.dtype.itemsize}
-        budget -= memory.activation_bytes(**place, max_tokens=engine.max_num_batched_tokens, **rows)
+        engine, state = self.settings, self.state
+        if state.world.size > 1:
+            dist.barrier(state.world.group)
+        block_bytes = self.memory.kv_block(engine.block_size)
+        budget = self._free_memory() * engine.gpu_memory_utilization
+        budget -= self.memory.activations(max_tokens=engine.max_num_batched_tokens, max_rows=engine.max_num_seqs)
         if self._captures():
             longest = engine.max_model_len or self.model.max_position_embeddings
-            budget -= memory.graph_bytes(**place, max_blocks=memory.blocks_for(longest, engine.block_size), **rows)
-        mine = engine.num_kv_blocks or max(0, int(budget // self.block_bytes))
-        self.fitting_blocks = _least(mine, self.state.replica.group, self.state.replica.size)
-        fitting_everywhere = _least(mine, world.group, world.size)
-        self.host_blocks = _least(
-            int(engine.swap_space * memory.GIB // self.block_bytes), self.state.replica.group, self.state.replica.size
-        )
-        self.max_model_len = memory.settle_length(
-            fitting_blocks=fitting_everywhere,
+            budget -= self.memory.graphs(max_rows=engine.max_num_seqs, max_blocks=self._blocks_for(longest))
+        mine = engine.num_kv_blocks or max(0, int(budget // block_bytes))
+        self.fitting_blocks = minimum(mine, state.replica)
+        self.host_blocks = minimum(int(engine.swap_space * GIB // block_bytes), state.replica)
+        self.max_model_len = settle_length(
+            fitting_blocks=minimum(mine, state.world),
             block_size=engine.block_size,
             asked=engine.max_model_len,
             model=self.model.max_position_embeddings,
-            block_bytes=self.block_bytes,
+            block_bytes=block_bytes,
         )
 
-    def _memory(self) -> int:
+    def _blocks_for(self, num_tokens: int) -> int:
+        return blocks_for(num_tokens, self.settings.block_size)
+
+    def _free_memory(self) -> int:
         """Bytes that this rank may still take: its share of what is free on its host or device."""
         if self.device.type == "cpu":
-            return memory.host_memory_available() // self.runtime.local_world_size
+            return host_memory_available() // self.runtime.local_world_size
         return free_memory(self.device) // ranks_on_device(self.runtime.local_world_size)
 
     def engine(
@@ -115,22 +122,27 @@ class Replica:
         `at_temperature`: of the log-probabilities of sampled tokens, see `Sampler`.
         """
         settings = self.settings
-        concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
-        run_blocks = memory.blocks_for(min(longest or self.max_model_len, self.max_model_len), settings.block_size)
-        blocks, on_device = self.fitting_blocks, self.device.type != "cpu"
-        if not on_device and settings.num_kv_blocks is None:
-            blocks = min(blocks, concurrent * run_blocks)
-        self.num_blocks = blocks
-        place = (self.decoder.layer_range, memory.kv_heads_on(self.model, self.layout, self.state.rank))
-        shape = {"head_dim": self.model.head_dim, "block_size": settings.block_size, "dtype": self.dtype}
-        host = HostCache(*place, self.host_blocks, **shape) if self.host_blocks else None
-        if on_device:
-            cache = DeviceCache(*place, blocks, **shape, device=self.device)
+        self.num_blocks = self.fitting_blocks
+        if self.device.type == "cpu" and settings.num_kv_blocks is None:
+            concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
+            needed = self._blocks_for(min(longest or self.max_model_len, self.max_model_len))
+            self.num_blocks = min(self.num_blocks, concurrent * needed)
+        cache: HostCache | DeviceCache
+        if self.device.type == "cpu":
+            cache = self._host_cache(self.num_blocks)
         else:
-            cache = HostCache(*place, blocks, **shape)
+            cache = DeviceCache(
+                self.decoder.layer_range,
+                self.memory.kv_heads,
+                self.num_blocks,
+                self.model.head_dim,
+                block_size=settings.block_size,
+                dtype=self.dtype,
+                device=self.device,
+            )
         self.kv_bytes = cache.nbytes
         scheduler = Scheduler(
-            num_blocks=blocks,
+            num_blocks=self.num_blocks,
             block_size=settings.block_size,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
@@ -138,23 +150,27 @@ class Replica:
             cohorts=self.layout.pp,
             prefix_caching=settings.enable_prefix_caching,
             host_blocks=self.host_blocks,
-            contiguous=not on_device,
+            contiguous=self.device.type == "cpu",
             key_variant=self.model.key_variant,
         )
         self._runner = Runner(
             self.decoder,
             cache,
-            host,
+            self._host_cache(self.host_blocks) if self.host_blocks else None,
             meter=self.meter,
-            max_blocks=memory.blocks_for(self.max_model_len, settings.block_size),
+            max_blocks=self._blocks_for(self.max_model_len),
             use_graphs=self._captures(),
-            scored_rows=memory.scored_rows(self.model, settings.max_num_seqs),
+            scored_rows=scored_rows(self.model, settings.max_num_seqs),
         )
         outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
         sampler = Sampler(self.model.vocab_size, at_temperature=at_temperature)
         return Engine(
             self.state, self._runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
         )
+
+    def _host_cache(self, blocks: int) -> HostCache:
+        layers, kv_heads, head_dim = self.decoder.layer_range, self.memory.kv_heads, self.model.head_dim
+        return HostCache(layers, kv_heads, blocks, head_dim, block_size=self.settings.block_size, dtype=self.dtype)
 
     @property
     def weight_bytes(self) -> int:
@@ -164,17 +180,18 @@ class Replica:
     def report(self, engine: Engine, *, failed: int = 0) -> RankReport:
         """What this rank did between `meter.start` and `meter.stop`. `failed`: prompts of the run that were refused."""
         place, stats, layers = self.state.coord, engine.scheduler.stats, self.decoder.layer_range
+        largest = max(part.elements for part in owned(self.model, self.layout, self.state.rank))
         return self.meter.report(
             rank=self.state.rank,
             tp=place.tp,
             pp=place.pp,
             dp=place.dp,
-            layers=(layers.start, layers.stop),
+            layers=(layers[0], layers[-1] + 1),
             weight_bytes=self.weight_bytes,
             kv_bytes=self.kv_bytes,
             kv_blocks=self.num_blocks,
             load_peak_bytes=self.load_peak_bytes,
-            load_bound_bytes=self.weight_bytes + largest_read(self.model, self.layout, self.state.rank, self.dtype),
+            load_bound_bytes=self.weight_bytes + largest * self.dtype.itemsize,
             prompts=engine.finished + failed,
             failed_prompts=failed,
             output_tokens=engine.output_tokens,
@@ -193,7 +210,7 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
     """Read the model of a config into a replica; and what its folder holds. Collective over the run."""
     parallel, section = config.parallel, config.model
     state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
-    folder = ModelFolder.open(fetch(section, runtime), tokenizer=section.tokenizer)
+    folder = ModelFolder.open(_fetch(section, runtime), tokenizer=section.tokenizer)
     dtype = choose_dtype(section.dtype, folder.model, runtime.device)
     before = reset_peak_memory()
     decoder = build(folder.model, state, dtype=dtype, device=runtime.device)
@@ -217,42 +234,29 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
 def as_sampled(loaded: Loaded, folder: ModelFolder) -> Loaded:
     """The config with the sampling that the model's owner sets where it sets none. ConfigError: that can't be."""
     loaded = folder.generation.under(loaded)
+    assert isinstance(loaded.config, InferConfig)
     problems = sampling_problems(loaded.config.sampling, vocab_size=folder.model.vocab_size)
     if problems:
         raise ConfigError(*with_origins(problems, loaded.origins))
     return loaded
 
 
-def fetch(section: ModelSection, runtime: Runtime) -> Path:
+def _fetch(section: ModelSection, runtime: Runtime) -> Path:
     """The model's folder; a hub id is downloaded by the first rank of each host while the others wait."""
+    assert section.path is not None
     weights = section.load_format != "dummy"
-    if Path(section.path).is_dir() or runtime.world_size == 1:
-        return resolve(section.path, section.revision, weights=weights)
-    if runtime.local_rank == 0:
-        resolve(section.path, section.revision, weights=weights)
-    dist.barrier()
+    if not Path(section.path).is_dir() and runtime.world_size > 1:
+        if runtime.local_rank == 0:
+            resolve(section.path, section.revision, weights=weights)
+        dist.barrier()
     return resolve(section.path, section.revision, weights=weights)
 
 
 def choose_dtype(asked: str, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The numbers to compute in: as asked, or the checkpoint's where this device is fast in them."""
+    """The data type to compute in: as asked, or the checkpoint's where this device is fast in it, else float32."""
     if asked != "auto":
         return torch_dtype(asked)
     if device.type != "cpu":
         return torch_dtype(model.dtype)
     fast = model.dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _least(value: int, group: dist.ProcessGroup | None, size: int) -> int:
-    """The least of the ranks' values."""
-    if size == 1:
-        return value
-    tensor = torch.tensor([value])
-    dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=group)
-    return int(tensor)
-
-
-def largest_read(model: ModelConfig, layout: Layout, rank: int, dtype: torch.dtype) -> int:
-    """Bytes of the largest range that a rank reads at once."""
-    return max(part.elements for part in owned(model, layout, rank)) * dtype.itemsize

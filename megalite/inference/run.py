@@ -7,14 +7,31 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from megalite.core.agreement import broadcast_bytes, compare_ranks
+from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Stopped
-from megalite.inference.channel import Feed, Ranks, Share, SharedQueue, broadcast_bytes, deal
 from megalite.inference.engine import Engine, Hooks
+from megalite.inference.feeds import Feed, SharedQueue, deal
 from megalite.inference.io.inputs import Asked, PromptLimits, make_requests
 from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
 from megalite.monitor.progress import Progress
+
+
+class Ranks:
+    """The ranks of a layout when they are given work, see `inputs.Together`; `what` names the work in messages."""
+
+    def __init__(self, state: ParallelState, what: str):
+        self.state = state
+        self.what = what
+
+    def once(self, make: Callable[[], bytes]) -> bytes:
+        """`make` is called on the control rank."""
+        return broadcast_bytes(make() if self.state.is_control else None, self.state.control_rank, self.state.replica)
+
+    def compare(self, digest: bytes) -> None:
+        compare_ranks(digest, self.what, self.state.world)
 
 
 def prompt_limits(replica: Replica) -> PromptLimits:
@@ -51,11 +68,9 @@ def prepare(replica: Replica, asked: Sequence[Asked], limits: PromptLimits) -> l
 def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
     """Where this replica's work comes from; every rank calls it with the same requests."""
     replicas = replica.layout.dp
-    samples = [request.num_samples for request in requests]
     if replica.dp_mode == "async" and replicas > 1:
-        return SharedQueue(range(len(requests)), samples, replica.runtime.store, key, replicas)
-    share = deal(requests, replicas)[replica.state.coord.dp]
-    return Share(share, [samples[index] for index in share])
+        return SharedQueue(requests, replica.runtime.store, key, replicas)
+    return Feed(deal(requests, replicas)[replica.state.coord.dp])
 
 
 def agree_on_end(replica: Replica, completed: bool) -> None:
@@ -95,7 +110,7 @@ def run_here(
     hooks = Hooks(
         on_output=on_output, on_step=lambda tokens: progress.advance(tokens=tokens), stop_requested=stop_requested
     )
-    completed = engine.run(requests, make_feed(replica, requests, key), hooks)
+    completed = engine.run(make_feed(replica, requests, key), hooks)
     engine.outputs.clear()  # the texts of what other ranks have finished
     agree_on_end(replica, completed)
     return mine

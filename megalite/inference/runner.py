@@ -47,7 +47,10 @@ class Runner:
         self.link = StageLink(
             self.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device
         )
-        self.graphs = DecodeGraphs(self._decode, cache, max_blocks=max_blocks) if use_graphs else None
+        self.graphs = None
+        if use_graphs:
+            assert isinstance(cache, DeviceCache)
+            self.graphs = DecodeGraphs(self._decode, cache, max_blocks=max_blocks)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_prompt: PromptLogits = lambda first, logits: None) -> Tensor | None:
@@ -99,6 +102,7 @@ class Runner:
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         for copy in plan.copies:
+            assert self.host is not None
             source, target = (self.cache, self.host) if copy.kind == "out" else (self.host, self.cache)
             size = self.cache.block_size
             for layer, values in source.layers.items():
@@ -111,8 +115,9 @@ class Runner:
 
     def sleep(self) -> None:
         """Give back the memory of the caches and of captured graphs, which hold their addresses."""
-        for cache in filter(None, (self.cache, self.host)):
-            cache.free()
+        self.cache.free()
+        if self.host is not None:
+            self.host.free()
         self.drop_graphs()
 
     def drop_graphs(self) -> None:
@@ -122,5 +127,6 @@ class Runner:
 
     def wake(self) -> None:
         """Take the memory again; graphs are captured anew when they are needed."""
-        for cache in filter(None, (self.cache, self.host)):
-            cache.allocate()
+        self.cache.allocate()
+        if self.host is not None:
+            self.host.allocate()

@@ -8,47 +8,35 @@ What is done to a row of logits, in this order (vLLM's, vllm/v1/sample/sampler.p
 3. logit_bias is added;
 4. repetition, then frequency, then presence penalty;
 5. temperature 0 (below 1e-5): the largest logit wins, of equal ones the lowest id;
-6. else temperature, min_p, top_k, top_p, and a draw from what is left.
+6. else temperature, min_p, top_k, top_p, and a draw from what is left (draws.py).
 
-A token comes from its own row, seed, sample index and position, never from the batch. Probabilities become integers
-(`_weights`), whose sums are exact in any order, so kernels that add in an order of their own choice can't change a
-result. Equal probabilities rank by id, lowest first: top_k keeps exactly k tokens, top_p the smallest set, and both end
-in the greedy choice. The uniform number of a draw is a hash (`uniform`), not the state of a generator.
+A token comes from its own row, seed, sample index and position, never from the batch. Equal probabilities rank by id,
+lowest first: top_k keeps exactly k tokens, top_p the smallest set, and both end in the greedy choice.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError
+from megalite.inference import draws
 from megalite.inference.memory import SAMPLING_CHUNK
 from megalite.inference.request import Row, Sequence
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: a division by them would overflow."""
-
 CPU_CHUNK = 2**17
-"""Logits worked on at once on a CPU: what stays in its cache."""
-DEVICE_CHUNK = SAMPLING_CHUNK
-"""The same on an accelerator: what bounds temporary memory (about 25 bytes for each)."""
+"""Logits worked on at once on a CPU: what stays in its cache. On an accelerator memory.SAMPLING_CHUNK."""
 
-LONG_ROW = 2**14
-"""Places of a row from which its running sum is slow on an accelerator."""
-RUN = 256
-"""Places that are summed up first in such a row."""
-
-BUCKET_SHIFT = 18
-"""Bits dropped of a float32 to find its bucket: its sign, exponent and 5 bits of mantissa stay."""
-BUCKETS = (127 + 63) << (23 - BUCKET_SHIFT)
-"""Buckets for weights below 2**63."""
+Rows = list[Row] | tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +63,6 @@ class SampledRows:
     """For rows whose params.logprobs is set."""
 
 
-def uniform(seed: int, index: int, position: int) -> float:
-    """The number in [0, 1) that draws token `position` (from 0) of sample `index` of a request.
-
-    The first 53 bits of BLAKE2b (RFC 7693) over the three in decimal: equal on every machine and in every version.
-    """
-    digest = blake2b(b"%d %d %d" % (seed, index, position), digest_size=8, person=b"megalite.sample").digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
 def policy_temperature(params: SamplingParams) -> float:
     """The temperature of the distribution that a token's log-probability is taken from; 1 where sampling is greedy."""
     return params.temperature if params.temperature >= GREEDY_BELOW else 1.0
@@ -100,14 +79,10 @@ class Sampler:
         which importance weights need; greedy requests stay at temperature 1."""
         self.vocab_size = vocab_size
         self.at_temperature = at_temperature
-        self._id_bits = vocab_size.bit_length()
-        # A weight and an id fit into one int64 together, and so does the sum of vocab_size weights.
-        self._one = 2 ** (62 - self._id_bits)
         self._seen: dict[Sequence, _Seen] = {}
-        self._reversed: dict[torch.device, Tensor] = {}
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: SequenceOf[Row]) -> SampledRows:
+    def sample(self, logits: Tensor, rows: Rows) -> SampledRows:
         """Sample each row; `logits` [R, V] of any float dtype are the rows', in order, and are left as they are.
 
         Raises MegaliteError that names the request when its logits are NaN or leave no token to choose.
@@ -121,7 +96,7 @@ class Sampler:
 
     @torch.inference_mode()
     def prompt_logprobs(
-        self, logits: Tensor, next_ids: SequenceOf[int], k: int, *, request_id: str = "?"
+        self, logits: Tensor, next_ids: list[int] | tuple[int, ...], k: int, *, request_id: str = "?"
     ) -> list[TokenLogprobs]:
         """Log-probabilities of the tokens that follow in a prompt.
 
@@ -129,7 +104,6 @@ class Sampler:
         token that the model rules out has -inf. Raises MegaliteError for NaN.
         """
         scores: list[TokenLogprobs] = []
-        k = self._listed(k)
         step = self._chunk_rows(logits)
         for start in range(0, len(next_ids), step):
             ids = torch.tensor(next_ids[start : start + step], device=logits.device)
@@ -141,15 +115,11 @@ class Sampler:
         """Drop what is kept for a sequence that ended."""
         self._seen.pop(sequence, None)
 
-    def _listed(self, k: int) -> int:
-        """How many likeliest tokens `k` asks for."""
-        return self.vocab_size if k < 0 else k
-
     def _chunk_rows(self, logits: Tensor) -> int:
-        budget = CPU_CHUNK if logits.device.type == "cpu" else DEVICE_CHUNK
+        budget = CPU_CHUNK if logits.device.type == "cpu" else SAMPLING_CHUNK
         return max(1, budget // self.vocab_size)
 
-    def _sample(self, raw: Tensor, rows: SequenceOf[Row], sampled: SampledRows) -> None:
+    def _sample(self, raw: Tensor, rows: Rows, sampled: SampledRows) -> None:
         """Append to `sampled` what rows with float32 logits `raw` [R, V] get."""
         params = [row.sequence.request.params for row in rows]
         names = [row.sequence.request.id for row in rows]
@@ -157,44 +127,32 @@ class Sampler:
         logits = self._edit(raw, rows)
         if logits is not raw:
             logits = _sound(logits, names)
-        ids = self._choose(logits, rows, params)
-        logprobs = raw.log_softmax(-1)
-        sampled.token_ids.extend(ids.tolist())
-        drawn_from = logprobs
+        ids = self._choose(logits, rows)
+        drawn_from = logprobs = raw.log_softmax(-1)
         if self.at_temperature and any(p.temperature != 1 for p in params):
             divisors = torch.tensor([policy_temperature(p) for p in params], device=raw.device)
             drawn_from = (raw / divisors[:, None]).log_softmax(-1)
-        sampled.logprobs.extend(drawn_from.gather(1, ids[:, None])[:, 0].tolist())
         details: list[TokenLogprobs | None] = [None] * len(rows)
-        wanted = [i for i, p in enumerate(params) if p.logprobs is not None]
+        wanted = {i: p.logprobs for i, p in enumerate(params) if p.logprobs is not None}
         if wanted:
-            ks = [self._listed(params[i].logprobs) for i in wanted]
-            described = self._describe(_rows(raw, wanted), _rows(logprobs, wanted), _rows(ids, wanted), ks)
-            for i, detail in zip(wanted, described, strict=True):
+            places = list(wanted)
+            rows_of = partial(_rows, rows=places)
+            described = self._describe(rows_of(raw), rows_of(logprobs), rows_of(ids), list(wanted.values()))
+            for i, detail in zip(places, described, strict=True):
                 details[i] = detail
+        sampled.token_ids.extend(ids.tolist())
+        sampled.logprobs.extend(drawn_from.gather(1, ids[:, None])[:, 0].tolist())
         sampled.top_logprobs.extend(details)
-
-    def _choose(self, logits: Tensor, rows: SequenceOf[Row], params: list[SamplingParams]) -> Tensor:
-        """Token ids [R] of edited logits [R, V]."""
-        drawn = [i for i, p in enumerate(params) if p.temperature >= GREEDY_BELOW]
-        if not drawn:
-            return _largest(logits)
-        ids = self._draw(_rows(logits, drawn), [params[i] for i in drawn], [rows[i].sequence for i in drawn])
-        if len(drawn) == len(rows):
-            return ids
-        mixed = _largest(logits)
-        mixed[drawn] = ids
-        return mixed
 
     # Edits: allowed_token_ids, bad_words, min_tokens, logit_bias, penalties
 
-    def _edit(self, raw: Tensor, rows: SequenceOf[Row]) -> Tensor:
+    def _edit(self, raw: Tensor, rows: Rows) -> Tensor:
         """`raw`, or a changed copy where a row asks for it; float32 [R, V]."""
         narrowed: dict[int, list[int]] = {}
         masked: list[int] = []
         biased: list[int] = []
         biases: list[float] = []
-        penalised: list[int] = []
+        penalised: dict[int, Sequence] = {}
         for i, row in enumerate(rows):
             params = row.sequence.request.params
             if params.allowed_token_ids is not None:
@@ -210,7 +168,7 @@ class Sampler:
                 biased.append(i * self.vocab_size + id)
                 biases.append(bias)
             if params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty:
-                penalised.append(i)
+                penalised[i] = row.sequence
         if not (narrowed or masked or biased or penalised):
             return raw
         logits = raw.clone(memory_format=torch.contiguous_format)
@@ -223,7 +181,7 @@ class Sampler:
         if biased:
             flat[torch.tensor(biased, device=flat.device)] += torch.tensor(biases, device=flat.device)
         if penalised:
-            self._penalise(flat, {i: rows[i].sequence for i in penalised})
+            self._penalise(flat, penalised)
         return logits
 
     def _penalise(self, flat: Tensor, sequences: dict[int, Sequence]) -> None:
@@ -255,75 +213,58 @@ class Sampler:
         values = torch.where(values > 0, values / repetition, values * repetition)
         flat[where] = values - frequency * times - presence * (times > 0)
 
-    # Draws: temperature, min_p, top_k, top_p, inverse CDF
+    # Choices
 
-    def _weights(self, logits: Tensor, params: list[SamplingParams]) -> Tensor:
-        """Unnormalised probabilities as integers [R, V] after temperature and min_p; the likeliest token's is `_one`.
+    def _choose(self, logits: Tensor, rows: Rows) -> Tensor:
+        """Token ids [R] of edited logits [R, V], each row's by the cheapest way that its parameters allow."""
+        ways: dict[Callable[[Tensor, Rows], Tensor], list[int]] = {}
+        for i, row in enumerate(rows):
+            ways.setdefault(self._way(row.sequence.request.params), []).append(i)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        for way, places in ways.items():
+            chosen = way(_rows(logits, places), [rows[i] for i in places])
+            if len(ways) == 1:
+                return chosen
+            ids[places] = chosen
+        return ids
 
-        The likeliest token is at 2**(62 - bits of the vocabulary size), e.g. 2**44 for 152k tokens; what is less likely
-        than it by more than that factor is never drawn.
-        """
-        device = logits.device
-        shifted = logits - logits.amax(-1, keepdim=True)
-        temperatures = [p.temperature for p in params]
-        if any(t != 1 for t in temperatures):
-            shifted /= torch.tensor(temperatures, device=device)[:, None]
-        weights = shifted.exp_().mul_(self._one).long()
+    def _way(self, params: SamplingParams) -> Callable[[Tensor, Rows], Tensor]:
+        if params.temperature < GREEDY_BELOW:
+            return _largest
+        if 0 < params.top_k < self.vocab_size:
+            return self._draw_of_best
+        return self._draw_of_nucleus if params.top_p < 1 else self._draw_of_all
+
+    def _draw_of_best(self, logits: Tensor, rows: Rows) -> Tensor:
+        top_k = [row.sequence.request.params.top_k for row in rows]
+        return draws.draw_of_best(self._weights(logits, rows), top_k, _top_p(logits, rows), _numbers(logits, rows))
+
+    def _draw_of_nucleus(self, logits: Tensor, rows: Rows) -> Tensor:
+        return draws.draw(draws.nucleus(self._weights(logits, rows), _top_p(logits, rows)), _numbers(logits, rows))
+
+    def _draw_of_all(self, logits: Tensor, rows: Rows) -> Tensor:
+        return draws.draw(self._weights(logits, rows), _numbers(logits, rows))
+
+    def _weights(self, logits: Tensor, rows: Rows) -> Tensor:
+        """Probabilities [R, V] as integers, after temperature and min_p."""
+        params, one = [row.sequence.request.params for row in rows], draws.largest_weight(self.vocab_size)
+        weights = draws.integer_weights(logits, [p.temperature for p in params])
         if any(p.min_p > 0 for p in params):
-            least = torch.tensor([math.ceil(p.min_p * self._one) for p in params], device=device)
+            least = torch.tensor([math.ceil(p.min_p * one) for p in params], device=logits.device)
             weights.masked_fill_(weights < least[:, None], 0)
         return weights
 
-    def _draw(self, logits: Tensor, params: list[SamplingParams], sequences: list[Sequence]) -> Tensor:
-        """Ids [R] drawn from edited logits [R, V]."""
-        weights = self._weights(logits, params)
-        numbers = [uniform(s.request.seed, s.index, s.num_output) for s in sequences]
-        numbers = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
-        few = [i for i, p in enumerate(params) if 0 < p.top_k < self.vocab_size]
-        if len(few) == len(params):
-            return self._draw_few(weights, params, numbers)
-        nucleus = [i for i, p in enumerate(params) if p.top_p < 1 and not 0 < p.top_k < self.vocab_size]
-        if nucleus:
-            shares = torch.tensor([params[i].top_p for i in nucleus], dtype=torch.float64, device=logits.device)
-            if len(nucleus) == len(params):
-                weights = _nucleus(weights, shares)
-            else:
-                weights[nucleus] = _nucleus(weights[nucleus], shares)
-        ids = _inverse_cdf(weights, numbers)
-        if few:
-            ids[few] = self._draw_few(weights[few], [params[i] for i in few], numbers[few])
-        return ids
-
-    def _draw_few(self, weights: Tensor, params: list[SamplingParams], numbers: Tensor) -> Tensor:
-        """Ids [R] drawn from weights [R, V] of rows with top_k, after top_k and top_p."""
-        device = weights.device
-        limits = torch.tensor([p.top_k for p in params], device=device)
-        shares = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
-        size = max(p.top_k for p in params)
-        best = ((weights << self._id_bits) | self._reversed_ids(device)).topk(size).values
-        candidates = self.vocab_size - 1 - (best & (2**self._id_bits - 1))
-        likely = best >> self._id_bits
-        likely.masked_fill_(torch.arange(size, device=device) >= limits[:, None], 0)
-        reached = likely.cumsum(-1)
-        likely.masked_fill_(reached - likely >= _share_of(reached[:, -1], shares)[:, None], 0)
-        by_id = candidates.sort(-1)
-        places = _inverse_cdf(likely.gather(1, by_id.indices), numbers)
-        return by_id.values.gather(1, places[:, None])[:, 0]
-
-    def _reversed_ids(self, device: torch.device) -> Tensor:
-        """V - 1 ... 0: in a key's low bits, it puts the lower of two equal tokens first."""
-        if device not in self._reversed:
-            self._reversed[device] = torch.arange(self.vocab_size - 1, -1, -1, device=device)
-        return self._reversed[device]
+    # Log-probabilities
 
     def _describe(self, raw: Tensor, logprobs: Tensor, ids: Tensor, ks: list[int]) -> list[TokenLogprobs]:
-        """Rank of `ids` [R] in float32 logits [R, V] without NaN, and each row's k likeliest."""
-        reversed_ids = self._reversed_ids(raw.device)
+        """Rank of `ids` [R] in float32 logits [R, V] without NaN, and each row's k likeliest; -1: all."""
+        ks = [k if k >= 0 else self.vocab_size for k in ks]
+        descending_ids = draws.descending_ids(self.vocab_size, raw.device)
         mine = raw.gather(1, ids[:, None])
-        equal_before = (raw == mine) & (reversed_ids > self.vocab_size - 1 - ids[:, None])
+        equal_before = (raw == mine) & (descending_ids > self.vocab_size - 1 - ids[:, None])
         ranks = (1 + (raw > mine).sum(-1) + equal_before.sum(-1)).tolist()
         own = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-        top = self._ranking(raw, min(max(ks), self.vocab_size))
+        top = draws.best_ids(raw, min(max(ks), self.vocab_size))
         described = []
         listing = zip(ids.tolist(), own, ranks, ks, top.tolist(), logprobs.gather(1, top).tolist(), strict=True)
         for token_id, logprob, rank, k, top_ids, top_logprobs in listing:
@@ -333,23 +274,14 @@ class Sampler:
             described.append(TokenLogprobs(token_id, logprob, rank, best))
         return described
 
-    def _ranking(self, raw: Tensor, k: int) -> Tensor:
-        """Ids [R, k] of the largest float32 logits [R, V], best first, equals by id."""
-        if k == 0:
-            return torch.empty((len(raw), 0), dtype=torch.int64, device=raw.device)
-        # Float bits, read as an integer, ascend with the value once negative ones are turned round; + 0.0 drops -0.0.
-        bits = (raw + 0.0).view(torch.int32)
-        keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | self._reversed_ids(raw.device)
-        return self.vocab_size - 1 - (keys.topk(k).values & 0xFFFFFFFF)
-
 
 class _Seen:
-    """Distinct tokens of a sequence that penalties look at, counted as they come."""
+    """Which tokens of a sequence penalties apply to, and how often its output has each."""
 
     def __init__(self, sequence: Sequence):
         self.ids = array("q")
         self.counts = array("q")
-        """How often each is in the output; 0: only in the prompt."""
+        """Times in the output; 0: only in the prompt."""
         self._places: dict[int, int] = {}
         # Only the repetition penalty looks at the prompt.
         self._known = 0 if sequence.request.params.repetition_penalty != 1 else sequence.num_prompt
@@ -377,68 +309,19 @@ def _withheld(sequence: Sequence) -> set[int]:
     return ids
 
 
-def _share_of(total: Tensor, shares: Tensor) -> Tensor:
-    """The least integer [R] that is `shares` [R] of `total` [R]; at least 1, so that one token stays."""
-    goal = (shares * total.double()).ceil().long().clamp(min=1)
-    return torch.where(shares < 1, goal, total).minimum(total)
+def _numbers(logits: Tensor, rows: Rows) -> Tensor:
+    """The uniform numbers [R], float64, that draw these rows' tokens."""
+    sequences = [row.sequence for row in rows]
+    numbers = [draws.uniform(seq.request.seed, seq.index, seq.num_output) for seq in sequences]
+    return torch.tensor(numbers, dtype=torch.float64, device=logits.device)
 
 
-def _nucleus(weights: Tensor, shares: Tensor) -> Tensor:
-    """Weights [R, V], those outside the smallest set that holds `shares` [R] of the total made 0 (top_p).
-
-    Nothing is sorted but the few tokens near the border: the total of each bucket of similar weights says in which
-    bucket the border is, and that bucket's members are then taken best first.
-    """
-    num_rows = len(weights)
-    buckets = weights.float().view(torch.int32) >> BUCKET_SHIFT  # [R, V]
-    filled = weights.new_zeros(num_rows, BUCKETS).scatter_add_(1, buckets.long(), weights)
-    upto = filled.cumsum(-1)
-    total = upto[:, -1:]
-    left_out = total - _share_of(total[:, 0], shares)[:, None]
-    border = torch.searchsorted(upto, left_out, right=True)  # the first bucket that isn't left out whole
-    wanted = upto.gather(1, border) - left_out  # of the border bucket, best first
-    border = border.int()  # the type of buckets, or comparing would widen them
-    row, token = (buckets == border).nonzero(as_tuple=True)
-    near = weights[row, token]
-    order = near.argsort(descending=True, stable=True)  # equals stay in the order of their ids
-    order = order[row[order].argsort(stable=True)]
-    row, token, near = row[order], token[order], near[order]
-    before = near.cumsum(0) - near  # may wrap over many rows; the difference below is right all the same
-    sizes = row.bincount(minlength=num_rows)
-    outside = before - before[sizes.cumsum(0) - sizes][row] >= wanted[row, 0]
-    kept = weights.masked_fill(buckets < border, 0)
-    kept[row[outside], token[outside]] = 0
-    return kept
+def _top_p(logits: Tensor, rows: Rows) -> Tensor:
+    shares = [row.sequence.request.params.top_p for row in rows]
+    return torch.tensor(shares, dtype=torch.float64, device=logits.device)
 
 
-def _inverse_cdf(weights: Tensor, numbers: Tensor) -> Tensor:
-    """Places [R] at which the running sum of integer weights [R, K] first exceeds `numbers` [R] of their total.
-
-    The sums are exact and `numbers` at most 1 - 2**-53, which rounding leaves below the total: a place of weight 0
-    never comes out.
-    """
-    if weights.is_cuda and weights.shape[1] >= LONG_ROW:
-        return _inverse_cdf_by_runs(weights, numbers)
-    reached = weights.cumsum(-1)
-    goal = (numbers * reached[:, -1].double()).long()
-    return torch.searchsorted(reached, goal[:, None], right=True)[:, 0]
-
-
-def _inverse_cdf_by_runs(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The same, with running sums over the sums of runs of places, and then within one run."""
-    length = weights.shape[1]
-    whole = length // RUN * RUN
-    runs = weights[:, :whole].unflatten(1, (-1, RUN)).sum(-1)
-    reached = torch.cat([runs, weights[:, whole:].sum(-1, keepdim=True)], 1).cumsum_(-1)
-    goal = (numbers * reached[:, -1].double()).long()[:, None]
-    run = torch.searchsorted(reached, goal, right=True)
-    goal -= torch.where(run > 0, reached.gather(1, (run - 1).clamp_(min=0)), 0)
-    places = run * RUN + torch.arange(RUN, device=weights.device)
-    within = weights.gather(1, places.clamp_(max=length - 1)).cumsum_(-1)
-    return (run * RUN + torch.searchsorted(within, goal, right=True))[:, 0]
-
-
-def _largest(logits: Tensor) -> Tensor:
+def _largest(logits: Tensor, rows: Rows) -> Tensor:
     """Ids [R] of the largest of logits [R, V] without NaN, of equals the lowest.
 
     On the CPU by numpy, whose argmax uses vector instructions: measured 20 times as fast as torch's.

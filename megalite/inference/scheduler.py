@@ -17,8 +17,8 @@ from array import array
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from operator import attrgetter
 from zlib import crc32
 
 from megalite.errors import MegaliteError, ResourceError
@@ -35,10 +35,6 @@ class SchedulerStats:
     """Blocks copied to host memory."""
     prefix_hit_tokens: int = 0
     """Tokens whose keys and values were found in the cache instead of being computed."""
-
-
-def _arrival(seq: Sequence) -> int:
-    return seq.arrival
 
 
 class Scheduler:
@@ -70,7 +66,7 @@ class Scheduler:
         contiguous: bool = True,
         key_variant: Callable[[int], int] = lambda limit: 0,
     ):
-        self.pool = BlockPool(num_blocks, block_size, contiguous=contiguous)
+        self.pool = BlockPool(num_blocks, contiguous=contiguous)
         self.stats = SchedulerStats()
         self._block_size = block_size
         self._max_tokens = max_num_batched_tokens
@@ -117,7 +113,7 @@ class Scheduler:
         if self._blocks_for(max(len(known), limit - 1)) > pool.num_blocks:  # the last token is never an input
             raise ResourceError(
                 f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) do not fit "
-                f"into the KV cache of {pool.num_blocks} blocks of {pool.block_size} tokens"
+                f"into the KV cache of {self.pool.num_blocks} blocks of {self._block_size} tokens"
             )
         salt = self._salt(self._arrivals, request)
         sequences = []
@@ -151,12 +147,12 @@ class Scheduler:
         return ended
 
     def clear(self) -> list[Sequence]:
-        """End every request at once, in flight or not, and forget every cached prefix; the sequences that ended.
+        """End every request at once, in flight or not; the sequences that ended.
 
-        For after an exception, when it is not known which plans have run.
+        Cached prefixes are forgotten too, as after an exception it is not known which plans have run.
         """
         self._in_flight = [None] * len(self._in_flight)
-        ended = [seq for request_id in self.unfinished for seq in self.abort(request_id)]
+        ended = [seq for request_id in list(self._unfinished) for seq in self.abort(request_id)]
         self._copies.clear()
         self.reset_cache()
         return ended
@@ -186,7 +182,7 @@ class Scheduler:
             start = seq.num_computed
             if len(seq.token_ids) - start > 1:
                 prefills.append(seq)
-            elif start < len(seq.blocks) * self._block_size or self._grow(seq):
+            elif start < len(seq.blocks) * self._block_size or self._grow(seq, cohort):
                 rows.append(self._row(seq, 1))
         budget = self._max_tokens - len(rows)
         for seq in prefills:
@@ -203,7 +199,7 @@ class Scheduler:
             self._in_flight[cohort] = plan
         return plan
 
-    def finish(self, plan: StepPlan, results: Items[Sampled]) -> list[Sequence]:
+    def finish(self, plan: StepPlan, results: tuple[Sampled, ...]) -> list[Sequence]:
         """Take the results of `plan.sampled`, in order; return the sequences that ended, their finish_reason set."""
         if not plan.rows:
             return []
@@ -236,16 +232,9 @@ class Scheduler:
 
     # ---- looking at it
 
-    def has_work(self, cohort: int | None = None) -> bool:
-        """Whether any sequence is unfinished; with `cohort`, whether one runs there or may be admitted."""
-        if cohort is None:
-            return bool(self._unfinished)
-        return bool(self._running[cohort] or self._waiting)
-
-    @property
-    def unfinished(self) -> list[str]:
-        """Ids of the requests that have not ended, in order of arrival."""
-        return list(self._unfinished)
+    def has_work(self) -> bool:
+        """Whether any sequence is unfinished."""
+        return bool(self._unfinished)
 
     @property
     def num_waiting(self) -> int:
@@ -317,10 +306,10 @@ class Scheduler:
             chain.append(block_key(chain[-1], seq.token_ids[index * size : (index + 1) * size]))
         return chain
 
-    def _grow(self, seq: Sequence) -> bool:
-        """Give a running sequence one more block; False: it was preempted itself."""
+    def _grow(self, seq: Sequence, cohort: int) -> bool:
+        """Give a sequence that runs in `cohort` one more block; False: it was preempted itself."""
         while self.pool.num_free == 0:
-            if self._preempt(seq.cohort) is seq:
+            if self._preempt(cohort) is seq:
                 return False
         blocks = seq.blocks
         self.pool.extend(seq.arrival, blocks, 1)
@@ -333,14 +322,13 @@ class Scheduler:
         used = self._blocks_for(seq.num_computed)
         if used <= len(self._host_free):
             seq.host_blocks = [self._host_free.pop() for _ in range(used)]
-            self._copies += map(BlockCopy, ("out",) * used, seq.blocks, seq.host_blocks)
+            self._copies += [BlockCopy("out", *pair) for pair in zip(seq.blocks[:used], seq.host_blocks, strict=True)]
             self.stats.swapped_blocks += used
         else:
             seq.num_computed = 0
         self.stats.preemptions += 1
         self._release(seq)
-        place = next((i for i, other in enumerate(self._waiting) if other.arrival > seq.arrival), len(self._waiting))
-        self._waiting.insert(place, seq)
+        insort(self._waiting, seq, key=attrgetter("arrival"))
         return seq
 
     def _admit(self, cohort: int, rows: list[Row], budget: int) -> None:
@@ -365,7 +353,7 @@ class Scheduler:
                 break
             del self._waiting[place]
             seq.cohort = cohort
-            insort(running, seq, key=_arrival)
+            insort(running, seq, key=attrgetter("arrival"))
             growing += len(seq.blocks) * size < seq.limit - 1
             count = min(len(seq.token_ids) - seq.num_computed, budget)
             rows.append(self._row(seq, count))
@@ -399,7 +387,8 @@ class Scheduler:
         seq.blocks = blocks
         seq.contiguous = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
         if seq.host_blocks:
-            self._copies += map(BlockCopy, ("in",) * len(seq.host_blocks[hits:]), seq.host_blocks[hits:], blocks[hits:])
+            missing = zip(seq.host_blocks[hits:], blocks[hits:], strict=False)
+            self._copies += [BlockCopy("in", source, target) for source, target in missing]
             self._host_free += reversed(seq.host_blocks)
             seq.host_blocks = []
             self._register(seq, hits)

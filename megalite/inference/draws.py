@@ -1,0 +1,145 @@
+"""Draws tokens from integer weights: top_k, top_p and the inverse of the cumulative distribution, in exact arithmetic.
+
+Probabilities become integers (`integer_weights`), whose sums are exact in any order, so kernels that add in an order of
+their own choice can't change a result. The uniform number of a draw is a hash (`uniform`), no generator's state.
+
+R rows, a vocabulary of V ids. Equal weights rank by id, lowest first.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+LONG_ROW = 2**14
+"""Places of a row from which its running sum is slow on an accelerator."""
+RUN = 256
+"""Places that are summed up first in such a row."""
+
+BUCKET_SHIFT = 18
+"""Bits dropped of a float32 to find its bucket: its sign, exponent and 5 bits of mantissa stay."""
+BUCKETS = (127 + 63) << (23 - BUCKET_SHIFT)
+"""Buckets for weights below 2**63."""
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """The number in [0, 1) that draws token `position` (from 0) of sample `index` of a request.
+
+    The first 53 bits of BLAKE2b (RFC 7693) over the three in decimal: equal on every machine and in every version.
+    """
+    digest = blake2b(b"%d %d %d" % (seed, index, position), digest_size=8, person=b"megalite.sample").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def largest_weight(vocab_size: int) -> int:
+    """The weight of a row's likeliest token: 2**(62 - bits of the vocabulary size), e.g. 2**44 for 152k tokens.
+
+    So a weight and an id fit into one int64 together, and so does the sum of V weights.
+    """
+    return 1 << (62 - vocab_size.bit_length())
+
+
+def integer_weights(logits: Tensor, temperatures: list[float]) -> Tensor:
+    """Unnormalised probabilities of float32 logits [R, V] at the rows' temperatures, as int64 [R, V].
+
+    The likeliest token has `largest_weight`; what is less likely than it by more than that factor has 0.
+    """
+    shifted = logits - logits.amax(-1, keepdim=True)
+    if any(temperature != 1 for temperature in temperatures):
+        shifted /= torch.tensor(temperatures, device=logits.device)[:, None]
+    return shifted.exp_().mul_(largest_weight(logits.shape[1])).long()
+
+
+@lru_cache(maxsize=8)
+def descending_ids(vocab_size: int, device: torch.device) -> Tensor:
+    """V - 1 ... 0: in the low bits of a sorting key, it puts the lower of two equal tokens first."""
+    return torch.arange(vocab_size - 1, -1, -1, device=device)
+
+
+def best_ids(logits: Tensor, k: int) -> Tensor:
+    """Ids [R, k] of the largest float32 logits [R, V] without NaN, best first."""
+    if k == 0:
+        return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
+    # Float bits, read as an integer, ascend with the value once negative ones are turned round; + 0.0 drops -0.0.
+    bits, vocab_size = (logits + 0.0).view(torch.int32), logits.shape[1]
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | descending_ids(vocab_size, logits.device)
+    return vocab_size - 1 - (keys.topk(k).values & 0xFFFFFFFF)
+
+
+def draw(weights: Tensor, numbers: Tensor) -> Tensor:
+    """Places [R] at which the running sum of weights [R, K] first exceeds `numbers` [R], in [0, 1), of their total.
+
+    The sums are exact and `numbers` at most 1 - 2**-53, which rounding leaves below the total: a place of weight 0
+    never comes out.
+    """
+    if weights.is_cuda and weights.shape[1] >= LONG_ROW:
+        return draw_by_runs(weights, numbers)
+    reached = weights.cumsum(-1)
+    goal = (numbers * reached[:, -1].double()).long()
+    return torch.searchsorted(reached, goal[:, None], right=True)[:, 0]
+
+
+def draw_by_runs(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The same, with running sums over the sums of runs of places, and then within one run."""
+    length = weights.shape[1]
+    whole = length // RUN * RUN
+    runs = weights[:, :whole].view(len(weights), length // RUN, RUN).sum(-1)
+    reached = torch.cat([runs, weights[:, whole:].sum(-1, keepdim=True)], 1).cumsum_(-1)
+    goal = (numbers * reached[:, -1].double()).long()[:, None]
+    run = torch.searchsorted(reached, goal, right=True)
+    goal -= torch.where(run > 0, reached.gather(1, (run - 1).clamp_(min=0)), 0)
+    places = run * RUN + torch.arange(RUN, device=weights.device)
+    within = weights.gather(1, places.clamp_(max=length - 1)).cumsum_(-1)
+    return (run * RUN + torch.searchsorted(within, goal, right=True))[:, 0]
+
+
+def draw_of_best(weights: Tensor, top_k: list[int], top_p: Tensor, numbers: Tensor) -> Tensor:
+    """Ids [R] drawn from each row's `top_k` largest weights, of them the smallest set that holds `top_p` [R]."""
+    vocab_size, device, size = weights.shape[1], weights.device, max(top_k)
+    id_bits = vocab_size.bit_length()
+    best, _ = ((weights << id_bits) | descending_ids(vocab_size, device)).topk(size)
+    candidates = vocab_size - 1 - (best & (2**id_bits - 1))
+    likely = best >> id_bits
+    likely.masked_fill_(torch.arange(size, device=device) >= torch.tensor(top_k, device=device)[:, None], 0)
+    reached = likely.cumsum(-1)
+    likely.masked_fill_(reached - likely >= _share_of(reached[:, -1], top_p)[:, None], 0)
+    candidates, order = candidates.sort(-1)
+    places = draw(likely.gather(1, order), numbers)
+    return candidates.gather(1, places[:, None])[:, 0]
+
+
+def nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
+    """Weights [R, V], those outside the smallest set that holds `top_p` [R] of the total made 0.
+
+    Nothing is sorted but the few tokens near the border: the total of each bucket of similar weights says in which
+    bucket the border is, and that bucket's members are then taken best first.
+    """
+    num_rows = len(weights)
+    buckets = weights.float().view(torch.int32) >> BUCKET_SHIFT  # [R, V]
+    filled = weights.new_zeros(num_rows, BUCKETS).scatter_add_(1, buckets.long(), weights)
+    upto = filled.cumsum(-1)
+    total = upto[:, -1:]
+    left_out = total - _share_of(total[:, 0], top_p)[:, None]
+    border = torch.searchsorted(upto, left_out, right=True)  # the first bucket that isn't left out whole
+    wanted = upto.gather(1, border) - left_out  # of the border bucket, best first
+    border = border.int()  # the type of buckets, or comparing would widen them
+    row, token = (buckets == border).nonzero(as_tuple=True)
+    near = weights[row, token]
+    order = near.argsort(descending=True, stable=True)  # equals stay in the order of their ids
+    order = order[row[order].argsort(stable=True)]
+    row, token, near = row[order], token[order], near[order]
+    before = near.cumsum(0) - near  # may wrap over many rows; the difference below is right all the same
+    sizes = row.bincount(minlength=num_rows)
+    outside = before - before[sizes.cumsum(0) - sizes][row] >= wanted[row, 0]
+    kept = weights.masked_fill(buckets < border, 0)
+    kept[row[outside], token[outside]] = 0
+    return kept
+
+
+def _share_of(total: Tensor, shares: Tensor) -> Tensor:
+    """The least integer [R] that is `shares` [R] of `total` [R]; at least 1, so that one token stays."""
+    goal = (shares * total.double()).ceil().long().clamp(min=1)
+    return torch.where(shares < 1, goal, total).minimum(total)
