@@ -117,9 +117,10 @@ class Replica:
     def engine(
         self, *, longest: int | None = None, sequences: int | None = None, at_temperature: bool = False
     ) -> Engine:
-        """Make the KV cache and the engine. `longest` and `sequences` say what the work needs, where that is known.
+        """Allocate the KV cache and make the engine over it.
 
-        `at_temperature`: of the log-probabilities of sampled tokens, see `Sampler`.
+        `longest` (tokens of prompt and output) and `sequences` (at once) say what the work needs, where that is known;
+        on a CPU the cache gets no larger than that. `at_temperature`: see `Sampler`.
         """
         settings = self.settings
         self.num_blocks = self.fitting_blocks
@@ -207,7 +208,11 @@ class Replica:
 
 
 def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelFolder]:
-    """Read the model of a config into a replica; and what its folder holds. Collective over the run."""
+    """Build the decoder of a config's model on this rank, in the config's layout, read the rank's part of the weights
+    into it, and make a replica of it; also what the model's folder holds beside weights.
+
+    Collective over the run. CheckpointError: a damaged folder; ResourceError: the memory is too small.
+    """
     parallel, section = config.parallel, config.model
     state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
     folder = ModelFolder.open(_fetch(section, runtime), tokenizer=section.tokenizer)
