@@ -48,7 +48,7 @@ class Scheduler:
         cohorts: disjoint sets of sequences in flight, one for each pipeline stage.
         prefix_caching: share prompts between requests; without it only the samples of one request share.
         host_blocks: blocks of host memory to swap preempted sequences to; one that finds no room is recomputed.
-        contiguous: prefer neighbouring blocks for a sequence: on a CPU, gathering scattered ones takes a tenth of the time.
+        contiguous: prefer neighbouring blocks for a sequence; on a CPU, gathering others takes a tenth of the time.
         key_variant: of prompt + max_tokens; where it differs, equal tokens have other keys, and nothing is shared.
     """
 
