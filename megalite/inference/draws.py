@@ -100,15 +100,14 @@ def draw_of_best(weights: Tensor, top_k: list[int], top_p: Tensor, numbers: Tens
     """Ids [R] drawn from each row's `top_k` largest weights, of them the smallest set that holds `top_p` [R]."""
     vocab_size, device, size = weights.shape[1], weights.device, max(top_k)
     id_bits = vocab_size.bit_length()
-    best, _ = ((weights << id_bits) | descending_ids(vocab_size, device)).topk(size)
-    candidates = vocab_size - 1 - (best & (2**id_bits - 1))
+    best, _ = torch.topk((weights << id_bits) | descending_ids(vocab_size, device), size)
     likely = best >> id_bits
     likely.masked_fill_(torch.arange(size, device=device) >= torch.tensor(top_k, device=device)[:, None], 0)
     reached = likely.cumsum(-1)
     likely.masked_fill_(reached - likely >= _share_of(reached[:, -1], top_p)[:, None], 0)
-    candidates, order = candidates.sort(-1)
+    ids, order = torch.sort(vocab_size - 1 - (best & (2**id_bits - 1)))
     places = draw(likely.gather(1, order), numbers)
-    return candidates.gather(1, places[:, None])[:, 0]
+    return ids.gather(1, places[:, None])[:, 0]
 
 
 def nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
