@@ -61,23 +61,13 @@ def folder(tiny, tmp_path_factory) -> Path:
     return with_tokenizer(tiny("qwen3"), tmp_path_factory.mktemp("model") / "qwen3")
 
 
-@pytest.fixture
-def tokenizer(folder, tmp_path):
-    """`tokenizer(template)`"""
-    made = []
-
-    def make(template: str = CHAT) -> Tokenizer:
-        place = tmp_path / str(len(made))
-        place.mkdir()
-        (place / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        (place / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-        made.append(Tokenizer.load(place))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def with_template(folder: Path, out: Path, template: str) -> Path:
+    """A copy of its tokenizer with another chat template."""
+    out.mkdir()
+    (out / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (out / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return out
 
 
 def lines(path: Path, *records, raw: bytes = b"") -> Path:
@@ -168,8 +158,8 @@ def counted(tokenizer: Tokenizer, example) -> str:
 RAW = {"skip_special_tokens": False}
 
 
-def test_of_a_pair_the_response_and_its_end_count(tokenizer):
-    known = tokenizer()
+def test_of_a_pair_the_response_and_its_end_count(folder):
+    known = Tokenizer.load(folder)
     # "er" is one token, and in the second the border is inside it
     for prompt, response, wanted in (("er a", " a er", " a er</s>"), ("the e", "rror", "error</s>")):
         example = encode_pair(known, prompt, response, END)
@@ -188,33 +178,34 @@ def test_of_a_pair_the_response_and_its_end_count(tokenizer):
         (THINKING, ["<thought>4</s>", "<thought>6 it is</s>"]),  # turns that are shown otherwise later, as generated
     ],
 )
-def test_of_a_chat_every_turn_of_the_assistant_counts(template, wanted, tokenizer):
-    known = tokenizer(template)
+def test_of_a_chat_every_turn_of_the_assistant_counts(template, wanted, folder, tmp_path):
+    known = Tokenizer.load(with_template(folder, tmp_path / "tokenizer", template))
     found = encode_chat(known, TALK, END)
     assert [counted(known, example) for example in found] == wanted
     whole = known.chat_text(TALK[:-1], add_generation_prompt=False)
+    known.close()
     shown = known.decode(found[-1].ids, **RAW)
     assert shown == whole + ("</s>" if template == CHAT else ""), "what comes after the last turn is left out"
     assert list(found[-1].ids[: -1 if template == CHAT else None]) == known.encode(whole, add_special_tokens=False)
 
 
-def test_templates_see_what_a_line_or_the_config_gives_them(tokenizer, tmp_path):
+def test_templates_see_what_a_line_or_the_config_gives_them(folder, tmp_path):
     template = "{{ mood }}{{ tools | length if tools }}: " + ENDED
     chats = [{"messages": [*TALK, {"role": "user", "content": str(i)}]} for i in range(12)]
     own = {"tools": [{}, {}], "chat_template_kwargs": {"mood": "wild"}}
     source = lines(tmp_path / "chats.jsonl", *chats, *({**chat, **own} for chat in chats))
-    tokenizer(template)
+    path = with_template(folder, tmp_path / "tokenizer", template)
     data = section(source, sequence_length=96, tools=[{}], chat_template_kwargs={"mood": "calm"})
-    prepare(data, TokenizerSection(path=str(tmp_path / "0")), tmp_path / "prepared")
+    prepare(data, TokenizerSection(path=str(path)), tmp_path / "prepared")
     corpus = Corpus.open(tmp_path / "prepared")
-    found = [text.partition(":")[0] for text in [*texts(corpus, "train"), *texts(corpus, "held_out")]]
+    found = [text.partition(":")[0] for split in ("train", "held_out") for text in texts(corpus, split)]
     assert sorted(found) == ["calm1"] * 12 + ["wild2"] * 12
 
 
-def test_a_template_whose_prompt_is_no_beginning_is_refused_by_line(folder, tmp_path, tokenizer):
+def test_a_template_whose_prompt_is_no_beginning_is_refused_by_line(folder, tmp_path):
     template = ENDED.replace("assistant: {% endif %}", "assistant (thinks): {% endif %}")
     source = lines(tmp_path / "chats.jsonl", *[{"messages": TALK}] * 2)
-    path = tokenizer(template) and tmp_path / "0"
+    path = with_template(folder, tmp_path / "tokenizer", template)
     with pytest.raises(ConfigError, match="shows message 2, an assistant's, otherwise") as caught:
         prepare(section(source), TokenizerSection(path=str(path)), tmp_path / "prepared")
     assert [str(one).split(": ")[0] for one in caught.value.problems] == [f"{source}:1", f"{source}:2"]
@@ -366,10 +357,8 @@ def test_examples_that_are_too_long(too_long, left, cut, folder, tmp_path):
 def test_a_new_tokenizer_is_trained_on_pairs_and_has_no_template_for_chats(tmp_path):
     data = section(lines(tmp_path / "pairs.jsonl", *(pair(number) for number in range(20))))
     prepare(data, TokenizerSection(vocab_size=300), tmp_path)
-    assert "# 1\nxxx\n<|endoftext|>" in [
-        *texts(Corpus.open(tmp_path), "train"),
-        *texts(Corpus.open(tmp_path), "held_out"),
-    ]
+    corpus = Corpus.open(tmp_path)
+    assert "# 1\nxxx\n<|endoftext|>" in texts(corpus, "train") + texts(corpus, "held_out")
     chats = lines(tmp_path / "chats.jsonl", *({"messages": [*TALK, {"role": str(i)}]} for i in range(9)))
     with pytest.raises(ConfigError, match=r"a new tokenizer has no chat template, and .*chats.jsonl:\d is a chat"):
         prepare(section(chats), TokenizerSection(vocab_size=300), tmp_path / "other")
@@ -384,19 +373,15 @@ def test_what_a_step_reads_does_not_hang_on_the_replicas(dp, prepared):
     order = TrainingOrder(len(prepared.train), data.seed)
     for step in range(5):
         steps = [reader.step(12 * step) for reader in readers]
-        wanted = [texts(prepared, "train")[i].encode() for i in order.indices(12 * step, 12)]
-        known = Tokenizer.load(prepared.folder)
+        wanted = [prepared.train[i][0].tolist() for i in order.indices(12 * step, 12)]
         got = []
         for batch in (batch for one in steps for batch in one.batches):
             assert batch.num_tokens <= 2 * 24
-            ends = np.cumsum(batch.lengths)
-            for end, length in zip(ends, batch.lengths, strict=True):
-                if batch.weights.any():
-                    ids = [*batch.ids[end - length : end].tolist(), int(batch.targets[end - 1])]
-                    got.append(known.decode(ids, **RAW).encode())
+            parts = zip(batch.ids.split(batch.lengths), batch.targets.split(batch.lengths), strict=True)
+            got += [[*ids.tolist(), int(targets[-1])] for ids, targets in parts if batch.weights.any()]
         assert sorted(got) == sorted(wanted)
         assert len({len(one.batches) for one in steps}) == 1
-        assert steps[0].lengths == [len(known.encode(text.decode())) - 1 for text in wanted]
+        assert steps[0].lengths == [len(ids) - 1 for ids in wanted]
 
 
 def test_held_out_examples_are_scored_once_each(prepared):

@@ -93,8 +93,8 @@ def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[Tensor]:
 def _place(local: Tensor, parts: list[Range], whole: dict[str, Tensor]) -> None:
     """Copy one rank's share of a parameter to where it belongs."""
     for one in parts:
-        values = local.narrow(one.piece.dim, one.start, one.hi - one.lo)
-        target = whole[one.piece.hf].narrow(one.piece.hf_dim, one.lo, one.hi - one.lo)
+        values = local.narrow(one.dim, one.start, one.count)
+        target = whole[one.piece.hf].narrow(one.piece.hf_dim, one.lo, one.count)
         target.copy_(values.t() if one.piece.transpose else values)
 
 
