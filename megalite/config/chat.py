@@ -2,8 +2,9 @@
 
 An input line, a line of training data and a record of a task hold the same keys: `messages`, and beside them what its
 chat template is to see: `tools` (JSON schemas) and `chat_template_kwargs` (variables such as `enable_thinking`). A
-config gives both for all chats; a chat's own go first. They reach the template as transformers hands them to it: a
-message's content may be missing, null or a list of parts, and there may be keys beside it such as `tool_calls`.
+config gives both for all chats; those of a chat itself override them. They reach the template as
+transformers hands them to it: a message's content may be missing, null or a list of parts, and there may be keys beside
+it such as `tool_calls`.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def variables_problem(values: Mapping[str, Any], *, prefix: str = "") -> Problem
 
 
 def chat_variables(*levels: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template sees beside the messages, by name; of several mappings with the keys VARIABLES, later ones go
-    first."""
+    """What the template sees beside the messages, by name; of several mappings with the keys VARIABLES, later ones
+    override earlier ones."""
     found: dict[str, Any] = {}
     for level in levels:
         found |= level.get("chat_template_kwargs") or {}

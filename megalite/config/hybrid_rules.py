@@ -64,7 +64,7 @@ def _loop_rules(rules: Rules) -> None:
     rule = "must be >= 2 for grpo: an advantage is a sample's reward beside those of its group"
     rules.need("samples_per_prompt", hybrid.samples_per_prompt >= 2 or not grpo, rule)
     if rules.sound("updates_per_step"):
-        rule = f"must divide prompts_per_step = {hybrid.prompts_per_step}: whole groups are dealt out to the updates"
+        rule = f"must divide prompts_per_step = {hybrid.prompts_per_step}: whole groups are divided among the updates"
         rules.need("updates_per_step", hybrid.prompts_per_step % hybrid.updates_per_step == 0, rule)
     if rules.sound("sync_every"):
         rule = f"must be a multiple of sync_every = {hybrid.sync_every}: a job that goes on begins with a sync"

@@ -200,7 +200,7 @@ class OutputSection:
     file: str | None = None
     """JSON lines, appended as prompts finish; a second run continues the file. null: text on the terminal."""
     overwrite: bool = False
-    """Start the file anew instead of continuing it."""
+    """Overwrite the file instead of continuing it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -211,7 +211,7 @@ def _scalar_misfit(key: str, hint: Any, value: object, or_null: str) -> Problem 
 
 
 def _type_fix(hint: type, value: object) -> str:
-    """How to write `value` so that it has type `hint`, where that can be told."""
+    """How to write `value` so that it has type `hint`; empty where that is unknown."""
     text = str(value)
     if hint is str and not isinstance(value, list | dict) and value is not None:
         return f'Put it in quotes: "{_inline(value)}".'
