@@ -216,7 +216,7 @@ SETTINGS = {
     "all cached": Setting(rounds=2, engine={"block_size": 4}),
     "recomputed": Setting(rounds=2, engine=TIGHT),
     "recomputed, no prefix cache": Setting(engine={**TIGHT, "enable_prefix_caching": False}),
-    "swapped": Setting(rounds=2, engine=SWAP),
+    "swapped": Setting(engine=SWAP),
     "swapped and recomputed": Setting(engine={**TIGHT, "swap_space": 9 * GIB_A_BLOCK}),
     "tp2": Setting(layout=Layout(2, 1, 1), engine=SMALL),
     "pp2": Setting(layout=Layout(1, 2, 1), engine=SMALL, rounds=2),

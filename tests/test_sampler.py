@@ -63,8 +63,11 @@ def log_softmax(logits):
 
 # Quarters and powers of two, so that float32 and the reference's doubles agree on what is a tie.
 tokens = st.integers(0, VOCAB - 1)
-logit = st.one_of(st.integers(-24, 24).map(lambda n: n / 4), st.just(-INF))
-rows_of_logits = st.lists(logit, min_size=VOCAB, max_size=VOCAB).filter(lambda row: sum(x > -INF for x in row) > 6)
+rows_of_logits = (
+    st.binary(min_size=VOCAB, max_size=VOCAB)
+    .map(lambda data: [-INF if byte >= 235 else (byte % 49 - 24) / 4 for byte in data])
+    .filter(lambda row: sum(x > -INF for x in row) > 6)
+)
 params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0, 0.3, 0.7, 1.0, 2.0, 50.0]),
@@ -91,7 +94,7 @@ sampled_rows = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(rows_of_logits, sampled_rows), min_size=1, max_size=6))
 def test_equals_reference_for_every_combination_of_options(cases):
     logits = [values for values, _ in cases]

@@ -105,6 +105,7 @@ def draw_of_best(weights: Tensor, top_k: list[int], top_p: Tensor, numbers: Tens
     likely.masked_fill_(torch.arange(size, device=device) >= torch.tensor(top_k, device=device)[:, None], 0)
     reached = likely.cumsum(-1)
     likely.masked_fill_(reached - likely >= _share_of(reached[:, -1], top_p)[:, None], 0)
+    ids: Tensor
     ids, order = torch.sort(vocab_size - 1 - (best & (2**id_bits - 1)))
     places = draw(likely.gather(1, order), numbers)
     return ids.gather(1, places[:, None])[:, 0]
