@@ -41,9 +41,9 @@ from megalite.errors import (
 )
 from megalite.model.config import ModelConfig
 from megalite.preflight import as_sampled, check
-from megalite.run.hosts import check_hostfile, distrust, pack_config, run_over_hosts, unpack_config
-from megalite.run.launch_env import LaunchEnv
-from megalite.run.launcher import door_of, run_ranks
+from megalite.run.hosts import check_hostfile, distrust, pack_config, run_over_hosts, tell_the_door, unpack_config
+from megalite.run.launch_env import LaunchEnv, door_of
+from megalite.run.launcher import run_ranks
 from megalite.run.processes import die_with_parent
 
 COMMANDS = {
@@ -231,6 +231,7 @@ def _main(
     with ExitStack() as stack:
         path = options.config
         if options.resolved:
+            tell_the_door()
             path = _nameless_file(unpack_config(options.resolved), stack)
         loaded, problems = resolve(kind, path, options.overrides)
     speaks = place is None or place.rank == 0

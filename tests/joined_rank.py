@@ -1,8 +1,9 @@
 """One rank of a run that joins as every job does and adds up numbers over all ranks; run by test_launcher.py.
 
 Its config is the file `--config`: `steps` all-reduces, a tenth of a second apart; `start_timeout`, `peer_timeout`;
-`stdin`: whether to read it; `goodbye`: seconds to wait for process groups that are never destroyed. Prints what it has;
-leaves files beside its config: one when it is at work, and one when it was stopped.
+`stdin`: whether to read it; `goodbye`: seconds to wait for process groups that are never destroyed. With the argument
+`tell`, rank 0 tells a door on another host of its end. Prints what it has; leaves files beside its config: one when it
+is at work, and one when it was stopped.
 """
 
 import os
@@ -16,6 +17,7 @@ import yaml
 from megalite.config.schema import DistributedSection
 from megalite.errors import MegaliteError, Stopped, maybe_fault
 from megalite.run import runtime as distributed
+from megalite.run.hosts import tell_the_door
 
 
 def listening_everywhere() -> bool:
@@ -35,6 +37,8 @@ def listening_everywhere() -> bool:
 
 
 def main() -> int:
+    if "tell" in sys.argv:
+        tell_the_door()
     path = sys.argv[sys.argv.index("--config") + 1]
     text = open(path).read()
     config = yaml.safe_load(text)

@@ -329,7 +329,7 @@ def test_status_tells_the_state_and_keeps_the_first_end(tmp_path, end, state, gu
     found = json.loads(path.read_text())
     assert (found["state"], found["exit_code"], found["guilty"]) == (state, end.code, guilty)
     assert found["started"] == first["started"] <= found["updated"]
-    assert os.read(door, 100) == f"running\nended {end.code}\n".encode()
+    assert os.read(door, 100) == f"megalite: running\nmegalite: ended {end.code}\n".encode()
     os.close(door)
     os.close(pipe)
 
@@ -341,7 +341,7 @@ def test_a_status_that_can_not_be_written_is_a_warning_and_the_door_hears_it(tmp
     status.running()
     status.ended(End(code=0))
     assert "warning: the run's status was not written" in capsys.readouterr().err
-    assert os.read(door, 100) == b"running\nended 0\n"
+    assert os.read(door, 100) == b"megalite: running\nmegalite: ended 0\n"
     os.close(door)
     StatusFile(None, pipe).failed(1, "the door is gone")
     os.close(pipe)

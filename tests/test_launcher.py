@@ -18,8 +18,8 @@ from waiting import PATIENCE, wait_until
 
 from megalite.errors import ConfigError
 from megalite.run import hosts, launcher
-from megalite.run.launch_env import LaunchEnv
-from megalite.run.launcher import door_of, environment, run_ranks
+from megalite.run.launch_env import LaunchEnv, door_of
+from megalite.run.launcher import environment, run_ranks
 from megalite.run.processes import Process, descendants
 
 HERE = Path(__file__).parent
@@ -130,7 +130,7 @@ def test_a_killed_rank_is_70_and_named(doors):
 
 
 def test_a_stopped_rank_does_not_hold_the_door(doors):
-    """Its neighbour, which would end it, is killed first with it."""
+    """The door has less patience here than the rank beside it."""
     run = doors["stopped"].ready(2)
     victim = run.rank(1)
     os.killpg(victim.pid, signal.SIGSTOP)
@@ -404,15 +404,15 @@ class Left:
 @pytest.mark.parametrize(
     ("said", "codes", "code", "says"),
     [
-        ("running ended 0", [0, 0], 0, ""),
-        ("running ended 0", [5, 5], 5, ""),
-        ("running ended 0", [0, 1], 1, ""),
-        ("running ended 0", [0, -9], 70, "error: rank 1 (pid 77) was killed by signal 9 after the run ended"),
-        ("running ended 3", [0, 0], 3, ""),
-        ("running ended 3 ended 70", [3, 3], 3, ""),
-        ("running ended 70", [70, -9], 70, ""),
+        ("running, ended 0", [0, 0], 0, ""),
+        ("running, ended 0", [5, 5], 5, ""),
+        ("running, ended 0", [0, 1], 1, ""),
+        ("running, ended 0", [0, -9], 70, "error: rank 1 (pid 77) was killed by signal 9 after the run ended"),
+        ("running, ended 3", [0, 0], 3, ""),
+        ("running, ended 3, ended 70", [3, 3], 3, ""),
+        ("running, ended 70", [70, -9], 70, ""),
         ("ended 70", [70, 70], 70, ""),
-        ("running ended 130", [130, 130], 130, ""),
+        ("running, ended 130", [130, 130], 130, ""),
         ("running", [0, 0], 70, "error: the ranks left without a word"),
         ("running", [-9, 70], 70, "error: rank 0 (pid 77) was killed by signal 9 while the ranks were at work"),
         ("running", [0, 1], 70, "error: rank 1 (pid 77) left with code 1 while the ranks were at work"),
@@ -426,7 +426,7 @@ class Left:
 def test_the_true_exit_code(capsys, said, codes, code, says):
     door = launcher._Door(2, 1.0)
     door._ranks = [Left(code) for code in codes]
-    os.write(door._their_end, said.replace(" ended", "\nended").encode() + b"\n" if said else b"")
+    os.write(door._their_end, "".join(f"megalite: {line}\n" for line in said.split(", ") if line).encode())
     assert door._until_end() == code
     assert capsys.readouterr().err == (f"{says}.\n" if says else "")
 

@@ -5,9 +5,8 @@
 # ends the run everywhere and says who was lost. Each case has two hosts of its own, and process ids of its own: DeepSpeed's launcher ends
 # a run with `pkill -f`. A few run at once.
 #
-# Two limits of DeepSpeed's launcher over pdsh, which the ranks can't mend: without ServerAliveInterval, pdsh waits for
-# hours for a host that the network has lost (the ranks are gone all the same); and when pdsh or `deepspeed` itself is
-# killed with SIGKILL, the connections to the hosts stay, so the run goes on until a rank next writes to its output.
+# A limit of DeepSpeed's launcher over pdsh, which the ranks can't mend: without ServerAliveInterval, pdsh waits for hours
+# for a host that the network has lost (the ranks are gone all the same).
 #
 # Needs root and: apt-get install openssh-server openssh-client pdsh iproute2; without them it says so and ends with 0.
 # Run it from anywhere, in the environment that has megalite installed: sudo env PATH="$PATH" tests/two_hosts.sh [CASE...]
@@ -107,7 +106,7 @@ sys.exit(run_over_hosts(["--hostfile", sys.argv[1], "--master_addr", "10.77.0.1"
 
 start_run() { # start_run STEPS: start it in the background on host a
     printf 'steps: %s\npeer_timeout: 10\nstart_timeout: %s\n' "$1" $patience >"$work/config.yaml"
-    on "$a" python -c "$door" "$all/hostfile" "$here/joined_rank.py" --config "$work/config.yaml" x x \
+    on "$a" python -c "$door" "$all/hostfile" "$here/joined_rank.py" --config "$work/config.yaml" tell x \
         >"$work/out" 2>"$work/err" &
     run=$!
 }
@@ -138,7 +137,7 @@ end_run() { # end_run PATTERN [LINES [CODE]]: all ranks go, and at most LINES (1
 
 # ---- the cases
 
-cases="values add_up killed_on_b killed_on_a stopped power cable connection interrupt"
+cases="values add_up killed_on_b killed_on_a stopped power cable connection pdsh interrupt"
 
 values() { # what is typed into the door is what the ranks get
     local hostile='$HOME $(echo x) `echo y` %h %n "quoted" ü'
@@ -200,6 +199,12 @@ connection() { # the one that started the ranks of host b
     start_long_run
     pids "$a" '^ssh .*10.77.0.2.*joined_rank' | xargs kill -9
     end_run "sshd.* on mega-b, which started its ranks \(2, 3\), is gone"
+}
+
+pdsh() { # DeepSpeed's launcher leaves with 0 then
+    start_long_run
+    pids "$a" '^pdsh ' | xargs kill -9
+    end_run "deepspeed left with code 0, but rank 0 has not said how the run ended" 1 70
 }
 
 interrupt() { # it goes through pdsh, which ends with it, so nothing of what the ranks say arrives; what they leave does

@@ -17,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-from megalite.run.launcher import door_of
+from megalite.run.launch_env import door_of
 from megalite.run.processes import Process, die_with_parent, launchers
 from megalite.run.referee import Peer
 from megalite.run.status import StatusFile

@@ -13,20 +13,34 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
-from megalite.errors import ConfigError, Problem
-from megalite.run.processes import ancestors, die_with_parent, launcher_name, this_process
+from megalite.errors import EXIT_RANK_LOST, ConfigError, Problem
+from megalite.run.launch_env import DOOR_VARIABLE
+from megalite.run.processes import (
+    adopt_orphans,
+    ancestors,
+    descendants,
+    die_with_parent,
+    launcher_name,
+    this_process,
+)
+from megalite.run.status import TOLD
 
 _LONGEST = 96 << 10
 """Bytes of a packed config; the whole command of a host is one argument of ssh, of at most 128 KiB."""
 _HARMLESS = re.compile(r"[\w./:@,+=-]*", re.ASCII)
 _CHANGED = re.compile(r'[$`"\\]|%[hnu]')
 """What a shell or pdsh would replace, or take away."""
+_LAST_LINES = 5.0
+"""Seconds to read what the launcher wrote before it ended."""
 
 
 def pack_config(text: str) -> str:
@@ -63,8 +77,10 @@ def check_hostfile(path: str, num_ranks: int, filtered: bool) -> None:
 
 
 def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequence[str]) -> int:
-    """Run `script arguments` under `deepspeed launcher_options`; returns its exit code, or that of a signal to stop.
+    """Run `script arguments` under `deepspeed launcher_options`; returns the run's exit code, or a signal's to stop.
 
+    DeepSpeed's launcher leaves with 0 also when the pdsh under it was killed, so 0 is believed only if rank 0 has told
+    through its standard error that the run ended so (`tell_the_door`).
     ConfigError: something that has to stand in the command as it is would not reach the hosts unchanged.
     """
     for word in (os.getcwd(), sys.executable, script, *launcher_options, *arguments):
@@ -73,9 +89,17 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
             raise ConfigError(Problem(key=word, rule=rule, fix="Use letters, digits and ./:@,+=-_ only."))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_options]
     command += ["--no_local_rank", "--log_level", "critical", script, *arguments]
+    adopt_orphans()  # connections to hosts whose pdsh was killed
     launcher = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=partial(die_with_parent, signal.SIGTERM)
+        command,
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
+    told: list[int] = []
+    ear = threading.Thread(target=_pass_on_errors, args=(launcher.stderr, told), daemon=True)
+    ear.start()
     received: list[int] = []
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
@@ -84,11 +108,33 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
     code = launcher.wait()
+    for process in descendants(os.getpid()):
+        process.kill()
+    ear.join(_LAST_LINES)
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if received:
         return 128 + received[0]
-    return code if code >= 0 else 128 - code
+    if not code and not told:
+        sys.stderr.write("error: deepspeed left with code 0, but rank 0 has not said how the run ended.\n")
+        return EXIT_RANK_LOST
+    return (told and told[0]) or (code if code >= 0 else 128 - code)
+
+
+def tell_the_door() -> None:
+    """In a rank that the door of several hosts started: its standard error carries what rank 0 tells the door."""
+    os.environ[DOOR_VARIABLE] = f"{os.getppid()}:2"
+
+
+def _pass_on_errors(stream: IO[bytes], told: list[int]) -> None:
+    """Copy the launcher's standard error to ours, but for what rank 0 tells: the exit code goes to `told`."""
+    for line in stream:
+        if found := TOLD.search(line):
+            told += [int(found[1])] if found[1] else []
+        else:
+            with suppress(OSError):  # nobody reads any more
+                sys.stderr.buffer.write(line)
+                sys.stderr.flush()
 
 
 def distrust(texts: Sequence[str], overrides: Sequence[str], command: str) -> list[Problem]:

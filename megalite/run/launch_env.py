@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ from megalite.errors import ConfigError, Problem
 
 LAUNCHERS = {"TORCHELASTIC_RUN_ID": "torchrun", "CROSS_SIZE": "deepspeed"}
 """Launchers by a variable that only they set."""
+
+DOOR_VARIABLE = "MEGALITE_DOOR"
+"""Environment variable with `PID:DESCRIPTOR` of the door, or of its other half on this host: without that process its
+ranks must not go on, and through that descriptor rank 0 tells it how the run goes (`status`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +66,9 @@ class LaunchEnv:
             restart=env.get("TORCHELASTIC_RESTART_COUNT", "0"),
             launcher=next((name for mark, name in LAUNCHERS.items() if mark in env), "the launcher"),
         )
+
+
+def door_of(env: Mapping[str, str]) -> tuple[int, int] | None:
+    """Process id of the door that started this very process as a rank, and what leads to it; None without one."""
+    pid, _, descriptor = env.get(DOOR_VARIABLE, "").partition(":")
+    return (int(pid), int(descriptor)) if pid == str(os.getppid()) and descriptor.isdecimal() else None

@@ -17,12 +17,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from megalite.errors import EXIT_RANK_LOST
+from megalite.run.launch_env import DOOR_VARIABLE
 from megalite.run.meeting_folder import remove_run_folder, run_folder
 from megalite.run.processes import Process, adopt_orphans, descendants, die_with_parent, is_stopped, this_process
-
-DOOR_VARIABLE = "MEGALITE_DOOR"
-"""Environment variable with `PID:DESCRIPTOR` of the door: without that process its ranks must not go on, and into that
-pipe they write lines: `running`, and at last `ended CODE`."""
+from megalite.run.status import TOLD
 
 _TICK = 0.05
 """Seconds between two looks at the ranks."""
@@ -63,12 +61,6 @@ def environment(outside: Mapping[str, str], rank: int, num_ranks: int, door: str
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nothing listens there: on one host they meet in a file
     threads = {"OMP_NUM_THREADS": str(max(1, cores // num_ranks))}
     return {**threads, **outside, **{name: str(n) for name, n in place.items()}, **address, DOOR_VARIABLE: door}
-
-
-def door_of(env: Mapping[str, str]) -> tuple[int, int] | None:
-    """Process id of the door that started this very process as a rank, and its pipe; None without one."""
-    pid, _, descriptor = env.get(DOOR_VARIABLE, "").partition(":")
-    return (int(pid), int(descriptor)) if pid == str(os.getppid()) and descriptor.isdecimal() else None
 
 
 class _Door:
@@ -126,14 +118,14 @@ class _Door:
             self._listen()
             if self._signals and not passed_on:
                 passed_on = True
-                if b"running" not in self._heard:
+                if not self._heard:
                     return self._stopped("before the run began")
                 for rank in self._living():
                     rank.send_signal(signal.SIGINT if self._signals[0][0] == signal.SIGINT else signal.SIGTERM)
             if self._again():
                 return self._stopped("at once; unfinished work is given up")
             if self._failed is not None:
-                known = self._end() or b"running" not in self._heard
+                known = self._end() or not self._heard
                 if now - self._failed[0] > (_FAREWELL if known else _LEFTOVERS):
                     break
             elif (rank := self._standing(now, looked)) is not None:
@@ -158,8 +150,7 @@ class _Door:
 
     def _end(self) -> int | None:
         """The exit code that the ranks agreed on, once they have."""
-        ends = [line.split()[1] for line in self._heard.split(b"\n")[:-1] if line.startswith(b"ended ")]
-        return int(ends[0]) if ends else None
+        return next((int(code) for code in TOLD.findall(self._heard) if code), None)
 
     def _name_of(self, rank: int) -> str:
         return f"rank {rank} (pid {self._ranks[rank].pid})"
@@ -191,7 +182,7 @@ class _Door:
             return EXIT_RANK_LOST if end is None else end
         rank = self._failed[1]
         code = self._ranks[rank].returncode
-        began = b"running" in self._heard
+        began = self._heard
         signum = code - 128 if code > 128 else -code
         if signum in _SIGNALS and not began:
             self._signals.append((signum, time.monotonic()))

@@ -47,8 +47,7 @@ from megalite.errors import (
     Stopped,
     maybe_fault,
 )
-from megalite.run.launch_env import LaunchEnv
-from megalite.run.launcher import door_of
+from megalite.run.launch_env import LaunchEnv, door_of
 from megalite.run.meeting_folder import claim, run_folder
 from megalite.run.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
 from megalite.run.processes import Process, die_with_parent, launcher_name, launchers, this_process
@@ -224,7 +223,7 @@ def start(
         hub=meeting.listener or meeting.plan["hub"],
         timeout=section.peer_timeout,
         launchers=chain,
-        orphan_wait=ORPHAN_WAIT if door is None else 0.0,
+        orphan_wait=ORPHAN_WAIT if door is None or place is None or place.over_hosts else 0.0,
         handle_signals=handle_signals,
         # where rank 0's files are not, its status can't be written
         on_end=status.ended if meeting.card.machine == meeting.cards[0].machine else lambda end: None,

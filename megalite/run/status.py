@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -15,6 +16,9 @@ from megalite.errors import EXIT_RANK_LOST, EXIT_SIGINT, EXIT_SIGTERM, MegaliteE
 from megalite.files import write_json
 from megalite.run.referee import End, Peer
 
+TOLD = re.compile(rb"megalite: (?:running|ended (\d+))\n")
+"""What the door is told: that all ranks are there, and the exit code of the run."""
+
 
 class StatusFile:
     """Writes the state of one run, whole at each change; the first end that is written stays.
@@ -24,7 +28,7 @@ class StatusFile:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, door: int | None = None):
-        """`door`: pipe to a process that is told of beginning and end too, see `run.launcher`."""
+        """`door`: descriptor through which the door is told of beginning and end too, in lines like `TOLD`."""
         self._path = None if path is None else Path(path)
         self._door = door
         self._started = time.time()
@@ -62,7 +66,9 @@ class StatusFile:
             self._over = code is not None
             if self._door is not None:
                 with suppress(OSError):  # the door is gone, and this rank soon too
-                    os.write(self._door, b"running\n" if code is None else f"ended {code}\n".encode())
+                    os.write(
+                        self._door, b"megalite: running\n" if code is None else f"megalite: ended {code}\n".encode()
+                    )
             if self._path is not None:
                 try:
                     write_json(self._path, value)
