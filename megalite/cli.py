@@ -198,7 +198,7 @@ def main(
     except KeyboardInterrupt:
         return EXIT_SIGINT
     except MegaliteError as error:
-        # Before the work begins all ranks of a host find the same: one of them speaks. Later each has its own story.
+        # Before the work begins all ranks of a host find the same: one of them speaks. Later each has its own error.
         if running or place is None or place.local_rank == 0:
             _report(error, place, debug)
         else:

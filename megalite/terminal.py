@@ -11,7 +11,7 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 from megalite.errors import ConfigError, MegaliteError, ResourceError
 
@@ -22,7 +22,7 @@ class _Descriptor(io.FileIO):
     failure: OSError | None = None
     """Of the first write that did not succeed; after a reader has left, nothing is written any more."""
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Any) -> int:
         try:
             while self.failure is None or self.failure.errno != errno.EPIPE:
                 written = super().write(data)
@@ -45,13 +45,13 @@ def guard() -> None:
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number, which is this one
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    if sys.stdout is sys.__stdout__:
-        sys.stdout = sys.__stdout__ = _guarded(1, sys.stdout)
-    if sys.stderr is sys.__stderr__:
-        sys.stderr = sys.__stderr__ = _guarded(2, sys.stderr)
+    streams = vars(sys)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if streams[name] is streams[f"__{name}__"]:
+            streams[name] = streams[f"__{name}__"] = _guarded(number, streams[name])
 
 
-def _guarded(number: int, stream: TextIO | None) -> TextIO:
+def _guarded(number: int, stream: Any) -> TextIO:
     """What takes the place of a standard stream; None: its descriptor was closed."""
     if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Descriptor):
         return stream

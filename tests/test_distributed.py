@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,35 +39,14 @@ CPU = DistributedSection(device="cpu")
 
 def rank_info(rank: int, **changes) -> RankInfo:
     me = Process.of(os.getpid())
-    card = RankInfo(
-        rank=rank,
-        host="hostA",
-        pid=me.pid,
-        start=me.start,
-        machine=machine_id(),
-        pids=pid_namespace(),
-        network=network_namespace(),
-        address="127.0.0.1",
-        device="cpu",
-        gpu="",
-        sha256="same",
-    )
-    return dataclasses.replace(card, **changes)
+    where = {"host": "hostA", "machine": machine_id(), "pids": pid_namespace(), "network": network_namespace()}
+    what = {"pid": me.pid, "start": me.start, "address": "127.0.0.1", "device": "cpu", "gpu": "", "sha256": "same"}
+    return RankInfo(**{"rank": rank, **where, **what, **changes})
 
 
-def a_place(rank: int, world_size: int, **changes) -> LaunchEnv:
-    place = LaunchEnv(
-        rank=rank,
-        world_size=world_size,
-        local_rank=rank,
-        started_here=None,
-        master_addr="127.0.0.1",
-        master_port=1,
-        agent_store=False,
-        restart="0",
-        launcher="the launcher",
-    )
-    return dataclasses.replace(place, **changes)
+def launched(rank: int, world_size: int, **changes) -> LaunchEnv:
+    placed = {"rank": rank, "world_size": world_size, "local_rank": rank, "started_here": None}
+    return dataclasses.replace(LaunchEnv.alone(), **{**placed, **changes})
 
 
 # ---- the launcher's variables
@@ -74,107 +54,113 @@ def a_place(rank: int, world_size: int, **changes) -> LaunchEnv:
 UNDER = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
 
 
-def test_place_under_both_launchers():
+def test_the_environment_under_both_launchers():
     assert LaunchEnv.of({"WORLD_SIZE": "4"}) is None
     assert LaunchEnv.of({**UNDER, "LOCAL_SIZE": "2"}).started_here == 2
-    assert LaunchEnv.of({**UNDER, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}) == LaunchEnv(
-        rank=1,
-        world_size=4,
-        local_rank=1,
-        started_here=4,
-        master_addr="a",
-        master_port=29500,
-        agent_store=True,
-        restart="0",
-        launcher="the launcher",
-    )
+    env = LaunchEnv.of({**UNDER, "LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert (env.rank, env.world_size, env.local_rank, env.started_here, env.restart) == (1, 4, 1, 4, "0")
+    assert (env.master_addr, env.master_port, env.agent_store, env.launcher) == ("a", 29500, True, "the launcher")
+    assert not env.over_hosts and LaunchEnv.of({**UNDER, "LOCAL_SIZE": "2"}).over_hosts
     assert LaunchEnv.of({**UNDER, "TORCHELASTIC_RUN_ID": "none"}).launcher == "torchrun"
     assert LaunchEnv.of({**UNDER, "CROSS_SIZE": "1"}).launcher == "deepspeed"
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("RANK", "4"), ("RANK", "-1"), ("RANK", "x"), ("RANK", "١"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "65536")],
+    [
+        *(("RANK", value) for value in ("4", "-1", "x", "١")),
+        ("WORLD_SIZE", "0"),
+        ("MASTER_PORT", "65536"),
+        *((name, None) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")),
+    ],
 )
-def test_senseless_variables_are_named(name, value):
-    with pytest.raises(ConfigError, match=f"{name}: must be a whole number .*got '{value}'"):
-        LaunchEnv.of({**UNDER, name: value})
-
-
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
-def test_a_missing_variable_is_named(name):
-    with pytest.raises(ConfigError, match=f"{name}: is not set, but RANK is"):
-        LaunchEnv.of({key: value for key, value in UNDER.items() if key != name})
+def test_senseless_and_missing_variables_are_named(name, value):
+    env = {key: one for key, one in {**UNDER, name: value}.items() if one is not None}
+    says = "is not set, but RANK is" if value is None else f"must be a whole number .*got '{value}'"
+    with pytest.raises(ConfigError, match=f"{name}: {says}"):
+        LaunchEnv.of(env)
 
 
 # ---- meeting
 
 
-def meet_all(folder: Path, cards: list[RankInfo], world_size: int, seconds: float, texts: dict[int, str] | None = None):
+def meet_all(folder: Path, infos: list[RankInfo], world_size: int, seconds: float, texts: dict[int, str]):
     """What each rank's `meet` gives or raises, by rank; ranks are threads over one file store."""
 
-    def one(card: RankInfo):
-        store = FileStore(str(folder / "store"), world_size)
-        place = a_place(card.rank, world_size)
-        text = (texts or {}).get(card.rank, "tp: 1\n")
+    def one(info: RankInfo):
+        store, env = FileStore(str(folder / "store"), world_size), launched(info.rank, world_size)
+        choose = lambda here: f"backend of {len(here)}"  # noqa: E731
         try:
-            return meet(place, store, card, text, Deadline(seconds), lambda here: {"token": len(here)})
+            return meet(env, store, info, texts.get(info.rank, "tp: 1\n"), Deadline(seconds), choose)
         except (Exception, SystemExit) as error:
             return error
 
-    with ThreadPoolExecutor(len(cards)) as pool:
-        return dict(zip([card.rank for card in cards], pool.map(one, cards), strict=True))
+    with ThreadPoolExecutor(len(infos)) as pool:
+        return dict(zip([info.rank for info in infos], pool.map(one, infos), strict=True))
 
 
-def test_ranks_that_agree_get_all_cards_and_one_plan(tmp_path):
-    cards = [rank_info(rank, host=f"host{rank}") for rank in range(4)]
-    assert meet_all(tmp_path, cards, 4, PATIENCE) == {rank: (cards, {"token": 4}) for rank in range(4)}
+def test_ranks_that_agree_know_each_other_and_have_one_back_end(tmp_path):
+    infos = [rank_info(rank, host=f"host{rank}", hub=["a", 1], token="b") for rank in range(4)]
+    assert meet_all(tmp_path, infos, 4, PATIENCE, {}) == {rank: (infos, "backend of 4") for rank in range(4)}
 
 
-def test_ranks_that_never_came_are_named_by_rank_0_alone(tmp_path):
-    cards = [rank_info(0), rank_info(1), rank_info(4, host="hostB")]
-    found = meet_all(tmp_path, cards, 5, 4)
-    assert isinstance(found[0], RankLost)
-    assert "ranks 2, 3 never came within 4 s (of 5; here are 0, 1 on hostA; 4 on hostB)" in str(found[0])
-    for rank in (1, 4):
-        assert isinstance(found[rank], SystemExit) and found[rank].code == 70
+def dead() -> dict[str, int]:
+    """Process id and start of a process that has ended."""
+    child = subprocess.Popen(["sleep", "60"])
+    process = Process.of(child.pid)
+    child.kill()
+    child.wait()
+    return {"pid": process.pid, "start": process.start}
+
+
+CONFIGS = {
+    **dict.fromkeys((0, 1), "model: {path: a}\nparallel: {tp: 2, pp: 1}\n"),
+    2: "model: {path: a}\nparallel: {tp: 4, pp: 2}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds", "kind", "says", "code"),
+    [
+        (
+            {0: {}, 1: {}, 4: {"host": "hostB"}},
+            4,
+            RankLost,
+            r"ranks 2, 3 never came within 4 s \(of 5; here are 0, 1 on hostA; 4 on hostB\)",
+            70,
+        ),
+        ({0: {}, 2: dead}, 36_000, RankLost, r"rank 2 on hostA \(pid \d+\) died while the run started", 70),
+        (
+            {0: {}, 1: {}, 2: {"sha256": "other", "host": "hostB"}},
+            PATIENCE,
+            ConfigError,
+            "rank 2 on hostB was given another config: parallel.tp is 4 there and 2 on rank 0 on hostA",
+            2,
+        ),
+        (
+            {0: {}, 1: {"problem": "distributed.device: no GPU", "code": 2}},
+            PATIENCE,
+            ConfigError,
+            "^rank 1 on hostA: distributed.device: no GPU.$",
+            2,
+        ),
+    ],
+    ids=["never came", "died", "another config", "a problem"],
+)
+def test_rank_0_alone_says_why_a_run_can_not_begin(tmp_path, changes, seconds, kind, says, code):
+    infos = [rank_info(rank, **(change() if callable(change) else change)) for rank, change in changes.items()]
+    first, *others = meet_all(tmp_path, infos, infos[-1].rank + 1, seconds, CONFIGS).values()
+    assert type(first) is kind and re.search(says, str(first)) and first.exit_code == code
+    assert all(isinstance(other, SystemExit) and other.code == code for other in others)
 
 
 def test_rank_0_that_never_came_is_named_by_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(rendezvous, "_PATIENCE", 0.2)
-    (error,) = meet_all(tmp_path, [rank_info(1)], 3, 0.3).values()
+    (error,) = meet_all(tmp_path, [rank_info(1)], 3, 0.3, {}).values()
     assert isinstance(error, RankLost) and "ranks 0, 2 never came within 0.3 s" in str(error)
 
 
-def test_rank_that_died_while_starting_is_named_at_once(tmp_path):
-    child = subprocess.Popen(["sleep", "60"])
-    victim = Process.of(child.pid)
-    child.kill()
-    found = meet_all(tmp_path, [rank_info(0), rank_info(2, pid=victim.pid, start=victim.start)], 3, 36_000)
-    child.wait()
-    assert "rank 2 on hostA" in str(found[0]) and "died while the run started" in str(found[0])
-
-
-def test_other_config_is_named_with_rank_and_key(tmp_path):
-    cards = [rank_info(0), rank_info(1), rank_info(2, sha256="other", host="hostB")]
-    texts = {
-        0: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
-        1: "model: {path: a}\nparallel: {tp: 2, pp: 1}\n",
-        2: "model: {path: a}\nparallel: {tp: 4, pp: 2}\n",
-    }
-    found = meet_all(tmp_path, cards, 3, PATIENCE, texts)
-    assert isinstance(found[0], ConfigError)
-    assert "rank 2 on hostB was given another config: parallel.tp is 4 there and 2 on rank 0 on hostA" in str(found[0])
-    assert [found[rank].code for rank in (1, 2)] == [2, 2]
-
-
-def test_problem_of_one_rank_is_the_problem_of_all(tmp_path):
-    found = meet_all(tmp_path, [rank_info(0), rank_info(1, problem="distributed.device: no GPU", code=2)], 2, PATIENCE)
-    assert str(found[0]) == "rank 1 on hostA: distributed.device: no GPU" and found[0].exit_code == 2
-    assert found[1].code == 2
-
-
-# ---- the plan
+# ---- the back end
 
 
 @pytest.mark.parametrize(
@@ -193,17 +179,15 @@ def test_problem_of_one_rank_is_the_problem_of_all(tmp_path):
         ([{"address": "10.0.0.1"}, {"network": "2", "address": "10.0.0.2"}], None, "gloo"),
     ],
 )
-def test_plan(monkeypatch, changes, backend, expected):
+def test_back_end(monkeypatch, changes, backend, expected):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    cards = [rank_info(rank, **change) for rank, change in enumerate(changes)]
+    ranks = [rank_info(rank, **change) for rank, change in enumerate(changes)]
     section = DistributedSection(backend=backend)
     if expected in ("gloo", "nccl"):
-        plan = distributed._plan(section, cards)
-        assert plan["backend"] == expected
-        assert len(bytes.fromhex(plan["token"])) == 32 and plan["token"] != distributed._plan(section, cards)["token"]
+        assert distributed._backend(section, ranks) == expected
     else:
         with pytest.raises(ConfigError, match=expected):
-            distributed._plan(section, cards)
+            distributed._backend(section, ranks)
 
 
 # ---- the network and the stores
@@ -234,9 +218,9 @@ def listening_addresses(port: int) -> set[str]:
 def test_the_store_of_several_hosts_listens_on_one_address_only():
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
-        joining = pool.submit(open_store, a_place(1, 2, master_port=port), None, Deadline(PATIENCE))
+        joining = pool.submit(open_store, launched(1, 2, master_port=port), None, Deadline(PATIENCE))
         time.sleep(0.2)
-        store = open_store(a_place(0, 2, master_port=port), None, Deadline(PATIENCE))
+        store = open_store(launched(0, 2, master_port=port), None, Deadline(PATIENCE))
         joining.result().set("key", "value")
     assert store.get("key") == b"value"
     assert listening_addresses(port) == {"0100007F"}
@@ -248,16 +232,16 @@ def test_a_port_in_use_is_a_usage_error():
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"MASTER_PORT: is taken on 127.0.0.1, got {port}.*--master_port"):
-            open_store(a_place(0, 2, master_port=port), None, Deadline(PATIENCE))
+            open_store(launched(0, 2, master_port=port), None, Deadline(PATIENCE))
 
 
 def test_nobody_at_the_masters_address():
     with pytest.raises(RankLost, match="rank 0 of 2 never came within 0.3 s: nothing answers at 127.0.0.1:"):
-        open_store(a_place(1, 2, master_port=free_port()), None, Deadline(0.3))
+        open_store(launched(1, 2, master_port=free_port()), None, Deadline(0.3))
 
 
 def test_one_host_meets_in_a_file(tmp_path):
-    stores = [open_store(a_place(rank, 2, started_here=2), tmp_path, Deadline(PATIENCE)) for rank in range(2)]
+    stores = [open_store(launched(rank, 2, started_here=2), tmp_path, Deadline(PATIENCE)) for rank in range(2)]
     stores[0].set("key", "value")
     assert stores[1].get("key") == b"value" and (tmp_path / "store").exists()
 

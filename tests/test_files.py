@@ -55,18 +55,24 @@ def test_an_error_in_the_block_leaves_the_old_file_and_no_other(tmp_path):
     assert os.listdir(tmp_path) == ["model.bin"]
 
 
-def test_killed_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "model.bin"
-    path.write_bytes(b"old")
-    code = """
+KILLED = """
 import os, signal, sys
-from megalite.files import DurableFile
+from megalite.files import DurableFile, LineFile
 with DurableFile(sys.argv[1]) as file:
-    file.write(b"x" * 1_000_000)
+    lines = LineFile(sys.argv[2])
+    for n in range(1000):
+        file.write(b"x" * 1000)
+        lines.append(f"line {n}")
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert run_python(code, path).returncode == -signal.SIGKILL
+
+
+def test_a_kill_leaves_the_old_file_and_the_lines_so_far(tmp_path):
+    path, lines = tmp_path / "model.bin", tmp_path / "new" / "lines.jsonl"
+    path.write_bytes(b"old")
+    assert run_python(KILLED, path, lines).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+    assert lines.read_text().splitlines() == [f"line {n}" for n in range(1000)]
 
 
 FULL_DISK = """
@@ -87,19 +93,15 @@ except MegaliteError as error:
 """
 
 
-def test_a_full_disk_is_a_resource_error_and_takes_nothing_away(tmp_path):
+@pytest.mark.parametrize(("way", "kept"), [("whole", "old"), ("lines", "old" + "y" * 600 + "\n")])
+def test_a_full_disk_is_a_resource_error_and_takes_nothing_away(tmp_path, way, kept):
+    """Neither the file that was to be replaced, nor whole lines; a half-written one is taken back."""
     path = tmp_path / "out"
     path.write_text("old")
-    done = run_python(FULL_DISK, path, "whole")
+    done = run_python(FULL_DISK, path, way)
     assert (done.returncode, done.stderr) == (ResourceError.exit_code, "")
     assert "Free some space" in done.stdout and str(path) in done.stdout
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["out"]
-
-
-def test_a_full_disk_takes_a_half_written_line_back(tmp_path):
-    path = tmp_path / "lines"
-    assert run_python(FULL_DISK, path, "lines").returncode == ResourceError.exit_code
-    assert path.read_text() == "y" * 600 + "\n"
+    assert path.read_text() == kept and os.listdir(tmp_path) == ["out"]
 
 
 def test_a_full_device_is_named():
@@ -114,20 +116,6 @@ def test_a_path_that_can_not_be_written_is_named(tmp_path, name):
     for write in (lambda: write_durably(tmp_path / name, "x"), lambda: LineFile(tmp_path / name)):
         with pytest.raises(CheckpointError, match="can't be written"):
             write()
-
-
-def test_lines_are_on_file_at_once_and_survive_a_kill(tmp_path):
-    path = tmp_path / "new" / "lines.jsonl"
-    code = """
-import os, signal, sys
-from megalite.files import LineFile
-file = LineFile(sys.argv[1])
-for n in range(1000):
-    file.append(f"line {n}")
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert run_python(code, path).returncode == -signal.SIGKILL
-    assert path.read_text().splitlines() == [f"line {n}" for n in range(1000)]
 
 
 @pytest.mark.parametrize(

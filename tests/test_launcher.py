@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -92,97 +93,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def door(folder: Path, behaviours: str) -> Started:
-    """The door over torch-free ranks that behave so."""
-    ranks = len(behaviours.split(","))
-    return Started(folder, [sys.executable, "-c", DOOR, ranks, "no", WATCHED, folder, behaviours])
+def loading(run: Started, rank: int) -> Process:
+    """A rank that has not come yet."""
+    return next(process for process in run.all[1:] if f"RANK={rank}".encode() in process.environment())
 
 
-DOORS = {
-    "rank": "stuck,work",
-    "stopped": "stuck,work",
-    "standing": "late,late",
-    "door": "stuck,work",
-    "exception": "stuck,fail:3",
-    "interrupt": "work,work",
-    "twice": "stuck,stuck",
-    "late": "stuck,late",
-    **dict.fromkeys(("SIGTERM", "SIGINT", "SIGKILL"), "late,late"),
-}
+def kill(rank: int, signum: int = signal.SIGKILL, loads: bool = False) -> Callable[[Started], int]:
+    def act(run: Started) -> int:
+        victim = loading(run, rank) if loads else run.rank(rank)
+        victim.kill(signum)
+        return victim.pid
+
+    return act
 
 
-@pytest.fixture(scope="module")
-def doors(tmp_path_factory):
-    """Runs under the door, by name, all started at once."""
-    folder = tmp_path_factory.mktemp("doors")
-    started = {name: door(folder / name, behaviours) for name, behaviours in DOORS.items()}
-    yield started
-    for run in started.values():
-        run.kill()
+def stop_group(run: Started) -> int:
+    """Also what a rank has started; the door has less patience here than the rank beside it."""
+    os.killpg(run.rank(1).pid, signal.SIGSTOP)
+    return run.rank(1).pid
 
 
-def test_a_killed_rank_is_70_and_named(doors):
-    run = doors["rank"].ready(2)
-    victim = run.rank(1)
-    victim.kill()
-    assert run.ended() == 70
-    assert len(run.err) == 1 and f"rank 1 (pid {victim.pid} on here) was lost" in run.err[0]
-
-
-def test_a_stopped_rank_does_not_hold_the_door(doors):
-    """The door has less patience here than the rank beside it."""
-    run = doors["stopped"].ready(2)
-    victim = run.rank(1)
-    os.killpg(victim.pid, signal.SIGSTOP)
-    assert run.ended() == 70
-    assert run.err == [f"error: rank 1 (pid {victim.pid}) was lost: stopped for 3 s."]
-
-
-def test_a_rank_that_is_stopped_while_it_loads_does_not_hold_the_door(doors):
-    run = doors["standing"].ready(2, "loads")
-    victim = next(process for process in run.all[1:] if b"RANK=0" in process.environment())
-    victim.kill(signal.SIGSTOP)
-    assert run.ended() == 70
-    assert run.err == [f"error: rank 0 (pid {victim.pid}) was lost: stopped for 3 s."]
-
-
-@pytest.mark.parametrize(
-    ("signum", "code", "says"),
-    [
-        (signal.SIGTERM, 143, "stopped by SIGTERM before the run began."),
-        (signal.SIGINT, 130, "stopped by SIGINT before the run began."),
-        (signal.SIGKILL, 70, "error: rank 1 (pid {}) was killed by signal 9 before the run began."),
-    ],
-)
-def test_a_rank_that_is_signalled_while_it_loads(doors, signum, code, says):
-    run = doors[signal.Signals(signum).name].ready(2, "loads")
-    victim = next(process for process in run.all[1:] if b"RANK=1" in process.environment())
-    victim.kill(signum)
-    assert (run.ended(), run.err) == (code, [says.format(victim.pid)])
-
-
-def test_a_killed_door_takes_all_along(doors):
-    run = doors["door"].ready(2)
-    run.process.kill()
-    assert run.ended() == -signal.SIGKILL
-    assert (
-        len(run.err) == 1 and f"(pid {run.process.pid}) on here, which started its ranks (0, 1), is gone" in run.err[0]
-    )
-
-
-def test_an_exception_gives_its_code_and_speaks_once(doors):
-    run = doors["exception"]
-    assert (run.process.wait(PATIENCE), run.err) == (3, ["rank 1 speaks: fail:3"])
-
-
-def test_an_interrupt_at_the_terminal_drains(doors):
-    run = doors["interrupt"].ready(2)
-    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does: to its whole foreground group
-    assert (run.ended(), run.err) == (130, ["rank 0 speaks: work"])
-
-
-def test_a_second_signal_ends_at_once(doors):
-    run = doors["twice"].ready(2)
+def signal_twice(run: Started) -> int:
     run.process.send_signal(signal.SIGTERM)
     time.sleep(1)
     assert run.process.poll() is None
@@ -190,13 +121,74 @@ def test_a_second_signal_ends_at_once(doors):
         run.process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             run.process.wait(20)
-    assert (run.ended(), run.err) == (143, ["stopped by SIGTERM at once; unfinished work is given up."])
+    return 0
 
 
-def test_a_signal_before_the_run_begins(doors):
-    run = doors["late"].ready(1, "come")
-    run.process.send_signal(signal.SIGINT)
-    assert (run.ended(), run.err) == (130, ["stopped by SIGINT before the run began."])
+def to_door(signum: int, group: bool = False) -> Callable[[Started], int]:
+    """`group`: as a terminal does, to its whole foreground group."""
+    return lambda run: (os.killpg if group else os.kill)(run.process.pid, signum) or run.process.pid
+
+
+DOORS = {
+    "a killed rank": ("stuck,work", "ready", kill(1), 70, r"rank 1 \(pid PID on here\) was lost"),
+    "a stopped rank": (
+        "stuck,work",
+        "ready",
+        stop_group,
+        70,
+        r"^error: rank 1 \(pid PID\) was lost: stopped for 3 s\.$",
+    ),
+    "a rank stopped while it loads": (
+        *("late,late", "loads", kill(0, signal.SIGSTOP, loads=True), 70),
+        r"^error: rank 0 \(pid PID\) was lost: stopped for 3 s\.$",
+    ),
+    **{
+        f"{name} while it loads": ("late,late", "loads", kill(1, signal.Signals[name], loads=True), code, says)
+        for name, code, says in (
+            ("SIGTERM", 143, "^stopped by SIGTERM before the run began.$"),
+            ("SIGINT", 130, "^stopped by SIGINT before the run began.$"),
+            ("SIGKILL", 70, r"^error: rank 1 \(pid PID\) was killed by signal 9 before the run began.$"),
+        )
+    },
+    "a killed door": (
+        *("stuck,work", "ready", to_door(signal.SIGKILL), -signal.SIGKILL),
+        r"\(pid PID\) on here, which started its ranks \(0, 1\), is gone",
+    ),
+    "an exception": ("stuck,fail:3", None, None, 3, "^rank 1 speaks: fail:3$"),
+    "an interrupt": ("work,work", "ready", to_door(signal.SIGINT, group=True), 130, "^rank 0 speaks: work$"),
+    "a second signal": (
+        *("stuck,stuck", "ready", signal_twice, 143),
+        "^stopped by SIGTERM at once; unfinished work is given up.$",
+    ),
+    "a signal before the run": (
+        *("stuck,late", "come", to_door(signal.SIGINT), 130),
+        "^stopped by SIGINT before the run began.$",
+    ),
+}
+"""How the ranks behave, what is waited for, what is done then (its result is PID), the exit code, the one line."""
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory):
+    """Runs under the door, by name, all started at once over torch-free ranks."""
+    started = {}
+    for place, (name, (behaviours, *_)) in enumerate(DOORS.items()):
+        folder = tmp_path_factory.mktemp(f"door{place}")
+        started[name] = Started(folder, [sys.executable, "-c", DOOR, 2, "no", WATCHED, folder, behaviours])
+    yield started
+    for run in started.values():
+        run.kill()
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_the_door_ends_with_the_runs_code_one_line_and_no_process(doors, name):
+    run, (_, mark, act, code, line) = doors[name], DOORS[name]
+    pid = 0
+    if mark:
+        run.ready(1 if mark == "come" else 2, mark)
+        pid = act(run)
+    assert run.ended() == code
+    assert len(run.err) == 1 and re.search(line.replace("PID", str(pid)), run.err[0]), run.err
 
 
 # ---- whole runs of ranks that really join

@@ -37,7 +37,7 @@ from megalite.inference.outputs import (
 )
 from megalite.inference.request import Request, Sequence
 from megalite.inference.stopping import StopChecker
-from megalite.monitor.progress import Progress
+from megalite.monitor.progress import ProgressBar
 from megalite.text.tokenizer import Tokenizer
 
 # ---- stop strings
@@ -734,7 +734,7 @@ class Terminal(io.StringIO):
 def test_progress_on_a_terminal():
     now = [100.0]
     stream = Terminal()
-    with Progress(10, done=2, stream=stream, clock=lambda: now[0]) as progress:
+    with ProgressBar(10, done=2, stream=stream, clock=lambda: now[0]) as progress:
         for _ in range(100):
             now[0] += 0.1
             progress.advance(tokens=5)
@@ -751,7 +751,7 @@ def test_progress_on_a_terminal():
 
 @pytest.mark.parametrize(("stream", "enabled"), [(io.StringIO(), True), (Terminal(), False)])
 def test_progress_is_silent_elsewhere(stream, enabled):
-    with Progress(3, enabled=enabled, stream=stream) as progress:
+    with ProgressBar(3, enabled=enabled, stream=stream) as progress:
         progress.advance(prompts=1, tokens=10)
         with progress.aside():
             pass

@@ -14,7 +14,7 @@ from megalite.inference.io.inputs import Asked, Prompt
 from megalite.inference.replica import Replica
 from megalite.inference.run import prepare_each, prompt_limits, run_everywhere
 from megalite.model.decoder import Decoder
-from megalite.monitor.progress import Progress
+from megalite.monitor.progress import ProgressBar
 from megalite.run.runtime import Runtime
 from megalite.text.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def write_samples(
         if requests:
             longest = max(len(request.prompt_token_ids) + request.max_tokens for request in requests)
             engine = replica.engine(longest=longest, sequences=len(requests))
-            with Progress(len(requests), enabled=shown) as progress:
+            with ProgressBar(len(requests), enabled=shown) as progress:
                 outputs = run_everywhere(
                     replica,
                     engine,

@@ -24,7 +24,7 @@ from megalite.inference.io.output_file import OutputFile, fingerprint, print_out
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica, as_sampled, load_replica
 from megalite.inference.run import Ranks, agree_on_end, make_feed, prompt_limits
-from megalite.monitor.progress import Progress
+from megalite.monitor.progress import ProgressBar
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
 from megalite.run import runtime as distributed
@@ -148,7 +148,7 @@ class Writer:
         if config.output.file:
             decided = fingerprint(config, weights=weights, inputs=batch.digest)
             self.file = OutputFile.open(config.output.file, decided, batch.order, overwrite=config.output.overwrite)
-        self.progress = Progress(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
+        self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
         self.last_look = 0.0
 
     @property

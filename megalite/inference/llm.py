@@ -37,7 +37,7 @@ from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import as_sampled, load_replica
 from megalite.inference.run import prepare, prompt_limits, run_everywhere
 from megalite.model.kernels import release_memory
-from megalite.monitor.progress import Progress
+from megalite.monitor.progress import ProgressBar
 from megalite.monitor.words import format_count
 from megalite.preflight import read_model
 from megalite.run import runtime as distributed
@@ -340,7 +340,7 @@ class LLM:
 
 
 class _CallersBar:
-    """A progress bar that the caller makes, in place of `Progress`."""
+    """A progress bar that the caller makes, in place of `ProgressBar`."""
 
     def __init__(self, make: Callable[..., Any], total: int):
         self.bar = make(total=total, desc="prompts", dynamic_ncols=True)
@@ -356,10 +356,10 @@ class _CallersBar:
         self.bar.close()
 
 
-def _bar(use_tqdm: bool | Callable[..., Any], total: int, *, shown: bool) -> Progress | _CallersBar:
+def _bar(use_tqdm: bool | Callable[..., Any], total: int, *, shown: bool) -> ProgressBar | _CallersBar:
     if callable(use_tqdm) and shown:
         return _CallersBar(use_tqdm, total)
-    return Progress(total, enabled=bool(use_tqdm) and shown)
+    return ProgressBar(total, enabled=bool(use_tqdm) and shown)
 
 
 def _engine_section(given: dict[str, Any]) -> EngineSection:

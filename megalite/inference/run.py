@@ -16,7 +16,7 @@ from megalite.inference.io.inputs import Asked, PromptLimits, make_requests
 from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
-from megalite.monitor.progress import Progress
+from megalite.monitor.progress import ProgressBar
 
 
 class Ranks:
@@ -93,14 +93,14 @@ def run_here(
     *,
     key: str,
     stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress | None = None,
+    progress: ProgressBar | None = None,
 ) -> list[RequestOutput]:
     """Generate; gives what this replica has finished, on its control rank, in any order.
 
     Collective over the layout; Stopped on every rank if it was stopped.
     """
     mine: list[RequestOutput] = []
-    progress = progress or Progress(len(requests), enabled=False)
+    progress = progress or ProgressBar(len(requests), enabled=False)
 
     def on_output(output: RequestOutput) -> None:
         mine.append(output)
@@ -124,7 +124,7 @@ def run_everywhere(
     *,
     key: str,
     stop_requested: Callable[[], bool] = lambda: False,
-    progress: Progress | None = None,
+    progress: ProgressBar | None = None,
 ) -> list[RequestOutput]:
     """As `run_here`, but gives every rank all outputs, in the order of `requests`."""
     mine = run_here(replica, engine, requests, texts, key=key, stop_requested=stop_requested, progress=progress)

@@ -16,6 +16,9 @@ Phase = Literal["compute", "communication", "waiting", "sampling", "scheduling"]
 PHASES: tuple[Phase, ...] = ("compute", "communication", "waiting", "sampling", "scheduling")
 """compute: forward passes; communication: collectives and sends; waiting: for another rank's hidden states or news."""
 
+_OF_STEPS = ("steps", "prefill_tokens", "decode_tokens", "prefill_seconds", "decode_seconds")
+"""Fields of RankReport that `Meter.step` counts up."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankReport:
@@ -117,8 +120,7 @@ class Meter:
         self._began = self._step_began = self._clock()
         self._ended: float | None = None
         self._delayed = _run_delays()
-        self._steps = self._prefill_tokens = self._decode_tokens = 0
-        self._prefill_seconds = self._decode_seconds = 0.0
+        self._steps: dict[str, float] = dict.fromkeys(_OF_STEPS, 0)
 
     def stop(self) -> None:
         """The run ended: `report` says how long it took up to now."""
@@ -148,30 +150,19 @@ class Meter:
         now = self._clock()
         tokens = prefill_tokens + decode_tokens
         if tokens:
-            seconds = now - self._step_began
-            self._steps += 1
-            self._prefill_tokens += prefill_tokens
-            self._decode_tokens += decode_tokens
-            self._prefill_seconds += seconds * prefill_tokens / tokens
-            self._decode_seconds += seconds * decode_tokens / tokens
+            share = (now - self._step_began) / tokens
+            counts = (1, prefill_tokens, decode_tokens, share * prefill_tokens, share * decode_tokens)
+            for name, count in zip(_OF_STEPS, counts, strict=True):
+                self._steps[name] += count
         self._step_began = now
 
     def report(self, **facts: Any) -> RankReport:
         """What was measured from `start` to `stop` (or now), and the fields of RankReport that the caller knows."""
         seconds = (self._clock() if self._ended is None else self._ended) - self._began
         delays = [delay - self._delayed.get(thread, 0.0) for thread, delay in _run_delays().items()]
-        return RankReport(
-            **self._spent,
-            seconds=seconds,
-            starved=min(1.0, max(delays, default=0.0) / seconds) if seconds > 0 else 0.0,
-            steps=self._steps,
-            prefill_tokens=self._prefill_tokens,
-            decode_tokens=self._decode_tokens,
-            prefill_seconds=self._prefill_seconds,
-            decode_seconds=self._decode_seconds,
-            peak_bytes=peak_memory(),
-            **facts,
-        )
+        measured: dict[str, Any] = {**self._spent, **self._steps, "seconds": seconds, "peak_bytes": peak_memory()}
+        measured["starved"] = min(1.0, max(delays, default=0.0) / seconds) if seconds > 0 else 0.0
+        return RankReport(**measured, **facts)
 
 
 def peak_memory() -> int:

@@ -18,7 +18,7 @@ WINDOW = 5.0
 """Seconds over which the shown speed is measured."""
 
 
-class Progress:
+class ProgressBar:
     """Prompts done and generated tokens a second. A context manager; the line stays when it ends.
 
     Args:
@@ -85,7 +85,7 @@ class Progress:
         """Leave the line as it is; idempotent."""
         self._bar.close()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

@@ -89,7 +89,7 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
             raise ConfigError(Problem(key=word, rule=rule, fix="Use letters, digits and ./:@,+=-_ only."))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_options]
     command += ["--no_local_rank", "--log_level", "critical", script, *arguments]
-    adopt_orphans()  # connections to hosts whose pdsh was killed
+    adopt_orphans()
     launcher = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -98,8 +98,8 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
         preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
     told: list[int] = []
-    ear = threading.Thread(target=_pass_on_errors, args=(launcher.stderr, told), daemon=True)
-    ear.start()
+    reader = threading.Thread(target=_pass_on_errors, args=(launcher.stderr, told), daemon=True)
+    reader.start()
     received: list[int] = []
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
@@ -108,14 +108,14 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
     code = launcher.wait()
-    for process in descendants(os.getpid()):
-        process.kill()
-    ear.join(_LAST_LINES)
+    reader.join(_LAST_LINES)
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if received:
         return 128 + received[0]
     if not code and not told:
+        for process in descendants(os.getpid()):  # connections without a pdsh, whose ranks would go on
+            process.kill()
         sys.stderr.write("error: deepspeed left with code 0, but rank 0 has not said how the run ended.\n")
         return EXIT_RANK_LOST
     return (told and told[0]) or (code if code >= 0 else 128 - code)

@@ -34,6 +34,21 @@ class LaunchEnv:
     launcher: str
     """What to call it in messages."""
 
+    @classmethod
+    def alone(cls) -> LaunchEnv:
+        """Of a process that no launcher started."""
+        return cls(
+            rank=0,
+            world_size=1,
+            local_rank=0,
+            started_here=1,
+            master_addr="127.0.0.1",
+            master_port=1,
+            agent_store=False,
+            restart="0",
+            launcher="",
+        )
+
     @property
     def over_hosts(self) -> bool:
         """The launcher says that there are ranks on other hosts."""

@@ -57,10 +57,10 @@ def run_ranks(
 def environment(outside: Mapping[str, str], rank: int, num_ranks: int, door: str) -> dict[str, str]:
     """The environment of a rank, made of the user's."""
     cores = len(os.sched_getaffinity(0))
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nothing listens there: on one host they meet in a file
     threads = {"OMP_NUM_THREADS": str(max(1, cores // num_ranks))}
-    return {**threads, **outside, **{name: str(n) for name, n in place.items()}, **address, DOOR_VARIABLE: door}
+    return {**threads, **outside, **{name: str(n) for name, n in numbers.items()}, **address, DOOR_VARIABLE: door}
 
 
 class _Door:
@@ -156,7 +156,7 @@ class _Door:
         return f"rank {rank} (pid {self._ranks[rank].pid})"
 
     def _standing(self, now: float, looked: float) -> int | None:
-        """A rank that has been stopped for too long. Its own guardian is quicker, unless that is stopped too."""
+        """A rank that has been stopped for too long. The rank beside it is quicker, unless that is stopped too."""
         for rank, process in enumerate(self._ranks):
             if now - looked > _SUSPENDED or not is_stopped(process.pid):
                 self._moving[rank] = now

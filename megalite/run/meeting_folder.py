@@ -14,6 +14,7 @@ from megalite.run.processes import Process
 
 _NEEDED = 1 << 20
 """Bytes that have to be free where it lies."""
+_ROOM = "a run needs 1 MiB there. Free some, or set TMPDIR to another place."
 
 
 def run_folder(owner: Process, restart: str = "0") -> Path:
@@ -23,41 +24,40 @@ def run_folder(owner: Process, restart: str = "0") -> Path:
     until the owner removes it, or until a later run finds that the owner is gone.
     ConfigError if someone else may write there, ResourceError if there is no room.
     """
-    base = _base()
-    folder = base / f"{_prefix()}{owner.pid}-{owner.start}-{restart}"
+    base, folder = _base(), _folder_of(owner, restart)
     try:
+        base.mkdir(mode=0o700, exist_ok=True)
+        found = base.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            rule = "must be a folder of yours that nobody else can open"
+            fix = f"Remove it, or `chmod 700 {base}`, or set TMPDIR to another place."
+            raise ConfigError(Problem(key=str(base), rule=rule, fix=fix))
         if not folder.exists():
             _sweep(base)
-        if shutil.disk_usage(base).free < _NEEDED:
-            raise ResourceError(_no_room(f"{base.parent} has {shutil.disk_usage(base).free >> 10:,} KiB left"))
+        free = shutil.disk_usage(base).free
+        if free < _NEEDED:
+            raise ResourceError(f"TMPDIR: {base.parent} has {free >> 10:,} KiB left; {_ROOM}")
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        raise ResourceError(_no_room(f"{folder} can't be made ({error.strerror})")) from error
+        raise ResourceError(f"TMPDIR: {folder} can't be made ({error.strerror}); {_ROOM}") from error
     return folder
 
 
 def remove_run_folder(owner: Process) -> None:
     """What an owner does at the end of its run."""
-    shutil.rmtree(_base() / f"{_prefix()}{owner.pid}-{owner.start}-0", ignore_errors=True)
+    shutil.rmtree(_folder_of(owner, "0"), ignore_errors=True)
 
 
 def _base() -> Path:
-    """This user's folder in TMPDIR."""
+    """This user's folder in TMPDIR. ResourceError if there is no such place."""
     try:
-        base = Path(tempfile.gettempdir()) / f"megalite-{os.getuid()}"
-        base.mkdir(mode=0o700, exist_ok=True)
+        return Path(tempfile.gettempdir()) / f"megalite-{os.getuid()}"
     except OSError as error:
-        raise ResourceError(_no_room(f"no folder can be made there ({error.strerror})")) from error
-    found = base.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        rule = "must be a folder of yours that nobody else can open"
-        fix = f"Remove it, or `chmod 700 {base}`, or set TMPDIR to another place."
-        raise ConfigError(Problem(key=str(base), rule=rule, fix=fix))
-    return base
+        raise ResourceError(f"TMPDIR: nothing can be written there ({error.strerror}); {_ROOM}") from error
 
 
-def _no_room(what: str) -> str:
-    return f"TMPDIR: {what}; a run needs 1 MiB there. Free some, or set TMPDIR to another place."
+def _folder_of(owner: Process, restart: str) -> Path:
+    return _base() / f"{_prefix()}{owner.pid}-{owner.start}-{restart}"
 
 
 def _prefix() -> str:

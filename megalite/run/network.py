@@ -32,7 +32,7 @@ def route_to(host: str, port: int) -> str:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)
-            return probe.getsockname()[0]
+            return str(probe.getsockname()[0])
     except OSError as error:
         rule = f"can't be reached from {socket.gethostname()} ({error.strerror or error})"
         fix = "Give an address that every host can reach (deepspeed --master_addr)."
@@ -43,5 +43,5 @@ def interface_of(address: str) -> str | None:
     """Name of the network interface that has `address`."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(one.address.partition("%")[0] == address.partition("%")[0] for one in addresses):
-            return name
+            return str(name)
     return None

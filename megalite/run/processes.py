@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -38,45 +40,39 @@ class Process:
 
     def command(self) -> list[str]:
         """Its command line; empty when it is gone or not ours to see."""
-        try:
-            return Path(f"/proc/{self.pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            return []
+        return _read(self.pid, "cmdline").decode(errors="replace").split("\0")[:-1]
 
     def environment(self) -> list[bytes]:
         """The `NAME=VALUE`s it was started with; empty when it is gone or not ours to see."""
-        try:
-            return Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            return []
+        return _read(self.pid, "environ").split(b"\0")
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
         """Send a signal if it still lives."""
-        if self.alive():
-            try:
+        with suppress(ProcessLookupError):  # ended by itself just now
+            if self.alive():
                 os.kill(self.pid, signum)
-            except ProcessLookupError:
-                return  # ended by itself just now, which is all that was wanted
 
     def __str__(self) -> str:
         name = launcher_name(self) or " ".join(self.command()[:2]).strip() or "process"
         return f"{name} (pid {self.pid})"
 
 
-@dataclass(frozen=True)
-class _Stat:
+class _Stat(NamedTuple):
     state: str
     parent: int
     start: int
 
 
-def _stat(pid: int) -> _Stat | None:
+def _read(pid: int, name: str) -> bytes:
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-    return _Stat(state=fields[0], parent=int(fields[1]), start=int(fields[19]))
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return b""
+
+
+def _stat(pid: int) -> _Stat | None:
+    fields = _read(pid, "stat").rpartition(b")")[2].split()  # the name before it may hold spaces and brackets
+    return _Stat(fields[0].decode(), int(fields[1]), int(fields[19])) if fields else None
 
 
 def this_process() -> Process:
@@ -93,23 +89,21 @@ def is_stopped(pid: int) -> bool:
 
 def launcher_name(process: Process) -> str:
     """Which known launcher the process is: `deepspeed`, `deepspeed.launcher.launch`, `torchrun`...; '' if none."""
-    arguments = process.command()[1:8]
-    for place, first in enumerate(arguments):
-        if first == "-m" and arguments[place + 1 : place + 2] and arguments[place + 1] in _LAUNCHER_MODULES:
-            return arguments[place + 1]
-        if not first.startswith("-"):  # the script; what follows is its own business
-            return os.path.basename(first) if os.path.basename(first) in _LAUNCHER_SCRIPTS else ""
-    return ""
+    arguments = process.command()[1:]
+    while arguments and arguments[0].startswith("-") and arguments[0] != "-m":
+        arguments.pop(0)
+    if arguments[:1] == ["-m"]:
+        return next((name for name in arguments[1:2] if name in _LAUNCHER_MODULES), "")
+    script = os.path.basename(arguments[0]) if arguments else ""
+    return script if script in _LAUNCHER_SCRIPTS else ""
 
 
 def ancestors(process: Process) -> list[Process]:
     """Parent, grandparent and so on up to the first process of the machine or container."""
-    line: list[Process] = []
-    above = process.parent()
-    while above is not None:
+    line = [process]
+    while (above := line[-1].parent()) is not None:
         line.append(above)
-        above = above.parent()
-    return line
+    return line[1:]
 
 
 def descendants(pid: int) -> list[Process]:
@@ -119,12 +113,9 @@ def descendants(pid: int) -> list[Process]:
         stat = _stat(int(name)) if name.isdigit() else None
         if stat and stat.state not in "ZX":
             children.setdefault(stat.parent, []).append(Process(int(name), stat.start))
-    found: list[Process] = []
-    rest = list(children.get(pid, []))
-    while rest:
-        process = rest.pop(0)
-        found.append(process)
-        rest += children.get(process.pid, [])
+    found = list(children.get(pid, []))
+    for process in found:  # which grows
+        found += children.get(process.pid, [])
     return found
 
 

@@ -1,9 +1,10 @@
 """How the ranks of a run find each other before they have any connection, and agree that they are one run.
 
-Each rank leaves a card (host, process, device, digest of its config) in a store. Rank 0 waits for all cards within the
-deadline, names whoever never came, compares the configs and makes the plan; the others wait for the plan. On one host
-the store is a file in a folder that only this user can open; over several hosts it is a TCP store that listens only on
-the address that leads to the other ranks. Nothing read from a store is ever run: it is JSON with known fields.
+Each rank leaves its `RankInfo` (host, process, device, digest of its config) in a store. Rank 0 waits for all of them
+within the deadline, names whoever never came, compares the configs and chooses the back end; the others wait for that.
+On one host the store is a file in a folder that only this user can open; over several hosts it is a TCP store that
+listens only on the address that leads to the other ranks. Nothing read from a store is ever run: it is JSON with known
+fields.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import errno
 import json
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch.distributed import DistError, FileStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from megalite.errors import ConfigError, MegaliteError, Problem, RankLost
+from megalite.errors import EXIT_CONFIG, ConfigError, MegaliteError, Problem, RankLost
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.network import pid_namespace, route_to
 from megalite.run.processes import Process
@@ -72,6 +73,10 @@ class RankInfo:
     """Unique name of the GPU this rank uses; '' on cpu."""
     sha256: str
     """Digest of the config it was given."""
+    hub: Sequence[Any] | None = None
+    """Address and port of rank 0's watch."""
+    token: str = ""
+    """What rank 0's watch and the others know each other by, in hexadecimal digits."""
     problem: str = ""
     """Why it can't take part, for the user; '' if it can."""
     code: int = 0
@@ -84,21 +89,20 @@ class RankInfo:
 # ---- the store -------------------------------------------------------------------------------------------------------
 
 
-def open_store(place: LaunchEnv, folder: Path | None, deadline: Deadline) -> Store:
+def open_store(env: LaunchEnv, folder: Path | None, deadline: Deadline) -> Store:
     """The store through which the ranks meet; waits until rank 0 serves it. RankLost if it never does."""
     seconds = timedelta(seconds=deadline.left())
-    if folder is not None and place.started_here == place.world_size:
-        return FileStore(str(folder / "store"), place.world_size)
-    prefix = f"megalite/{place.restart}"
-    host, port = place.master_addr, place.master_port
-    if place.rank == 0 and not place.agent_store:
-        listener = _listen(route_to(host, port), port)
-        store = TCPStore(
-            host, port, None, True, seconds, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-        )
-        return PrefixStore(prefix, store)
-    _wait_for_port(host, port, deadline, place)
-    return PrefixStore(prefix, TCPStore(host, port, None, False, seconds, wait_for_workers=False))
+    if env.world_size == 1:
+        return HashStore()
+    if folder is not None and env.started_here == env.world_size:
+        return FileStore(str(folder / "store"), env.world_size)
+    host, port = env.master_addr, env.master_port
+    serves = env.rank == 0 and not env.agent_store
+    listener = _listen(route_to(host, port), port).detach() if serves else None
+    if not serves:
+        _wait_for_port(env, deadline)
+    store = TCPStore(host, port, None, serves, seconds, wait_for_workers=False, master_listen_fd=listener)
+    return PrefixStore(f"megalite/{env.restart}", store)
 
 
 def _listen(address: str, port: int) -> socket.socket:
@@ -116,8 +120,9 @@ def _listen(address: str, port: int) -> socket.socket:
     return listener
 
 
-def _wait_for_port(host: str, port: int, deadline: Deadline, place: LaunchEnv) -> None:
+def _wait_for_port(env: LaunchEnv, deadline: Deadline) -> None:
     """Wait for a listener; asked by ourselves because the store's own client floods the terminal while it retries."""
+    host, port = env.master_addr, env.master_port
     while True:
         try:
             socket.create_connection((host, port), timeout=1.0).close()
@@ -125,7 +130,7 @@ def _wait_for_port(host: str, port: int, deadline: Deadline, place: LaunchEnv) -
         except OSError as error:
             if deadline.over():
                 raise RankLost(
-                    f"rank 0 of {place.world_size} never came within {deadline.seconds:g} s: nothing answers at "
+                    f"rank 0 of {env.world_size} never came within {deadline.seconds:g} s: nothing answers at "
                     f"{host}:{port}, asked from {socket.gethostname()} ({error.strerror or error}). "
                     "Look for its own message or at its host, or raise distributed.start_timeout."
                 ) from error
@@ -136,103 +141,101 @@ def _wait_for_port(host: str, port: int, deadline: Deadline, place: LaunchEnv) -
 
 
 def meet(
-    place: LaunchEnv,
+    env: LaunchEnv,
     store: Store,
-    card: RankInfo,
+    info: RankInfo,
     config_text: str,
     deadline: Deadline,
-    make_plan: Callable[[list[RankInfo]], dict[str, Any]],
-) -> tuple[list[RankInfo], dict[str, Any]]:
-    """All ranks' cards in rank order and the plan that rank 0 made of them. Every rank calls it.
+    choose: Callable[[list[RankInfo]], str],
+) -> tuple[list[RankInfo], str]:
+    """What all ranks say of themselves, in rank order, and the back end that rank 0 chose for them. All ranks call it.
 
     When the run can't begin, rank 0 raises RankLost naming ranks that never came or died, ConfigError naming a rank
-    whose config differs and where, or the problem on a rank's card; the others raise SystemExit with the same exit
-    code, as the user needs the story once. They raise RankLost when rank 0 itself never came.
+    whose config differs and where, or the problem that a rank has; the others raise SystemExit with the same exit
+    code, as the user is told once. They raise RankLost when rank 0 itself never came.
     """
     try:
-        store.set(f"text/{place.rank}", config_text)
-        store.set(f"here/{place.rank}", json.dumps(asdict(card)))
-        if place.rank == 0:
-            plan = _lead(place, store, deadline, make_plan)
+        store.set(f"text/{env.rank}", config_text)
+        store.set(f"here/{env.rank}", json.dumps(asdict(info)))
+        if env.rank == 0:
+            backend = _lead(env, store, deadline, choose)
         else:
-            plan = _follow(place, store, deadline)
-        return [_card(store, rank) for rank in range(place.world_size)], plan
+            backend = _follow(env, store, deadline)
+        return _ranks_here(store, range(env.world_size)), backend
     except DistError as error:
-        raise RankLost(f"rank 0 was lost while {card} started: the store at {place.master_addr} went away.") from error
+        raise RankLost(f"rank 0 was lost while {info} started: the store at {env.master_addr} went away.") from error
 
 
-def _lead(
-    place: LaunchEnv, store: Store, deadline: Deadline, make_plan: Callable[[list[RankInfo]], dict[str, Any]]
-) -> dict[str, Any]:
+def _lead(env: LaunchEnv, store: Store, deadline: Deadline, choose: Callable[[list[RankInfo]], str]) -> str:
     here: list[RankInfo] = []
     try:
-        _gather(store, place.world_size, deadline, here)
+        _gather(store, env.world_size, deadline, here)
         _compare(store, here)
-        plan = make_plan(here)
+        backend = choose(here)
     except MegaliteError as error:
-        store.set("verdict", json.dumps({"code": error.exit_code, "plan": {}}))
+        store.set("verdict", json.dumps([error.exit_code, ""]))
         until = Deadline(_LINGER)
-        readers = [f"read/{card.rank}" for card in here if card.rank]
+        readers = [f"read/{other.rank}" for other in here if other.rank]
         while not until.over() and not store.check(readers):
             time.sleep(_POLL)
         raise
-    store.set("verdict", json.dumps({"code": 0, "plan": plan}))
-    return plan
+    store.set("verdict", json.dumps([0, backend]))
+    return backend
 
 
-def _follow(place: LaunchEnv, store: Store, deadline: Deadline) -> dict[str, Any]:
+def _follow(env: LaunchEnv, store: Store, deadline: Deadline) -> str:
     while not store.check(["verdict"]):
         if deadline.over(_PATIENCE):
-            here = [_card(store, rank) for rank in range(place.world_size) if store.check([f"here/{rank}"])]
+            here = _ranks_here(store, range(env.world_size))
             if here[0].rank != 0:
-                raise RankLost(_never_came(place.world_size, here, deadline))
+                raise RankLost(_never_came(env.world_size, here, deadline))
             raise RankLost(f"{here[0]} came but fell silent before the run began. Look for its own message.")
         time.sleep(_POLL)
-    verdict = json.loads(store.get("verdict"))
-    if verdict["code"]:
-        store.set(f"read/{place.rank}", "")
-        raise SystemExit(verdict["code"])
-    return verdict["plan"]
+    code, backend = json.loads(store.get("verdict"))
+    if code:
+        store.set(f"read/{env.rank}", "")
+        raise SystemExit(code)
+    return backend
+
+
+def _ranks_here(store: Store, ranks: Iterable[int]) -> list[RankInfo]:
+    """Those of `ranks` that have come."""
+    return [RankInfo(**json.loads(store.get(f"here/{rank}"))) for rank in ranks if store.check([f"here/{rank}"])]
 
 
 def _gather(store: Store, world_size: int, deadline: Deadline, here: list[RankInfo]) -> None:
-    """Collect the cards of all ranks in `here`, in rank order; RankLost if some don't come or die meanwhile."""
+    """Collect all ranks in `here`, in rank order; RankLost if some don't come or die meanwhile."""
     mine = pid_namespace()
     while len(here) < world_size:
-        known = {card.rank for card in here}
-        new = [rank for rank in range(world_size) if rank not in known and store.check([f"here/{rank}"])]
-        here += [_card(store, rank) for rank in new]
-        here.sort(key=lambda card: card.rank)
-        dead = next((c for c in here if c.pids == mine and not Process(c.pid, c.start).alive()), None)
-        if dead is not None:
-            raise RankLost(f"{dead} (pid {dead.pid}) died while the run started. Look for its own message.")
+        here += _ranks_here(store, set(range(world_size)) - {info.rank for info in here})
+        here.sort(key=lambda info: info.rank)
+        for info in here:
+            if info.pids == mine and not Process(info.pid, info.start).alive():
+                raise RankLost(f"{info} (pid {info.pid}) died while the run started. Look for its own message.")
         if len(here) < world_size:
             if deadline.over():
                 raise RankLost(_never_came(world_size, here, deadline))
             time.sleep(_POLL)
 
 
-def _compare(store: Store, cards: Sequence[RankInfo]) -> None:
-    for card in cards:
-        if card.problem:
-            error = MegaliteError(f"{card}: {card.problem}" if card.rank else card.problem)
-            error.exit_code = card.code
+def _compare(store: Store, ranks: Sequence[RankInfo]) -> None:
+    for info in ranks:
+        if info.problem:
+            problem = f"{info}: {info.problem}" if info.rank else info.problem
+            error = ConfigError(problem) if info.code == EXIT_CONFIG else MegaliteError(problem)
+            error.exit_code = info.code
             raise error
-    for card in cards:
-        if card.sha256 != cards[0].sha256:
-            texts = [store.get(f"text/{rank}").decode() for rank in (0, card.rank)]
-            raise ConfigError(_difference(cards[0], card, *texts))
-
-
-def _card(store: Store, rank: int) -> RankInfo:
-    return RankInfo(**json.loads(store.get(f"here/{rank}")))
+    for info in ranks:
+        if info.sha256 != ranks[0].sha256:
+            texts = [store.get(f"text/{rank}").decode() for rank in (0, info.rank)]
+            raise ConfigError(_difference(ranks[0], info, *texts))
 
 
 def _never_came(world_size: int, here: Sequence[RankInfo], deadline: Deadline) -> str:
-    missing = sorted(set(range(world_size)) - {card.rank for card in here})
+    missing = sorted(set(range(world_size)) - {info.rank for info in here})
     who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-    hosts = {host: ", ".join(str(c.rank) for c in here if c.host == host) for host in sorted({c.host for c in here})}
-    came = "; ".join(f"{ranks} on {host}" for host, ranks in hosts.items())
+    hosts = sorted({info.host for info in here})
+    came = "; ".join(f"{', '.join(str(info.rank) for info in here if info.host == host)} on {host}" for host in hosts)
     return (
         f"{who} never came within {deadline.seconds:g} s (of {world_size}; here are {came}). "
         "Look for its own message or at its host, or raise distributed.start_timeout."
@@ -242,12 +245,9 @@ def _never_came(world_size: int, here: Sequence[RankInfo], deadline: Deadline) -
 def _difference(ours: RankInfo, theirs: RankInfo, our_text: str, their_text: str) -> str:
     """Names the rank whose config differs from rank 0's and the first key that does."""
     mine, other = _flat(yaml.safe_load(our_text)), _flat(yaml.safe_load(their_text))
-    for key in [*mine, *(key for key in other if key not in mine)]:
-        if mine.get(key, "not set") != other.get(key, "not set"):
-            what = f"{key} is {other.get(key, 'not set')!r} there and {mine.get(key, 'not set')!r} on {ours}"
-            break
-    else:
-        what = f"its sha256 is {theirs.sha256[:12]}, that of {ours} {ours.sha256[:12]}"
+    pairs = {key: (other.get(key, "not set"), mine.get(key, "not set")) for key in mine | other}
+    differing = (f"{key} is {b!r} there and {a!r} on {ours}" for key, (b, a) in pairs.items() if a != b)
+    what = next(differing, f"its sha256 is {theirs.sha256[:12]}, that of {ours} {ours.sha256[:12]}")
     return f"{theirs} was given another config: {what}. Give every rank the same file and overrides"
 
 

@@ -14,7 +14,7 @@ How an error inside the block becomes the run's exit code. Leaving the block is 
 So an exception that leaves the block is the run's own, and the caller prints it exactly once. Work that may fail, such
 as finishing the output, belongs inside the block: code 0 is given when the block has been left on all ranks.
 
-The launchers' environment variables are read here and in `place`, and a device is chosen here.
+The launchers' environment variables are read here and in `launch_env`, and a device is chosen here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,54 +70,55 @@ _LOOPBACK = "127.0.0.1"
 class _Meeting:
     """What a rank knows once all have met."""
 
-    rank: int
-    local_rank: int
-    device: torch.device
-    cards: Sequence[RankInfo]
-    plan: dict[str, Any]
-    """`backend`, `token` (hex) and `hub` ([address, port] of rank 0's watch)."""
+    env: LaunchEnv
+    ranks: Sequence[RankInfo]
+    backend: str
     store: dist.Store
     folder: Path | None
     """Of the run on this host; None without a launcher."""
     listener: socket.socket | None
-    """Rank 0's, at `hub`."""
-    launched: bool
-    """By a launcher, with which this process has to end."""
+    """Rank 0's, for the watch."""
 
     @property
-    def card(self) -> RankInfo:
-        return self.cards[self.rank]
+    def here(self) -> RankInfo:
+        """This rank."""
+        return self.ranks[self.env.rank]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.here.device)
 
     @property
     def peers(self) -> list[Peer]:
-        return [Peer(card.rank, card.host, card.pid) for card in self.cards]
+        return [Peer(info.rank, info.host, info.pid) for info in self.ranks]
 
     @property
     def neighbours(self) -> int:
         """Ranks on this machine, this one included."""
-        return sum(card.machine == self.card.machine for card in self.cards)
+        return sum(info.machine == self.here.machine for info in self.ranks)
 
 
 class Runtime:
     """This process as one rank of the run. A context manager; see the module's text for what leaving it means."""
 
     def __init__(self, meeting: _Meeting, watchdog: Watchdog):
-        self.rank = meeting.rank
-        self.world_size = len(meeting.cards)
-        self.local_rank = meeting.local_rank
+        self.rank = meeting.env.rank
+        self.world_size = len(meeting.ranks)
+        self.local_rank = meeting.env.local_rank
         """Among the ranks that the same launcher process started."""
         self.local_world_size = meeting.neighbours
         """Ranks that share this machine's memory, cores and devices."""
-        self.hostname = meeting.card.host
+        self.hostname = meeting.here.host
         self.device = meeting.device
-        self.backend: str = meeting.plan["backend"]
+        self.backend = meeting.backend
         """`nccl` or `gloo`, of the collectives on `device`."""
         self.store: dist.Store = dist.PrefixStore("user", meeting.store)
         """Key-value store over all ranks."""
         self.before_groups_go: list[Callable[[], None]] = []
         """Called at the end of a run that went well: gives back what holds on to its process groups."""
         self._watchdog = watchdog
-        self._launched = meeting.launched
+        self._launched = meeting.folder is not None
+        """By a launcher, with which this process has to end."""
         self._stopped = False
 
     def signal_received(self) -> int | None:
@@ -138,7 +138,7 @@ class Runtime:
     def stop(self, error: BaseException | None = None) -> None:
         """Leave the run; `error` is why, None after success. Idempotent. What `with` does at the end of its block.
 
-        Waits until every rank has done so. Raises SystemExit when another rank's story is the one to be told.
+        Waits until every rank has done so. Raises SystemExit when the error to be shown is another rank's.
         """
         if self._stopped:
             return
@@ -204,40 +204,37 @@ def start(
     by one rank, the others leave by SystemExit with the same code.
     """
     deadline = Deadline(section.start_timeout)
-    place = LaunchEnv.of(os.environ)
-    maybe_fault("start", place.rank if place else 0)
+    env = LaunchEnv.of(os.environ)
+    maybe_fault("start", env.rank if env else 0)
     door, pipe = door_of(os.environ) or (None, None)
     status = StatusFile(status_file, pipe)
-    chain: list[Process] = []
-    if place is None:
-        meeting = _meet_nobody(section)
-    else:
-        chain = launchers(this_process(), door)
-        owner = next((process for process in chain if process.pid == door or launcher_name(process)), None)
-        meeting = _meet_all(section, place, owner, status, sha256=sha256, config_text=config_text, deadline=deadline)
+    chain = launchers(this_process(), door) if env else []
+    owner = next((process for process in chain if process.pid == door or launcher_name(process)), None)
+    meeting = _meet(section, env, owner, status, sha256, config_text, deadline)
+    here, hub = meeting.here, meeting.ranks[0].hub
     status.peers = meeting.peers
     watchdog = Watchdog(
-        rank=meeting.rank,
+        rank=here.rank,
         peers=meeting.peers,
-        token=bytes.fromhex(meeting.plan["token"]),
-        hub=meeting.listener or meeting.plan["hub"],
+        token=bytes.fromhex(meeting.ranks[0].token),
+        hub=meeting.listener or hub,
         timeout=section.peer_timeout,
         launchers=chain,
-        orphan_wait=ORPHAN_WAIT if door is None or place is None or place.over_hosts else 0.0,
+        orphan_wait=ORPHAN_WAIT if door is None or meeting.env.over_hosts else 0.0,
         handle_signals=handle_signals,
         # where rank 0's files are not, its status can't be written
-        on_end=status.ended if meeting.card.machine == meeting.cards[0].machine else lambda end: None,
+        on_end=status.ended if here.machine == meeting.ranks[0].machine else lambda end: None,
         claim=lambda: meeting.folder is None or claim(meeting.folder),
-        visible=[card.rank for card in meeting.cards if card.pids == meeting.card.pids],
+        visible=[info.rank for info in meeting.ranks if info.pids == here.pids],
     )
     try:
         watchdog.start(deadline.left())
     except OSError as error:
         raise RankLost(
-            f"{meeting.card}: no connection to rank 0's watch at {meeting.plan['hub']} ({error.strerror or error}). "
+            f"{here}: no connection to rank 0's watch at {hub} ({error.strerror or error}). "
             "A firewall between the hosts must let their ranks connect to each other on any port."
         ) from error
-    if place is not None:
+    if env is not None:
         die_with_parent(0)  # asked for while there was no watch; from here on it does that better
     runtime = Runtime(meeting, watchdog)
     try:
@@ -254,15 +251,47 @@ def start(
 # ---- who is here -----------------------------------------------------------------------------------------------------
 
 
-def _introduce(section: DistributedSection, rank: int, local_rank: int, address: str, sha256: str) -> RankInfo:
-    """This rank's card; a device that can't be had is a problem on it, so that all ranks hear of it."""
+def _meet(
+    section: DistributedSection,
+    launched: LaunchEnv | None,
+    owner: Process | None,
+    status: StatusFile,
+    sha256: str,
+    config_text: str,
+    deadline: Deadline,
+) -> _Meeting:
+    """Come together with all ranks. `owner`: the process that started this host's ranks, as far as it is known."""
+    env = launched or LaunchEnv.alone()
+    folder = run_folder(owner, env.restart) if owner else None
+    try:
+        store = open_store(env, folder, deadline)
+        one_host = env.started_here == env.world_size
+        address = _LOOPBACK if one_host else route_to(env.master_addr, env.master_port)
+        listener = listen(address) if env.rank == 0 and env.world_size > 1 else None
+        info = _introduce(section, env, sha256, address, listener)
+        ranks, backend = meet(env, store, info, config_text, deadline, lambda here: _backend(section, here))
+    except MegaliteError as error:
+        if folder is not None and not claim(folder):
+            raise SystemExit(error.exit_code) from error
+        status.failed(error.exit_code, str(error))
+        raise
+    if launched and folder is None:
+        first_here = next(other for other in ranks if (other.host, other.pids) == (info.host, info.pids))
+        folder = run_folder(Process(first_here.pid, first_here.start))
+    return _Meeting(env=env, ranks=ranks, backend=backend, store=store, folder=folder, listener=listener)
+
+
+def _introduce(
+    section: DistributedSection, env: LaunchEnv, sha256: str, address: str, listener: socket.socket | None
+) -> RankInfo:
+    """What this rank says of itself; a device that can't be had is a problem, of which all ranks hear so."""
     problem, code, device = "", 0, torch.device("cpu")
     try:
-        device = _pick_device(section, local_rank)
+        device = _pick_device(section, env.local_rank)
     except MegaliteError as error:
         problem, code = str(error), error.exit_code
     return RankInfo(
-        rank=rank,
+        rank=env.rank,
         host=socket.gethostname(),
         pid=os.getpid(),
         start=this_process().start,
@@ -273,6 +302,8 @@ def _introduce(section: DistributedSection, rank: int, local_rank: int, address:
         device=str(device),
         gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
         sha256=sha256,
+        hub=[address, listener.getsockname()[1]] if listener else None,
+        token=secrets.token_hex(32) if env.rank == 0 else "",
         problem=problem,
         code=code,
     )
@@ -291,82 +322,22 @@ def _pick_device(section: DistributedSection, local_rank: int) -> torch.device:
     return device
 
 
-def _meet_nobody(section: DistributedSection) -> _Meeting:
-    card = _introduce(section, 0, 0, _LOOPBACK, "")
-    if card.problem:
-        raise ConfigError(card.problem)
-    plan = {**_plan(section, [card]), "hub": None}
-    return _Meeting(
-        rank=0,
-        local_rank=0,
-        device=torch.device(card.device),
-        cards=[card],
-        plan=plan,
-        store=dist.HashStore(),
-        folder=None,
-        listener=None,
-        launched=False,
-    )
-
-
-def _meet_all(
-    section: DistributedSection,
-    place: LaunchEnv,
-    owner: Process | None,
-    status: StatusFile,
-    *,
-    sha256: str,
-    config_text: str,
-    deadline: Deadline,
-) -> _Meeting:
-    folder = run_folder(owner, place.restart) if owner else None
-    try:
-        store = open_store(place, folder, deadline)
-        one_host = place.started_here == place.world_size
-        address = _LOOPBACK if one_host else route_to(place.master_addr, place.master_port)
-        card = _introduce(section, place.rank, place.local_rank, address, sha256)
-        listener = listen(address) if place.rank == 0 and place.world_size > 1 else None
-
-        def plan_for(cards: Sequence[RankInfo]) -> dict[str, Any]:
-            return {**_plan(section, cards), "hub": [address, listener.getsockname()[1]] if listener else None}
-
-        cards, plan = meet(place, store, card, config_text, deadline, plan_for)
-    except MegaliteError as error:
-        if folder is not None and not claim(folder):
-            raise SystemExit(error.exit_code) from error
-        status.failed(error.exit_code, str(error))
-        raise
-    first_here = next(other for other in cards if (other.host, other.pids) == (card.host, card.pids))
-    return _Meeting(
-        rank=place.rank,
-        local_rank=place.local_rank,
-        device=torch.device(card.device),
-        cards=cards,
-        plan=plan,
-        store=store,
-        folder=folder or run_folder(Process(first_here.pid, first_here.start)),
-        listener=listener,
-        launched=True,
-    )
-
-
-def _plan(section: DistributedSection, cards: Sequence[RankInfo]) -> dict[str, Any]:
-    """What all ranks have to agree on: the back end and the run's token. ConfigError when the hosts don't fit."""
-    kinds = {card.device.partition(":")[0]: card for card in cards}
+def _backend(section: DistributedSection, ranks: Sequence[RankInfo]) -> str:
+    """The back end for all ranks. ConfigError when their hosts don't fit together."""
+    kinds = {info.device.partition(":")[0]: info for info in ranks}
     if len(kinds) > 1:
         rule = f"{kinds['cuda']} has a GPU, {kinds['cpu']} sees none"
         raise ConfigError(Problem(key="distributed.device", rule=rule, fix="Use distributed.device=cpu."))
-    inward = [card for card in cards if card.address.startswith("127.") or card.address == "::1"]
-    if inward and len({card.network for card in cards}) > 1:
+    inward = [info for info in ranks if info.address.startswith("127.") or info.address == "::1"]
+    if inward and len({info.network for info in ranks}) > 1:
         rule = f"leads {inward[0]} to its own loopback interface, where no other host can reach it"
         fix = "Give rank 0's address with deepspeed --master_addr; /etc/hosts may map a host to 127.* on itself."
         raise ConfigError(Problem(key="MASTER_ADDR", rule=rule, fix=fix))
-    own_gpus = "cuda" in kinds and len({(card.machine, card.gpu) for card in cards}) == len(cards)
+    own_gpus = "cuda" in kinds and len({(info.machine, info.gpu) for info in ranks}) == len(ranks)
     if section.backend == "nccl" and not own_gpus:
         rule, fix = "nccl needs a GPU for each rank", "Use distributed.backend=gloo, or leave it out."
         raise ConfigError(Problem(key="distributed.backend", rule=rule, value="nccl", fix=fix))
-    backend = section.backend or ("nccl" if own_gpus and dist.is_nccl_available() else "gloo")
-    return {"backend": backend, "token": secrets.token_hex(32)}
+    return section.backend or ("nccl" if own_gpus and dist.is_nccl_available() else "gloo")
 
 
 # ---- connections -----------------------------------------------------------------------------------------------------
@@ -375,28 +346,23 @@ def _plan(section: DistributedSection, cards: Sequence[RankInfo]) -> dict[str, A
 def _connect(section: DistributedSection, meeting: _Meeting, watchdog: Watchdog, deadline: Deadline) -> None:
     """Wait until all watch each other, then make torch's process group of all ranks."""
     if not watchdog.together.wait(max(_LAST_STEP, deadline.left())):
-        names = ", ".join(str(meeting.cards[rank]) for rank in watchdog.missing()) if meeting.rank == 0 else "some"
-        raise RankLost(f"{names} met the others but never connected to rank 0's watch at {meeting.plan['hub']}.")
-    interface = section.interface or interface_of(meeting.card.address)
+        names = ", ".join(str(meeting.ranks[rank]) for rank in watchdog.missing()) if meeting.env.rank == 0 else "some"
+        raise RankLost(f"{names} met the others but never connected to rank 0's watch at {meeting.ranks[0].hub}.")
+    interface = section.interface or interface_of(meeting.here.address)
     for variable, value in (("GLOO_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
         if interface and (section.interface or variable not in os.environ):
             os.environ[variable] = value
     if meeting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // meeting.neighbours))
-    if len(meeting.cards) > 1:
-        _init_process_group(meeting)
-
-
-def _init_process_group(meeting: _Meeting) -> None:
-    backend = meeting.plan["backend"]
-    dist.init_process_group(
-        BACKENDS[backend],
-        store=dist.PrefixStore("torch", meeting.store),
-        rank=meeting.rank,
-        world_size=len(meeting.cards),
-        timeout=_COLLECTIVE_TIMEOUT,
-        device_id=meeting.device if backend == "nccl" else None,
-    )
+    if len(meeting.ranks) > 1:
+        dist.init_process_group(
+            BACKENDS[meeting.backend],
+            store=dist.PrefixStore("torch", meeting.store),
+            rank=meeting.env.rank,
+            world_size=len(meeting.ranks),
+            timeout=_COLLECTIVE_TIMEOUT,
+            device_id=meeting.device if meeting.backend == "nccl" else None,
+        )
 
 
 def prepare_deepspeed(runtime: Runtime) -> None:

@@ -1,4 +1,4 @@
-"""Every rank watches its launcher and its peers, so that a run ends as a whole and with one story.
+"""Every rank watches its launcher and its peers, so that a run ends as a whole and the user is told why once.
 
 One daemon thread a rank. Rank 0 is the hub: the others keep a TCP connection to it, whose ends the kernels probe, so
 that no sign of life hangs on a thread that gets its turn. The thread, not the main thread, notices and acts, so a rank
