@@ -68,7 +68,9 @@ class DurableFile:
             self._file = os.fdopen(os.open(self._temporary, flags, self._mode), "w+b")
         return self._file
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._file is not None, "left before it was entered"
         try:
             if isinstance(error, OSError) and error.errno in _FULL:  # met by one of the caller's writes

@@ -58,7 +58,9 @@ def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:
 def read_model(config: Config) -> ModelConfig | None:
     """The model that a config names, by its config.json; None if that is not on this disk (a hub id, a wrong path)."""
     if isinstance(config, InferConfig):
-        _import_family(config.model.family_module)
+        name = config.model.family_module
+        if name is not None and all(part.isidentifier() for part in name.split(".")):
+            import_family(name, "model.family_module")
     elif config.model.path is None and config.model.config is not None:
         return _new_model(config.model.config, config.tokenizer)
     path = config.model.path
@@ -91,19 +93,16 @@ def _new_model(values: dict[str, Any], tokenizer: TokenizerSection) -> ModelConf
         raise ConfigError(str(error)) from error
 
 
-def _import_family(name: str | None) -> None:
-    if name is None or not all(part.isidentifier() for part in name.split(".")):
-        return
+def import_family(name: str, key: str) -> None:
+    """Import the user's module `name`, which registers a model family; ConfigError naming `key` if that fails."""
     try:
         importlib.import_module(name)
     except MegaliteError:
         raise
     except Exception as error:  # the user's own module may raise anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        rule = f"importing it failed: {type(error).__name__}: {error}".splitlines()[0]
         fix = "Install it or add its folder to PYTHONPATH; --debug shows the traceback."
-        raise ConfigError(
-            Problem(key="model.family_module", rule=f"importing it failed: {reason}", value=name, fix=fix)
-        ) from error
+        raise ConfigError(Problem(key=key, rule=rule, value=name, fix=fix)) from error
 
 
 def _check_weights(config: Config, model: ModelConfig | None) -> None:

@@ -54,6 +54,7 @@ def guard() -> None:
 def _guarded(number: int, stream: Any) -> TextIO:
     """What takes the place of a standard stream; None: its descriptor was closed."""
     if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Descriptor):
+        assert isinstance(stream, io.TextIOWrapper)
         return stream
     raw = _Descriptor(number, "w", closefd=False)
     if stream is None:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from started import Started
 from waiting import PATIENCE, wait_until
 
 from megalite.run import wire
@@ -28,77 +29,53 @@ from megalite.run.watchdog import Watchdog, listen
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 
 
-class Run:
+def watched(folder: Path, behaviours: Sequence[str], timeout: float) -> Started:
     """Ranks of watched_rank.py under their launcher."""
-
-    def __init__(self, folder: Path, behaviours: Sequence[str], timeout: float):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.size = folder, len(behaviours)
-        command = [sys.executable, "-S", str(SCRIPT), "launch", str(folder), str(timeout), *behaviours]
-        path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, sys.path)])
-        environment = {**os.environ, "PYTHONPATH": path}
-        with (folder / "stderr").open("w") as error, (folder / "stdout").open("w") as out:
-            self.launcher = subprocess.Popen(command, stderr=error, stdout=out, start_new_session=True, env=environment)
-
-    def ready(self) -> Run:
-        def ready() -> bool:
-            assert self.launcher.poll() is None, self.said("stderr")
-            return all((self.folder / f"ready-{rank}").exists() for rank in range(self.size))
-
-        wait_until(ready, "ready")
-        self.ranks = [Process.of(json.loads((self.folder / f"card-{r}").read_text())["pid"]) for r in range(self.size)]
-        return self
-
-    def gone(self) -> None:
-        """Wait until no process is left."""
-        self.launcher.wait(PATIENCE)
-        wait_until(lambda: not any(process.alive() for process in getattr(self, "ranks", [])), "gone")
-
-    def said(self, stream: str) -> list[str]:
-        return (self.folder / stream).read_text().splitlines()
-
-    def kill(self) -> None:
-        for process in [*descendants(self.launcher.pid), *getattr(self, "ranks", [])]:
-            process.kill()
-        self.launcher.kill()
-        self.launcher.wait()
+    path = os.pathsep.join(
+        [str(SCRIPT.parents[1]), *filter(None, sys.path)]
+    )  # -S starts quickly, and knows no packages
+    command = [sys.executable, "-S", SCRIPT, "launch", folder, timeout, *behaviours]
+    run = Started(folder, command, PYTHONPATH=path)
+    run.size = len(behaviours)
+    return run
 
 
 # ---- whole runs
 
 
-def send(*signals: tuple[int, int]) -> Callable[[Run], None]:
+def send(*signals: tuple[int, int]) -> Callable[[Started], None]:
     """Once all ranks are at work, send rank -> signal; rank -1 is the launcher, -2 its whole process group."""
 
-    def act(run: Run) -> None:
-        run.ready()
+    def act(run: Started) -> None:
+        run.ready(run.size)
         for rank, signum in signals:
             if rank == -2:
-                os.killpg(run.launcher.pid, signum)
+                os.killpg(run.process.pid, signum)
             else:
-                os.kill(run.ranks[rank].pid if rank >= 0 else run.launcher.pid, signum)
+                os.kill(run.rank(rank).pid if rank >= 0 else run.process.pid, signum)
 
     return act
 
 
-def signal_twice(run: Run) -> None:
+def signal_twice(run: Started) -> None:
     """Two signals at once are one; then ask again until it counts as a second, a second after the first was seen."""
     send((1, signal.SIGSTOP), (1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGCONT))(run)
     time.sleep(1.0)
-    assert run.launcher.poll() is None
+    assert run.process.poll() is None
+    victim = run.rank(1)
 
     def ended() -> bool:
-        run.ranks[1].kill(signal.SIGINT)
-        return run.launcher.poll() is not None
+        victim.kill(signal.SIGINT)
+        return run.process.poll() is not None
 
     wait_until(ended, "the second signal ends it")
 
 
-def suspend(run: Run) -> None:
+def suspend(run: Started) -> None:
     """The whole job, for longer than one rank alone would be waited for."""
     send((-2, signal.SIGSTOP))(run)
     time.sleep(7)
-    os.killpg(run.launcher.pid, signal.SIGCONT)
+    os.killpg(run.process.pid, signal.SIGCONT)
     time.sleep(1)
     (run.folder / "over").touch()
 
@@ -152,14 +129,14 @@ def ended(tmp_path_factory):
     """The runs by name, each once it has ended, four at a time."""
     folder, runs = tmp_path_factory.mktemp("watched"), []
 
-    def whole(place: int, name: str) -> Run:
+    def whole(place: int, name: str) -> Started:
         (*behaviours, last), act, *_ = CASES[name]
         timeout = 30 if isinstance(last, str) else last
-        run = Run(folder / str(place), behaviours if timeout == last else [*behaviours, last], timeout)
+        run = watched(folder / str(place), behaviours if timeout == last else [*behaviours, last], timeout)
         runs.append(run)
         if act:
             act(run)
-        run.gone()
+        run.ended()
         return run
 
     with ThreadPoolExecutor(4) as pool:
@@ -171,18 +148,17 @@ def ended(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_how_a_run_ends(ended, name):
     run, (_, _, codes, end, line) = ended[name].result(), CASES[name]
-    said = run.said("stderr")
-    assert len(said) == bool(line) and all(re.search(line, one) for one in said), said
+    assert len(run.err) == bool(line) and all(re.search(line, one) for one in run.err), run.err
     ends = [tuple(json.loads(path.read_text())) for path in run.folder.glob("end-*")]
     assert len(ends) == 1 and end in (ends[0], None)
     if codes is not None:  # the launcher lived to tell
         assert json.loads((run.folder / "codes").read_text()) == codes
     done = [f"rank {rank} done" for rank in range(run.size)] if ends[0][0] == 0 else []
-    assert sorted(run.said("stdout")) == done
+    assert run.out == done
 
 
 def test_who_does_not_know_the_token_stays_outside(tmp_path):
-    run = Run(tmp_path, ["stuck", "stranger", "work"], 30.0)
+    run = watched(tmp_path, ["stuck", "stranger", "work"], 30.0)
     missing = run.folder / "missing-0"
     wait_until(lambda: missing.exists() and missing.read_text() == "[1]", "the others are there")
     time.sleep(2)

@@ -116,7 +116,7 @@ class Meter:
     def start(self) -> None:
         """The run starts now: forget what was measured before, e.g. while warming up. Not within a phase."""
         assert not self._open
-        self._spent: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
+        self._spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._began = self._step_began = self._clock()
         self._ended: float | None = None
         self._delayed = _run_delays()

@@ -25,29 +25,14 @@ class LaunchEnv:
     local_rank: int
     started_here: int | None
     """Ranks that the launcher started on this host; None: it does not say."""
-    master_addr: str
-    master_port: int
-    agent_store: bool
+    master_addr: str = "127.0.0.1"
+    master_port: int = 1
+    agent_store: bool = False
     """torchrun already serves a TCP store at the master's address."""
-    restart: str
+    restart: str = "0"
     """Which restart of the ranks by the same launcher this is."""
-    launcher: str
+    launcher: str = "the launcher"
     """What to call it in messages."""
-
-    @classmethod
-    def alone(cls) -> LaunchEnv:
-        """Of a process that no launcher started."""
-        return cls(
-            rank=0,
-            world_size=1,
-            local_rank=0,
-            started_here=1,
-            master_addr="127.0.0.1",
-            master_port=1,
-            agent_store=False,
-            restart="0",
-            launcher="",
-        )
 
     @property
     def over_hosts(self) -> bool:

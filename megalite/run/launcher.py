@@ -120,8 +120,8 @@ class _Door:
                 passed_on = True
                 if not self._heard:
                     return self._stopped("before the run began")
-                for rank in self._living():
-                    rank.send_signal(signal.SIGINT if self._signals[0][0] == signal.SIGINT else signal.SIGTERM)
+                for process in self._living():
+                    process.send_signal(signal.SIGINT if self._signals[0][0] == signal.SIGINT else signal.SIGTERM)
             if self._again():
                 return self._stopped("at once; unfinished work is given up")
             if self._failed is not None:

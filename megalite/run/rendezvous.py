@@ -195,7 +195,7 @@ def _follow(env: LaunchEnv, store: Store, deadline: Deadline) -> str:
     if code:
         store.set(f"read/{env.rank}", "")
         raise SystemExit(code)
-    return backend
+    return str(backend)
 
 
 def _ranks_here(store: Store, ranks: Iterable[int]) -> list[RankInfo]:

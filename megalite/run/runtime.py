@@ -26,7 +26,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -66,60 +65,30 @@ _LAST_STEP = 10.0
 _LOOPBACK = "127.0.0.1"
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Meeting:
-    """What a rank knows once all have met."""
-
-    env: LaunchEnv
-    ranks: Sequence[RankInfo]
-    backend: str
-    store: dist.Store
-    folder: Path | None
-    """Of the run on this host; None without a launcher."""
-    listener: socket.socket | None
-    """Rank 0's, for the watch."""
-
-    @property
-    def here(self) -> RankInfo:
-        """This rank."""
-        return self.ranks[self.env.rank]
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.here.device)
-
-    @property
-    def peers(self) -> list[Peer]:
-        return [Peer(info.rank, info.host, info.pid) for info in self.ranks]
-
-    @property
-    def neighbours(self) -> int:
-        """Ranks on this machine, this one included."""
-        return sum(info.machine == self.here.machine for info in self.ranks)
-
-
 class Runtime:
     """This process as one rank of the run. A context manager; see the module's text for what leaving it means."""
 
-    def __init__(self, meeting: _Meeting, watchdog: Watchdog):
-        self.rank = meeting.env.rank
-        self.world_size = len(meeting.ranks)
-        self.local_rank = meeting.env.local_rank
+    def __init__(self, env: LaunchEnv, ranks: Sequence[RankInfo], backend: str, store: dist.Store, folder: Path | None):
+        """What is known once all have met, of which `ranks` tells; `folder` is the run's on this host, if launched."""
+        self.rank, self.world_size = env.rank, env.world_size
+        self.local_rank = env.local_rank
         """Among the ranks that the same launcher process started."""
-        self.local_world_size = meeting.neighbours
+        self.info = ranks[env.rank]
+        self.local_world_size = sum(info.machine == self.info.machine for info in ranks)
         """Ranks that share this machine's memory, cores and devices."""
-        self.hostname = meeting.here.host
-        self.device = meeting.device
-        self.backend = meeting.backend
+        self.hostname = self.info.host
+        self.device = torch.device(self.info.device)
+        self.backend = backend
         """`nccl` or `gloo`, of the collectives on `device`."""
-        self.store: dist.Store = dist.PrefixStore("user", meeting.store)
+        self.store: dist.Store = dist.PrefixStore("user", store)
         """Key-value store over all ranks."""
         self.before_groups_go: list[Callable[[], None]] = []
         """Called at the end of a run that went well: gives back what holds on to its process groups."""
-        self._watchdog = watchdog
-        self._launched = meeting.folder is not None
+        self.ranks, self.folder, self._common_store = ranks, folder, store
+        self._launched = folder is not None
         """By a launcher, with which this process has to end."""
         self._stopped = False
+        self._watchdog: Watchdog
 
     def signal_received(self) -> int | None:
         """The SIGINT or SIGTERM that asks the run to drain, whichever rank got it; None: go on.
@@ -132,7 +101,9 @@ class Runtime:
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop(error)
 
     def stop(self, error: BaseException | None = None) -> None:
@@ -148,6 +119,41 @@ class Runtime:
             self._close()
         if end.code and (error is None or end.speaker != self.rank):
             raise SystemExit(end.code)
+
+    def watch(self, watchdog: Watchdog, seconds: float) -> None:
+        """Begin the watch over launcher and peers. RankLost if rank 0's watch does not answer within `seconds`."""
+        self._watchdog = watchdog
+        try:
+            watchdog.start(seconds)
+        except OSError as error:
+            raise RankLost(
+                f"{self.info}: no connection to rank 0's watch at {self.ranks[0].hub} ({error.strerror or error}). "
+                "A firewall between the hosts must let their ranks connect to each other on any port."
+            ) from error
+        if self._launched:
+            die_with_parent(0)  # asked for while there was no watch; from here on it does that better
+
+    def connect(self, section: DistributedSection, deadline: Deadline) -> None:
+        """Wait until all watch each other, then make torch's process group of all ranks."""
+        if not self._watchdog.together.wait(max(_LAST_STEP, deadline.left())):
+            missing = self._watchdog.missing() if self.rank == 0 else []
+            names = ", ".join(str(self.ranks[rank]) for rank in missing) or "some"
+            raise RankLost(f"{names} met the others but never connected to rank 0's watch at {self.ranks[0].hub}.")
+        interface = section.interface or interface_of(self.info.address)
+        for variable, before in (("GLOO_SOCKET_IFNAME", ""), ("NCCL_SOCKET_IFNAME", "=")):
+            if interface and (section.interface or variable not in os.environ):
+                os.environ[variable] = before + interface
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
+        if self.world_size > 1:
+            dist.init_process_group(
+                BACKENDS[self.backend],
+                store=dist.PrefixStore("torch", self._common_store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=_COLLECTIVE_TIMEOUT,
+                device_id=self.device if self.backend == "nccl" else None,
+            )
 
     def _report(self, error: BaseException | None) -> End:
         if isinstance(error, SystemExit):
@@ -210,35 +216,26 @@ def start(
     status = StatusFile(status_file, pipe)
     chain = launchers(this_process(), door) if env else []
     owner = next((process for process in chain if process.pid == door or launcher_name(process)), None)
-    meeting = _meet(section, env, owner, status, sha256, config_text, deadline)
-    here, hub = meeting.here, meeting.ranks[0].hub
-    status.peers = meeting.peers
+    runtime, listener = _meet(section, env, owner, status, sha256, config_text, deadline)
+    hub, ranks = runtime.ranks[0], runtime.ranks
+    status.peers = [Peer(info.rank, info.host, info.pid) for info in ranks]
     watchdog = Watchdog(
-        rank=here.rank,
-        peers=meeting.peers,
-        token=bytes.fromhex(meeting.ranks[0].token),
-        hub=meeting.listener or hub,
+        rank=runtime.rank,
+        peers=status.peers,
+        token=bytes.fromhex(hub.token),
+        hub=listener or hub.hub,
         timeout=section.peer_timeout,
         launchers=chain,
-        orphan_wait=ORPHAN_WAIT if door is None or meeting.env.over_hosts else 0.0,
+        orphan_wait=ORPHAN_WAIT if door is None or env is None or env.over_hosts else 0.0,
         handle_signals=handle_signals,
         # where rank 0's files are not, its status can't be written
-        on_end=status.ended if here.machine == meeting.ranks[0].machine else lambda end: None,
-        claim=lambda: meeting.folder is None or claim(meeting.folder),
-        visible=[info.rank for info in meeting.ranks if info.pids == here.pids],
+        on_end=status.ended if runtime.info.machine == hub.machine else lambda end: None,
+        claim=lambda: runtime.folder is None or claim(runtime.folder),
+        visible=[info.rank for info in ranks if info.pids == runtime.info.pids],
     )
+    runtime.watch(watchdog, deadline.left())
     try:
-        watchdog.start(deadline.left())
-    except OSError as error:
-        raise RankLost(
-            f"{here}: no connection to rank 0's watch at {hub} ({error.strerror or error}). "
-            "A firewall between the hosts must let their ranks connect to each other on any port."
-        ) from error
-    if env is not None:
-        die_with_parent(0)  # asked for while there was no watch; from here on it does that better
-    runtime = Runtime(meeting, watchdog)
-    try:
-        _connect(section, meeting, watchdog, deadline)
+        runtime.connect(section, deadline)
         if runtime.rank == 0:
             status.running()
         maybe_fault("started", runtime.rank)
@@ -259,9 +256,12 @@ def _meet(
     sha256: str,
     config_text: str,
     deadline: Deadline,
-) -> _Meeting:
-    """Come together with all ranks. `owner`: the process that started this host's ranks, as far as it is known."""
-    env = launched or LaunchEnv.alone()
+) -> tuple[Runtime, socket.socket | None]:
+    """Come together with all ranks; on rank 0 of several, the second is the socket for the watch.
+
+    `owner`: the process that started this host's ranks, as far as it is known.
+    """
+    env = launched or LaunchEnv(rank=0, world_size=1, local_rank=0, started_here=1)
     folder = run_folder(owner, env.restart) if owner else None
     try:
         store = open_store(env, folder, deadline)
@@ -278,7 +278,7 @@ def _meet(
     if launched and folder is None:
         first_here = next(other for other in ranks if (other.host, other.pids) == (info.host, info.pids))
         folder = run_folder(Process(first_here.pid, first_here.start))
-    return _Meeting(env=env, ranks=ranks, backend=backend, store=store, folder=folder, listener=listener)
+    return Runtime(env, ranks, backend, store, folder), listener
 
 
 def _introduce(
@@ -338,31 +338,6 @@ def _backend(section: DistributedSection, ranks: Sequence[RankInfo]) -> str:
         rule, fix = "nccl needs a GPU for each rank", "Use distributed.backend=gloo, or leave it out."
         raise ConfigError(Problem(key="distributed.backend", rule=rule, value="nccl", fix=fix))
     return section.backend or ("nccl" if own_gpus and dist.is_nccl_available() else "gloo")
-
-
-# ---- connections -----------------------------------------------------------------------------------------------------
-
-
-def _connect(section: DistributedSection, meeting: _Meeting, watchdog: Watchdog, deadline: Deadline) -> None:
-    """Wait until all watch each other, then make torch's process group of all ranks."""
-    if not watchdog.together.wait(max(_LAST_STEP, deadline.left())):
-        names = ", ".join(str(meeting.ranks[rank]) for rank in watchdog.missing()) if meeting.env.rank == 0 else "some"
-        raise RankLost(f"{names} met the others but never connected to rank 0's watch at {meeting.ranks[0].hub}.")
-    interface = section.interface or interface_of(meeting.here.address)
-    for variable, value in (("GLOO_SOCKET_IFNAME", interface), ("NCCL_SOCKET_IFNAME", f"={interface}")):
-        if interface and (section.interface or variable not in os.environ):
-            os.environ[variable] = value
-    if meeting.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // meeting.neighbours))
-    if len(meeting.ranks) > 1:
-        dist.init_process_group(
-            BACKENDS[meeting.backend],
-            store=dist.PrefixStore("torch", meeting.store),
-            rank=meeting.env.rank,
-            world_size=len(meeting.ranks),
-            timeout=_COLLECTIVE_TIMEOUT,
-            device_id=meeting.device if meeting.backend == "nccl" else None,
-        )
 
 
 def prepare_deepspeed(runtime: Runtime) -> None:

@@ -341,9 +341,10 @@ class Watchdog:
             self._drain_for(values[0], now)
             self._say("signal", values[0])
         elif kind == "finish":
-            self._referee.finished(rank, *values, now)
+            self._referee.finished(rank, values[0], now)
         elif kind == "fail":
-            self._referee.failed(rank, *values, now)
+            code, crash, line = values
+            self._referee.failed(rank, code, crash, line, now)
         elif kind == "stopped" and values[0] < len(self._peers):
             self._referee.stopped(values[0], no_sign_of_life(self._timeout), now)
 

@@ -22,6 +22,7 @@ from megalite.convert.output import ByteProgress, Written
 from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
 from megalite.monitor.words import format_bytes, format_count, format_duration
+from megalite.preflight import import_family
 
 
 class Parser(argparse.ArgumentParser):
@@ -183,21 +184,11 @@ def _run(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
         terminal.require_stdout()
         return end.code
     if args.family_module:
-        _import_family(args.family_module)
+        sys.path.insert(0, os.getcwd())
+        import_family(args.family_module, "--family-module")
     code = run(args)
     if hasattr(args, "out"):
         terminal.warn_of_loss()
     elif code == 0:
         terminal.require_stdout()
     return code
-
-
-def _import_family(name: str) -> None:
-    sys.path.insert(0, os.getcwd())
-    try:
-        importlib.import_module(name)
-    except MegaliteError:
-        raise
-    except Exception as error:  # the user's own module may raise anything
-        rule = f"importing it failed: {type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(Problem(key="--family-module", rule=rule, value=name)) from error
