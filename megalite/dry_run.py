@@ -10,9 +10,9 @@ from megalite.errors import ConfigError, Problem
 from megalite.inference.memory import RankMemory, blocks_for
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
+from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.table import local_elements
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MOST_ROWS = 256
 """Ranks listed one by one; with more, the first replica stands for the others, which hold the same."""
 
@@ -26,17 +26,16 @@ def describe(config: Config, model: ModelConfig | None) -> str:
             Problem(key="model.path", rule="--dry-run needs the model's config.json on this disk", value=value, fix=fix)
         )
     if isinstance(config, HybridConfig):
-        dtype, item = config.model.dtype, ITEM_BYTES[config.model.dtype]
+        dtype = config.model.dtype
         tables = [
             ("training", config.train.parallel, _training_columns(config.train.zero_stage, dtype)),
-            ("generating", config.infer.parallel, _engine_columns(config.infer.engine, dtype, item)),
+            ("generating", config.infer.parallel, _engine_columns(config.infer.engine, dtype)),
         ]
     elif isinstance(config, TrainConfig):
         tables = [("", config.parallel, _training_columns(config.train.zero_stage, config.model.dtype))]
     else:
-        dtype = model.dtype if config.model.dtype == "auto" else config.model.dtype
-        said = " (as the checkpoint says)" if config.model.dtype == "auto" else ""
-        tables = [("", config.parallel, _engine_columns(config.engine, f"{dtype}{said}", ITEM_BYTES[dtype]))]
+        said = f"{model.dtype} (as the checkpoint says)" if config.model.dtype == "auto" else config.model.dtype
+        tables = [("", config.parallel, _engine_columns(config.engine, said))]
     return "\n\n".join(_table(model, purpose, parallel, columns) for purpose, parallel, columns in tables)
 
 
@@ -85,8 +84,9 @@ def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> 
     return columns
 
 
-def _engine_columns(engine: EngineSection, dtype: str, item: int) -> tuple[Columns, list[str]]:
-    """Bytes of an inference engine on each rank, in numbers of `item` bytes called `dtype`; and notes."""
+def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[str]]:
+    """Bytes of an inference engine on each rank; and notes. `dtype` may be followed by where it comes from."""
+    item = _item_bytes(dtype.split()[0])
 
     def columns(model: ModelConfig, layout: Layout, ranks: Iterable[int]) -> dict[str, list[str]]:
         length = engine.max_model_len or model.max_position_embeddings
@@ -116,7 +116,7 @@ def _engine_columns(engine: EngineSection, dtype: str, item: int) -> tuple[Colum
 
 def _training_columns(stage: int, dtype: str) -> tuple[Columns, list[str]]:
     """Bytes of weights, gradients and optimizer state on each rank, by ZeRO stage (arXiv 1910.02054, table 1)."""
-    item = ITEM_BYTES[dtype]
+    item = _item_bytes(dtype)
 
     def columns(model: ModelConfig, layout: Layout, ranks: Iterable[int]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {"weights": [], "gradients": [], "optimizer": []}
@@ -132,6 +132,10 @@ def _training_columns(stage: int, dtype: str) -> tuple[Columns, list[str]]:
         "activations are not counted",
     ]
     return columns, notes
+
+
+def _item_bytes(dtype: str) -> int:
+    return DTYPE_BYTES[SAFETENSORS[dtype]]
 
 
 def _range(lo: int, hi: int) -> str:
