@@ -86,8 +86,7 @@ class Job:
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
-        is_home = runtime.rank == self.home
-        self.record = Record(config, self.files.model, self.files.folder, is_home, peak=peak)
+        self.record = Record(config, self.files.model, self.files.folder, self.files.is_writer, peak=peak)
         self.pool: RewardPool | None = None
         """On the rank that rewards."""
         self.generates = False
@@ -231,10 +230,6 @@ class Job:
             failure_reward=section.failure_reward,
         )
 
-    def _new_decoder(self, state: ParallelState) -> Decoder:
-        config = self.config
-        return make_decoder(config.model, self.files.model, state, device=self.device, seed=config.train.seed)
-
     def _empty_decoder(self, state: ParallelState) -> Decoder:
         dtype = torch_dtype(self.config.model.dtype)
         return transfer.build(self.files.model, state, dtype=dtype, device=self.device)
@@ -249,8 +244,10 @@ class Job:
         config = self.config
         if config.hybrid.kl_coefficient == 0 or config.hybrid.algorithm != "grpo":
             return None
-        make = self._empty_decoder if config.supervised.steps > 0 else self._new_decoder  # filled after these steps
-        return make(state).requires_grad_(False)
+        if config.supervised.steps > 0:  # it is filled after these
+            return self._empty_decoder(state).requires_grad_(False)
+        decoder = make_decoder(config.model, self.files.model, state, device=self.device, seed=config.train.seed)
+        return decoder.requires_grad_(False)
 
     def _make_learner(self, trainer: Trainer) -> Learner:
         return Learner(
