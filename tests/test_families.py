@@ -332,17 +332,17 @@ def test_unknown_architectures_are_refused_by_name_with_what_is_supported(read):
 
 
 def test_fused_tensors_have_offsets_and_plain_ones_do_not(read):
-    phi3 = families.weight_names(read({**PHI3, "num_key_value_heads": 2}))
-    assert [phi3.q.start, phi3.k.start, phi3.v.start] == [0, 48, 64]
-    assert [phi3.gate.start, phi3.up.start] == [0, 44]
-    gpt2 = families.weight_names(read(GPT2))
-    assert gpt2.v == TensorRef("transformer.h.{layer}.attn.c_attn.weight", start=96, transpose=True)
-    assert gpt2.v_bias == TensorRef("transformer.h.{layer}.attn.c_attn.bias", start=96)
-    assert gpt2.down.transpose and not gpt2.embed.transpose and gpt2.lm_head is None
-    llama = families.weight_names(read({**LLAMA, "attention_bias": True, "mlp_bias": True}))
-    assert llama.v == TensorRef("model.layers.{layer}.self_attn.v_proj.weight")
-    assert llama.gate_bias == TensorRef("model.layers.{layer}.mlp.gate_proj.bias")
-    assert llama.attn_norm_bias is None and llama.lm_head is not None
+    phi3 = families.weight_names(read({**PHI3, "num_key_value_heads": 2})).tensors
+    assert [phi3["q"].start, phi3["k"].start, phi3["v"].start] == [0, 48, 64]
+    assert [phi3["gate"].start, phi3["up"].start] == [0, 44]
+    gpt2 = families.weight_names(read(GPT2)).tensors
+    assert gpt2["v"] == TensorRef("transformer.h.{layer}.attn.c_attn.weight", start=96, transpose=True)
+    assert gpt2["v_bias"] == TensorRef("transformer.h.{layer}.attn.c_attn.bias", start=96)
+    assert gpt2["down"].transpose and not gpt2["embed"].transpose and gpt2["lm_head"] is None
+    llama = families.weight_names(read({**LLAMA, "attention_bias": True, "mlp_bias": True})).tensors
+    assert llama["v"] == TensorRef("model.layers.{layer}.self_attn.v_proj.weight")
+    assert llama["gate_bias"] == TensorRef("model.layers.{layer}.mlp.gate_proj.bias")
+    assert llama["attn_norm_bias"] is None and llama["lm_head"] is not None
 
 
 def ignores(config: ModelConfig, name: str) -> bool:
@@ -371,7 +371,7 @@ def test_a_family_of_ones_own(read, registered):
     registered("mine", Family(architecture="MineForCausalLM", weights=weights, fixed={"qk_norm": True}))
     config = read({**LLAMA, "architectures": ["MineForCausalLM"]})
     assert config.family == "mine" and config.qk_norm
-    assert families.weight_names(config).q_norm == TensorRef("model.layers.{layer}.qn.weight")
+    assert families.weight_names(config).tensors["q_norm"] == TensorRef("model.layers.{layer}.qn.weight")
 
 
 def test_registering_twice_or_leaving_a_name_out_is_refused(read, registered):

@@ -43,7 +43,7 @@ class TensorRef:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightNames:
-    """The tensors of a model. None: this model has no such weight. Linear weights are [out, in]."""
+    """The names of a model's tensors in a checkpoint."""
 
     prefix: str
     """What every name but the head's begins with; checkpoints of the bare model leave it out."""
@@ -51,39 +51,15 @@ class WeightNames:
     """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
     tied_head: str | None
     """What the head would be called, where it is the embedding."""
-    embed: TensorRef
-    final_norm: TensorRef
-    attn_norm: TensorRef
-    q: TensorRef
-    k: TensorRef
-    v: TensorRef
-    attn_out: TensorRef
-    mlp_norm: TensorRef
-    positions: TensorRef | None = None
-    final_norm_bias: TensorRef | None = None
-    lm_head: TensorRef | None = None
-    """None: tied to the embedding."""
-    attn_norm_bias: TensorRef | None = None
-    q_bias: TensorRef | None = None
-    k_bias: TensorRef | None = None
-    v_bias: TensorRef | None = None
-    attn_out_bias: TensorRef | None = None
-    q_norm: TensorRef | None = None
-    k_norm: TensorRef | None = None
-    post_attn_norm: TensorRef | None = None
-    mlp_norm_bias: TensorRef | None = None
-    post_mlp_norm: TensorRef | None = None
-    gate: TensorRef | None = None
-    """Dense layers; the MLP of a mixture of experts is in `router` and `expert_*`."""
-    up: TensorRef | None = None
-    down: TensorRef | None = None
-    gate_bias: TensorRef | None = None
-    up_bias: TensorRef | None = None
-    down_bias: TensorRef | None = None
-    router: TensorRef | None = None
-    expert_gate: TensorRef | None = None
-    expert_up: TensorRef | None = None
-    expert_down: TensorRef | None = None
+    tensors: Mapping[str, TensorRef | None]
+    """Every weight of `_weights_of` -> its tensor; None: this model has none such. Linear weights are [out, in]."""
+
+    @property
+    def embedding(self) -> str:
+        """Tensor name of the embedding."""
+        ref = self.tensors["embed"]
+        assert ref is not None
+        return ref.hf
 
 
 WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
@@ -169,8 +145,8 @@ class Family:
     architecture: str
     """The class name in config.json's `architectures`."""
     weights: Mapping[str, str]
-    """`WeightNames` field -> tensor name. Biases are not listed: a bias is named as its weight, with `.bias`. Where
-    q, k, v (or gate, up) have one name, the tensor is fused in that order."""
+    """Weight (see `_weights_of`) -> tensor name. Biases are not listed: they are named as the weight, with `.bias`.
+    Where q, k, v (or gate, up) have one name, the tensor is fused in that order."""
     prefix: str = "model."
     """See WeightNames."""
     ignored: tuple[str, ...] = ()
@@ -286,26 +262,30 @@ def _attention(family: Family, config: HFConfig, head_dim: int, layers: int) -> 
 
 
 def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
-    """The tensors that a checkpoint of this model must hold. ConfigError if the entry leaves one out."""
-    sources = {}
-    for weight in _weights_of(config):
-        base = weight.removesuffix("_bias")
-        hf = family.weights.get(base)
-        if hf is None:
-            raise ConfigError(Problem(key=f"family {name}", rule=f"has no tensor name for {base!r}"))
-        start = _start(family, config, base)
-        if weight != base:
-            sources[weight] = TensorRef(hf.removesuffix(".weight") + ".bias", start)
-        else:
-            sources[weight] = TensorRef(hf, start, transpose=family.transposed and base in LINEAR)
+    """The tensors that a checkpoint of this model must hold. ConfigError if the family does not name one of them."""
+    tensors = {weight: _tensor(name, family, config, weight) if has else None for weight, has in _weights_of(config)}
     head = family.weights["lm_head"] if config.tie_embeddings else None
     tied = (f"^{re.escape(head)}$",) if head else ()
     ignored = (*COMMON_IGNORED, *family.ignored, *tied)
-    return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, **sources)
+    return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, tensors=tensors)
 
 
-def _weights_of(config: ModelConfig) -> list[str]:
-    """The `WeightNames` fields that a model of this shape has."""
+def _tensor(name: str, family: Family, config: ModelConfig, weight: str) -> TensorRef:
+    base = weight.removesuffix("_bias")
+    hf = family.weights.get(base)
+    if hf is None:
+        raise ConfigError(Problem(key=f"family {name}", rule=f"has no tensor name for {base!r}"))
+    start = _start(family, config, base)
+    if weight != base:
+        return TensorRef(hf.removesuffix(".weight") + ".bias", start)
+    return TensorRef(hf, start, transpose=family.transposed and base in LINEAR)
+
+
+def _weights_of(config: ModelConfig) -> list[tuple[str, bool]]:
+    """Every weight that a decoder may have, and whether this one has it.
+
+    Dense layers have `gate`, `up` and `down`, those with experts `router` and `expert_*`.
+    """
     has_dense, has_experts = None in config.moe, any(config.moe)
     biased_mlp = config.mlp_bias and has_dense
     groups = {
@@ -323,7 +303,7 @@ def _weights_of(config: ModelConfig) -> list[str]:
         ("gate_bias",): biased_mlp and config.gated_mlp,
         ("router", "expert_gate", "expert_up", "expert_down"): has_experts,
     }
-    return [weight for group, present in groups.items() if present for weight in group]
+    return [(weight, present) for group, present in groups.items() for weight in group]
 
 
 def _start(family: Family, config: ModelConfig, weight: str) -> int:

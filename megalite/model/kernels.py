@@ -234,20 +234,9 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     if tokens == 0 or heads == 0:
         return
     _require_triton()
-    _store_kernel[(tokens,)](
-        k,
-        v,
-        k_cache,
-        v_cache,
-        slots,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *k_cache.stride()[:2],
-        HEADS=heads,
-        DIM=dim,
-        BLOCK_HEADS=triton.next_power_of_2(heads),
-        BLOCK_DIM=triton.next_power_of_2(dim),
-    )
+    strides = (*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2])
+    blocks = {"BLOCK_HEADS": triton.next_power_of_2(heads), "BLOCK_DIM": triton.next_power_of_2(dim)}
+    _store_kernel[(tokens,)](k, v, k_cache, v_cache, slots, *strides, HEADS=heads, DIM=dim, **blocks)
 
 
 def paged_attention(
@@ -296,22 +285,15 @@ def paged_attention(
     if spec.softcap is not None:
         score_factor, cap_factor = spec.scale / spec.softcap, spec.softcap * math.log2(math.e)
     block_dim = max(16, triton.next_power_of_2(dim))
+    tensors = (q, k_cache, v_cache, out, partial, lse, query_start, context_len, block_table)
+    strides = (*q.stride()[:2], *k_cache.stride()[:2])
     _attention_kernel[(tiles, kv_heads, splits)](
-        q,
-        k_cache,
-        v_cache,
-        out,
-        partial,
-        lse,
-        query_start,
-        context_len,
-        block_table,
+        *tensors,
         rows,
         block_table.stride(0),
         score_factor,
         cap_factor,
-        *q.stride()[:2],
-        *k_cache.stride()[:2],
+        *strides,
         HEADS=heads,
         GROUP=group,
         DIM=dim,

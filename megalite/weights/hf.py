@@ -75,7 +75,7 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
     """
     if names is None:
         return HFWeights(_read_files(folder, None))
-    embedding, head = names.embed.hf, names.tied_head
+    embedding, head = names.embedding, names.tied_head
     tensors = _read_files(folder, may_be_absent=head)
     bare = not any(name.startswith(names.prefix) for name in tensors)
     if bare:

@@ -112,17 +112,17 @@ class Range:
 @lru_cache(maxsize=8)
 def pieces(config: ModelConfig) -> tuple[Piece, ...]:
     """Every weight of the model once for each place it is used in (a tied embedding: twice)."""
-    names = weight_names(config)
+    tensors = weight_names(config).tensors
     vocab, hidden = Even(config.vocab_size), config.hidden_size
     table = _Table(stage="first")
-    table.add(names.embed, "embed.tokens.weight", vocab, hidden)
-    table.add(names.positions, "embed.positions", config.max_position_embeddings, hidden)
+    table.add(tensors["embed"], "embed.tokens.weight", vocab, hidden)
+    table.add(tensors["positions"], "embed.positions", config.max_position_embeddings, hidden)
     for layer in range(config.num_layers):
         table.rows += _layer_pieces(config, layer)
     table.stage = "last"
-    table.add(names.final_norm, "norm.weight", hidden)
-    table.add(names.final_norm_bias, "norm.bias", hidden)
-    table.add(names.embed if config.tie_embeddings else names.lm_head, "head.weight", vocab, hidden)
+    table.add(tensors["final_norm"], "norm.weight", hidden)
+    table.add(tensors["final_norm_bias"], "norm.bias", hidden)
+    table.add(tensors["embed"] if config.tie_embeddings else tensors["lm_head"], "head.weight", vocab, hidden)
     return tuple(table.rows)
 
 
@@ -212,33 +212,33 @@ class _Table:
 
 
 def _layer_pieces(config: ModelConfig, layer: int) -> list[Piece]:
-    names = weight_names(config)
+    tensors = weight_names(config).tensors
     hidden, head = config.hidden_size, config.head_dim
     queries = QueryHeads(config.num_heads, config.num_kv_heads, head)
     keys = KVHeads(config.num_kv_heads, head)
     prefix = f"layers.{layer}"
     table = _Table(stage=layer)
     for source, bias, name in (
-        (names.attn_norm, names.attn_norm_bias, "attn_norm"),
-        (names.post_attn_norm, None, "post_attn_norm"),
-        (names.mlp_norm, names.mlp_norm_bias, "mlp_norm"),
-        (names.post_mlp_norm, None, "post_mlp_norm"),
+        (tensors["attn_norm"], tensors["attn_norm_bias"], "attn_norm"),
+        (tensors["post_attn_norm"], None, "post_attn_norm"),
+        (tensors["mlp_norm"], tensors["mlp_norm_bias"], "mlp_norm"),
+        (tensors["post_mlp_norm"], None, "post_mlp_norm"),
     ):
         table.add(source, f"{prefix}.{name}.weight", hidden)
         table.add(bias, f"{prefix}.{name}.bias", hidden)
     before: tuple[Split, ...] = ()
     for source, bias, split in (
-        (names.q, names.q_bias, queries),
-        (names.k, names.k_bias, keys),
-        (names.v, names.v_bias, keys),
+        (tensors["q"], tensors["q_bias"], queries),
+        (tensors["k"], tensors["k_bias"], keys),
+        (tensors["v"], tensors["v_bias"], keys),
     ):
         table.add(source, f"{prefix}.attn.qkv.weight", split, hidden, before=before)
         table.add(bias, f"{prefix}.attn.qkv.bias", split, before=before)
         before = (*before, split)
-    table.add(names.q_norm, f"{prefix}.attn.q_norm.weight", head)
-    table.add(names.k_norm, f"{prefix}.attn.k_norm.weight", head)
-    table.add(names.attn_out, f"{prefix}.attn.out.weight", queries, hidden, dim=1)
-    table.add(names.attn_out_bias, f"{prefix}.attn.out.bias", hidden)
+    table.add(tensors["q_norm"], f"{prefix}.attn.q_norm.weight", head)
+    table.add(tensors["k_norm"], f"{prefix}.attn.k_norm.weight", head)
+    table.add(tensors["attn_out"], f"{prefix}.attn.out.weight", queries, hidden, dim=1)
+    table.add(tensors["attn_out_bias"], f"{prefix}.attn.out.bias", hidden)
     moe = config.moe[layer]
     if moe is None:
         _mlp_pieces(config, table, f"{prefix}.mlp")
@@ -248,26 +248,26 @@ def _layer_pieces(config: ModelConfig, layer: int) -> list[Piece]:
 
 
 def _mlp_pieces(config: ModelConfig, table: _Table, prefix: str) -> None:
-    names = weight_names(config)
+    tensors = weight_names(config).tensors
     inner, hidden = Even(config.intermediate_size), config.hidden_size
     before: tuple[Split, ...] = ()
     if config.gated_mlp:
-        table.add(names.gate, f"{prefix}.up.weight", inner, hidden)
-        table.add(names.gate_bias, f"{prefix}.up.bias", inner)
+        table.add(tensors["gate"], f"{prefix}.up.weight", inner, hidden)
+        table.add(tensors["gate_bias"], f"{prefix}.up.bias", inner)
         before = (inner,)
-    table.add(names.up, f"{prefix}.up.weight", inner, hidden, before=before)
-    table.add(names.up_bias, f"{prefix}.up.bias", inner, before=before)
-    table.add(names.down, f"{prefix}.down.weight", inner, hidden, dim=1)
-    table.add(names.down_bias, f"{prefix}.down.bias", hidden)
+    table.add(tensors["up"], f"{prefix}.up.weight", inner, hidden, before=before)
+    table.add(tensors["up_bias"], f"{prefix}.up.bias", inner, before=before)
+    table.add(tensors["down"], f"{prefix}.down.weight", inner, hidden, dim=1)
+    table.add(tensors["down_bias"], f"{prefix}.down.bias", hidden)
 
 
 def _moe_pieces(config: ModelConfig, moe: MoESpec, table: _Table, prefix: str) -> None:
-    names, hidden = weight_names(config), config.hidden_size
-    table.add(names.router, f"{prefix}.router", moe.num_experts, hidden)
+    tensors, hidden = weight_names(config).tensors, config.hidden_size
+    table.add(tensors["router"], f"{prefix}.router", moe.num_experts, hidden)
     inner = moe.intermediate_size
     for index in range(moe.num_experts):
         up = ExpertPlace(index, moe.num_experts, 2 * inner)
         down = ExpertPlace(index, moe.num_experts, hidden)
-        table.add(names.expert_gate, f"{prefix}.up", inner, hidden, expert=up)
-        table.add(names.expert_up, f"{prefix}.up", inner, hidden, before=(Whole(inner),), expert=up)
-        table.add(names.expert_down, f"{prefix}.down", hidden, inner, expert=down)
+        table.add(tensors["expert_gate"], f"{prefix}.up", inner, hidden, expert=up)
+        table.add(tensors["expert_up"], f"{prefix}.up", inner, hidden, before=(Whole(inner),), expert=up)
+        table.add(tensors["expert_down"], f"{prefix}.down", hidden, inner, expert=down)
