@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
@@ -43,18 +43,19 @@ class Bounds:
         """What is wrong with the value of `key`, whose type is `hint`."""
         if value is None:
             return Problem(key=key, rule="is needed", fix=self.needed) if self.needed else None
-        numbers = {key: value}
+        parts: Iterable[tuple[str, Any]] = [("", value)]
         if isinstance(value, Mapping):
-            numbers = {f"{key}.{name}": number for name, number in value.items()}
+            parts = ((f".{name}", number) for name, number in value.items())
         elif isinstance(value, list | tuple):
-            numbers = {f"{key}[{i}]": number for i, number in enumerate(value)}
-        if self.cap is not None and numbers.keys() != {key} and len(numbers) > self.cap:
-            return problem(key, f"must hold at most {self.cap} entries, and has {len(numbers)}", value, self.fix)
-        for at, number in numbers.items():
+            parts = ((f"[{i}]", number) for i, number in enumerate(value))
+        size = len(value) if isinstance(value, Mapping | list | tuple) else None
+        if self.cap is not None and size is not None and size > self.cap:
+            return problem(key, f"must hold at most {self.cap} entries, and has {size}", value, self.fix)
+        for part, number in parts if self.limits else ():
             if not all(_COMPARE[name](number, limit) for name, limit in self.limits.items()):
-                or_null = ", or null" if at == key and is_optional(hint) else ""
-                return problem(at, f"must be {self}{or_null}", number, self.fix)
-        if self.cap is not None and numbers.keys() == {key} and value > self.cap:
+                or_null = ", or null" if is_optional(hint) and not part else ""
+                return problem(f"{key}{part}", f"must be {self}{or_null}", number, self.fix)
+        if self.cap is not None and size is None and value > self.cap:
             return problem(key, f"must be at most {self.cap}", value, self.fix)
         return None
 
