@@ -240,6 +240,7 @@ def test_bounds(kind, write):
             given = {key: values[refused][i] for key, values in table.items() if i < len(values[refused])}
             loaded = load_config(kind, path, [f"{key}={value}" for key, value in given.items()])
             found = [one for one in Rules(loaded.config).problems if one.rule != "is needed"]
+            validate(loaded.config, None, None)  # no rule between values fails over one that is out of bounds
             assert [one.key.partition("[")[0] for one in found] == [
                 key for key in loaded.origins if refused and key in given
             ]
