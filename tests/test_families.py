@@ -171,22 +171,6 @@ def test_experts(read):
     assert read({**QWEN3_MOE, "norm_topk_prob": True}).moe[0] == replace(sparse, normalize_top_k=True)
 
 
-@pytest.mark.parametrize(
-    "config, generation, expected",
-    [
-        (2, None, (2,)),
-        ([2, 5], None, (2, 5)),
-        (2, {"eos_token_id": [7, 2]}, (7, 2)),
-        (2, {"temperature": 0.5}, (2,)),
-        (2, {"eos_token_id": None}, (2,)),
-        (None, {}, ()),
-        ([2, 50256], None, (2,)),
-    ],
-)
-def test_end_of_sequence_tokens(read, config, generation, expected):
-    assert read({**LLAMA, "eos_token_id": config}, generation).eos_token_ids == expected
-
-
 # ---- what is refused
 
 
