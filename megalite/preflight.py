@@ -74,8 +74,10 @@ def as_sampled(loaded: Loaded) -> Loaded:
 
     CheckpointError: what the folder says of it is damaged.
     """
-    model = loaded.config.model
-    folder = at_hand(model.path, model.revision) if isinstance(loaded.config, InferConfig) and model.path else None
+    config = loaded.config
+    if not isinstance(config, InferConfig) or config.model.path is None:
+        return loaded
+    folder = at_hand(config.model.path, config.model.revision)
     if folder is None:
         return loaded
     return GenerationConfig.read(folder, read_json(folder / "config.json")).under(loaded)
