@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+from megalite.tools.check_imports import check
 
-from check_imports import check  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_imports_point_down():
