@@ -12,9 +12,9 @@ from pathlib import Path
 
 from check_imports import LEVELS, imports_of, room_of
 from svg import page, text
-from toolkit import Parser, main
 
 from megalite.files import write_durably
+from megalite.tools.toolkit import Parser, main
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = ("core", "model", "weights", "inference", "train", "hybrid")
