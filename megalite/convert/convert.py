@@ -27,7 +27,7 @@ from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights import side_files
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
-from megalite.weights.copying import OpenFiles, digest_extent, in_parallel, perform
+from megalite.weights.copying import OpenFiles, differing, in_parallel
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.manifest import WEIGHT, Manifest, file_name
@@ -214,7 +214,7 @@ def _is_same(moves: list[Move], jobs: int, progress: ByteProgress) -> bool:
         def compare(move: Move) -> None:
             if differs.is_set():
                 return
-            if perform(files, move) != [digest_extent(files, extent) for extent in move.targets]:
+            if differing(files, move):
                 differs.set()
             progress.advance(move.nbytes)
 

@@ -20,7 +20,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.generation import GenerationConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
-from megalite.weights.copying import OpenFiles, digest_extent, in_parallel, perform
+from megalite.weights.copying import OpenFiles, differing, digest_extent, in_parallel
 from megalite.weights.folder import CONFIG
 from megalite.weights.hf import resolve
 from megalite.weights.manifest import Manifest, StoredFile
@@ -203,9 +203,8 @@ class _Check:
 
             def check(move: Move) -> None:
                 with self._findings():
-                    for extent, digest in zip(move.targets, perform(files, move), strict=True):
-                        if digest != (extent.digest or digest_extent(files, extent)):
-                            self.wrong(f"{_words(extent)}: differs from {other.folder}")
+                    for extent in differing(files, move):
+                        self.wrong(f"{_words(extent)}: differs from {other.folder}")
                     self._checked(len(move.targets), move.nbytes)
 
             in_parallel(check, files.expecting(moves), self.jobs)

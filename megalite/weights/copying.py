@@ -265,6 +265,12 @@ def perform(files: OpenFiles, move: Move, put: Put = lambda extent, row, rows: N
     return [states[extent.range.lo].hexdigest() for extent in move.targets]
 
 
+def differing(files: OpenFiles, move: Move) -> list[Extent]:
+    """The targets of a move that hold something else than it would write; digests that are known are believed."""
+    made = zip(move.targets, perform(files, move), strict=True)
+    return [extent for extent, digest in made if digest != (extent.digest or digest_extent(files, extent))]
+
+
 def in_parallel(work: Callable[[Item], None], items: Iterable[Item], jobs: int) -> None:
     """`work` on every item, on `jobs` threads, never holding more than a few items in line.
 
