@@ -1,6 +1,6 @@
 """Cut a model in Hugging Face layout into one safetensors file for each tp x pp rank, and a manifest.json with the
 digest of every range. megalite runs and trains from the result. Needs no GPU and little memory. If it is killed,
-the same command goes on where it stopped.
+the same command keeps the files that are finished and makes the others.
 
 example:
   megalite convert --model checkpoints/demo --layout tp=2,pp=2 --out /tmp/demo-tp2pp2

@@ -1,6 +1,6 @@
 """Rank shards, or the weights of training state, as a folder in Hugging Face layout, which transformers and others
-load. Without --dtype every tensor has the very bytes of the original. If it is killed, the same command goes on where
-it stopped.
+load. Without --dtype every tensor has the very bytes of the original. If it is killed, the same command keeps
+the files that are finished and makes the others.
 
 example:
   megalite export --from /tmp/demo-tp2pp2 --out /tmp/demo-hf --max-shard-size 2GB

@@ -1,6 +1,6 @@
 """Rank shards of one layout into another, without the Hugging Face original: any tp and pp to any tp and pp. Training
 state is resharded with its optimizer moments. Every byte that is read is checked against the manifest. If it is
-killed, the same command goes on where it stopped.
+killed, the same command keeps the files that are finished and makes the others.
 
 example:
   megalite reshard --from /tmp/demo-tp2pp2 --layout tp=3,pp=1 --out /tmp/demo-tp3

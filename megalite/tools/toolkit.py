@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def stop(self, signum: int, frame: object) -> NoReturn:
         """End at once on a signal. What is written can be killed at any moment, so there is nothing to wait for."""
-        kept = "; the same command goes on where it was" if self._writes else ""
+        kept = "; the same command keeps the files that are finished" if self._writes else ""
         os.write(2, f"stopped by {signal.Signals(signum).name}{kept}\n".encode())
         os._exit(128 + signum)
 
