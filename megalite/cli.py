@@ -57,7 +57,6 @@ COMMANDS = {
     "verify": "prove that weights are whole",
     "describe": "what a checkpoint is",
     "bench": "measure megalite beside what it replaces",
-    "check": "whether the imports of a checkout point down only",
 }
 """What `megalite` can be told to do; the first three are jobs (launch/), the others tools (tools/)."""
 
@@ -124,7 +123,7 @@ def megalite() -> int:
         from megalite.tools import bench, toolkit
 
         sys.argv = [f"megalite {name}", *sys.argv[2:]]  # as what argparse introduces the tool
-        return bench.main() if name == "bench" else toolkit.tool("check_imports" if name == "check" else name)
+        return bench.main() if name == "bench" else toolkit.tool(name)
     terminal.guard()
     try:
         if name not in ("--help", "-h"):

@@ -1,8 +1,194 @@
-"""Checks that imports point down only: `python tools/check_imports.py`."""
+"""Checks that imports point down only: `python tools/check_imports.py`. Prints each wrong import, exits 1 if any.
 
+The rooms, from the top: launch and tools; hybrid; inference and train; weights; model; core; config. A room
+may import rooms below it, never one beside or above. Some packages may be imported in a few places only, and some
+modules must stay importable without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from megalite.tools.toolkit import tool
+LEVELS = [
+    {"megalite.errors"},
+    {"megalite.files", "megalite.json_text", "megalite.terminal", "megalite.monitor"},
+    {"megalite.config"},
+    {"megalite.core"},
+    {"megalite.run", "megalite.model", "megalite.text"},
+    {"megalite.weights"},
+    {"megalite.preflight"},
+    {"megalite.inference", "megalite.train", "megalite.convert", "megalite.rewards"},
+    {"megalite.hybrid", "megalite.evals"},
+    {"megalite.tools", "megalite.dry_run"},
+    {"megalite.cli"},
+    {"launch", "tools"},
+]
+"""From the bottom. Rooms of one level do not know each other."""
+
+ISOLATED = {"megalite.monitor"}
+"""Rooms that import nothing of ours."""
+
+PLACES = {
+    "deepspeed": (
+        "megalite/train/",
+        "megalite/run/runtime.py",
+        "megalite/convert/import_deepspeed.py",
+        "tests/",
+        "megalite/tools/benchmarks/",
+    ),
+    "transformers": ("tests/", "megalite/tools/benchmarks/"),
+    "tokenizers": (
+        "megalite/text/tokenizer.py",
+        "megalite/text/tokenizer_files.py",
+        "megalite/text/detokenizer.py",
+        "megalite/train/",
+        "tests/",
+    ),
+    "pickle": ("tests/",),
+    "lm_eval": ("megalite/evals.py", "tests/"),
+}
+"""Packages and the only places that may import them."""
+
+TORCH_FREE = (
+    "megalite/__init__.py",
+    "megalite/cli.py",
+    "megalite/config/",
+    "megalite/core/layout.py",
+    "megalite/errors.py",
+    "megalite/files.py",
+    "megalite/json_text.py",
+    "megalite/monitor/",
+    "megalite/preflight.py",
+    "megalite/rewards/",
+    "megalite/run/launcher.py",
+    "megalite/terminal.py",
+    "megalite/tools/__init__.py",
+    "megalite/tools/bench.py",
+    "megalite/tools/convert.py",
+    "megalite/tools/describe.py",
+    "megalite/tools/export.py",
+    "megalite/tools/import_deepspeed.py",
+    "megalite/tools/reshard.py",
+    "megalite/tools/toolkit.py",
+    "megalite/tools/verify.py",
+    "megalite/text/",
+)
+"""Files and folders whose modules must not import torch when they are imported, neither themselves nor through others.
+So must every module whose docstring says so."""
+
+CLAIM = re.compile(r"torch-free|(importable|imported) without torch|imports no torch|no torch here", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement."""
+
+    file: Path
+    line: int
+    module: str
+    deferred: bool
+    """Inside a function or under TYPE_CHECKING: not run when the module is imported."""
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    """Every import statement of a file, those in functions too."""
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(file, child.lineno, alias.name, deferred)
+            elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
+                for alias in child.names:
+                    yield Import(file, child.lineno, f"{child.module}.{alias.name}", deferred)
+            inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            yield from visit(child, deferred or inner or typing_only)
+
+    yield from visit(tree, False)
+
+
+def room_of(module: str) -> tuple[int, str] | None:
+    """Level and name of the room that a dotted module name is in."""
+    for level, rooms in enumerate(LEVELS):
+        for room in rooms:
+            if module == room or module.startswith(room + "."):
+                return level, room
+    return None
+
+
+def wrong(root: Path, item: Import) -> str | None:
+    """Why an import is against the rules, or None."""
+    path = item.file.relative_to(root).as_posix()
+    package = item.module.split(".")[0]
+    if package in PLACES and not path.startswith(PLACES[package]):
+        return f"{package} may be imported only in {', '.join(PLACES[package]) or 'no module'}"
+    here, there = room_of(path.removesuffix(".py").replace("/", ".")), room_of(item.module)
+    if here is None or there is None or here[1] == there[1]:
+        return None
+    if here[1] in ISOLATED:
+        return f"{here[1]} imports nothing of ours"
+    if there[0] >= here[0]:
+        return f"{here[1]} must not know {there[1]}"
+    return None
+
+
+def loads_torch(root: Path, imports: Mapping[Path, Sequence[Import]], file: Path, seen: set[Path]) -> Import | None:
+    """The import by which importing a module loads torch, by itself or through others of ours; None: it does not."""
+    seen.add(file)
+    for item in imports[file]:
+        if item.deferred:
+            continue
+        if item.module.split(".")[0] == "torch":
+            return item
+        path = Path(root, *item.module.split("."))
+        candidates = (path.with_suffix(".py"), path.parent.with_suffix(".py"), path / "__init__.py")
+        inner = next((one for one in candidates if one in imports), None)
+        if inner is not None and inner not in seen and loads_torch(root, imports, inner, seen):
+            return item
+    return None
+
+
+def claims(root: Path, file: Path) -> bool:
+    """Whether a module must be importable without torch."""
+    if file.relative_to(root).as_posix().startswith(TORCH_FREE):
+        return True
+    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return CLAIM.search(" ".join(docstring.split())) is not None
+
+
+def check(root: Path) -> list[str]:
+    """Every wrong import below `root`, as `file:line: import module: reason`."""
+    files = [file for top in ("megalite", "launch", "tools", "tests") for file in sorted((root / top).rglob("*.py"))]
+    imports = {file: list(imports_of(file)) for file in files}
+    found = []
+    for file, items in imports.items():
+        reasons = [(item, wrong(root, item)) for item in items]
+        loads = (
+            loads_torch(root, imports, file, set())
+            if file.is_relative_to(root / "megalite") and claims(root, file)
+            else None
+        )
+        if loads is not None:
+            reasons.append((loads, "this module must be importable without torch"))
+        found += [f"{file.relative_to(root)}:{item.line}: import {item.module}: {why}" for item, why in reasons if why]
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    problems = check(Path(__file__).resolve().parent.parent)
+    print("\n".join(problems) if problems else "imports point down only")
+    return int(bool(problems))
+
 
 if __name__ == "__main__":
-    sys.exit(tool("check_imports"))
+    from megalite.tools.toolkit import Parser, main
+
+    sys.exit(main(Parser((__doc__ or "").strip()), run))
