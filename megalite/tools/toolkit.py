@@ -182,7 +182,7 @@ def _run(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
         args = parser.parse_args()
     except SystemExit as end:  # after --help
         terminal.require_stdout()
-        return end.code
+        return int(end.code or 0)
     if args.family_module:
         sys.path.insert(0, os.getcwd())
         import_family(args.family_module, "--family-module")
