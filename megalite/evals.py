@@ -35,7 +35,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 """What tasks call the longest output, in the order in which they count."""
 
 
-class MegaliteLM(TemplateLM):
+class MegaliteLM(TemplateLM):  # type: ignore[misc]
     """Scores and generates as the harness's hf backend does."""
 
     def __init__(
@@ -116,7 +116,7 @@ class MegaliteLM(TemplateLM):
         windows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in requests]
         found = []
         scored = self.llm.logprobs([{"prompt_token_ids": window} for window in windows], use_tqdm=not disable_tqdm)
-        for (key, _, continuation), tokens in zip(requests, scored, strict=True):
+        for (key, _context, continuation), tokens in zip(requests, scored, strict=True):
             if len(continuation) > len(tokens):
                 raise ValueError(f"a continuation of {len(continuation)} tokens, and {self.max_length} fit at once")
             wanted = tokens[len(tokens) - len(continuation) :]
@@ -145,7 +145,8 @@ class MegaliteLM(TemplateLM):
         prompts, params, stops = [], [], []
         for context, options in (request.args for request in requests):
             sampling, until = self._sampling(dict(options))
-            prompts.append({"prompt_token_ids": self.tok_encode(context)[-(self.max_length - sampling.max_tokens) :]})
+            room = self.max_length - (sampling.max_tokens or 0)
+            prompts.append({"prompt_token_ids": self.tok_encode(context)[-room:]})
             params.append(sampling)
             stops.append(until)
         outputs = self.llm.generate(prompts, params, use_tqdm=not disable_tqdm)

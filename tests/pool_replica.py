@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from one_request import make_request
 from pool_runtime import PoolRuntime
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
-from megalite.inference.io.inputs import make_request
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica, load_replica
 from megalite.inference.request import Request
@@ -40,9 +40,9 @@ def make_replica(
 def make_requests(replica: Replica, asked: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
     """A request for each prompt and its parameters, named by its place."""
     limits = prompt_limits(replica)
-    return [make_request(*one, limits, id=str(place), index=place)[0] for place, one in enumerate(asked)]
+    return [make_request(*one, limits, place) for place, one in enumerate(asked)]
 
 
 def generate(replica: Replica, asked: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[RequestOutput]:
     """The outputs, in the order of the prompts, from a new engine."""
-    return run_everywhere(replica, replica.engine(), make_requests(replica, asked), {}, key="once")
+    return run_everywhere(replica, replica.engine(), make_requests(replica, asked), key="once")

@@ -11,7 +11,7 @@ from tokenizer_family import FAMILY
 
 from megalite.config.schema import DataSection, InputSection, SamplingParams
 from megalite.hybrid.tasks import load_examples
-from megalite.inference.io.inputs import Served, read_inputs
+from megalite.inference.io.inputs import PromptLimits, read_inputs
 from megalite.text.chat_template import TemplateError
 from megalite.text.tokenizer import Tokenizer
 from megalite.train.data.examples import encode_answer, encode_chat
@@ -78,8 +78,8 @@ def test_every_job_reads_a_chat_as_transformers_does(name, tmp_path):
     chat = CHATS[name]
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(chat) + "\n")
-    served = Served(tokenizer=ours(), vocab_size=ours().vocab_size, max_model_len=4096)
-    batch = read_inputs(InputSection(file=str(path)), SamplingParams(), served)
+    limits = PromptLimits(tokenizer=ours(), vocab_size=ours().vocab_size, max_model_len=4096)
+    batch = read_inputs(InputSection(file=str(path)), SamplingParams(), limits)
     assert not batch.failures and list(batch.requests[0].prompt_token_ids) == wanted(chat)
     (example,) = load_examples(str(path), {}, split="train")
     text = ours().chat_text(example.messages, **example.variables)
@@ -109,14 +109,14 @@ def test_a_config_speaks_for_chats_that_do_not(tmp_path):
         {"prompt": "a"},
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    served = Served(tokenizer=ours(), vocab_size=ours().vocab_size, max_model_len=4096)
+    limits = PromptLimits(tokenizer=ours(), vocab_size=ours().vocab_size, max_model_len=4096)
     section = InputSection(file=str(path), tools=CALL, chat_template_kwargs={"mood": "calm"})
-    batch = read_inputs(section, SamplingParams(), served)
+    batch = read_inputs(section, SamplingParams(), limits)
     got = [list(request.prompt_token_ids) for request in batch.requests]
     given = {"tools": CALL}
     assert got[:2] == [wanted({**lines[0], **given}, mood="calm"), wanted(lines[1], mood="calm")]
     assert got[2:] == [wanted({**lines[2], **given}), theirs()("a").input_ids]
-    assert batch.digest != read_inputs(InputSection(file=str(path)), SamplingParams(), served).digest
+    assert batch.digest != read_inputs(InputSection(file=str(path)), SamplingParams(), limits).digest
 
 
 def test_turns_of_a_chat_are_learnt_wherever_it_begins():

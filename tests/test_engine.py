@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_request import make_request
 from pool_replica import make_replica, make_requests
 from slow_generation import EOS, Ask, Completion, Expected, Slow
 from tiny_models import VOCAB
@@ -25,7 +26,7 @@ from megalite.core.agreement import broadcast_bytes
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
-from megalite.inference.io.inputs import Asked, make_request
+from megalite.inference.io.inputs import RawRequest
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
@@ -130,7 +131,7 @@ def assert_idle(engine: Engine) -> None:
     scheduler = engine.scheduler
     scheduler.pool.check([])
     assert not scheduler.has_work() and scheduler.num_running == scheduler.num_waiting == 0
-    assert not engine.outputs._running and not engine.outputs.texts and not engine.sampler._seen
+    assert not engine.outputs._running and not engine.sampler._seen
     assert not engine.channel.sent and not engine.runner.link.outbox.sends
 
 
@@ -170,7 +171,7 @@ def generate(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], sto
     for number in range(setting.rounds):
         outputs = []
         for place, call in enumerate(calls):
-            outputs += run_everywhere(replica, engine, call, {}, key=f"{number}/{place}")
+            outputs += run_everywhere(replica, engine, call, key=f"{number}/{place}")
         rounds.append((outputs, spy.take()))
         assert_idle(engine)
     return rounds
@@ -365,7 +366,7 @@ def leave_off(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], st
     names = json.dumps([output.request_id for output in before]).encode() if state.is_control else None
     done = json.loads(broadcast_bytes(names, state.control_rank))
     rest = [request for request in requests if request.id not in done]
-    return before, run_everywhere(replica, engine, rest, {}, key="second")
+    return before, run_everywhere(replica, engine, rest, key="second")
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, 1)], ids=str)
@@ -393,7 +394,7 @@ def interrupt(rank: int, folder: Path, asks: Sequence[Ask], store: str):
     with pytest.raises(KeyboardInterrupt):
         engine.run(make_feed(replica, requests, "first"), Hooks(on_step=on_step))
     assert_idle(engine)
-    return run_everywhere(replica, engine, requests, {}, key="second")
+    return run_everywhere(replica, engine, requests, key="second")
 
 
 def test_an_interrupted_engine_can_be_used_again(tiny, ranks, expected, tmp_path):
@@ -439,12 +440,8 @@ def texts(rank: int, folder: Path, store: str) -> list[str | None]:
     params = [SamplingParams(max_tokens=length) for length in (3, 9)]
     shown = []
     for prompts, lengths in ((["ab", "cd"], params), ([[5, 6], [7, 8]], params[::-1])):
-        made = [
-            make_request(p, q, limits, id=str(i), index=i)
-            for i, (p, q) in enumerate(zip(prompts, lengths, strict=True))
-        ]
-        named = {request.id: text for request, text in made if text is not None}
-        outputs = run_everywhere(replica, engine, [request for request, _ in made], named, key=str(len(shown)))
+        made = [make_request(p, q, limits, i) for i, (p, q) in enumerate(zip(prompts, lengths, strict=True))]
+        outputs = run_everywhere(replica, engine, made, key=str(len(shown)))
         shown.append([(output.prompt, output.replica) for output in outputs])
         assert_idle(engine)
     return shown
@@ -463,13 +460,15 @@ def prepared(rank: int, folder: Path, given: dict[str, list], store: str) -> dic
     found = {}
     for case, each in given.items():
         asked = [
-            Asked(prompt=prompt, params=SamplingParams(**params), id=str(place), index=place, where=f"prompts[{place}]")
+            RawRequest(
+                prompt=prompt, params=SamplingParams(**params), id=str(place), index=place, where=f"prompts[{place}]"
+            )
             for place, (prompt, params) in enumerate(each[rank % len(each)])
         ]
         try:
-            found[case] = [
-                (request.prompt_token_ids, request.seed, text) for request, text in prepare(replica, asked, limits)
-            ]
+            made = prepare(replica, asked, limits)
+            refused = [one for one in made if isinstance(one, ConfigError)]
+            found[case] = str(refused[0]) if refused else [(r.prompt_token_ids, r.seed, r.prompt) for r in made]
         except ConfigError as error:
             found[case] = str(error)
     return {**found, "encoded": sum(encoded)}
@@ -516,7 +515,7 @@ def out_of_step(rank: int, folder: Path, asks: Sequence[Ask], store: str) -> Non
     replica = replica_of(Setting(layout=Layout(1, 2, 1)), rank, folder, store)
     engine = replica.engine()
     engine.scheduler._cache_age += rank == 0
-    run_everywhere(replica, engine, requests_for(replica, asks), {}, key="")
+    run_everywhere(replica, engine, requests_for(replica, asks), key="")
 
 
 def test_a_rank_out_of_step_is_noticed(tiny, ranks, tmp_path):

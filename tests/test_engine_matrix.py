@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_request import make_request
 from pool_runtime import PoolRuntime
 from tiny_models import VARIANTS, VOCAB
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
-from megalite.inference.io.inputs import make_request
 from megalite.inference.replica import load_replica
 from megalite.inference.run import prompt_limits, run_everywhere
 from megalite.train.micro_batch import from_sequences
@@ -50,9 +50,9 @@ def generate_and_score(rank: int, folder: Path, layout: Layout, sequences: list[
     params = SamplingParams(
         temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=VOCAB, prompt_logprobs=VOCAB
     )
-    requests = [make_request(prompt, params, limits, id=str(i), index=i)[0] for i, prompt in enumerate(PROMPTS)]
+    requests = [make_request(prompt, params, limits, i) for i, prompt in enumerate(PROMPTS)]
     results = []
-    for output in run_everywhere(replica, replica.engine(), requests, {}, key="matrix"):
+    for output in run_everywhere(replica, replica.engine(), requests, key="matrix"):
         entries = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
         rows = [[entry[token].logprob for token in range(VOCAB)] for entry in entries]
         results.append((output.outputs[0].token_ids, torch.tensor(rows)))

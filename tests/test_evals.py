@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from tiny_tokenizer import with_tokenizer
-from transformers import AutoTokenizer
 
 from megalite import cli
 from megalite.errors import CheckpointError
@@ -141,6 +140,8 @@ def test_the_command_says_what_is_wrong_in_a_line(command, monkeypatch, capsys):
 
 
 def test_chats_and_settings(folder):
+    from transformers import AutoTokenizer
+
     from megalite.evals import MegaliteLM
 
     settings = {"max_length": 50, "chat_template_args": {"name": "bot"}, "add_bos_token": True}

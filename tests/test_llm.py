@@ -65,12 +65,25 @@ def ids(outputs: list[RequestOutput]) -> list[list[int]]:
 # ---- generate
 
 
-def test_generate_in_all_spellings(llm, reference):
+def test_prompts_in_all_spellings(llm, reference):
     wanted = [made.tokens for made in reference(MODEL, PROMPTS, 8)]
     assert ids(llm.generate(PROMPTS, GREEDY)) == wanted
     assert ids(llm.generate(prompts=PROMPTS[1], sampling_params=GREEDY)) == wanted[1:2]
+    assert ids(llm.generate(prompt_token_ids=PROMPTS, sampling_params=GREEDY)) == wanted
     assert ids(llm.generate(tuple(map(tuple, PROMPTS)), [GREEDY] * 3)) == wanted
-    assert llm.generate([], GREEDY) == []
+    for nothing in ([], (), np.array([], int), torch.tensor([], dtype=torch.int64), iter([])):
+        assert llm.generate(nothing, GREEDY) == []
+    hi = llm.get_tokenizer().encode("Hi")
+    forms = ["Hi", {"prompt": "Hi"}, {"prompt_token_ids": hi}, np.array(hi, np.int32), torch.tensor(hi), tuple(hi)]
+    forms += [{"prompt_token_ids": torch.tensor(hi)}, {"prompt_token_ids": np.array(hi), "prompt": "Hi"}]
+    forms += [tuple(map(np.int64, hi)), [torch.tensor(token) for token in hi]]
+    outputs = llm.generate(forms, GREEDY)
+    assert len({tuple(tokens) for tokens in ids(outputs)}) == 1
+    assert [place for place, output in enumerate(outputs) if output.prompt == "Hi"] == [0, 1, 7]
+    for alone in forms[:5]:
+        assert ids(llm.generate(alone, GREEDY)) == ids(outputs)[:1]
+    for rows in (torch.tensor([hi] * 2), np.array([hi] * 2), [np.array(hi)] * 2, np.array(["Hi", "Hi"])):
+        assert ids(llm.generate(rows, GREEDY)) == ids(outputs)[:2]
 
 
 def test_text_prompts_and_what_comes_back(llm, reference):
@@ -142,51 +155,13 @@ def test_the_model_owners_sampling_is_used_where_nothing_is_said(folder, tmp_pat
         assert len(made.generate([[5, 6]], GREEDY)[0].outputs[0].token_ids) == 8, "what is given is taken as it is"
     with LLM(tmp_path / "model", dtype="float32", generation_config="vllm") as made:
         assert made.get_default_sampling_params() == SamplingParams()
-        for told in ("2 outputs ended at max_tokens = 16, the default of SamplingParams", ""):
+        for told in ("2 outputs ended at max_tokens = 16; set max_tokens in SamplingParams to allow more", ""):
             caplog.clear()
             made.generate([[5, 6], [7]], SamplingParams(ignore_eos=True))
             assert told in caplog.text and bool(caplog.text) == bool(told), "said once"
     with LLM.from_config(config, [f"model.path={tmp_path}/model"]) as made:
         params = made.get_default_sampling_params()
         assert (params.temperature, params.max_tokens, params.top_k) == (0, 5, 5), "a config goes before the model"
-
-
-def test_odd_forms_of_prompts(llm):
-    ids_of_hi = llm.get_tokenizer().encode("Hi")
-    mixed = [{"prompt": "Hi"}, "Hi", {"prompt_token_ids": torch.tensor(ids_of_hi)}, np.array(ids_of_hi, np.int32)]
-    mixed += [tuple(map(np.int64, ids_of_hi)), [torch.tensor(token) for token in ids_of_hi]]
-    outputs = llm.generate(mixed, GREEDY)
-    assert len({tuple(one.outputs[0].token_ids) for one in outputs}) == 1 and len(outputs) == len(mixed)
-    for rows in (torch.tensor([ids_of_hi] * 2), np.array([ids_of_hi] * 2), [np.array(ids_of_hi)] * 2):
-        assert ids(llm.generate(rows, GREEDY)) == ids(outputs)[:2]
-    assert ids(llm.generate(np.array(["Hi", "Hi"]), GREEDY)) == ids(outputs)[:2]
-    for nothing in ([], (), np.array([], int), torch.tensor([], dtype=torch.int64), iter([])):
-        assert llm.generate(nothing, GREEDY) == []
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        np.array(5),
-        torch.tensor(5),
-        np.int64(5),
-        np.array([[[5]]]),
-        torch.tensor([5.0]),
-        np.array([True]),
-        [["Hi"]],
-        [{"prompt": None}],
-        [{"prompt_token_ids": []}],
-        [{"prompt_token_ids": np.array(5)}],
-        [{}],
-        [[5], None],
-        b"Hi",
-        {"prompt": "Hi", "prompt_token_ids": [5], "multi_modal_data": {"image": 1}},
-    ],
-    ids=repr,
-)
-def test_what_is_no_prompt(llm, prompt):
-    with pytest.raises(ValueError):
-        llm.generate(prompt, GREEDY)
 
 
 def test_params_that_change_between_calls(llm):
@@ -201,9 +176,6 @@ def test_params_that_change_between_calls(llm):
         llm.generate([[5, 6]], params)
     params.temperature = 0.0
     assert ids(llm.generate([[5, 6]], params))[0][:4] == ids(first)[0]
-    for wrong in ([], [params], (params,) * 3):
-        with pytest.raises(ConfigError, match=f"2 prompts but {len(wrong)} sampling params"):
-            llm.generate([[5], [6]], wrong)
 
 
 def test_a_bar_of_the_callers_own(llm):
@@ -235,32 +207,14 @@ PASSED_OVER = {"disable_log_stats": True, "enable_chunked_prefill": False, "dist
 
 
 def test_what_code_for_vllm_passes(folder, caplog):
-    with LLM(
-        model=str(folder),
-        dtype=torch.float32,
-        seed=None,
-        num_gpu_blocks_override=40,
-        tokenizer_mode="auto",
-        **PASSED_OVER,
-    ) as made:
+    names = {"seed": None, "num_gpu_blocks_override": 40, "tokenizer_mode": "auto", **PASSED_OVER}
+    with LLM(model=str(folder), dtype=torch.float32, **names) as made:
         assert "passed over: disable_log_stats, distributed_executor_backend, enable_chunked_prefill" in caplog.text
-        ids = made.get_tokenizer().encode("Hi")
-        forms = ["Hi", {"prompt": "Hi"}, {"prompt_token_ids": ids}, np.array(ids), torch.tensor(ids), tuple(ids)]
-        forms += [{"prompt_token_ids": np.array(ids), "prompt": "Hi"}, [np.int64(token) for token in ids]]
-        outputs = made.generate(forms, GREEDY, use_tqdm=False)
-        assert len({tuple(output.outputs[0].token_ids) for output in outputs}) == 1
-        assert [output.prompt for output in outputs] == ["Hi", "Hi", None, None, None, None, "Hi", None]
-        for alone in forms[:4]:
-            assert len(made.generate(alone, GREEDY)) == 1
-        assert len(made.generate(np.array([ids, ids]), GREEDY)) == 2
-        assert len(made.generate(prompt_token_ids=[ids, ids], sampling_params=GREEDY)) == 2
-        assert outputs[-1].metrics.first_token_latency > 0 and outputs[-1].metrics.num_generation_tokens == 8
-        bars = []
-        made.generate(["a", "b"], GREEDY, use_tqdm=lambda **given: bars.append(Bar(**given)) or bars[0])
-        assert (bars[0].total, bars[0].done, bars[0].closed) == (2, 2, True)
         params = SamplingParams(1, 0.0, 0.0, 1.0, 0.0, max_tokens=4, logprobs=-1, flat_logprobs=True)
-        [output] = made.generate("Hi", params)
+        [output] = made.generate("Hi", params, use_tqdm=False)
         params.max_tokens = 2
+        assert output.metrics.first_token_latency > 0
+        assert output.metrics.num_generation_tokens == len(output.outputs[0].token_ids)
         flat = output.outputs[0].logprobs
         assert len(flat) == len(output.outputs[0].token_ids) and len(flat[0]) == 103 and len(flat.token_ids) % 103 == 0
         [silent] = made.generate("Hi", SamplingParams(temperature=0, max_tokens=4, detokenize=False))
@@ -272,31 +226,11 @@ def test_what_code_for_vllm_passes(folder, caplog):
         [plain] = made.generate("Hi", GREEDY)
         for count in range(3):
             word = plain.outputs[0].text[count : count + 2]
-            [other] = made.generate(
-                "Hi", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, bad_words=[word])
-            )
-            assert not word.strip() or word.strip() not in other.outputs[0].text
-        for wrong in ({"prompt": "a", "image": 1}, {"text": "a"}, 7.5, np.array([0.5])):
-            with pytest.raises(ValueError):
-                made.generate(wrong, GREEDY)
+            other = made.generate("Hi", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, bad_words=[word]))
+            assert not word.strip() or word.strip() not in other[0].outputs[0].text
     for wrong in ({"cpu_offload_gb": 4}, {"kv_cache_dtype": "fp8"}, {"task": "embed"}):
         with pytest.raises(ValueError, match="is not supported"):
             LLM(folder, **wrong)
-
-
-@dataclass
-class Bar:
-    total: int
-    desc: str
-    dynamic_ncols: bool
-    done: int = 0
-    closed: bool = False
-
-    def update(self, count: int) -> None:
-        self.done += count
-
-    def close(self) -> None:
-        self.closed = True
 
 
 # ---- chat and score
@@ -420,10 +354,28 @@ def test_wrong_arguments(folder, changes, says):
         ("", GREEDY, "prompts[0]: an empty prompt"),
         ([[5], []], GREEDY, "prompts[1]: an empty prompt"),
         (None, GREEDY, "prompts[0]: a prompt must be text, a list of token ids, or a chat"),
+        (np.array(5), GREEDY, "prompts[0]: a prompt must be text"),
+        (torch.tensor(5), GREEDY, "prompts[0]: a prompt must be text"),
+        (np.int64(5), GREEDY, "prompts[0]: a prompt must be text"),
+        (7.5, GREEDY, "prompts[0]: a prompt must be text"),
+        (b"Hi", GREEDY, ""),
+        (np.array([[[5]]]), GREEDY, "must be a token id"),
+        (torch.tensor([5.0]), GREEDY, "a prompt must be text"),
+        (np.array([True]), GREEDY, "token id"),
+        ([["Hi"]], GREEDY, "a list of texts is several prompts"),
+        ([{"prompt": None}], GREEDY, "prompts[0]: must have a prompt or prompt_token_ids"),
+        ([{"prompt_token_ids": []}], GREEDY, "prompts[0]: an empty prompt"),
+        ([{"prompt_token_ids": np.array(5)}], GREEDY, "prompts[0]: a prompt must be text"),
+        ([{}], GREEDY, "prompts[0]: must have a prompt or prompt_token_ids"),
+        ([[5], None], GREEDY, "prompts[1]: a prompt must be text"),
+        ({"prompt": "Hi", "image": 1}, GREEDY, "prompts[0]: unknown key 'image'"),
+        ({"prompt": "Hi", "multi_modal_data": {"image": 1}}, GREEDY, "prompts[0]: unknown key 'multi_modal_data'"),
         ([[5, 103]], GREEDY, "prompts[0][1]: the model's token ids are 0 to 102, got 103"),
         ([[5, 5.0]], GREEDY, "prompts[0][1]: must be a token id"),
         ([[5] * 100], GREEDY, "prompts[0]: the prompt has 100 tokens, and with the output it must fit in 100"),
+        ([[5], [6]], [], "generate: 2 prompts but 0 sampling params"),
         ([[5], [6]], [GREEDY], "generate: 2 prompts but 1 sampling params"),
+        ([[5], [6]], (GREEDY,) * 3, "generate: 2 prompts but 3 sampling params"),
         ([[5]], {"temperature": 0}, "generate: sampling params must be SamplingParams"),
         ([[5]], SamplingParams(temperature=-1), "temperature: must be >= 0, got -1"),
         ([[5]], SamplingParams(max_tokens=0), "max_tokens: must be >= 1"),

@@ -80,7 +80,7 @@ def peak(rank: int, folder: Path, length: int) -> tuple[int, int, int]:
     engine = replica.engine(longest=length, sequences=1)
     requests = make_requests(replica, [([5, 6, 7, 8] * (length // 4), SCORED)])
     before = reset_peak_memory()
-    run_everywhere(replica, engine, requests, {}, key="peak")
+    run_everywhere(replica, engine, requests, key="peak")
     return peak_memory() - before, estimate, replica.kv_bytes
 
 

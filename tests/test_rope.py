@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_request import make_request
 from pool_runtime import PoolRuntime
 from reference import score
 from tiny_models import VOCAB, edit_config
@@ -25,10 +26,9 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError
 from megalite.inference.batch import blank_decode_batch, fill_decode_batch, pack
-from megalite.inference.io.inputs import make_request
-from megalite.inference.llm import prompt_limits, run_everywhere
 from megalite.inference.replica import load_replica
 from megalite.inference.request import Row, Sequence, StepPlan
+from megalite.inference.run import prompt_limits, run_everywhere
 from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import Decoder
@@ -200,8 +200,8 @@ def generate(rank: int, folder: Path, engine: dict, rounds: list[list[Ask]]) -> 
     replica, _ = load_replica(config, PoolRuntime(rank, 1))
     limits, running, outputs = prompt_limits(replica), replica.engine(), []
     for key, asks in enumerate(rounds):
-        made = [make_request(*one, limits, id=str(i), index=i)[0] for i, one in enumerate(asks)]
-        outputs += run_everywhere(replica, running, made, {}, key=str(key))
+        made = [make_request(*one, limits, i) for i, one in enumerate(asks)]
+        outputs += run_everywhere(replica, running, made, key=str(key))
     return outputs, running.scheduler.stats.preemptions, running.scheduler.stats.prefix_hit_tokens
 
 
@@ -260,7 +260,7 @@ def test_a_batch_on_a_device_says_each_tokens_longest_length():
     cache = DeviceCache([0], 1, 16, 4, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
 
     def row(prompt: int, limit: int, start: int, count: int, blocks: list[int]) -> Row:
-        request, _ = make_request_of(prompt, limit)
+        request = make_request_of(prompt, limit)
         sequence = Sequence(request, 0, list(request.prompt_token_ids), blocks=blocks, limit=limit)
         return Row(sequence, start, count, start + count == prompt)
 
@@ -277,7 +277,7 @@ def make_request_of(prompt: int, limit: int):
     from megalite.inference.io.inputs import PromptLimits
 
     limits = PromptLimits(tokenizer=None, vocab_size=VOCAB, max_model_len=128)
-    return make_request(tokens(prompt), SamplingParams(max_tokens=limit - prompt), limits, id="0", index=0)
+    return make_request(tokens(prompt), SamplingParams(max_tokens=limit - prompt), limits)
 
 
 def test_key_variants(tiny, stretched):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_family import panicking
+from tokenizer_family import FAMILY, SPECIAL, panicking
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from waiting import PATIENCE, wait_until
@@ -31,7 +31,6 @@ TEXTS = [
     "Ärger im Café, naïve œuvre — 東京は日本の首都です。 мир 🙂🏳️‍🌈 don't stop.",
     "the quick brown fox jumps over the lazy dog, isn't it ? the end .",
 ] * 4
-SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
 CHAT = """{%- for message in messages %}
 {{- bos_token if loop.first }}<|user|>{{ message['role'] }}
 {{ message.content | tojson }}{{ eos_token }}
@@ -41,33 +40,14 @@ CHAT = """{%- for message in messages %}
 
 
 def byte_level() -> Backend:
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
+    backend = FAMILY["byte level, words"]()
     backend.add_tokens([AddedToken("東京", normalized=False)])
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return backend
 
 
 def byte_fallback() -> Backend:
-    """Shaped like Llama 2's: spaces as U+2581, rare characters as byte tokens, one leading space dropped."""
-    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    words = ["▁", "▁the", "▁fox", "the", "a", "b", "e", "n", "▁a", "日", "本", "▁日", "\n", ".", "'"]
-    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *pieces, *words])}
-    merges = [("▁", "a")]
-    backend = Backend(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    backend.add_special_tokens(SPECIAL)
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return backend
+    return FAMILY["prepend"]()
 
 
 def metaspace() -> Backend:
@@ -142,32 +122,6 @@ SAMPLES = [
     "tabs\t\r\nand 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ☃ \u200b \x00",
     "東京東京 日本",
 ]
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"add_bos_token": True, "add_eos_token": True},
-        {"add_bos_token": False},
-        {"eos_token": {"__type": "AddedToken", "content": "<|user|>", "normalized": False}, "add_eos_token": True},
-        {"pad_token": "<pad>", "additional_special_tokens": ["<extra>", "東京"]},
-        {"added_tokens_decoder": {"3": {"content": "<|user|>", "special": True, "lstrip": True, "rstrip": True}}},
-        {"clean_up_tokenization_spaces": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
-def test_same_ids_and_text_as_transformers(tmp_path, kind, config):
-    theirs = transformers_tokenizer(write(tmp_path, kind, **config))
-    ours = Tokenizer.load(tmp_path)
-    assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)
-    for text in [*SAMPLES, "x <|user|> y", "<pad> <extra>"]:
-        for special in (True, False):
-            ids = theirs.encode(text, add_special_tokens=special)
-            assert ours.encode(text, add_special_tokens=special) == ids
-            assert ours.decode(ids, skip_special_tokens=special) == theirs.decode(ids, skip_special_tokens=special)
 
 
 @pytest.mark.parametrize("kind", ["metaspace", "wordpiece", "word_suffix"])
@@ -279,22 +233,11 @@ def test_reasoning_goes_by_all_its_names(tmp_path):
     ours.close()
 
 
-def test_bos_is_not_added_to_a_chat_that_has_it(tmp_path):
-    ours = Tokenizer.load(write(tmp_path, chat_template=CHAT))
-    ids = ours.encode(ours.chat_text(MESSAGES), add_special_tokens=False)
-    assert ids.count(ours.bos_token_id) == 1
-    assert ids[0] == ours.bos_token_id
-    ours.close()
-
-
 # ---- loading
 
 
-def test_no_tokenizer(tmp_path):
+def test_folders_without_tokenizer_json(tmp_path):
     assert Tokenizer.load(tmp_path) is None
-
-
-def test_older_forms_are_refused_with_the_way_to_convert(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"has tokenizer.model but no tokenizer.json[^$]*save_pretrained"):
         Tokenizer.load(tmp_path)
@@ -322,14 +265,6 @@ def test_damaged_files(tmp_path, name, content, message):
         Tokenizer.load(tmp_path)
 
 
-def test_named_tokens_from_the_older_file(tmp_path):
-    write(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
-    ours = Tokenizer.load(tmp_path)
-    assert (ours.bos_token_id, ours.eos_token_id) == (1, 2)
-
-
 def test_template_files_go_first(tmp_path):
     write(tmp_path, chat_template="from the config")
     (tmp_path / "chat_template.jinja").write_text("from the file")
@@ -341,16 +276,13 @@ def test_template_files_go_first(tmp_path):
     ours.close()
 
 
-def test_named_templates_without_a_default(tmp_path):
-    ours = Tokenizer.load(write(tmp_path, chat_template=[{"name": "rag", "template": "x"}]))
-    with pytest.raises(TemplateError, match=r"\['rag'\] and none named default"):
-        ours.chat_text(MESSAGES)
-
-
-def test_no_template(tmp_path):
+def test_folders_without_a_usual_template(tmp_path):
     ours = Tokenizer.load(write(tmp_path))
     assert not ours.has_chat_template
     with pytest.raises(TemplateError, match="no chat template"):
+        ours.chat_text(MESSAGES)
+    ours = Tokenizer.load(write(tmp_path, chat_template=[{"name": "rag", "template": "x"}]))
+    with pytest.raises(TemplateError, match=r"\['rag'\] and none named default"):
         ours.chat_text(MESSAGES)
 
 
@@ -373,11 +305,6 @@ def test_a_batch_is_encoded_as_its_texts_are(tmp_path, special, monkeypatch):
     assert ours.encode_batch([]) == []
 
 
-def test_half_a_surrogate_is_refused():
-    with pytest.raises(ValueError, match="half a surrogate pair at character 2"):
-        tokenizer("byte_level").encode("ab\ud800")
-
-
 # ---- token by token
 
 
@@ -387,7 +314,7 @@ def pieces(kind: str, prompt: list[int], output: list[int], skip: bool) -> list[
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_pieces_add_up_for_any_text(kind, data):
     ours = tokenizer(kind)
@@ -406,34 +333,22 @@ def test_pieces_add_up_for_any_text(kind, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_pieces_add_up_for_any_ids(kind, data):
     """As a model with random weights writes them: bytes that are no UTF-8, special tokens, ids without a token."""
     ours = tokenizer(kind)
-    ids = data.draw(st.lists(st.integers(0, len(ours) + 3), max_size=30))
-    skip = data.draw(st.booleans())
+    some_ids = st.lists(st.integers(0, len(ours) + 3), max_size=20)
+    prompt, ids, skip = data.draw(some_ids), data.draw(some_ids), data.draw(st.booleans())
     got = pieces(kind, [], ids, skip)
     assert "".join(got) == ours.decode(ids, skip_special_tokens=skip)
     for end in range(len(ids)):  # nothing given out is ever taken back
         assert ours.decode(ids[: end + 1], skip_special_tokens=skip).startswith("".join(got[: end + 1]))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_any_prompt_before_any_ids(kind, data):
-    ours = tokenizer(kind)
-    some_ids = st.lists(st.integers(0, len(ours) + 3), max_size=12)
-    prompt, output = data.draw(some_ids), data.draw(some_ids)
-    got = "".join(pieces(kind, prompt, output, skip=True))
-    whole = ours.decode(prompt + output, skip_special_tokens=True)
-    if kind == "byte_fallback":
-        # a run of bytes over the boundary is judged from the first character that the prompt leaves unfinished
-        last = ours.backend.id_to_token(prompt[-1]) if prompt else ""
-        if last is None or last.startswith("<"):
-            return
-    assert whole.endswith(got)
+    last = ours.backend.id_to_token(prompt[-1]) if prompt else ""
+    # a run of bytes over the boundary is judged from the first character that the prompt leaves unfinished
+    if kind != "byte_fallback" or not (last is None or last.startswith("<")):
+        after = "".join(pieces(kind, prompt, ids, skip=True))
+        assert ours.decode(prompt + ids, skip_special_tokens=True).endswith(after)
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback"])
@@ -446,30 +361,25 @@ def test_half_a_character_is_held_back(kind):
     assert sum(piece == "" for piece in got[:-1]) >= 2
 
 
-def test_unfinished_character_is_flushed():
-    ours = tokenizer("byte_level")
-    ids = ours.encode("🙂", add_special_tokens=False)[:-1]
-    assert pieces("byte_level", [], ids, skip=True)[-1] == "\ufffd"
-
-
-def test_a_character_begun_by_the_prompt_belongs_to_the_output():
+def test_characters_at_the_border_of_the_prompt_and_at_the_end():
     for kind in ("byte_level", "byte_fallback"):
         ids = tokenizer(kind).encode("é🙂", add_special_tokens=False)
-        assert "".join(pieces(kind, ids[:-2], ids[-2:], skip=True)) == "🙂"
+        assert "".join(pieces(kind, ids[:-2], ids[-2:], skip=True)) == "🙂", "begun by the prompt"
+    ids = tokenizer("byte_level").encode("🙂", add_special_tokens=False)[:-1]
+    assert pieces("byte_level", [], ids, skip=True)[-1] == "\ufffd", "unfinished, so flushed"
 
 
-def test_the_space_after_a_prompt_is_kept():
-    ours = tokenizer("byte_fallback")
-    the, fox = ours.backend.token_to_id("▁the"), ours.backend.token_to_id("▁fox")
-    assert "".join(pieces("byte_fallback", [1, the], [fox], skip=True)) == " fox"
-    assert "".join(pieces("byte_fallback", [1], [fox], skip=True)) == "fox"
-    byte = ours.backend.token_to_id("<0x41>")
-    assert "".join(pieces("byte_fallback", [byte], [fox], skip=True)) == " fox"
+@pytest.mark.parametrize(
+    ("prompt", "text"), [(["<s>", "▁the"], " hello"), (["<s>"], "hello"), (["<0x41>"], " hello")], ids=str
+)
+def test_the_space_after_a_prompt_is_kept(prompt, text):
+    known = tokenizer("byte_fallback").backend.token_to_id
+    assert "".join(pieces("byte_fallback", [*map(known, prompt)], [known("▁hello")], skip=True)) == text
 
 
 def test_token_text_is_as_inside_a_text():
     ours = tokenizer("byte_fallback")
-    assert ours.token_text(ours.backend.token_to_id("▁fox")) == " fox"
+    assert ours.token_text(ours.backend.token_to_id("▁hello")) == " hello"
     assert ours.token_text(10_000) == ""
     assert tokenizer("byte_level").token_text(tokenizer("byte_level").encode(" the")[1]) == " the"
 
@@ -486,17 +396,15 @@ def test_work_per_token_does_not_grow(kind):
             seen.append(len(ids))
             return ours.backend.decode(ids, **options)
 
-    detokenizer = ours.detokenizer()
+    detokenizer, count = ours.detokenizer(), 5_000
     if kind == "byte_fallback":
         detokenizer._pairs._backend, original = Counting(), detokenizer._pairs._backend
-        try:
-            text = "".join([detokenizer.feed(byte) for _ in range(20_000)]) + detokenizer.flush()
-        finally:
+    try:
+        text = "".join([detokenizer.feed(byte) for _ in range(count)]) + detokenizer.flush()
+    finally:
+        if kind == "byte_fallback":
             detokenizer._pairs._backend = original
-        assert sum(seen) <= 2 * 20_000
-    else:
-        text = "".join([detokenizer.feed(byte) for _ in range(20_000)]) + detokenizer.flush()
-    assert text == "\ufffd" * 20_000
+    assert text == "\ufffd" * count and sum(seen) <= 2 * count
 
 
 # ---- templates that misbehave
@@ -568,14 +476,6 @@ def test_a_fork_gets_its_own_child():
     assert os.waitpid(pid, 0)[1] == 0
     assert template.render([{}, {}]) == "2"
     template.close()
-
-
-def test_imports_are_light():
-    code = (
-        "import sys, megalite.text.tokenizer; "
-        "print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
-    )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 def test_load_copies_nothing_from_the_config_path(tmp_path):

@@ -20,6 +20,10 @@ TEXTS = [
     "e\u0301 123 don't\n\nx",
     "<pad> x<|endoftext|>y <extra> z<new>q <img>",
     "<s>hello",
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n",
+    "Ärger im Café — 東京は日本. мир 🙂🏳️‍🌈 don't stop. isn't it ? the end .",
+    " leading and trailing\t\r\n 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ☃ \u200b \x00",
+    "",
 ]
 CLASSES = ["GPT2Tokenizer", "LlamaTokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "GPTNeoXTokenizer", "Unknown"]
 CLASSES += [f"{name}Fast" for name in ("GPT2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizer")] + [None]
@@ -68,7 +72,16 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
     "a name of its own": ("byte level", {"config": {"image_token": "<img>"}}),
     "special tokens as text": ("byte level", {"config": {"split_special_tokens": True}}),
-    "bos and eos by keys": ("byte level", {"config": {"bos_token": "<s>", "add_bos_token": True}}),
+    "bos and eos by keys": (
+        "byte level",
+        {"config": {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": True}},
+    ),
+    "bos by the template, no bos by the key": ("prepend", {"config": {"bos_token": "<s>", "add_bos_token": False}}),
+    "spaces that are not cleaned up": ("byte level, words", {"config": {"clean_up_tokenization_spaces": True}}),
+    "a token that takes the spaces around it": (
+        "prepend",
+        {"config": {"added_tokens_decoder": {"3": added("<|user|>", lstrip=True, rstrip=True, special=True)}}},
+    ),
 }
 
 
@@ -87,7 +100,7 @@ def check(folder: Path) -> None:
     ours = Tokenizer.load(folder)
     assert ours is not None
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    assert (ours.names, len(ours)) == (theirs.special_tokens_map, len(theirs))
+    assert (ours.names, len(ours), ours.vocab_size) == (theirs.special_tokens_map, len(theirs), theirs.vocab_size)
     for text in TEXTS:
         for special in (True, False):
             ids = theirs.encode(text, add_special_tokens=special)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from reference import greedy
 from tiny_tokenizer import with_tokenizer
-from transformers import AutoTokenizer
 
 PROGRAMS = Path(__file__).parent / "vllm_examples"
 EOS = 2
@@ -21,6 +20,14 @@ EOS = 2
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory) -> Path:
     return with_tokenizer(tiny("llama3"), tmp_path_factory.mktemp("examples") / "model")
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """The model's tokenizer in transformers."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture
@@ -44,53 +51,54 @@ def completion(folder: Path, ids: list[int], max_tokens: int) -> list[int]:
     return tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
 
 
-def check(folder: Path, outputs: list, max_tokens: int, prompts: list[str], *, chat: bool = False) -> None:
-    theirs = AutoTokenizer.from_pretrained(folder)
-    for output, prompt in zip(outputs, prompts, strict=True):
-        assert output.prompt_token_ids == theirs.encode(prompt, add_special_tokens=not chat)
-        wanted = completion(folder, output.prompt_token_ids, max_tokens)
-        [one] = output.outputs
-        assert (one.token_ids, one.text) == (wanted, theirs.decode(wanted, skip_special_tokens=True))
+@pytest.fixture
+def check(folder, theirs):
+    def check(outputs: list, max_tokens: int, prompts: list[str], *, chat: bool = False) -> None:
+        for output, prompt in zip(outputs, prompts, strict=True):
+            assert output.prompt_token_ids == theirs.encode(prompt, add_special_tokens=not chat)
+            wanted = completion(folder, output.prompt_token_ids, max_tokens)
+            [one] = output.outputs
+            assert (one.token_ids, one.text) == (wanted, theirs.decode(wanted, skip_special_tokens=True))
+
+    return check
 
 
-def test_basic(run, folder, capsys):
+def test_basic(run, folder, check, capsys):
     done = run("basic.py", folder)
-    check(folder, done["outputs"], 12, done["prompts"])
+    check(done["outputs"], 12, done["prompts"])
     assert capsys.readouterr().out.count("Prompt: ") == 3
 
 
-def test_prefix_caching(run, folder, capsys):
+def test_prefix_caching(run, folder, check, capsys):
     done = run("prefix_caching.py", folder)
-    check(folder, done["regular"], 8, done["prompts"])
-    check(folder, done["outputs"], 8, done["prompts"])
+    check(done["regular"], 8, done["prompts"])
+    check(done["outputs"], 8, done["prompts"])
     assert "Generated texts are the same: True" in capsys.readouterr().out
     assert all(output.num_cached_tokens >= 48 for output in done["outputs"])
     assert all(output.num_cached_tokens == 0 for output in done["regular"])
 
 
-def test_chat(run, folder):
+def test_chat(run, folder, check, theirs):
     done = run("chat.py", folder)
-    theirs = AutoTokenizer.from_pretrained(folder)
     text = theirs.apply_chat_template(done["conversation"], tokenize=False, add_generation_prompt=True)
-    check(folder, done["outputs"] + done["several"], 8, [text] * 4, chat=True)
-    check(folder, done["same"], 8, [text], chat=True)
+    check(done["outputs"] + done["several"], 8, [text] * 4, chat=True)
+    check(done["same"], 8, [text], chat=True)
     own = "".join(f"[{one['role']}] {one['content']}\n" for one in done["conversation"])
-    check(folder, done["templated"], 8, [own], chat=True)
+    check(done["templated"], 8, [own], chat=True)
 
 
-def test_generate(run, folder):
+def test_generate(run, folder, check):
     done = run("generate.py", "--model", folder, "--dtype", "float", "--max-tokens", "10", "--temperature", "0")
-    check(folder, done["outputs"], 10, ["Hello, my name is", "The future of AI is"])
-    check(folder, done["alone"], 10, ["Hello, my name is"])
+    check(done["outputs"], 10, ["Hello, my name is", "The future of AI is"])
+    check(done["alone"], 10, ["Hello, my name is"])
 
 
-def test_torchrun(folder):
+def test_torchrun(folder, theirs):
     command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2"]
     command += [str(PROGRAMS / "torchrun.py"), str(folder)]
     env = {**os.environ, "PYTHONPATH": str(PROGRAMS.parent.parent)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    theirs = AutoTokenizer.from_pretrained(folder)
     prompts = ["Hello, my name is", "The capital of France is", "a"] * 2
     wanted = [completion(folder, theirs.encode(prompt), 6) for prompt in prompts]
     [line] = [line for line in done.stdout.splitlines() if line.startswith("[[")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
 MERGES = ["t h", "th e", "he l", "h e", "l l", "hel lo", "l o", "_ the", "_ hello", ": _", "_ _", "a b", "ab _", "_ a"]
@@ -67,6 +66,18 @@ FAMILY: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
+def token_a_byte(*, bos: bool = False) -> Tokenizer:
+    """`<s>`, `</s>` and one token for each byte; `bos` puts `<s>` before every text."""
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(tokens[:2])
+    if bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made
+
+
 def panicking() -> Tokenizer:
     """Its decoder cuts a character off both ends of a token, of which token 1 has too few: the library panics."""
     made = Tokenizer(models.WordLevel({"<unk>": 0, "x": 1, "xlong tokenx": 2}, unk_token="<unk>"))
@@ -76,6 +87,8 @@ def panicking() -> Tokenizer:
 
 def bytes_of(made: Tokenizer, ids: list[int], text: str) -> list[bytes]:
     """What each token spells, in the end the text: the space that is put before it is of no token."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     found = []
     for token in map(made.id_to_token, ids):

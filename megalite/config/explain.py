@@ -74,7 +74,7 @@ def _notes() -> dict[str, dict[str, str]]:
     return found
 
 
-def table(loaded: Loaded) -> str:
+def table(loaded: Loaded[Any]) -> str:
     """Every value and where it came from, one line a key."""
     rows = []
     for key in hints(type(loaded.config)):

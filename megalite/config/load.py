@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -49,11 +49,14 @@ LITERAL_KEYS = ("input.prompts", "sampling.stop", "train.sample_prompts")
 """Text for the model, in which `${...}` is ordinary text."""
 
 
+C = TypeVar("C", bound=Config)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loaded:
+class Loaded(Generic[C]):
     """A config as it will run."""
 
-    config: Config
+    config: C
     origins: dict[str, str]
     """For every `section.key`: `FILE:LINE`, `the command line` or `default`."""
     text: str
@@ -64,7 +67,7 @@ class Loaded:
     """Of `text`: equal configs have equal digests, however they were written."""
 
 
-def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Any]:
     """Read the config file at `path` and apply `section.key=value` overrides.
 
     Raises ConfigError with every unknown key, wrong type and unreadable value found, not only the first. What values
@@ -76,7 +79,7 @@ def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> 
     return loaded
 
 
-def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded, list[Problem]]:
+def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tuple[Loaded[Any], list[Problem]]:
     """As `load_config`, but give the problems back and leave the values that have one at their defaults."""
     reader = _Reader(SCHEMAS[kind])
     reader.read_file(path)
@@ -84,7 +87,7 @@ def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tupl
     return loaded_from(_build(SCHEMAS[kind], reader.values), reader.origins), reader.problems
 
 
-def loaded_from(config: Config, origins: dict[str, str] | None = None) -> Loaded:
+def loaded_from(config: C, origins: dict[str, str] | None = None) -> Loaded[C]:
     """A config object, e.g. one made in Python, with its canonical text and digest."""
     tree: dict[str, Any] = {}
     given: dict[str, Any] = {}
@@ -100,7 +103,7 @@ def loaded_from(config: Config, origins: dict[str, str] | None = None) -> Loaded
     return Loaded(config=config, origins=origins, text=text, given=yaml_lines.write(given), sha256=sha256)
 
 
-def with_defaults(loaded: Loaded, section: str, values: dict[str, Any], origin: str) -> Loaded:
+def with_defaults(loaded: Loaded[C], section: str, values: dict[str, Any], origin: str) -> Loaded[C]:
     """The same with other values, from `origin`, for those keys of a section that nobody has set."""
     taken = {key: value for key, value in values.items() if loaded.origins[f"{section}.{key}"] == DEFAULT}
     changed = replace(getattr(loaded.config, section), **taken)

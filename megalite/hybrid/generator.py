@@ -13,11 +13,11 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem, Stopped
 from megalite.hybrid.rollout import Rollout, pack_groups, unpack_groups
 from megalite.hybrid.tasks import Example
-from megalite.inference.io.inputs import Asked, TokenizerFailed, derived_seed
+from megalite.inference.io.inputs import RawRequest, TokenizerFailed, derived_seed
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
-from megalite.inference.run import prepare_each, prompt_limits, run_here
+from megalite.inference.run import prepare, prompt_limits, run_here
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,6 @@ class _Sampler:
         self.stop_requested = stop_requested
         self.requests: dict[int, Request] = {}
         """By the place of the example; ids and seeds are those of the iteration that asks."""
-        self.texts: dict[int, str] = {}
         self._prepare(examples, params)
         longest = max((len(one.prompt_token_ids) + one.max_tokens for one in self.requests.values()), default=1)
         self.engine = replica.engine(longest=longest, sequences=params.n * at_once, at_temperature=True)
@@ -112,7 +111,7 @@ class _Sampler:
     def _prepare(self, examples: Sequence[Example], params: SamplingParams) -> None:
         limits = prompt_limits(self.replica)
         asked = [
-            Asked(
+            RawRequest(
                 prompt=example.messages or example.prompt or "",
                 params=params,
                 id=str(index),
@@ -123,21 +122,20 @@ class _Sampler:
             for index, example in enumerate(examples)
         ]
         problems: list[Problem | str] = []
-        for place, (example, made) in enumerate(zip(examples, prepare_each(self.replica, asked, limits), strict=True)):
+        for place, (example, made) in enumerate(zip(examples, prepare(self.replica, asked, limits), strict=True)):
             if isinstance(made, TokenizerFailed):  # no fault of the example's
                 log.warning("%s is left out", made)
                 continue
             if isinstance(made, ConfigError):
                 problems += made.problems
                 continue
-            request, text = made
-            if params.max_tokens is not None and request.max_tokens < params.max_tokens:
+            if params.max_tokens is not None and made.max_tokens < params.max_tokens:
                 rule = (
-                    f"its prompt has {len(request.prompt_token_ids)} tokens, which with sampling.max_tokens = "
+                    f"its prompt has {len(made.prompt_token_ids)} tokens, which with sampling.max_tokens = "
                     f"{params.max_tokens} is more than max_model_len = {limits.max_model_len}"
                 )
                 problems.append(Problem(key=example.where, rule=rule, fix="Shorten it, or lower sampling.max_tokens."))
-            self.requests[place], self.texts[place] = request, text or ""
+            self.requests[place] = made
         if limits.tokenizer is not None:
             limits.tokenizer.close()
         if problems:
@@ -150,11 +148,10 @@ class _Sampler:
             replace(self.requests[place], id=str(number), seed=derived_seed(seed, first + number))
             for number, place in enumerate(places)
         ]
-        texts = {request.id: self.texts[place] for request, place in zip(requests, places, strict=True)}
         self.calls += 1
         key = f"sample/{self.calls}"
         try:
-            outputs = run_here(self.replica, self.engine, requests, texts, key=key, stop_requested=self.stop_requested)
+            outputs = run_here(self.replica, self.engine, requests, key=key, stop_requested=self.stop_requested)
         except Stopped as stop:
             return _STOPPED + str(stop.signum).encode()
         groups = {int(output.request_id): output for output in outputs}

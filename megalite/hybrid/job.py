@@ -48,7 +48,7 @@ from megalite.weights.dtypes import torch_dtype
 MIB = 1 << 20
 
 
-def run(loaded: Loaded) -> int:
+def run(loaded: Loaded[HybridConfig]) -> int:
     """The whole job; every rank calls it. Returns the exit code."""
     config = loaded.config
     assert isinstance(config, HybridConfig)

@@ -10,9 +10,9 @@ from typing import Any
 from megalite.config.schema import EngineSection, SamplingParams
 from megalite.core.layers import store_by_input
 from megalite.errors import ConfigError
-from megalite.inference.io.inputs import Asked, Prompt
+from megalite.inference.io.inputs import Prompt, RawRequest
 from megalite.inference.replica import Replica
-from megalite.inference.run import prepare_each, prompt_limits, run_everywhere
+from megalite.inference.run import prepare, prompt_limits, run_everywhere
 from megalite.model.decoder import Decoder
 from megalite.monitor.progress import ProgressBar
 from megalite.run.runtime import Runtime
@@ -39,7 +39,7 @@ def write_samples(
     shown = runtime.rank == replica.layout.control_ranks[0]
     try:
         asked = [
-            Asked(
+            RawRequest(
                 prompt=prompt,
                 params=sampling,
                 id=str(index),
@@ -49,11 +49,11 @@ def write_samples(
             )
             for index, prompt in enumerate(prompts)
         ]
-        made = prepare_each(replica, asked, prompt_limits(replica))
+        made = prepare(replica, asked, prompt_limits(replica))
         for refused in made:
             if isinstance(refused, ConfigError) and shown:
                 print(f"warning: no sample of {refused}", file=sys.stderr)
-        requests = [one[0] for one in made if not isinstance(one, ConfigError)]
+        requests = [one for one in made if not isinstance(one, ConfigError)]
         found: dict[str, str] = {}
         if requests:
             longest = max(len(request.prompt_token_ids) + request.max_tokens for request in requests)
@@ -63,7 +63,6 @@ def write_samples(
                     replica,
                     engine,
                     requests,
-                    {},
                     key="samples",
                     stop_requested=lambda: runtime.signal_received() is not None,
                     progress=progress,

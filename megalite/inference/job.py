@@ -6,13 +6,10 @@ import hashlib
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 
-from megalite import terminal
 from megalite.config.load import DEFAULT, Loaded
 from megalite.config.schema import InferConfig
 from megalite.core.agreement import broadcast_bytes
@@ -20,7 +17,8 @@ from megalite.core.collectives import gather_reports
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
 from megalite.inference.engine import Hooks
 from megalite.inference.io.inputs import InputBatch, read_inputs
-from megalite.inference.io.output_file import OutputFile, fingerprint, print_output
+from megalite.inference.io.output_file import OutputFile, fingerprint
+from megalite.inference.io.printing import Printer
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica, as_sampled, load_replica
 from megalite.inference.run import Ranks, agree_on_end, make_feed, prompt_limits
@@ -38,7 +36,7 @@ _END = b"end"
 """A replica's last letter."""
 
 
-def run(loaded: Loaded) -> int:
+def run(loaded: Loaded[InferConfig]) -> int:
     """Generate for the whole input; every rank calls it. Errors leave by exception, see run/runtime.py.
 
     The exit code says whether there are prompts that could not run.
@@ -55,14 +53,14 @@ def run(loaded: Loaded) -> int:
     return EXIT_PROMPTS_FAILED if failed else EXIT_DONE
 
 
-def _generate(loaded: Loaded, runtime: Runtime) -> int:
+def _generate(loaded: Loaded[InferConfig], runtime: Runtime) -> int:
     """How many prompts could not run; the same on every rank."""
     replica, folder = load_replica(loaded.config, runtime)
     loaded = as_sampled(loaded, folder)
     config = loaded.config
-    together = Ranks(replica.state, "input.prompts" if config.input.file is None else "input.file")
+    ranks = Ranks(replica.state, "input.prompts" if config.input.file is None else "input.file")
     stdin = _stdin(config, runtime)
-    batch = read_inputs(config.input, config.sampling, prompt_limits(replica), stdin=stdin, together=together)
+    batch = read_inputs(config.input, config.sampling, prompt_limits(replica), stdin=stdin, ranks=ranks)
     writer_rank = replica.layout.rank(tp=0, pp=replica.layout.pp - 1, dp=0)
     with ExitStack() as stack:
         writer = None
@@ -71,20 +69,17 @@ def _generate(loaded: Loaded, runtime: Runtime) -> int:
         done = broadcast_bytes(json.dumps(sorted(writer.finished)).encode() if writer else None, writer_rank)
         left = batch.without(json.loads(done))
         engine = replica.engine(
-            longest=max((len(request.prompt_token_ids) + request.max_tokens for request in left.requests), default=1),
+            longest=max((request.longest for request in left.requests), default=1),
             sequences=sum(request.num_samples for request in left.requests) or 1,
         )
         if writer:
             _announce(loaded, folder, replica)
-            writer.go_on()
-            writer.fail(left)
-        engine.outputs.texts.update(left.texts)
+            writer.go_on(left)
         mail = Mailbox(replica)
-        enough = writer or mail
         hooks = Hooks(
             on_output=writer.write if writer else mail.post,
-            on_step=(lambda tokens: (writer.advance(tokens), writer.collect(mail))) if writer else lambda tokens: None,
-            stop_requested=lambda: runtime.signal_received() is not None or enough.reader_has_left,
+            on_step=lambda tokens: writer.step(tokens, mail) if writer else None,
+            stop_requested=lambda: runtime.signal_received() is not None or (writer or mail).reader_has_left,
         )
         replica.meter.start()
         completed = engine.run(make_feed(replica, left.requests, _MAIL + "/next"), hooks)
@@ -107,7 +102,7 @@ def _stdin(config: InferConfig, runtime: Runtime) -> BytesIO | None:
     return BytesIO(broadcast_bytes(sys.stdin.buffer.read() if runtime.rank == 0 else None, 0))
 
 
-def _announce(loaded: Loaded, folder: ModelFolder, replica: Replica) -> None:
+def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica) -> None:
     """What was decided for the user."""
     own = replica.model.max_position_embeddings
     why = "as asked" if replica.settings.max_model_len else "the model's own"
@@ -115,101 +110,81 @@ def _announce(loaded: Loaded, folder: ModelFolder, replica: Replica) -> None:
         why = f"the largest that fits; the model's own is {own}"
     block = replica.settings.block_size
     dtype = str(replica.dtype).removeprefix("torch.")
-    told = (
+    told = [
         f"{loaded.config.model.path}: {replica.model.family}, {dtype} on {replica.device.type}, {replica.layout}",
         f"max_model_len {replica.max_model_len} ({why}); {format_count(replica.num_blocks, 'KV block')} of {block} "
         f"tokens, {format_bytes(replica.kv_bytes)} a rank",
-    )
+    ]
     theirs = [
         key for key in folder.generation.sampling if loaded.origins[f"sampling.{key}"] == str(folder.generation.path)
     ]
     if theirs:
         values = ", ".join(f"{key} {getattr(loaded.config.sampling, key):g}" for key in theirs)
-        told += (f"sampling: {values}, as the model's {folder.generation.path.name} says",)
+        told.append(f"sampling: {values}, as the model's {folder.generation.path.name} says")
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 
 class Writer:
-    """Takes the results of all replicas to the output file, or in input order to the terminal. Lives on one rank."""
+    """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
 
     def __init__(self, config: InferConfig, replica: Replica, weights: str, batch: InputBatch):
         """`weights`: what identifies those of the model."""
         self.file = None
-        self.dp = replica.layout.dp
-        self.max_tokens = config.sampling.max_tokens
-        self.cut = 0
-        """Prompts of this run with output that ended there."""
-        self.reader_has_left = False
-        """Results go to standard output, and nobody reads it any more."""
-        self.early: dict[str, RequestOutput] = {}
-        """Results for the terminal that wait for those before them."""
-        self.unprinted = deque(batch.order)
-        """Ids, in the order in which their results are printed."""
         if config.output.file:
             decided = fingerprint(config, weights=weights, inputs=batch.digest)
             self.file = OutputFile.open(config.output.file, decided, batch.order, overwrite=config.output.overwrite)
-        self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
-        self.last_look = 0.0
-
-    @property
-    def finished(self) -> frozenset[str]:
+        self.finished = self.file.finished if self.file else frozenset()
         """Ids that an earlier run has finished; prompts that failed there are tried again."""
-        return self.file.finished if self.file else frozenset()
+        self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
+        self.printer = None if self.file else Printer(batch.order, self.progress)
+        self.max_tokens = config.sampling.max_tokens
+        self.cut = 0
+        """Prompts of this run with output that ended there."""
+        self._dp = replica.layout.dp
+        self._last_look = 0.0
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.progress.close()
-        if self.file:
-            self.file.close()
-        else:  # stopped before all were done
-            self._print(self.early.pop(name) for name in self.unprinted if name in self.early)
+        for sink in (self.file, self.printer):
+            if sink is not None:
+                sink.close()
 
-    def go_on(self) -> None:
-        """Say what an earlier run has left to do."""
-        if self.finished:
+    def go_on(self, batch: InputBatch) -> None:
+        """Say what an earlier run has left to do, and write the prompts that can't run."""
+        if self.file and self.finished:
             done, total = len(self.finished), len(self.file.known)
             rest = "; nothing is left to do" if done == total else ""
             line = f"{self.file.path.name}: {done:,} of {total:,} prompts are done already{rest}"
             print(wrapped(line), file=sys.stderr)
-
-    def fail(self, batch: InputBatch) -> None:
-        """Write the prompts that can't run."""
         for failure in batch.failures:
             print(f"error: {failure.error}", file=sys.stderr)
-            self.write(failure.output())
+            self.write(failure)
 
     def write(self, output: RequestOutput) -> None:
         ends = {(one.finish_reason, len(one.token_ids)) for one in output.outputs}
         self.cut += ("length", self.max_tokens) in ends
-        if self.file:
-            self.file.write(output)
-        else:
-            self.early[output.request_id] = output
-            self._print(self._next())
+        for sink in (self.file, self.printer):
+            if sink is not None:
+                sink.write(output)
         self.progress.advance(prompts=1)
 
-    def _next(self) -> Iterator[RequestOutput]:
-        """The results whose turn it is."""
-        while self.unprinted and self.unprinted[0] in self.early:
-            yield self.early.pop(self.unprinted.popleft())
+    @property
+    def reader_has_left(self) -> bool:
+        """Results go to standard output, and nobody reads it any more."""
+        return self.printer is not None and self.printer.reader_has_left
 
-    def _print(self, outputs: Iterable[RequestOutput]) -> None:
-        """ResourceError if they can't be written."""
-        with self.progress.aside():
-            for output in outputs:
-                print_output(output, sys.stdout)
-        terminal.require_stdout()
-        self.reader_has_left = terminal.reader_has_left()
-
-    def advance(self, tokens: int) -> None:
-        self.progress.advance(tokens=tokens * self.dp)  # the other replicas' tokens are guessed from this one's
+    def step(self, tokens: int, mail: Mailbox) -> None:
+        """A step of this replica has sampled `tokens`; the other replicas' are guessed from them."""
+        self.progress.advance(tokens=tokens * self._dp)
+        self.collect(mail)
 
     def collect(self, mail: Mailbox) -> None:
         """Write what the other replicas have sent, if it is time to look; let them know that nobody reads it."""
-        if mail.senders and time.monotonic() - self.last_look > MAIL_INTERVAL:
-            self.last_look = time.monotonic()
+        if mail.senders and time.monotonic() - self._last_look > MAIL_INTERVAL:
+            self._last_look = time.monotonic()
             if self.reader_has_left:
                 mail.stop()
             for output in mail.take():
@@ -222,12 +197,12 @@ class Mailbox:
     def __init__(self, replica: Replica):
         self.replica = replica
         self.store = replica.runtime.store
-        self.senders: Sequence[int] = range(1, replica.layout.dp)
+        self.senders = set(range(1, replica.layout.dp))
         """Replicas that may still send."""
-        self.posted = 0
         self.reader_has_left = False
         """As the writer has said; known after a letter to it."""
-        self.taken = dict.fromkeys(self.senders, 0)
+        self._posted = 0
+        self._taken = dict.fromkeys(self.senders, 0)
 
     def post(self, output: RequestOutput) -> None:
         self._put(output.to_line())
@@ -238,25 +213,21 @@ class Mailbox:
         self.store.set(f"{_MAIL}/enough", "1")
 
     def _put(self, line: str) -> None:
-        self.store.set(self._key(self.replica.state.coord.dp, self.posted), line)
-        self.posted += 1
-
-    def _key(self, sender: int, number: int) -> str:
-        return f"{_MAIL}/{sender}/{number}"
+        self.store.set(f"{_MAIL}/{self.replica.state.coord.dp}/{self._posted}", line)
+        self._posted += 1
 
     def take(self) -> list[RequestOutput]:
         """All that has come since the last look."""
         outputs = []
-        for sender in self.senders:
-            while self.store.check([self._key(sender, self.taken[sender])]):
-                key = self._key(sender, self.taken[sender])
+        for sender in sorted(self.senders):
+            while sender in self.senders and self.store.check([key := f"{_MAIL}/{sender}/{self._taken[sender]}"]):
                 line = self.store.get(key)
-                self.taken[sender] += 1
                 self.store.delete_key(key)
+                self._taken[sender] += 1
                 if line == _END:
-                    self.senders = [other for other in self.senders if other != sender]
-                    break
-                outputs.append(RequestOutput.from_line(line))
+                    self.senders.remove(sender)
+                else:
+                    outputs.append(RequestOutput.from_line(line))
         return outputs
 
     def finish(self, writer: Writer | None) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,43 +17,39 @@ import torch
 
 from megalite.config import vllm
 from megalite.config.load import Loaded, load_config, loaded_from
-from megalite.config.sampling import sampling_problems
-from megalite.config.schema import (
-    DistributedSection,
-    EngineSection,
-    InferConfig,
-    ModelSection,
-    ParallelSection,
-    SamplingParams,
-)
-from megalite.config.typecheck import hints, misfit, problem, sections
-from megalite.config.validate import engine_problems, world_size_problem
+from megalite.config.schema import DistributedSection, InferConfig, ModelSection, ParallelSection, SamplingParams
+from megalite.config.typecheck import problem
 from megalite.errors import ConfigError, Problem
+from megalite.inference.arguments import (
+    as_prompts,
+    check_config,
+    check_params,
+    engine_section,
+    params_of_each,
+    plain_params,
+    progress_bar,
+)
 from megalite.inference.engine import Engine
-from megalite.inference.io.inputs import Asked
-from megalite.inference.io.prompts import GivenPrompt, as_prompts, plain_params
+from megalite.inference.io.inputs import RawRequest
 from megalite.inference.logprobs import TokenLogprob
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import as_sampled, load_replica
 from megalite.inference.run import prepare, prompt_limits, run_everywhere
 from megalite.model.kernels import release_memory
-from megalite.monitor.progress import ProgressBar
 from megalite.monitor.words import format_count
-from megalite.preflight import read_model
 from megalite.run import runtime as distributed
 from megalite.run.launch_env import LaunchEnv
 from megalite.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"half": "float16", "float": "float32"}
+_DTYPES: dict[str, Any] = {"half": "float16", "float": "float32"}
 """Names that vLLM knows besides."""
 _DEFAULT_LENGTH = SamplingParams().max_tokens
-_ENGINE_NAMES = {"num_gpu_blocks_override": "num_kv_blocks"}
 
 
 class LLM:
-    """A model ready to generate. Use it as a context manager, or call `close` when done."""
+    """A model ready to generate, and the run that its ranks form. A context manager; else call `close` when done."""
 
     def __init__(
         self,
@@ -65,7 +61,7 @@ class LLM:
         generation_config: Literal["auto", "vllm"] = "auto",
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
-        load_format: str = "auto",
+        load_format: Literal["auto", "dummy"] = "auto",
         quantization: str | None = None,
         trust_remote_code: bool = False,
         tensor_parallel_size: int = 1,
@@ -73,30 +69,42 @@ class LLM:
         data_parallel_size: int = 1,
         **engine: Any,
     ):
-        """`engine` takes the keys of the config's engine section: max_model_len, gpu_memory_utilization, swap_space...
+        """Read the model and lay it out over the ranks of this run; every rank of a launcher makes the same call.
 
-        `generation_config`: "vllm" leaves the sampling settings of the model's generation_config.json out of
-        `get_default_sampling_params`. Arguments of vLLM's that mean nothing here are passed over, with a line on the
-        log that names them; see config/vllm.py. Raises ConfigError with every problem found, CheckpointError or
-        ResourceError.
+        Args:
+            model: a folder with config.json and safetensors, or a hub id (`revision`: its branch, tag or commit).
+            tokenizer: a folder or hub id to take the tokenizer from; None: the model's. `skip_tokenizer_init`: prompts
+                and results are token ids only.
+            generation_config: "vllm" leaves the sampling settings of the model's generation_config.json out of
+                `get_default_sampling_params`.
+            dtype: data type of weights and activations; "auto": the checkpoint's, where the device is fast in it.
+            device: "cuda", "cpu"...; None: an accelerator if there is one.
+            load_format: "dummy" gives the model random weights.
+            quantization: None, as no quantized weights are supported. trust_remote_code: False, as no code is run.
+            tensor_parallel_size, pipeline_parallel_size, data_parallel_size: their product is the number of ranks.
+            engine: keys of the config's engine section: max_model_len, gpu_memory_utilization, block_size...
+                Arguments of vLLM's that mean nothing here are passed over, with a line on the log that names them.
+
+        Raises ConfigError with every problem found, CheckpointError or ResourceError.
         """
         if generation_config not in ("auto", "vllm"):
             raise ConfigError(problem("LLM: generation_config", 'must be "auto" or "vllm"', generation_config))
-        dtype = str(dtype).removeprefix("torch.")
+        dtype_name: Any = str(dtype).removeprefix("torch.")
+        device_type: Any = None if device in (None, "auto") else str(device).partition(":")[0]
         config = InferConfig(
             model=ModelSection(
                 path=str(model),
                 tokenizer=tokenizer,
                 revision=revision,
-                dtype=_DTYPES.get(dtype, dtype),
+                dtype=_DTYPES.get(dtype_name, dtype_name),
                 load_format=load_format,
                 generation_config="auto" if generation_config == "auto" else "none",
                 quantization=quantization,
                 trust_remote_code=trust_remote_code,
             ),
             parallel=ParallelSection(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size),
-            engine=_engine_section(engine),
-            distributed=DistributedSection(device=None if device in (None, "auto") else str(device).partition(":")[0]),
+            engine=engine_section(engine, signature(LLM).parameters),
+            distributed=DistributedSection(device=device_type),
         )
         self._start(config)
         if skip_tokenizer_init:
@@ -104,20 +112,20 @@ class LLM:
             self._limits = prompt_limits(self.replica)
 
     @classmethod
-    def from_config(cls, path: str | Path, overrides: Sequence[str] = ()) -> LLM:
+    def from_config(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> LLM:
         """The model, layout, engine and default sampling of a config file; `overrides` as on the command line."""
         llm = cls.__new__(cls)
         loaded = load_config("infer", path, overrides)
         llm._start(loaded.config, loaded)
         return llm
 
-    def _start(self, config: InferConfig, loaded: Loaded | None = None) -> None:
+    def _start(self, config: InferConfig, loaded: Loaded[InferConfig] | None = None) -> None:
         """`loaded`: the config with its origins; None for one made in Python, which may hold anything until checked."""
-        place = LaunchEnv.of(os.environ)
-        _check(config, place.world_size if place else 1)
+        env = LaunchEnv.of(os.environ)
+        check_config(config, env.world_size if env else 1)
         loaded = loaded or loaded_from(config)
         self.config = config
-        self._launched = place is not None
+        self._launched = env is not None
         self._closed = False
         self.runtime = distributed.start(
             config.distributed,
@@ -133,11 +141,12 @@ class LLM:
             self._closed = True
             self.runtime.stop(error if self._launched else None)
             raise
+        self._is_first = self.replica.state.rank == self.replica.layout.control_ranks[0]
         self._engine: Engine | None = None
         self._limits = prompt_limits(self.replica)
         self._calls = 0
-        self._told = False
-        """That outputs ended at the default of max_tokens."""
+        self._hinted = False
+        """That outputs ended where SamplingParams end them by default."""
         self._asked = 0
         """Requests so far: what the id of the next one is, and the seed where its parameters have none."""
 
@@ -166,7 +175,7 @@ class LLM:
     def generate(
         self,
         prompts: Any = None,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         prompt_token_ids: Any = None,
@@ -174,24 +183,29 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt; results in input order, on every rank.
 
-        `prompts`: a text, token ids (any sequence or array of whole numbers), {"prompt": text} or {"prompt_token_ids":
-        ids}, or several of these; `prompt_token_ids`: the same for ids, as older versions of vLLM take them.
-        `sampling_params`: one for all prompts or one for each; None: `get_default_sampling_params`. `use_tqdm`: show a
-        progress bar on a terminal; a callable is called as tqdm is, for a bar of one's own. Where the parameters have
-        no seed, it follows from engine.seed and the request's id, which counts the requests of all calls: a second call
-        gives other samples, and the same calls in another LLM the same. A prompt that can't run raises ConfigError (a
-        ValueError) before anything is computed.
+        Args:
+            prompts: a text, token ids (any sequence or array of whole numbers), {"prompt": text} or
+                {"prompt_token_ids": ids}, or several of these.
+            sampling_params: one for all prompts or one for each; None: `get_default_sampling_params`. Where they have
+                no seed, it follows from engine.seed and the request's id, which counts the requests of all calls: a
+                second call gives other samples, and the same calls in another LLM the same.
+            use_tqdm: show a progress bar on a terminal; a callable is called as tqdm is, for a bar of one's own.
+            prompt_token_ids: in place of `prompts`, as older versions of vLLM take token ids.
+
+        Raises ConfigError (a ValueError) before anything is computed if one of the prompts can't run.
         """
-        self._refuse_unknown(vllm.CALL.sort_out(others))
+        unknown = vllm.CALL.sort_out(others)
+        if unknown:
+            raise ConfigError(Problem(key="generate", rule="unknown argument", value=next(iter(unknown))))
         if prompts is not None and prompt_token_ids is not None:
             raise ConfigError("generate: give either prompts or prompt_token_ids")
         given = as_prompts(prompts if prompt_token_ids is None else prompt_token_ids)
-        return self._run(given, sampling_params, use_tqdm)
+        return self._run(given, self._checked(sampling_params, len(given)), use_tqdm)
 
     def chat(
         self,
-        messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        sampling_params: SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None = None,
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         chat_template: str | None = None,
@@ -201,10 +215,14 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
         **chat_variables: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several, through the model's chat template, or `chat_template` (Jinja) instead.
+        """Answer a conversation, a list of {role, content}, or several; else as `generate`.
 
-        `tools`: JSON schemas; `chat_template_kwargs` and `chat_variables` reach the template. `continue_final_message`:
-        the last message is the beginning of the answer; it goes with add_generation_prompt=False.
+        Args:
+            chat_template: Jinja text, or the name of one of the model's templates; None: the model's usual one.
+            add_generation_prompt: the prompt ends where the assistant's answer begins.
+            continue_final_message: the last message is the beginning of the answer; it goes with
+                add_generation_prompt=False.
+            tools: JSON schemas of functions. They, `chat_template_kwargs` and `chat_variables` reach the template.
         """
         alone = isinstance(messages, str) or (len(messages) > 0 and isinstance(messages[0], dict))
         chats = [messages] if alone else list(messages)
@@ -215,22 +233,23 @@ class LLM:
         variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         variables |= {} if chat_template is None else {"chat_template": chat_template}
         variables |= {} if tools is None else {"tools": tools}
-        return self._run([GivenPrompt(chat) for chat in chats], sampling_params, use_tqdm, variables)
+        params = self._checked(sampling_params, len(chats))
+        return self._run([(chat, None) for chat in chats], params, use_tqdm, variables)
 
     def logprobs(self, prompts: Any, use_tqdm: bool | Callable[..., Any] = False) -> list[list[TokenLogprob]]:
         """How likely each token of each prompt after the first is, and whether greedy decoding would have chosen it.
 
         `prompts` as in `generate`. What a text says is scored, with the tokens that the tokenizer puts before it.
         """
-        params = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(as_prompts(prompts), params, use_tqdm, checked=True)
-        return [
-            [
-                TokenLogprob(token, entry[token].logprob, entry[token].rank == 1)
-                for token, entry in zip(out.prompt_token_ids[1:], out.prompt_logprobs[1:], strict=True)
-            ]
-            for out in outputs
-        ]
+        given = as_prompts(prompts)
+        scored = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
+        found = []
+        for output in self._run(given, [scored] * len(given), use_tqdm):
+            assert output.prompt_logprobs is not None
+            ids, entries = output.prompt_token_ids[1:], list(output.prompt_logprobs)[1:]
+            each = [(token, entry[token]) for token, entry in zip(ids, entries, strict=True) if entry is not None]
+            found.append([TokenLogprob(token, one.logprob, one.rank == 1) for token, one in each])
+        return found
 
     def score(self, prompts: Any, *others: Any) -> list[list[float]]:
         """The log-probabilities of `logprobs` alone, under its older name.
@@ -246,7 +265,7 @@ class LLM:
         return self.replica.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """A copy of what `generate` and `chat` sample by when they are not told."""
+        """A copy of what `generate` and `chat` sample by when they are given no parameters."""
         return plain_params(self._sampling)
 
     def reset_prefix_cache(self) -> bool:
@@ -255,136 +274,55 @@ class LLM:
             self._engine.renew()
         return True
 
-    def _refuse_unknown(self, others: dict[str, Any]) -> None:
-        if others:
-            raise ConfigError(Problem(key="generate", rule="unknown argument", value=next(iter(others))))
+    def _checked(self, params: Any, count: int) -> list[SamplingParams]:
+        each = params_of_each(self._sampling if params is None else params, count)
+        check_params(each, self._limits.vocab_size)
+        return each
 
     def _run(
         self,
-        prompts: Sequence[GivenPrompt],
-        params: SamplingParams | Iterable[SamplingParams] | None,
+        prompts: list[tuple[Any, str | None]],
+        params: list[SamplingParams],
         use_tqdm: bool | Callable[..., Any],
         chat_variables: dict[str, Any] | None = None,
-        *,
-        checked: bool = False,
     ) -> list[RequestOutput]:
+        """`prompts`: each with its text, where it is token ids that came with one."""
         if self._closed:
             raise ConfigError("this LLM is closed; make another one")
-        each = self._own_params(params, len(prompts), checked=checked)
-        asked = [
-            Asked(
-                prompt=given.prompt,
+        raw = [
+            RawRequest(
+                prompt=prompt,
+                text=text,
                 params=sampling,
                 id=str(self._asked + index),
                 index=self._asked + index,
                 where=f"prompts[{index}]",
                 chat_variables=chat_variables or {},
             )
-            for index, (given, sampling) in enumerate(zip(prompts, each, strict=True))
+            for index, ((prompt, text), sampling) in enumerate(zip(prompts, params, strict=True))
         ]
-        made = prepare(self.replica, asked, self._limits)
-        requests = [request for request, _ in made]
-        written = [given.text if text is None else text for given, (_, text) in zip(prompts, made, strict=True)]
-        texts = {one.id: text for one, text in zip(requests, written, strict=True) if text is not None}
+        requests = []
+        for made in prepare(self.replica, raw, self._limits):
+            if isinstance(made, ConfigError):
+                raise made
+            requests.append(made)
         if self._engine is None:
             self._engine = self.replica.engine()
         self._calls += 1
         self._asked += len(requests)
-        with _bar(
-            use_tqdm, len(requests), shown=self.replica.state.rank == self.replica.layout.control_ranks[0]
-        ) as bar:
+        with progress_bar(use_tqdm, len(requests), shown=self._is_first) as progress:
             outputs = run_everywhere(
                 self.replica,
                 self._engine,
                 requests,
-                texts,
                 key=f"generate/{self._calls}",
                 stop_requested=lambda: self._launched and self.runtime.signal_received() is not None,
-                progress=bar,
+                progress=progress,
             )
-        self._tell_of_default(outputs)
-        return outputs
-
-    def _tell_of_default(self, outputs: Sequence[RequestOutput]) -> None:
-        """Say once that outputs end where nobody may have meant them to."""
         ends = [(one.finish_reason, len(one.token_ids)) for output in outputs for one in output.outputs]
-        cut = ends.count(("length", _DEFAULT_LENGTH))
-        if cut and not self._told and self.replica.state.rank == self.replica.layout.control_ranks[0]:
-            self._told = True
-            log.warning(
-                "%s ended at max_tokens = %d, the default of SamplingParams; set it to allow more",
-                format_count(cut, "output"),
-                _DEFAULT_LENGTH,
-            )
-
-    def _own_params(
-        self, params: SamplingParams | Iterable[SamplingParams] | None, count: int, *, checked: bool
-    ) -> list[SamplingParams]:
-        """A copy of the parameters for each of `count` prompts, checked unless they are known to be right."""
-        params = params if params is not None else self._sampling
-        each = list(params) if isinstance(params, list | tuple) else [params] * count
-        if len(each) != count:
-            raise ConfigError(f"generate: {count} prompts but {len(each)} sampling params")
-        copies: dict[int, SamplingParams] = {}
-        problems: list[Problem] = []
-        for one in each:
-            if not isinstance(one, SamplingParams):
-                raise ConfigError(f"generate: sampling params must be SamplingParams, got {one!r:.80}")
-            if id(one) not in copies:
-                copies[id(one)] = plain_params(one)
-                if not checked:
-                    problems += sampling_problems(copies[id(one)], prefix="", vocab_size=self._limits.vocab_size)
-        if problems:
-            raise ConfigError(*problems)
-        return [copies[id(one)] for one in each]
-
-
-class _CallersBar:
-    """A progress bar that the caller makes, in place of `ProgressBar`."""
-
-    def __init__(self, make: Callable[..., Any], total: int):
-        self.bar = make(total=total, desc="prompts", dynamic_ncols=True)
-
-    def advance(self, *, prompts: int = 0, tokens: int = 0) -> None:
-        if prompts:
-            self.bar.update(prompts)
-
-    def __enter__(self) -> _CallersBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-
-def _bar(use_tqdm: bool | Callable[..., Any], total: int, *, shown: bool) -> ProgressBar | _CallersBar:
-    if callable(use_tqdm) and shown:
-        return _CallersBar(use_tqdm, total)
-    return ProgressBar(total, enabled=bool(use_tqdm) and shown)
-
-
-def _engine_section(given: dict[str, Any]) -> EngineSection:
-    """The engine's keys among arguments of `LLM`, of which None leaves the default. ConfigError: there are others."""
-    known = EngineSection.__dataclass_fields__
-    given = {_ENGINE_NAMES.get(name, name): value for name, value in given.items()}
-    for name in vllm.LLM.sort_out({name: value for name, value in given.items() if name not in known}):
-        close = get_close_matches(name, [*known, *LLM.__init__.__kwdefaults__], n=1)
-        fix = f"Did you mean {close[0]}?" if close else f"The engine's are {', '.join(known)}."
-        raise ConfigError(Problem(key="LLM", rule="unknown argument", value=name, fix=fix))
-    return EngineSection(**{name: value for name, value in given.items() if name in known and value is not None})
-
-
-def _check(config: InferConfig, world_size: int) -> None:
-    """ConfigError with every wrong type or broken rule of a config that was made in Python."""
-    problems = [
-        misfit(f"{name}.{key}", hint, getattr(getattr(config, name), key))
-        for name, schema in sections(InferConfig).items()
-        for key, hint in hints(schema).items()
-    ]
-    problems = [one for one in problems if one is not None]
-    if not problems:
-        parallel = config.parallel
-        command = f"deepspeed --num_gpus {parallel.tp * parallel.pp * parallel.dp} SCRIPT"
-        problems = engine_problems(config, read_model(config))
-        problems += filter(None, [world_size_problem(config, world_size, command=command)])
-    if problems:
-        raise ConfigError(*problems)
+        cut = sum(end == ("length", _DEFAULT_LENGTH) for end in ends)
+        if cut and self._is_first and not self._hinted:
+            self._hinted = True
+            said = "%s ended at max_tokens = %d; set max_tokens in SamplingParams to allow more"
+            log.warning(said, format_count(cut, "output"), _DEFAULT_LENGTH)
+        return outputs

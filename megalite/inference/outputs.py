@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,7 @@ from megalite import json_text
 from megalite.config.schema import SamplingParams
 from megalite.inference.io.packed import pack, unpack
 from megalite.inference.logprobs import FlatLogprobs, Logprob, Logprobs, finite, from_json, number, to_json
-from megalite.inference.request import FinishReason, Request, StepPlan
-from megalite.inference.request import Sequence as Sampling
+from megalite.inference.request import FinishReason, Request, Sequence, StepPlan
 from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
 from megalite.text.detokenizer import Detokenizer, TokenizerError
 from megalite.text.tokenizer import Tokenizer
@@ -127,14 +125,16 @@ class RequestOutput:
                 output.logprobs = FlatLogprobs.of(output.logprobs)
 
 
-def pack_outputs(outputs: Sequence[RequestOutput]) -> bytes:
+def pack_outputs(outputs: list[RequestOutput]) -> bytes:
     """For the way from rank to rank; `unpack_outputs` is the inverse. Ids, metrics and logprobs travel as arrays."""
-    lines, ids, numbers = [], [], []
+    lines: list[bytes] = []
+    ids: list[list[int]] = []
+    numbers: list[list[float]] = []
     for output in outputs:
         bare = [replace(one, token_ids=[], token_logprobs=[]) for one in output.outputs]
         lines.append(replace(output, prompt_token_ids=[], outputs=bare).to_line().encode())
         ids += [output.prompt_token_ids, *(one.token_ids for one in output.outputs)]
-        measured = () if output.metrics is None else (output.num_cached_tokens, *astuple(output.metrics))
+        measured = [] if output.metrics is None else [output.num_cached_tokens or 0, *astuple(output.metrics)]
         numbers += [measured, *(one.token_logprobs for one in output.outputs)]
     return pack(b"\n".join(lines), ids, numbers)
 
@@ -145,9 +145,10 @@ def unpack_outputs(data: bytes) -> list[RequestOutput]:
     next_ids, next_numbers = iter(ids), iter(numbers)
     for output in outputs:
         output.prompt_token_ids = next(next_ids)
-        if measured := next(next_numbers):
-            cached, *times, generated = measured
-            output.num_cached_tokens, output.metrics = int(cached), RequestMetrics(*times, int(generated))
+        measured: list[Any] = next(next_numbers)
+        if measured:
+            output.num_cached_tokens, output.metrics = int(measured[0]), RequestMetrics(*measured[1:])
+            output.metrics.num_generation_tokens = int(output.metrics.num_generation_tokens)
         for one in output.outputs:
             one.token_ids, one.token_logprobs = next(next_ids), next(next_numbers)
     return outputs
@@ -170,65 +171,26 @@ def _completion_value(output: CompletionOutput) -> dict[str, Any]:
         "logprobs": output.logprobs and [to_json(entry) for entry in output.logprobs],
         "finish_reason": output.finish_reason,
     }
-    if output.stop_reason is not None:
-        value["stop_reason"] = output.stop_reason
-    return value
+    return value if output.stop_reason is None else {**value, "stop_reason": output.stop_reason}
 
 
 def _completion(value: dict[str, Any]) -> CompletionOutput:
-    logprobs = value["logprobs"]
-    return CompletionOutput(
-        index=value["index"],
-        text=value["text"],
-        token_ids=value["token_ids"],
-        cumulative_logprob=number(value["cumulative_logprob"]),
-        logprobs=logprobs and [from_json(entry) or {} for entry in logprobs],
-        finish_reason=value["finish_reason"],
-        stop_reason=value.get("stop_reason"),
-    )
+    logprobs = value["logprobs"] and [from_json(entry) or {} for entry in value["logprobs"]]
+    total = number(value["cumulative_logprob"])
+    return CompletionOutput(**{**value, "logprobs": logprobs, "cumulative_logprob": total})
 
 
 # ---- tokens of running requests
 
 
-class _Text:
-    """The text of one sample, token by token; nothing more of it from where the tokenizer fails."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer | None):
-        self.error: str | None = None
-        self._detokenizer: Detokenizer | None = None
-        params = request.params
-        if tokenizer is not None and params.detokenize:
-            with self._failing_alone():
-                self._detokenizer = tokenizer.detokenizer(
-                    request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
-                )
-
-    @contextmanager
-    def _failing_alone(self) -> Iterator[None]:
-        try:
-            yield
-        except TokenizerError as error:
-            self.error, self._detokenizer = str(error), None
-
-    def feed(self, token_id: int) -> str:
-        with self._failing_alone():
-            return "" if self._detokenizer is None else self._detokenizer.feed(token_id)
-        return ""
-
-    def flush(self) -> str:
-        with self._failing_alone():
-            return "" if self._detokenizer is None else self._detokenizer.flush()
-        return ""
-
-
 class _Sample:
-    """One completion as it grows."""
+    """One completion as it grows. Of the text nothing more comes from where the tokenizer fails."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
         params = request.params
         self.request = request
-        self.detokenizer = _Text(request, tokenizer)
+        self.error: str | None = None
+        """How the tokenizer failed."""
         self.checker = StopChecker(stop_strings(params))
         self.match: StopMatch | None = None
         self.pieces: list[str] = []
@@ -239,6 +201,24 @@ class _Sample:
         self.final_token: int | None = None
         """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
         self.finish_reason: FinishReason | None = None
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None and params.detokenize:
+            try:
+                self._detokenizer = tokenizer.detokenizer(
+                    request.prompt_token_ids, skip_special_tokens=params.skip_special_tokens
+                )
+            except TokenizerError as error:
+                self.error = str(error)
+
+    def _decode(self, token_id: int | None) -> str:
+        """The text that is certain with one more token; None: with no more of them."""
+        if self._detokenizer is None:
+            return ""
+        try:
+            return self._detokenizer.flush() if token_id is None else self._detokenizer.feed(token_id)
+        except TokenizerError as error:
+            self.error, self._detokenizer = str(error), None
+            return ""
 
     def append(self, token_id: int, logprob: float, entry: Logprobs | None) -> bool:
         """Add a token; True when it completes a stop string."""
@@ -251,14 +231,14 @@ class _Sample:
         if token_id in self.request.stop_token_ids:
             self.final_token = token_id
         else:
-            text += self.detokenizer.feed(token_id)
+            text += self._decode(token_id)
         self._add(text)
         return self.match is not None
 
     def _release(self) -> str:
         """The text of a stop token that did not end the output."""
         token_id, self.final_token = self.final_token, None
-        return "" if token_id is None else self.detokenizer.feed(token_id)
+        return "" if token_id is None else self._decode(token_id)
 
     def _add(self, text: str) -> None:
         self.pieces.append(text)
@@ -273,36 +253,27 @@ class _Sample:
         """No more tokens will come."""
         if self.match is None:
             kept = self._release() if self.request.params.include_stop_str_in_output else ""
-            self._add(kept + self.detokenizer.flush())
+            self._add(kept + self._decode(None))
         # Text that was certain only at the end may hold a stop string too.
         self.finish_reason = "stop" if self.match is not None else reason
 
-    @property
-    def text(self) -> str:
-        text = "".join(self.pieces)
-        if self.match is None:
-            return text
-        return text[: self.match.end if self.request.params.include_stop_str_in_output else self.match.start]
-
-    @property
-    def stop_reason(self) -> str | int | None:
-        if self.match is not None:
-            return self.match.stop
-        ended_by_token = self.finish_reason == "stop" and bool(self.token_ids)
-        if ended_by_token and self.token_ids[-1] in (self.request.params.stop_token_ids or ()):
-            return self.token_ids[-1]
-        return None
-
     def output(self, index: int) -> CompletionOutput:
+        params, text = self.request.params, "".join(self.pieces)
+        stop_reason: str | int | None = None
+        if self.match is not None:
+            text = text[: self.match.end if params.include_stop_str_in_output else self.match.start]
+            stop_reason = self.match.stop
+        elif self.finish_reason == "stop" and self.token_ids and self.token_ids[-1] in (params.stop_token_ids or ()):
+            stop_reason = self.token_ids[-1]
         return CompletionOutput(
             index=index,
-            text=self.text,
+            text=text,
             token_ids=self.token_ids,
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
             token_logprobs=self.token_logprobs,
             finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
+            stop_reason=stop_reason,
         )
 
 
@@ -315,6 +286,7 @@ class _Running:
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
         self.request = request
+        self.tokenizer = tokenizer if request.params.detokenize else None
         self.samples = [_Sample(request, tokenizer) for _ in range(request.num_samples)]
         self.unfinished = request.num_samples
         self.prompt_logprobs = None
@@ -326,26 +298,40 @@ class _Running:
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
 
-    def text_of(self, token_id: int, tokenizer: Tokenizer | None) -> str | None:
+    def entry(self, details: TokenLogprobs) -> Logprobs:
+        """vLLM's form: the token itself, then the likeliest by rank."""
+        found = {details.token_id: Logprob(details.logprob, details.rank, self._text(details.token_id))}
+        for rank, (token_id, logprob) in enumerate(details.top, 1):
+            if token_id != details.token_id:
+                found[token_id] = Logprob(logprob, rank, self._text(token_id))
+        return found
+
+    def _text(self, token_id: int) -> str | None:
         """One token by itself; None where no text is wanted, or the tokenizer fails."""
-        if tokenizer is None or not self.request.params.detokenize:
+        if self.tokenizer is None:
             return None
         try:
-            return tokenizer.token_text(token_id)
+            return self.tokenizer.token_text(token_id)
         except TokenizerError as error:
             self.error = str(error)
             return None
 
-    def failure(self) -> str | None:
-        """Why text is missing; None if all is there."""
-        return next(filter(None, [self.error, *(sample.detokenizer.error for sample in self.samples)]), None)
-
-    def best(self) -> list[_Sample]:
-        """The n samples with the highest cumulative log-probability, best first; all in order if best_of is n."""
-        wanted = self.request.params.n
-        if wanted == len(self.samples):
-            return self.samples
-        return sorted(self.samples, key=lambda sample: -sample.cumulative_logprob)[:wanted]
+    def output(self, replica: int) -> RequestOutput:
+        """The result: of best_of samples the n likeliest, best first; all in order if there are no more."""
+        wanted, best = self.request.params.n, self.samples
+        if wanted < len(best):
+            best = sorted(best, key=lambda sample: -sample.cumulative_logprob)[:wanted]
+        return RequestOutput(
+            request_id=self.request.id,
+            prompt=self.request.prompt,
+            prompt_token_ids=list(self.request.prompt_token_ids),
+            prompt_logprobs=self.prompt_logprobs,
+            outputs=[sample.output(index) for index, sample in enumerate(best)],
+            replica=replica,
+            error=next(filter(None, [self.error, *(sample.error for sample in self.samples)]), None),
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=self.metrics,
+        )
 
 
 class OutputProcessor:
@@ -354,8 +340,6 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer | None, *, replica: int = 0):
         self.tokenizer = tokenizer
         self.replica = replica
-        self.texts: dict[str, str] = {}
-        """Prompts as text, by request id; who has them puts them here, each leaves with its result."""
         self._running: dict[str, _Running] = {}
 
     def add(self, request: Request) -> None:
@@ -373,7 +357,7 @@ class OutputProcessor:
                     state.metrics.scheduled_ts = now
                     state.num_cached_tokens = row.start
 
-    def append(self, sequence: Sampling, token_id: int, logprob: float, details: TokenLogprobs | None = None) -> bool:
+    def append(self, sequence: Sequence, token_id: int, logprob: float, details: TokenLogprobs | None = None) -> bool:
         """Record a sampled token; True when it completes a stop string.
 
         `logprob` is by the model's full distribution; `details` where params.logprobs asks for them.
@@ -385,49 +369,26 @@ class OutputProcessor:
         if metrics.num_generation_tokens == 1:
             metrics.first_token_ts = metrics.last_token_ts
             metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
-        entry = None if details is None else self._entry(details, state)
+        entry = None if details is None else state.entry(details)
         return state.samples[sequence.index].append(token_id, logprob, entry)
 
-    def append_prompt(self, sequence: Sampling, start: int, scores: Iterable[TokenLogprobs]) -> None:
+    def append_prompt(self, sequence: Sequence, start: int, scores: Iterable[TokenLogprobs]) -> None:
         """Record prompt log-probabilities: `scores` are of the tokens at positions start + 1 and on."""
         state = self._running[sequence.request.id]
         logprobs = state.prompt_logprobs
         assert logprobs is not None, "nobody asked for prompt log-probabilities"
         assert len(logprobs) == start + 1, "they come in order"
         for details in scores:
-            logprobs.append(self._entry(details, state))
+            logprobs.append(state.entry(details))
 
-    def finish(self, sequence: Sampling) -> RequestOutput | None:
+    def finish(self, sequence: Sequence) -> RequestOutput | None:
         """End a sample, for its finish_reason; the request's result when it was the last one."""
-        state = self._running[sequence.request.id]
+        name = sequence.request.id
+        state = self._running[name]
         state.samples[sequence.index].finish(sequence.finish_reason)
         state.unfinished -= 1
-        if state.unfinished:
-            return None
-        request = state.request
-        del self._running[request.id]
-        return RequestOutput(
-            request_id=request.id,
-            prompt=self.texts.pop(request.id, None),
-            prompt_token_ids=list(request.prompt_token_ids),
-            prompt_logprobs=state.prompt_logprobs,
-            outputs=[sample.output(index) for index, sample in enumerate(state.best())],
-            replica=self.replica,
-            error=state.failure(),
-            num_cached_tokens=state.num_cached_tokens,
-            metrics=state.metrics,
-        )
+        return None if state.unfinished else self._running.pop(name).output(self.replica)
 
     def clear(self) -> None:
         """Forget requests that will not be finished."""
         self._running.clear()
-        self.texts.clear()
-
-    def _entry(self, details: TokenLogprobs, state: _Running) -> Logprobs:
-        """vLLM's form: the token itself, then the likeliest by rank."""
-        token_id = details.token_id
-        entry = {token_id: Logprob(details.logprob, details.rank, state.text_of(token_id, self.tokenizer))}
-        for rank, (token_id, logprob) in enumerate(details.top, 1):
-            if token_id != details.token_id:
-                entry[token_id] = Logprob(logprob, rank, state.text_of(token_id, self.tokenizer))
-        return entry

@@ -236,7 +236,7 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
     return replica, folder
 
 
-def as_sampled(loaded: Loaded, folder: ModelFolder) -> Loaded:
+def as_sampled(loaded: Loaded[InferConfig], folder: ModelFolder) -> Loaded[InferConfig]:
     """The config with the sampling that the model's owner sets where it sets none. ConfigError: that can't be."""
     loaded = folder.generation.under(loaded)
     assert isinstance(loaded.config, InferConfig)

@@ -15,6 +15,8 @@ class Request:
     """One prompt with its sampling; every field is known before it reaches the scheduler."""
 
     id: str
+    prompt: str | None = None
+    """As text; None: it was given as token ids."""
     prompt_token_ids: tuple[int, ...]
     """At least one."""
     params: SamplingParams

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Stopped
 from megalite.inference.engine import Engine, Hooks
 from megalite.inference.feeds import Feed, SharedQueue, deal
-from megalite.inference.io.inputs import Asked, PromptLimits, make_requests
+from megalite.inference.io.inputs import PromptLimits, RawRequest, make_requests
 from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
@@ -20,7 +20,7 @@ from megalite.monitor.progress import ProgressBar
 
 
 class Ranks:
-    """The ranks of a layout when they are given work, see `inputs.Together`; `what` names the work in messages."""
+    """The ranks of a layout when they are given work; `what` names the work in messages. All call alike."""
 
     def __init__(self, state: ParallelState, what: str):
         self.state = state
@@ -45,27 +45,16 @@ def prompt_limits(replica: Replica) -> PromptLimits:
     )
 
 
-def prepare_each(
-    replica: Replica, asked: Sequence[Asked], limits: PromptLimits
-) -> list[tuple[Request, str | None] | ConfigError]:
-    """The request for each prompt and its text, or why it can't run. Collective over the layout.
+def prepare(replica: Replica, raw: list[RawRequest], limits: PromptLimits) -> list[Request | ConfigError]:
+    """The request for each prompt, or why it can't run. Collective over the layout.
 
     ConfigError: ranks were given different ones.
     """
-    together = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
-    return make_requests(asked, limits, together)
+    ranks = Ranks(replica.state, "prompts and sampling parameters") if replica.state.world.size > 1 else None
+    return make_requests(raw, limits, ranks)
 
 
-def prepare(replica: Replica, asked: Sequence[Asked], limits: PromptLimits) -> list[tuple[Request, str | None]]:
-    """As `prepare_each`; ConfigError also for the first that can't run."""
-    made = prepare_each(replica, asked, limits)
-    refused = next((one for one in made if isinstance(one, ConfigError)), None)
-    if refused is not None:
-        raise refused
-    return made
-
-
-def make_feed(replica: Replica, requests: Sequence[Request], key: str) -> Feed:
+def make_feed(replica: Replica, requests: list[Request] | tuple[Request, ...], key: str) -> Feed:
     """Where this replica's work comes from; every rank calls it with the same requests."""
     replicas = replica.layout.dp
     if replica.dp_mode == "async" and replicas > 1:
@@ -88,8 +77,7 @@ def agree_on_end(replica: Replica, completed: bool) -> None:
 def run_here(
     replica: Replica,
     engine: Engine,
-    requests: Sequence[Request],
-    texts: dict[str, str],
+    requests: list[Request],
     *,
     key: str,
     stop_requested: Callable[[], bool] = lambda: False,
@@ -106,12 +94,10 @@ def run_here(
         mine.append(output)
         progress.advance(prompts=1)
 
-    engine.outputs.texts.update(texts)
     hooks = Hooks(
         on_output=on_output, on_step=lambda tokens: progress.advance(tokens=tokens), stop_requested=stop_requested
     )
     completed = engine.run(make_feed(replica, requests, key), hooks)
-    engine.outputs.clear()  # the texts of what other ranks have finished
     agree_on_end(replica, completed)
     return mine
 
@@ -119,15 +105,14 @@ def run_here(
 def run_everywhere(
     replica: Replica,
     engine: Engine,
-    requests: Sequence[Request],
-    texts: dict[str, str],
+    requests: list[Request],
     *,
     key: str,
     stop_requested: Callable[[], bool] = lambda: False,
     progress: ProgressBar | None = None,
 ) -> list[RequestOutput]:
     """As `run_here`, but gives every rank all outputs, in the order of `requests`."""
-    mine = run_here(replica, engine, requests, texts, key=key, stop_requested=stop_requested, progress=progress)
+    mine = run_here(replica, engine, requests, key=key, stop_requested=stop_requested, progress=progress)
     outputs = mine
     if replica.state.world.size > 1:
         outputs = _exchanged(mine, replica)
@@ -140,7 +125,7 @@ def run_everywhere(
     return [found[request.id] for request in requests]
 
 
-def _exchanged(mine: Sequence[RequestOutput], replica: Replica) -> list[RequestOutput]:
+def _exchanged(mine: list[RequestOutput], replica: Replica) -> list[RequestOutput]:
     """The outputs of all control ranks."""
     outputs = []
     for source in replica.layout.control_ranks:

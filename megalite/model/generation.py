@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_defaults
-from megalite.config.schema import ModelSection
+from megalite.config.schema import InferConfig
 from megalite.model.hf_config import HFConfig, read_json
 
 NAME = "generation_config.json"
@@ -86,10 +86,9 @@ class GenerationConfig:
             found[field] = kind(value)
         return found
 
-    def under(self, loaded: Loaded) -> Loaded:
+    def under(self, loaded: Loaded[InferConfig]) -> Loaded[InferConfig]:
         """An inference job's config with these sampling parameters where it sets none, if it asks for them."""
-        model = loaded.config.model
-        if not isinstance(model, ModelSection) or model.generation_config == "none":
+        if loaded.config.model.generation_config == "none":
             return loaded
         return with_defaults(loaded, "sampling", self.sampling, str(self.path))
 

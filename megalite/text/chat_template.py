@@ -107,7 +107,8 @@ class _Child:
         except BrokenPipeError:
             answer = b""
         if answer:
-            return json.loads(answer)
+            found: dict[str, str] = json.loads(answer)
+            return found
         status = self._process.wait()
         self.close()
         if status > 0:
@@ -118,7 +119,7 @@ class _Child:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Close the pipes and wait for the child, which is idle or about to be stopped by its limit."""
     process.kill()
-    for pipe in (process.stdin, process.stdout):
+    for pipe in filter(None, (process.stdin, process.stdout)):
         try:
             pipe.close()
         except BrokenPipeError:

@@ -105,8 +105,7 @@ class _Bytes:
         found = self._known.get(token_id)
         if found is None:
             token = self._backend.id_to_token(token_id) or ""
-            spelled = [BYTES.get(character) for character in token]
-            found = token.encode() if None in spelled else bytes(spelled)
+            found = bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()
             self._known[token_id] = found
         return found
 

@@ -6,12 +6,10 @@ never applied, because it removes spaces that the model wrote, and an added toke
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,14 @@ import tokenizers
 
 from megalite.errors import CheckpointError
 from megalite.text.chat_template import ChatTemplate, TemplateError
-from megalite.text.detokenizer import BYTES, Detokenizer, TokenizerError, decoded, decoding_of, failing_alone
-from megalite.text.limit import MAX_TEXT, characters_per_token
+from megalite.text.detokenizer import Detokenizer, TokenizerError, decoded, decoding_of, failing_alone
 from megalite.text.tokenizer_files import read_tokenizer
 
+MAX_TEXT = 1 << 24
+"""Longest text that is worth tokenising, characters."""
+MAX_TOKEN = 1 << 10
+"""Characters of text that one token may stand for, what a normalizer drops included; the longest tokens in use have a
+quarter of that."""
 _UNCONVERTED = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 """Older forms of a tokenizer, from which tokenizer.json can be made."""
 _BATCH_CHARACTERS = 1 << 20
@@ -124,35 +126,17 @@ class Tokenizer:
         with failing_alone():
             return self.backend.encode(text)
 
-    def most_characters(self, num_tokens: int, *, is_ascii: bool) -> int:
-        """Length beyond which no text need be tokenised: it has more than `num_tokens` tokens, or is beyond a limit.
-
-        The limits are MAX_TEXT and, where the length of a text says nothing of its tokens, MOST_CHARACTERS for each.
-        """
-        return min(MAX_TEXT, num_tokens * self._characters_per_token[0 if is_ascii else 1])
-
-    @cached_property
-    def _characters_per_token(self) -> tuple[int, int]:
-        normalizer = self.backend.normalizer
-        normalized = normalizer.normalize_str if normalizer is not None else str
-        return characters_per_token(json.loads(self.backend.to_str()), normalized, BYTES)
-
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int] | ValueError]:
         """What `encode` gives or raises for each text, on all cores."""
         encoded: list[list[int] | ValueError] = []
-        start = 0
-        for end in _batches(texts):
-            encoded += self._encode_together(texts[start:end], add_special_tokens)
-            start = end
+        for batch in _batches(texts):
+            try:
+                with failing_alone():
+                    together = self.backend.encode_batch_fast(batch)
+                encoded += [self._whole(encoding, add_special_tokens) for encoding in together]
+            except TokenizerError:  # one text spoils its batch; find out which
+                encoded += [self._encode_alone(text, add_special_tokens) for text in batch]
         return encoded
-
-    def _encode_together(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int] | ValueError]:
-        try:
-            with failing_alone():
-                together = self.backend.encode_batch_fast(texts)
-            return [self._whole(encoding, add_special_tokens) for encoding in together]
-        except TokenizerError:  # one text spoils its batch; find out which
-            return [self._encode_alone(text, add_special_tokens) for text in texts]
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int] | ValueError:
         try:
@@ -239,12 +223,11 @@ class Tokenizer:
 
     def __call__(self, text: str | Sequence[str], *, add_special_tokens: bool = True) -> Encoding:
         """`input_ids` and `attention_mask` of a text, or lists of them. ValueError as from `encode`."""
-        found = self.encode_batch(
-            [text] if isinstance(text, str) else list(text), add_special_tokens=add_special_tokens
-        )
-        for ids in found:
+        found = []
+        for ids in self.encode_batch([text] if isinstance(text, str) else text, add_special_tokens=add_special_tokens):
             if isinstance(ids, ValueError):
                 raise ids
+            found.append(ids)
         masks = [[1] * len(ids) for ids in found]
         if isinstance(text, str):
             return Encoding(input_ids=found[0], attention_mask=masks[0])
@@ -310,14 +293,14 @@ class Tokenizer:
         return self.backend.token_to_id(self.names[name]) if name in self.names else None
 
 
-def _batches(texts: Sequence[str]) -> Iterator[int]:
-    """Where each batch of texts ends: encodings take many times the memory of their text until their ids are taken."""
-    length = 0
-    for place, text in enumerate(texts, 1):
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts, not too many at once: encodings take many times the memory of their text until their ids are taken."""
+    start = length = 0
+    for end, text in enumerate(texts, 1):
         length += len(text) + 1
-        if length >= _BATCH_CHARACTERS or place == len(texts):
-            yield place
-            length = 0
+        if length >= _BATCH_CHARACTERS or end == len(texts):
+            yield texts[start:end]
+            start, length = end, 0
 
 
 def _marked(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -225,7 +225,7 @@ def _made_anew(
     model = _read_json(path)["model"]
     if not isinstance(model.get("vocab"), dict) or "merges" not in model:
         return backend  # no BPE
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges: list[Any] = [tuple(one.split(" ") if isinstance(one, str) else one) for one in model["merges"]]
     made = tokenizers.Tokenizer(models.BPE(vocab=model["vocab"], merges=merges, **kind.model(named)))
     made.post_processor = backend.post_processor
     kind.make(made, values)

@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -64,39 +64,18 @@ def read_entries(section: InputSection, stdin: BinaryIO | None) -> Iterator[tupl
 
     ConfigError: the input as a whole can't be read.
     """
-    with _opened(section, stdin) as lines:
-        yield from _inline(section.prompts or []) if lines is None else _parsed(lines, _name(section))
-
-
-def _name(section: InputSection) -> str:
-    return "stdin" if section.file == "-" else Path(str(section.file)).name
-
-
-@contextmanager
-def _opened(section: InputSection, stdin: BinaryIO | None) -> Iterator[BinaryIO | None]:
-    """The lines to read, or None for inline prompts."""
     if section.file is None:
-        yield None
-    elif section.file == "-":
-        yield stdin or sys.stdin.buffer
-    else:
-        try:
-            file = open_regular(section.file)
-        except OSError as error:
-            raise ConfigError(Problem(key="input.file", value=section.file, rule=f"{error.strerror}")) from error
-        with file:
-            yield file
-
-
-def _inline(prompts: list[Any]) -> Iterator[tuple[bytes, Entry]]:
-    for index, prompt in enumerate(prompts):
-        yield repr(prompt).encode(errors="surrogatepass"), Entry(f"input.prompts[{index}]", prompt)
-
-
-def _parsed(lines: BinaryIO, name: str) -> Iterator[tuple[bytes, Entry]]:
-    """Each line that is not blank, with what it says."""
-    for line in json_text.lines(lines):
-        yield line.raw, _entry(line, f"{name}:{line.number}")
+        for index, prompt in enumerate(section.prompts or []):
+            yield repr(prompt).encode(errors="surrogatepass"), Entry(f"input.prompts[{index}]", prompt)
+        return
+    try:
+        file = (stdin or sys.stdin.buffer) if section.file == "-" else open_regular(section.file)
+    except OSError as error:
+        raise ConfigError(Problem(key="input.file", value=section.file, rule=f"{error.strerror}")) from error
+    name = "stdin" if section.file == "-" else Path(section.file).name
+    with nullcontext(file) if section.file == "-" else file:
+        for line in json_text.lines(file):
+            yield line.raw, _entry(line, f"{name}:{line.number}")
 
 
 def _entry(line: JsonLine, where: str) -> Entry:

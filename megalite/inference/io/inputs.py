@@ -1,17 +1,15 @@
 """Prompts in: from the config, a JSON-lines file or standard input, to requests for the scheduler. Torch-free.
 
-A prompt that can't run becomes a `Failure` that names its line; the others run.
+A prompt that can't run gets a result that names its line and says why; the others run.
 """
 
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b, sha256
-from itertools import chain
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megalite.config.chat import section_variables
 from megalite.config.sampling import price_problem, prompt_problem, sampling_from_mapping, sampling_problems
@@ -19,18 +17,23 @@ from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError, Problem
 from megalite.inference.constraints import leaves_nothing, spellings
 from megalite.inference.io.entries import Entry, given_id, read_entries
+from megalite.inference.io.packed import pack, unpack
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
 from megalite.text.chat_template import TemplateError
-from megalite.text.tokenizer import Tokenizer, TokenizerError
+from megalite.text.detokenizer import TokenizerError
+from megalite.text.tokenizer import MAX_TEXT, MAX_TOKEN, Tokenizer
 
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+if TYPE_CHECKING:
+    from megalite.inference.run import Ranks
+
+Prompt = str | list[int] | tuple[int, ...] | list[dict[str, Any]]
 """Text, token ids, or a chat: a list of {role, content}."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptLimits:
-    """The model that prompts are made for, and the limits it runs with."""
+    """What a prompt must fit: the model's tokenizer and vocabulary, and the length it runs with."""
 
     tokenizer: Tokenizer | None
     vocab_size: int
@@ -51,47 +54,11 @@ class PromptLimits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Failure:
-    """A prompt that can't run."""
+class RawRequest:
+    """A prompt with its sampling before it is checked and tokenised."""
 
-    id: str
-    error: str
-    """Starts with where the prompt stands, e.g. `prompts.jsonl:17`."""
-    prompt: str | None = None
-
-    def output(self) -> RequestOutput:
-        """What takes the place of its result."""
-        return RequestOutput(request_id=self.id, prompt=self.prompt, prompt_token_ids=[], error=self.error)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InputBatch:
-    """All prompts of a run. Every id occurs once, in `requests` or in `failures`."""
-
-    requests: tuple[Request, ...]
-    """In input order."""
-    failures: tuple[Failure, ...]
-    """In input order."""
-    texts: Mapping[str, str]
-    """The prompt as text by id, where there is one."""
-    order: tuple[str, ...]
-    """Every id, in input order."""
-    digest: str
-    """SHA-256 of what was read, and of what the section gives to chat templates."""
-
-    def without(self, ids: Iterable[str]) -> InputBatch:
-        """The same input, of which `ids` need not run."""
-        left_out = frozenset(ids)
-        requests = tuple(request for request in self.requests if request.id not in left_out)
-        failures = tuple(failure for failure in self.failures if failure.id not in left_out)
-        return replace(self, requests=requests, failures=failures)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A prompt and what is asked of it, not tokenised yet."""
-
-    prompt: Prompt
+    prompt: Any
+    """A `Prompt`, or what is none and will be refused."""
     params: SamplingParams
     """Have passed `sampling_problems`, but for max_tokens 0, which only scores the prompt."""
     id: str
@@ -101,49 +68,69 @@ class Asked:
     """Names the prompt in messages."""
     chat_variables: Mapping[str, Any] = field(default_factory=dict)
     """Reach the chat template."""
+    text: str | None = None
+    """The text of a prompt of token ids, where it is known."""
+
+    @property
+    def ids(self) -> list[int] | tuple[int, ...] | None:
+        """The prompt, where it is token ids."""
+        is_ids = isinstance(self.prompt, list | tuple) and self.prompt and not isinstance(self.prompt[0], dict)
+        return self.prompt if is_ids else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputBatch:
+    """All prompts of a run. Every id occurs once, in `requests` or in `failures`."""
+
+    requests: tuple[Request, ...]
+    """In input order."""
+    failures: tuple[RequestOutput, ...]
+    """Results of the prompts that can't run, in input order; each error names the prompt's line."""
+    order: tuple[str, ...]
+    """Every id, in input order."""
+    digest: str
+    """SHA-256 of what was read, and of what the section gives to chat templates."""
+
+    def without(self, ids: Collection[str]) -> InputBatch:
+        """The same input, of which `ids` need not run."""
+        return replace(
+            self,
+            requests=tuple(request for request in self.requests if request.id not in ids),
+            failures=tuple(failure for failure in self.failures if failure.request_id not in ids),
+        )
 
 
 class TokenizerFailed(ConfigError):
     """The tokenizer fails at a prompt, which is no fault of the prompt's."""
 
 
-Encoded = tuple[Sequence[int], str | None] | ConfigError
-"""Token ids of a prompt, and its text where it is not ids itself; or why there are none."""
-
-
-class Together(Protocol):
-    """What the ranks of a run do together when they are given prompts; every rank calls every method alike."""
-
-    def once(self, make: Callable[[], bytes]) -> bytes:
-        """What `make` gives on one rank of the replica, on all of them."""
-
-    def compare(self, digest: bytes) -> None:
-        """ConfigError on every rank, naming those that differ, unless all pass the same 32 bytes."""
+Encoded = tuple[list[int], str] | ConfigError
+"""Token ids of a prompt and the text that they are of, or why there are none."""
 
 
 def make_requests(
-    asked: Sequence[Asked], limits: PromptLimits, together: Together | None = None
-) -> list[tuple[Request, str | None] | ConfigError]:
-    """The request for each prompt, and the prompt as text if it is not token ids; or why this one can't run.
+    raw: list[RawRequest], limits: PromptLimits, ranks: Ranks | None = None
+) -> list[Request | ConfigError]:
+    """The request for each prompt, or why it can't run.
 
-    `together`: of the ranks of a run, all of which call this. One of each replica renders and tokenises. ConfigError:
-    they were not given the same, or do not make the same requests of it.
+    `ranks`: those of a run, all of which call this; one of each replica renders and tokenises. ConfigError: they were
+    not given the same, or do not make the same requests of it.
     """
-    if together is not None:
-        together.compare(_digest((one.id, one.prompt, dict(one.chat_variables), one.params) for one in asked))
-    refused = [_refusal(one, limits) for one in asked]
-    written = [one for one, error in zip(asked, refused, strict=True) if error is None and not _is_ids(one.prompt)]
-    if together is None or not written:
+    if ranks is not None:
+        ranks.compare(_digest((one.id, one.prompt, dict(one.chat_variables), one.params) for one in raw))
+    refused = [_refusal(one, limits) for one in raw]
+    written = [one for one, error in zip(raw, refused, strict=True) if error is None and one.ids is None]
+    if ranks is None or not written:
         encoded = iter(_encode(written, limits))
     else:
-        encoded = iter(_unpack(together.once(lambda: _pack(_encode(written, limits)))))
-    made: list[tuple[Request, str | None] | ConfigError] = []
-    for one, error in zip(asked, refused, strict=True):
-        found = error or ((one.prompt, None) if _is_ids(one.prompt) else next(encoded))
+        encoded = iter(_unpack(ranks.once(lambda: _pack(_encode(written, limits)))))
+    made: list[Request | ConfigError] = []
+    for one, error in zip(raw, refused, strict=True):
+        found = error or (next(encoded) if one.ids is None else (one.ids, one.text))
         made.append(found if isinstance(found, ConfigError) else _request(one, limits, *found))
-    if together is not None:
-        requests = (one[0] for one in made if not isinstance(one, ConfigError))
-        together.compare(_digest((one.id, one.prompt_token_ids, one.seed, one.max_tokens) for one in requests))
+    if ranks is not None:
+        requests = (one for one in made if isinstance(one, Request))
+        ranks.compare(_digest((one.id, one.prompt_token_ids, one.seed, one.max_tokens) for one in requests))
     return made
 
 
@@ -154,47 +141,33 @@ def _digest(values: Iterable[object]) -> bytes:
     return digest.digest()
 
 
-def make_request(
-    prompt: Prompt, params: SamplingParams, limits: PromptLimits, **asked: Any
-) -> tuple[Request, str | None]:
-    """As `make_requests`, for one prompt; `asked`: the other fields of `Asked`. ConfigError: it can't run."""
-    [made] = make_requests([Asked(prompt=prompt, params=params, **asked)], limits)
-    if isinstance(made, ConfigError):
-        raise made
-    return made
-
-
-def _is_ids(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and not isinstance(prompt[0], dict)
-
-
-def _refusal(one: Asked, limits: PromptLimits) -> ConfigError | None:
+def _refusal(one: RawRequest, limits: PromptLimits) -> ConfigError | None:
     """What is wrong with a prompt before anything is made of it."""
-    if isinstance(one.prompt, list | tuple) and one.prompt and _is_ids(one.prompt):
-        refused = _too_long(len(one.prompt), one, limits)  # before each of them is looked at
+    if one.ids is not None:
+        refused = _too_long(len(one.ids), one, limits)  # before each of them is looked at
         if refused is not None:
             return refused
     problem = prompt_problem(one.prompt, key=one.where, vocab_size=limits.vocab_size)
     if problem is not None:
         return ConfigError(problem)
-    if limits.tokenizer is None and one.params.stop:
+    if limits.tokenizer is not None:
+        return None
+    if one.params.stop:
         return _refused(one.where, "stop strings need a tokenizer, and the model has none", "Use stop_token_ids.")
-    if limits.tokenizer is None and one.params.bad_words:
+    if one.params.bad_words:
         return _refused(one.where, "bad_words need a tokenizer, and the model has none", "Use logit_bias.")
-    if limits.tokenizer is None and not _is_ids(one.prompt):
+    if one.ids is None:
         fix = "Give the prompt as token ids, or set model.tokenizer."
         return _refused(one.where, "the model has no tokenizer.json", fix)
     return None
 
 
-def _request(
-    one: Asked, limits: PromptLimits, ids: Sequence[int], text: str | None
-) -> tuple[Request, str | None] | ConfigError:
-    params = one.params
-    room = limits.max_model_len - len(ids)
+def _request(one: RawRequest, limits: PromptLimits, ids: Iterable[int], text: str | None) -> Request | ConfigError:
+    params, ids = one.params, tuple(ids)
     refused = _too_long(len(ids), one, limits)
     if refused is not None:
         return refused
+    room = limits.max_model_len - len(ids)
     max_tokens = room if params.max_tokens is None else max(0, min(params.max_tokens, room))
     price = price_problem(
         params, key=one.where, max_tokens=max_tokens, prompt_tokens=len(ids), vocab_size=limits.vocab_size
@@ -209,39 +182,25 @@ def _request(
     if allowed is not None and leaves_nothing(allowed, bad_words, stops, params.min_tokens):
         rule = "allowed_token_ids, bad_words and min_tokens together can leave no token to choose"
         return _refused(one.where, rule, "Allow more ids.")
-    request = Request(
+    return Request(
         id=one.id,
-        prompt_token_ids=tuple(ids),
+        prompt=text,
+        prompt_token_ids=ids,
         params=params,
         seed=params.seed if params.seed is not None else derived_seed(limits.seed, one.index),
         max_tokens=max_tokens,
         stop_token_ids=stops,
         bad_words=bad_words,
     )
-    return request, text
 
 
-def _too_long(count: int, one: Asked, limits: PromptLimits) -> ConfigError | None:
+def _too_long(count: int, one: RawRequest, limits: PromptLimits) -> ConfigError | None:
     """What is wrong with a prompt of `count` tokens."""
     room = limits.max_model_len - count
     if room >= (-1 if one.params.max_tokens == 0 else 1):  # of a text that is only scored the last token is no input
         return None
     rule = f"the prompt has {count} tokens, and with the output it must fit in {limits.max_model_len}"
     return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")
-
-
-def _far_too_long(text: str, where: str, limits: PromptLimits) -> ConfigError | None:
-    """What is wrong with a text that is so long that it need not be tokenised, which takes time, to be refused."""
-    if len(text) <= limits.max_model_len:
-        return None
-    most = limits.tokenizer.most_characters(limits.max_model_len, is_ascii=text.isascii())
-    if len(text) <= most:
-        return None
-    rule = (
-        f"the text has {len(text)} characters, and no text of more than {most} is taken where prompt and output must "
-        f"fit in {limits.max_model_len} tokens"
-    )
-    return _refused(where, rule, "Shorten it, or raise engine.max_model_len.")
 
 
 def derived_seed(seed: int, index: int) -> int:
@@ -254,156 +213,77 @@ def _refused(where: str, rule: str, fix: str = "") -> ConfigError:
     return ConfigError(Problem(key=where, rule=rule, fix=fix))
 
 
-def _encode(written: Sequence[Asked], limits: PromptLimits) -> list[Encoded]:
-    """Token ids of prompts that are texts or chats."""
-    texts = [_text(one, limits) for one in written]
-    encoded: list[Encoded] = list(texts)
-    for is_chat in (False, True):  # a template writes the special tokens itself
-        places = [
-            i for i, one in enumerate(written) if isinstance(texts[i], str) and is_chat != isinstance(one.prompt, str)
-        ]
-        if places:
-            together = limits.tokenizer.encode_batch([texts[i] for i in places], add_special_tokens=not is_chat)
-            for i, ids in zip(places, together, strict=True):
-                encoded[i] = _checked(ids, texts[i], written[i].where, limits)
-    return encoded
+# ---- texts and chats to token ids
 
 
-def _text(one: Asked, limits: PromptLimits) -> str | ConfigError:
-    """A prompt as text, its chat template applied."""
-    text = one.prompt
+def _encode(written: list[RawRequest], limits: PromptLimits) -> list[Encoded]:
+    """Of prompts that are texts or chats."""
+    if not written:
+        return []
+    assert limits.tokenizer is not None, "refused before"
+    encoded: dict[int, Encoded] = {}
+    texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
+    for place, one in enumerate(written):
+        text = _text(one, limits.tokenizer, limits.max_model_len)
+        if isinstance(text, ConfigError):
+            encoded[place] = text
+        else:
+            texts[isinstance(one.prompt, str)][place] = text
+    for is_text, found in texts.items():  # a template writes the special tokens itself
+        batch = limits.tokenizer.encode_batch(list(found.values()), add_special_tokens=is_text)
+        for (place, text), ids in zip(found.items(), batch, strict=True):
+            encoded[place] = _checked(ids, text, written[place].where, limits.vocab_size)
+    return [encoded[place] for place in range(len(written))]
+
+
+def _text(one: RawRequest, tokenizer: Tokenizer, max_model_len: int) -> str | ConfigError:
+    """A prompt as text, its chat template applied; refused here if it is too long to be worth tokenising."""
     try:
-        if not isinstance(text, str):
-            text = limits.tokenizer.chat_text(list(text), **one.chat_variables)
+        is_text = isinstance(one.prompt, str)
+        text: str = one.prompt if is_text else tokenizer.chat_text(one.prompt, **one.chat_variables)
     except TemplateError as error:
         return _refused(one.where, str(error))
-    return _far_too_long(text, one.where, limits) or text
+    most = min(MAX_TEXT, max_model_len * MAX_TOKEN)
+    if len(text) <= most:
+        return text
+    rule = (
+        f"the text has {len(text)} characters, and no text of more than {most} is taken where prompt and output must "
+        f"fit in {max_model_len} tokens"
+    )
+    return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")
 
 
-def _checked(ids: list[int] | ValueError, text: str, where: str, limits: PromptLimits) -> Encoded:
+def _checked(ids: list[int] | ValueError, text: str, where: str, vocab_size: int) -> Encoded:
     if isinstance(ids, TokenizerError):
         return TokenizerFailed(Problem(key=where, rule=str(ids)))
     if isinstance(ids, ValueError):
         return _refused(where, str(ids))
     if not ids:
         return _refused(where, "an empty prompt: the tokenizer makes no token of it")
-    beyond = next((token_id for token_id in ids if token_id >= limits.vocab_size), None)
-    if beyond is not None:
-        rule = f"the tokenizer makes token id {beyond} of it, and the model's are 0 to {limits.vocab_size - 1}"
+    if max(ids) >= vocab_size:
+        beyond = next(token_id for token_id in ids if token_id >= vocab_size)
+        rule = f"the tokenizer makes token id {beyond} of it, and the model's are 0 to {vocab_size - 1}"
         return _refused(where, rule, "The tokenizer is not this model's.")
     return ids, text
 
 
-def _pack(encoded: Sequence[Encoded]) -> bytes:
-    """Encoded prompts for the way to other ranks; `_unpack` is the inverse."""
-    found = [one for one in encoded if not isinstance(one, ConfigError)]
+def _pack(encoded: list[Encoded]) -> bytes:
+    """For the way to other ranks; `_unpack` is the inverse."""
     head = [
-        [str(one), isinstance(one, TokenizerFailed)] if isinstance(one, ConfigError) else [len(one[0]), one[1]]
-        for one in encoded
+        [str(one), isinstance(one, TokenizerFailed)] if isinstance(one, ConfigError) else [one[1]] for one in encoded
     ]
-    return json.dumps(head).encode() + b"\n" + array("i", chain.from_iterable(ids for ids, _ in found)).tobytes()
+    return pack(json.dumps(head).encode(), [[] if isinstance(one, ConfigError) else one[0] for one in encoded], [])
 
 
 def _unpack(data: bytes) -> list[Encoded]:
-    head, _, tail = data.partition(b"\n")
-    ids = array("i", tail)
-    encoded: list[Encoded] = []
-    start = 0
-    for count, text in json.loads(head):
-        if isinstance(count, str):
-            encoded.append((TokenizerFailed if text else ConfigError)(count))
-            continue
-        encoded.append((ids[start : start + count], text))
-        start += count
-    return encoded
+    head, rows, _ = unpack(data)
+    return [
+        (TokenizerFailed if failed[0] else ConfigError)(text) if failed else (ids, text)
+        for (text, *failed), ids in zip(json.loads(head), rows, strict=True)
+    ]
 
 
-# ---- many prompts
-
-
-class _Collector:
-    """Turns entries into what is asked and failures, each with an id of its own."""
-
-    def __init__(
-        self, limits: PromptLimits, defaults: SamplingParams, variables: Mapping[str, Any], named: Collection[str]
-    ):
-        """`variables`: what chat templates see, where an entry does not say otherwise; `named`: the ids that entries
-        give themselves, which none gets by its place.
-        """
-        self.limits = limits
-        self.named = named
-        self.defaults = defaults
-        self.variables = variables
-        self.asked: list[Asked] = []
-        self.failures: dict[str, Failure] = {}
-        self.places: dict[str, str] = {}
-        """Where each id was used first, in input order."""
-
-    def add(self, entry: Entry) -> None:
-        index = len(self.places)
-        given, wrong = given_id(entry)
-        own_id, problem = str(index) if given is None else given, entry.error or wrong
-        if given is not None and own_id in self.places:
-            problem = problem or f"{entry.where}: the id {own_id!r} is used by {self.places[own_id]} already."
-        if own_id in self.places or (given is None and own_id in self.named):
-            own_id = entry.where
-            while own_id in self.places or own_id in self.named:
-                own_id += "'"
-        self.places[own_id] = entry.where
-        try:
-            if problem is not None:
-                raise ConfigError(problem)
-            params = self._params(entry)
-        except ConfigError as error:
-            self.fail(own_id, entry.prompt, error)
-            return
-        self.asked.append(
-            Asked(
-                prompt=entry.prompt,
-                params=params,
-                id=own_id,
-                index=index,
-                where=entry.where,
-                chat_variables={**self.variables, **entry.variables},
-            )
-        )
-
-    def fail(self, id: str, prompt: Any, error: ConfigError) -> None:
-        self.failures[id] = Failure(id=id, error=str(error), prompt=prompt if isinstance(prompt, str) else None)
-
-    def _params(self, entry: Entry) -> SamplingParams:
-        if entry.sampling is None:
-            return self.defaults
-        prefix = f"{entry.where}: sampling."
-        params = sampling_from_mapping(self.defaults, entry.sampling, prefix=prefix)
-        problems = sampling_problems(params, prefix=prefix, vocab_size=self.limits.vocab_size)
-        if problems:
-            raise ConfigError(*problems)
-        return params
-
-    def failed(self) -> tuple[Failure, ...]:
-        """In input order."""
-        return tuple(self.failures[id] for id in self.places if id in self.failures)
-
-    def batch(self, digest: str, together: Together | None) -> InputBatch:
-        requests: list[Request] = []
-        texts: dict[str, str] = {}
-        results = make_requests(self.asked, self.limits, together)
-        for one, made in zip(self.asked, results, strict=True):
-            if isinstance(made, ConfigError):
-                self.fail(one.id, one.prompt, made)
-                continue
-            request, text = made
-            requests.append(request)
-            if text is not None:
-                texts[one.id] = text
-        return InputBatch(
-            requests=tuple(requests),
-            failures=self.failed(),
-            texts=texts,
-            order=tuple(self.places),
-            digest=digest,
-        )
+# ---- the input of a job
 
 
 def read_inputs(
@@ -412,46 +292,98 @@ def read_inputs(
     limits: PromptLimits,
     *,
     stdin: BinaryIO | None = None,
-    together: Together | None = None,
+    ranks: Ranks | None = None,
 ) -> InputBatch:
     """Read every prompt that `section` names, sampled by `defaults` unless its line says otherwise.
 
-    `stdin` stands in for standard input; `together`: see `make_requests`. ConfigError: the input as a whole can't be
-    read, is empty, or is not the same on every rank.
+    `stdin` stands in for standard input; `ranks`: see `make_requests`. ConfigError: the input as a whole can't be read,
+    is empty, or is not the same on every rank.
     """
-    collector, digest = _collect(section, defaults, limits, stdin)
-    batch = collector.batch(digest, together)
+    read, digest = _read(section, defaults, limits.vocab_size, stdin)
+    found: dict[str, Request | RequestOutput] = {}
+    raw = [one for one in read.values() if isinstance(one, RawRequest)]
+    made = iter(make_requests(raw, limits, ranks))
+    for name, one in read.items():
+        if isinstance(one, RawRequest):
+            request = next(made)
+            found[name] = _failure(name, one.prompt, request) if isinstance(request, ConfigError) else request
+        else:
+            found[name] = one
     if limits.tokenizer is not None:
         limits.tokenizer.close()
-    if not collector.places:
+    if not found:
         key = "input.file" if section.file is not None else "input.prompts"
         raise ConfigError(Problem(key=key, rule="has no prompts"))
-    return batch
+    return InputBatch(
+        requests=tuple(one for one in found.values() if isinstance(one, Request)),
+        failures=tuple(one for one in found.values() if isinstance(one, RequestOutput)),
+        order=tuple(found),
+        digest=digest,
+    )
 
 
 def input_problems(section: InputSection, defaults: SamplingParams, vocab_size: int | None) -> list[str]:
     """What is wrong with the prompts that `section` names, as far as it shows before a model or tokenizer is read."""
-    limits = PromptLimits(tokenizer=None, vocab_size=vocab_size or 1 << 62, max_model_len=1 << 62)
-    collector, _ = _collect(section, defaults, limits, None)
-    for one in collector.asked:
-        problem = prompt_problem(one.prompt, key=one.where, vocab_size=vocab_size)
-        if problem is not None:
-            collector.fail(one.id, one.prompt, ConfigError(problem))
-    return [failure.error for failure in collector.failed()]
+    read, _ = _read(section, defaults, vocab_size or 1 << 62, None)
+    problems = [
+        prompt_problem(one.prompt, key=one.where, vocab_size=vocab_size) if isinstance(one, RawRequest) else one.error
+        for one in read.values()
+    ]
+    return [str(problem) for problem in problems if problem is not None]
 
 
-def _collect(
-    section: InputSection, defaults: SamplingParams, limits: PromptLimits, stdin: BinaryIO | None
-) -> tuple[_Collector, str]:
-    """All entries, and the digest of what was read."""
+def _read(
+    section: InputSection, defaults: SamplingParams, vocab_size: int, stdin: BinaryIO | None
+) -> tuple[dict[str, RawRequest | RequestOutput], str]:
+    """The requests that the input asks for, by an id of their own in input order, and the digest of what was read.
+
+    A line that asks for none has its result there, which says why.
+    """
     variables = section_variables(section)
     digest = sha256(json.dumps(variables, default=repr).encode() if variables else b"")
     entries = []
-    for raw, entry in read_entries(section, stdin):
-        digest.update(b"%d:" % len(raw) + raw)
-        entries.append(entry)
-    named = {given for given, _ in map(given_id, entries) if given is not None}
-    collector = _Collector(limits, defaults, variables, named)
-    for entry in entries:
-        collector.add(entry)
-    return collector, digest.hexdigest()
+    for line, entry in read_entries(section, stdin):
+        digest.update(b"%d:" % len(line) + line)
+        entries.append((entry, *given_id(entry)))
+    named = {given for _, given, _ in entries if given is not None}
+    found: dict[str, RawRequest | RequestOutput] = {}
+    places: dict[str, str] = {}
+    for index, (entry, given, wrong) in enumerate(entries):
+        name, problem = given or str(index), entry.error or wrong
+        if given in places:
+            problem = problem or f"{entry.where}: the id {given!r} is used by {places[given]} already."
+        if name in places or (given is None and name in named):
+            name = entry.where
+            while name in places or name in named:
+                name += "'"
+        places[name] = entry.where
+        try:
+            if problem is not None:
+                raise ConfigError(problem)
+            found[name] = RawRequest(
+                prompt=entry.prompt,
+                params=_params(entry, defaults, vocab_size),
+                id=name,
+                index=index,
+                where=entry.where,
+                chat_variables={**variables, **entry.variables},
+            )
+        except ConfigError as error:
+            found[name] = _failure(name, entry.prompt, error)
+    return found, digest.hexdigest()
+
+
+def _failure(name: str, prompt: Any, error: ConfigError) -> RequestOutput:
+    text = prompt if isinstance(prompt, str) else None
+    return RequestOutput(request_id=name, prompt=text, prompt_token_ids=[], error=str(error))
+
+
+def _params(entry: Entry, defaults: SamplingParams, vocab_size: int) -> SamplingParams:
+    if entry.sampling is None:
+        return defaults
+    prefix = f"{entry.where}: sampling."
+    params = sampling_from_mapping(defaults, entry.sampling, prefix=prefix)
+    problems = sampling_problems(params, prefix=prefix, vocab_size=vocab_size)
+    if problems:
+        raise ConfigError(*problems)
+    return params

@@ -1,4 +1,4 @@
-"""Results out: a JSON-lines file that a killed run can go on with, or text on the terminal. Torch-free.
+"""Results out: a JSON-lines file that a killed run can go on with. Torch-free.
 
 Beside `out.jsonl` lies `out.jsonl.run.json`: what decides the results of the run that writes the file. Lines are
 appended as prompts finish; when all have, the file is put in input order, whole or not at all. Kill the run at any
@@ -13,18 +13,17 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from megalite.config.schema import InferConfig
 from megalite.config.typecheck import printable, problem, shown
 from megalite.errors import ConfigError, maybe_fault
 from megalite.files import DurableFile, LineFile, write_json
 from megalite.inference.outputs import RequestOutput
-from megalite.monitor.words import format_count
 
 _NEW_FILE = "Set output.overwrite=true to start anew, or write to another file."
 _SHOWN_CHANGES = 8
@@ -41,13 +40,14 @@ def fingerprint(config: InferConfig, *, weights: str, inputs: str) -> dict[str, 
     decides |= {f"engine.{key}": engine[key] for key in ("max_model_len", "seed")}
     decides |= {f"sampling.{key}": value for key, value in asdict(config.sampling).items()}
     decides |= {"the weights": weights, "the input": inputs[:16]}
-    return json.loads(json.dumps(decides))
+    as_read: dict[str, Any] = json.loads(json.dumps(decides))
+    return as_read
 
 
 class OutputFile:
     """The results of a run, one JSON line a prompt; made by `open`. One process writes it."""
 
-    def __init__(self, path: Path, lines: LineFile, lock: BinaryIO, order: Sequence[str], places: dict[str, _Place]):
+    def __init__(self, path: Path, lines: LineFile, lock: BinaryIO, order: Collection[str], places: dict[str, _Place]):
         self.path = path
         self._lines = lines
         self._lock = lock
@@ -62,7 +62,7 @@ class OutputFile:
 
     @classmethod
     def open(
-        cls, path: str | Path, fingerprint: Mapping[str, Any], order: Sequence[str], *, overwrite: bool = False
+        cls, path: str | Path, fingerprint: Mapping[str, Any], order: Collection[str], *, overwrite: bool = False
     ) -> OutputFile:
         """Start the file, or go on with it if it is of a run with the same `fingerprint`.
 
@@ -101,15 +101,14 @@ class OutputFile:
         line = output.to_line()
         maybe_fault("output.write")
         data = line.encode() + b"\n"
-        before = self._failed.get(name)
-        if before is not None and self._said(before) == data:
-            self._places[name] = before
-            return
-        self._lines.append(line)
-        self._places[name] = _Place(self._end, len(data))
-        self._end += len(data)
+        place = self._failed.get(name)
+        if place is None or self._read(place) != data:
+            self._lines.append(line)
+            place = _Place(self._end, len(data))
+            self._end += len(data)
+        self._places[name] = place
 
-    def _said(self, place: _Place) -> bytes:
+    def _read(self, place: _Place) -> bytes:
         with self.path.open("rb") as lines:
             lines.seek(place.start)
             return lines.read(place.length)
@@ -185,12 +184,13 @@ def _compare(path: Path, record: Path, fingerprint: Mapping[str, Any]) -> None:
     raise ConfigError(problem("output.file", rule, str(path), _NEW_FILE))
 
 
-def _read_places(path: Path, order: Sequence[str]) -> dict[str, _Place]:
+def _read_places(path: Path, order: Collection[str]) -> dict[str, _Place]:
     """Where each result of a file of whole lines is: of one that failed and was tried again, the later.
 
     ConfigError: a line is no result of this run.
     """
-    known, places, start = frozenset(order), {}, 0
+    places: dict[str, _Place] = {}
+    known, start = frozenset(order), 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -206,34 +206,3 @@ def _read_places(path: Path, order: Sequence[str]) -> dict[str, _Place]:
             places[name] = _Place(start, len(line), failed)
             start += len(line)
     return places
-
-
-# ---- the terminal
-
-
-def print_output(output: RequestOutput, stream: TextIO) -> None:
-    """Show a prompt and its completions to a person; control characters, which a terminal would obey, are escaped."""
-    parts = [f"=== {output.request_id} ==="]
-    if output.prompt is not None:
-        parts.append(output.prompt)
-    elif output.prompt_token_ids:
-        parts.append(f"token ids {output.prompt_token_ids}")
-    if output.error is not None:
-        parts.append(f"--- error: {output.error}")
-    for completion in output.outputs:
-        place = f" {completion.index + 1} of {len(output.outputs)}" if len(output.outputs) > 1 else ""
-        why = completion.finish_reason or "unfinished"
-        parts.append(f"--- completion{place} ({format_count(len(completion.token_ids), 'token')}, {why})")
-        parts.append(completion.text or f"token ids {completion.token_ids}")
-    stream.write("\n".join(_harmless(part) for part in parts) + "\n\n")
-    stream.flush()
-
-
-def _harmless(text: str) -> str:
-    return "".join(_escaped(text))
-
-
-def _escaped(text: str) -> Iterator[str]:
-    for character in text:
-        shown_as_it_is = character.isprintable() or character in "\n\t"
-        yield character if shown_as_it_is else character.encode("unicode_escape").decode()

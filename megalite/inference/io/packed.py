@@ -5,12 +5,12 @@ The numbers of a rollout are millions. As one JSON text they would hold Python's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import numpy as np
 
 
-def pack(text: bytes, ints: Sequence[Sequence[int]], floats: Sequence[Sequence[float]]) -> bytes:
+def pack(text: bytes, ints: Collection[Collection[int]], floats: Collection[Collection[float]]) -> bytes:
     """`text`, rows of 32-bit integers and rows of float64, each row of its own length; `unpack` is the inverse."""
     lengths = np.array([len(text), len(ints), len(floats), *map(len, ints), *map(len, floats)], "<i8")
     rows = [np.array(row, kind).tobytes() for kind, rows in (("<i4", ints), ("<f8", floats)) for row in rows]
