@@ -60,7 +60,7 @@ COMMANDS = {
 }
 """What `megalite` can be told to do; the first three are jobs (launch/), the others tools (tools/)."""
 
-Run = Callable[[Loaded], int]
+Run = Callable[[Loaded[Any]], int]
 Checks = Callable[[Config], list[Problem]]
 """What a job checks of its config besides what holds for all jobs; before torch is imported."""
 
@@ -117,8 +117,9 @@ def no_checks(config: Config) -> list[Problem]:
 def megalite() -> int:
     """The command `megalite`; gives its exit code."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in get_args(Kind):
-        return launch(name, command=name)
+    for kind in get_args(Kind):
+        if name == kind:
+            return launch(kind, command=name)
     if name in COMMANDS:
         from megalite.tools import bench, toolkit
 
@@ -141,7 +142,7 @@ def megalite() -> int:
 def launch(kind: Kind, command: str = "") -> int:
     """The whole of launch/KIND.py, and of `megalite KIND`, where `command` is that word; gives the exit code."""
 
-    def run(loaded: Loaded) -> int:
+    def run(loaded: Loaded[Any]) -> int:
         if kind == "infer":  # these import torch: only once everything has been checked
             from megalite.inference import job
 
@@ -184,7 +185,7 @@ def main(
     place = None
     running = False
 
-    def run_here(loaded: Loaded) -> int:
+    def run_here(loaded: Loaded[Any]) -> int:
         nonlocal running
         running = True
         return run(loaded)
@@ -380,7 +381,7 @@ def _leaving_on_signals(place: LaunchEnv | None) -> Iterator[None]:
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def _misplaced(loaded: Loaded, place: LaunchEnv | None, argv: Sequence[str], options: Options) -> list[Problem]:
+def _misplaced(loaded: Loaded[Any], place: LaunchEnv | None, argv: Sequence[str], options: Options) -> list[Problem]:
     """What is wrong with how this rank was started, if it is one."""
     found: list[Problem | None] = []
     if place is not None:
@@ -421,11 +422,11 @@ def _nameless_file(text: str, stack: ExitStack) -> str:
     return f"/proc/self/fd/{file.fileno()}"
 
 
-def _reads_stdin(loaded: Loaded) -> bool:
+def _reads_stdin(loaded: Loaded[Any]) -> bool:
     return isinstance(loaded.config, InferConfig) and loaded.config.input.file == "-"
 
 
-def _start_hosts(loaded: Loaded, options: Options) -> int:
+def _start_hosts(loaded: Loaded[Any], options: Options) -> int:
     """Start the ranks on several hosts through deepspeed; gives its exit code."""
     filtered = "--include" in options.hosts or "--exclude" in options.hosts
     check_hostfile(options.hosts[1], num_ranks(loaded.config), filtered)
@@ -437,7 +438,7 @@ def _start_hosts(loaded: Loaded, options: Options) -> int:
     return run_over_hosts(options.hosts, os.path.abspath(script), [*words, *resolved, *options.for_ranks])
 
 
-def _start_ranks(loaded: Loaded, options: Options) -> int:
+def _start_ranks(loaded: Loaded[Any], options: Options) -> int:
     """Start the ranks on this host with the resolved config in a file without a name; gives the run's exit code."""
     ranks, cores = num_ranks(loaded.config), os.cpu_count() or 1
     if ranks > max(64, MOST_RANKS_PER_CORE * cores):

@@ -19,7 +19,7 @@ from megalite.weights.hf import at_hand, read_headers, resolve
 
 
 def check(
-    loaded: Loaded, problems: list[Problem], more: list[Problem] | None = None, *, read_headers: bool
+    loaded: Loaded[Any], problems: list[Problem], more: list[Problem] | None = None, *, read_headers: bool
 ) -> ModelConfig | None:
     """Hold the config against the rules and the model folder; gives the model, where it is on this disk.
 
@@ -69,7 +69,7 @@ def read_model(config: Config) -> ModelConfig | None:
     return families.read(path)
 
 
-def as_sampled(loaded: Loaded) -> Loaded:
+def as_sampled(loaded: Loaded[Any]) -> Loaded[Any]:
     """The config with the sampling that the model's owner sets where it sets none; as it is if the model is not here.
 
     CheckpointError: what the folder says of it is damaged.
