@@ -47,6 +47,7 @@ setup(
             "transformers>=5.24,<6",
             "ruff>=0.9",
             "mypy>=1.18",
+            "setuptools>=77",
         ],
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalite.config.schema import SamplingParams as SamplingParams
@@ -12,7 +12,7 @@ __version__ = "0.2.0"
 __all__ = ["LLM", "SamplingParams"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import on first use, so that `import megalite` stays light (no torch, deepspeed or tokenizers)."""
     if name == "LLM":
         from megalite.inference.llm import LLM

@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from types import FrameType
 from typing import Any, get_args
 
-from megalite import terminal
+from megalite import __version__, terminal
 from megalite.config.explain import explain, table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig
@@ -127,6 +127,9 @@ def megalite() -> int:
         return bench.main() if name == "bench" else toolkit.tool(name)
     terminal.guard()
     try:
+        if name == "--version":
+            _say(f"megalite {__version__}")
+            return EXIT_DONE
         if name not in ("--help", "-h"):
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             fix = f"Did you mean {close[0]}?" if close else "--help lists all commands."

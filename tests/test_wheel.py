@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE
 
+import megalite
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
 GENERATE = """
@@ -39,9 +41,8 @@ class Installed:
         (self.wheel,) = folder.glob("megalite-*.whl")
         call([sys.executable, "-m", "venv", "--without-pip", self.venv])
         (packages,) = self.venv.glob("lib/python*/site-packages")
-        seen = [
-            path for path in sys.path if path.endswith("-packages")
-        ]  # paths that a .pth file of theirs names are not
+        # not what a .pth file of theirs names, such as the checkout
+        seen = [path for path in sys.path if path.endswith("-packages")]
         (packages / "dependencies.pth").write_text("\n".join(seen))
         call([self.venv / "bin" / "python", "-m", "pip", "--quiet", "install", "--no-deps", "--no-index", self.wheel])
         self.folder.mkdir()
@@ -74,6 +75,7 @@ def test_types_are_shipped_and_nothing_beside_the_package(installed):
     ("arguments", "words"),
     [
         (["--help"], ["usage: megalite COMMAND", "  hybrid ", "  describe ", "  bench "]),
+        (["--version"], [f"megalite {megalite.__version__}"]),
         (["infer", "--help"], ["usage: megalite infer --config FILE", "sampling:"]),
         (["bench", "--help"], ["usage: megalite bench", "weights between two layouts"]),
         (["bench", "convert", "--help"], ["usage: megalite bench convert"]),

@@ -42,7 +42,7 @@ WriteSamples = Callable[..., list[str | None]]
 """See `hybrid.samples.write_samples`, which is above this room: training knows no engine."""
 
 
-def run(loaded: Loaded, write_samples: WriteSamples) -> int:
+def run(loaded: Loaded[TrainConfig], write_samples: WriteSamples) -> int:
     """Train as the config says; every rank calls it. Returns the exit code, 0 also after a SIGTERM and a save.
 
     `write_samples` lets the trained model write for its card.

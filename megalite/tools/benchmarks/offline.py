@@ -17,7 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,15 +59,21 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or make_model(Path(folder))
         theirs, vocab = load_transformers(path, args.dtype)
-        limits = {"max_model_len": 1024, "max_num_seqs": 64, "max_num_batched_tokens": 1024}
-        with LLM(path, dtype=args.dtype, enable_prefix_caching=False, **limits) as llm:
+        with LLM(
+            path,
+            dtype=args.dtype,
+            enable_prefix_caching=False,
+            max_model_len=1024,
+            max_num_seqs=64,
+            max_num_batched_tokens=1024,
+        ) as llm:
             figures = measure_all(args, llm, theirs, vocab)
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def measure_all(args: argparse.Namespace, llm: LLM, theirs: Transformers, vocab: int) -> list[dict]:
+def measure_all(args: argparse.Namespace, llm: LLM, theirs: Transformers, vocab: int) -> list[dict[str, Any]]:
     random_ = random.Random(0)
     print(f"{args.threads} threads, {args.dtype}, {args.rounds} rounds; tokens/s")
     print(f"{'workload':<28}{'megalite':>10}{'transformers':>14}{'ratio':>8}{'of cpu':>8}")
@@ -75,8 +83,8 @@ def measure_all(args: argparse.Namespace, llm: LLM, theirs: Transformers, vocab:
         rounds = []
         for number in range(args.rounds):
             job, began = make(), time.monotonic()
-            mine = timed(lambda job=job: generate_ours(llm, job))
-            rounds.append((job.tokens, mine, timed(lambda job=job: theirs.generate(job, batch))))
+            mine = timed(partial(generate_ours, llm, job))
+            rounds.append((job.tokens, mine, timed(partial(theirs.generate, job, batch))))
             if number == 0:
                 say_time_left(time.monotonic() - began, args.rounds - 1, name)
         row = {
@@ -99,9 +107,10 @@ def measure_all(args: argparse.Namespace, llm: LLM, theirs: Transformers, vocab:
         return Job(prompts, [min(400, 8 + int(random_.expovariate(1 / 64))) for _ in prompts])
 
     warm_up = Job([[3] * 16], [8])
-    generate_ours(llm, warm_up), theirs.generate(warm_up, 1)
+    generate_ours(llm, warm_up)
+    theirs.generate(warm_up, 1)
     for batch in args.batches:
-        compare(f"batch {batch}, {args.prompt} + {args.new}", lambda batch=batch: even(batch), batch)
+        compare(f"batch {batch}, {args.prompt} + {args.new}", partial(even, batch), batch)
     if not args.skip_ragged:
         trial = ragged()
         best = min(RAGGED_BATCHES, key=lambda size: timed(lambda: theirs.generate(trial, size)).cpu_seconds)
@@ -132,7 +141,7 @@ def generate_ours(llm: LLM, job: Job) -> None:
 class Transformers:
     """The other side, used as its documentation says."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any):
         self.model = model
 
     @torch.inference_mode()
@@ -159,7 +168,8 @@ class Transformers:
 def load_transformers(path: str, dtype: str) -> tuple[Transformers, int]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    model.eval()
     return Transformers(model), model.config.vocab_size
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def print_table(figures: list[list[dict]]) -> None:
+def print_table(figures: list[list[dict[str, Any]]]) -> None:
     """`figures`: by rank, then by pair."""
     print(HEAD)
     print("|---|---|---|---|---|---|---|---|---|---|")

@@ -199,7 +199,8 @@ def theirs(
     from transformers import AutoModelForCausalLM
 
     number = torch_dtype(dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=number).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=number)
+    model.to(device)
     model.config.use_cache = False
     model.train()
     config = deepspeed_config(OPTIMIZER, zero_stage=1, dtype=number, more={})
@@ -214,7 +215,7 @@ def theirs(
         loss = engine(**inputs, labels=targets, shift_labels=targets).loss
         engine.backward(loss)
         engine.step()
-        return loss.item()
+        return float(loss)
 
     return step
 
