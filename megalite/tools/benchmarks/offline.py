@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megalite import LLM, SamplingParams
+from megalite.tools.benchmarks.shapes import save_random
 from megalite.tools.toolkit import say_time_left
 
 RAGGED_BATCHES = (8, 16, 32, 64)
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        path = args.model or make_model(Path(folder))
+        path = args.model or save_random("llama-34M", Path(folder))
         theirs, vocab = load_transformers(path, args.dtype)
         with LLM(
             path,
@@ -171,22 +172,3 @@ def load_transformers(path: str, dtype: str) -> tuple[Transformers, int]:
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     model.eval()
     return Transformers(model), model.config.vocab_size
-
-
-def make_model(folder: Path) -> str:
-    """A random Llama of 34M parameters: hidden 512, 8 layers, vocabulary 8192."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=8192,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)

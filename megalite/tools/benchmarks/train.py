@@ -32,6 +32,7 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
 from megalite.run.runtime import prepare_deepspeed, start
+from megalite.tools.benchmarks.shapes import SHAPES, save_random
 from megalite.tools.toolkit import say_time_left
 from megalite.train.data.packing import pack
 from megalite.train.micro_batch import from_sequences, from_windows
@@ -50,7 +51,7 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["qwen3-10M", "llama-34M"], help="shapes")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["qwen3-10M", "llama-34M"], help="shapes")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(TOLERANCE), default=list(TOLERANCE), help="numbers")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side")
     parser.add_argument("--batch", type=int, default=4, help="sequences a step")
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.threads} threads, {described(args)} a step, {args.rounds} rounds; ms a step, and ratios")
         for name in args.models:
             folder = Path(tmp) / name
-            MODELS[name]().save_pretrained(folder)
+            save_random(name, folder)
             for dtype in args.dtypes:
                 row = {"model": name, "dtype": dtype, **measure(folder, dtype, runtime.device, args)}
                 figures.append(row)
@@ -215,7 +216,7 @@ def theirs(
         loss = engine(**inputs, labels=targets, shift_labels=targets).loss
         engine.backward(loss)
         engine.step()
-        return float(loss)
+        return float(loss.item())
 
     return step
 
@@ -233,61 +234,3 @@ def packed(rows: list[Tensor]) -> dict[str, Tensor]:
     ids, targets = torch.cat([row[:-1] for row in rows]), torch.cat([row[1:] for row in rows])
     positions = torch.cat([torch.arange(len(row) - 1) for row in rows])
     return {"input_ids": ids[None], "targets": targets[None], "position_ids": positions[None]}
-
-
-def demo_shape() -> Any:
-    """The shape of checkpoints/demo: a Qwen3 of 10.5M parameters."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=320,
-            intermediate_size=768,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=64,
-            vocab_size=4096,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-def llama_shape() -> Any:
-    """A Llama of 34M parameters: hidden 512, 8 layers, vocabulary 8192."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            vocab_size=8192,
-            max_position_embeddings=1024,
-        )
-    )
-
-
-def qwen_shape() -> Any:
-    """The shape of Qwen3-0.6B."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_hidden_layers=28,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
-    )
-
-
-MODELS = {"qwen3-10M": demo_shape, "llama-34M": llama_shape, "qwen3-0.6B": qwen_shape}
