@@ -50,5 +50,6 @@ def save_random(name: str, folder: Path) -> str:
     """Save a model of the shape in Hugging Face layout, with random float32 weights; gives the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPES[name])).save_pretrained(folder)
+    make: Any = AutoModelForCausalLM.from_config  # untyped
+    make(AutoConfig.for_model(**SHAPES[name])).save_pretrained(folder)
     return str(folder)
