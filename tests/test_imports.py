@@ -41,3 +41,10 @@ def test_importing_megalite_is_light():
     code = f"import sys, megalite; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_public_names_stay_where_programs_find_them():
+    from megalite.text import tokenizer
+    from megalite.tokenizer import Tokenizer
+
+    assert Tokenizer is tokenizer.Tokenizer

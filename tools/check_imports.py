@@ -21,7 +21,7 @@ LEVELS = [
     {"megalite.config"},
     {"megalite.core"},
     {"megalite.run", "megalite.model", "megalite.text"},
-    {"megalite.weights"},
+    {"megalite.weights", "megalite.tokenizer"},
     {"megalite.preflight"},
     {"megalite.inference", "megalite.train", "megalite.convert", "megalite.rewards"},
     {"megalite.hybrid", "megalite.evals"},

@@ -81,7 +81,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """Blocks that together hold lo..hi of a part, in order, and the extents to be made of them."""
+    """Extents that together hold lo..hi of a part, in order, and the extents to be made of them."""
 
     sources: tuple[Extent, ...]
     targets: tuple[Extent, ...] = ()
