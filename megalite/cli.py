@@ -37,7 +37,6 @@ from megalite.errors import (
     MegaliteError,
     Problem,
     ResourceError,
-    Stopped,
 )
 from megalite.model.config import ModelConfig
 from megalite.preflight import as_sampled, check
@@ -471,14 +470,8 @@ def _say(text: str) -> None:
 def _report(error: MegaliteError, place: LaunchEnv | None, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    if isinstance(error, Stopped):
-        lines = [str(error)]
-    elif isinstance(error, ConfigError):
-        lines = [f"error: {problem}" for problem in error.problems]
-    else:
-        lines = [f"error: {error}"]
     where = ""
     if place is not None and place.rank != 0:
         where = f"[rank {place.rank} on {socket.gethostname()}] "
-    sys.stderr.write("".join(f"{where}{line}\n" for line in lines))
+    sys.stderr.write("".join(f"{where}{line}\n" for line in error.lines()))
     sys.stderr.flush()

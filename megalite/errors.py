@@ -22,6 +22,10 @@ class MegaliteError(Exception):
 
     exit_code = EXIT_CRASH
 
+    def lines(self) -> list[str]:
+        """What a command that it ends prints."""
+        return [f"error: {self}"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -53,6 +57,9 @@ class ConfigError(MegaliteError, ValueError):
         self.problems = tuple(Problem(key="", rule=p.rstrip(".")) if isinstance(p, str) else p for p in problems)
         super().__init__("\n".join(str(p) for p in self.problems))
 
+    def lines(self) -> list[str]:
+        return [f"error: {problem}" for problem in self.problems]
+
 
 class CheckpointError(MegaliteError):
     """A model folder, weight file or training checkpoint is missing, damaged or does not fit the model."""
@@ -79,6 +86,9 @@ class Stopped(MegaliteError):
         self.signum = signum
         self.exit_code = 128 + signum
         super().__init__(f"stopped by {signal.Signals(signum).name}; finished work is kept")
+
+    def lines(self) -> list[str]:
+        return [str(self)]
 
 
 FAULT_VARIABLE = "MEGALITE_FAULT"

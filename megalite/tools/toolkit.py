@@ -168,8 +168,7 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
     except MegaliteError as error:
         if debug:
             traceback.print_exc()
-        lines = error.problems if isinstance(error, ConfigError) else [error]
-        sys.stderr.write("".join(f"error: {line}\n" for line in lines))
+        sys.stderr.write("".join(f"{line}\n" for line in error.lines()))
         return error.exit_code
     except Exception:
         traceback.print_exc()
