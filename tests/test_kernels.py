@@ -23,12 +23,14 @@ from reference import attention as reference  # noqa: E402
 from test_attention import check_packed, packed_case  # noqa: E402
 
 from megalite.errors import ResourceError  # noqa: E402
-from megalite.model import kernels  # noqa: E402
+from megalite.kernels import attention as kernels  # noqa: E402
+from megalite.kernels import jit  # noqa: E402
+from megalite.kernels.store import _store_kernel, store_kv  # noqa: E402
 from megalite.model.attention import PackedAttention  # noqa: E402
 from megalite.model.config import AttentionSpec  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
-interpreted = type(kernels._store_kernel).__name__ == "InterpretedFunction"
+interpreted = type(_store_kernel).__name__ == "InterpretedFunction"
 old_numpy = tuple(int(part) for part in numpy.__version__.split(".")[:2]) < (2, 4)  # Triton 3.6's interpreter wants it
 needs_triton = pytest.mark.skipif(
     not (CUDA or (interpreted and old_numpy)),
@@ -47,6 +49,11 @@ def few_programs(monkeypatch):
 
 def make_spec(dim: int, window: int | None = None, softcap: float | None = None) -> AttentionSpec:
     return AttentionSpec(layer=0, scale=1.3 / math.sqrt(dim), window=window, softcap=softcap)
+
+
+def scaled(spec: AttentionSpec) -> dict[str, float | int | None]:
+    """What the kernel is told of a layer."""
+    return {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
 
 
 @dataclass
@@ -96,7 +103,7 @@ class Step:
             "context_len": self.context_len,
             "block_table": self.block_table,
             "block_size": self.block_size,
-            "spec": self.spec,
+            **scaled(self.spec),
             "max_query_len": max(count for _, count in self.rows),
         }
         return kernels.paged_attention(self.q, *self.cache, **(arguments | overrides))
@@ -117,7 +124,7 @@ class Step:
             context_len=torch.tensor([context_len], dtype=torch.int32, device=DEVICE),
             block_table=self.block_table[row : row + 1],
             block_size=self.block_size,
-            spec=self.spec,
+            **scaled(self.spec),
             max_query_len=max(2, last - first),  # never cut along the keys, as in a step of longer rows
         )
 
@@ -221,7 +228,7 @@ def test_no_tokens_and_no_heads():
     step.cache = step.cache[:, :0]
     assert step.run().shape == (3, 0, 32)
     nothing = torch.empty(0, 2, 32, device=DEVICE)
-    kernels.store_kv(nothing, nothing, nothing, nothing, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    store_kv(nothing, nothing, nothing, nothing, torch.empty(0, dtype=torch.int64, device=DEVICE))
 
 
 @needs_triton
@@ -236,7 +243,7 @@ def test_store_kv_writes_its_slots_and_no_other(heads, dim):
     for token, slot in enumerate(slots):
         if slot >= 0:
             expected[0, :, slot], expected[1, :, slot] = k[token], v[token]
-    kernels.store_kv(k, v, *cache, torch.tensor(slots, device=DEVICE))
+    store_kv(k, v, *cache, torch.tensor(slots, device=DEVICE))
     assert torch.equal(cache, expected)
 
 
@@ -250,7 +257,7 @@ def test_the_number_of_splits_is_a_power_of_two_that_falls_as_rows_grow(monkeypa
 
 
 def test_without_triton_generation_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(jit, "triton", None)
     step = Step(DECODE, heads=4, kv_heads=2, dim=32)
     with pytest.raises(ResourceError, match="Triton"):
         step.run()
@@ -291,7 +298,7 @@ def test_a_captured_decode_step_gives_the_same_bits(rows):
     new_slots = block_table[:-1].gather(1, (last // 16)[:, None])[:, 0].long() * 16 + last % 16
 
     def attend():
-        kernels.store_kv(k, v, *step.cache, slots)
+        store_kv(k, v, *step.cache, slots)
         return step.run(context_len=context_len, block_table=block_table)
 
     context_len.zero_()
@@ -322,7 +329,7 @@ def test_caches_of_more_than_2_to_the_31_elements():
     k = torch.randn(40, 2, 128, dtype=torch.bfloat16, device=DEVICE)
     block_table = torch.tensor([[slots // 16 - 1, 0, slots // 16 - 7]], dtype=torch.int32, device=DEVICE)
     position = torch.arange(40, device=DEVICE)
-    kernels.store_kv(k, k, cache, cache, block_table[0, position // 16].long() * 16 + position % 16)
+    store_kv(k, k, cache, cache, block_table[0, position // 16].long() * 16 + position % 16)
     q, spec = torch.randn(40, 4, 128, dtype=torch.bfloat16, device=DEVICE), make_spec(128)
     for count in (1, 40):
         out = kernels.paged_attention(
@@ -333,7 +340,7 @@ def test_caches_of_more_than_2_to_the_31_elements():
             context_len=torch.tensor([40], dtype=torch.int32, device=DEVICE),
             block_table=block_table,
             block_size=16,
-            spec=spec,
+            **scaled(spec),
             max_query_len=count,
         )
         torch.testing.assert_close(out.double(), reference(q[-count:], k, k, spec), rtol=1.6e-2, atol=1.6e-2)

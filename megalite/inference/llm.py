@@ -35,7 +35,7 @@ from megalite.inference.logprobs import TokenLogprob
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import as_sampled, load_replica
 from megalite.inference.run import prepare, prompt_limits, run_everywhere
-from megalite.model.kernels import release_memory
+from megalite.kernels.device import release_memory
 from megalite.monitor.words import format_count
 from megalite.run import runtime as distributed
 from megalite.run.launch_env import LaunchEnv

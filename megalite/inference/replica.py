@@ -29,9 +29,9 @@ from megalite.inference.outputs import OutputProcessor
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler
 from megalite.inference.scheduler import Scheduler
+from megalite.kernels.device import free_memory, ranks_on_device
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.model.kernels import free_memory, ranks_on_device
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
 from megalite.run.runtime import Runtime

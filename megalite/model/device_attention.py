@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache on an accelerator, through the kernels in kernels.py."""
+"""Attention over a paged KV cache on an accelerator, through our kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megalite.model import kernels
+from megalite.kernels.attention import paged_attention
+from megalite.kernels.store import store_kv
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import DeviceCache
 
@@ -37,8 +38,8 @@ class DeviceAttention:
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
-        kernels.store_kv(k, v, keys, values, self.slots)
-        return kernels.paged_attention(
+        store_kv(k, v, keys, values, self.slots)
+        return paged_attention(
             q,
             keys,
             values,
@@ -46,6 +47,8 @@ class DeviceAttention:
             context_len=self.context_len,
             block_table=self.block_table,
             block_size=self.cache.block_size,
-            spec=spec,
+            scale=spec.scale,
+            window=spec.window,
+            softcap=spec.softcap,
             max_query_len=self.max_query_len,
         )

@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import torch
 
+from megalite.kernels.device import device_name, ranks_on_device
 from megalite.model.config import ModelConfig
-from megalite.model.kernels import device_name, ranks_on_device
 
 PEAKS = {
     **{"A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "A40": 150e12, "A6000": 155e12},

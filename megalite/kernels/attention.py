@@ -1,4 +1,4 @@
-"""Triton kernels for generation on CUDA: paged attention, and the write into the paged KV cache.
+"""Paged attention for generation on CUDA, as Triton kernels.
 
 The cache of a layer is two tensors [kv_heads, slots, head_dim] with slot = block * block_size + offset; a row is one
 sequence of the step, its queries are its newest tokens. A launch depends on shapes and on plain Python numbers, never
@@ -12,22 +12,12 @@ keys too (Flash-Decoding) and the parts are merged by their log-sum-exp.
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalite.errors import ResourceError
-from megalite.model.config import AttentionSpec
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # CPU builds of torch come without it; `_require_triton` speaks when it is needed
-    triton = None
+from megalite.kernels.jit import jit, require_triton, tl, triton
 
 PROGRAMS = 512
 """Programs a decode step is cut into when its rows alone are fewer: a few for each multiprocessor of a large GPU."""
@@ -35,50 +25,7 @@ MAX_SPLITS = 32
 """Parts that the keys of one row are cut into at most."""
 
 
-def _jit(kernel: Callable[..., Any]) -> Any:
-    """Compile for the GPU at first use; lengths that change from step to step must not start another compilation."""
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["num_rows", "table_stride"])
-
-
-def _require_triton() -> None:
-    if triton is None:
-        raise ResourceError("generation on a GPU needs Triton, and it can't be imported. Try: pip install triton")
-
-
-@_jit
-def _store_kernel(
-    k,
-    v,
-    k_cache,
-    v_cache,
-    slots,
-    k_token_stride,
-    k_head_stride,
-    v_token_stride,
-    v_head_stride,
-    cache_head_stride,
-    cache_slot_stride,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-):
-    """One program a token: its key and value go from [T, K, D] to its cache slot."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + token)
-    if slot < 0:
-        return
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
-    dim = tl.arange(0, BLOCK_DIM)[None, :]
-    mask = (head < HEADS) & (dim < DIM)
-    target = head.to(tl.int64) * cache_head_stride + slot * cache_slot_stride + dim
-    key = tl.load(k + token * k_token_stride + head * k_head_stride + dim, mask=mask)
-    value = tl.load(v + token * v_token_stride + head * v_head_stride + dim, mask=mask)
-    tl.store(k_cache + target, key, mask=mask)
-    tl.store(v_cache + target, value, mask=mask)
-
-
-@_jit
+@jit
 def _row_of_tile(query_start, num_rows, tile, TILE_QUERIES: tl.constexpr):
     """The row that query tile `tile` belongs to: tiles of row b start at number query_start[b] // TILE_QUERIES + b."""
     low = 0
@@ -92,7 +39,7 @@ def _row_of_tile(query_start, num_rows, tile, TILE_QUERIES: tl.constexpr):
     return low - 1
 
 
-@_jit
+@jit
 def _attention_kernel(
     q,
     k_cache,
@@ -208,7 +155,7 @@ def _attention_kernel(
         tl.store(partial_lse + part, lse, mask=used)
 
 
-@_jit
+@jit
 def _merge_kernel(partial, partial_lse, out, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr):
     """One program a query head of a token: the parts, each weighed by its share of the softmax sum."""
     result = tl.program_id(0).to(tl.int64)
@@ -224,21 +171,6 @@ def _merge_kernel(partial, partial_lse, out, DIM: tl.constexpr, BLOCK_DIM: tl.co
     tl.store(out + result * DIM + dim, mixed, mask=dim < DIM)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Write keys and values [T, K, D] into the caches [K, slots, D] at `slots` (int64 [T]); slot -1 is not written.
-
-    The last dim of every tensor is contiguous and both caches have the same strides. Slots other than -1 are distinct.
-    """
-    tokens, heads, dim = k.shape
-    assert k_cache.stride() == v_cache.stride() and k.stride(-1) == v.stride(-1) == k_cache.stride(-1) == 1
-    if tokens == 0 or heads == 0:
-        return
-    _require_triton()
-    strides = (*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2])
-    blocks = {"BLOCK_HEADS": triton.next_power_of_2(heads), "BLOCK_DIM": triton.next_power_of_2(dim)}
-    _store_kernel[(tokens,)](k, v, k_cache, v_cache, slots, *strides, HEADS=heads, DIM=dim, **blocks)
-
-
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -248,7 +180,9 @@ def paged_attention(
     context_len: Tensor,
     block_table: Tensor,
     block_size: int,
-    spec: AttentionSpec,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
     max_query_len: int,
     num_splits: int | None = None,
 ) -> Tensor:
@@ -270,7 +204,7 @@ def paged_attention(
         return out
     assert heads % kv_heads == 0 and q.dtype == k_cache.dtype == v_cache.dtype, (q.shape, q.dtype, k_cache.dtype)
     assert k_cache.stride() == v_cache.stride() and q.stride(-1) == k_cache.stride(-1) == block_table.stride(-1) == 1
-    _require_triton()
+    require_triton()
     group = heads // kv_heads
     one_query = max_query_len == 1
     tile_rows, tile_keys, options = _tiles(group, dim, q.dtype, one_query)
@@ -281,9 +215,9 @@ def paged_attention(
         partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
     # Scores are exponents of two, see the kernel.
-    score_factor, cap_factor = spec.scale * math.log2(math.e), 1.0
-    if spec.softcap is not None:
-        score_factor, cap_factor = spec.scale / spec.softcap, spec.softcap * math.log2(math.e)
+    score_factor, cap_factor = scale * math.log2(math.e), 1.0
+    if softcap is not None:
+        score_factor, cap_factor = scale / softcap, softcap * math.log2(math.e)
     block_dim = max(16, triton.next_power_of_2(dim))
     tensors = (q, k_cache, v_cache, out, partial, lse, query_start, context_len, block_table)
     strides = (*q.stride()[:2], *k_cache.stride()[:2])
@@ -299,8 +233,8 @@ def paged_attention(
         DIM=dim,
         BLOCK_DIM=block_dim,
         PAGE=block_size,
-        WINDOW=spec.window,
-        CAPPED=spec.softcap is not None,
+        WINDOW=window,
+        CAPPED=softcap is not None,
         ONE_QUERY=one_query,
         SPLITS=splits,
         TILE_ROWS=tile_rows,
@@ -325,26 +259,3 @@ def _num_splits(rows: int, kv_heads: int) -> int:
     """Parts to cut the keys of each row into: a power of two that grows as rows and KV heads get fewer."""
     wanted = min(MAX_SPLITS, max(1, PROGRAMS // (rows * kv_heads)))
     return 1 << (wanted.bit_length() - 1)
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of a CUDA device in bytes, after this process has given back what it only caches."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
-
-
-def release_memory(device: torch.device) -> None:
-    """Give back a CUDA device's memory that this process no longer uses."""
-    if device.type == "cuda":
-        gc.collect()  # an engine's objects know each other
-        torch.cuda.empty_cache()
-
-
-def device_name(device: torch.device) -> str:
-    """Product name of a GPU; empty for a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-
-
-def ranks_on_device(ranks_on_host: int) -> int:
-    """Most ranks on one CUDA device when a host's ranks are spread over its devices."""
-    return -(-ranks_on_host // torch.cuda.device_count())

@@ -1,0 +1,30 @@
+"""CUDA devices: their memory and names."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Free memory of a CUDA device in bytes, after this process has given back what it only caches."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back a CUDA device's memory that this process no longer uses."""
+    if device.type == "cuda":
+        gc.collect()  # an engine's objects know each other
+        torch.cuda.empty_cache()
+
+
+def device_name(device: torch.device) -> str:
+    """Product name of a GPU; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def ranks_on_device(ranks_on_host: int) -> int:
+    """Most ranks on one CUDA device when a host's ranks are spread over its devices."""
+    return -(-ranks_on_host // torch.cuda.device_count())
