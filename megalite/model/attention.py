@@ -8,7 +8,7 @@ multiple of K), D channels of a head; query head h attends to KV head h // (H / 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from itertools import accumulate, groupby
 from typing import Any, Protocol
@@ -19,17 +19,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megalite.model.config import AttentionSpec
-
-_varlen: Callable[..., Any] | None = None
-"""torch's attention over sequences of different lengths, where this version has it."""
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    pass
-else:  # some versions want to be told that query heads share KV heads
-    _varlen = (
-        partial(varlen_attn, enable_gqa=True) if "enable_gqa" in signature(varlen_attn).parameters else varlen_attn
-    )
 
 CHUNK = 512
 """Queries whose scores exist at a time where no fused attention of torch can be used."""
@@ -70,10 +59,10 @@ class PackedAttention:
         if q.shape[1] == 0:
             return torch.empty_like(q)
         ragged = len(self.runs) > 1 or (spec.window is not None and spec.window < self.longest)
-        if ragged and _varlen is not None and _varlen_takes(q, spec):
+        if ragged and _varlen_takes(q, spec) and (varlen := _varlen_attention()) is not None:
             left = -1 if spec.window is None else spec.window - 1
             place = (self.cu_lengths, self.cu_lengths, self.longest, self.longest)
-            out: Tensor = _varlen(q, k, v, *place, scale=spec.scale, window_size=(left, 0))
+            out: Tensor = varlen(q, k, v, *place, scale=spec.scale, window_size=(left, 0))
             return out
         sizes = [count * length for count, length in self.runs]
         attended = []
@@ -81,6 +70,21 @@ class PackedAttention:
             batched_q, batched_k, batched_v = (x.unflatten(0, run).transpose(1, 2) for x in parts)  # [B, H or K, L, D]
             attended.append(_attend_batch(batched_q, batched_k, batched_v, spec).transpose(1, 2).flatten(0, 1))
         return attended[0] if len(attended) == 1 else torch.cat(attended)
+
+
+@cache
+def _varlen_attention() -> Callable[..., Any] | None:
+    """torch's attention over sequences of different lengths, where this version has it.
+
+    Imported at first use: torch's compiler comes with it, which takes two seconds.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" in signature(varlen_attn).parameters:  # wants to be told that query heads share KV heads
+        return partial(varlen_attn, enable_gqa=True)
+    return varlen_attn
 
 
 def _varlen_takes(q: Tensor, spec: AttentionSpec) -> bool:
