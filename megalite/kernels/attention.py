@@ -50,6 +50,7 @@ def _attention_kernel(
     query_start,
     context_len,
     block_table,
+    table_rows,
     num_rows,
     table_stride,
     score_factor,
@@ -66,6 +67,7 @@ def _attention_kernel(
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     ONE_QUERY: tl.constexpr,
+    HAS_TABLE_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
@@ -89,6 +91,10 @@ def _attention_kernel(
     if first >= num_queries:
         return
     start_position = tl.load(context_len + row) - num_queries  # of the row's first query; negative in a padding row
+    table_row = row
+    if HAS_TABLE_ROWS:
+        table_row = tl.load(table_rows + row)
+    blocks = block_table + table_row.to(tl.int64) * table_stride
 
     # Line m of the tile is query first + m // GROUP under query head m % GROUP of this KV head.
     line = tl.arange(0, TILE_ROWS)
@@ -121,7 +127,7 @@ def _attention_kernel(
     for start in range(low, high, TILE_KEYS):
         key = start + tl.arange(0, TILE_KEYS)
         present = (key >= begin) & (key < end)
-        block = tl.load(block_table + row.to(tl.int64) * table_stride + key // PAGE, mask=present, other=0)
+        block = tl.load(blocks + key // PAGE, mask=present, other=0)
         slot = block.to(tl.int64) * PAGE + key % PAGE
         offset = kv_head.to(tl.int64) * cache_head_stride + slot[:, None] * cache_slot_stride + dim[None, :]
         mask = present[:, None] & (dim[None, :] < DIM)
@@ -179,6 +185,7 @@ def paged_attention(
     query_start: Tensor,
     context_len: Tensor,
     block_table: Tensor,
+    table_rows: Tensor | None = None,
     block_size: int,
     scale: float,
     window: int | None,
@@ -191,8 +198,8 @@ def paged_attention(
     q [T, H, D] and the caches [K, slots, D] share one dtype and have a contiguous last dim; H is a multiple of K, and
     query head h attends to KV head h // (H / K). Row b has the tokens query_start[b]..query_start[b + 1] of q
     (int32 [B + 1], from 0 to T), which are the last of its context_len[b] positions (int32 [B]); their keys are in the
-    cache already. block_table int32 [B, blocks] lists its blocks; entries outside what the row's queries see are not
-    read. A row with context_len 0 gives zeros: the padding of a captured batch.
+    cache already. Its blocks are those of row table_rows[b] (int32 [B]; None: row b) of block_table int32 [*, blocks];
+    entries outside what the row's queries see are not read. A row with context_len 0 gives zeros: the padding of a captured batch.
 
     `max_query_len` is the most queries of a row. When it is 1, `num_splits` (a power of two; null: chosen from B and K)
     says into how many parts the keys of each row are cut; a row's result depends on that number and on the row only.
@@ -219,7 +226,8 @@ def paged_attention(
     if softcap is not None:
         score_factor, cap_factor = scale / softcap, softcap * math.log2(math.e)
     block_dim = max(16, triton.next_power_of_2(dim))
-    tensors = (q, k_cache, v_cache, out, partial, lse, query_start, context_len, block_table)
+    rows_of_table = context_len if table_rows is None else table_rows  # None: not read
+    tensors = (q, k_cache, v_cache, out, partial, lse, query_start, context_len, block_table, rows_of_table)
     strides = (*q.stride()[:2], *k_cache.stride()[:2])
     _attention_kernel[(tiles, kv_heads, splits)](
         *tensors,
@@ -236,6 +244,7 @@ def paged_attention(
         WINDOW=window,
         CAPPED=softcap is not None,
         ONE_QUERY=one_query,
+        HAS_TABLE_ROWS=table_rows is not None,
         SPLITS=splits,
         TILE_ROWS=tile_rows,
         TILE_KEYS=tile_keys,

@@ -32,9 +32,11 @@ class DeviceAttention:
     context_len: Tensor
     """Keys of each row, this step's included, int32 [B]; 0: padding."""
     block_table: Tensor
-    """Cache blocks of each row in order, int32 [B, blocks]."""
+    """Cache blocks of each sequence in order, int32 [*, blocks]."""
     max_query_len: int
     """Most tokens of a row."""
+    table_rows: Tensor | None = None
+    """The row of block_table that row b uses, int32 [B]; None: row b itself."""
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
@@ -46,6 +48,7 @@ class DeviceAttention:
             query_start=self.query_start,
             context_len=self.context_len,
             block_table=self.block_table,
+            table_rows=self.table_rows,
             block_size=self.cache.block_size,
             scale=spec.scale,
             window=spec.window,
