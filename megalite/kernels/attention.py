@@ -199,7 +199,8 @@ def paged_attention(
     query head h attends to KV head h // (H / K). Row b has the tokens query_start[b]..query_start[b + 1] of q
     (int32 [B + 1], from 0 to T), which are the last of its context_len[b] positions (int32 [B]); their keys are in the
     cache already. Its blocks are those of row table_rows[b] (int32 [B]; None: row b) of block_table int32 [*, blocks];
-    entries outside what the row's queries see are not read. A row with context_len 0 gives zeros: the padding of a captured batch.
+    entries outside what the row's queries see are not read. A row with context_len 0 gives zeros: the padding of a
+    captured batch.
 
     `max_query_len` is the most queries of a row. When it is 1, `num_splits` (a power of two; null: chosen from B and K)
     says into how many parts the keys of each row are cut; a row's result depends on that number and on the row only.
