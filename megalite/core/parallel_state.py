@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Literal
 
 import torch.distributed as dist
 
@@ -50,7 +51,8 @@ class Flow:
 
     sender: int
     receiver: int
-    kind: MessageKind
+    kind: MessageKind | Literal["hidden", "ids"]
+    """`hidden`, `ids`: of inference, hidden states to the next stage and sampled ids from the last to the first."""
 
 
 class ParallelState:
@@ -143,6 +145,12 @@ class ParallelState:
         self.make_training_groups(self.layout)
         return {flow: _flow_group(flow) for flow in _flows(self.layout) if self.rank in (flow.sender, flow.receiver)}
 
+    def inference_flows(self) -> dict[Flow, dist.ProcessGroup]:
+        """The flows of inference that this rank sends or receives, each with a communicator of its own; none without
+        pp. They are made with the state."""
+        flows = _inference_flows(self.layout)
+        return {flow: _inference_group(flow) for flow in flows if self.rank in (flow.sender, flow.receiver)}
+
     def pipeline_ends(self) -> Axis | None:
         """The ranks that hold the same rows of a tied embedding as this one; None on the stages between.
 
@@ -158,6 +166,8 @@ def _make_groups(layout: Layout) -> None:
     for ranks in (*layout.groups("tp"), *layout.groups("pp"), *layout.groups("dp"), *layout.replicas()):
         _axis_group(ranks)
     _world_group(layout)
+    for flow in _inference_flows(layout):
+        _inference_group(flow)
 
 
 def _world_group(layout: Layout) -> dist.ProcessGroup | None:
@@ -184,6 +194,21 @@ def _flow_group(flow: Flow) -> dist.ProcessGroup:
     (allocating page-locked memory, loading a kernel) can then be what that message depends on: a deadlock.
     """
     return _group((flow.sender, flow.receiver), flow.kind, backend="gloo")
+
+
+def _inference_flows(layout: Layout) -> list[Flow]:
+    """Of each pipeline: hidden states from stage to stage, and ids from the last to the first."""
+    flows = []
+    for ranks in layout.groups("pp"):
+        if len(ranks) > 1:
+            flows += [Flow(earlier, later, "hidden") for earlier, later in zip(ranks, ranks[1:], strict=False)]
+            flows.append(Flow(ranks[-1], ranks[0], "ids"))
+    return flows
+
+
+def _inference_group(flow: Flow) -> dist.ProcessGroup:
+    """Of the run's back end: `StageLink` says in which order its messages can't wait for each other."""
+    return _group((flow.sender, flow.receiver), flow.kind)
 
 
 def _ends(layout: Layout) -> list[tuple[int, ...]]:

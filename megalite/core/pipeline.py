@@ -46,31 +46,85 @@ class Outbox:
         self.sends.append((work, buffer))
 
     def drain(self) -> None:
-        """Wait until every send has arrived."""
+        """Wait until every send has arrived. Over NCCL the host does not wait, but what it gives the device next."""
         while self.sends:
             self.sends.popleft()[0].wait()
 
 
+class Inbox:
+    """Where messages of one rank come from."""
+
+    def __init__(self, sender: int, group: dist.ProcessGroup | None, transport: torch.device):
+        self.sender = sender
+        self.group = group
+        self.transport = transport
+
+    def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
+        """Begin to receive a tensor into memory of its transport; it is there after `wait`."""
+        buffer = torch.empty(shape, dtype=dtype, device=self.transport)
+        work = dist.irecv(buffer, self.sender, group=self.group)
+        assert work is not None, "this rank is in the group"
+        return work, buffer
+
+
 class StageLink:
-    """Inference: hidden states from the previous stage and to the next one, between ranks of the same tp rank."""
+    """Inference: hidden states from stage to stage and sampled ids from the last to the first, between ranks of the
+    same tp rank.
+
+    Over NCCL everything goes from device to device in the order of the current stream, and the host never waits. An
+    NCCL message occupies its stream until its peer is ready for it, and what waits for the whole device (allocating
+    page-locked memory, loading a kernel) waits for it too. No such wait can close a circle as long as every stage
+    handles one step after the other: `receive`, `send` and `return_ids` of a step before those of the next, and
+    `expect_ids` right after the step's `send`.
+    """
 
     def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        pp = state.pp
-        self.transport = transport_device(pp.group, device)
-        self.sender = pp.ranks[pp.rank - 1]
-        self.outbox = Outbox(pp.ranks[(pp.rank + 1) % pp.size], None, self.transport)
-        self.send = self.outbox.send
-        """Begin to send [T, hidden] to the next stage."""
-        self.drain = self.outbox.drain
+        self.inward: dict[str, Inbox] = {}
+        self.outward: dict[str, Outbox] = {}
+        for flow, group in state.inference_flows().items():
+            transport = transport_device(group, device)
+            if flow.receiver == state.rank:
+                self.inward[flow.kind] = Inbox(flow.sender, group, transport)
+            else:
+                self.outward[flow.kind] = Outbox(flow.receiver, group, transport)
+        self.expected: deque[tuple[dist.Work, Tensor]] = deque()
+        """Ids on their way, in the order of the steps."""
+
+    def send(self, hidden: Tensor) -> None:
+        """Begin to send [T, hidden] to the next stage. It must not be written to before `drain`."""
+        self.outward["hidden"].send(hidden)
 
     def receive(self, num_tokens: int) -> Tensor:
-        """[num_tokens, hidden] from the previous stage; blocks until it is here."""
-        buffer = torch.empty(num_tokens, self.hidden_size, dtype=self.dtype, device=self.transport)
-        dist.recv(buffer, self.sender)
-        return buffer.to(self.device)
+        """[num_tokens, hidden] from the previous stage; over gloo it blocks until they are here."""
+        return self._arrived(self.inward["hidden"].begin((num_tokens, self.hidden_size), self.dtype))
+
+    def return_ids(self, ids: Tensor) -> None:
+        """The last stage begins to send a step's ids, int32 or int64 [n], to the first: every tp rank to its like."""
+        self.outward["ids"].send(ids.to(torch.int32))
+
+    def expect_ids(self, n: int) -> None:
+        """The first stage begins to receive the ids of a step."""
+        self.expected.append(self.inward["ids"].begin((n,), torch.int32))
+
+    def returned(self, n: int) -> Tensor:
+        """Ids of the earliest step whose ids were not asked for yet, int32 [n] on this rank's device."""
+        if not self.expected:
+            self.expect_ids(n)
+        work, ids = self.expected.popleft()
+        assert ids.shape[0] == n, f"{n} ids wanted of a step that returns {ids.shape[0]}"
+        return self._arrived((work, ids))
+
+    def _arrived(self, message: tuple[dist.Work, Tensor]) -> Tensor:
+        message[0].wait()
+        return message[1].to(self.device)
+
+    def drain(self) -> None:
+        """Wait until every send has arrived."""
+        for outbox in self.outward.values():
+            outbox.drain()
 
 
 class StageWork(Protocol):
@@ -99,12 +153,12 @@ class Pipeline:
         self.dtype = dtype
         self.device = device
         self.meter = state.meter
-        self.inward: dict[str, tuple[int, dist.ProcessGroup, torch.device]] = {}
+        self.inward: dict[str, Inbox] = {}
         self.outward: dict[str, Outbox] = {}
         for flow, group in state.pipeline_flows().items():
             transport = transport_device(group, device)
             if flow.receiver == state.rank:
-                self.inward[flow.kind] = flow.sender, group, transport
+                self.inward[flow.kind] = Inbox(flow.sender, group, transport)
             else:
                 self.outward[flow.kind] = Outbox(flow.receiver, group, transport)
 
@@ -115,7 +169,8 @@ class Pipeline:
         for step in instructions:
             match step:
                 case Receive():
-                    arriving[step] = self._begin(step, work.rows(step.micro_batch))
+                    shape = work.rows(step.micro_batch), self.hidden_size
+                    arriving[step] = self.inward[step.kind].begin(shape, self.dtype)
                 case Forward(micro_batch, chunk):
                     received = self._arrived(arriving, Receive("activation", micro_batch, chunk))
                     leaving[Send("activation", micro_batch, chunk)] = work.forward(micro_batch, chunk, received)
@@ -132,13 +187,6 @@ class Pipeline:
         """Wait until every send has arrived."""
         for outbox in self.outward.values():
             outbox.drain()
-
-    def _begin(self, message: Receive, rows: int) -> tuple[dist.Work, Tensor]:
-        sender, group, transport = self.inward[message.kind]
-        buffer = torch.empty(rows, self.hidden_size, dtype=self.dtype, device=transport)
-        work = dist.irecv(buffer, sender, group=group)
-        assert work is not None, "this rank is in the group"
-        return work, buffer
 
     def _arrived(self, arriving: dict[Receive, tuple[dist.Work, Tensor]], message: Receive) -> Tensor | None:
         """The received input of a computation; None if it has none."""
