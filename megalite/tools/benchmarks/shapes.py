@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+
+from megalite.tools.benchmarks.convert import GENERATE
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-10M": {  # checkpoints/demo
@@ -42,8 +47,50 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     },
+    "llama-8B": {  # Llama 3.1
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 4096,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
 }
 """What config.json says of each."""
+
+
+def save_config(name: str, folder: Path) -> str:
+    """Save a shape without weights, for `load_format="dummy"`, and a tokenizer of its size; gives the folder.
+
+    The tokenizer has 256 bytes, and then words that are numbers; it has no merges.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**SHAPES[name], "dtype": "bfloat16"}))
+    size = SHAPES[name]["vocab_size"]
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level BPE writes as they are
+    letters = [chr(byte) for byte in plain] + [chr(256 + number) for number in range(256 - len(plain))]
+    words = [f"{chr(288)}{number}" for number in range(size - len(letters))]  # 288 stands for a space
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": level,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate(letters + words)}, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return str(folder)
+
+
+def save_weights(name: str, folder: Path) -> None:
+    """Save random bfloat16 weights of a shape, in files of at most 5 GB."""
+    values = json.dumps({**SHAPES[name], "dtype": "bfloat16"})
+    subprocess.run([sys.executable, "-c", GENERATE, str(folder), values], check=True)
 
 
 def save_random(name: str, folder: Path) -> str:
