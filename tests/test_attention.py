@@ -87,3 +87,32 @@ def test_a_pack_knows_its_positions_and_may_have_no_heads():
     assert context.positions.tolist() == [0, 1, 2, 0, 1, 2, 3] and context.lengths.tolist() == [4] * 3 + [5] * 4
     _, (q, k, v) = packed_case([3, 4], 4, 2, 8)
     assert context.attend(SPECS[0], q[:, :0], k, v).shape == (7, 0, 8)
+
+
+BF16 = {"head_dim": 128, "dtype": torch.bfloat16, "capability": (9, 0)}
+
+
+@pytest.mark.parametrize(
+    "wanted, runs, changes",
+    [
+        ("cudnn", [(8, 1024)], {}),
+        ("cudnn", [(8, 1024)], {"window": 1024}),
+        ("batched", [(8, 1000)], {}),
+        ("batched", [(8, 1024)], {"capability": (8, 0)}),
+        ("batched", [(8, 1024)], {"capability": (12, 0)}),
+        ("batched", [(8, 1024)], {"head_dim": 256}),
+        ("varlen", [(8, 1024)], {"window": 512}),
+        ("varlen", [(8, 1024), (1, 3)], {}),
+        ("varlen", [(1, 40), (1, 3)], {"head_dim": 256, "capability": (8, 6), "window": 2}),
+        ("batched", [(1, 40), (1, 3)], {"softcap": 20.0}),
+        ("batched", [(1, 40), (1, 3)], {"dtype": torch.float32}),
+        ("batched", [(1, 40), (1, 3)], {"head_dim": 12}),
+        ("batched", [(1, 40), (1, 3)], {"capability": (7, 5)}),
+        ("batched", [(1, 40), (1, 3)], {"capability": None}),
+    ],
+)
+def test_the_kernel_of_a_pack(wanted, runs, changes):
+    facts = BF16 | {name: value for name, value in changes.items() if name in BF16}
+    layer = {name: value for name, value in changes.items() if name not in BF16}
+    spec = AttentionSpec(layer=0, scale=1.0, **{"window": None, "softcap": None, **layer})
+    assert attention.choose_kernel(spec, runs, **facts) == wanted

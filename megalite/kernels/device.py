@@ -13,6 +13,11 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def device_memory(device: torch.device) -> int:
+    """All memory of a CUDA device in bytes, whoever uses it."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def release_memory(device: torch.device) -> None:
     """Give back a CUDA device's memory that this process no longer uses."""
     if device.type == "cuda":

@@ -13,10 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from megalite.core.collectives import all_reduce_max, all_reduce_sum
 from megalite.core.parallel_state import Axis
+from megalite.kernels import jit
+from megalite.kernels.device import device_memory
+from megalite.kernels.loss import softmax_gradient_, softmax_statistics
 from megalite.train.micro_batch import MicroBatch
 
 BLOCK = 1 << 25
 """Logits in memory at once, in float32: 128 MiB, and a copy or two while they are worked on."""
+SHARE = 32
+"""The part of a GPU's memory that logits in two bytes may take instead: there is never a second copy of them."""
 LEAST_ROWS = 128
 """Rows (or columns) of a block even where they are long: fewer would leave a GPU idle."""
 
@@ -68,8 +73,9 @@ def target_logprobs(
 
     `hidden` [T, D] is what the head is applied to; `weight` [V / tp, D] are this rank's rows of the head, from row
     `first_row` of the vocabulary on; `targets` int64 [T] are ids of the whole vocabulary. Logits are made of the two a
-    block at a time, forward by rows and backward by columns, so [T, V] exists in no precision unless it is one block.
-    Over the axis only T numbers travel (Megatron-LM, arXiv 1909.08053, section 3).
+    block at a time, forward by rows and backward by columns, so [T, V] exists in no precision unless it is one block;
+    then it is kept for the backward pass, which else makes the logits again. Over the axis only T numbers travel
+    (Megatron-LM, arXiv 1909.08053, section 3).
     """
     apply: Callable[..., Tensor] = _TargetLogprobs.apply
     return apply(hidden, weight, targets, axis, first_row, temperature, softcap)
@@ -88,62 +94,117 @@ class _TargetLogprobs(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         width = weight.shape[0]
+        softmax = (_Fused if has_kernels(hidden) else _Plain)(temperature, softcap, hidden)
         local = targets - first_row
-        mine = (local >= 0) & (local < width)
         lse = hidden.new_full(targets.shape, -torch.inf, dtype=torch.float32)
         """Log of the sum of exponentials over this rank's columns."""
-        chosen, logs = torch.zeros_like(lse), None
-        for rows in _blocks(hidden.shape[0], width) if width else ():
-            scores = _scores(hidden[rows], weight, temperature, softcap)
-            logs = scores.log_softmax(1, dtype=torch.float32)
-            highest, place = scores.max(1)
-            lse[rows] = highest.float() - logs.gather(1, place[:, None])[:, 0]
-            chosen[rows] = logs.gather(1, local[rows].clamp(0, width - 1)[:, None])[:, 0]
+        chosen, made = torch.zeros_like(lse), None
+        for rows in softmax.blocks(len(hidden), width) if width else ():
+            lse[rows], chosen[rows], made = softmax.statistics(F.linear(hidden[rows], weight), local[rows])
         peak = all_reduce_max(lse.clone(), axis)
         share = lse - peak - all_reduce_sum((lse - peak).exp(), axis).log()
         """Log of this rank's share of the probability."""
-        # One block without a cap is kept for the backward pass: smaller than what is kept of most layers.
-        kept = logs if logs is not None and len(logs) == len(targets) and softcap is None else None
+        # One block is kept for the backward pass: smaller than what is kept of most layers.
+        kept = made if made is not None and len(made) == len(targets) else None
         ctx.save_for_backward(hidden, weight, local, lse, share, kept)
-        ctx.temperature, ctx.softcap = temperature, softcap
+        ctx.softmax = softmax
+        mine = (local >= 0) & (local < width)
         return all_reduce_sum(torch.where(mine, chosen + share, 0.0), axis)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With p the softmax, the gradient of a row's logits is (onehot(target) - p) grad / temperature."""
         hidden, weight, local, lse, share, kept = ctx.saved_tensors
-        into_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        softmax: _Plain | _Fused = ctx.softmax
+        into_hidden: Tensor | None = None
         into_weight = torch.empty_like(weight)
-        grad = (-grad / ctx.temperature)[:, None]
-        columns = [slice(0, weight.shape[0])] if kept is not None else _blocks(weight.shape[0], hidden.shape[0])
-        for block in columns:
-            part, scores = weight[block], None
+        blocks = [slice(0, len(weight))] if kept is not None else softmax.blocks(len(weight), len(hidden))
+        for block in blocks:
+            part, place = weight[block], local - block.start
             if kept is not None:
-                probabilities = (kept + share[:, None]).exp_()
+                grads = softmax.gradient_of_kept(kept, place, lse, share, grad)
             else:
-                scores = _scores(hidden, part, ctx.temperature, ctx.softcap)
-                probabilities = (scores - (lse - share)[:, None]).exp_()
-            place = local - block.start
-            here = (place >= 0) & (place < len(part))
-            probabilities.scatter_add_(1, place.clamp(0, len(part) - 1)[:, None], -here[:, None].float())
-            if ctx.softcap is not None:  # d (cap tanh(z / cap)) / dz, from the capped logits
-                probabilities.mul_(1 - (scores * (ctx.temperature / ctx.softcap)).square_())
-            grads = torch.mul(probabilities, grad, out=torch.empty_like(probabilities, dtype=weight.dtype))
-            into_hidden += grads @ part
+                grads = softmax.gradient(F.linear(hidden, part), place, lse - share, grad)
+            product = grads @ part
+            into_hidden = product if into_hidden is None else into_hidden.float() + product
             torch.mm(grads.t(), hidden, out=into_weight[block])
-        return into_hidden.to(hidden.dtype), into_weight, None, None, None, None, None
+        into_hidden = torch.zeros_like(hidden) if into_hidden is None else into_hidden.to(hidden.dtype)
+        return into_hidden, into_weight, None, None, None, None, None
 
 
-def _scores(hidden: Tensor, weight: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """Logits over the temperature: in the numbers of the model, as generation has them, or float32 once changed."""
-    scores = F.linear(hidden, weight)
-    if softcap is not None:
-        scores = scores.float().div_(softcap).tanh_().mul_(softcap)
-    return scores if temperature == 1 else scores.float() / temperature
+class _Plain:
+    """A softmax over a block of logits [R, C], and its gradient, in operations of PyTorch.
+
+    With p the softmax, the gradient of a row's logits is (onehot(target) - p) grad / temperature. `local`: columns of
+    the targets, int64 [R], of which some are outside of the block; `grad`: of their log-probabilities, float32 [R].
+    """
+
+    def __init__(self, temperature: float, softcap: float | None, hidden: Tensor):
+        self.temperature = temperature
+        self.softcap = softcap
+        self.dtype = hidden.dtype
+        self.numbers = BLOCK
+
+    def blocks(self, count: int, width: int) -> list[slice]:
+        """`count` rows of `width` numbers, in blocks of `numbers` or of LEAST_ROWS rows."""
+        size = max(LEAST_ROWS, self.numbers // max(width, 1))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def statistics(self, scores: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log of the sum of exponentials; log-probability of each target; what to keep for `gradient_of_kept`."""
+        scores = self._changed(scores)
+        logs = scores.log_softmax(1, dtype=torch.float32)
+        highest, place = scores.max(1)
+        lse = highest.float() - logs.gather(1, place[:, None])[:, 0]
+        chosen = logs.gather(1, local.clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
+        return lse, chosen, logs if self.softcap is None else None
+
+    def gradient(self, scores: Tensor, local: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+        """Of the logits; `lse`: over the whole vocabulary, float32 [R]."""
+        changed = self._changed(scores)
+        into = self._without_slope((changed - lse[:, None]).exp_(), local)
+        if self.softcap is not None:  # d (cap tanh(z / cap)) / dz, from the capped logits
+            into.mul_(1 - (changed * (self.temperature / self.softcap)).square_())
+        return self._sloped(into, grad)
+
+    def gradient_of_kept(self, logs: Tensor, local: Tensor, lse: Tensor, share: Tensor, grad: Tensor) -> Tensor:
+        return self._sloped(self._without_slope((logs + share[:, None]).exp_(), local), grad)
+
+    def _without_slope(self, probabilities: Tensor, local: Tensor) -> Tensor:
+        width = probabilities.shape[1]
+        here = (local >= 0) & (local < width)
+        return probabilities.scatter_add_(1, local.clamp(0, width - 1)[:, None], -here[:, None].float())
+
+    def _sloped(self, into: Tensor, grad: Tensor) -> Tensor:
+        slope = (-grad / self.temperature)[:, None]
+        return torch.mul(into, slope, out=torch.empty_like(into, dtype=self.dtype))
+
+    def _changed(self, scores: Tensor) -> Tensor:
+        """Over the temperature: in the numbers of the model, as generation has them, or float32 once changed."""
+        if self.softcap is not None:
+            scores = scores.float().div_(self.softcap).tanh_().mul_(self.softcap)
+        return scores if self.temperature == 1 else scores.float() / self.temperature
 
 
-def _blocks(count: int, width: int) -> list[slice]:
-    """`count` rows of `width` numbers, in blocks of BLOCK numbers or LEAST_ROWS rows."""
-    size = max(LEAST_ROWS, BLOCK // max(width, 1))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+class _Fused(_Plain):
+    """The same by kernels that read the logits once and put the gradient in their place."""
+
+    def __init__(self, temperature: float, softcap: float | None, hidden: Tensor):
+        super().__init__(temperature, softcap, hidden)
+        self.changes = {"temperature": temperature, "softcap": softcap}
+        if hidden.is_cuda and hidden.itemsize == 2:
+            self.numbers = max(BLOCK, device_memory(hidden.device) // (SHARE * hidden.itemsize))
+
+    def statistics(self, scores: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return *softmax_statistics(scores, local, **self.changes), scores
+
+    def gradient(self, scores: Tensor, local: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
+        return softmax_gradient_(scores, local, lse, grad.contiguous(), **self.changes)
+
+    def gradient_of_kept(self, scores: Tensor, local: Tensor, lse: Tensor, share: Tensor, grad: Tensor) -> Tensor:
+        return self.gradient(scores, local, lse - share, grad)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels can be used on `x`."""
+    return x.is_cuda and jit.triton is not None
