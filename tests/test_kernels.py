@@ -25,6 +25,7 @@ from test_attention import check_packed, packed_case  # noqa: E402
 from megalite.errors import ResourceError  # noqa: E402
 from megalite.kernels import attention as kernels  # noqa: E402
 from megalite.kernels import jit  # noqa: E402
+from megalite.kernels.reduce import Peers, all_reduce, all_reduce_add_norm  # noqa: E402
 from megalite.kernels.store import _store_kernel, store_kv  # noqa: E402
 from megalite.model.attention import PackedAttention  # noqa: E402
 from megalite.model.config import AttentionSpec  # noqa: E402
@@ -378,3 +379,87 @@ def test_no_launch_waits_for_the_device():
         packed.attend(decode.spec, *qkv)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- sums over GPUs
+
+REDUCE_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+
+
+class SharedMemory:
+    """Symmetric buffers of all ranks in one process; those of the others hold what they have written for a call."""
+
+    def __init__(self, size: int, width: int, dtype: torch.dtype, max_rows: int, blocks: int):
+        self.size, self.width = size, width
+        self.halves = [torch.full((2, max_rows, width), math.nan, dtype=dtype, device=DEVICE) for _ in range(size)]
+        self.flags = [torch.zeros((blocks, size), dtype=torch.int32, device=DEVICE) for _ in range(size)]
+        self.epochs = [torch.zeros(blocks, dtype=torch.int32, device=DEVICE) for _ in range(size)]
+        addresses = [
+            torch.tensor([one.data_ptr() for one in each], dtype=torch.int64, device=DEVICE)
+            for each in (self.halves, self.flags)
+        ]
+        self.peers = [
+            Peers(rank, size, width, dtype, max_rows, blocks, *addresses, self.epochs[rank]) for rank in range(size)
+        ]
+
+    def call(self, rank: int, count: int, inputs: list[torch.Tensor], **options) -> torch.Tensor:
+        """One rank's part of the call of number `count`, from 1, with that of the others done by hand."""
+        for peer, x in enumerate(inputs):
+            if peer != rank:
+                self.halves[peer][count % 2, : x.shape[0]] = x
+                self.flags[rank][:, peer] = 2 * count + 1
+        return (all_reduce_add_norm if "residual" in options else all_reduce)(
+            inputs[rank], peers=self.peers[rank], **options
+        )
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size, width, rows", [(2, 64, 1), (2, 72, 11), (3, 96, 4), (4, 129, 9)])
+def test_a_rank_sums_what_all_have_written(size, width, rows, dtype):
+    torch.manual_seed(0)
+    for rank in range(size):
+        memory = SharedMemory(size, width, dtype, max_rows=12, blocks=4)
+        for count in (1, 2, 3):
+            inputs = [torch.randn(rows, 2 * width, device=DEVICE)[:, :width].to(dtype) for _ in range(size)]
+            expected = sum(x.double() for x in inputs)
+            close(memory.call(rank, count, inputs), expected, REDUCE_TOLERANCE[dtype])
+            programs = min(rows, 4)
+            assert memory.epochs[rank].tolist() == [count] * programs + [0] * (4 - programs)
+            told = [memory.flags[peer][:programs, rank].tolist() for peer in range(size) if peer != rank]
+            assert told == [[2 * count] * programs] * (size - 1)
+
+
+@needs_triton
+@pytest.mark.parametrize("size, rank, rows", [(2, 0, 11), (2, 1, 11), (4, 2, 12)])
+def test_in_two_shots_a_rank_sums_its_rows_and_reads_the_others(size, rank, rows):
+    """The others' sums are not there: their rows come as they were written."""
+    memory = SharedMemory(size, 40, torch.float32, max_rows=12, blocks=2)
+    inputs = [torch.randn(rows, 40, device=DEVICE) for _ in range(size)]
+    turns = torch.arange(rows) // 2
+    expected = sum(x.double() for x in inputs)
+    for peer, x in enumerate(inputs):
+        if peer != rank:
+            expected[turns % size == peer] = x[turns % size == peer].double()
+    close(memory.call(rank, 1, inputs, two_shot=True), expected, 1e-6)
+    assert memory.flags[(rank + 1) % size][:, rank].tolist() == [3, 3]
+
+
+@needs_triton
+@pytest.mark.parametrize("zero_centred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_over_ranks_with_the_addition_and_norm_behind_it(dtype, zero_centred):
+    memory = SharedMemory(2, 80, dtype, max_rows=8, blocks=4)
+    inputs = [torch.randn(6, 80, device=DEVICE).to(dtype) for _ in range(2)]
+    residual = torch.randn(6, 80, device=DEVICE).to(dtype)
+    weight = torch.randn(80, device=DEVICE).to(dtype)
+    expected = residual.double() + inputs[0].double() + inputs[1].double()
+    normed = memory.call(1, 1, inputs, residual=residual, weight=weight, eps=1e-6, zero_centred=zero_centred)
+    close(residual, expected, REDUCE_TOLERANCE[dtype])
+    stored = residual.double()
+    scale = weight.double() + zero_centred
+    close(normed, stored * (stored.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale, REDUCE_TOLERANCE[dtype])
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=tolerance, atol=tolerance)

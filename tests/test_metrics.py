@@ -293,6 +293,20 @@ def test_totals_count_each_replica_once_and_failed_prompts():
     assert "pipeline idle: 5% (stage 0: 5%, stage 1: 5%)" in words
 
 
+def test_bytes_between_ranks_are_in_the_report_by_axis(clock):
+    meter = Meter(clock)
+    meter.count_bytes("tp", 2**20)
+    meter.start()
+    meter.count_bytes("tp", 3 * 2**30)
+    meter.count_bytes("pp", 2**20)
+    meter.count_bytes("world", 8)
+    told = meter.report(rank=0, tp=0, pp=0, dp=0, layers=(0, 2))
+    assert (told.tp_bytes, told.pp_bytes, told.dp_bytes) == (3 * 2**30, 2**20, 0)
+    line = "communication: at most 3.0 GiB along tp, 1.0 MiB along pp by one rank"
+    assert line in format_report([told, rank(1)])
+    assert "communication" not in format_report([rank(0)])
+
+
 def test_what_was_not_measured_is_a_dash():
     empty = RankReport(rank=0, tp=0, pp=0, dp=0, layers=(3, 3))
     text = format_report([empty])

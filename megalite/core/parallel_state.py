@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
 from megalite.core.layout import Layout
 from megalite.core.schedules import MessageKind
+from megalite.kernels.symmetric import SymmetricSum
 from megalite.monitor.metrics import Meter
 
 _groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
@@ -31,6 +33,10 @@ class Axis:
     """None when the axis has one rank: nothing is communicated."""
     meter: Meter = field(default_factory=Meter, repr=False)
     """Collectives along the axis count as its phase `communication`."""
+    name: str = ""
+    """Under which `meter` counts the bytes of collectives along the axis."""
+    sums: dict[tuple[int, torch.dtype], SymmetricSum | None] = field(default_factory=dict, repr=False, compare=False)
+    """By width and dtype of rows, how they are summed without NCCL; None: not at all. Made when first wanted."""
 
     @property
     def size(self) -> int:
@@ -73,11 +79,11 @@ class ParallelState:
         self.rank = dist.get_rank() if dist.is_initialized() else layout.first_rank
         self.coord = layout.coord(self.rank)
         _make_groups(layout)
-        self.tp = self._axis(layout.groups("tp"))
-        self.pp = self._axis(layout.groups("pp"))
-        self.dp = self._axis(layout.groups("dp"))
-        self.replica = self._axis(layout.replicas())
-        self.world = Axis(tuple(layout.ranks), self.rank - layout.first_rank, _world_group(layout), self.meter)
+        self.tp = self._axis(layout.groups("tp"), "tp")
+        self.pp = self._axis(layout.groups("pp"), "pp")
+        self.dp = self._axis(layout.groups("dp"), "dp")
+        self.replica = self._axis(layout.replicas(), "replica")
+        self.world = Axis(tuple(layout.ranks), self.rank - layout.first_rank, _world_group(layout), self.meter, "world")
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
 
     @classmethod
@@ -105,9 +111,9 @@ class ParallelState:
             for ranks in _ends(layout):
                 _group(ranks)
 
-    def _axis(self, groups: list[tuple[int, ...]]) -> Axis:
+    def _axis(self, groups: list[tuple[int, ...]], name: str) -> Axis:
         ranks = next(ranks for ranks in groups if self.rank in ranks)
-        return Axis(ranks, ranks.index(self.rank), _axis_group(ranks), self.meter)
+        return Axis(ranks, ranks.index(self.rank), _axis_group(ranks), self.meter, name)
 
     @property
     def is_first_stage(self) -> bool:
@@ -158,7 +164,7 @@ class ParallelState:
         """
         self.make_training_groups(self.layout)
         mine = [ranks for ranks in _ends(self.layout) if self.rank in ranks]
-        return self._axis(mine) if mine else None
+        return self._axis(mine, "pp") if mine else None
 
 
 def _make_groups(layout: Layout) -> None:

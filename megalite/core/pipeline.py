@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
 from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send
+from megalite.monitor.metrics import Meter
 
 MAX_SENDS = 8
 """Sends in flight before a stage waits for the oldest: a bound on the memory that a slow receiver costs."""
@@ -28,10 +29,11 @@ def transport_device(group: dist.ProcessGroup | None, device: torch.device) -> t
 
 
 class Outbox:
-    """Sends in flight to one rank."""
+    """Sends in flight to one rank; `meter` counts their bytes."""
 
-    def __init__(self, receiver: int, group: dist.ProcessGroup | None, transport: torch.device):
+    def __init__(self, receiver: int, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
         self.receiver = receiver
+        self.meter = meter
         self.group = group
         self.transport = transport
         self.sends: deque[tuple[dist.Work, Tensor]] = deque()
@@ -43,6 +45,7 @@ class Outbox:
         buffer = tensor.to(self.transport).contiguous()
         work = dist.isend(buffer, self.receiver, group=self.group)
         assert work is not None, "this rank is in the group"
+        self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
         self.sends.append((work, buffer))
 
     def drain(self) -> None:
@@ -89,7 +92,7 @@ class StageLink:
             if flow.receiver == state.rank:
                 self.inward[flow.kind] = Inbox(flow.sender, group, transport)
             else:
-                self.outward[flow.kind] = Outbox(flow.receiver, group, transport)
+                self.outward[flow.kind] = Outbox(flow.receiver, group, transport, state.meter)
         self.expected: deque[tuple[dist.Work, Tensor]] = deque()
         """Ids on their way, in the order of the steps."""
 
@@ -160,7 +163,7 @@ class Pipeline:
             if flow.receiver == state.rank:
                 self.inward[flow.kind] = Inbox(flow.sender, group, transport)
             else:
-                self.outward[flow.kind] = Outbox(flow.receiver, group, transport)
+                self.outward[flow.kind] = Outbox(flow.receiver, group, transport, state.meter)
 
     def run(self, instructions: Sequence[Instruction], work: StageWork) -> None:
         """Execute a schedule's instructions; afterwards sends may still be on their way, see `drain`."""

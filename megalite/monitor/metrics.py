@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -58,6 +59,10 @@ class RankReport:
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    tp_bytes: int = 0
+    """That it put into or took out of collectives along the tp axis; likewise pp (messages included) and dp."""
+    pp_bytes: int = 0
+    dp_bytes: int = 0
 
     # Of the replica; read from its control rank (tp rank 0 of the last stage), whatever the others say.
     prompts: int = 0
@@ -111,6 +116,8 @@ class Meter:
         self._open: list[Phase] = []
         self._since = 0.0
         self._spans: dict[Phase, _Span] = {phase: _Span(self, phase) for phase in PHASES}
+        self.bytes: Counter[str] = Counter()
+        """Of collectives and messages, by the name of their axis."""
         self.start()
 
     def start(self) -> None:
@@ -121,6 +128,7 @@ class Meter:
         self._ended: float | None = None
         self._delayed = _run_delays()
         self._steps: dict[str, float] = dict.fromkeys(_OF_STEPS, 0)
+        self.bytes.clear()
 
     def stop(self) -> None:
         """The run ended: `report` says how long it took up to now."""
@@ -129,6 +137,10 @@ class Meter:
     def phase(self, phase: Phase) -> _Span:
         """`with meter.phase("compute"): ...`"""
         return self._spans[phase]
+
+    def count_bytes(self, axis: str, num_bytes: int) -> None:
+        """A collective or message along an axis was begun. What a CUDA graph replays is to be counted by who does."""
+        self.bytes[axis] += num_bytes
 
     def _enter(self, phase: Phase) -> None:
         now = self._clock()
@@ -161,6 +173,7 @@ class Meter:
         seconds = (self._clock() if self._ended is None else self._ended) - self._began
         delays = [delay - self._delayed.get(thread, 0.0) for thread, delay in _run_delays().items()]
         measured: dict[str, Any] = {**self._spent, **self._steps, "seconds": seconds, "peak_bytes": peak_memory()}
+        measured |= {f"{axis}_bytes": self.bytes[axis] for axis in ("tp", "pp", "dp")}
         measured["starved"] = min(1.0, max(delays, default=0.0) / seconds) if seconds > 0 else 0.0
         return RankReport(**measured, **facts)
 

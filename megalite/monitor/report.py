@@ -48,6 +48,7 @@ def format_report(reports: Iterable[RankReport]) -> str:
         lines.append(wrapped(_pipeline_idle(ranks)))
     lines.append(wrapped(f"total: {_totals(ranks)}"))
     lines.append(f"memory: at most {format_bytes(max(report.peak_bytes for report in ranks))} in one process")
+    lines += _moved(ranks)
     lines += [wrapped(f"hint: {hint}") for hint in hints(ranks)]
     return "\n".join(lines)
 
@@ -99,6 +100,13 @@ def _pipeline_idle(ranks: list[RankReport]) -> str:
         idle = _mean(report.share("waiting") for report in ranks if report.pp == stage)
         shares.append(f"stage {stage}: {_percent(idle)}")
     return f"pipeline idle: {_percent(_mean(report.share('waiting') for report in ranks))} ({', '.join(shares)})"
+
+
+def _moved(ranks: list[RankReport]) -> list[str]:
+    """Bytes between ranks, by axis."""
+    most = {axis: max(getattr(report, f"{axis}_bytes") for report in ranks) for axis in ("tp", "pp", "dp")}
+    parts = [f"{format_bytes(count)} along {axis}" for axis, count in most.items() if count]
+    return [wrapped(f"communication: at most {', '.join(parts)} by one rank")] if parts else []
 
 
 def _totals(ranks: list[RankReport]) -> str:
