@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import xxhash
@@ -42,8 +42,25 @@ TILE = 64
 Item = TypeVar("Item")
 
 
+class Memory(Protocol):
+    """Where the bands of a matrix are read to."""
+
+    band_bytes: int
+    """As large as a band should be."""
+
+    def band(self, lo: int, hi: int, width: int) -> NDArray[np.uint8]:
+        """Rows lo..hi of the matrix: [hi - lo, width] bytes, untouched until the next band is asked for."""
+
+
 class _Buffers(threading.local):
     """Memory that a thread uses again for every band: new pages from the system would cost more than the copying."""
+
+    @property
+    def band_bytes(self) -> int:
+        return BAND_BYTES
+
+    def band(self, lo: int, hi: int, width: int) -> NDArray[np.uint8]:
+        return self.take("matrix", hi - lo, width)
 
     def __init__(self) -> None:
         self._kept: dict[str, NDArray[np.uint8]] = {}
@@ -153,15 +170,15 @@ def _fill(descriptor: int, out: memoryview, offset: int, extent: Extent) -> None
 def digest_extent(files: OpenFiles, extent: Extent) -> str:
     """The digest of an extent's bytes as they are in its file now."""
     state = xxhash.xxh3_128()
-    for lo, hi in _bands(extent.shape[0], extent.row_bytes):
+    for lo, hi in _bands(extent.shape[0], extent.row_bytes, BAND_BYTES):
         out = _buffers.take("extent", hi - lo, extent.row_bytes)
         files.rows(extent, lo, hi, out)
         state.update(out.data)
     return state.hexdigest()
 
 
-def _bands(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, BAND_BYTES // max(1, row_bytes))
+def _bands(rows: int, row_bytes: int, band_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, band_bytes // max(1, row_bytes))
     for lo in range(0, rows, step):
         yield lo, min(lo + step, rows)
 
@@ -182,24 +199,28 @@ Band = tuple[int, int, Elements]
 """First row, end, and those rows of a matrix; valid until the next band."""
 
 
-def matrices(files: OpenFiles, move: Move, dim: int) -> Iterator[Band]:
+def matrices(files: OpenFiles, move: Move, dim: int, memory: Memory = _buffers) -> Iterator[Band]:
     """The matrix of indices lo..hi of a move, which lie along `dim`, in bands and in the dtype of the sources.
 
-    After the last band known digests are checked: CheckpointError if the sources are damaged.
+    Bands lie in `memory`, except where the sources hold the matrix turned. After the last band known digests are
+    checked: CheckpointError if the sources are damaged.
     """
     stored = move.sources[0].range.dim
     count, row = move.hi - move.lo, move.sources[0].range.piece.row
     rows, columns = (count, row) if stored == 0 else (row, count)
-    bands = _stored_bands(files, move, rows, columns)
-    yield from bands if stored == dim else _turned(bands, np.empty((rows, columns), STORAGE[move.dtype]))
+    if stored == dim:
+        yield from _stored_bands(files, move, rows, columns, memory)
+    else:
+        bands = _stored_bands(files, move, rows, columns, _buffers)
+        yield from _turned(bands, np.empty((rows, columns), STORAGE[move.dtype]))
 
 
-def _stored_bands(files: OpenFiles, move: Move, rows: int, columns: int) -> Iterator[Band]:
+def _stored_bands(files: OpenFiles, move: Move, rows: int, columns: int, memory: Memory) -> Iterator[Band]:
     """As `matrices`, in the orientation of the sources."""
     dtype = np.dtype(STORAGE[move.dtype])
     states = [xxhash.xxh3_128() for _ in move.sources]
-    for lo, hi in _bands(rows, columns * dtype.itemsize):
-        matrix = _buffers.take("matrix", hi - lo, columns * dtype.itemsize).view(dtype)
+    for lo, hi in _bands(rows, columns * dtype.itemsize, memory.band_bytes):
+        matrix = memory.band(lo, hi, columns * dtype.itemsize).view(dtype)
         for extent, state in zip(move.sources, states, strict=True):
             first, mine, across = overlap(extent.range, move, lo, hi)
             where = matrix[mine, across]
@@ -225,7 +246,7 @@ def _turned(bands: Iterator[Band], whole: Elements) -> Iterator[Band]:
     """Bands of the transposed matrix; `whole` is memory for all of it."""
     for lo, hi, band in bands:
         whole[lo:hi] = band
-    for lo, hi in _bands(whole.shape[1], whole.shape[0] * whole.itemsize):
+    for lo, hi in _bands(whole.shape[1], whole.shape[0] * whole.itemsize, BAND_BYTES):
         out = _buffers.take("turned", hi - lo, whole.shape[0] * whole.itemsize).view(whole.dtype)
         _turn(whole[:, lo:hi], out)
         yield lo, hi, out

@@ -22,7 +22,9 @@ from megalite.weights.checkpoint import extents_for
 from megalite.weights.copying import OpenFiles, in_parallel, matrices, overlap
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.moves import Extent, Move, by_part, reading
+from megalite.weights.rounding import Elements
 from megalite.weights.table import Piece, Range, expected, owned
+from megalite.weights.upload import InPlace, Ring, uploading
 
 INIT_STD = 0.02
 """Standard deviation of new weights (GPT-2, Llama)."""
@@ -67,8 +69,10 @@ def load_folder(decoder: Decoder, folder: str | Path, *, whole: bool = False) ->
 def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterable[Extent], *, whole: bool) -> None:
     """Read local parameters, by name, which are made of `ranges`, out of the files that `extents` of one kind lie in.
 
-    They may be of any dtype and on any device. Files are read in order, by a few threads, each of which holds a band of
-    rows; of a matrix that the file holds turned (GPT-2) the whole. `whole`: see `moves.reading`.
+    They may be of any dtype and on any device. Files are read in order, by a few threads: on the CPU right into the
+    parameters, where these have the dtype and the rows of the file; else a band of rows at a time, from which a GPU
+    takes one while the next is read. Of a matrix that the file holds turned (GPT-2) a thread holds the whole. `whole`:
+    see `moves.reading`.
     """
     there = {part[:2]: mine for part, mine in by_part(extents).items()}
     filled = _Filled(params)
@@ -79,25 +83,55 @@ def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterabl
         work.append((move, one, view if view.ndim == 2 else view[:, None]))
     filled.check()
     work.sort(key=lambda item: item[0].place)
-    with OpenFiles() as files:
+    with OpenFiles() as files, uploading({param.device for param in params.values()}) as rings:
 
         def copy(item: tuple[Move, tuple[Move, Range, Tensor]]) -> None:
             move, (_, one, view) = item
             maybe_fault("weights.read")
-            _copy(files, move, one, view)
+            if _lies_as_stored(move, one, view):
+                for _ in matrices(files, move, one.dim, InPlace(view)):
+                    pass
+            elif view.device in rings:
+                _upload(files, move, one, view, rings[view.device])
+            else:
+                _copy(files, move, one, view)
 
         moves = files.expecting([move for move, *_ in work])
         in_parallel(copy, zip(moves, work, strict=True), READERS)
 
 
+def _lies_as_stored(move: Move, one: Range, view: Tensor) -> bool:
+    """The bytes that a move reads are, in their order, those of the view of a parameter on the CPU."""
+    same = (move.lo, move.hi, move.sources[0].range.dim) == (one.lo, one.hi, one.dim)
+    return same and view.device.type == "cpu" and view.dtype == torch_dtype(move.dtype) and view.is_contiguous()
+
+
 @torch.no_grad()
 def _copy(files: OpenFiles, move: Move, one: Range, view: Tensor) -> None:
     """Fill the view of a parameter that a range lies in."""
-    dtype = torch_dtype(move.dtype)
     for lo, hi, band in matrices(files, move, one.dim):
-        first, rows, columns = overlap(one, move, lo, hi)
-        values = torch.from_numpy(band.view(np.uint8)[rows]).view(dtype)
-        view[first : first + len(values)].copy_(values[:, columns])
+        target, values = _pair(move, one, view, lo, hi, band)
+        target.copy_(values)
+
+
+@torch.no_grad()
+def _upload(files: OpenFiles, move: Move, one: Range, view: Tensor, ring: Ring) -> None:
+    """The same on a GPU, which copies a band while the next is read."""
+    with ring.copying():
+        for lo, hi, band in matrices(files, move, one.dim, ring):
+            target, values = _pair(move, one, view, lo, hi, band)
+            if ring.holds(band):
+                target.copy_(values, non_blocking=True)
+                ring.copied()
+            else:
+                target.copy_(values)
+
+
+def _pair(move: Move, one: Range, view: Tensor, lo: int, hi: int, band: Elements) -> tuple[Tensor, Tensor]:
+    """Rows of the view, and what of a band fills them."""
+    first, rows, columns = overlap(one, move, lo, hi)
+    values = torch.from_numpy(band.view(np.uint8)[rows]).view(torch_dtype(move.dtype))
+    return view[first : first + len(values)], values[:, columns]
 
 
 def read_parameters(

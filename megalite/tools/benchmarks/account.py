@@ -13,8 +13,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from megalite import LLM
+from megalite.kernels.device import synchronize
 from megalite.monitor.metrics import PHASES
-from megalite.tools.benchmarks.floor import Floor, synchronize
+from megalite.tools.benchmarks.floor import Floor
 
 KINDS = {
     "communication": r"nccl|all_?reduce|allgather|all_gather|reduce_scatter|symm|multimem",

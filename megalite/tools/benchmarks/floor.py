@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.core.layout import Layout
-from megalite.kernels.device import release_memory
+from megalite.kernels.device import release_memory, synchronize
 from megalite.kernels.jit import triton
 from megalite.kernels.probe import read_all
 from megalite.model.config import ModelConfig
@@ -70,11 +70,6 @@ def seconds_of(work: Callable[[], object], device: torch.device, *, least: float
         if seconds >= least:
             return seconds / calls
         calls *= 2 if seconds <= 0 else max(2, min(8, int(1.2 * least / seconds) + 1))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

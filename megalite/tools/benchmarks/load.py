@@ -1,7 +1,10 @@
 """How long ranks take to load a model: from its Hugging Face folder, and from rank shards cut for their layout.
 
-A rank of every process reads its own byte ranges of the folder into its decoder, all at the same time, one thread of
-torch each. Both folders take turns; each is read cold (taken out of the page cache before) and then warm. Medians.
+A rank of every process reads its own byte ranges of the folder into its decoder, on the CPU or on a GPU, all at the
+same time, one thread of torch each. Beside that stands a plain read: the ranks share out the bytes of the folder's
+files and read them into memory of the host, in order, by as many threads in requests of 16 MiB, and do nothing with
+them. All take turns; each folder is read cold (taken out of the page cache before) and then warm. Medians, and the
+median of the rounds' ratios: 1 is as fast as the plain read.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,18 +28,23 @@ import torch.multiprocessing
 from megalite.convert.convert import convert, parse_layout
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
+from megalite.kernels.device import synchronize
 from megalite.model import families
 from megalite.monitor.words import format_bytes
 from megalite.tools.benchmarks.convert import evict, generate, total_size
 from megalite.tools.toolkit import say_time_left
-from megalite.weights.transfer import build, load_folder
+from megalite.weights.transfer import READERS, build, load_folder
 
 FORMS = {"Hugging Face folder": "model", "rank shards": "cut"}
+REQUEST = 16 << 20
+"""Bytes of one request of a plain read."""
+STATES = ("cold", "warm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=float, default=4.0, help="GB of random weights (default: %(default)s)")
     parser.add_argument("--layout", default="tp=2", help="of the ranks that load (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the weights go")
     parser.add_argument("--folder", help="where to work, with twice the model's size free (default: a new one)")
     parser.add_argument("--rounds", type=int, default=5, help="times each folder is read (default: %(default)s)")
     parser.add_argument("--json", help="write the figures here")
@@ -46,41 +57,76 @@ def run(args: argparse.Namespace) -> int:
         size = total_size(generate(folder / "model", args.size))
         convert(folder / "model", layout, folder / "cut")
         os.environ["OMP_NUM_THREADS"] = "1"
-        torch.multiprocessing.spawn(rank_main, (folder, layout, args.rounds), layout.size)
+        torch.multiprocessing.spawn(rank_main, (folder, layout, args.device, args.rounds), layout.size)
         seconds = json.loads((folder / "seconds").read_text())
-    print(f"{format_bytes(size)}, {layout}, medians of {args.rounds} rounds\n")
-    print("| loaded from | cold, seconds | warm, seconds |\n|---|---|---|")
+    print(f"{format_bytes(size)}, {layout}, {args.device}, medians of {args.rounds} rounds\n")
+    print("| loaded from | state | seconds | plain read | ratio |\n|---|---|---|---|---|")
     for form, found in seconds.items():
-        print(f"| {form} | {statistics.median(found['cold']):.2f} | {statistics.median(found['warm']):.2f} |")
+        for state in STATES:
+            loads, plain = found[state], found[f"{state}, plain"]
+            ratio = statistics.median(b / a for a, b in zip(loads, plain, strict=True))
+            medians = f"{statistics.median(loads):.2f} | {statistics.median(plain):.2f}"
+            print(f"| {form} | {state} | {medians} | {ratio:.2f} |")
     if args.json:
         Path(args.json).write_text(json.dumps(seconds, indent=1) + "\n")
     return 0
 
 
-def rank_main(rank: int, folder: Path, layout: Layout, rounds: int) -> None:
+def rank_main(rank: int, folder: Path, layout: Layout, kind: str, rounds: int) -> None:
     """Load again and again; rank 0 writes down how long all of them took."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store, patience = f"file://{folder}/store", timedelta(minutes=10)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=layout.size, timeout=patience)
     model = families.read(folder / "model")
-    decoder = build(model, ParallelState(layout), dtype=torch.bfloat16, device=torch.device("cpu"))
+    device = torch.device(kind, rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
+    decoder = build(model, ParallelState(layout), dtype=torch.bfloat16, device=device)
     for param in decoder.parameters():
         param.data.zero_()  # so that no round pays for memory that was never touched
-    seconds: dict[str, dict[str, list[float]]] = {form: {"cold": [], "warm": []} for form in FORMS}
+    seconds: dict[str, dict[str, list[float]]] = {form: {} for form in FORMS}
+
+    def timed(work: Callable[[], None]) -> float:
+        synchronize(device)
+        dist.barrier()
+        began = time.monotonic()
+        work()
+        synchronize(device)
+        dist.barrier()
+        return time.monotonic() - began
+
     for number in range(rounds):
         start = time.monotonic()
         for form, name in FORMS.items():
-            if rank == 0:
-                evict(folder / name)
-            for state in ("cold", "warm"):
-                dist.barrier()
-                began = time.monotonic()
-                load_folder(decoder, folder / name)
-                dist.barrier()
-                seconds[form][state].append(time.monotonic() - began)
+            plain = partial(read_plainly, folder / name, rank, layout.size)
+            load = partial(load_folder, decoder, folder / name)
+            for what, work in (("", load), (", plain", plain)) if number % 2 else ((", plain", plain), ("", load)):
+                if rank == 0:
+                    evict(folder / name)
+                for state in STATES:
+                    seconds[form].setdefault(state + what, []).append(timed(work))
         if rank == 0:
             say_time_left(time.monotonic() - start, rounds - number - 1)
     if rank == 0:
         (folder / "seconds").write_text(json.dumps(seconds))
     dist.destroy_process_group()
+
+
+def read_plainly(folder: Path, rank: int, ranks: int) -> None:
+    """Read this rank's share of the bytes of a folder's weight files."""
+    pieces = [
+        (path, offset)
+        for path in sorted(folder.glob("*.safetensors"))
+        for offset in range(0, path.stat().st_size, REQUEST)
+    ]
+    mine = pieces[len(pieces) * rank // ranks : len(pieces) * (rank + 1) // ranks]
+    opened = {path: os.open(path, os.O_RDONLY) for path, _ in mine}
+
+    def read(thread: int) -> None:
+        buffer = bytearray(REQUEST)
+        for path, offset in mine[thread::READERS]:
+            os.preadv(opened[path], [buffer], offset)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(read, range(READERS)))
+    for descriptor in opened.values():
+        os.close(descriptor)
