@@ -25,6 +25,7 @@ from test_attention import check_packed, packed_case  # noqa: E402
 from megalite.errors import ResourceError  # noqa: E402
 from megalite.kernels import attention as kernels  # noqa: E402
 from megalite.kernels import jit  # noqa: E402
+from megalite.kernels.fresh import fresh_attention, which  # noqa: E402
 from megalite.kernels.reduce import Peers, all_reduce, all_reduce_add_norm  # noqa: E402
 from megalite.kernels.store import _store_kernel, store_kv  # noqa: E402
 from megalite.model.attention import PackedAttention  # noqa: E402
@@ -39,13 +40,6 @@ needs_triton = pytest.mark.skipif(
 )
 needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """The interpreter runs one program after the other, so cut decode steps into few."""
-    if not CUDA:
-        monkeypatch.setattr(kernels, "PROGRAMS", 16)
 
 
 def make_spec(dim: int, window: int | None = None, softcap: float | None = None) -> AttentionSpec:
@@ -211,7 +205,9 @@ def equal_lines(monkeypatch):
     """In the interpreter, products of tiles whose lines are summed alike: the BLAS below numpy sums the first and the
     last lines of a matrix in different orders, tensor cores don't."""
     if not CUDA:
-        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: (a[:, :, None] * b).sum(1, dtype=dtype))
+        monkeypatch.setattr(
+            numpy, "matmul", lambda a, b, dtype: (a[..., None] * b[..., None, :, :]).sum(-2, dtype=dtype)
+        )
 
 
 @needs_triton
@@ -220,6 +216,34 @@ def test_a_prompt_in_chunks_gives_the_same_bits(equal_lines):
     whole = step.check()
     chunks = [step.part(0, first, last, last) for first, last in pairwise((0, 13, 40, 55))]
     assert torch.equal(torch.cat(chunks), whole)
+
+
+@needs_triton
+@pytest.mark.parametrize("window, softcap", [(None, None), (9, None), (40, 2.0)])
+@pytest.mark.parametrize("dim, kv_heads", [(32, 2), (80, 1)])
+def test_fresh_rows_give_the_same_bits_as_their_keys_in_the_cache(dim, kv_heads, window, softcap):
+    step = Step([(70, 70), (1, 1), (33, 33)], heads=4, kv_heads=kv_heads, dim=dim, spec=make_spec(dim, window, softcap))
+    k, v = torch.cat([torch.stack([k, v], 1) for k, v in zip(step.k, step.v, strict=True)]).unbind(1)
+    place = {"query_start": step.query_start, "max_query_len": 70}
+    assert torch.equal(fresh_attention(step.q, k, v, **place, **scaled(step.spec)), step.check())
+
+
+def test_what_computes_fresh_rows():
+    def chosen(tokens, rows, longest, dim=128, dtype=torch.bfloat16, window=None, softcap=None, capability=(9, 0)):
+        return which(tokens, rows, longest, dim, dtype, window, softcap, capability)
+
+    assert chosen(8 * 2048, 8, 2048) == chosen(2048, 1, 2048, window=2048) == chosen(4096, 8, 512, 64) == "cudnn"
+    others = [
+        chosen(8 * 2048 - 1, 8, 2048),  # ragged
+        chosen(2 * 2000, 2, 2000),  # a length of its own
+        chosen(512, 1, 512),  # short
+        chosen(2048, 1, 2048, window=2000),
+        chosen(2048, 1, 2048, softcap=50.0),
+        chosen(2048, 1, 2048, 256),
+        chosen(2048, 1, 2048, dtype=torch.float32),
+        chosen(2048, 1, 2048, capability=(8, 0)),
+    ]
+    assert set(others) == {"triton"}
 
 
 @needs_triton
@@ -266,13 +290,12 @@ def test_store_kv_writes_its_slots_and_no_other(heads, dim):
     assert torch.equal(cache, expected)
 
 
-def test_the_number_of_splits_is_a_power_of_two_that_falls_as_rows_grow(monkeypatch):
-    monkeypatch.setattr(kernels, "PROGRAMS", 512)
-    chosen = [kernels._num_splits(rows, 8) for rows in range(1, 300)]
-    assert chosen[0] == 32 and chosen[-1] == 1
+def test_the_number_of_splits_is_a_power_of_two_that_falls_as_rows_grow():
+    chosen = [kernels._num_splits(rows, 8, 132) for rows in range(1, 300)]
+    assert chosen[0] == 16 and chosen[15] == 1
     assert chosen == sorted(chosen, reverse=True)
     assert all(splits & (splits - 1) == 0 for splits in chosen)
-    assert kernels._num_splits(3, 5) == 32 and kernels._num_splits(24, 1) == 16
+    assert kernels._num_splits(1, 1, 132) == 32 and kernels._num_splits(5, 5, 100) == 4
 
 
 def test_without_triton_generation_says_what_is_missing(monkeypatch):
@@ -280,6 +303,42 @@ def test_without_triton_generation_says_what_is_missing(monkeypatch):
     step = Step(DECODE, heads=4, kv_heads=2, dim=32)
     with pytest.raises(ResourceError, match="Triton"):
         step.run()
+
+
+@needs_cuda
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("window, softcap", [(None, None), (300, 20.0)])
+def test_long_prompts_in_chunks_and_fresh_give_the_same_bits_on_cuda(dim, window, softcap):
+    spec = make_spec(dim, window, softcap)
+    step = Step([(1700, 1700)], heads=16, kv_heads=8, dim=dim, dtype=torch.bfloat16, spec=spec)
+    whole = step.check()
+    cuts = (0, 130, 131, 700, 1280, 1700)
+    assert torch.equal(torch.cat([step.part(0, first, last, last) for first, last in pairwise(cuts)]), whole)
+    place = {"query_start": step.query_start, "max_query_len": 1700}
+    assert torch.equal(fresh_attention(step.q, step.k[0], step.v[0], **place, **scaled(spec)), whole)
+
+
+@needs_cuda
+@pytest.mark.parametrize("heads, kv_heads, dim", [(16, 8, 128), (8, 8, 64), (14, 2, 64)])
+@pytest.mark.parametrize("lengths", [[512] * 5, [2048], [512, 2048, 3]])
+def test_fresh_rows_on_cuda(lengths, heads, kv_heads, dim):
+    step = Step([(length, length) for length in lengths], heads, kv_heads, dim, dtype=torch.bfloat16)
+    kv = torch.cat([torch.stack([k, v], 1) for k, v in zip(step.k, step.v, strict=True)])
+    place = {"query_start": step.query_start, "max_query_len": max(lengths)}
+    out = fresh_attention(step.q, kv[:, 0], kv[:, 1], **place, **scaled(step.spec))
+    torch.testing.assert_close(out.double(), step.expected(), rtol=1.6e-2, atol=1.6e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("splits", [1, 8])
+def test_dependent_launch_gives_the_same_bits(splits):
+    if not jit.launches_dependents(torch.device(DEVICE, 0)):
+        pytest.skip("needs compute capability 9.0")
+    for rows in ([(900, 1), (0, 1), (33, 1)], [(400, 300), (7, 7)]):
+        step = Step(rows, heads=16, kv_heads=8, dim=128, dtype=torch.bfloat16)
+        expected = step.run(num_splits=splits)
+        for _ in range(50):
+            assert torch.equal(step.run(num_splits=splits, pdl=True), expected)
 
 
 @needs_cuda

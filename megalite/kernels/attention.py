@@ -13,14 +13,13 @@ keys too (Flash-Decoding) and the parts are merged by their log-sum-exp.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import jit, multiprocessors, require_triton, tl, triton
 
-PROGRAMS = 512
-"""Programs a decode step is cut into when its rows alone are fewer: a few for each multiprocessor of a large GPU."""
 MAX_SPLITS = 32
 """Parts that the keys of one row are cut into at most."""
 
@@ -37,6 +36,65 @@ def _row_of_tile(query_start, num_rows, tile, TILE_QUERIES: tl.constexpr):
         else:
             high = middle
     return low - 1
+
+
+@jit
+def _attend_tile(
+    q_tile,
+    highest,
+    total,
+    mixed,
+    k_head,
+    v_head,
+    blocks,
+    start,
+    begin,
+    end,
+    position,
+    dim,
+    score_factor,
+    cap_factor,
+    slot_stride,
+    DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The softmax sums after one more tile of keys. The same bits with and without masks where all keys are seen."""
+    key = start + tl.arange(0, TILE_KEYS)
+    slot = key.to(tl.int64)
+    present = (key >= begin) & (key < end)
+    if PAGE > 0:
+        block = tl.load(blocks + key // PAGE, mask=present, other=0) if MASKED else tl.load(blocks + key // PAGE)
+        slot = block.to(tl.int64) * PAGE + key % PAGE
+    offset = slot[:, None] * slot_stride + dim[None, :]
+    mask = present[:, None] & (dim[None, :] < DIM)
+    if not MASKED:
+        mask = (dim < DIM)[None, :]
+    BARE: tl.constexpr = not MASKED and DIM == dim.shape[0]
+    k_tile = tl.load(k_head + offset) if BARE else tl.load(k_head + offset, mask=mask, other=0.0)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    factor = score_factor
+    if CAPPED:
+        scores = 2 / (1 + tl.exp(-2 * score_factor * scores)) - 1  # tanh
+        factor = cap_factor
+    if MASKED:
+        seen = present[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW is not None:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
+    shift = new_highest
+    if MASKED:
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing seen yet: all weights are 0
+    weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + factor, tl.zeros_like(scores) - shift[:, None]))
+    decay = tl.exp2(highest - shift)
+    total = tl.fma(total, decay, tl.sum(weights, 1))
+    v_tile = tl.load(v_head + offset) if BARE else tl.load(v_head + offset, mask=mask, other=0.0)
+    mixed = tl.dot(weights.to(v_tile.dtype), v_tile, mixed * decay[:, None], input_precision="ieee")
+    return new_highest, total, mixed
 
 
 @jit
@@ -71,30 +129,45 @@ def _attention_kernel(
     SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: a tile of a row's queries, all query heads of one KV head, one part of the keys.
 
-    Scores are kept as exponents of two: `score_factor` holds log2(e) (`cap_factor` does when CAPPED).
+    Scores are kept as exponents of two: `score_factor` holds log2(e) (`cap_factor` does when CAPPED). PAGE is 0 where
+    the keys are not in a paged cache but those of the step's own tokens.
     """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     TILE_QUERIES: tl.constexpr = 1 if ONE_QUERY else TILE_ROWS // GROUP
     if ONE_QUERY:
         row = tile
         first = 0
     else:
+        tile = tl.num_programs(0) - 1 - tile  # the end of a row sees the most keys: it comes first
         row = _row_of_tile(query_start, num_rows, tile, TILE_QUERIES)
         first = (tile - tl.load(query_start + row) // TILE_QUERIES - row) * TILE_QUERIES
     row_start = tl.load(query_start + row)
     num_queries = tl.load(query_start + row + 1) - row_start
     if first >= num_queries:
         return
-    start_position = tl.load(context_len + row) - num_queries  # of the row's first query; negative in a padding row
-    table_row = row
-    if HAS_TABLE_ROWS:
-        table_row = tl.load(table_rows + row)
-    blocks = block_table + table_row.to(tl.int64) * table_stride
+    blocks = block_table
+    k_head = k_cache + kv_head * cache_head_stride
+    v_head = v_cache + kv_head * cache_head_stride
+    start_position = 0
+    if PAGE > 0:
+        # Position of the row's first query; negative in a padding row.
+        start_position = tl.load(context_len + row) - num_queries
+        table_row = row
+        if HAS_TABLE_ROWS:
+            table_row = tl.load(table_rows + row)
+        blocks += table_row.to(tl.int64) * table_stride
+    else:
+        k_head += row_start.to(tl.int64) * cache_slot_stride
+        v_head += row_start.to(tl.int64) * cache_slot_stride
 
     # Line m of the tile is query first + m // GROUP under query head m % GROUP of this KV head.
     line = tl.arange(0, TILE_ROWS)
@@ -108,8 +181,7 @@ def _attention_kernel(
     q_tile = tl.load(q + q_offset, mask=used[:, None] & (dim[None, :] < DIM), other=0.0)
 
     # Tiles of keys start at multiples of TILE_KEYS, so a query's sums do not depend on where its chunk begins.
-    last = tl.minimum(first + TILE_QUERIES, num_queries)
-    end = start_position + last
+    end = start_position + tl.minimum(first + TILE_QUERIES, num_queries)
     begin = 0
     if WINDOW is not None:
         begin = tl.maximum(start_position + first - WINDOW + 1, 0)
@@ -120,40 +192,41 @@ def _attention_kernel(
         width = tl.cdiv(tiles, SPLITS) * TILE_KEYS
         low += split * width
         high = tl.minimum(low + width, end)
+    # All lines see all keys of the tiles from `whole` to `masked`. A decode step is bound by memory: one loop is best.
+    whole = low
+    masked = low
+    if not ONE_QUERY:
+        if WINDOW is not None:
+            whole = tl.maximum(low, tl.cdiv(tl.maximum(end - WINDOW, 0), TILE_KEYS) * TILE_KEYS)
+        masked = tl.maximum(whole, (start_position + first + 1) // TILE_KEYS * TILE_KEYS)
 
     highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     mixed = tl.zeros([TILE_ROWS, BLOCK_DIM], tl.float32)
-    for start in range(low, high, TILE_KEYS):
-        key = start + tl.arange(0, TILE_KEYS)
-        present = (key >= begin) & (key < end)
-        block = tl.load(blocks + key // PAGE, mask=present, other=0)
-        slot = block.to(tl.int64) * PAGE + key % PAGE
-        offset = kv_head.to(tl.int64) * cache_head_stride + slot[:, None] * cache_slot_stride + dim[None, :]
-        mask = present[:, None] & (dim[None, :] < DIM)
-        k_tile = tl.load(k_cache + offset, mask=mask, other=0.0)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * score_factor
-        if CAPPED:
-            scores = (2 / (1 + tl.exp(-2 * scores)) - 1) * cap_factor  # tanh
-        seen = present[None, :] & (key[None, :] <= position[:, None])
-        if WINDOW is not None:
-            seen = seen & (key[None, :] > position[:, None] - WINDOW)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # nothing seen yet: all weights are 0
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(highest - shift)
-        total = total * decay + tl.sum(weights, 1)
-        v_tile = tl.load(v_cache + offset, mask=mask, other=0.0)
-        mixed = tl.dot(weights.to(v_tile.dtype), v_tile, mixed * decay[:, None], input_precision="ieee")
-        highest = new_highest
+    if WINDOW is not None:
+        for start in range(low, tl.minimum(whole, high), TILE_KEYS):
+            highest, total, mixed = _attend_tile(
+                q_tile, highest, total, mixed, k_head, v_head, blocks, start, begin, end, position, dim, score_factor,
+                cap_factor, cache_slot_stride, DIM, PAGE, WINDOW, CAPPED, TILE_KEYS, True,
+            )  # fmt: skip
+    if not ONE_QUERY:
+        for start in range(whole, masked, TILE_KEYS):
+            highest, total, mixed = _attend_tile(
+                q_tile, highest, total, mixed, k_head, v_head, blocks, start, begin, end, position, dim, score_factor,
+                cap_factor, cache_slot_stride, DIM, PAGE, WINDOW, CAPPED, TILE_KEYS, False,
+            )  # fmt: skip
+    for start in range(masked, high, TILE_KEYS):
+        highest, total, mixed = _attend_tile(
+            q_tile, highest, total, mixed, k_head, v_head, blocks, start, begin, end, position, dim, score_factor,
+            cap_factor, cache_slot_stride, DIM, PAGE, WINDOW, CAPPED, TILE_KEYS, True,
+        )  # fmt: skip
 
     divisor = tl.where(total == 0, 1.0, total)  # 0: no key seen
     mixed = mixed / divisor[:, None]
     result = token * HEADS + head
     mask = used[:, None] & (dim[None, :] < DIM)
     if SPLITS == 1:
-        tl.store(out + result[:, None] * DIM + dim[None, :], mixed, mask=mask)
+        tl.store(out + result[:, None] * DIM + dim[None, :], mixed.to(out.dtype.element_ty), mask=mask)
     else:
         part = result * SPLITS + split
         lse = tl.where(total == 0, float("-inf"), highest + tl.log2(divisor))
@@ -162,8 +235,19 @@ def _attention_kernel(
 
 
 @jit
-def _merge_kernel(partial, partial_lse, out, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SPLITS: tl.constexpr):
+def _merge_kernel(
+    partial,
+    partial_lse,
+    out,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program a query head of a token: the parts, each weighed by its share of the softmax sum."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     result = tl.program_id(0).to(tl.int64)
     part = result * SPLITS + tl.arange(0, SPLITS)
     dim = tl.arange(0, BLOCK_DIM)
@@ -192,6 +276,8 @@ def paged_attention(
     softcap: float | None,
     max_query_len: int,
     num_splits: int | None = None,
+    pdl: bool = False,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Causal attention of each row's newest tokens over its cached keys: [T, H, D] -> [T, H, D], sums in float32.
 
@@ -202,70 +288,136 @@ def paged_attention(
     entries outside what the row's queries see are not read. A row with context_len 0 gives zeros: the padding of a
     captured batch.
 
-    `max_query_len` is the most queries of a row. When it is 1, `num_splits` (a power of two; null: chosen from B and K)
-    says into how many parts the keys of each row are cut; a row's result depends on that number and on the row only.
+    `max_query_len` is the most queries of a row. When it is 1, `num_splits` (a power of two; null: chosen from B, K and
+    the device) says into how many parts the keys of each row are cut; a row's result depends on that number and on the
+    row only. Where it is more, a query's result does not depend on how its row is cut into steps. `pdl`: launched as
+    dependent on the kernel before it (compute capability 9.0 on), which must have waited for those before. `tile`: for
+    measurements.
     """
+    splits = num_splits or _num_splits(context_len.shape[0], k_cache.shape[0], multiprocessors(q.device))
+    return _launch(
+        q,
+        k_cache,
+        v_cache,
+        (query_start, context_len, block_table, table_rows),
+        block_size,
+        (scale, window, softcap),
+        one_query=max_query_len == 1,
+        splits=splits if max_query_len == 1 else 1,
+        pdl=pdl,
+        tile=tile,
+    )
+
+
+def attend_own_tokens(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_start: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    pdl: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """`paged_attention` of rows without cached keys, to the same bits: keys and values are the step's, k, v [T, K, D].
+
+    Both have the same strides. Use `fresh.fresh_attention`, which also knows other kernels.
+    """
+    formula = (scale, window, softcap)
+    rows = (query_start, None, None, None)
+    keys, values = k.transpose(0, 1), v.transpose(0, 1)
+    return _launch(q, keys, values, rows, 0, formula, one_query=False, splits=1, pdl=pdl, tile=tile)
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    page: int,
+    formula: tuple[float, int | None, float | None],
+    *,
+    one_query: bool,
+    splits: int,
+    pdl: bool,
+    tile: Tile | None,
+) -> Tensor:
+    """Run the kernels over keys and values [K, slots, D]: cache slots, or (page 0) the step's own tokens."""
     tokens, heads, dim = q.shape
-    rows, kv_heads = context_len.shape[0], k_cache.shape[0]
+    num_rows, kv_heads = rows[0].shape[0] - 1, k.shape[0]
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens == 0 or heads == 0:
         return out
-    assert heads % kv_heads == 0 and q.dtype == k_cache.dtype == v_cache.dtype, (q.shape, q.dtype, k_cache.dtype)
-    assert k_cache.stride() == v_cache.stride() and q.stride(-1) == k_cache.stride(-1) == block_table.stride(-1) == 1
+    assert heads % kv_heads == 0 and q.dtype == k.dtype == v.dtype, (q.shape, q.dtype, k.dtype)
+    assert k.stride() == v.stride() and q.stride(-1) == k.stride(-1) == 1
     require_triton()
     group = heads // kv_heads
-    one_query = max_query_len == 1
-    tile_rows, tile_keys, options = _tiles(group, dim, q.dtype, one_query)
-    tiles = rows if one_query else tokens // (tile_rows // group) + rows  # at least as many as the rows need
-    splits = (num_splits or _num_splits(rows, kv_heads)) if one_query else 1
+    tile = tile or _tile(group, dim, q.dtype, one_query)
+    tiles = num_rows if one_query else tokens // (tile.rows // group) + num_rows  # at least as many as the rows need
     partial, lse = out, out  # not used
     if splits > 1:
         partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
     # Scores are exponents of two, see the kernel.
+    scale, window, softcap = formula
     score_factor, cap_factor = scale * math.log2(math.e), 1.0
     if softcap is not None:
         score_factor, cap_factor = scale / softcap, softcap * math.log2(math.e)
-    block_dim = max(16, triton.next_power_of_2(dim))
-    rows_of_table = context_len if table_rows is None else table_rows  # None: not read
-    tensors = (q, k_cache, v_cache, out, partial, lse, query_start, context_len, block_table, rows_of_table)
-    strides = (*q.stride()[:2], *k_cache.stride()[:2])
+    dims = {"DIM": dim, "BLOCK_DIM": max(16, triton.next_power_of_2(dim)), "SPLITS": splits, "PDL": pdl}
+    launch = {"launch_pdl": True} if pdl else {}
+    tensors = (q, k, v, out, partial, lse, *(rows[0] if tensor is None else tensor for tensor in rows))
+    table_stride = 0 if rows[2] is None else rows[2].stride(0)
     _attention_kernel[(tiles, kv_heads, splits)](
         *tensors,
-        rows,
-        block_table.stride(0),
+        num_rows,
+        table_stride,
         score_factor,
         cap_factor,
-        *strides,
+        *q.stride()[:2],
+        *k.stride()[:2],
         HEADS=heads,
         GROUP=group,
-        DIM=dim,
-        BLOCK_DIM=block_dim,
-        PAGE=block_size,
+        PAGE=page,
         WINDOW=window,
         CAPPED=softcap is not None,
         ONE_QUERY=one_query,
-        HAS_TABLE_ROWS=table_rows is not None,
-        SPLITS=splits,
-        TILE_ROWS=tile_rows,
-        TILE_KEYS=tile_keys,
-        **options,
+        HAS_TABLE_ROWS=rows[3] is not None,
+        TILE_ROWS=tile.rows,
+        TILE_KEYS=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **dims,
+        **launch,
     )
     if splits > 1:
-        _merge_kernel[(tokens * heads,)](partial, lse, out, DIM=dim, BLOCK_DIM=block_dim, SPLITS=splits)
+        _merge_kernel[(tokens * heads,)](partial, lse, out, **dims, **launch)
     return out
 
 
-def _tiles(group: int, dim: int, dtype: torch.dtype, one_query: bool) -> tuple[int, int, dict[str, int]]:
-    """Lines and keys of a tile, and how it is compiled. float32 has no tensor cores here, so its tiles are small."""
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Lines (queries times their heads) and keys of a program's tile, and how it is compiled."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def _tile(group: int, dim: int, dtype: torch.dtype, one_query: bool) -> Tile:
+    """float32 has no tensor cores here, so its tiles are small."""
     fewest = max(16, triton.next_power_of_2(group))  # 16: the least a matrix product takes
     if dtype == torch.float32:
-        return fewest, 32 if dim <= 128 else 16, {"num_warps": 4, "num_stages": 1}
+        return Tile(fewest, 32 if dim <= 128 else 16, 4, 1)
     keys = 64 if dim <= 128 else 32
-    return fewest if one_query else max(64, fewest), keys, {"num_warps": 4, "num_stages": 3}
+    if one_query:
+        return Tile(fewest, keys, 4, 3)
+    return Tile(max(128, fewest), keys, 8, 3)
 
 
-def _num_splits(rows: int, kv_heads: int) -> int:
-    """Parts to cut the keys of each row into: a power of two that grows as rows and KV heads get fewer."""
-    wanted = min(MAX_SPLITS, max(1, PROGRAMS // (rows * kv_heads)))
+def _num_splits(rows: int, kv_heads: int, processors: int) -> int:
+    """Parts to cut the keys of each row into: a power of two with about one program for each multiprocessor."""
+    wanted = min(MAX_SPLITS, max(1, processors // max(1, rows * kv_heads)))
     return 1 << (wanted.bit_length() - 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+
+import torch
 
 from megalite.errors import ResourceError
 
@@ -13,15 +16,29 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["jit", "require_triton", "tl", "triton"]
+__all__ = ["jit", "launches_dependents", "multiprocessors", "require_triton", "tl", "triton"]
+
+NOT_SPECIALIZED = ["num_rows", "num_outputs", "table_stride"]
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
     """Compile for the GPU at first use; lengths that change from step to step must not start another compilation."""
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["num_rows", "table_stride"])
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=NOT_SPECIALIZED)
 
 
 def require_triton() -> None:
     """ResourceError where Triton can't be imported."""
     if triton is None:
         raise ResourceError("generation on a GPU needs Triton, and it can't be imported. Try: pip install triton")
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 16 for a CPU, where kernels run in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+@cache
+def launches_dependents(device: torch.device) -> bool:
+    """Whether kernels can start before the one before has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megalite.kernels.attention import paged_attention
+from megalite.kernels.fresh import fresh_attention
 from megalite.kernels.store import store_kv
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import DeviceCache
@@ -37,10 +38,26 @@ class DeviceAttention:
     """Most tokens of a row."""
     table_rows: Tensor | None = None
     """The row of block_table that row b uses, int32 [B]; None: row b itself."""
+    fresh: bool = False
+    """No row has keys in the cache from steps before. Rows of one length then go the fastest way there is."""
+    pdl: bool = False
+    """Attention is launched as dependent on the kernel before it; see `paged_attention`."""
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
         store_kv(k, v, keys, values, self.slots)
+        if self.fresh:
+            return fresh_attention(
+                q,
+                k,
+                v,
+                query_start=self.query_start,
+                scale=spec.scale,
+                window=spec.window,
+                softcap=spec.softcap,
+                max_query_len=self.max_query_len,
+                pdl=self.pdl,
+            )
         return paged_attention(
             q,
             keys,
@@ -54,4 +71,5 @@ class DeviceAttention:
             window=spec.window,
             softcap=spec.softcap,
             max_query_len=self.max_query_len,
+            pdl=self.pdl,
         )

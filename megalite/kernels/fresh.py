@@ -1,0 +1,75 @@
+"""Attention of whole prompts over their own keys on CUDA: rows that start at position 0, before or beside the cache.
+
+The keys need not be looked up in blocks then, and where all rows have one length cuDNN's attention can take them, which
+is the fastest there is on Hopper. It makes a plan for each shape, so only lengths that come back are given to it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megalite.kernels.attention import Tile, attend_own_tokens
+
+PLANNED_LENGTHS = 256
+"""Lengths that cuDNN is given are multiples of this: few shapes, each planned once."""
+PLANNED_TOKENS = 2048
+"""Tokens of a step from which the host time of cuDNN's attention is hidden behind the device's."""
+
+
+def which(
+    tokens: int,
+    rows: int,
+    longest: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    window: int | None,
+    softcap: float | None,
+    capability: tuple[int, int],
+) -> str:
+    """ "cudnn" or "triton": what computes a step of `tokens` tokens in `rows` fresh rows of up to `longest` tokens."""
+    planned = tokens == rows * longest and tokens >= PLANNED_TOKENS and longest % PLANNED_LENGTHS == 0
+    plain = softcap is None and (window is None or window >= longest)
+    taken = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if planned and plain and taken and capability in ((9, 0), (10, 0)) else "triton"
+
+
+def fresh_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_start: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    max_query_len: int,
+    pdl: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Causal attention of whole sequences laid end to end: q [T, H, D], k and v [T, K, D] -> [T, H, D].
+
+    Row b has the tokens query_start[b]..query_start[b + 1] (int32 [B + 1], from 0 to T), at positions from 0 on; the
+    last dim is contiguous and k and v have the same strides. `max_query_len`: the most tokens of a row; where it times
+    B is T, all rows must have that length (or, for B = 1, tokens behind the row's end are computed for nothing).
+
+    What Triton computes has the same bits as `paged_attention` over the same keys in a cache, and as a prompt in
+    chunks. What cuDNN computes (see `which`) is as close to the formula but differs in the last bits, so a prompt's
+    bits depend on whether it is alone among others of its length.
+    """
+    tokens, heads, dim = q.shape
+    rows = query_start.shape[0] - 1
+    if q.is_cuda and tokens and heads and tile is None:
+        capability = torch.cuda.get_device_capability(q.device)
+        if which(tokens, rows, max_query_len, dim, q.dtype, window, softcap, capability) == "cudnn":
+            batched = [x.unflatten(0, (rows, max_query_len)).transpose(1, 2) for x in (q, k, v)]
+            group = heads > k.shape[1]
+            if torch.backends.cuda.can_use_cudnn_attention(
+                torch.backends.cuda.SDPAParams(*batched, None, 0.0, True, group)
+            ):
+                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                    out = F.scaled_dot_product_attention(*batched, is_causal=True, scale=scale, enable_gqa=group)
+                return out.transpose(1, 2).reshape(tokens, heads, dim)
+    return attend_own_tokens(q, k, v, query_start, scale=scale, window=window, softcap=softcap, pdl=pdl, tile=tile)
