@@ -1,5 +1,6 @@
 """The structure holds: imports point down, and the check that says so notices when they do not."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,19 @@ def test_wrong_imports_are_found(tmp_path, file, line, reason):
 
 
 def test_importing_megalite_is_light():
-    heavy = "torch", "deepspeed", "transformers", "tokenizers", "fastapi", "omegaconf"
-    code = f"import sys, megalite; print([name for name in {heavy} if name in sys.modules])"
+    assert imported("import megalite", "torch", "deepspeed", "transformers", "tokenizers", "fastapi", "omegaconf") == []
+
+
+def test_generation_imports_only_what_it_needs():
+    others = "deepspeed", "transformers", "omegaconf", "jinja2", "huggingface_hub", "torch._dynamo", "pandas", "scipy"
+    assert imported("from megalite import LLM", *others) == []
+
+
+def imported(code: str, *names: str) -> list[str]:
+    """Those of the modules that running `code` imports."""
+    code += f"; import json, sys; print(json.dumps([name for name in {names} if name in sys.modules]))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    return json.loads(result.stdout)
 
 
 def test_public_names_stay_where_programs_find_them():

@@ -16,8 +16,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from omegaconf import OmegaConf
-
 from megalite.config import yaml_lines
 from megalite.config.sampling import token_key
 from megalite.config.schema import Config, HybridConfig, InferConfig, TrainConfig
@@ -255,6 +253,8 @@ def _read_text(path: Path) -> str:
 
 def _build(schema: type, values: dict[str, Any]) -> Any:
     """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it."""
+    from omegaconf import OmegaConf  # slow to import, and a config made in Python needs none of it
+
     free = [key for key in values if mentions(hints(schema)[key], Any) or key in LITERAL_KEYS]
     settled: dict[str, Any] = {}
     for key in values.keys() - set(free):
