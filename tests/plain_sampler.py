@@ -10,6 +10,22 @@ from megalite.config.schema import SamplingParams
 INF = math.inf
 
 
+def philox(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10: four words from a counter of four words and a key of two."""
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = second >> 32 ^ b ^ k, second % 2**32, first >> 32 ^ d ^ m, first % 2**32
+        k, m = (k + 0x9E3779B9) % 2**32, (m + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    """The number in [0, 1) that draws output token `position` of sample `index` of a request."""
+    low, high, *_ = philox((position, index, 0, 0), (seed % 2**32, (seed >> 32) % 2**32))
+    return ((high << 32 | low) >> 11) * 2.0**-53
+
+
 class TooClose(Exception):
     """Rounding decides this case, so the reference can't."""
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from plain_sampler import next_token, ruled_out
+from plain_sampler import next_token, ruled_out, uniform
 from reference import load
 from tiny_models import VOCAB
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.draws import uniform
 from megalite.inference.io.inputs import derived_seed
 
 EOS = 2

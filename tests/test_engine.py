@@ -344,7 +344,8 @@ def test_no_stop_string_before_min_tokens(talking, ranks, tmp_path):
     [[([output], _)]] = run(generate, talking, Setting(), free, str(tmp_path / "free"))
     ids, character = output.outputs[0].token_ids, Tokenizer.load(talking).decode([50], skip_special_tokens=True)
     first, *later = [place for place, token in enumerate(ids, 1) if token == 50]
-    assert later, "the character comes more than once"
+    later = [place for place in later if place > first + 1]
+    assert later, "the character comes again after min_tokens"
     params = replace(free[0].params, stop=character, min_tokens=first + 1)
     [[([output], _)]] = run(generate, talking, Setting(), [replace(free[0], params=params)], str(tmp_path / "stopped"))
     assert output.outputs[0].token_ids == ids[: later[0]] and output.outputs[0].stop_reason == character

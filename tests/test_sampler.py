@@ -1,18 +1,22 @@
 """The sampler against a slow, plain reference, and the promises it makes about batches, ties and extremes."""
 
 import math
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from plain_sampler import INF, TooClose, next_token, ruled_out
+from plain_sampler import INF, TooClose, next_token, philox, ruled_out, uniform
 
 from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError
-from megalite.inference.draws import RUN, draw, draw_by_runs, uniform
-from megalite.inference.request import Request, Row, Sequence
-from megalite.inference.sampler import CPU_CHUNK, Sampler
+from megalite.inference import draws
+from megalite.inference.choice import FAILURES, PLAIN, Needs
+from megalite.inference.host_sampler import CPU_CHUNK, FEW
+from megalite.inference.request import Request
+from megalite.inference.sampler import Sampler
 
 VOCAB = 24
 """Of the comparison over all options."""
@@ -20,6 +24,70 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
+
+
+@dataclass
+class Placed:
+    """A sequence in a row, as far as the sampler looks at it."""
+
+    request: Request
+    index: int
+    token_ids: list[int]
+    row: int = -1
+
+    @property
+    def num_prompt(self):
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self):
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def planned(self):
+        return len(self.token_ids) + 1
+
+
+class Engine:
+    """What a runner does around the sampler: rows numbered from the last, their tokens on the device."""
+
+    def __init__(self, vocab_size, sequences, device="cpu", at_temperature=False, max_len=40):
+        self.sequences, self.device = sequences, device
+        self.tokens = torch.full((len(sequences) + 1, max_len), -7, dtype=torch.int32, device=device)
+        self.sampler = Sampler(
+            vocab_size,
+            max_rows=len(sequences),
+            max_len=max_len,
+            device=torch.device(device),
+            tokens=self.tokens,
+            at_temperature=at_temperature,
+        )
+        for row, sequence in enumerate(reversed(sequences)):
+            sequence.row = row
+            self.write(sequence)
+        self.sampler.admit(sequences)
+
+    def write(self, sequence):
+        ids = torch.tensor(sequence.token_ids, dtype=torch.int32)
+        self.tokens[sequence.row, : len(ids)] = ids
+
+    def choose(self, logits, sequences=None):
+        """Of some of the sequences."""
+        sequences = self.sequences if sequences is None else sequences
+        rows = torch.tensor([sequence.row for sequence in sequences], dtype=torch.int64, device=self.device)
+        places = [len(sequence.token_ids) for sequence in sequences]
+        positions = torch.tensor(places, dtype=torch.int64, device=self.device)
+        return self.sampler.sample(logits.to(self.device), rows, positions, self.sampler.needs(sequences))
+
+    def sample(self, logits, sequences=None):
+        choice = self.choose(logits, sequences).to_host()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return choice.listed()
+
+
+def sample(logits, sequences, **options):
+    return Engine(logits.shape[1], sequences, logits.device.type, **options).sample(logits)
 
 
 def make_row(params, *, seed=0, index=0, prompt=(0,), output=(), stop=(), bad_words=(), request_id="r"):
@@ -32,26 +100,23 @@ def make_row(params, *, seed=0, index=0, prompt=(0,), output=(), stop=(), bad_wo
         stop_token_ids=frozenset(stop),
         bad_words=tuple(map(tuple, bad_words)),
     )
-    tokens = [*prompt, *output]
-    return Row(Sequence(request=request, index=index, token_ids=tokens), len(tokens) - 1, 1, True)
+    return Placed(request, index, [*prompt, *output])
 
 
 def sample_one(logits, params, **where):
     logits = torch.as_tensor(logits)[None]
-    return Sampler(logits.shape[1]).sample(logits, [make_row(params, **where)])
+    return sample(logits, [make_row(params, **where)])
 
 
 def ruled_out_of(row, vocab):
     """Ids that must not come next in a row."""
-    sequence, request = row.sequence, row.sequence.request
-    output = sequence.token_ids[sequence.num_prompt :]
+    request, output = row.request, row.token_ids[row.num_prompt :]
     return ruled_out(request.params, output, stops=request.stop_token_ids, bad_words=request.bad_words, vocab=vocab)
 
 
 def reference_token(logits, row):
-    sequence, request = row.sequence, row.sequence.request
-    prompt, output = sequence.token_ids[: sequence.num_prompt], sequence.token_ids[sequence.num_prompt :]
-    number = uniform(request.seed, sequence.index, sequence.num_output)
+    request, prompt, output = row.request, row.token_ids[: row.num_prompt], row.token_ids[row.num_prompt :]
+    number = uniform(request.seed, row.index, row.num_output)
     return next_token(logits, request.params, prompt, output, ruled_out_of(row, len(logits)), number)
 
 
@@ -102,7 +167,7 @@ def test_equals_reference_for_every_combination_of_options(cases):
     for values, row in cases:
         withheld = ruled_out_of(row, VOCAB)
         assume(any(x > -INF for token, x in enumerate(values) if token not in withheld))
-    got = Sampler(VOCAB).sample(torch.tensor(logits), rows)
+    got = sample(torch.tensor(logits), rows)
     compared = 0
     for values, row, token, logprob in zip(logits, rows, got.token_ids, got.logprobs, strict=True):
         try:
@@ -153,12 +218,12 @@ def test_a_row_gets_the_reference_s_token_alone_and_in_any_batch(dtype, device):
     assert len(rows) * vocab > 4 * CPU_CHUNK  # several chunks
     logits = (3 * torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(5))).to(device, dtype)
     before = logits.clone()
-    together = Sampler(vocab).sample(logits, rows)
+    together = sample(logits, rows)
     assert torch.equal(logits, before), "logits are left as they are"
     compared = dict.fromkeys(OPTIONS, 0)
     for i, (values, row) in enumerate(zip(logits.tolist(), rows, strict=True)):
-        name = row.sequence.request.id
-        alone = Sampler(vocab).sample(logits[i : i + 1].clone(), [row])
+        name = row.request.id
+        alone = sample(logits[i : i + 1].clone(), [row])
         assert alone.token_ids[0] == together.token_ids[i], name
         assert alone.logprobs[0] == together.logprobs[i]
         assert alone.top_logprobs[0] == together.top_logprobs[i]
@@ -169,18 +234,20 @@ def test_a_row_gets_the_reference_s_token_alone_and_in_any_batch(dtype, device):
             pass
     assert min(compared.values()) >= 4
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).tolist()
-    shuffled = Sampler(vocab).sample(logits[order], [rows[i] for i in order])
+    shuffled = sample(logits[order], [rows[i] for i in order])
     assert shuffled.token_ids == [together.token_ids[i] for i in order]
     assert shuffled.logprobs == [together.logprobs[i] for i in order]
 
 
-def test_uniform_numbers_are_fixed_for_ever_and_uniform():
-    assert [uniform(0, 0, 0), uniform(1, 2, 3), uniform(-(2**63), 7, 4095)] == [
-        0.968251126188258,
-        0.23007633747213896,
-        0.21556612081249493,
-    ]
-    numbers = [uniform(5, 0, position) for position in range(4000)]
+def test_uniform_numbers_are_philox_s_and_uniform():
+    pi = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
+    assert philox(pi[:4], pi[4:]) == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)  # known from Random123
+    assert uniform(0, 0, 0) == 0xE169C58D6627E8D5 // 2**11 * 2.0**-53
+    places = np.array([0, 1, 63, 64, 4095, 2**31 + 5])
+    for seed, index in ((0, 0), (1, 2), (2**63 - 1, 16383), (2**64 - 2**63, 7)):
+        made = draws.uniform(np.array(seed, np.uint64), np.array(index), places)
+        assert made.tolist() == [uniform(seed, index, place) for place in places.tolist()]
+    numbers = draws.uniform(np.array(5, np.uint64), np.array(0), np.arange(4000)).tolist()
     counts = torch.tensor(numbers).histc(20, 0, 1)
     assert 0 <= min(numbers) < 0.002 and 0.998 < max(numbers) < 1 and len(set(numbers)) == 4000
     assert ((counts - 200) ** 2 / 200).sum() < 19 + 4 * math.sqrt(2 * 19)
@@ -192,27 +259,16 @@ def test_no_number_draws_a_token_of_weight_zero():
     last = 1 - 2.0**-53
     for whole in (1, 3, 2**44, 2**53 + 1, 2**60 + 255, 2**61 - 1, 2**62 - 1):
         weights = torch.tensor([[0, whole, 0], [0, whole, 0]])
-        assert draw(weights, torch.tensor([0.0, last], dtype=torch.float64)).tolist() == [1, 1]
+        assert draws.draw(weights, torch.tensor([0.0, last], dtype=torch.float64)).tolist() == [1, 1]
     weights = torch.tensor([[0, 2, 0, 1, 1, 0]]).expand(5, 6).contiguous()
     numbers = torch.tensor([0.0, 0.4999, 0.5, 0.75, last], dtype=torch.float64)
-    assert draw(weights, numbers).tolist() == [1, 1, 3, 4, 4]
-
-
-@pytest.mark.parametrize("length", [1, RUN, RUN + 1, 5 * RUN + 3])
-def test_running_sums_of_runs_draw_the_same(length):
-    generator = torch.Generator().manual_seed(length)
-    weights = (torch.rand(64, length, generator=generator) ** 20 * 2**52).long()
-    weights[torch.rand(64, length, generator=generator) < 0.7] = 0
-    weights[:, length // 2] += 1
-    numbers = torch.rand(64, dtype=torch.float64, generator=generator)
-    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_by_runs(weights, numbers).tolist() == draw(weights, numbers).tolist()
+    assert draws.draw(weights, numbers).tolist() == [1, 1, 3, 4, 4]
 
 
 def drawn(logits, count=100, **options):
     """Ids that `count` seeds draw."""
     rows = [make_row(SamplingParams(**options), seed=n) for n in range(count)]
-    return set(Sampler(len(logits)).sample(torch.tensor([logits] * count), rows).token_ids)
+    return set(sample(torch.tensor([logits] * count), rows).token_ids)
 
 
 TIED = [1.0, 5.0, 5.0, 5.0, 0.0, 5.0]
@@ -240,7 +296,7 @@ def test_equals_rank_by_id_and_what_is_at_a_threshold_stays(logits, options, ids
 def test_samples_of_one_request_differ_and_repeat():
     def draw_all(seed):
         rows = [make_row(SamplingParams(n=3), seed=seed, index=i % 3, output=[0] * (i // 3)) for i in range(30)]
-        return Sampler(1000).sample(torch.zeros(30, 1000), rows).token_ids
+        return sample(torch.zeros(30, 1000), rows).token_ids
 
     assert draw_all(1) == draw_all(1) != draw_all(2)
     samples = [draw_all(1)[start::3] for start in range(3)]
@@ -256,30 +312,34 @@ def test_narrowest_settings_are_greedy(options):
     # min_p keeps all equals of the best.
     if "min_p" in options:
         logits = logits.float() + torch.rand(50, 300)
-    assert Sampler(300).sample(logits, rows).token_ids == logits.argmax(-1).tolist()
+    assert sample(logits, rows).token_ids == logits.argmax(-1).tolist()
 
 
-def test_penalties_follow_a_growing_sequence():
+@pytest.mark.parametrize("count", [3, FEW + 1])
+def test_penalties_follow_a_growing_sequence(count):
     vocab = 50
     generator = torch.Generator().manual_seed(0)
     options = SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=0.4, presence_penalty=0.3)
-    rows = [make_row(options, seed=n, prompt=(3, 3, 4 + n)) for n in range(3)]
-    sampler = Sampler(vocab)
+    rows = [make_row(options, seed=n, prompt=(3, 3, 4 + n)) for n in range(count)]
+    engine = Engine(vocab, rows, max_len=50)
     repeated = 0
     for _ in range(40):
-        logits = torch.randn(3, vocab, generator=generator)
-        got = sampler.sample(logits, rows).token_ids
+        logits = torch.randn(len(rows), vocab, generator=generator)
+        got = engine.sample(logits).token_ids
         assert got == [reference_token(values, row) for values, row in zip(logits.tolist(), rows, strict=True)]
-        assert got == Sampler(vocab).sample(logits, rows).token_ids  # as if it had never seen them before
+        again = [replace(row) for row in rows]
+        assert got == sample(logits, again, max_len=50).token_ids  # as if it had never seen them before
         for row, token in zip(rows, got, strict=True):
-            repeated += token in row.sequence.token_ids
-            row.sequence.token_ids.append(token)
+            repeated += token in row.token_ids
+            row.token_ids.append(token)
+            engine.write(row)
     assert repeated > 3  # so counts above one were there
-    assert len(sampler._seen) == 3
-    sampler.forget(rows[0].sequence)
-    rows[1].sequence.finish_reason = "abort"
-    sampler.sample(torch.randn(1, vocab), [make_row(options)])  # a new sequence makes room
-    assert len(sampler._seen) == 2
+    newcomer = replace(rows[0], token_ids=[7])
+    newcomer.request = replace(newcomer.request, prompt_token_ids=(7,))
+    engine.write(newcomer)
+    engine.sampler.admit([newcomer])  # the row's last tenant leaves nothing behind
+    logits = torch.randn(1, vocab, generator=generator)
+    assert engine.sample(logits, [newcomer]).token_ids == [reference_token(logits[0].tolist(), newcomer)]
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_p=0.5), dict(top_k=2)], ids=str)
@@ -293,19 +353,19 @@ def test_extreme_logits(options):
     assert (huge.token_ids, huge.logprobs) == ([0], [0.0])
     penalised = SamplingParams(**options, repetition_penalty=0.5)
     assert sample_one([3e38, INF, 0.0, 1.0, 2.0], penalised, prompt=(0, 1)).token_ids[0] in (0, 1)
-    for bad, message in (([0.0, math.nan, 2.0], "NaN"), ([-INF] * 3, "ruled out")):
-        logits = torch.tensor([[0.0, 1.0, 2.0], bad])
-        rows = [make_row(params), make_row(params, request_id="the-bad-one")]
-        with pytest.raises(MegaliteError, match=f"the-bad-one: .*{message}"):
-            Sampler(3).sample(logits, rows)
+    good = [0.0, 1.0, 2.0]
+    alone = sample_one(good, params)
+    for bad, code in (([0.0, math.nan, 2.0], -1), ([-INF] * 3, -2)):
+        got = sample(torch.tensor([good, bad, good]), [make_row(params), make_row(params), make_row(params)])
+        assert got.token_ids == [alone.token_ids[0], code, alone.token_ids[0]] and code in FAILURES
+        assert got.logprobs[::2] == alone.logprobs * 2
 
 
 def test_ids_beyond_the_vocabulary_are_withheld_in_vain_or_refused():
     """A stop token or a token of a bad word may be one that the model does not have; a bias names one of its own."""
     greedy = SamplingParams(temperature=0, min_tokens=2)
     assert sample_one([0.0, 9.0, 8.0], greedy, stop=(1, 77), bad_words=[(7,), (0,)]).token_ids == [2]
-    with pytest.raises(MegaliteError, match="request r: every token is ruled out"):
-        sample_one([0.0, 9.0, 8.0], greedy, stop=(0, 1, 2))
+    assert sample_one([0.0, 9.0, 8.0], greedy, stop=(0, 1, 2)).token_ids == [-2]
     with pytest.raises(MegaliteError, match=r"request r: logit_bias: token id must be in 0\.\.2, got 3"):
         sample_one([0.0, 5.0, 1.0], SamplingParams(logit_bias={3: 1.0}))
 
@@ -314,7 +374,7 @@ def test_ids_beyond_the_vocabulary_are_withheld_in_vain_or_refused():
 def test_logprobs_are_of_the_raw_logits(device):
     logits = [[0.5, -INF, 3.0, 3.0, 1.0, -2.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
     params = SamplingParams(temperature=0, logprobs=2, logit_bias={0: 50.0})
-    got = Sampler(6).sample(torch.tensor(logits, device=device), [make_row(params), make_row(SamplingParams(top_k=1))])
+    got = sample(torch.tensor(logits, device=device), [make_row(params), make_row(SamplingParams(top_k=1))])
     expected = log_softmax(logits[0])
     assert got.token_ids == [0, 5]
     assert got.logprobs[0] == pytest.approx(expected[0], abs=1e-6)
@@ -361,5 +421,36 @@ def test_prompt_logprobs(device):
 
 
 def test_no_rows_give_nothing():
-    got = Sampler(7).sample(torch.empty(0, 7), [])
+    got = sample(torch.empty(0, 7), [])
     assert (got.token_ids, got.logprobs, got.top_logprobs) == ([], [], [])
+
+
+def test_only_rows_with_needs_have_needs():
+    rows = [
+        make_row(SamplingParams(temperature=0)),
+        make_row(SamplingParams(top_p=0.5, min_p=0.1, top_k=3, seed=7)),
+        make_row(SamplingParams(min_tokens=2), stop=(1,)),
+        make_row(SamplingParams(logprobs=3)),
+        make_row(SamplingParams(presence_penalty=0.5), prompt=range(20)),
+    ]
+    engine = Engine(VOCAB, rows)
+    needs = engine.sampler.needs
+    assert needs(rows[:2]) == PLAIN == needs([])
+    assert needs(rows[1:3]) == Needs(edits=True)
+    assert needs(rows[:4]) == Needs(edits=True, logprobs=(None, None, None, 3))
+    assert needs(rows[4:]) == Needs(longest=32)
+    rows[2].token_ids += [0, 0]
+    assert needs(rows[:3]) == PLAIN
+    plain = make_row(SamplingParams())
+    plain.row = rows[4].row
+    engine.sampler.admit([plain])
+    assert needs([plain]) == PLAIN
+
+
+def test_a_choice_of_some_rows():
+    rows = [make_row(SamplingParams(temperature=0, logprobs=k)) for k in (None, 2, -1)]
+    choice = Engine(VOCAB, rows).choose(torch.randn(3, VOCAB))
+    whole, part = choice.listed(), choice[1:].to_host().listed()
+    assert part.token_ids == whole.token_ids[1:] and part.logprobs == whole.logprobs[1:]
+    assert part.top_logprobs == whole.top_logprobs[1:] and whole.top_logprobs[0] is None
+    assert len(part.top_logprobs[1].top) == VOCAB

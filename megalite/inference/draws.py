@@ -1,7 +1,8 @@
 """Draws tokens from integer weights: top_k, top_p and the inverse of the cumulative distribution, in exact arithmetic.
 
 Probabilities become integers (`integer_weights`), whose sums are exact in any order, so kernels that add in an order of
-their own choice can't change a result. The uniform number of a draw is a hash (`uniform`), no generator's state.
+their own choice can't change a result. The uniform number of a draw comes from a counter (`uniform`), no generator's
+state. This is the way of a CPU; kernels/sampling.py does the same on a GPU.
 
 R rows, a vocabulary of V ids. Equal weights rank by id, lowest first.
 """
@@ -9,10 +10,16 @@ R rows, a vocabulary of V ids. Equal weights rank by id, lowest first.
 from __future__ import annotations
 
 from functools import lru_cache
-from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
+
+PHILOX_ROUNDS = 10
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+"""Multipliers of the two halves of Philox's counter."""
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+"""What is added to its key after each round."""
 
 LONG_ROW = 2**14
 """Places of a row from which its running sum is slow on an accelerator."""
@@ -25,13 +32,29 @@ BUCKETS = (127 + 63) << (23 - BUCKET_SHIFT)
 """Buckets for weights below 2**63."""
 
 
-def uniform(seed: int, index: int, position: int) -> float:
-    """The number in [0, 1) that draws token `position` (from 0) of sample `index` of a request.
+def uniform(seeds: np.ndarray, indices: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), float64, that draw output tokens `positions` (from 0) of samples `indices` of requests.
 
-    The first 53 bits of BLAKE2b (RFC 7693) over the three in decimal: equal on every machine and in every version.
+    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the key is the seed's 64 bits
+    and the counter (position, index, 0, 0); the first two words, lower first, give the upper 53 bits of a fraction. The
+    three arrays have one shape or broadcast; a seed is taken modulo 2**64, the others are below 2**32.
     """
-    digest = blake2b(b"%d %d %d" % (seed, index, position), digest_size=8, person=b"megalite.sample").digest()
-    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+    low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
+    key = seeds.astype(np.uint64)
+    key0, key1 = key & low, key >> shift
+    zero = np.zeros_like(key)
+    counter = [positions.astype(np.uint64), indices.astype(np.uint64), zero, zero]
+    for _ in range(PHILOX_ROUNDS):
+        product0, product1 = counter[0] * np.uint64(PHILOX_M0), counter[2] * np.uint64(PHILOX_M1)
+        counter = [
+            (product1 >> shift) ^ counter[1] ^ key0,
+            product1 & low,
+            (product0 >> shift) ^ counter[3] ^ key1,
+            product0 & low,
+        ]
+        key0, key1 = (key0 + np.uint64(PHILOX_W0)) & low, (key1 + np.uint64(PHILOX_W1)) & low
+    bits = (counter[1] << shift | counter[0]) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
 
 
 def largest_weight(vocab_size: int) -> int:
@@ -42,14 +65,15 @@ def largest_weight(vocab_size: int) -> int:
     return 1 << (62 - vocab_size.bit_length())
 
 
-def integer_weights(logits: Tensor, temperatures: list[float]) -> Tensor:
-    """Unnormalised probabilities of float32 logits [R, V] at the rows' temperatures, as int64 [R, V].
+def integer_weights(logits: Tensor, peaks: Tensor, temperatures: Tensor | None) -> Tensor:
+    """Unnormalised probabilities of float32 logits [R, V], of which `peaks` [R, 1] are the largest, at the rows'
+    `temperatures` (float32 [R]; None: all 1), as int64 [R, V].
 
     The likeliest token has `largest_weight`; what is less likely than it by more than that factor has 0.
     """
-    shifted = logits - logits.amax(-1, keepdim=True)
-    if any(temperature != 1 for temperature in temperatures):
-        shifted /= torch.tensor(temperatures, device=logits.device)[:, None]
+    shifted = logits - peaks
+    if temperatures is not None:
+        shifted /= temperatures[:, None]
     return shifted.exp_().mul_(largest_weight(logits.shape[1])).long()
 
 
@@ -96,13 +120,13 @@ def draw_by_runs(weights: Tensor, numbers: Tensor) -> Tensor:
     return (run * RUN + torch.searchsorted(within, goal, right=True))[:, 0]
 
 
-def draw_of_best(weights: Tensor, top_k: list[int], top_p: Tensor, numbers: Tensor) -> Tensor:
+def draw_of_best(weights: Tensor, top_k: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:
     """Ids [R] drawn from each row's `top_k` largest weights, of them the smallest set that holds `top_p` [R]."""
-    vocab_size, device, size = weights.shape[1], weights.device, max(top_k)
+    vocab_size, device, size = weights.shape[1], weights.device, int(top_k.max())
     id_bits = vocab_size.bit_length()
     best, _ = torch.topk((weights << id_bits) | descending_ids(vocab_size, device), size)
     likely = best >> id_bits
-    likely.masked_fill_(torch.arange(size, device=device) >= torch.tensor(top_k, device=device)[:, None], 0)
+    likely.masked_fill_(torch.arange(size, device=device) >= top_k[:, None], 0)
     reached = likely.cumsum(-1)
     likely.masked_fill_(reached - likely >= _share_of(reached[:, -1], top_p)[:, None], 0)
     ids: Tensor

@@ -1,0 +1,128 @@
+"""What sampling gives: tokens and log-probabilities of a step's rows, on the device and then as Python's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+FAILURES = {
+    -1: "the model's logits are not numbers (NaN); are its weights damaged?",
+    -2: "every token is ruled out (logit -inf) by the model or the sampling settings",
+}
+"""What stands in place of an id where a row's logits give none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's place in the model's full distribution."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest; of equals the lowest id comes first."""
+    top: list[tuple[int, float]]
+    """(id, logprob) of the k likeliest, best first; then the token itself if it is not among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRows:
+    """What was sampled, one entry a row."""
+
+    token_ids: list[int] = field(default_factory=list)
+    """One of FAILURES where the row's logits gave none."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of the token, from the raw logits in float32: before penalties and bias, and before the temperature unless the
+    sampler is `at_temperature`."""
+    top_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """For rows whose params.logprobs is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the rows of a step need beyond temperature, top_k, top_p, min_p and the token's log-probability."""
+
+    edits: bool = False
+    """Of bad_words, allowed_token_ids, logit_bias or min_tokens."""
+    longest: int = 0
+    """If a row has penalties: a length above every row's; else 0."""
+    logprobs: tuple[int | None, ...] = ()
+    """How many of the likeliest tokens are to be listed for each row; empty: for none."""
+
+
+PLAIN = Needs()
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """Places of tokens in the full distributions of n rows, and the k likeliest tokens of each."""
+
+    logprobs: Tensor
+    """float32 [n]"""
+    ranks: Tensor
+    """int64 [n], from 1."""
+    top_ids: Tensor
+    """int64 [n, k], best first."""
+    top_logprobs: Tensor
+    """float32 [n, k]"""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Details:
+        """The same with each tensor changed."""
+        return Details(*map(change, (self.logprobs, self.ranks, self.top_ids, self.top_logprobs)))
+
+    def spread(self, rows: list[int], count: int) -> Details:
+        """The same with these rows among `count`, of which the others mean nothing."""
+        if len(rows) == count:
+            return self
+        places = torch.tensor(rows, dtype=torch.int64, device=self.ranks.device)
+        return self.map(lambda values: values.new_zeros(count, *values.shape[1:]).index_copy_(0, places, values))
+
+    def listed(self, ids: list[int], counts: Iterable[int | None]) -> list[TokenLogprobs | None]:
+        """The same of tensors on the host, for the rows' tokens; `counts`: how many of a row are listed, -1: all."""
+        rows = (x.tolist() for x in (self.logprobs, self.ranks, self.top_ids, self.top_logprobs))
+        listed: list[TokenLogprobs | None] = []
+        for token_id, count, logprob, rank, top_ids, top_logprobs in zip(ids, counts, *rows, strict=True):
+            if count is None:
+                listed.append(None)
+                continue
+            count = count if count >= 0 else len(top_ids)
+            best = list(zip(top_ids[:count], top_logprobs[:count], strict=True))
+            if rank > count:
+                best.append((token_id, logprob))
+            listed.append(TokenLogprobs(token_id, logprob, rank, best))
+        return listed
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The tokens of n rows, on the device; `to_host` and then `listed` bring them to where they are read."""
+
+    ids: Tensor
+    """int64 [n]; one of FAILURES where the row's logits give none."""
+    logprobs: Tensor
+    """float32 [n]"""
+    details: Details | None = None
+    needs: Needs = PLAIN
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Choice:
+        details = None if self.details is None else self.details.map(change)
+        return replace(self, ids=change(self.ids), logprobs=change(self.logprobs), details=details)
+
+    def __getitem__(self, rows: slice) -> Choice:
+        """Some of the rows."""
+        needs = replace(self.needs, logprobs=self.needs.logprobs[rows])
+        return replace(self._map(lambda values: values[rows]), needs=needs)
+
+    def to_host(self) -> Choice:
+        """Copies in page-locked memory, which are not there before the device's stream has come so far."""
+        return self._map(lambda values: values.to("cpu", non_blocking=True)) if self.ids.is_cuda else self
+
+    def listed(self) -> SampledRows:
+        """What is on the host as Python's numbers."""
+        ids = self.ids.tolist()
+        details: list[TokenLogprobs | None] = [None] * len(ids)
+        if self.details is not None:
+            details = self.details.listed(ids, self.needs.logprobs)
+        return SampledRows(ids, self.logprobs.tolist(), details)
