@@ -1,0 +1,186 @@
+"""The Triton kernels of norms, gates, rotation and cache write against plain float64 torch.
+
+They run compiled where there is a CUDA device and under Triton's interpreter where there is none; without Triton their
+tests are skipped. What a kernel must write holds NaN before, what it must not touch is compared afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton
+
+from megalite.core.functional import ACTIVATIONS
+from megalite.kernels import gate as gate_kernels
+from megalite.kernels import norm as norm_kernels
+from megalite.kernels import rope as rope_kernels
+
+UNIT = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+"""Twice the largest relative error of one rounding, for float32 of a few."""
+DTYPES = list(UNIT)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def check(got: torch.Tensor, exact: torch.Tensor, steps: int = 1) -> None:
+    """Equal but for `steps` roundings of numbers of this size."""
+    unit = UNIT[got.dtype] * steps
+    torch.testing.assert_close(got.double(), exact, rtol=unit, atol=unit * max(1.0, exact.abs().max().item()))
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, zero_centred: bool) -> torch.Tensor:
+    """In float64."""
+    x = x.double()
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.double() + zero_centred)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a kernel allocates holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens, dim", [(1, 16), (5, 80), (3, 1024), (2, 2304), (2, 4096)])
+@pytest.mark.parametrize("zero_centred", [False, True])
+def test_a_norm_and_the_sum_before_it(tokens, dim, zero_centred, dtype, poisoned):
+    torch.manual_seed(dim)
+    x, weight, post = randn(tokens, dim, dtype=dtype), randn(dim, dtype=dtype), randn(dim, dtype=dtype)
+    update = randn(tokens, 2 * dim, dtype=dtype)[:, :dim]  # as an output of a wider product
+    given = {"zero_centred": zero_centred}
+    check(norm_kernels.rms_norm(x, weight, 1e-5, **given), normed(x, weight, 1e-5, zero_centred))
+    for post_weight in (None, post):
+        added = update.double() if post_weight is None else normed(update, post, 1e-5, zero_centred)
+        stream = x.clone()
+        out = norm_kernels.rms_norm(stream, weight, 1e-5, update=update, post_weight=post_weight, **given)
+        check(stream, x.double() + added)
+        check(out, normed(stream, weight, 1e-5, zero_centred))  # of what is stored
+        alone = x.clone()
+        assert norm_kernels.rms_norm(alone, None, 1e-5, update=update, post_weight=post_weight, **given) is alone
+        assert torch.equal(alone, stream)
+
+
+@needs_triton
+def test_a_norm_of_some_rows(poisoned):
+    x, weight = randn(9, 48, dtype=torch.bfloat16), randn(48, dtype=torch.bfloat16)
+    rows = torch.tensor([8, 0, 3, 3], device=DEVICE)
+    got = norm_kernels.rms_norm(x, weight, 1e-6, rows=rows)
+    assert torch.equal(got, norm_kernels.rms_norm(x, weight, 1e-6)[rows])
+    assert norm_kernels.rms_norm(x, weight, 1e-6, rows=rows[:0]).shape == (0, 48)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tokens, dim", [(1, 7), (3, 1024), (2, 3000)])
+def test_a_gate(tokens, dim, activation, dtype, poisoned):
+    torch.manual_seed(dim)
+    hidden = 3 * randn(tokens, 2 * dim, dtype=dtype)
+    gate, up = hidden.double().chunk(2, -1)
+    check(gate_kernels.gate(hidden, activation), ACTIVATIONS[activation](gate) * up, 4)
+
+
+HEADS = [(1, 1), (4, 1), (16, 8), (5, 5), (6, 2), (7, 1), (0, 0)]
+"""(query heads, KV heads)."""
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dim, rotary", [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (128, 96), (80, 32), (8, 2)]
+)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_head_norms_rotation_and_cache_write(dim, rotary, with_norm, dtype):
+    for case, (queries, keys) in enumerate(HEADS if dim == 64 and dtype == torch.bfloat16 else HEADS[1:3]):
+        torch.manual_seed(dim + case)
+        tokens, slots = 5, torch.tensor([3, -1, 0, 11, 7], device=DEVICE)
+        whole = randn(tokens, (queries + 2 * keys) * dim + 16, dtype=dtype)
+        qkv = whole[:, :-16].unflatten(-1, (-1, dim)) if queries else whole[:, :-16].reshape(tokens, 0, dim)
+        before, cache = whole.clone(), randn(2, keys, 12, dim, dtype=dtype)
+        cached = cache.clone()
+        positions = torch.tensor([0, 2, 39, 1, 20], device=DEVICE)
+        table = randn(40, rotary)
+        weights = (randn(dim, dtype=dtype), randn(dim, dtype=dtype), 1e-5)
+        by_position, keep, zero_centred = bool(case % 2), case % 3 == 0, case % 4 == 2
+        q, k, v = qkv.clone().split([queries, keys, keys], 1)
+        if with_norm:
+            q, k = (normed(x, weight, 1e-5, zero_centred) for x, weight in ((q, weights[0]), (k, weights[1])))
+        rope_kernels.rotate_and_store(
+            qkv,
+            *cache,
+            slots,
+            table if by_position else table[positions].contiguous(),
+            positions=positions if by_position else None,
+            norms=weights if with_norm else None,
+            zero_centred=zero_centred,
+            keep_keys=keep,
+        )
+        cos, sin = table[positions].double()[:, None].chunk(2, -1)
+        q, k = (rotated(x.double(), cos, sin) for x in (q, k))
+        got_q, got_k, got_v = qkv.split([queries, keys, keys], 1)
+        if queries:
+            check(got_q, q, 2)
+            untouched = before[:, :-16].unflatten(-1, (-1, dim))[:, queries : queries + keys].double()
+            check(got_k, k if keep else untouched, 2)
+        assert torch.equal(got_v, v) and torch.equal(whole[:, -16:], before[:, -16:])
+        written = slots >= 0
+        if keys:
+            check(cache[0][:, slots[written]].transpose(0, 1), k[written], 2)
+        cached[:, :, slots[written]] = cache[:, :, slots[written]]
+        assert torch.equal(cache, cached), "no other slot is written"
+        assert torch.equal(cache[1][:, slots[written]].transpose(0, 1), v[written])
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+@needs_cuda
+@pytest.mark.skipif(CUDA and torch.cuda.get_device_capability() < (9, 0), reason="needs dependent launch")
+def test_dependent_launch_in_a_graph_gives_the_same_bits():
+    """A chain of kernels of which each waits for the one before, replayed."""
+    x, update = randn(64, 4096, dtype=torch.bfloat16), randn(64, 4096, dtype=torch.bfloat16)
+    weight = randn(4096, dtype=torch.bfloat16)
+    cache, slots = randn(2, 8, 64, 128, dtype=torch.bfloat16), torch.arange(64, device=DEVICE)
+    table = randn(64, 128)
+
+    def chain(stream: torch.Tensor, cache: torch.Tensor, pdl: bool) -> torch.Tensor:
+        for _ in range(20):
+            hidden = norm_kernels.rms_norm(stream, weight, 1e-6, update=update, pdl=pdl)
+            hidden = gate_kernels.gate(torch.cat([hidden, hidden], 1) if not pdl else twice(hidden), "silu", pdl=pdl)
+            heads = hidden.view(64, 32, 128)
+            rope_kernels.rotate_and_store(heads, *cache, slots, table, positions=slots, pdl=pdl)
+            norm_kernels.rms_norm(stream, None, 1e-6, update=hidden, pdl=pdl)
+        return stream
+
+    def twice(hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([hidden, hidden], 1)
+
+    expected_cache = cache.clone()
+    expected = chain(x.clone(), expected_cache, False)
+    static = x.clone()
+    chain(static, cache, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain(static, cache, True)
+    for _ in range(5):
+        static.copy_(x)
+        graph.replay()
+        assert torch.equal(static, expected) and torch.equal(cache, expected_cache)
+
+
+def test_the_kernels_take_nothing():
+    nothing = torch.empty(0, 8, device=DEVICE)
+    if rope_kernels.triton is not None:
+        assert norm_kernels.rms_norm(nothing, nothing.new_empty(8), 1e-6).shape == (0, 8)
+        assert gate_kernels.gate(nothing, "silu").shape == (0, 4)
+    assert F.rms_norm(nothing, (8,)).shape == (0, 8)
