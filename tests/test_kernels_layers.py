@@ -7,16 +7,27 @@ tests are skipped. What a kernel must write holds NaN before, what it must not t
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton
+from tiny_models import VOCAB
 
+from megalite.core import functional, layers
 from megalite.core.functional import ACTIVATIONS
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
 from megalite.kernels import gate as gate_kernels
 from megalite.kernels import norm as norm_kernels
 from megalite.kernels import rope as rope_kernels
+from megalite.model import decoder as decoders
+from megalite.model import device_attention, families
+from megalite.model.attention import PackedAttention
+from megalite.model.device_attention import DeviceAttention
+from megalite.model.kv_cache import DeviceCache
+from megalite.weights.transfer import build, load_folder
 
 UNIT = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 """Twice the largest relative error of one rounding, for float32 of a few."""
@@ -52,19 +63,14 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("zero_centred", [False, True])
 def test_a_norm_and_the_sum_before_it(tokens, dim, zero_centred, dtype, poisoned):
     torch.manual_seed(dim)
-    x, weight, post = randn(tokens, dim, dtype=dtype), randn(dim, dtype=dtype), randn(dim, dtype=dtype)
+    x, weight = randn(tokens, dim, dtype=dtype), randn(dim, dtype=dtype)
     update = randn(tokens, 2 * dim, dtype=dtype)[:, :dim]  # as an output of a wider product
     given = {"zero_centred": zero_centred}
     check(norm_kernels.rms_norm(x, weight, 1e-5, **given), normed(x, weight, 1e-5, zero_centred))
-    for post_weight in (None, post):
-        added = update.double() if post_weight is None else normed(update, post, 1e-5, zero_centred)
-        stream = x.clone()
-        out = norm_kernels.rms_norm(stream, weight, 1e-5, update=update, post_weight=post_weight, **given)
-        check(stream, x.double() + added)
-        check(out, normed(stream, weight, 1e-5, zero_centred))  # of what is stored
-        alone = x.clone()
-        assert norm_kernels.rms_norm(alone, None, 1e-5, update=update, post_weight=post_weight, **given) is alone
-        assert torch.equal(alone, stream)
+    stream = x.clone()
+    out = norm_kernels.rms_norm(stream, weight, 1e-5, update=update, **given)
+    check(stream, x.double() + update.double())
+    check(out, normed(stream, weight, 1e-5, zero_centred))  # of what is stored
 
 
 @needs_triton
@@ -144,6 +150,155 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
+# ---- the whole decoder
+
+
+def emulated_norm(x, weight, eps, *, zero_centred=False, update=None, rows=None):
+    if update is not None:
+        x.copy_(x.float() + update.float())
+    x = (x if rows is None else x[rows]).float()
+    return (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.float() + zero_centred)).to(weight.dtype)
+
+
+def emulated_gate(hidden, activation):
+    gate, up = hidden.float().chunk(2, -1)
+    return (ACTIVATIONS[activation](gate) * up).to(hidden.dtype)
+
+
+def emulated_rope(qkv, k_cache, v_cache, slots, table, *, positions, norms, zero_centred, keep_keys, pdl):
+    keys = len(k_cache)
+    q, k, v = qkv.float().split([qkv.shape[1] - 2 * keys, keys, keys], 1)
+    if norms is not None:
+        q, k = (normed(x, weight, norms[2], zero_centred).float() for x, weight in ((q, norms[0]), (k, norms[1])))
+    cos, sin = (table if positions is None else table[positions])[:, None].chunk(2, -1)
+    qkv[:, : q.shape[1]] = rotated(q, cos, sin).to(qkv.dtype)
+    k_cache[:, slots] = rotated(k, cos, sin).to(k_cache.dtype).transpose(0, 1)
+    v_cache[:, slots] = v.to(v_cache.dtype).transpose(0, 1)
+
+
+def kernels_where_gradients_are_off(monkeypatch):
+    if not CUDA:
+        for module in (functional, layers, decoders, device_attention):
+            monkeypatch.setattr(module, "by_kernels", lambda x: not torch.is_grad_enabled())
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """Interpreted where there is no CUDA."""
+    kernels_where_gradients_are_off(monkeypatch)
+
+
+@pytest.fixture
+def kernels_or_their_roundings(monkeypatch):
+    """Emulated where there is no CUDA: float32, rounded once to nearest, which the interpreter does not do."""
+    kernels_where_gradients_are_off(monkeypatch)
+    if not CUDA:
+        monkeypatch.setattr(norm_kernels, "rms_norm", emulated_norm)
+        monkeypatch.setattr(gate_kernels, "gate", emulated_gate)
+        monkeypatch.setattr(device_attention, "rotate_and_store", emulated_rope)
+        monkeypatch.setattr(device_attention, "store_kv", stored)
+
+
+def stored(k, v, k_cache, v_cache, slots):
+    k_cache[:, slots], v_cache[:, slots] = k.transpose(0, 1), v.transpose(0, 1)
+
+
+class CachedAttention(DeviceAttention):
+    """One whole sequence, whose attention is torch's over what was written to the cache."""
+
+    def _attend_stored(self, spec, q, k, v):
+        k, v = self.cache.layers[spec.layer][:, :, : len(q)].transpose(1, 2)
+        return PackedAttention([len(q)], q.device).attend(spec, q, k, v)
+
+
+def sequence(decoder, count: int, context=DeviceAttention) -> DeviceAttention:
+    """The context of a step over a whole sequence of `count` tokens."""
+    config, weight = decoder.config, next(decoder.parameters())
+    cache = DeviceCache(
+        range(config.num_layers),
+        config.num_kv_heads,
+        -(-count // 8),
+        config.head_dim,
+        block_size=8,
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    integers = partial(torch.tensor, dtype=torch.int32, device=weight.device)
+    positions = torch.arange(count, device=weight.device)
+    return context(
+        cache=cache,
+        positions=positions,
+        lengths=torch.full_like(positions, count),
+        slots=positions,
+        query_start=integers([0, count]),
+        context_len=integers([count]),
+        block_table=integers([list(range(-(-count // 8)))]),
+        max_query_len=count,
+    )
+
+
+def decoder_of(folder, dtype: torch.dtype):
+    device = torch.device(DEVICE)
+    decoder = build(families.read(folder), ParallelState(Layout()), dtype=dtype, device=device)
+    load_folder(decoder, folder)
+    return decoder.requires_grad_(False)
+
+
+FAMILIES = [
+    "llama3",
+    "llama_one_kv_head",
+    "llama_bias",
+    "qwen3",
+    "gemma2",
+    "phi3",
+    "phi3_longrope",
+    "gpt2",
+    "qwen3_moe",
+]
+
+
+def check_model(folder, context) -> None:
+    decoder = decoder_of(folder, torch.float32)
+    ids = torch.randint(3, VOCAB, (11,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = decoder.logits(decoder(ids, PackedAttention([11], DEVICE)))
+    with torch.inference_mode():
+        hidden = decoder(ids, sequence(decoder, 11, context))
+        torch.testing.assert_close(decoder.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+        rows = torch.tensor([10, 4], device=DEVICE)
+        torch.testing.assert_close(decoder.logits(hidden, rows), expected[rows], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_by_kernels_is_the_model(name, tiny, kernels_or_their_roundings):
+    check_model(tiny(name), DeviceAttention if CUDA else CachedAttention)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["gemma2"])
+def test_a_model_by_interpreted_kernels(name, tiny, kernels_run):
+    check_model(tiny(name), DeviceAttention)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "moe" not in name])  # another expert is no rounding
+def test_kernels_round_less_in_reduced_precision(name, tiny, kernels_or_their_roundings):
+    """Errors of bfloat16 logits against float32 ones of the same weights, with and without kernels."""
+    half = decoder_of(tiny(name), torch.bfloat16)
+    whole = decoder_of(tiny(name), torch.float32)
+    for param, rounded in zip(whole.parameters(), half.parameters(), strict=True):
+        param.copy_(rounded)
+    errors = {"kernels": 0.0, "torch": 0.0}
+    for seed in range(8):
+        ids = torch.randint(3, VOCAB, (64,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        packed = PackedAttention([64], DEVICE)
+        exact = whole.logits(whole(ids, packed))
+        plain = half.logits(half(ids, packed))
+        with torch.inference_mode():
+            fused = half.logits(half(ids, sequence(half, 64, CachedAttention)))
+        errors["torch"] += (plain - exact).norm().item()
+        errors["kernels"] += (fused - exact).norm().item()
+    assert 0 < errors["kernels"] <= errors["torch"], errors
+
+
 @needs_cuda
 @pytest.mark.skipif(CUDA and torch.cuda.get_device_capability() < (9, 0), reason="needs dependent launch")
 def test_dependent_launch_in_a_graph_gives_the_same_bits():
@@ -159,7 +314,7 @@ def test_dependent_launch_in_a_graph_gives_the_same_bits():
             hidden = gate_kernels.gate(torch.cat([hidden, hidden], 1) if not pdl else twice(hidden), "silu", pdl=pdl)
             heads = hidden.view(64, 32, 128)
             rope_kernels.rotate_and_store(heads, *cache, slots, table, positions=slots, pdl=pdl)
-            norm_kernels.rms_norm(stream, None, 1e-6, update=hidden, pdl=pdl)
+            norm_kernels.rms_norm(stream, weight, 1e-6, update=hidden, pdl=pdl)
         return stream
 
     def twice(hidden: torch.Tensor) -> torch.Tensor:

@@ -22,8 +22,8 @@ from megalite.config.schema import (
     ParallelSection,
 )
 from megalite.config.validate import validate
-from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
+from megalite.core.linear import store_by_input
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
 from megalite.hybrid.comparison import describe

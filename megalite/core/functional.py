@@ -13,6 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.kernels import gate as gate_kernels
+from megalite.kernels.jit import triton
+
+
+def by_kernels(x: Tensor) -> bool:
+    """Whether our kernels take `x`: on CUDA, without gradients, where there is Triton."""
+    return x.is_cuda and triton is not None and not torch.is_grad_enabled()
+
 
 class Activation(NamedTuple):
     """An elementwise function, its derivative and the keyword arguments of both."""
@@ -96,6 +104,8 @@ class _Rotate(torch.autograd.Function):
 
 def gated(hidden: Tensor, activation: str) -> Tensor:
     """act(gate) * up of hidden = [gate | up]: [T, 2 I] -> [T, I]; `activation` is a key of ACTIVATIONS."""
+    if by_kernels(hidden):
+        return gate_kernels.gate(hidden, activation)
     if not torch.is_grad_enabled():
         return _gated(hidden, activation)
     apply: Callable[..., Tensor] = _Gated.apply

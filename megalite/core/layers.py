@@ -1,22 +1,21 @@
-"""Tensor-parallel layers: linears and embedding with weights cut over tp, and norms. T tokens, D channels.
+"""Embedding with its table cut over tp, norms, and the residual stream that they read. T tokens, D channels.
 
-A layer is cut by the same `Split`s as the weight table, so checkpoint ranges and parameters agree. Parameters carry two
-marks that training reads: `tensor_model_parallel` (a slice; DeepSpeed then counts it on every tp rank in the gradient
-norm) and `sum_gradient_over_tp` (whole on every tp rank, each of which computes a part of its gradient).
+Parameters carry two marks that training reads: `tensor_model_parallel` (a slice; DeepSpeed then counts it on every tp
+rank in the gradient norm) and `sum_gradient_over_tp` (whole on every tp rank, each of which computes a part of its
+gradient).
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.collectives import enter_tp, leave_tp
-from megalite.core.functional import rms_norm
-from megalite.core.layout import Even, Split, width
+from megalite.core.collectives import leave_tp
+from megalite.core.functional import by_kernels, rms_norm
+from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
+from megalite.kernels import norm as norm_kernels
 
 
 def replicated(shape: tuple[int, ...], *, partial_gradient: bool) -> nn.Parameter:
@@ -34,59 +33,6 @@ def _marked(shape: tuple[int, ...], **marks: bool) -> nn.Parameter:
     for name, value in marks.items():
         setattr(param, name, value)
     return param
-
-
-def store_by_input(module: nn.Module) -> None:
-    """Store the weights of a module's linears column-major (input by input); shapes, names and values stay.
-
-    For float32 on a CPU: measured 1.4 times as fast for one token and 1.6 times for two, never slower for many.
-    One weight is copied at a time. A weight that an embedding shares stays as it is.
-    """
-    shared = {id(part.weight) for part in module.modules() if isinstance(part, VocabParallelEmbedding)}
-    for part in module.modules():
-        if isinstance(part, ColumnParallelLinear | RowParallelLinear) and id(part.weight) not in shared:
-            part.weight.data = part.weight.data.t().contiguous().t()
-
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(input [T, D], weight [N, D], bias [N]) -> [T, ...], as `F.linear`."""
-
-
-class ColumnParallelLinear(nn.Module):
-    """y = x W^T + b with the outputs (rows of W) cut over tp: [T, D] -> [T, this rank's outputs].
-
-    Several matrices that share their input, such as q, k and v, are stacked in one weight: one `Split` each; `widths`
-    are this rank's outputs of each, in order. Under sequence parallelism x is [T/tp, D] and gathered first.
-    """
-
-    def __init__(self, in_features: int, splits: Sequence[Split], state: ParallelState, *, bias: bool):
-        super().__init__()
-        self.state = state
-        self.widths = [width(split, state.tp.size, state.tp.rank) for split in splits]
-        self.weight = sharded((sum(self.widths), in_features))
-        self.bias = sharded((sum(self.widths),)) if bias else None
-
-    def forward(self, x: Tensor, product: Product = F.linear) -> Tensor:
-        """`product` is applied to the whole x [T, D], weight and bias; by default it is the linear map."""
-        return product(enter_tp(x, self.state), self.weight, self.bias)
-
-
-class RowParallelLinear(nn.Module):
-    """y = x W^T + b with the inputs (columns of W) cut over tp: [T, this rank's inputs] -> [T, out_features].
-
-    The partial products are summed over tp, under sequence parallelism to [T/tp, out_features]. The bias is whole on
-    every rank and added once, after the sum.
-    """
-
-    def __init__(self, split: Split, out_features: int, state: ParallelState, *, bias: bool):
-        super().__init__()
-        self.state = state
-        self.weight = sharded((out_features, width(split, state.tp.size, state.tp.rank)))
-        self.bias = replicated((out_features,), partial_gradient=state.sequence_parallel) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = leave_tp(F.linear(x, self.weight), self.state)
-        return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -120,7 +66,14 @@ class RMSNorm(nn.Module):
         self.zero_centred = zero_centred
         self.weight = replicated((dim,), partial_gradient=partial_gradient)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None = None, *, update: Tensor | None = None) -> Tensor:
+        """`rows`, int64 [R]: only these of x [T, D] -> [R, D]. `update` [T, D]: of x + update; see `Residual`."""
+        if by_kernels(x) and x.ndim == 2:
+            return norm_kernels.rms_norm(
+                x, self.weight, self.eps, zero_centred=self.zero_centred, rows=rows, update=update
+            )
+        assert update is None
+        x = x if rows is None else x[rows]
         if self.zero_centred:
             # float32 throughout: 1 + weight loses the weight's low bits in bfloat16
             return rms_norm(x.float(), 1.0 + self.weight.float(), self.eps).type_as(x)
@@ -136,5 +89,41 @@ class LayerNorm(nn.Module):
         self.weight = replicated((dim,), partial_gradient=partial_gradient)
         self.bias = replicated((dim,), partial_gradient=partial_gradient)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """`rows`, int64 [R]: only these of x [T, D] -> [R, D]."""
+        x = x if rows is None else x[rows]
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+class Residual:
+    """The residual stream of a forward pass, [T, D] ([T/tp, D] under sequence parallelism), and its latest update.
+
+    The update waits for the norm that reads the stream next, whose kernel adds it. Where kernels run, the sum is made
+    in `x` itself.
+    """
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        self.update: Tensor | None = None
+
+    def add(self, update: Tensor, post: nn.Module | None = None) -> None:
+        """x += update, or the norm `post` of it."""
+        self.x = self.total()
+        self.update = update if post is None else post(update)
+
+    def total(self) -> Tensor:
+        """The stream with its update."""
+        if self.update is not None:
+            self.x = self.x.add_(self.update) if by_kernels(self.x) else self.x + self.update
+            self.update = None
+        return self.x
+
+    def normed(self, norm: nn.Module) -> Tensor:
+        """`norm` of the stream with its update."""
+        out: Tensor
+        if self.update is not None and isinstance(norm, RMSNorm) and by_kernels(self.x):
+            out = norm(self.x, update=self.update)
+            self.update = None
+        else:
+            out = norm(self.total())
+        return out

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
 from megalite.core.functional import gated
-from megalite.core.layers import replicated, sharded
+from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
+from megalite.core.linear import DENSE
 from megalite.core.parallel_state import ParallelState
 
 FEW_TOKENS = 256
@@ -71,6 +72,8 @@ class MixtureOfExperts(nn.Module):
     ):
         super().__init__()
         self.state = state
+        self.format = DENSE
+        """Of each expert's two matrices."""
         self.top_k = top_k
         self.normalize_top_k = normalize_top_k
         self.activation = activation
@@ -91,6 +94,10 @@ class MixtureOfExperts(nn.Module):
         if self.normalize_top_k:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(x.dtype), experts
+
+    def update(self, x: Residual, norm: nn.Module, post: nn.Module | None) -> None:
+        """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
+        x.add(self(x.normed(norm)), post)
 
     def forward(self, x: Tensor) -> Tensor:
         x = enter_tp(x, self.state)
@@ -113,4 +120,5 @@ class MixtureOfExperts(nn.Module):
         """The gated MLP of one of this rank's experts: [T, dim] -> [T, dim]."""
         up = self.up.view(self.num_local, -1, x.shape[-1])[local]  # [2F, D]
         down = self.down.view(self.num_local, x.shape[-1], -1)[local]  # [D, F]
-        return F.linear(gated(F.linear(x, up), self.activation), down)
+        hidden = gated(self.format.product(x, {"weight": up}), self.activation)
+        return self.format.product(hidden, {"weight": down})

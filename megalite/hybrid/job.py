@@ -20,8 +20,8 @@ import torch.distributed as dist
 from megalite.config.load import Loaded
 from megalite.config.schema import HybridConfig, ParallelSection
 from megalite.core.agreement import broadcast_bytes, compare_ranks
-from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
+from megalite.core.linear import store_by_input
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, Stopped, maybe_fault
 from megalite.hybrid.generator import Generator

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.schema import EngineSection, SamplingParams
-from megalite.core.layers import store_by_input
+from megalite.core.linear import store_by_input
 from megalite.errors import ConfigError
 from megalite.inference.io.inputs import Prompt, RawRequest
 from megalite.inference.replica import Replica

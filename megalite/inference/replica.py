@@ -12,8 +12,8 @@ from megalite.config.load import Loaded, with_origins
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, InferConfig, ModelSection
 from megalite.core.agreement import minimum
-from megalite.core.layers import store_by_input
 from megalite.core.layout import Layout
+from megalite.core.linear import store_by_input
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.inference.engine import Engine

@@ -6,21 +6,10 @@ import torch
 from torch import Tensor
 
 from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.thin import activated
 
 BLOCK = 1024
 """Channels of a program."""
-
-
-@jit
-def activated(x, ACTIVATION: tl.constexpr):
-    """silu, gelu or gelu_tanh of a tile in float32."""
-    if ACTIVATION == "silu":
-        y = x / (1.0 + tl.exp(-x))
-    elif ACTIVATION == "gelu":
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:  # x (1 + tanh u) / 2 = x sigmoid(2 u)
-        y = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    return y
 
 
 @jit

@@ -16,7 +16,6 @@ def _norm_kernel(
     x,
     update,
     rows,
-    post_weight,
     weight,
     out,
     eps,
@@ -25,8 +24,6 @@ def _norm_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    POST: tl.constexpr,
-    NORM: tl.constexpr,
     GATHER: tl.constexpr,
     ZERO_CENTRED: tl.constexpr,
     PDL: tl.constexpr,
@@ -44,47 +41,39 @@ def _norm_kernel(
     value = tl.load(x + source * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         added = tl.load(update + row * update_stride + column, mask=inside, other=0.0).to(tl.float32)
-        if POST:
-            scale = tl.load(post_weight + column, mask=inside, other=0.0).to(tl.float32)
-            if ZERO_CENTRED:
-                scale += 1.0
-            added = added * tl.rsqrt(tl.sum(added * added, 0) / DIM + eps) * scale
         # The norm sees what is stored, so a stage of a pipeline that starts here computes the same.
         stored = (value + added).to(x.dtype.element_ty)
         tl.store(x + source * x_stride + column, stored, mask=inside)
         value = stored.to(tl.float32)
-    if NORM:
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        if ZERO_CENTRED:
-            scale += 1.0
-        normed = value * tl.rsqrt(tl.sum(value * value, 0) / DIM + eps) * scale
-        tl.store(out + row * DIM + column, normed.to(out.dtype.element_ty), mask=inside)
+    scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if ZERO_CENTRED:
+        scale += 1.0
+    normed = value * tl.rsqrt(tl.sum(value * value, 0) / DIM + eps) * scale
+    tl.store(out + row * DIM + column, normed.to(out.dtype.element_ty), mask=inside)
 
 
 def rms_norm(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     eps: float,
     *,
     zero_centred: bool = False,
     update: Tensor | None = None,
-    post_weight: Tensor | None = None,
     rows: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight of each row: [T, D], [D] -> [T, D]; * (1 + weight) when `zero_centred`.
 
-    With `update` [T, D] x += update comes first, in place; with `post_weight` [D] x += the norm of update by that
-    weight. `weight` None: nothing but that sum, and x is returned. `rows` (int64 [R]; not with `update`): only these
-    rows of x -> [R, D]. The last dim of x and of update is contiguous. `pdl`: launched before the kernel in front of it
-    ends, for which it waits (programmatic dependent launch).
+    With `update` [T, D] x += update comes first, in place. `rows` (int64 [R]; not with `update`): only these rows of x
+    -> [R, D]. The last dim of x and of update is contiguous. `pdl`: launched before the kernel in front of it ends, for
+    which it waits (programmatic dependent launch).
     """
     require_triton()
     dim = x.shape[-1]
     count = x.shape[0] if rows is None else rows.shape[0]
     assert x.ndim == 2 and x.stride(1) == 1 and (update is None or (update.shape == x.shape and update.stride(1) == 1))
     assert rows is None or update is None
-    out = x if weight is None else torch.empty((count, dim), dtype=x.dtype, device=x.device)
+    out = torch.empty((count, dim), dtype=x.dtype, device=x.device)
     if count == 0:
         return out
     block = triton.next_power_of_2(dim)
@@ -92,8 +81,7 @@ def rms_norm(
         x,
         x if update is None else update,
         x if rows is None else rows,
-        x if post_weight is None else post_weight,
-        x if weight is None else weight,
+        weight,
         out,
         eps,
         x.stride(0),
@@ -101,8 +89,6 @@ def rms_norm(
         DIM=dim,
         BLOCK=block,
         ADD=update is not None,
-        POST=post_weight is not None,
-        NORM=weight is not None,
         GATHER=rows is not None,
         ZERO_CENTRED=zero_centred,
         PDL=pdl,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
 from itertools import accumulate, groupby
@@ -20,7 +21,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from megalite.core.layers import RMSNorm
 from megalite.model.config import AttentionSpec
+from megalite.model.rope import Rotation
 
 CHUNK = 512
 """Queries whose scores exist at a time where no fused attention of torch can be used."""
@@ -58,6 +61,32 @@ def choose_kernel(
     return "varlen" if head_dim <= 256 else "batched"
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The product of a layer's q, k and v, and what happens to its heads before they attend."""
+
+    qkv: Tensor
+    """[T, H + 2 K, D]: queries, keys, values."""
+    counts: tuple[int, int, int]
+    """(H, K, K)."""
+    norms: tuple[RMSNorm, RMSNorm] | None
+    """Of each query and each key head."""
+    rotation: Rotation | None
+    """Of queries and keys, after the norms."""
+
+    def treated(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, H, D] and keys [T, K, D] after norms and rotation, and values [T, K, D]."""
+        num_q, num_k, num_v = self.counts
+        qk, v = self.qkv.split((num_q + num_k, num_v), 1)
+        if self.norms is not None:
+            q, k = qk.split((num_q, num_k), 1)
+            qk = torch.cat([self.norms[0](q), self.norms[1](k)], 1)
+        if self.rotation is not None:
+            qk = self.rotation(qk)
+        q, k = qk.split((num_q, num_k), 1)
+        return q, k, v
+
+
 class AttentionContext(Protocol):
     """The sequences that the T tokens of a forward pass belong to, and how they attend to each other."""
 
@@ -71,6 +100,9 @@ class AttentionContext(Protocol):
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention of layer `spec.layer`: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
+
+    def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        """`attend` with the heads' treatment before it, for which `heads.qkv` may be overwritten -> [T, H, D]."""
 
 
 class PackedAttention:
@@ -91,6 +123,9 @@ class PackedAttention:
         self.lengths = torch.cat([torch.full((length,), length + beyond, device=device) for length in lengths])
         on_gpu = self.positions.is_cuda
         self.capability = torch.cuda.get_device_capability(self.positions.device) if on_gpu else None
+
+    def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        return self.attend(spec, *heads.treated())
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[1] == 0:

@@ -11,29 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.functional import ACTIVATIONS, gated
-from megalite.core.layers import (
-    ColumnParallelLinear,
-    LayerNorm,
-    RMSNorm,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-    replicated,
-)
+from megalite.core.functional import ACTIVATIONS, by_kernels
+from megalite.core.layers import LayerNorm, Residual, RMSNorm, VocabParallelEmbedding, replicated
 from megalite.core.layout import Even, KVHeads, QueryHeads, width
+from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
-from megalite.model.attention import AttentionContext
+from megalite.model.attention import AttentionContext, Heads
 from megalite.model.config import ModelConfig
 from megalite.model.rope import Rotary, Rotation
 
 
-def make_norm(config: ModelConfig, state: ParallelState) -> nn.Module:
+def make_norm(config: ModelConfig, state: ParallelState) -> RMSNorm | LayerNorm:
     """The family's norm over the hidden dimension."""
     partial_gradient = state.sequence_parallel
     if config.norm == "layer":
@@ -45,8 +40,7 @@ def make_norm(config: ModelConfig, state: ParallelState) -> nn.Module:
 class Attention(nn.Module):
     """Self-attention with heads cut over tp: q, k, v projection, q/k norms, rotation, attention, output projection.
 
-    The attention itself, and any KV cache, is the `AttentionContext`'s. [T, hidden] -> [T, hidden] ([T/tp, hidden]
-    under sequence parallelism).
+    The attention itself, and any KV cache, is the `AttentionContext`'s.
     """
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
@@ -57,24 +51,22 @@ class Attention(nn.Module):
         keys = KVHeads(config.num_kv_heads, config.head_dim)
         self.qkv = ColumnParallelLinear(config.hidden_size, (queries, keys, keys), state, bias=config.qkv_bias)
         self.out = RowParallelLinear(queries, config.hidden_size, state, bias=config.attention_out_bias)
-        self.heads = [outputs // config.head_dim for outputs in self.qkv.widths]  # local query, key, value heads
+        num_q, num_k, num_v = (outputs // config.head_dim for outputs in self.qkv.widths)
+        self.heads = num_q, num_k, num_v
+        """Of this rank: queries, keys, values."""
         if config.qk_norm:
             norm = partial(RMSNorm, config.head_dim, config.norm_eps, partial_gradient=state.tp.size > 1)
             self.q_norm, self.k_norm = norm(), norm()
         self.qk_norm = config.qk_norm
 
-    def forward(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
-        num_q, num_k, num_v = self.heads
-        qk, v = qkv.split((num_q + num_k, num_v), 1)
-        if self.qk_norm:
-            q, k = qk.split((num_q, num_k), 1)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], 1)
-        if rotation is not None:
-            qk = rotation(qk)
-        q, k = qk.split((num_q, num_k), 1)
-        out: Tensor = self.out(ctx.attend(self.spec, q, k, v).flatten(-2))
-        return out
+    def update(
+        self, x: Residual, norm: nn.Module, post: nn.Module | None, ctx: AttentionContext, rotation: Rotation | None
+    ) -> None:
+        """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
+        qkv = self.qkv.read(x, norm).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
+        attended = ctx.attend_heads(self.spec, Heads(qkv, self.heads, norms, rotation))
+        self.out.write(x, attended.flatten(-2), post)
 
 
 class MLP(nn.Module):
@@ -89,14 +81,16 @@ class MLP(nn.Module):
         self.up = ColumnParallelLinear(config.hidden_size, splits, state, bias=config.mlp_bias)
         self.down = RowParallelLinear(inner, config.hidden_size, state, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        hidden = gated(hidden, self.activation) if self.gated else ACTIVATIONS[self.activation](hidden)
-        out: Tensor = self.down(hidden)
-        return out
+    def update(self, x: Residual, norm: nn.Module, post: nn.Module | None) -> None:
+        """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
+        hidden = self.up.read(x, norm)
+        if self.gated:
+            self.down.write(x, hidden, post, gate=self.activation)
+        else:
+            self.down.write(x, ACTIVATIONS[self.activation](hidden), post)
 
 
-def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module:
+def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> MLP | MixtureOfExperts:
     """Dense or mixture of experts, as the config says for this layer."""
     moe = config.moe[layer]
     if moe is None:
@@ -113,28 +107,44 @@ def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> nn.Module
 
 
 class Block(nn.Module):
-    """One transformer layer, x + attn(norm(x)) then x + mlp(norm(x)): [T, hidden] -> [T, hidden].
+    """One transformer layer on the residual stream: x + attn(norm(x)), then x + mlp(norm(x)).
 
-    Under sequence parallelism both are [T/tp, hidden]. The post norms are identities in families that have none.
+    Families with post norms add the norm of each output in its place.
     """
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
         self.attn_norm = make_norm(config, state)
         self.attn = Attention(config, layer, state)
-        self.post_attn_norm = make_norm(config, state) if config.post_norms else nn.Identity()
+        self.post_attn_norm = make_norm(config, state) if config.post_norms else None
         self.mlp_norm = make_norm(config, state)
         self.mlp = make_mlp(config, layer, state)
-        self.post_mlp_norm = make_norm(config, state) if config.post_norms else nn.Identity()
+        self.post_mlp_norm = make_norm(config, state) if config.post_norms else None
 
-    def forward(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
-        x = x + self.post_attn_norm(self.attn(self.attn_norm(x), ctx, rotation))
-        x = x + self.post_mlp_norm(self.mlp(self.mlp_norm(x)))
-        return x
+    def forward(self, x: Residual, ctx: AttentionContext, rotation: Rotation | None) -> None:
+        self.attn.update(x, self.attn_norm, self.post_attn_norm, ctx, rotation)
+        self.mlp.update(x, self.mlp_norm, self.post_mlp_norm)
+
+    def whole(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
+        """The layer by itself: [T, hidden] -> [T, hidden] ([T/tp, hidden] under sequence parallelism)."""
+        stream = Residual(x)
+        self(stream, ctx, rotation)
+        return stream.total()
 
 
 BlockCall = Callable[[Tensor, AttentionContext, Rotation | None], Tensor]
-"""The forward of a block, or a function that wraps it."""
+"""`Block.whole`, or a function that wraps it."""
+StreamCall = Callable[[Residual, AttentionContext, Rotation | None], None]
+"""The forward of a block."""
+
+
+def _on_stream(call: BlockCall) -> StreamCall:
+    """A block's function of tensors as one of the residual stream."""
+
+    def forward(x: Residual, ctx: AttentionContext, rotation: Rotation | None) -> None:
+        x.x = call(x.total(), ctx, rotation)
+
+    return forward
 
 
 class Embedding(nn.Module):
@@ -187,10 +197,12 @@ class Decoder(nn.Module):
         )
         if config.tie_embeddings and self.embed is not None and self.head is not None:
             self.head.weight = self.embed.tokens.weight
-        self._chunks: list[list[BlockCall]] = [
-            [self.layers[str(layer)] for layer in chunk] for chunk in state.layout.chunks(state.pp.rank, costs)
+        self._blocks = [
+            [cast(Block, self.layers[str(layer)]) for layer in chunk]
+            for chunk in state.layout.chunks(state.pp.rank, costs)
         ]
-        self._rotary = Rotary(config.rope) if config.rope is not None else None
+        self._chunks: list[list[StreamCall]] = [list(blocks) for blocks in self._blocks]
+        self._rotary = Rotary(config.rope, config.max_position_embeddings) if config.rope is not None else None
 
     def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
         """Run one chunk of layers on hidden states [T, hidden] ([T/tp, hidden] under sequence parallelism).
@@ -199,23 +211,33 @@ class Decoder(nn.Module):
         """
         if self.embed is not None and chunk == 0:
             x = self.embed(x, ctx.positions)
+        elif by_kernels(x):
+            x = x.clone()  # they add to the stream in place
         rotation = self._rotary(ctx.positions, ctx.lengths, x.dtype) if self._rotary is not None else None
+        stream = Residual(x)
         for block in self._chunks[chunk]:
-            x = block(x, ctx, rotation)
-        return x
+            block(stream, ctx, rotation)
+        return stream.total()
 
     def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:
         """Replace the call of each block by `wrap` of it; parameters and their names stay."""
-        self._chunks = [[wrap(block) for block in chunk] for chunk in self._chunks]
+        self._chunks = [[_on_stream(wrap(block.whole)) for block in chunk] for chunk in self._blocks]
 
     def is_end(self, chunk: int) -> bool:
         """Whether this chunk of this stage is the model's last one, after which `logits` comes."""
         return self.head is not None and chunk == len(self._chunks) - 1
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: hidden states [R, hidden] -> logits of this tp rank's part of the vocabulary, [R, vocab/tp]."""
+    def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Last stage: hidden states [T, hidden] -> logits of this tp rank's part of the vocabulary, [R, vocab/tp].
+
+        `rows`, int64 [R]: the tokens whose logits are wanted; None: all.
+        """
         assert self.head is not None and self.norm is not None
-        logits: Tensor = self.head(self.norm(hidden))
+        logits: Tensor
+        if rows is None:
+            logits = self.head.read(Residual(hidden), self.norm)
+        else:
+            logits = self.head(self.norm(hidden, rows))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megalite.core.functional import by_kernels
 from megalite.kernels.attention import paged_attention
 from megalite.kernels.fresh import fresh_attention
+from megalite.kernels.rope import rotate_and_store
 from megalite.kernels.store import store_kv
+from megalite.model.attention import Heads
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import DeviceCache
 
@@ -46,6 +49,31 @@ class DeviceAttention:
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
         store_kv(k, v, keys, values, self.slots)
+        return self._attend_stored(spec, q, k, v)
+
+    def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        if heads.rotation is None or not by_kernels(heads.qkv):
+            return self.attend(spec, *heads.treated())
+        keys, values = self.cache.layers[spec.layer]
+        table, positions = heads.rotation.table
+        norms = heads.norms
+        rotate_and_store(
+            heads.qkv,
+            keys,
+            values,
+            self.slots,
+            table,
+            positions=positions,
+            norms=None if norms is None else (norms[0].weight, norms[1].weight, norms[0].eps),
+            zero_centred=norms is not None and norms[0].zero_centred,
+            keep_keys=self.fresh,
+            pdl=self.pdl,
+        )
+        q, k, v = heads.qkv.split(heads.counts, 1)
+        return self._attend_stored(spec, q, k, v)
+
+    def _attend_stored(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `attend`, with keys and values in the cache already; k and v are read where no earlier ones are there."""
         if self.fresh:
             return fresh_attention(
                 q,
@@ -58,6 +86,7 @@ class DeviceAttention:
                 max_query_len=self.max_query_len,
                 pdl=self.pdl,
             )
+        keys, values = self.cache.layers[spec.layer]
         return paged_attention(
             q,
             keys,

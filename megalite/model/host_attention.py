@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.model.attention import attend_capped, causal_mask
+from megalite.model.attention import Heads, attend_capped, causal_mask
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import HostCache
 
@@ -160,6 +160,9 @@ class HostAttention:
         num_slots = next(iter(cache.layers.values())).shape[2]
         self.lanes = _Lanes.of([row for row in rows if row.decodes_in_place], num_slots)
         self.rows = rows if self.lanes is None else [row for row in rows if not row.decodes_in_place]
+
+    def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
+        return self.attend(spec, *heads.treated())
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[1] == 0:  # more tp ranks than query heads

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from megalite.core.functional import rotate
 from megalite.model.config import Rope, RopeScaling
+
+MAX_TABLE_BYTES = 1 << 26
+"""Of the angles of every position that a model keeps on an accelerator: 131,072 positions of 128 channels."""
 
 
 class Rotary:
@@ -18,42 +22,78 @@ class Rotary:
     NTK depend on the longest length that the token's sequence may get, see `AttentionContext.lengths`.
     """
 
-    def __init__(self, rope: Rope):
+    def __init__(self, rope: Rope, num_positions: int = 0):
+        """`num_positions`: of the longest sequence; 0: not known, and no table of its angles is kept."""
         self.scaling = rope.scaling
         with torch.device("cpu"):
             exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
             plain = 1.0 / rope.theta**exponent
-            self._table = plain[None] if rope.scaling is None else _TABLES[rope.scaling.kind](plain, rope, rope.scaling)
+            self._frequencies = (
+                plain[None] if rope.scaling is None else _TABLES[rope.scaling.kind](plain, rope, rope.scaling)
+            )
         self.factor = rope.scaling.attention_factor if rope.scaling is not None else 1.0
         """Multiplies cos and sin."""
+        keeps = len(self._frequencies) == 1 and num_positions * rope.rotary_dim * 4 <= MAX_TABLE_BYTES
+        self._num_positions = num_positions if keeps else 0
+        self._table: Tensor | None = None
 
     def __call__(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Rotation:
         """For tokens at `positions` of sequences of at most `lengths` tokens: int64 [T] each; `dtype`: of q and k."""
+        return Rotation(self, positions, lengths, dtype)
+
+    def angles(self, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of tokens at `positions` of sequences of at most `lengths`: float32 [T, rotary_dim / 2] each."""
         angles = positions[:, None].float() * self.frequencies(lengths)
-        return Rotation((angles.cos() * self.factor).to(dtype), (angles.sin() * self.factor).to(dtype))
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+    def table(self, device: torch.device) -> Tensor | None:
+        """cos, then sin of every position, float32 [positions, rotary_dim]; None: too large, or it depends on more."""
+        if not self._num_positions:
+            return None
+        if self._table is None or self._table.device != device:
+            positions = torch.arange(self._num_positions, device=device)
+            self._table = torch.cat(self.angles(positions, positions), -1)
+        return self._table
 
     def frequencies(self, lengths: Tensor) -> Tensor:
         """Angle per position of each rotated channel pair: float32 [T, rotary_dim / 2], or [1, ...] for all tokens."""
-        if self._table.device != lengths.device:
-            self._table = self._table.to(lengths.device)
-        scaling, lengths = self.scaling, lengths[:, None]
-        if scaling is None or len(self._table) == 1:
-            return self._table
+        if self._frequencies.device != lengths.device:
+            self._frequencies = self._frequencies.to(lengths.device)
+        scaling, known, lengths = self.scaling, self._frequencies, lengths[:, None]
+        if scaling is None or len(known) == 1:
+            return known
         if scaling.kind == "longrope":
-            return torch.where(lengths > scaling.original_max_position, self._table[1], self._table[0])
+            return torch.where(lengths > scaling.original_max_position, known[1], known[0])
         stretch = (lengths / scaling.original_max_position).clamp(min=1)
-        return self._table[0] * (scaling.factor * stretch - (scaling.factor - 1)) ** self._table[1]
+        return known[0] * (scaling.factor * stretch - (scaling.factor - 1)) ** known[1]
 
 
 class Rotation:
-    """The rotation of one forward pass's tokens: cos and sin [T, rotary_dim / 2] of their angles."""
+    """The rotation of one forward pass's tokens; their angles are computed when something asks for them."""
 
-    def __init__(self, cos: Tensor, sin: Tensor):
-        self.cos, self.sin = cos[:, None], sin[:, None]
+    def __init__(self, rotary: Rotary, positions: Tensor, lengths: Tensor, dtype: torch.dtype):
+        self.rotary = rotary
+        self.positions = positions
+        self.lengths = lengths
+        self.dtype = dtype
+
+    @cached_property
+    def cos_sin(self) -> tuple[Tensor, Tensor]:
+        """In the dtype of q and k: [T, 1, rotary_dim / 2] each."""
+        cos, sin = self.rotary.angles(self.positions, self.lengths)
+        return cos.to(self.dtype)[:, None], sin.to(self.dtype)[:, None]
+
+    @cached_property
+    def table(self) -> tuple[Tensor, Tensor | None]:
+        """cos, then sin, float32 [P, rotary_dim], and the row of each token, int64 [T]; None: row t is token t's."""
+        table = self.rotary.table(self.positions.device)
+        if table is not None:
+            return table, self.positions
+        return torch.cat(self.rotary.angles(self.positions, self.lengths), -1), None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate query or key heads [T, H, D] -> [T, H, D]; channels beyond rotary_dim pass through."""
-        return rotate(x, self.cos, self.sin)
+        return rotate(x, *self.cos_sin)
 
 
 def _linear(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:

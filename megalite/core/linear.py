@@ -1,0 +1,139 @@
+"""A linear map as one object: a weight, cut over tp, in a format that says how it is stored and applied. T tokens.
+
+    format            which tensors are stored for a weight [N, K], in which units they may be cut, what they weigh,
+                      how they are applied, and which work beside the product their kernels take in
+    column-parallel   N is cut over tp, and the result with it
+    row-parallel      K is cut over tp, and the partial products are summed
+
+Checkpoint ranges and parameters agree because both are cut by the same `Split`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.core.collectives import enter_tp, leave_tp
+from megalite.core.functional import gated
+from megalite.core.layers import Residual, VocabParallelEmbedding, replicated, sharded
+from megalite.core.layout import Split, width
+from megalite.core.parallel_state import ParallelState
+
+Stored = Mapping[str, Tensor | None]
+"""The tensors of a weight by the format's names for them; others are passed over."""
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(input [T, K], weight [N, K], bias [N]) -> [T, ...], as `F.linear`."""
+Norm = tuple[Tensor, float, bool]
+"""Of an RMSNorm: its weight [K], eps, whether it is zero-centred."""
+
+
+class Dense:
+    """The matrix itself in the model's dtype: one tensor, `weight` [N, K]."""
+
+    units = (1, 1)
+    """Rows and columns that are cut only together."""
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """The stored tensors of a weight [rows, columns]."""
+        return {"weight": (rows, columns)}
+
+    def nbytes(self, rows: int, columns: int, itemsize: int) -> int:
+        """Of a weight [rows, columns] where the model's numbers take `itemsize` bytes."""
+        return rows * columns * itemsize
+
+    def matrix(self, stored: Stored) -> Tensor:
+        """The weight [N, K], for a product that a caller makes himself."""
+        weight = stored["weight"]
+        assert weight is not None
+        return weight
+
+    def product(self, x: Tensor, stored: Stored, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b: [T, K] -> [T, N]."""
+        return F.linear(x, self.matrix(stored), bias)
+
+    def suit_cpu(self, stored: Stored) -> None:
+        """Store the weight column-major (input by input); shape and values stay.
+
+        For float32: measured 1.4 times as fast for one token and 1.6 times for two, never slower for many.
+        """
+        weight = self.matrix(stored)
+        weight.data = weight.data.t().contiguous().t()
+
+
+DENSE = Dense()
+
+
+class Linear(nn.Module):
+    """This rank's part of a linear map: [T, in_features] -> [T, out_features], both of this rank."""
+
+    def __init__(self, in_features: int, out_features: int, state: ParallelState, format: Dense = DENSE):
+        super().__init__()
+        self.state = state
+        self.format = format
+        for name, shape in format.shapes(out_features, in_features).items():
+            self.register_parameter(name, sharded(shape))
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.format.product(x, self._parameters, bias)
+
+
+class ColumnParallelLinear(Linear):
+    """y = x W^T + b with the outputs (rows of W) cut over tp: [T, D] -> [T, this rank's outputs].
+
+    Several matrices that share their input, such as q, k and v, are stacked in one weight: one `Split` each; `widths`
+    are this rank's outputs of each, in order. Under sequence parallelism x is [T/tp, D] and gathered first.
+    """
+
+    def __init__(self, in_features: int, splits: Sequence[Split], state: ParallelState, *, bias: bool):
+        widths = [width(split, state.tp.size, state.tp.rank) for split in splits]
+        super().__init__(in_features, sum(widths), state)
+        self.widths = widths
+        self.bias = sharded((sum(widths),)) if bias else None
+
+    def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
+        """`product` is applied to the whole x [T, D], the weight as a matrix and the bias; None: the linear map."""
+        x = enter_tp(x, self.state)
+        if product is not None:
+            return product(x, self.format.matrix(self._parameters), self.bias)
+        return self.product(x, self.bias)
+
+    def read(self, stream: Residual, norm: nn.Module) -> Tensor:
+        """The map of the normed residual stream."""
+        out: Tensor = self(stream.normed(norm))
+        return out
+
+
+class RowParallelLinear(Linear):
+    """y = x W^T + b with the inputs (columns of W) cut over tp: [T, this rank's inputs] -> [T, out_features].
+
+    The partial products are summed over tp, under sequence parallelism to [T/tp, out_features]. The bias is whole on
+    every rank and added once, after the sum.
+    """
+
+    def __init__(self, split: Split, out_features: int, state: ParallelState, *, bias: bool):
+        super().__init__(width(split, state.tp.size, state.tp.rank), out_features, state)
+        self.bias = replicated((out_features,), partial_gradient=state.sequence_parallel) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = leave_tp(self.product(x), self.state)
+        return y if self.bias is None else y + self.bias
+
+    def write(self, stream: Residual, x: Tensor, post: nn.Module | None, *, gate: str | None = None) -> None:
+        """Add the map of x to the residual stream, through the norm `post` if there is one.
+
+        `gate`: x is [T, 2 K], gate and up of an MLP with that activation.
+        """
+        stream.add(self(x if gate is None else gated(x, gate)), post)
+
+
+def store_by_input(module: nn.Module) -> None:
+    """Lay out the weights of a module's linears as a CPU reads them fastest; see `Dense.suit_cpu`.
+
+    One weight is copied at a time. A weight that an embedding shares stays as it is.
+    """
+    shared = {id(part.weight) for part in module.modules() if isinstance(part, VocabParallelEmbedding)}
+    for part in module.modules():
+        if isinstance(part, Linear) and not any(id(tensor) in shared for tensor in part._parameters.values()):
+            part.format.suit_cpu(part._parameters)
