@@ -45,8 +45,9 @@ Item = TypeVar("Item")
 class Memory(Protocol):
     """Where the bands of a matrix are read to."""
 
-    band_bytes: int
-    """As large as a band should be."""
+    @property
+    def band_bytes(self) -> int:
+        """As large as a band should be."""
 
     def band(self, lo: int, hi: int, width: int) -> NDArray[np.uint8]:
         """Rows lo..hi of the matrix: [hi - lo, width] bytes, untouched until the next band is asked for."""

@@ -108,7 +108,9 @@ class Task:
     @classmethod
     def from_json(cls, text: str) -> Task:
         values = json.loads(text)
-        sizes = {key: tuple(one) if isinstance(one, list) else one for key, one in values["sizes"].items()}
+        sizes: dict[str, Any] = {
+            key: tuple(one) if isinstance(one, list) else one for key, one in values["sizes"].items()
+        }
         return cls(**{**values, "rows": tuple(values["rows"]), "sizes": Sizes(**sizes)})
 
 
@@ -247,11 +249,11 @@ def beside_one_card(rows: list[dict[str, Any]]) -> str:
         one = by_layout.get("one card")
         texts = []
         for name in names:
-            row = by_layout.get(name)
-            text = "" if row is None else f"{number(row['value'])} {row['unit']}"
-            if row is not None and one is not None and row is not one and row["unit"] in ("tok/s", "ms"):
-                gain = row["value"] / one["value"]
-                text += f" ({gain if row['unit'] == 'tok/s' else 1 / gain:.2f}x)"
+            here = by_layout.get(name)
+            text = "" if here is None else f"{number(here['value'])} {here['unit']}"
+            if here is not None and one is not None and here is not one and here["unit"] in ("tok/s", "ms"):
+                gain = here["value"] / one["value"]
+                text += f" ({gain if here['unit'] == 'tok/s' else 1 / gain:.2f}x)"
             texts.append(text)
         lines.append(f"| {shape} | {what} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
