@@ -47,6 +47,15 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Starts programs as forks of one that has imported what they need, see forks.py."""
+    from forks import Forks
+
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
 def tiny(pytestconfig):
     """`tiny(name)` is the folder of a tiny random checkpoint, see tiny_models.VARIANTS; kept between runs."""
     from tiny_models import TinyModels

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked_tools import ForkedTools
+from forks import Forks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import Sizes, contents, values_of, write_model, write_tensors
@@ -349,20 +349,14 @@ def test_a_damaged_source_is_not_passed_on(model, tmp_path):
 # ---- killed and resumed ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tools():
-    with ForkedTools() as tools:
-        yield tools
-
-
-def killed(tools: ForkedTools, model: Path, out: Path, point: str = "shards.seal") -> None:
+def killed(forks: Forks, model: Path, out: Path, point: str = "shards.seal") -> None:
     """Converted to two files, but for what comes after a fault point."""
-    run = tools.run("convert", "--model", model, "--layout", "pp=2", "--out", out, "--jobs", 1, MEGALITE_FAULT=point)
+    run = forks.tool("convert", "--model", model, "--layout", "pp=2", "--out", out, "--jobs", 1, MEGALITE_FAULT=point)
     assert run.code == -signal.SIGKILL, run.err
 
 
-def test_what_is_finished_when_it_is_killed_is_kept(tools, model, out):
-    killed(tools, model, out, "shards.written#30=kill")
+def test_what_is_finished_when_it_is_killed_is_kept(forks, model, out):
+    killed(forks, model, out, "shards.written#30=kill")
     with pytest.raises(CheckpointError, match="unfinished"):
         open_checkpoint(out)
     written = convert(model, Layout(1, 2), out)
@@ -375,8 +369,8 @@ def test_what_is_finished_when_it_is_killed_is_kept(tools, model, out):
 
 
 @pytest.mark.parametrize("damage", ["none", "file", "journal", "no journal"])
-def test_killed_before_the_manifest_only_what_was_damaged_is_written_again(damage, tools, model, out):
-    killed(tools, model, out, "shards.seal=kill")
+def test_killed_before_the_manifest_only_what_was_damaged_is_written_again(damage, forks, model, out):
+    killed(forks, model, out, "shards.seal=kill")
     assert (out / "rank-000.safetensors").exists() and not (out / "manifest.json").exists()
     journal = (out / JOURNAL).read_bytes().splitlines(keepends=True)
     if damage == "file":
@@ -391,8 +385,8 @@ def test_killed_before_the_manifest_only_what_was_damaged_is_written_again(damag
     assert verify(out, model).findings == []
 
 
-def test_an_unfinished_folder_is_not_taken_for_another_work(tools, model, out):
-    killed(tools, model, out, "shards.seal=kill")
+def test_an_unfinished_folder_is_not_taken_for_another_work(forks, model, out):
+    killed(forks, model, out, "shards.seal=kill")
     with pytest.raises(ConfigError, match="an unfinished conversion of something else.*--overwrite"):
         convert(model, Layout(3), out)
     os.utime(model / "model.safetensors")  # the source may have changed
@@ -405,7 +399,7 @@ def test_an_unfinished_folder_is_not_taken_for_another_work(tools, model, out):
 @pytest.mark.parametrize(
     ("tool", "jobs", "more"), [("convert", 2, []), ("export", 1, []), ("export", 2, ["--max-shard-size", "40KB"])]
 )
-def test_killed_again_and_again_until_it_is_through(tool, jobs, more, tools, tmp_path, out):
+def test_killed_again_and_again_until_it_is_through(tool, jobs, more, forks, tmp_path, out):
     """Killed at the first step, run again and killed at the second, and so on: each change to the folder is the last
     of some run. What a reader takes for whole is whole every time, and so is the result."""
     model = write_model(tmp_path / "model", Sizes("qwen3", layers=2, vocab=600, files=2))
@@ -413,7 +407,7 @@ def test_killed_again_and_again_until_it_is_through(tool, jobs, more, tools, tmp
     arguments = ["--model", model, "--layout", "tp=1,pp=2"] if tool == "convert" else ["--from", tmp_path / "cut"]
     command = [tool, *arguments, *more, "--out", out, "--jobs", jobs]
     kills = 0
-    while (code := tools.run(*command, MEGALITE_FAULT=f"{STEP}#{kills + 1}=kill").code) == -signal.SIGKILL:
+    while (code := forks.tool(*command, MEGALITE_FAULT=f"{STEP}#{kills + 1}=kill").code) == -signal.SIGKILL:
         kills += 1
         try:
             open_checkpoint(out)
@@ -423,7 +417,7 @@ def test_killed_again_and_again_until_it_is_through(tool, jobs, more, tools, tmp
     assert code == 0 and kills > 8
     assert verify(out, model).findings == [] if tool == "convert" else contents(out) == contents(model)
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert tools.run(*command).code == 0
+    assert forks.tool(*command).code == 0
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert not [name for name in before if name.startswith(".")]
 

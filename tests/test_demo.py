@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
 
-ROOT = Path(__file__).parent.parent
 LAYOUTS = {
     "one rank": (),
     "tp=2,pp=2": ("parallel.tp=2", "parallel.pp=2"),
@@ -27,7 +21,7 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory):
+def demos(forks, tmp_path_factory):
     """By layout: the exit code, what was said, and the output by id. All run at once."""
     folder = tmp_path_factory.mktemp("demo")
     prompts = folder / "prompts.jsonl"
@@ -37,10 +31,8 @@ def demos(tmp_path_factory):
     def run(name: str):
         output = folder / f"{name}.jsonl"
         files = ["input.prompts=null", f"input.file={prompts}", f"output.file={output}"]
-        command = [sys.executable, "launch/infer.py", *common, *files, *LAYOUTS[name]]
-        env = {**os.environ, "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
-        return done.returncode, done.stderr, output.read_text()
+        done = forks.run("launch/infer.py", *common, *files, *LAYOUTS[name])
+        return done.code, done.err, output.read_text()
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(LAYOUTS, pool.map(run, LAYOUTS), strict=True))

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from forked_tools import ForkedTools
 from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,12 +345,6 @@ def hub():
     with Hub() as hub:
         hub.add(REPO, FILES)
         yield hub
-
-
-@pytest.fixture(scope="module")
-def forks():
-    with ForkedTools() as forks:
-        yield forks
 
 
 @pytest.fixture

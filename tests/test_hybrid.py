@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from io import StringIO
@@ -15,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import TRAINING, Ended
 from reference import greedy, load
 from safetensors.torch import load_file
 from train_helpers import as_run
-from waiting import PATIENCE
 
 from megalite.config.schema import (
     EngineSection,
@@ -271,20 +269,14 @@ REWARD = "def length(prompt, completion, example):\n    return len(completion.en
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Runs a short job of one rank in a folder; `launch(fault)` gives the exit code."""
+def launch(forks, tmp_path):
+    """Runs a short job of one rank in a folder."""
     (tmp_path / "job.yaml").write_text(SHORT)
     (tmp_path / "hybrid_reward.py").write_text(REWARD)
 
-    def launch(fault: str = "", *args: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, ROOT / "launch" / "hybrid.py", "--config", "job.yaml", *args],
-            cwd=tmp_path,
-            env={**os.environ, "MEGALITE_FAULT": fault, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+    def launch(fault: str = "", *args: str) -> Ended:
+        options = {"cwd": tmp_path, "preload": TRAINING, "MEGALITE_FAULT": fault, "OMP_NUM_THREADS": "1"}
+        return forks.run(ROOT / "launch" / "hybrid.py", "--config", "job.yaml", *args, **options)
 
     return launch
 
@@ -292,12 +284,12 @@ def launch(tmp_path):
 def test_a_job_that_is_killed_again_and_again_ends_as_if_it_had_not_been(launch, tmp_path):
     """Killed while it samples, while it saves, between files of a checkpoint; each time it goes on."""
     result = launch("", "output.folder=whole")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     for fault in ("hybrid.learnt#1", "state.manifest#2", "hybrid.sampled#2"):
         result = launch(f"{fault}=kill")
-        assert result.returncode == -signal.SIGKILL, (fault, result.stderr)
+        assert result.code == -signal.SIGKILL, (fault, result.err)
     result = launch()
-    assert result.returncode == 0 and "going on after 2 supervised steps" in result.stdout, result.stderr
+    assert result.code == 0 and "going on after 2 supervised steps" in result.out, result.err
     whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
     names = [tmp_path / name / "training" / "rollouts" / "iteration-000004.jsonl" for name in ("whole", "run")]

@@ -1,7 +1,6 @@
-"""The inference job as a user runs it: real processes, input and output files, kills, stops and resumed runs.
+"""The inference job as a user runs it: processes, input and output files, kills, stops and resumed runs.
 
-The runs of `runs` go on at the same time, because starting processes is most of the work; the tests look at what they
-left.
+The runs of `runs` go on at the same time; the tests look at what they left.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forks import Forks, Program
 from tiny_tokenizer import with_tokenizer
 from waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parent.parent
 INFER = str(ROOT / "launch" / "infer.py")
-DOOR = [sys.executable, INFER]
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", INFER]
 CONFIG = """
 model: {{path: {model}, dtype: float32}}
@@ -69,51 +68,40 @@ class Run:
 class Jobs:
     """Runs commands in a folder with a model, a config and an input file."""
 
-    def __init__(self, folder: Path, model: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, model: Path, forks: Forks):
+        self.folder, self.forks = folder, forks
         self.input = folder / "prompts.jsonl"
         self.input.write_text("\n".join(input_lines()) + "\n")
         self.config = folder / "job.yaml"
         self.config.write_text(CONFIG.format(model=json.dumps(str(model))))
 
-    def start(self, name: str, *overrides: str, command: list[str] = DOOR, stdin: bool = False, fault: str = ""):
+    def start(self, name: str, *overrides: str, stdin: bool = False, fault: str = "") -> Program:
         """`name` names the output file too."""
-        args = ["--config", str(self.config), f"output.file={self.folder / name}.jsonl"]
+        args = ["--config", self.config, f"output.file={self.folder / name}.jsonl"]
         args += ["input.file=-" if stdin else f"input.file={self.input}", *overrides]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "MEGALITE_FAULT": fault}
-        return subprocess.Popen(
-            [*command, *args],
-            env=env,
-            stdin=self.input.open("rb") if stdin else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return self.forks.start(INFER, *args, stdin=self.input if stdin else os.devnull, MEGALITE_FAULT=fault)
 
-    def ended(self, name: str, process: subprocess.Popen) -> Run:
-        try:
-            out, err = process.communicate(timeout=PATIENCE)
-        finally:
-            process.kill()
+    def ended(self, name: str, program: Program) -> Run:
+        done = program.ended()
         text = (self.folder / f"{name}.jsonl").read_text()
         assert text == "" or text.endswith("\n")
-        return Run(process.returncode, out, err, [json.loads(line) for line in text.splitlines()])
+        return Run(done.code, done.out, done.err, [json.loads(line) for line in text.splitlines()])
 
     def run(self, name: str, *overrides: str, **options) -> Run:
         return self.ended(name, self.start(name, *overrides, **options))
 
     def stop(self, name: str, signum: int, after: int, *overrides: str) -> Run:
         """Send a signal once the output has more than `after` lines. One prompt at a time: it shall take a while."""
-        process = self.start(name, "engine.max_num_seqs=1", *overrides)
+        program = self.start(name, "engine.max_num_seqs=1", *overrides)
         output = self.folder / f"{name}.jsonl"
 
         def has_more() -> bool:
-            assert process.poll() is None, process.communicate()
+            assert program.runs, program.ended()
             return output.exists() and output.read_bytes().count(b"\n") > after
 
         wait_until(has_more, f"more than {after} lines")
-        process.send_signal(signum)
-        return self.ended(name, process)
+        program.signal(signum)
+        return self.ended(name, program)
 
 
 def killed(jobs: Jobs) -> list[Run]:
@@ -131,6 +119,16 @@ def stopped(jobs: Jobs) -> list[Run]:
     return [*runs, jobs.run("stopped")]
 
 
+def under_deepspeed(jobs: Jobs) -> Run:
+    """With the real launcher, which the user's standard input has to come through."""
+    out = jobs.folder / "deepspeed.jsonl"
+    command = [*DEEPSPEED, "--config", str(jobs.config), f"output.file={out}", "input.file=-", "parallel.pp=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    options = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run(command, env=env, stdin=jobs.input.open("rb"), **options)
+    return Run(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in out.read_text().splitlines()])
+
+
 OWNERS = {"temperature": 0.0, "top_k": 7, "top_p": 0.5}
 
 
@@ -139,7 +137,7 @@ def owners_sampling(jobs: Jobs) -> list[Run]:
     (folder := jobs.folder / "owners").mkdir()
     model = Path(shutil.copytree(jobs.folder / "model", folder / "model"))
     (model / "generation_config.json").write_text(json.dumps(OWNERS))
-    own = Jobs(folder, model)
+    own = Jobs(folder, model, jobs.forks)
     own.config.write_text(f"model: {{path: {model}, dtype: float32}}\nsampling: {{top_p: 0.9, ignore_eos: true}}\n")
     line = {"prompt": [5, 6, 7]}
     lines = [line, line, {**line, "sampling": {"temperature": 50, "top_k": 0, "top_p": 1}}]
@@ -158,14 +156,14 @@ CHAINS: dict[str, Callable[[Jobs], list[Run]]] = {
     "stopped": stopped,
     "the owner's sampling": owners_sampling,
     "stdin through the door": lambda jobs: [jobs.run("stdin", "parallel.tp=2", stdin=True)],
-    "stdin under deepspeed": lambda jobs: [jobs.run("deepspeed", "parallel.pp=2", stdin=True, command=DEEPSPEED)],
+    "stdin under deepspeed": lambda jobs: [under_deepspeed(jobs)],
 }
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny, tmp_path_factory) -> Jobs:
+def jobs(tiny, forks, tmp_path_factory) -> Jobs:
     folder = tmp_path_factory.mktemp("jobs")
-    return Jobs(folder, with_tokenizer(tiny("llama3"), folder / "model"))
+    return Jobs(folder, with_tokenizer(tiny("llama3"), folder / "model"), forks)
 
 
 @pytest.fixture(scope="module")
@@ -282,13 +280,8 @@ def test_the_report_and_the_dry_run_agree(jobs, runs):
     rows = [[cell.strip() for cell in line.split("  ") if cell] for line in lines[at + 1 : at + 3]]
     assert [row[:3] for row in rows] == [["0", "0/0/0", "0-3"], ["1", "1/0/0", "0-3"]]
     assert lines[at + 3].startswith(f"total: {len(ids())} prompts ({len(BAD)} failed), ")
-    dry = subprocess.run(
-        [*DOOR, "--config", jobs.config, "--dry-run", "parallel.tp=2", "input.prompts=[x]"],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=True,
-    )
-    table = [line.split("  ") for line in dry.stdout.splitlines()[2:5]]
+    dry = jobs.forks.run(INFER, "--config", jobs.config, "--dry-run", "parallel.tp=2", "input.prompts=[x]")
+    assert dry.code == 0
+    table = [line.split("  ") for line in dry.out.splitlines()[2:5]]
     names, *ranks = [[cell.strip() for cell in row if cell.strip()] for row in table]
     assert [row[names.index("weights")] for row in ranks] == [row[3] for row in rows]

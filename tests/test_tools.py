@@ -11,7 +11,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from forked_tools import ForkedTools
 from hub_server import Hub
 from random_models import Sizes, contents, write_model
 from waiting import PATIENCE, wait_until
@@ -27,18 +26,12 @@ DEMO = ROOT / "checkpoints" / "demo"
 TOOLS = ("convert", "reshard", "export", "verify", "describe", "import_deepspeed", "draw_weights", "draw_rewards")
 
 
-@pytest.fixture(scope="module")
-def forks():
-    with ForkedTools() as forks:
-        yield forks
-
-
 @pytest.fixture
 def tool(forks):
     """Run a tool; gives what it printed on standard output, or on standard error if it is to fail."""
 
     def tool(name: str, *arguments: object, code: int = 0, **environment: str) -> str:
-        run = forks.run(name, *arguments, **environment)
+        run = forks.tool(name, *arguments, **environment)
         assert run.code == code, run.out + run.err
         assert "Traceback" not in run.err
         return run.err if code > 1 else run.out

@@ -1,0 +1,246 @@
+"""Programs as forks of one process that has imported what they need: hundreds of starts without seconds of imports.
+
+    test process --asks--> server --forks--> supervisor --forks--> program --forks--> the ranks, if it is a door
+
+The door's ranks are forks of the door; what it finds out from the environment that a process was started with
+(leftovers, which it kills) is tested with real starts in test_launcher.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from waiting import PATIENCE
+
+ROOT = Path(__file__).resolve().parent.parent
+PRELOAD = ("megalite.inference.job", *(f"megalite.tools.{name}" for name in ("convert", "describe", "export")))
+"""Imported by the server when it starts."""
+TRAINING = ("megalite.hybrid.job", "deepspeed", "torch._dynamo")
+"""`preload` for programs that train."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended."""
+
+    code: int
+    """As subprocess has it: negative for a signal."""
+    out: str
+    err: str
+    written: int
+    """Bytes that it gave to write calls."""
+
+
+class Program:
+    """A program that was started."""
+
+    def __init__(self, link: Connection, folder: Path):
+        self._link, self._folder = link, folder
+        self.pid: int = link.recv()
+
+    @property
+    def runs(self) -> bool:
+        return not self._link.poll()
+
+    @property
+    def out(self) -> str:
+        """What it has written to its standard output."""
+        return (self._folder / "out").read_text()
+
+    def signal(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def ended(self) -> Ended:
+        """Wait for its end."""
+        if not self._link.poll(PATIENCE):
+            self.signal(signal.SIGKILL)
+            raise AssertionError(f"not done after {PATIENCE} s: {(self._folder / 'err').read_text()}")
+        code, written = self._link.recv()
+        self._link.close()
+        return Ended(code, self.out, (self._folder / "err").read_text(), written)
+
+
+class Forks:
+    """`run` and `start` are as `python SCRIPT ARGUMENT...` in the folder `cwd`. Use as a context manager."""
+
+    def __init__(self, folder: Path):
+        """`folder`: for what the programs print."""
+        self._folder, self._address = folder, str(folder / "socket")
+        command = [sys.executable, __file__, self._address]
+        options = {"cwd": ROOT, "env": {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+        self._server = subprocess.Popen(command, **options, **pipes)
+        self._server.stdout.readline()  # it listens
+
+    def start(
+        self,
+        script: str | Path,
+        *arguments: object,
+        cwd: Path = ROOT,
+        stdin: str | Path = os.devnull,
+        preload: Sequence[str] = (),
+        **environment: str,
+    ) -> Program:
+        folder = Path(tempfile.mkdtemp(dir=self._folder))
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
+        link = Client(self._address)
+        words = [str(script), *map(str, arguments)]
+        link.send((preload, [words, environment, str(cwd), str(stdin), str(folder / "out"), str(folder / "err")]))
+        return Program(link, folder)
+
+    def run(self, script: str | Path, *arguments: object, **options: Any) -> Ended:
+        return self.start(script, *arguments, **options).ended()
+
+    def tool(self, name: str, *arguments: object, **environment: str) -> Ended:
+        """As `python tools/NAME.py ARGUMENT...`."""
+        return self.run(ROOT / "tools" / f"{name}.py", *arguments, **environment)
+
+    def __enter__(self) -> Forks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.communicate()
+
+
+# ---- in the server
+
+
+def main(address: str) -> None:
+    """Ends with the test process, and all that it has started with it."""
+    for name in PRELOAD:
+        import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system collects the supervisors
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(16)
+        os.write(1, b"ready\n")
+        while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+            link = Connection(listener.accept()[0].detach())
+            preload, program = link.recv()
+            for name in preload:
+                import_module(name)
+            if os.fork() == 0:
+                _supervise(link, *program)
+            link.close()
+
+
+def _supervise(link: Connection, *program: Any) -> NoReturn:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _die_with_parent()
+    pid = os.fork()
+    if pid == 0:
+        _die_with_parent()
+        _program(*program)
+    link.send(pid)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    counts = dict(entry.split(": ") for entry in Path(f"/proc/{pid}/io").read_text().splitlines())
+    link.send((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(counts["wchar"])))
+    os._exit(0)
+
+
+def _die_with_parent() -> None:
+    """Linux: SIGKILL when the process above goes."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def _program(words: list[str], environment: dict[str, str], cwd: str, stdin: str, out: str, err: str) -> NoReturn:
+    from megalite.run import launcher
+
+    launcher.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _ForkedRank})
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, file in enumerate((os.open(stdin, os.O_RDONLY), os.open(out, flags), os.open(err, flags))):
+        os.dup2(file, number)
+    os.setsid()
+    os.chdir(cwd)
+    _run(words, environment, ())
+
+
+class _ForkedRank:
+    """What the door uses of subprocess.Popen, for `python -u SCRIPT ARGUMENT...`, as a fork of the door."""
+
+    def __init__(
+        self,
+        command: list[str],
+        *,
+        env: dict[str, str],
+        stdin: int | None,
+        pass_fds: Sequence[int],
+        start_new_session: bool,
+        preexec_fn: Callable[[], None],
+    ):
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            if start_new_session:
+                os.setsid()
+            preexec_fn()
+            if stdin == subprocess.DEVNULL:
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(write_through=True)
+            _run(command[2:], env, pass_fds)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int | None:
+        return self.poll()
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+
+def _run(words: list[str], environment: dict[str, str], descriptors: Sequence[int]) -> NoReturn:
+    """The script, as if Python had just been started: with these descriptors, and all signals at their defaults."""
+    for file in map(int, os.listdir("/proc/self/fd")):
+        if file > 2 and file not in descriptors:
+            try:
+                os.close(file)
+            except OSError:
+                pass  # that of the listing
+    for signum in signal.valid_signals():
+        if callable(signal.getsignal(signum)):
+            signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = words
+    sys.path[:0] = [str(Path(words[0]).parent), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    code: Any = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
