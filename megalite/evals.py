@@ -200,7 +200,7 @@ def main() -> int:
     try:
         cli_evaluate()
     except MegaliteError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.writelines(f"{line}\n" for line in error.lines())
         return error.exit_code
     return EXIT_DONE
 

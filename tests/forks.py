@@ -31,8 +31,12 @@ from typing import Any, NoReturn
 from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = ("megalite.inference.job", *(f"megalite.tools.{name}" for name in ("convert", "describe", "export")))
-"""Imported by the server when it starts."""
+PRELOAD = (
+    "megalite.cli",
+    "megalite.inference.job",
+    *(f"megalite.tools.{name}" for name in ("convert", "describe", "export")),
+)
+"""What the server imports of megalite when it starts."""
 TRAINING = ("megalite.hybrid.job", "deepspeed", "torch._dynamo")
 """`preload` for programs that train."""
 
@@ -126,7 +130,7 @@ class Forks:
 def main(address: str) -> None:
     """Ends with the test process, and all that it has started with it."""
     for name in PRELOAD:
-        import_module(name)
+        import_module(f"megalite.{name}")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system collects the supervisors
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

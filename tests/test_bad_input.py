@@ -13,16 +13,17 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from waiting import PATIENCE
 
 from megalite import cli
 from megalite.errors import CheckpointError, RankLost, Stopped
-from megalite.hybrid.checks import problems as hybrid_checks
 from megalite.model import families
+from megalite.run import start as starting
 from megalite.weights.table import hf_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,11 +41,12 @@ MODEL = {
 }
 MODEL_ALONE = "model: {path: model}\n"
 JOB = f"{MODEL_ALONE}input: {{prompts: [hello]}}\n"
-TRAIN = """model: {config: {model_type: llama, hidden_size: 48, intermediate_size: 44, num_hidden_layers: 4,
+NEW_MODEL = """model: {config: {model_type: llama, hidden_size: 48, intermediate_size: 44, num_hidden_layers: 4,
   num_attention_heads: 6}}
 output: {folder: out}
 """
-HYBRID = f"""{TRAIN}data: {{source: "configs.hybrid.grpo_arithmetic:additions"}}
+TRAIN = f"{NEW_MODEL}data: {{source: job.yaml}}\n"
+HYBRID = f"""{NEW_MODEL}data: {{source: "configs.hybrid.grpo_arithmetic:additions"}}
 hybrid: {{reward: "megalite.rewards:exact_match"}}
 """
 USAGE, CHECKPOINT, RESOURCES = 2, 3, 4
@@ -92,12 +94,16 @@ def put_under_launcher(monkeypatch, rank: int | str, world_size: int, **more: st
 
 
 def start(kind: str, args: Sequence[str], *, config: str) -> tuple[int, list]:
-    """Run the command line with a `run` that notes that it was reached. No `config`: `args` are all."""
+    """Run the command line, but note only that the work was reached. No `config`: `args` are all."""
     ran = []
     Path("job.yaml").write_text(config) if config else None
     argv = ["--config", "job.yaml", *args] if config else [*args]
-    checks = {"checks": hybrid_checks} if kind == "hybrid" else {}
-    return cli.main(kind, lambda loaded: ran.append(loaded) or 0, argv, **checks), ran
+    return with_work(lambda kind, loaded: ran.append(loaded) or 0, kind, argv), ran
+
+
+def with_work(work: Callable[..., int], kind: str, argv: Sequence[str]) -> int:
+    with patch.object(cli, "run_job", work):
+        return cli.main(kind, argv, [f"launch/{kind}.py"])
 
 
 @pytest.fixture
@@ -298,8 +304,7 @@ input: {prompts: ['']}
         "zero: unknown key. --help lists all keys. (from the command line)",
         "sampling.n: must be >= 1, got 0. (from the command line)",
     }
-    config = TRAIN + "data: {sequence_length: 64}\n"
-    said = refusal(("model.path=model",), kind="train", config=config, problems=2)
+    said = refusal(("model.path=model", "data.sequence_length=64"), kind="train", config=TRAIN, problems=2)
     assert "model.config: there is a model.path too" in said
     assert "tokenizer.path: is needed: model.path has no tokenizer" in said
 
@@ -439,7 +444,6 @@ def test_only_one_rank_of_a_host_reports(job, monkeypatch, capfd):
 
 
 def test_ranks_get_the_resolved_file(job, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["launch/infer.py"])
     seen = {}
 
     def run_ranks(command, num_ranks, *, files, stdin, stopped_timeout):
@@ -449,11 +453,11 @@ def test_ranks_get_the_resolved_file(job, monkeypatch):
         seen.update(script=script, text=Path(resolved).read_text(), sha256=sha256, ranks=num_ranks, debug=debug)
         ran = []
         put_under_launcher(monkeypatch, 0, 4)
-        seen["rank"] = cli.main("infer", lambda loaded: ran.append(loaded) or 0, command[1:5])
+        seen["rank"] = with_work(lambda kind, loaded: ran.append(loaded) or 0, "infer", command[1:5])
         seen["loaded"] = ran[0]
         return 7
 
-    monkeypatch.setattr(cli, "run_ranks", run_ranks)
+    monkeypatch.setattr(starting, "run_ranks", run_ranks)
     args = ("parallel.tp=2", "parallel.pp=2", "sampling.stop=${x}", "--debug")
     assert start("infer", args, config=JOB) == (7, [])
     assert (seen["ranks"], seen["debug"], seen["rank"]) == (4, "--debug", 0)
@@ -543,7 +547,7 @@ def test_dry_run_counts_what_each_rank_holds(job, capfd):
 
 
 def test_help_comes_first(capfd):
-    assert cli.main("infer", lambda loaded: 1, ["--help", "--nonsense", "a.b=c"]) == 0
+    assert cli.main("infer", ["--help", "--nonsense", "a.b=c"], ["launch/infer.py"]) == 0
     out = capfd.readouterr().out
     assert out.startswith("usage: python launch/infer.py --config FILE")
     assert "deepspeed --num_gpus N launch/infer.py" in out and "sampling:" in out
@@ -553,11 +557,11 @@ def test_help_comes_first(capfd):
 
 
 def run_and_raise(error: BaseException, *args: str) -> int:
-    def run(loaded):
+    def fail(kind, loaded):
         raise error
 
     Path("job.yaml").write_text(JOB)
-    return cli.main("infer", run, ["--config", "job.yaml", *args])
+    return with_work(fail, "infer", ["--config", "job.yaml", *args])
 
 
 @pytest.mark.parametrize(

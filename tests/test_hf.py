@@ -446,5 +446,5 @@ def test_gguf_is_answered_with_the_way_out(hub, load, tmp_path, capsys):
     (tmp_path / "job.yaml").write_text("{}")
     for job in ("infer", "train", "hybrid"):
         for path in (folder, file):
-            assert cli.main(job, None, ["--config", str(tmp_path / "job.yaml"), "--check", f"model.path={path}"]) != 0
+            assert cli.main(job, ["--config", str(tmp_path / "job.yaml"), "--check", f"model.path={path}"], []) != 0
             assert "GGUF is not read. Give the folder or hub id" in capsys.readouterr().err

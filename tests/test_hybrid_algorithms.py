@@ -24,7 +24,7 @@ from megalite.hybrid.algorithms import (
     importance_weights,
 )
 from megalite.hybrid.learner import UpdateResult
-from megalite.hybrid.record import Record
+from megalite.hybrid.log import HybridLog
 from megalite.hybrid.rollout import Rollout, ScoredRollout, pack_groups, rollout_file, unpack_groups, write_rollouts
 from megalite.model import families
 from megalite.train.micro_batch import from_sequences
@@ -228,14 +228,14 @@ def test_samples_are_kept_with_what_became_of_them(tmp_path):
 # ---- the log
 
 
-def record(folder) -> Record:
+def record(folder) -> HybridLog:
     config = HybridConfig(
         hybrid=HybridSection(steps=3, samples_per_prompt=2), supervised=SupervisedSection(steps=2, examples_per_step=1)
     )
-    return Record(config, MODEL, folder, is_writer=True, peak=None)
+    return HybridLog(config, MODEL, folder, is_writer=True, peak=None)
 
 
-def iterate(job: Record, number: int) -> None:
+def iterate(job: HybridLog, number: int) -> None:
     rollouts = [replace(ROLLOUT, text="", sample=place) for place in (0, 1, 0, 1)]
     rewards = (0.0, 1.0, 0.0, 0.0)
     scored = [ScoredRollout(reward=one, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for one in rewards]
@@ -299,7 +299,7 @@ def test_tensorboard_shows_the_iterations(tmp_path):
 
 
 def test_a_rank_that_does_not_speak_writes_nothing(tmp_path, capsys):
-    job = Record(HybridConfig(), MODEL, tmp_path, is_writer=False, peak=None)
+    job = HybridLog(HybridConfig(), MODEL, tmp_path, is_writer=False, peak=None)
     job.resume(0, 0)
     iterate(job, 1)
     job.say("hello")

@@ -176,10 +176,10 @@ def test_the_door_accepts_shards_of_any_layout(cut, tmp_path, capsys):
     config = tmp_path / "infer.yaml"
     config.write_text(f"model: {{path: {cut}}}\ninput: {{prompts: [a]}}\n")
     arguments = ["--config", str(config), "--check", "parallel.tp=2"]
-    assert cli.main("infer", None, [*arguments, "parallel.pp=2"]) == EXIT_DONE
-    assert cli.main("infer", None, arguments) == EXIT_DONE
+    assert cli.main("infer", [*arguments, "parallel.pp=2"], []) == EXIT_DONE
+    assert cli.main("infer", arguments, []) == EXIT_DONE
     (cut / "rank-001.safetensors").unlink()
-    assert cli.main("infer", None, arguments) == EXIT_CHECKPOINT
+    assert cli.main("infer", arguments, []) == EXIT_CHECKPOINT
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "rank-001.safetensors: missing" in error and "Traceback" not in error
 

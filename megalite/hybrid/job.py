@@ -27,7 +27,7 @@ from megalite.errors import EXIT_DONE, Stopped, maybe_fault
 from megalite.hybrid.generator import Generator
 from megalite.hybrid.job_files import HybridProgress, JobFiles
 from megalite.hybrid.learner import Learner
-from megalite.hybrid.record import Record
+from megalite.hybrid.log import HybridLog
 from megalite.hybrid.rollout import Rollout
 from megalite.hybrid.sync import Sync
 from megalite.inference.replica import Replica
@@ -86,7 +86,7 @@ class Job:
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
-        self.record = Record(config, self.files.model, self.files.folder, self.files.is_writer, peak=peak)
+        self.log = HybridLog(config, self.files.model, self.files.folder, self.files.is_writer, peak=peak)
         self.pool: RewardPool | None = None
         """On the rank that rewards."""
         self.generates = False
@@ -97,7 +97,7 @@ class Job:
     def run(self) -> None:
         """All of it. A SIGTERM saves and ends it well; a SIGINT saves and raises Stopped."""
         with ExitStack() as stack:
-            stack.callback(self.record.close)
+            stack.callback(self.log.close)
             if self.runtime.rank == self.home:
                 self.pool = stack.enter_context(self._make_pool())
             self._resume()
@@ -108,7 +108,7 @@ class Job:
                 self._loop()
             except Stopped as stop:
                 name = signal.Signals(stop.signum).name
-                self.record.say(f"stopped by {name} after {self.progress.iterations} iterations")
+                self.log.say(f"stopped by {name} after {self.progress.iterations} iterations")
                 self._save()
                 if stop.signum != signal.SIGTERM:
                     raise
@@ -116,7 +116,7 @@ class Job:
             self._save()
             if self.trainer is not None:
                 self.files.export(self.trainer)
-            self.record.say(f"the model is in {self.files.folder}")
+            self.log.say(f"the model is in {self.files.folder}")
 
     def _loop(self) -> None:
         """The iterations, then where their time went, on every rank."""
@@ -130,7 +130,7 @@ class Job:
         measured.state.meter.stop()
         steps = self.progress.iterations - before
         if self.config.monitor.report and steps:
-            tokens, writes = self.record.learnt_tokens, self.runtime.rank == self.home
+            tokens, writes = self.log.learnt_tokens, self.runtime.rank == self.home
             print_report(measured, self.runtime.rank, steps=steps, tokens=tokens, writes=writes)
 
     def _supervise(self) -> None:
@@ -144,7 +144,7 @@ class Job:
             if self.learner is not None:
                 places = order.indices(first, section.examples_per_step).tolist()
                 found = self.learner.supervise([self.files.responses[place] for place in places])
-                self.record.supervised(progress.supervised_steps + 1, found)
+                self.log.supervised(progress.supervised_steps + 1, found)
             progress.supervised_steps += 1
             if self.trainer is not None and self.reference is not None and progress.supervised_steps == section.steps:
                 self.files.save_reference(self.trainer)
@@ -153,25 +153,25 @@ class Job:
 
     def _iterate(self) -> None:
         config, iteration = self.config.hybrid, self.progress.iterations
-        self.record.begin()
-        with self.record.timed("syncing"):
+        self.log.begin()
+        with self.log.timed("syncing"):
             if iteration % config.sync_every == 0 or not self.generates:
                 self.progress.weight_version = self.sync.push()
                 self.generator.renew()
                 self.generates = True
-        with self.record.timed("sampling"), self._room_for_generating():
+        with self.log.timed("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
             order = self.order.indices(first, config.prompts_per_step).tolist()
             places = [self.generator.places[number] for number in order]
             rollouts = self.generator.sample(places, first=first, weight_version=self.progress.weight_version)
         maybe_fault("hybrid.sampled", self.runtime.rank)
-        with self.record.timed("rewarding"):
+        with self.log.timed("rewarding"):
             scored = self._reward(rollouts)
         if self.learner is not None:
-            with self.record.timed("learning"):
+            with self.log.timed("learning"):
                 update = self.learner.learn(rollouts, scored)
             maybe_fault("hybrid.learnt", self.runtime.rank)
-            self.record.iteration(iteration + 1, rollouts, update)
+            self.log.iteration(iteration + 1, rollouts, update)
         self.progress.iterations += 1
         if self.progress.iterations % config.save_every == 0 and self.progress.iterations < config.steps:
             self._save()
@@ -309,11 +309,11 @@ class Job:
         if found is not None:
             self.progress = found
             self.sync.version = self.progress.weight_version
-            self.record.say(
+            self.log.say(
                 f"going on after {self.progress.supervised_steps} supervised steps and "
                 f"{self.progress.iterations} iterations"
             )
-        self.record.resume(self.progress.supervised_steps, self.progress.iterations)
+        self.log.resume(self.progress.supervised_steps, self.progress.iterations)
 
     def _save(self) -> None:
         if self.trainer is not None:

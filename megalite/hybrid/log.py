@@ -21,7 +21,7 @@ from megalite.train.flops import training_flops
 from megalite.train.log import Board, continued
 
 
-class Record:
+class HybridLog:
     """Measures on every rank of the job, and prints and writes on one."""
 
     def __init__(self, config: HybridConfig, model: ModelConfig, folder: Path, is_writer: bool, *, peak: float | None):

@@ -1,0 +1,127 @@
+"""The command line of a job: options, overrides and what --help says of them. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megalite.config.explain import explain
+from megalite.config.load import COMMAND_LINE, Kind
+from megalite.errors import ConfigError, Problem
+
+FLAGS = {
+    "--check": "stop after the checks, to which each line of input.file belongs then",
+    "--print-config": "print every value and where it came from, then stop",
+    "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",
+    "--no_ssh": "with --hostfile and --node_rank N: start this host's ranks only",
+    "--debug": "show tracebacks for errors of all kinds",
+    "--help": "show this",
+}
+HOSTS = ("--hostfile", "--include", "--exclude", "--master_addr", "--master_port", "--ssh_port", "--node_rank")
+"""Options with a value that go to deepspeed; the last with its flag --no_ssh, once on each host."""
+VALUED = ("--config", *HOSTS, "--resolved-config", "--resolved-sha256", "--local_rank", "--local-rank")
+"""Options with a value; the last four are for the ranks, from a launcher or the door."""
+_DEEPSPEED = (
+    "DeepSpeed's keys go into a training config's section `deepspeed`; batch size, ZeRO stage, clipping, optimizer and "
+    "dtype are keys of its other sections (see --help)."
+)
+ELSEWHERE = {"--deepspeed": _DEEPSPEED, "--deepspeed_config": _DEEPSPEED, "--deepspeed-config": _DEEPSPEED}
+"""Options of scripts that DeepSpeed's argument parser makes, and what to do here instead."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """The command line, read."""
+
+    config: str = ""
+    overrides: tuple[str, ...] = ()
+    flags: frozenset[str] = frozenset()
+    hosts: tuple[str, ...] = ()
+    """What deepspeed is told when the run is over several hosts."""
+    resolved: str = ""
+    """The resolved config, packed, when the door on another host started this rank."""
+    sha256: str = ""
+    """Of the resolved config, when the door started this rank."""
+    program: tuple[str, ...] = ()
+    """The script that was started, and the words before its options."""
+
+    @property
+    def for_ranks(self) -> list[str]:
+        return ["--debug"] if "--debug" in self.flags else []
+
+
+def read_arguments(argv: Sequence[str]) -> Options:
+    """Options apart from overrides; ConfigError for options that don't exist or lack their value."""
+    values: dict[str, str] = {}
+    flags, overrides, problems = set(), [], []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        name, equals, value = token.partition("=")
+        if name == "-h":
+            name = "--help"
+        if not name.startswith("-") or "." in name:
+            overrides.append(token)
+        elif name in FLAGS and not equals:
+            flags.add(name)
+        elif name in FLAGS:
+            problems.append(usage_problem(name, "takes no value", f"Write {name}."))
+        elif name not in VALUED:
+            close = difflib.get_close_matches(name, [*FLAGS, "--config"], n=1)
+            fix = f"Did you mean {close[0]}?" if close else "--help lists all options."
+            fix = ELSEWHERE.get(name, fix)
+            problems.append(usage_problem(name, "unknown option", fix))
+        elif not equals and (not rest or rest[0].startswith("-")):
+            problems.append(usage_problem(name, "needs a value", f"Write {name} VALUE."))
+        elif values.setdefault(name, text := value if equals else rest.pop(0)) != text:
+            problems.append(usage_problem(name, "is given twice", "Keep one."))
+    if "--help" in flags:
+        return Options(flags=frozenset(flags))
+    hosts = [word for name in HOSTS if name in values for word in (name, values[name])]
+    hosts += [] if "--no_ssh" not in flags else ["--no_ssh"]
+    if hosts and "--hostfile" not in values:
+        problems.append(usage_problem(hosts[0], "needs --hostfile", "Add --hostfile FILE."))
+    if not values.get("--config") and "--resolved-config" not in values:
+        stray = next((one for one in overrides if one.endswith((".yaml", ".yml"))), "")
+        overrides = [one for one in overrides if one != stray]
+        fix = f"Write --config {stray or 'configs/infer/demo.yaml'}."
+        problems.append(usage_problem("--config", "is needed: the config file", fix))
+    if problems:
+        raise ConfigError(*problems)
+    return Options(
+        config=values.get("--config", ""),
+        overrides=tuple(overrides),
+        flags=frozenset(flags),
+        hosts=tuple(hosts),
+        resolved=values.get("--resolved-config", ""),
+        sha256=values.get("--resolved-sha256", ""),
+    )
+
+
+def usage_problem(key: str, rule: str, fix: str) -> Problem:
+    return Problem(key=key, rule=rule, fix=fix, origin=COMMAND_LINE)
+
+
+def usage(kind: Kind, installed: bool) -> str:
+    """What `--help` prints; `installed`: of `megalite KIND`, else of launch/KIND.py."""
+    script = f"$(which megalite) {kind}" if installed else f"launch/{kind}.py"
+    door = f"megalite {kind}" if installed else f"python {script}"
+    lines = [
+        f"usage: {door} --config FILE [section.key=value ...] [options]",
+        f"       {door} --hostfile HOSTS --config FILE [section.key=value ...] [options]",
+        f"       deepspeed --num_gpus N {script} --config FILE [section.key=value ...] [options]",
+        f"       torchrun --nproc_per_node N {script} --config FILE [section.key=value ...] [options]",
+        "",
+        f"{door.split()[0]} starts the ranks that the config asks for, tp * pp * dp; under deepspeed or torchrun N "
+        "must be that.",
+        "With --hostfile (lines `HOST slots=RANKS`) it starts them on several hosts through deepspeed; it passes on",
+        "--include, --exclude, --master_addr, --master_port, --ssh_port and --node_rank.",
+        "",
+        "options:",
+        *(f"  {name:16}{meaning}" for name, meaning in {"--config FILE": "the config, YAML", **FLAGS}.items()),
+        "",
+        "keys of the config, by section; each can be overridden as section.key=value:",
+        "",
+    ]
+    return "\n".join(lines) + "\n" + explain(kind)
