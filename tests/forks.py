@@ -31,11 +31,7 @@ from typing import Any, NoReturn
 from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = (
-    "megalite.cli",
-    "megalite.inference.job",
-    *(f"megalite.tools.{name}" for name in ("convert", "describe", "export")),
-)
+PRELOAD = ("cli", "inference.job", "tools.convert", "tools.describe", "tools.export")
 """What the server imports of megalite when it starts."""
 TRAINING = ("megalite.hybrid.job", "deepspeed", "torch._dynamo")
 """`preload` for programs that train."""
@@ -92,7 +88,7 @@ class Forks:
         options = {"cwd": ROOT, "env": {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
         self._server = subprocess.Popen(command, **options, **pipes)
-        self._server.stdout.readline()  # it listens
+        assert self._server.stdout.readline() == b"ready\n"
 
     def start(
         self,
@@ -131,23 +127,25 @@ def main(address: str) -> None:
     """Ends with the test process, and all that it has started with it."""
     for name in PRELOAD:
         import_module(f"megalite.{name}")
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system collects the supervisors
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(16)
         os.write(1, b"ready\n")
+        supervisors = 0
         while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
             link = Connection(listener.accept()[0].detach())
             preload, program = link.recv()
             for name in preload:
                 import_module(name)
+            supervisors += 1
             if os.fork() == 0:
                 _supervise(link, *program)
             link.close()
+            while supervisors and os.waitpid(-1, os.WNOHANG)[0]:
+                supervisors -= 1
 
 
 def _supervise(link: Connection, *program: Any) -> NoReturn:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _die_with_parent()
     pid = os.fork()
     if pid == 0:
