@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton
 from tiny_models import VOCAB
 
-from megalite.core import functional, layers
+from megalite.core import functional, layers, linear
 from megalite.core.functional import ACTIVATIONS
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -153,16 +153,27 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 # ---- the whole decoder
 
 
-def emulated_norm(x, weight, eps, *, zero_centred=False, update=None, rows=None):
+def emulated_norm(x, weight, eps, *, zero_centred=False, update=None, rows=None, pdl=False):
     if update is not None:
         x.copy_(x.float() + update.float())
     x = (x if rows is None else x[rows]).float()
     return (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (weight.float() + zero_centred)).to(weight.dtype)
 
 
-def emulated_gate(hidden, activation):
+def emulated_gate(hidden, activation, *, pdl=False):
     gate, up = hidden.float().chunk(2, -1)
     return (ACTIVATIONS[activation](gate) * up).to(hidden.dtype)
+
+
+def emulated_thin(x, weight, *, bias, norm, gated, residual, out, pdl):
+    wide = x.float()
+    if norm is not None:
+        wide = normed(x, *norm).to(x.dtype if x.shape[0] > 1 else torch.float32).float()
+    y = wide @ weight.float().T + (0 if bias is None else bias.float())
+    if gated is not None:
+        gate, up = y.chunk(2, -1)
+        y = ACTIVATIONS[gated](gate) * up
+    return y.to(x.dtype) if residual is None else out.copy_(residual.float() + y)
 
 
 def emulated_rope(qkv, k_cache, v_cache, slots, table, *, positions, norms, zero_centred, keep_keys, pdl):
@@ -178,7 +189,7 @@ def emulated_rope(qkv, k_cache, v_cache, slots, table, *, positions, norms, zero
 
 def kernels_where_gradients_are_off(monkeypatch):
     if not CUDA:
-        for module in (functional, layers, decoders, device_attention):
+        for module in (functional, layers, linear, decoders, device_attention):
             monkeypatch.setattr(module, "by_kernels", lambda x: not torch.is_grad_enabled())
 
 
@@ -195,6 +206,7 @@ def kernels_or_their_roundings(monkeypatch):
     if not CUDA:
         monkeypatch.setattr(norm_kernels, "rms_norm", emulated_norm)
         monkeypatch.setattr(gate_kernels, "gate", emulated_gate)
+        monkeypatch.setattr(linear, "thin_linear", emulated_thin)
         monkeypatch.setattr(device_attention, "rotate_and_store", emulated_rope)
         monkeypatch.setattr(device_attention, "store_kv", stored)
 
@@ -257,43 +269,49 @@ FAMILIES = [
 ]
 
 
-def check_model(folder, context) -> None:
+FEW, MANY = 11, 40
+"""Tokens of a step whose matrices are multiplied by `thin_linear`, and by torch."""
+
+
+def check_model(folder, context, tokens: int) -> None:
     decoder = decoder_of(folder, torch.float32)
-    ids = torch.randint(3, VOCAB, (11,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    expected = decoder.logits(decoder(ids, PackedAttention([11], DEVICE)))
+    ids = torch.randint(3, VOCAB, (tokens,), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = decoder.logits(decoder(ids, PackedAttention([tokens], DEVICE)))
     with torch.inference_mode():
-        hidden = decoder(ids, sequence(decoder, 11, context))
+        hidden = decoder(ids, sequence(decoder, tokens, context))
         torch.testing.assert_close(decoder.logits(hidden), expected, rtol=1e-4, atol=1e-4)
         rows = torch.tensor([10, 4], device=DEVICE)
         torch.testing.assert_close(decoder.logits(hidden, rows), expected[rows], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_by_kernels_is_the_model(name, tiny, kernels_or_their_roundings):
-    check_model(tiny(name), DeviceAttention if CUDA else CachedAttention)
+def test_a_model_by_kernels_is_the_model(name, tokens, tiny, kernels_or_their_roundings):
+    check_model(tiny(name), DeviceAttention if CUDA else CachedAttention, tokens)
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["gemma2"])
-def test_a_model_by_interpreted_kernels(name, tiny, kernels_run):
-    check_model(tiny(name), DeviceAttention)
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_a_model_by_interpreted_kernels(tokens, tiny, kernels_run):
+    check_model(tiny("qwen3"), CachedAttention, tokens)
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "moe" not in name])  # another expert is no rounding
-def test_kernels_round_less_in_reduced_precision(name, tiny, kernels_or_their_roundings):
+def test_kernels_round_less_in_reduced_precision(name, tokens, tiny, kernels_or_their_roundings):
     """Errors of bfloat16 logits against float32 ones of the same weights, with and without kernels."""
     half = decoder_of(tiny(name), torch.bfloat16)
     whole = decoder_of(tiny(name), torch.float32)
     for param, rounded in zip(whole.parameters(), half.parameters(), strict=True):
         param.copy_(rounded)
     errors = {"kernels": 0.0, "torch": 0.0}
-    for seed in range(8):
-        ids = torch.randint(3, VOCAB, (64,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        packed = PackedAttention([64], DEVICE)
+    for seed in range(16):
+        ids = torch.randint(3, VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        packed = PackedAttention([tokens], DEVICE)
         exact = whole.logits(whole(ids, packed))
         plain = half.logits(half(ids, packed))
         with torch.inference_mode():
-            fused = half.logits(half(ids, sequence(half, 64, CachedAttention)))
+            fused = half.logits(half(ids, sequence(half, tokens, CachedAttention)))
         errors["torch"] += (plain - exact).norm().item()
         errors["kernels"] += (fused - exact).norm().item()
     assert 0 < errors["kernels"] <= errors["torch"], errors

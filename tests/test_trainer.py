@@ -109,7 +109,9 @@ def two_steps(rank: int, folder: Path):
             trainer = make_trainer(build_from(folder, ParallelState(Layout(pp=2))), recompute=recompute)
             batches = batches_of(sequences(trainer.decoder.config.vocab_size))
             before, calls = trainer.evaluate(batches), []
-            next(iter(trainer.decoder.layers.values())).attn.register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+            next(iter(trainer.decoder.layers.values())).attn.qkv.register_forward_pre_hook(
+                lambda *_, c=calls: c.append(1)
+            )
             read = trainer.read(trainer.step(batches, HalfWeighted()))
             found.append((before, read, len(calls), trainer.evaluate(batches)))
         return found

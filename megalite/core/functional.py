@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.kernels import gate as gate_kernels
-from megalite.kernels.jit import triton
+from megalite.kernels.jit import launches_dependents, triton
 
 
 def by_kernels(x: Tensor) -> bool:
@@ -105,7 +105,7 @@ class _Rotate(torch.autograd.Function):
 def gated(hidden: Tensor, activation: str) -> Tensor:
     """act(gate) * up of hidden = [gate | up]: [T, 2 I] -> [T, I]; `activation` is a key of ACTIVATIONS."""
     if by_kernels(hidden):
-        return gate_kernels.gate(hidden, activation)
+        return gate_kernels.gate(hidden, activation, pdl=launches_dependents(hidden.device))
     if not torch.is_grad_enabled():
         return _gated(hidden, activation)
     apply: Callable[..., Tensor] = _Gated.apply

@@ -16,6 +16,7 @@ from megalite.core.functional import by_kernels, rms_norm
 from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
 from megalite.kernels import norm as norm_kernels
+from megalite.kernels.jit import launches_dependents
 
 
 def replicated(shape: tuple[int, ...], *, partial_gradient: bool) -> nn.Parameter:
@@ -70,7 +71,13 @@ class RMSNorm(nn.Module):
         """`rows`, int64 [R]: only these of x [T, D] -> [R, D]. `update` [T, D]: of x + update; see `Residual`."""
         if by_kernels(x) and x.ndim == 2:
             return norm_kernels.rms_norm(
-                x, self.weight, self.eps, zero_centred=self.zero_centred, rows=rows, update=update
+                x,
+                self.weight,
+                self.eps,
+                zero_centred=self.zero_centred,
+                rows=rows,
+                update=update,
+                pdl=launches_dependents(x.device),
             )
         assert update is None
         x = x if rows is None else x[rows]
@@ -110,6 +117,10 @@ class Residual:
         """x += update, or the norm `post` of it."""
         self.x = self.total()
         self.update = update if post is None else post(update)
+
+    def settled(self) -> Tensor | None:
+        """The stream; None where an update waits."""
+        return self.x if self.update is None else None
 
     def total(self) -> Tensor:
         """The stream with its update."""

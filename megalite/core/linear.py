@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
-from megalite.core.functional import gated
-from megalite.core.layers import Residual, VocabParallelEmbedding, replicated, sharded
+from megalite.core.functional import by_kernels, gated
+from megalite.core.layers import Residual, RMSNorm, VocabParallelEmbedding, replicated, sharded
 from megalite.core.layout import Split, width
 from megalite.core.parallel_state import ParallelState
+from megalite.kernels.jit import launches_dependents
+from megalite.kernels.thin import MAX_ROWS, thin_linear
 
 Stored = Mapping[str, Tensor | None]
 """The tensors of a weight by the format's names for them; others are passed over."""
@@ -49,9 +51,44 @@ class Dense:
         assert weight is not None
         return weight
 
-    def product(self, x: Tensor, stored: Stored, bias: Tensor | None = None) -> Tensor:
-        """x W^T + b: [T, K] -> [T, N]."""
-        return F.linear(x, self.matrix(stored), bias)
+    def takes_more(self, x: Tensor, stored: Stored) -> bool:
+        """Whether the kernel of this product, of few rows on a GPU, takes in the norm before and the sum after it.
+
+        A weight that DeepSpeed has spread over ranks (ZeRO stage 3) is whole only inside its module's call.
+        """
+        few = x.ndim == 2 and x.shape[0] <= MAX_ROWS and by_kernels(x)
+        return few and self.matrix(stored).shape[1] == x.shape[1]
+
+    def product(
+        self,
+        x: Tensor,
+        stored: Stored,
+        bias: Tensor | None = None,
+        *,
+        gate: str | None = None,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x W^T + b: [T, K] -> [T, N].
+
+        `gate`: an activation; the outputs are [gate | up] and the result is act(gate) * up, [T, N / 2]. Where the
+        product `takes_more`: `norm` of x comes first, and the result is added to `residual` [T, N], in place.
+        """
+        weight = self.matrix(stored)
+        if self.takes_more(x, stored):
+            return thin_linear(
+                x,
+                weight,
+                bias=bias,
+                norm=norm,
+                gated=gate,
+                residual=residual,
+                out=residual,
+                pdl=launches_dependents(x.device),
+            )
+        assert norm is None and residual is None
+        y = F.linear(x, weight, bias)
+        return y if gate is None else gated(y, gate)
 
     def suit_cpu(self, stored: Stored) -> None:
         """Store the weight column-major (input by input); shape and values stay.
@@ -75,8 +112,10 @@ class Linear(nn.Module):
         for name, shape in format.shapes(out_features, in_features).items():
             self.register_parameter(name, sharded(shape))
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.format.product(x, self._parameters, bias)
+    @property
+    def stored(self) -> Stored:
+        """The weight's tensors."""
+        return self._parameters
 
 
 class ColumnParallelLinear(Linear):
@@ -92,16 +131,23 @@ class ColumnParallelLinear(Linear):
         self.widths = widths
         self.bias = sharded((sum(widths),)) if bias else None
 
-    def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
-        """`product` is applied to the whole x [T, D], the weight as a matrix and the bias; None: the linear map."""
+    def forward(self, x: Tensor, product: Product | None = None, *, gate: str | None = None) -> Tensor:
+        """`product` is applied to the whole x [T, D], the weight as a matrix and the bias; None: the linear map.
+
+        `gate`: see `Dense.product`.
+        """
         x = enter_tp(x, self.state)
         if product is not None:
-            return product(x, self.format.matrix(self._parameters), self.bias)
-        return self.product(x, self.bias)
+            return product(x, self.format.matrix(self.stored), self.bias)
+        return self.format.product(x, self.stored, self.bias, gate=gate)
 
-    def read(self, stream: Residual, norm: nn.Module) -> Tensor:
+    def read(self, stream: Residual, norm: nn.Module, *, gate: str | None = None) -> Tensor:
         """The map of the normed residual stream."""
-        out: Tensor = self(stream.normed(norm))
+        x = stream.settled()
+        if x is not None and isinstance(norm, RMSNorm) and self.format.takes_more(x, self.stored):
+            place = norm.weight, norm.eps, norm.zero_centred
+            return self.format.product(x, self.stored, self.bias, gate=gate, norm=place)
+        out: Tensor = self(stream.normed(norm), gate=gate)
         return out
 
 
@@ -117,15 +163,15 @@ class RowParallelLinear(Linear):
         self.bias = replicated((out_features,), partial_gradient=state.sequence_parallel) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave_tp(self.product(x), self.state)
+        y = leave_tp(self.format.product(x, self.stored), self.state)
         return y if self.bias is None else y + self.bias
 
-    def write(self, stream: Residual, x: Tensor, post: nn.Module | None, *, gate: str | None = None) -> None:
-        """Add the map of x to the residual stream, through the norm `post` if there is one.
-
-        `gate`: x is [T, 2 K], gate and up of an MLP with that activation.
-        """
-        stream.add(self(x if gate is None else gated(x, gate)), post)
+    def write(self, stream: Residual, x: Tensor, post: nn.Module | None) -> None:
+        """Add the map of x to the residual stream, through the norm `post` if there is one."""
+        if self.state.tp.size == 1 and post is None and self.format.takes_more(x, self.stored):
+            self.format.product(x, self.stored, self.bias, residual=stream.total())
+        else:
+            stream.add(self(x), post)
 
 
 def store_by_input(module: nn.Module) -> None:
@@ -135,5 +181,5 @@ def store_by_input(module: nn.Module) -> None:
     """
     shared = {id(part.weight) for part in module.modules() if isinstance(part, VocabParallelEmbedding)}
     for part in module.modules():
-        if isinstance(part, Linear) and not any(id(tensor) in shared for tensor in part._parameters.values()):
-            part.format.suit_cpu(part._parameters)
+        if isinstance(part, Linear) and not any(id(tensor) in shared for tensor in part.stored.values()):
+            part.format.suit_cpu(part.stored)

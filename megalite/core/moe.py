@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
-from megalite.core.functional import gated
 from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
 from megalite.core.linear import DENSE
@@ -120,5 +119,5 @@ class MixtureOfExperts(nn.Module):
         """The gated MLP of one of this rank's experts: [T, dim] -> [T, dim]."""
         up = self.up.view(self.num_local, -1, x.shape[-1])[local]  # [2F, D]
         down = self.down.view(self.num_local, x.shape[-1], -1)[local]  # [D, F]
-        hidden = gated(self.format.product(x, {"weight": up}), self.activation)
+        hidden = self.format.product(x, {"weight": up}, gate=self.activation)
         return self.format.product(hidden, {"weight": down})

@@ -83,11 +83,11 @@ class MLP(nn.Module):
 
     def update(self, x: Residual, norm: nn.Module, post: nn.Module | None) -> None:
         """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
-        hidden = self.up.read(x, norm)
         if self.gated:
-            self.down.write(x, hidden, post, gate=self.activation)
+            hidden = self.up.read(x, norm, gate=self.activation)
         else:
-            self.down.write(x, ACTIVATIONS[self.activation](hidden), post)
+            hidden = ACTIVATIONS[self.activation](self.up.read(x, norm))
+        self.down.write(x, hidden, post)
 
 
 def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> MLP | MixtureOfExperts:
