@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
-from megalite.inference.memory import RankMemory, blocks_for
+from megalite.inference.memory import RankMemory
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
@@ -101,8 +101,7 @@ def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[st
             found[full].append(format_bytes(token * length * rows))
             found["activations"].append(format_bytes(activations))
             if not engine.enforce_eager:
-                graphs = memory.graphs(max_rows=rows, max_blocks=blocks_for(length, engine.block_size))
-                found.setdefault("graphs", []).append(format_bytes(graphs))
+                found.setdefault("graphs", []).append(format_bytes(memory.graphs(max_rows=rows)))
         return found
 
     notes = [

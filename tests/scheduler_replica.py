@@ -6,11 +6,11 @@ with what it must be. The next token is a hash of that history.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from zlib import crc32
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.request import Request, Sampled, Sequence
+from megalite.inference.request import Request, Sampled, Sequence, StepPlan
 from megalite.inference.scheduler import Scheduler
 
 VOCAB = 5
@@ -49,9 +49,14 @@ def expected_output(request: Request, index: int) -> tuple[list[int], str]:
 
 
 class Replica:
-    """Drives one Scheduler as the engine does, cohort by cohort, and checks each plan as it is made."""
+    """Drives one Scheduler as the engine does, cohort by cohort, and checks each plan as it is made.
 
-    def __init__(self, *, num_blocks=64, block_size=4, max_num_seqs=8, budget=64, max_model_len=10_000, **options):
+    `overlap`: steps that results come later than right before the next plan of their cohort.
+    """
+
+    def __init__(
+        self, *, overlap=0, num_blocks=64, block_size=4, max_num_seqs=8, budget=64, max_model_len=10_000, **options
+    ):
         self.cohorts = options.get("cohorts", 1)
         self.block_size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
         self.host_blocks = options.get("host_blocks", 0)
@@ -67,10 +72,12 @@ class Replica:
         )
         self.sequences: list[Sequence] = []
         self.ended: list[Sequence] = []
-        self.plans = [None] * self.cohorts
+        self.in_flight: deque[tuple[StepPlan, tuple[Sampled, ...]]] = deque()
+        self.lag = self.cohorts + overlap
         self.turn = 0
         self.scored: dict[str, list[int]] = {}
         self.trace: list[int] = []
+        self._tokens: dict[int, list[int]] = {}  # of each row, known to the host or not
         self._device: dict[tuple[int, int], tuple] = {}
         self._host: dict[tuple[int, int], tuple] = {}
 
@@ -84,22 +91,19 @@ class Replica:
         self.check()
 
     def step(self):
-        """Finish the plan of the cohort whose turn it is, make and execute its next one, and return that."""
+        """Finish the plan of `lag` steps ago, make and execute the next one, and return that."""
         cohort, self.turn = self.turn, (self.turn + 1) % self.cohorts
-        self.settle(cohort)
-        plan = self.plans[cohort] = self.scheduler.schedule(cohort)
-        self._execute(plan)
+        if len(self.in_flight) == self.lag:
+            self.settle()
+        plan = self.scheduler.schedule(cohort)
+        self.in_flight.append((plan, self._execute(plan)))
         self.check()
         self.trace.append(self.scheduler.state_hash())
         return plan
 
-    def settle(self, cohort: int = 0) -> list[Sequence]:
-        """Bring back the results of the cohort's plan in flight."""
-        plan, self.plans[cohort] = self.plans[cohort], None
-        if plan is None:
-            return []
-        sampled = [row.sequence for row in plan.sampled]
-        ended = self.scheduler.finish(plan, tuple(next_token(s.request, s.index, s.token_ids) for s in sampled))
+    def settle(self) -> list[Sequence]:
+        """Bring back the results of the oldest plan in flight."""
+        ended = self.scheduler.finish(*self.in_flight.popleft())
         self.ended += ended
         self.check()
         return ended
@@ -111,6 +115,9 @@ class Replica:
                 break
             self.step()
         assert not self.scheduler.has_work(), f"still at work after {most_steps} steps"
+        while self.in_flight:  # planned in vain
+            assert not self.settle()
+        assert sorted(self.scheduler._free_rows) == list(range(self.scheduler.max_num_seqs))
         assert self.scheduler.pool.num_free == self.scheduler.pool.num_blocks
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
@@ -124,7 +131,7 @@ class Replica:
             assert not (seq.finish_reason and (seq.blocks or seq.host_blocks))
         assert len(self.ended) == len(set(map(id, self.ended))), "a sequence ended twice"
 
-    def _execute(self, plan) -> None:
+    def _execute(self, plan) -> tuple[Sampled, ...]:
         assert plan.num_tokens <= self.budget
         assert len(plan.rows) <= max(1, self.max_num_seqs // self.cohorts)
         assert plan.rows or not plan.copies
@@ -133,8 +140,16 @@ class Replica:
             source, target = (self._device, self._host) if copy.kind == "out" else (self._host, self._device)
             for offset in range(self.block_size):
                 target[copy.target, offset] = source.get((copy.source, offset))
+        assert len({row.row for row in plan.rows}) == len(plan.rows)
+        for seq in plan.admitted:
+            self._tokens[seq.row] = list(seq.token_ids)
         written = set()
         for row in plan.rows:
+            assert row.row == row.sequence.row and len(self._tokens[row.row]) == row.sequence.planned - row.sample
+            if row.token >= 0:
+                assert row.token == self._tokens[row.row][row.start]
+            if row.block >= 0:
+                assert row.start % self.block_size == 0 and row.block == row.sequence.blocks[-1]
             for position in range(row.start, row.start + row.count):
                 slot = self._slot(row.sequence, position)
                 assert slot not in written, "written twice"
@@ -143,14 +158,21 @@ class Replica:
         self._check_sharing({block for block, _ in written})
         for row in plan.rows:
             seq, end = row.sequence, row.start + row.count
-            assert row.count > 0 and end == seq.num_computed <= len(seq.token_ids)
-            assert row.sample == (end == len(seq.token_ids) and seq.request.max_tokens > 0)
+            known = len(self._tokens[row.row])
+            assert row.count > 0 and end == seq.num_computed <= known
+            assert row.sample == (end == known and seq.request.max_tokens > 0)
             for position in range(end):
                 assert self._device[self._slot(seq, position)] == self._truth(seq, position), f"stale at {position}"
             lo, hi = row.prompt_logits
             if lo < hi:
                 assert row.start <= lo and hi <= end and seq.index == 0
                 self.scored.setdefault(seq.request.id, []).extend(range(lo, hi))
+        results = []
+        for row in plan.sampled:
+            tokens, seq = self._tokens[row.row], row.sequence
+            results.append(next_token(seq.request, seq.index, tokens))
+            tokens.append(results[-1].token_id)
+        return tuple(results)
 
     def _check_sharing(self, written: set[int]) -> None:
         """A block that is written may be in several tables only if it is full and means the same in each."""
@@ -170,4 +192,4 @@ class Replica:
     def _truth(self, seq: Sequence, position: int) -> tuple:
         """The history that stands at a position; with prefix caching off it belongs to one request alone."""
         owner = None if self.shared else seq.request.id
-        return owner, self.key_variant(seq.request.longest), tuple(seq.token_ids[: position + 1])
+        return owner, self.key_variant(seq.request.longest), tuple(self._tokens[seq.row][: position + 1])

@@ -25,6 +25,8 @@ from megalite.config.schema import SamplingParams
 from megalite.core.agreement import broadcast_bytes
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError
+from megalite.inference import channel
+from megalite.inference.channel import News
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
 from megalite.inference.io.inputs import RawRequest
 from megalite.inference.outputs import RequestOutput
@@ -131,8 +133,8 @@ def assert_idle(engine: Engine) -> None:
     scheduler = engine.scheduler
     scheduler.pool.check([])
     assert not scheduler.has_work() and scheduler.num_running == scheduler.num_waiting == 0
-    assert not engine.outputs._running and not engine.sampler._seen
-    assert not engine.channel.sent and not engine.runner.link.outbox.sends
+    assert not engine.outputs._running and not engine.runner._returning
+    assert not engine.channel.sent and not any(out.sends for out in engine.runner.link.outward.values())
 
 
 class Spy:
@@ -208,6 +210,8 @@ TIGHT = {**SMALL, "num_kv_blocks": 26}
 GIB_A_BLOCK = 2 * 4 * 2 * 8 * 4 * 4 / 2**30
 """A block of 4 tokens, 2 KV heads, 8 float32 each, in 4 layers, keys and values."""
 SWAP = {**TIGHT, "swap_space": 60 * GIB_A_BLOCK}
+OVERLAP = {"async_scheduling": True}
+"""Results come a step late, as on a GPU."""
 SETTINGS = {
     "together": Setting(),
     "alone": Setting(alone=True, engine={"enable_prefix_caching": False}),
@@ -219,6 +223,9 @@ SETTINGS = {
     "recomputed, no prefix cache": Setting(engine={**TIGHT, "enable_prefix_caching": False}),
     "swapped": Setting(engine=SWAP),
     "swapped and recomputed": Setting(engine={**TIGHT, "swap_space": 9 * GIB_A_BLOCK}),
+    "overlap": Setting(engine=OVERLAP, rounds=2),
+    "overlap, recomputed": Setting(engine={**TIGHT, **OVERLAP}),
+    "overlap, tp2 pp2 swapped": Setting(layout=Layout(2, 2, 1), engine={**SWAP, **OVERLAP}),
     "tp2": Setting(layout=Layout(2, 1, 1), engine=SMALL),
     "pp2": Setting(layout=Layout(1, 2, 1), engine=SMALL, rounds=2),
     "dp2": Setting(layout=Layout(1, 1, 2), engine=SMALL),
@@ -314,10 +321,11 @@ def talking(tiny, tmp_path_factory) -> Path:
     return with_tokenizer(tiny(MODEL), tmp_path_factory.mktemp("talking") / "model")
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 1, 1), Layout(1, 3, 1)], ids=str)
-def test_stop_strings_end_every_stage(layout, talking, ranks, tmp_path):
+def test_stop_strings_end_every_stage(overlap, layout, talking, ranks, tmp_path):
     free = [Ask(place, SHORT[place], SamplingParams(max_tokens=40, ignore_eos=True, seed=place)) for place in range(6)]
-    setting = Setting(layout=layout, engine={**SMALL, "num_kv_blocks": 40})
+    setting = Setting(layout=layout, engine={**SMALL, "num_kv_blocks": 40, "async_scheduling": overlap})
     run = ranks(layout.size).run
     unstopped = [output.outputs[0] for output in run(generate, talking, setting, free, str(tmp_path / "free"))[0][0][0]]
     text_of = Tokenizer.load(talking).decode
@@ -524,3 +532,65 @@ def test_a_rank_out_of_step_is_noticed(tiny, ranks, tmp_path):
         AssertionError, match="the scheduler of rank 0 differs from that of its control rank 1 at step 0"
     ):
         ranks(2).run(out_of_step, tiny(MODEL), ASKS[:2], str(tmp_path / "store"))
+
+
+# ---- step by step, as a server would
+
+
+def served(rank: int, folder: Path, layout: Layout, overlap: bool, store: str):
+    """Requests that only the control rank knows, streamed; one is given up on the way. (outputs, deltas, steps)."""
+    replica = replica_of(Setting(layout=layout, engine={**SMALL, "async_scheduling": overlap}), rank, folder, store)
+    engine = replica.engine()
+    params = SamplingParams(max_tokens=24, ignore_eos=True, logprobs=1, n=2, stop="never written", logit_bias={7: 2.0})
+    asks = [Ask(place, SHORT[place], params) for place in range(4)]
+    requests = [replace(request, stream=True) for request in requests_for(replica, asks)]
+    outputs, deltas, told = [], [], []
+
+    def news(room: int) -> News:
+        told.append(room)
+        if len(told) <= len(requests):
+            return News(requests=(requests[len(told) - 1],))
+        return News(aborts=("1",) if len(told) == 12 else (), exhausted=len(told) > 12)
+
+    ended = False
+    while not ended:
+        events = engine.step(news)
+        outputs += events.outputs
+        deltas += events.deltas
+        ended = events.ended
+    assert_idle(engine)
+    return outputs, deltas, told
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, 1)], ids=str)
+def test_requests_come_and_tokens_go_step_by_step(overlap, layout, talking, ranks, tmp_path):
+    answers = ranks(layout.size).run(served, talking, layout, overlap, str(tmp_path / "store"))
+    [(outputs, deltas, _)] = [answer for answer in answers if answer[2]]
+    assert sum(bool(found) for found, _, _ in answers) == 1, "on the control rank"
+    assert sorted(output.request_id for output in outputs) == ["0", "1", "2", "3"]
+    for output in outputs:
+        for sample in output.outputs:
+            gained = [d for d in deltas if (d.request_id, d.index) == (output.request_id, sample.index)]
+            assert "".join(delta.text for delta in gained) == sample.text
+            assert [token for delta in gained for token in delta.token_ids] == sample.token_ids
+            assert [entry for delta in gained for entry in delta.logprobs or []] == sample.logprobs
+            assert [delta.finish_reason for delta in gained] == [None] * (len(gained) - 1) + [sample.finish_reason]
+            assert sample.finish_reason == ("abort" if output.request_id == "1" else "length")
+            assert len(sample.token_ids) == 24 or output.request_id == "1"
+
+
+def test_a_message_carries_whole_requests():
+    params = SamplingParams(logit_bias={3: 1.5}, stop=["a", "b"], stop_token_ids=[4], bad_words=["x y"], seed=2**62)
+    sent = Request(
+        id="é",
+        prompt="text",
+        prompt_token_ids=(1, 2),
+        params=params,
+        seed=2**63 - 1,
+        max_tokens=7,
+        stop_token_ids=frozenset([4, 2]),
+        bad_words=((1, 2), (3,)),
+        stream=True,
+    )
+    assert channel.read_payload(News(requests=(sent,), aborts=("b",)).payload()) == ((sent,), ("b",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from pathlib import Path
@@ -43,8 +44,15 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     stages = (RankMemory(config, Layout(1, 2, 1), rank, itemsize=2) for rank in (0, 1))
     first, last = (stage.activations(max_tokens=8192, max_rows=256) for stage in stages)
     assert first <= hidden and last == many, "only the last stage has logits"
-    graphs, largest = one.graphs(max_rows=40, max_blocks=512), one.activations(max_tokens=64, max_rows=64)
-    assert 2 * 12 * 152_000 * (2 * 64 - 1) <= graphs <= 8 * largest + memory.GRAPH_OVERHEAD
+    graphs, largest = one.graphs(max_rows=40), one.activations(max_tokens=40, max_rows=40)
+    assert graphs == 2 * largest + 8 * memory.GRAPH_OVERHEAD, "of 1, 2, 4, 8, 16, 24, 32 and 40 rows"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 250, 256, 1000, 5000])
+def test_decode_steps_are_padded_to_few_more_rows(most):
+    sizes = memory.decode_sizes(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) < 130
+    assert all(later - size <= max(8, size / 4) for size, later in itertools.pairwise(sizes))
 
 
 def scores(rank: int, folder: Path, layout: Layout, prompts: list[list[int]]) -> tuple[list[list[float]], list[int]]:

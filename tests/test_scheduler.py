@@ -3,8 +3,9 @@
 import pytest
 from scheduler_replica import STOP_TOKEN, Replica, request
 
+from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError, ResourceError
-from megalite.inference.request import Sampled, StepPlan
+from megalite.inference.request import Request, Sampled, StepPlan
 from megalite.inference.scheduler import Scheduler
 
 
@@ -299,11 +300,34 @@ def test_abort_of_what_waits_what_runs_and_what_is_in_flight():
     a, b, c = replica.add(*(request(name, 3) for name in "abc"))
     replica.step()
     assert replica.scheduler.abort("c") == [c] and c.finish_reason == "abort"
-    assert replica.scheduler.abort("b") == [] and b.finish_reason is None, "in flight"
-    assert replica.settle() == [b] and b.finish_reason == "abort" and b.num_output == 0
+    assert replica.scheduler.abort("b") == [b] and b.finish_reason == "abort", "in flight"
+    assert len(replica.scheduler._free_rows) == 0, "the plan in flight still writes to its row"
+    assert replica.settle() == [] and b.num_output == 0 and len(replica.scheduler._free_rows) == 1
     assert replica.scheduler.abort("a") == [a] and a.num_output == 1, "its plan is finished already"
     assert replica.scheduler.abort("a") == [] and not replica.scheduler.has_work()
     assert replica.scheduler.pool.num_free == replica.scheduler.pool.num_blocks
+
+
+def test_tokens_are_planned_before_the_last_one_is_known_and_dropped_where_that_was_the_end():
+    replica = Replica(overlap=1)
+    [a] = replica.add(Request(id="a", prompt_token_ids=(1, 2), params=SamplingParams(), seed=0, max_tokens=3))
+    assert [rows(replica.step())[0][2:] for _ in range(3)] == [(0, 2, True), (2, 1, True), (3, 1, True)]
+    assert rows(replica.step()) == [], "all that it may have are planned"
+    replica.drain()
+    assert a.num_output == 3
+    replica.add(stopping := request("b", 2, 9))
+    [b] = replica.sequences[1:]
+    plans = [replica.scheduler.schedule(), replica.scheduler.schedule()]
+    assert replica.scheduler.finish(plans[0], (Sampled(7, stopped=True),)) == [b] and b.finish_reason == "stop"
+    assert replica.scheduler.finish(plans[1], (Sampled(8),)) == [] and b.token_ids == [*stopping.prompt_token_ids, 7]
+
+
+def test_a_row_without_a_token_ends_its_sequence_alone():
+    replica = Replica()
+    a, b = replica.add(request("a", 3), request("b", 4))
+    plan = replica.scheduler.schedule()
+    assert replica.scheduler.finish(plan, (Sampled(-1), Sampled(3))) == [a]
+    assert a.finish_reason == "error" and a.num_output == 0 and b.token_ids[-1] == 3
 
 
 # ---- what cannot be, and what is reported
@@ -323,12 +347,12 @@ def test_what_can_never_run_is_refused():
         scheduler.add(request("a", 3))
 
 
-def test_a_cohort_in_flight_cannot_be_scheduled_and_results_must_match():
+def test_results_come_in_the_order_of_the_plans_and_match_them():
     scheduler = Replica().scheduler
     scheduler.add(request("a", 3))
-    plan = scheduler.schedule()
-    with pytest.raises(AssertionError, match="in flight"):
-        scheduler.schedule()
+    plan, later = scheduler.schedule(), scheduler.schedule()
+    with pytest.raises(AssertionError, match="plan 1 is not the oldest in flight"):
+        scheduler.finish(later, (Sampled(0),))
     with pytest.raises(AssertionError, match="0 results for 1 sampled rows"):
         scheduler.finish(plan, ())
 

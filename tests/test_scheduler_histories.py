@@ -20,6 +20,7 @@ OPTIONS = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 6),
         "budget": st.integers(1, 12),
         "cohorts": st.integers(1, 3),
+        "overlap": st.integers(0, 2),
         "host_blocks": st.sampled_from([0, 5]),
         "prefix_caching": st.booleans(),
         "contiguous": st.booleans(),

@@ -90,6 +90,8 @@ class EngineSection:
     """Largest number of tokens in one step; longer prompts are prefilled in chunks."""
     enforce_eager: bool = False
     """true: no CUDA graphs for decoding."""
+    async_scheduling: bool | None = None
+    """true: the next step is prepared while the device runs one; null: on a GPU. Results do not depend on it."""
     enable_prefix_caching: bool = True
     """Reuse the KV cache blocks of finished prompts for later prompts with the same prefix."""
     seed: int = key(0, at_least=0, at_most=MAX_SEED)

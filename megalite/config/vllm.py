@@ -61,7 +61,7 @@ def _refused(*rows: tuple[str, str] | tuple[str, str, tuple[Any, ...]]) -> dict[
 
 _LLM_WITHOUT_EFFECT = frozenset(
     """
-    async_scheduling attention_backend attention_config code_revision compilation_config
+    attention_backend attention_config code_revision compilation_config
     cudagraph_capture_sizes data_parallel_backend disable_async_output_proc disable_cascade_attn
     disable_custom_all_reduce disable_log_requests disable_log_stats disable_nccl_for_dp_synchronization
     distributed_executor_backend enable_chunked_prefill enable_dbo enable_expert_parallel

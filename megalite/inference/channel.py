@@ -1,37 +1,78 @@
 """What the control rank of a replica tells the others each step.
 
 Every rank of a replica runs the same scheduler. All it cannot know by itself travels in one small broadcast a step: the
-sampled token ids, which stop strings completed, which requests the replica takes on, whether to stop.
+sampled token ids, which stop strings completed, which requests the replica takes on or gives up, whether to stop.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
+from megalite.config.schema import SamplingParams
 from megalite.core.parallel_state import ParallelState
-from megalite.inference.request import Sampled
+from megalite.inference.request import Request, Sampled
 
 _STOP, _EXHAUSTED = 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class StepMessage:
-    """The control rank's message of one step. Everything in it is a number; nothing received is ever run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class News:
+    """What reaches a replica from outside with one step."""
 
-    results: tuple[Sampled, ...] = ()
-    """For the sampled rows of the plan that this message answers, in order."""
     arrivals: tuple[int, int] = (0, 0)
-    """Half-open range of the feed's requests that the replica takes on now."""
-    arriving: int = 0
-    """Sequences of these; known on the control rank only."""
+    """Half-open range of the requests that every rank knows already: the replica takes them on now."""
+    requests: tuple[Request, ...] = ()
+    """Requests that only the control rank knows: they travel with the step's message."""
+    aborts: tuple[str, ...] = ()
+    """Ids of requests to give up."""
     exhausted: bool = False
     """No more arrivals will follow."""
     stop: bool = False
     """Leave off now; unfinished requests are dropped."""
+
+    def payload(self) -> bytes:
+        """Requests and aborts as JSON; empty if there are none."""
+        if not self.requests and not self.aborts:
+            return b""
+        requests = [{**asdict(request), "stop_token_ids": sorted(request.stop_token_ids)} for request in self.requests]
+        return json.dumps({"requests": requests, "aborts": self.aborts}).encode()
+
+
+def read_payload(data: bytes) -> tuple[tuple[Request, ...], tuple[str, ...]]:
+    """The inverse of `News.payload`."""
+    values = json.loads(data) if data else {"requests": (), "aborts": ()}
+    return tuple(_read_request(value) for value in values["requests"]), tuple(values["aborts"])
+
+
+def _read_request(value: dict) -> Request:
+    params = value["params"]
+    if params["logit_bias"] is not None:  # JSON has no other keys than strings
+        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+    return Request(
+        **{
+            **value,
+            "prompt_token_ids": tuple(value["prompt_token_ids"]),
+            "params": SamplingParams(**params),
+            "stop_token_ids": frozenset(value["stop_token_ids"]),
+            "bad_words": tuple(map(tuple, value["bad_words"])),
+        }
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StepMessage:
+    """The control rank's message of one step. Nothing received is ever run."""
+
+    results: tuple[Sampled, ...]
+    """For the sampled rows of the plan that this message answers, in order."""
+    news: News
+    arriving: int = 0
+    """Sequences of its requests; known on the control rank only."""
     state_hash: int = 0
     """Of the control rank's scheduler when it had made the plan that this message answers; debug mode only."""
 
@@ -45,33 +86,49 @@ class ReplicaChannel:
 
     def __init__(self, state: ParallelState):
         self.state = state
-        self.sent: deque[tuple[StepMessage, dist.Work | None, torch.Tensor | None]] = deque()
+        self.sent: deque[tuple[StepMessage, list[tuple[dist.Work | None, torch.Tensor]]]] = deque()
 
     def send(self, message: StepMessage) -> None:
         """Control rank only."""
-        work = buffer = None
+        parts = []
         if self.state.replica.size > 1:
-            flags = _STOP * message.stop | _EXHAUSTED * message.exhausted
+            news, payload = message.news, message.news.payload()
+            flags = _STOP * news.stop | _EXHAUSTED * news.exhausted
+            # A token id may be below 0; twice it, and one more where a stop string ended, keeps both.
             tokens = [result.token_id * 2 + result.stopped for result in message.results]
-            buffer = torch.tensor([flags, *message.arrivals, message.state_hash, *tokens])
-            work = dist.broadcast(buffer, self.state.rank, group=self.state.replica.group, async_op=True)
-        self.sent.append((message, work, buffer))
+            header = torch.tensor([flags, *news.arrivals, message.state_hash, len(payload), *tokens])
+            buffers = [header, torch.frombuffer(bytearray(payload), dtype=torch.uint8)] if payload else [header]
+            group, rank = self.state.replica.group, self.state.rank
+            parts = [(dist.broadcast(buffer, rank, group=group, async_op=True), buffer) for buffer in buffers]
+        self.sent.append((message, parts))
 
     @property
     def num_arriving(self) -> int:
         """Sequences that messages on their way announce; known on the control rank."""
-        return sum(message.arriving for message, _, _ in self.sent)
+        return sum(message.arriving for message, _ in self.sent)
 
     def receive(self, num_results: int) -> StepMessage:
         """The next message; `num_results` is the number of sampled rows in the plan it answers."""
         if self.state.is_control:
-            message, work, _ = self.sent.popleft()
-            if work is not None:
-                work.wait()
+            message, parts = self.sent.popleft()
+            for work, _ in parts:
+                if work is not None:
+                    work.wait()
             return message
-        buffer = torch.empty(4 + num_results, dtype=torch.int64)
-        dist.broadcast(buffer, self.state.control_rank, group=self.state.replica.group)
-        flags, lo, hi, state_hash, *tokens = buffer.tolist()
+        flags, lo, hi, state_hash, size, *tokens = self._received(torch.empty(5 + num_results, dtype=torch.int64))
+        payload = bytes(self._received(torch.empty(size, dtype=torch.uint8))) if size else b""
+        requests, aborts = read_payload(payload)
+        news = News(
+            arrivals=(lo, hi),
+            requests=requests,
+            aborts=aborts,
+            exhausted=bool(flags & _EXHAUSTED),
+            stop=bool(flags & _STOP),
+        )
         results = tuple(Sampled(token // 2, bool(token % 2)) for token in tokens)
-        exhausted, stop = bool(flags & _EXHAUSTED), bool(flags & _STOP)
-        return StepMessage(results, (lo, hi), exhausted=exhausted, stop=stop, state_hash=state_hash)
+        return StepMessage(results, news, state_hash=state_hash)
+
+    def _received(self, buffer: torch.Tensor) -> list[int]:
+        dist.broadcast(buffer, self.state.control_rank, group=self.state.replica.group)
+        numbers: list[int] = buffer.tolist()
+        return numbers

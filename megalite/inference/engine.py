@@ -1,32 +1,36 @@
-"""The inference engine of one rank: schedule, execute, sample, send the results, finish, again.
+"""The inference engine of one rank: take what came, schedule, execute, and give out what came of earlier steps.
 
-Lockstep: every rank of a replica calls `run` with the same feed and makes the same plans. Step t works on cohort
-t mod pp; its results enter the scheduler right before step t + pp is planned, so with pipeline stages pp disjoint
-cohorts are in flight and no stage waits for another's sampling.
+Lockstep: every rank of a replica calls `step` alike and makes the same plans. Step t works on cohort t mod pp, so that
+with pipeline stages pp disjoint cohorts are in flight and no stage waits for another's sampling. The results of step t
+enter the scheduler right before step t + pp is planned, with overlap one step later: then the host prepares a step
+while the device runs the one before.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
 
-import torch
 from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
-from megalite.inference.channel import ReplicaChannel, StepMessage
+from megalite.inference.channel import News, ReplicaChannel, StepMessage
+from megalite.inference.choice import FAILURES
 from megalite.inference.feeds import Feed
-from megalite.inference.outputs import OutputProcessor, RequestOutput
-from megalite.inference.request import Sampled, StepPlan
-from megalite.inference.runner import Runner
-from megalite.inference.sampler import Sampler
+from megalite.inference.outputs import OutputProcessor, RequestOutput, TokenDelta
+from megalite.inference.request import Request, Sampled, Sequence, StepPlan
+from megalite.inference.runner import Runner, StepResults
 from megalite.inference.scheduler import Scheduler
 from megalite.monitor.metrics import Meter
+
+log = logging.getLogger(__name__)
 
 LOOKAHEAD = 2
 """Sequences beyond the running ones that a replica claims from a shared queue, so that a place is refilled at once."""
@@ -35,7 +39,7 @@ _HASH_BITS = 2**62 - 1
 
 @dataclass(kw_only=True)
 class Hooks:
-    """What the caller wants to hear of while a run goes on; only the control rank calls these."""
+    """What the caller of `Engine.run` wants to hear of while it goes on; only the control rank calls these."""
 
     on_output: Callable[[RequestOutput], None] = field(default=lambda output: None)
     """A request finished."""
@@ -45,13 +49,32 @@ class Hooks:
     """Asked every step: should the run leave off?"""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A plan that a message will answer."""
+@dataclass(slots=True)
+class Events:
+    """What a step brought to light, of this step's plan or of earlier ones."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    """Requests that ended; on the control rank."""
+    deltas: list[TokenDelta] = field(default_factory=list)
+    """What streamed requests gained, in order; on the control rank."""
+    num_tokens: int = 0
+    """Tokens generated; on the control rank."""
+    idle: bool = False
+    """Nothing is unfinished, and nothing has been announced."""
+    ended: bool = False
+    """No more work will come, and all is done; or it was stopped. The same on every rank."""
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A plan whose results are not finished."""
 
     plan: StepPlan
     state_hash: int
     """Of the scheduler that made it; 0 unless lockstep is checked."""
+    results: StepResults | None
+    """Control rank: of its sampled rows."""
 
 
 class Engine:
@@ -62,21 +85,22 @@ class Engine:
         state: ParallelState,
         runner: Runner,
         scheduler: Scheduler,
-        sampler: Sampler,
         outputs: OutputProcessor,
         meter: Meter,
         *,
+        overlap: bool = False,
         check_lockstep: bool = False,
     ):
-        """`check_lockstep`: compare a hash of the scheduler over the ranks in every step."""
+        """`overlap`: see the module. `check_lockstep`: compare a hash of the scheduler over the ranks in every step."""
         self.state = state
         self.runner = runner
         self.scheduler = scheduler
-        self.sampler = sampler
         self.outputs = outputs
         self.meter = meter
+        self.overlap = int(overlap)
         self.check_lockstep = check_lockstep
         self.channel = ReplicaChannel(state)
+        self._begin()
         # Of all runs; counted on the control rank.
         self.finished = 0
         """Requests."""
@@ -84,18 +108,67 @@ class Engine:
         """Of the requests taken on."""
         self.output_tokens = 0
 
+    # ---- what callers use
+
     def run(self, feed: Feed, hooks: Hooks) -> bool:
         """Generate for what `feed` gives this replica; False if it was stopped before the end.
 
         Finished outputs go to `hooks.on_output` on the control rank. Whatever happens, nothing unfinished is left: an
         engine of one rank can be used again even after an exception.
         """
+        events = Events()
         try:
-            return self._run(feed, hooks)
+            while not events.ended:
+                events = self.step(partial(self._news, feed, hooks), feed.requests)
+                if events.num_tokens:
+                    hooks.on_step(events.num_tokens)
+                for output in events.outputs:
+                    hooks.on_output(output)
         except BaseException:
-            self.channel.sent.clear()
             self._drop()
+            self._begin()
             raise
+        return not events.stopped
+
+    def step(self, news: Callable[[int], News] = lambda room: News(), known: tuple[Request, ...] = ()) -> Events:
+        """One step: start the next plan and give out what came of an earlier one.
+
+        Collective over the replica. `news` is asked on the control rank for what comes from outside, given how many
+        more sequences have room; it reaches the scheduler pp steps later. `known`: the requests of which
+        `News.arrivals` names a range. After `Events.ended` the next step begins anew.
+        """
+        events = Events()
+        if self._step >= self.state.pp.size:
+            heard = self._receive(events, known)
+            if heard.stop or (heard.exhausted and not self.scheduler.has_work()):
+                self._end(stopped=heard.stop)
+                events.ended, events.stopped = True, heard.stop
+                return events
+        with self.meter.phase("scheduling"):
+            plan = self.scheduler.schedule(self._step % self.state.pp.size)
+        started = _InFlight(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0, None)
+        self._unfinished.append(started)
+        if self.state.is_control:
+            self.outputs.scheduled(plan)
+        started.results = self.runner.execute(plan, partial(self._record_prompts, plan))
+        if self.state.is_control:
+            self._unread.append(started)
+            self._send(events, news, known)
+        self._step += 1
+        decoded = sum(row.count for row in plan.rows if row.count == 1)
+        self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
+        events.idle = not self.scheduler.has_work() and not self.channel.num_arriving
+        return events
+
+    def warm_up(self, sequences: int | None = None) -> None:
+        """Compile and capture what decoding needs, for up to that many sequences at once; else it happens on the way.
+
+        Collective over the replica. On a CPU there is nothing to do.
+        """
+        began = time.monotonic()
+        most = self.scheduler.max_num_seqs if sequences is None else min(sequences, self.scheduler.max_num_seqs)
+        self.runner.warm_up(-(-most // self.state.pp.size))
+        log.info("decode steps were made ready in %.1f s", time.monotonic() - began)
 
     def renew(self) -> None:
         """Forget every cached prefix: the weights have changed. Between runs."""
@@ -110,106 +183,83 @@ class Engine:
         """Be ready to run again."""
         self.runner.wake()
 
-    def _run(self, feed: Feed, hooks: Hooks) -> bool:
-        depth = self.state.pp.size
-        pending: deque[_Pending | None] = deque([None] * depth)  # what the messages on their way answer
-        if self.state.is_control:
-            for _ in range(depth):
-                self._send(None, (), feed, hooks)
-        step = 0
-        while True:
-            message = self._receive(pending.popleft(), hooks)
-            if message.stop:
-                break
-            for request in feed.requests[slice(*message.arrivals)]:
-                self.prompt_tokens += len(request.prompt_token_ids)
-                self.scheduler.add(request)
-                if self.state.is_control:
-                    self.outputs.add(request)
-            if message.exhausted and not self.scheduler.has_work():
-                break
-            with self.meter.phase("scheduling"):
-                plan = self.scheduler.schedule(step % depth)
-            made = _Pending(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0)
-            pending.append(made)
-            if self.state.is_control:
-                self.outputs.scheduled(plan)
-                logits = self.runner.execute(plan, partial(self._record_prompts, plan))
-                self._send(made, self._sample(plan, logits, hooks), feed, hooks)
-            else:
-                self.runner.execute(plan)
-            step += 1
-            decoded = sum(row.count for row in plan.rows if row.count == 1)
-            self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
-        for left in pending:
-            self._receive(left, hooks)
-        self.runner.close()
-        if message.stop:
-            self._drop()
-        return not message.stop
+    # ---- inside a step
 
-    def _drop(self) -> None:
-        """Forget what is unfinished."""
-        for sequence in self.scheduler.clear():
-            self.sampler.forget(sequence)
-        self.outputs.clear()
+    def _news(self, feed: Feed, hooks: Hooks, room: int) -> News:
+        """What a run takes on: nothing more once it is to stop."""
+        if hooks.stop_requested():
+            return News(stop=True)
+        return News(arrivals=feed.take(room), exhausted=feed.exhausted)
 
-    def _receive(self, pending: _Pending | None, hooks: Hooks) -> StepMessage:
-        """Take the next message and finish the plan that it answers."""
+    def _receive(self, events: Events, known: tuple[Request, ...]) -> News:
+        """Take the next message: finish the plan that it answers, and add and give up requests."""
+        answered = self._unfinished.popleft()
         with self.meter.phase("waiting"):
-            message = self.channel.receive(len(pending.plan.sampled) if pending else 0)
-        if pending is None:
-            return message
-        if message.state_hash != pending.state_hash:
+            message = self.channel.receive(len(answered.plan.sampled) if answered else 0)
+        if answered is not None:
+            self._finish(answered, message, events)
+        news = message.news
+        for request in (*known[slice(*news.arrivals)], *news.requests):
+            self.prompt_tokens += len(request.prompt_token_ids)
+            self.scheduler.add(request)
+            if self.state.is_control:
+                self.outputs.add(request)
+        for name in news.aborts:
+            self._give_out(self.scheduler.abort(name), events)
+        return news
+
+    def _finish(self, answered: _InFlight, message: StepMessage, events: Events) -> None:
+        if message.state_hash != answered.state_hash:
             raise MegaliteError(
                 f"the scheduler of rank {self.state.rank} differs from that of its control rank "
-                f"{self.state.control_rank} at step {pending.plan.step}; this is a bug, please report it"
+                f"{self.state.control_rank} at step {answered.plan.step}; this is a bug, please report it"
             )
-        finished = self.scheduler.finish(pending.plan, message.results)
-        if self.state.is_control:
-            for sequence in finished:
-                self.sampler.forget(sequence)
-                output = self.outputs.finish(sequence)
-                if output is not None:
-                    self.finished += 1
-                    hooks.on_output(output)
-        return message
+        self._give_out(self.scheduler.finish(answered.plan, message.results), events)
 
-    def _send(self, pending: _Pending | None, results: tuple[Sampled, ...], feed: Feed, hooks: Hooks) -> None:
-        """Send the message that answers `pending`, and take on work; control rank only."""
-        stop = hooks.stop_requested()
-        room = self.scheduler.max_num_seqs + LOOKAHEAD - self.scheduler.num_running - self.scheduler.num_waiting
-        arrivals = (0, 0) if stop else feed.take(room - self.channel.num_arriving)
-        message = StepMessage(
-            results=results,
-            arrivals=arrivals,
-            arriving=feed.sequences(*arrivals),
-            exhausted=feed.exhausted,
-            stop=stop,
-            state_hash=pending.state_hash if pending else 0,
-        )
-        self.channel.send(message)
+    def _give_out(self, ended: Iterable[Sequence], events: Events) -> None:
+        """Results of sequences that ended; on the control rank."""
+        if not self.state.is_control:
+            return
+        for sequence in ended:
+            output = self.outputs.finish(sequence, events.deltas)
+            if output is not None:
+                self.finished += 1
+                events.outputs.append(output)
 
-    def _sample(self, plan: StepPlan, logits: Tensor | None, hooks: Hooks) -> tuple[Sampled, ...]:
-        """Sample a plan's rows and record what was sampled; control rank only."""
-        if logits is None:
+    def _send(self, events: Events, news: Callable[[int], News], known: tuple[Request, ...]) -> None:
+        """Send this step's message: the results of the oldest plan that are due, and news. Control rank only."""
+        answered = self._unread.popleft() if len(self._unread) > self.overlap else None
+        results = self._read(answered, events) if answered is not None else ()
+        taken = self.scheduler.num_running + self.scheduler.num_waiting + self.channel.num_arriving
+        heard = news(self.scheduler.max_num_seqs + LOOKAHEAD - taken)
+        arriving = sum(request.num_samples for request in (*known[slice(*heard.arrivals)], *heard.requests))
+        self.channel.send(StepMessage(results, heard, arriving, answered.state_hash if answered is not None else 0))
+
+    def _read(self, answered: _InFlight, events: Events) -> tuple[Sampled, ...]:
+        """Take a plan's results from the device and record what was sampled; control rank only."""
+        if answered.results is None:
             return ()
-        with self.meter.phase("sampling"), torch.inference_mode():
-            rows = plan.sampled
-            sampled = self.sampler.sample(logits, rows)
-            results = tuple(
-                Sampled(token_id, self.outputs.append(row.sequence, token_id, logprob, top))
-                for row, token_id, logprob, top in zip(
-                    rows, sampled.token_ids, sampled.logprobs, sampled.top_logprobs, strict=True
-                )
-            )
-        self.output_tokens += len(results)
-        hooks.on_step(len(results))
-        return results
+        with self.meter.phase("compute"):
+            sampled = answered.results.wait()
+        results = []
+        with self.meter.phase("sampling"):
+            columns = (sampled.token_ids, sampled.logprobs, sampled.top_logprobs)
+            for row, token_id, logprob, top in zip(answered.plan.sampled, *columns, strict=True):
+                sequence, stopped = row.sequence, False
+                if token_id < 0:
+                    self.outputs.fail(sequence, FAILURES[token_id])
+                elif sequence.finish_reason is None:
+                    stopped = self.outputs.append(sequence, token_id, logprob, top, events.deltas)
+                    events.num_tokens += 1
+                results.append(Sampled(token_id, stopped))
+        self.output_tokens += events.num_tokens
+        return tuple(results)
 
     def _record_prompts(self, plan: StepPlan, first: int, logits: Tensor) -> None:
         """Log-probabilities of prompt tokens from `logits` [C, vocab] of the plan's prompt rows `first` and on: those
         at position p score token p + 1."""
+        if not self.state.is_control:
+            return
         places = [(row, position) for row in plan.rows for position in range(*row.prompt_logits)]
         begin = 0
         with self.meter.phase("sampling"):
@@ -218,6 +268,29 @@ class Engine:
                 request, end = row.sequence.request, begin + len(positions)
                 next_ids = request.prompt_token_ids[positions[0] + 1 : positions[-1] + 2]
                 count = request.params.prompt_logprobs or 0
-                scores = self.sampler.prompt_logprobs(logits[begin:end], next_ids, count, request_id=request.id)
+                scores = self.runner.sampler.prompt_logprobs(logits[begin:end], next_ids, count, request_id=request.id)
                 self.outputs.append_prompt(row.sequence, positions[0], scores)
                 begin = end
+
+    def _end(self, *, stopped: bool) -> None:
+        """Leave off: take the messages that are on their way, so that the next run begins anew."""
+        for _ in range(self.state.pp.size - 1):
+            self._receive(Events(), ())
+        self.runner.close()
+        if stopped:
+            self._drop()
+        else:
+            self.scheduler.forget_plans()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is on its way."""
+        self.channel.sent.clear()
+        self._step = 0
+        self._unread: deque[_InFlight] = deque()  # control rank: the results are still on the device
+        self._unfinished: deque[_InFlight | None] = deque([None] * self.overlap)  # None: a message that answers no plan
+
+    def _drop(self) -> None:
+        """Forget what is unfinished."""
+        self.scheduler.clear()
+        self.outputs.clear()

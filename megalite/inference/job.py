@@ -68,10 +68,11 @@ def _generate(loaded: Loaded[InferConfig], runtime: Runtime) -> int:
             writer = stack.enter_context(Writer(config, replica, weights_identity(folder.path), batch))
         done = broadcast_bytes(json.dumps(sorted(writer.finished)).encode() if writer else None, writer_rank)
         left = batch.without(json.loads(done))
+        sequences = sum(request.num_samples for request in left.requests) or 1
         engine = replica.engine(
-            longest=max((request.longest for request in left.requests), default=1),
-            sequences=sum(request.num_samples for request in left.requests) or 1,
+            longest=max((request.longest for request in left.requests), default=1), sequences=sequences
         )
+        engine.warm_up(sequences)
         if writer:
             _announce(loaded, folder, replica)
             writer.go_on(left)

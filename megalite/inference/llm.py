@@ -137,12 +137,15 @@ class LLM:
         try:
             self.replica, folder = load_replica(config, self.runtime)
             self._sampling = as_sampled(loaded, folder).config.sampling
+            self._engine: Engine | None = None
+            if self.runtime.device.type != "cpu":
+                self._engine = self.replica.engine()
+                self._engine.warm_up()
         except BaseException as error:
             self._closed = True
             self.runtime.stop(error if self._launched else None)
             raise
         self._is_first = self.replica.state.rank == self.replica.layout.control_ranks[0]
-        self._engine: Engine | None = None
         self._limits = prompt_limits(self.replica)
         self._calls = 0
         self._hinted = False

@@ -14,8 +14,10 @@ SCORED_LOGITS = 2**24
 """Logits of scored prompts that exist at a time, where those of the sampled rows are not more already."""
 SAMPLING_CHUNK = 2**23
 """Logits that the sampler works on at once on an accelerator (on a CPU fewer), with about 25 bytes for each."""
-GRAPH_OVERHEAD = 64 << 20
-"""Bytes left for what the driver keeps of captured graphs."""
+GRAPH_OVERHEAD = 12 << 20
+"""Bytes left for what the driver keeps of a captured graph."""
+ROW_OVERHEAD = 256
+"""Bytes of a row's sampling parameters."""
 
 
 def scored_rows(config: ModelConfig, max_rows: int) -> int:
@@ -65,16 +67,27 @@ class RankMemory:
             total += 3 * logits * 4 + 25 * min(logits, max(SAMPLING_CHUNK, config.vocab_size))
         return total
 
-    def graphs(self, *, max_rows: int, max_blocks: int) -> int:
+    def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:
+        """Buffers of the running sequences: tokens, block tables (see `Rows`) and what the sampler keeps of each."""
+        return (max_rows + 1) * (4 * (max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD)
+
+    def graphs(self, *, max_rows: int) -> int:
         """Upper estimate of what decode steps as captured graphs keep, for up to `max_rows` sequences.
 
-        There is a graph for each power of two rows, so all of them take at most twice what the largest does, in buffers
-        and temporary memory, and the warm-up before a capture as much again. `max_blocks`: of the longest sequence.
+        They share the temporary memory of the largest, which a warm-up before its capture takes once more; each has its
+        kernels' launches.
         """
-        rows = 1 << (max_rows - 1).bit_length()
-        step = self.activations(max_tokens=rows, max_rows=rows)
-        buffers = rows * (4 * max_blocks + self.config.hidden_size * self.itemsize + 64)
-        return 2 * (2 * step + buffers) + GRAPH_OVERHEAD
+        step = self.activations(max_tokens=max_rows, max_rows=max_rows)
+        return 2 * step + len(decode_sizes(max_rows)) * GRAPH_OVERHEAD
+
+
+def decode_sizes(max_rows: int) -> list[int]:
+    """Numbers of rows that decode steps are padded to: dense enough that padding costs little, `max_rows` the last."""
+    sizes, size = [1, 2, 4], 8
+    while size < max_rows:
+        sizes.append(size)
+        size += 8 if size < 64 else max(16, 1 << size.bit_length() - 5)
+    return [*(size for size in sizes if size < max_rows), max_rows]
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

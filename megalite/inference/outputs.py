@@ -125,6 +125,23 @@ class RequestOutput:
                 output.logprobs = FlatLogprobs.of(output.logprobs)
 
 
+@dataclass(kw_only=True, slots=True)
+class TokenDelta:
+    """What one sample of a streamed request gained with a step."""
+
+    request_id: str
+    index: int
+    """Sample, from 0."""
+    text: str
+    """Text that is certain; what may yet turn out to begin a stop string, or half a character, comes later."""
+    token_ids: list[int]
+    logprobs: list[Logprobs] | None = None
+    """One entry a token, if asked for."""
+    finish_reason: FinishReason | None = None
+    """Set on the last one."""
+    stop_reason: str | int | None = None
+
+
 def pack_outputs(outputs: list[RequestOutput]) -> bytes:
     """For the way from rank to rank; `unpack_outputs` is the inverse. Ids, metrics and logprobs travel as arrays."""
     lines: list[bytes] = []
@@ -198,6 +215,8 @@ class _Sample:
         self.cumulative_logprob = 0.0
         self.token_logprobs: list[float] = []
         self.logprobs = None if params.logprobs is None else _listing(params)
+        self.given_out = 0
+        """Characters of the text that deltas have had."""
         self.final_token: int | None = None
         """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
         self.finish_reason: FinishReason | None = None
@@ -257,23 +276,38 @@ class _Sample:
         # Text that was certain only at the end may hold a stop string too.
         self.finish_reason = "stop" if self.match is not None else reason
 
-    def output(self, index: int) -> CompletionOutput:
-        params, text = self.request.params, "".join(self.pieces)
-        stop_reason: str | int | None = None
+    def text(self) -> str:
+        """Without the stop string, unless that is wanted."""
+        text = "".join(self.pieces)
+        if self.match is None:
+            return text
+        return text[: self.match.end if self.request.params.include_stop_str_in_output else self.match.start]
+
+    def stop_reason(self) -> str | int | None:
         if self.match is not None:
-            text = text[: self.match.end if params.include_stop_str_in_output else self.match.start]
-            stop_reason = self.match.stop
-        elif self.finish_reason == "stop" and self.token_ids and self.token_ids[-1] in (params.stop_token_ids or ()):
-            stop_reason = self.token_ids[-1]
+            return self.match.stop
+        stops = self.request.params.stop_token_ids or ()
+        ended = self.finish_reason == "stop" and self.token_ids and self.token_ids[-1] in stops
+        return self.token_ids[-1] if ended else None
+
+    def gained(self) -> str:
+        """Text that is certain to stay and has not been given out."""
+        text = self.text()
+        if self.match is None and self.finish_reason is None:
+            text = text[: len(text) - self.checker.held_back]
+        self.given_out, gained = max(len(text), self.given_out), text[self.given_out :]
+        return gained
+
+    def output(self, index: int) -> CompletionOutput:
         return CompletionOutput(
             index=index,
-            text=text,
+            text=self.text(),
             token_ids=self.token_ids,
             cumulative_logprob=self.cumulative_logprob,
             logprobs=self.logprobs,
             token_logprobs=self.token_logprobs,
             finish_reason=self.finish_reason,
-            stop_reason=stop_reason,
+            stop_reason=self.stop_reason(),
         )
 
 
@@ -357,10 +391,18 @@ class OutputProcessor:
                     state.metrics.scheduled_ts = now
                     state.num_cached_tokens = row.start
 
-    def append(self, sequence: Sequence, token_id: int, logprob: float, details: TokenLogprobs | None = None) -> bool:
+    def append(
+        self,
+        sequence: Sequence,
+        token_id: int,
+        logprob: float,
+        details: TokenLogprobs | None = None,
+        deltas: list[TokenDelta] | None = None,
+    ) -> bool:
         """Record a sampled token; True when it completes a stop string.
 
-        `logprob` is by the model's full distribution; `details` where params.logprobs asks for them.
+        `logprob` is by the model's full distribution; `details` where params.logprobs asks for them. Of a streamed
+        request, what it gained is appended to `deltas`.
         """
         state = self._running[sequence.request.id]
         metrics = state.metrics
@@ -370,7 +412,19 @@ class OutputProcessor:
             metrics.first_token_ts = metrics.last_token_ts
             metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
         entry = None if details is None else state.entry(details)
-        return state.samples[sequence.index].append(token_id, logprob, entry)
+        sample = state.samples[sequence.index]
+        stopped = sample.append(token_id, logprob, entry)
+        if sequence.request.stream and deltas is not None:
+            entries = None if entry is None else [entry]
+            deltas.append(self._delta(sequence, sample, token_ids=[token_id], logprobs=entries))
+        return stopped
+
+    def _delta(self, sequence: Sequence, sample: _Sample, **gained: Any) -> TokenDelta:
+        return TokenDelta(request_id=sequence.request.id, index=sequence.index, text=sample.gained(), **gained)
+
+    def fail(self, sequence: Sequence, reason: str) -> None:
+        """The sample gets no more tokens, for this reason."""
+        self._running[sequence.request.id].error = reason
 
     def append_prompt(self, sequence: Sequence, start: int, scores: Iterable[TokenLogprobs]) -> None:
         """Record prompt log-probabilities: `scores` are of the tokens at positions start + 1 and on."""
@@ -381,11 +435,15 @@ class OutputProcessor:
         for details in scores:
             logprobs.append(state.entry(details))
 
-    def finish(self, sequence: Sequence) -> RequestOutput | None:
+    def finish(self, sequence: Sequence, deltas: list[TokenDelta] | None = None) -> RequestOutput | None:
         """End a sample, for its finish_reason; the request's result when it was the last one."""
         name = sequence.request.id
         state = self._running[name]
-        state.samples[sequence.index].finish(sequence.finish_reason)
+        sample = state.samples[sequence.index]
+        sample.finish(sequence.finish_reason)
+        if sequence.request.stream and deltas is not None:
+            ended = {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason()}
+            deltas.append(self._delta(sequence, sample, token_ids=[], **ended))
         state.unfinished -= 1
         return None if state.unfinished else self._running.pop(name).output(self.replica)
 

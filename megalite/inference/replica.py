@@ -26,6 +26,7 @@ from megalite.inference.memory import (
     settle_length,
 )
 from megalite.inference.outputs import OutputProcessor
+from megalite.inference.rows import Rows
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler
 from megalite.inference.scheduler import Scheduler
@@ -91,9 +92,11 @@ class Replica:
         block_bytes = self.memory.kv_block(engine.block_size)
         budget = self._free_memory() * engine.gpu_memory_utilization
         budget -= self.memory.activations(max_tokens=engine.max_num_batched_tokens, max_rows=engine.max_num_seqs)
-        if self._captures():
+        if self.device.type != "cpu":
             longest = engine.max_model_len or self.model.max_position_embeddings
-            budget -= self.memory.graphs(max_rows=engine.max_num_seqs, max_blocks=self._blocks_for(longest))
+            budget -= self.memory.rows(max_rows=engine.max_num_seqs, max_len=longest, block_size=engine.block_size)
+        if self._captures():
+            budget -= self.memory.graphs(max_rows=engine.max_num_seqs)
         mine = engine.num_kv_blocks or max(0, int(budget // block_bytes))
         self.fitting_blocks = minimum(mine, state.replica)
         self.host_blocks = minimum(int(engine.swap_space * GIB // block_bytes), state.replica)
@@ -154,19 +157,33 @@ class Replica:
             contiguous=self.device.type == "cpu",
             key_variant=self.model.key_variant,
         )
+        rows = Rows(scheduler.max_num_seqs, self.max_model_len, cache=cache)
         self._runner = Runner(
             self.decoder,
-            cache,
+            rows,
             self._host_cache(self.host_blocks) if self.host_blocks else None,
+            sampler=Sampler(
+                self.model.vocab_size,
+                max_rows=scheduler.max_num_seqs,
+                max_len=self.max_model_len,
+                device=self.device,
+                tokens=rows.tokens,
+                at_temperature=at_temperature,
+            ),
             meter=self.meter,
-            max_blocks=self._blocks_for(self.max_model_len),
+            max_rows=scheduler.max_num_seqs // self.layout.pp,
             use_graphs=self._captures(),
+            return_ids=self._overlaps(),
             scored_rows=scored_rows(self.model, settings.max_num_seqs),
         )
-        outputs = OutputProcessor(self.tokenizer, replica=self.state.coord.dp)
-        sampler = Sampler(self.model.vocab_size, at_temperature=at_temperature)
         return Engine(
-            self.state, self._runner, scheduler, sampler, outputs, self.meter, check_lockstep=settings.check_lockstep
+            self.state,
+            self._runner,
+            scheduler,
+            OutputProcessor(self.tokenizer, replica=self.state.coord.dp),
+            self.meter,
+            overlap=self._overlaps(),
+            check_lockstep=settings.check_lockstep,
         )
 
     def _host_cache(self, blocks: int) -> HostCache:
@@ -200,6 +217,11 @@ class Replica:
             cached_tokens=stats.prefix_hit_tokens,
             preemptions=stats.preemptions,
         )
+
+    def _overlaps(self) -> bool:
+        """Whether the host prepares a step while the device runs the one before; on a CPU they are the same."""
+        asked = self.settings.async_scheduling
+        return self.device.type != "cpu" if asked is None else asked
 
     def _captures(self) -> bool:
         """Whether decode steps run as graphs; collectives inside a stage can be captured if the device runs them."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from megalite.config.schema import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,8 @@ class Request:
     """Resolved: params.stop_token_ids, and the model's end-of-sequence ids unless ignore_eos."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Resolved: the spellings of params.bad_words in tokens; the last token of one never follows its others."""
+    stream: bool = False
+    """What it gains is given out step by step (`engine.Events.deltas`), not only its result."""
 
     @property
     def longest(self) -> int:
@@ -49,9 +52,13 @@ class Sequence:
     index: int
     """Sample number within the request, from 0; part of the seed, so that samples are never clones."""
     token_ids: list[int]
-    """Prompt and output so far; without the last one, where the prompt is only scored."""
+    """Prompt and output as far as they are known; without the last one, where the prompt is only scored."""
+    planned: int = 0
+    """Tokens of prompt and output, those included that plans in flight will sample."""
     num_computed: int = 0
     """Leading tokens whose keys and values are in the cache once the plans handed out so far have run."""
+    row: int = -1
+    """Row number while it runs: where the device keeps its tokens, block table and parameters; -1: it does not run."""
     blocks: list[int] = field(default_factory=list)
     """KV block ids, in order."""
     contiguous: bool = True
@@ -62,19 +69,21 @@ class Sequence:
     arrival: int = 0
     """Place among all sequences ever added: the order in which they are served."""
     limit: int = 0
-    """Tokens it computes at most, and one more where it is sampled: it ends there at the latest."""
+    """Most tokens of prompt and output: it ends there at the latest."""
+    num_inputs: int = 0
+    """Most tokens that it computes: the last sampled one is never an input."""
     cohort: int | None = None
     """The cohort it runs in; None: it waits or has ended."""
     chain: list[bytes] = field(default_factory=list)
     """A salt, then the content key of each full block so far, each made from the one before."""
+    registered: int = 0
+    """Leading blocks that have been offered to the prefix cache."""
     host_blocks: list[int] = field(default_factory=list)
     """Where its computed blocks are while it is swapped out, in order."""
     score_from: int = 0
     """First prompt position whose logits are wanted and not planned yet."""
     score_end: int = 0
     """End of the prompt positions whose logits are wanted."""
-    aborted: bool = False
-    """To be ended when the plan in flight comes back."""
 
     @property
     def num_prompt(self) -> int:
@@ -82,19 +91,25 @@ class Sequence:
 
     @property
     def num_output(self) -> int:
+        """Output tokens that are known."""
         return max(0, len(self.token_ids) - len(self.request.prompt_token_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """The tokens of one sequence in one step: token_ids[start : start + count] are computed."""
+class Row(NamedTuple):
+    """The tokens start..start + count of one sequence in one step."""
 
     sequence: Sequence
+    row: int
+    """The sequence's row number when the plan was made."""
     start: int
     """Position of the first token; everything before it is in the cache already."""
     count: int
     sample: bool
-    """The last token's logits are sampled: the chunk reaches the end of what is known."""
+    """A token is sampled from the last one's logits: the chunk reaches the end of what is planned."""
+    token: int = -1
+    """The token at `start` if the plan has one token and its value is known to the host; else the device knows it."""
+    block: int = -1
+    """The block at `start`, if the sequence got it for this step."""
     prompt_logits: tuple[int, int] = (0, 0)
     """Half-open range of positions whose next-token log-probabilities of the prompt are wanted (prompt_logprobs)."""
 
@@ -109,7 +124,7 @@ class BlockCopy:
     target: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepPlan:
     """What one step computes. Every rank of a replica makes the same plan from the same history.
 
@@ -119,16 +134,23 @@ class StepPlan:
     step: int
     cohort: int
     rows: tuple[Row, ...]
+    admitted: tuple[Sequence, ...] = ()
+    """Sequences that begin or go on in a new row: the device has none of their tokens, blocks and parameters there."""
     copies: tuple[BlockCopy, ...] = ()
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(row.count for row in self.rows)
 
-    @property
+    @cached_property
     def sampled(self) -> tuple[Row, ...]:
         """Rows that get a token, in order."""
         return tuple(row for row in self.rows if row.sample)
+
+    @cached_property
+    def decodes(self) -> bool:
+        """Every row computes one token and samples the next."""
+        return len(self.sampled) == self.num_tokens and not any(row.prompt_logits[1] for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,5 +158,6 @@ class Sampled:
     """What came back for one sampled row."""
 
     token_id: int
+    """Below 0: the row's logits gave none, see `sampler.FAILURES`."""
     stopped: bool = False
     """A stop string was completed by this token."""

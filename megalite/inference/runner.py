@@ -1,7 +1,8 @@
-"""Executes step plans on this rank's stage: block copies, forward pass, logits. It decides nothing."""
+"""Executes step plans on this rank's stage: block copies, forward pass, sampling. It decides nothing."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from megalite.core.collectives import gather_columns
 from megalite.core.pipeline import StageLink
 from megalite.errors import maybe_fault
-from megalite.inference.batch import Batch, is_decode, pack
-from megalite.inference.graphs import DecodeGraphs
+from megalite.inference.choice import PLAIN, Choice, SampledRows
+from megalite.inference.graphs import DecodeGraphs, StepOutput
 from megalite.inference.request import StepPlan
+from megalite.inference.rows import Batch, Rows
+from megalite.inference.sampler import Sampler
 from megalite.model.decoder import Decoder
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.metrics import Meter
@@ -21,84 +24,160 @@ PromptLogits = Callable[[int, Tensor], None]
 """Takes logits [C, vocab] of a plan's prompt rows from the given one on; all of them come, in order."""
 
 
+class StepResults:
+    """Sampled tokens on their way to the host."""
+
+    def __init__(self, choice: Choice):
+        self.choice = choice.to_host()
+        self.event = None
+        if choice.ids.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def wait(self) -> SampledRows:
+        """What was sampled, one entry a row; waits until it is here."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.choice.listed()
+
+
 class Runner:
     """One stage of one replica. `execute` is collective over the replica: every rank runs the same plans in order."""
 
     def __init__(
         self,
         decoder: Decoder,
-        cache: HostCache | DeviceCache,
+        rows: Rows,
         host: HostCache | None,
         *,
+        sampler: Sampler,
         meter: Meter,
-        max_blocks: int,
+        max_rows: int,
         use_graphs: bool,
+        return_ids: bool,
         scored_rows: int,
     ):
-        """`scored_rows`: of prompts that are scored, at most so many logits exist at a time."""
+        """`max_rows`: of a step. `return_ids`: with several stages, sampled ids go from the last to the first by
+        themselves, as plans are made before they are known. `scored_rows`: of prompts that are scored, at most so many
+        logits exist at a time."""
         self.decoder = decoder
         self.state = decoder.state
-        self.cache = cache
+        self.rows = rows
+        self.cache = rows.cache
         self.host = host
         """Host memory for swapped-out blocks."""
+        self.sampler = sampler
         self.meter = meter
         self.scored_rows = scored_rows
         weight = next(decoder.parameters())
-        self.link = StageLink(
-            self.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device
-        )
+        self.hidden_size, self.dtype = decoder.config.hidden_size, weight.dtype
+        self.link = StageLink(self.state, hidden_size=self.hidden_size, dtype=weight.dtype, device=weight.device)
+        self.return_ids = return_ids and self.state.pp.size > 1
+        self._returning: deque[tuple[int, Tensor, Tensor]] = deque()
+        """First stage: step, rows and positions of ids that will come back."""
         self.graphs = None
-        if use_graphs:
-            assert isinstance(cache, DeviceCache)
-            self.graphs = DecodeGraphs(self._decode, cache, max_blocks=max_blocks)
+        if isinstance(self.cache, DeviceCache):
+            hidden = None
+            if not self.state.is_first_stage:
+                hidden = torch.zeros(max_rows, self.hidden_size, dtype=weight.dtype, device=weight.device)
+            self.graphs = DecodeGraphs(self._decode, rows, max_rows=max_rows, hidden=hidden, capture=use_graphs)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, on_prompt: PromptLogits = lambda first, logits: None) -> Tensor | None:
-        """Run this stage. On the last stage: logits [R, vocab] of the sampled rows, after `on_prompt` has had those of
-        the prompt rows; else None."""
+    def warm_up(self, most: int) -> None:
+        """Capture the decode steps of up to `most` rows, where they are captured. Collective over the stage."""
+        if self.graphs is not None:
+            self.graphs.capture_all(most)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, on_prompt: PromptLogits = lambda first, logits: None) -> StepResults | None:
+        """Start this stage's part of a step; nothing waits for it, but on a CPU, and where prompts are scored.
+
+        On the last stage: the results of the sampled rows, after `on_prompt` has had the logits of the prompt rows.
+        """
         self._copy_blocks(plan)
         if not plan.rows:
             return None
         maybe_fault("decode.step", self.state.rank)
-        batch = pack(plan, self.cache)
-        x = batch.token_ids
+        self._take_returned(plan.step - self.state.pp.size)
+        self.rows.admit(plan.admitted)
+        if self.state.is_last_stage:
+            self.sampler.admit(plan.admitted)
+        x = None
         if not self.state.is_first_stage:
             with self.meter.phase("waiting"):
-                x = self.link.receive(batch.token_ids.shape[0])
-        if self.graphs is not None and is_decode(plan):
+                x = self.link.receive(plan.num_tokens)
+        if self.graphs is not None and plan.decodes:
             with self.meter.phase("compute"):
-                out = self.graphs.run(batch, x)
-            if self.state.is_last_stage:
-                return self._gathered(out[: batch.logit_rows.shape[0]])
-        else:
-            with self.meter.phase("compute"):
-                out = self.decoder(x, batch.context)
-            if self.state.is_last_stage:
-                return self._logits(batch, out, on_prompt)
-        with self.meter.phase("communication"):
-            self.link.send(out)
-        return None
+                output = self.graphs.run(plan, x)
+            return self._finished(plan, output, padded=True)
+        with self.meter.phase("compute"):
+            batch = self.rows.batch(plan)
+            hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
+        if self.state.is_last_stage:
+            self._score(batch, hidden, on_prompt)
+        return self._finished(plan, self._sampled(batch, hidden), padded=False)
 
-    def _logits(self, batch: Batch, hidden: Tensor, on_prompt: PromptLogits) -> Tensor | None:
-        """What `execute` gives on the last stage."""
+    def _finished(self, plan: StepPlan, output: StepOutput, *, padded: bool) -> StepResults | None:
+        """Send hidden states on, or sample what has special needs and start the results' way to the host."""
+        sequences = [row.sequence for row in plan.sampled]
+        count, batch, choice = len(sequences), output.batch, output.choice
+        if not self.state.is_last_stage:
+            with self.meter.phase("communication"):
+                hidden = output.hidden[: plan.num_tokens]
+                self.link.send(hidden.clone() if padded else hidden)  # the next step may overwrite what is on its way
+                if self.return_ids and self.state.is_first_stage and count:
+                    self.link.expect_ids(count)
+                    self._returning.append((plan.step, batch.rows[:count].clone(), batch.positions[:count].clone()))
+            return None
+        if not count:
+            return None
+        needs = self.sampler.needs(sequences)
+        if choice is None or needs != PLAIN:
+            rows, positions = batch.rows[:count], batch.positions[:count]
+            with self.meter.phase("sampling"):
+                choice = self.sampler.sample(output.hidden[:count], rows, positions, needs)
+                self.rows.write(rows, positions, choice.ids)
+        if self.return_ids:
+            with self.meter.phase("communication"):
+                self.link.return_ids(choice.ids[:count])
+        return StepResults(choice[:count])
+
+    def _take_returned(self, step: int) -> None:
+        """Put the ids that came back from steps up to this one where they stand."""
+        while self._returning and self._returning[0][0] <= step:
+            _, rows, positions = self._returning.popleft()
+            with self.meter.phase("waiting"):
+                ids = self.link.returned(len(rows))
+            self.rows.write(rows, positions, ids)
+
+    def _decode(self, inputs: Tensor, x: Tensor | None) -> StepOutput:
+        """A decode step on an accelerator, from the numbers of its rows to their next tokens."""
+        batch = self.rows.decode_batch(inputs)
+        hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
+        if not self.state.is_last_stage:
+            return StepOutput(batch, hidden, None)
+        logits = self._gathered(self.decoder.logits(hidden))
+        choice = self.sampler.sample(logits, batch.rows, batch.positions, PLAIN)
+        self.rows.write(batch.rows, batch.positions, choice.ids)
+        return StepOutput(batch, logits, choice)
+
+    def _sampled(self, batch: Batch, hidden: Tensor) -> StepOutput:
+        """Of a step in which rows may have several tokens: the logits of the sampled rows."""
+        if not self.state.is_last_stage or not len(batch.rows):
+            return StepOutput(batch, hidden, None)
+        with self.meter.phase("compute"):
+            return StepOutput(batch, self._gathered(self.decoder.logits(hidden, batch.logit_rows)), None)
+
+    def _score(self, batch: Batch, hidden: Tensor, on_prompt: PromptLogits) -> None:
+        """Give `on_prompt` the logits of prompts that are scored."""
         for first in range(0, batch.prompt_rows.shape[0], self.scored_rows):
             with self.meter.phase("compute"):
-                logits = self.decoder.logits(hidden[batch.prompt_rows[first : first + self.scored_rows]])
+                logits = self.decoder.logits(hidden, batch.prompt_rows[first : first + self.scored_rows])
             on_prompt(first, self._gathered(logits))
-        if not batch.logit_rows.shape[0]:
-            return None
-        with self.meter.phase("compute"):
-            logits = self.decoder.logits(hidden[batch.logit_rows])
-        return self._gathered(logits)
 
     def _gathered(self, logits: Tensor) -> Tensor:
         """This rank's columns -> all of them."""
         return gather_columns(logits, self.decoder.vocab_widths, self.state.tp)
-
-    def _decode(self, batch: Batch, x: Tensor) -> Tensor:
-        """A decode step: hidden states, or on the last stage this rank's columns of the logits."""
-        hidden = self.decoder(x, batch.context)
-        return self.decoder.logits(hidden[batch.logit_rows]) if self.state.is_last_stage else hidden
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         for copy in plan.copies:
@@ -110,7 +189,9 @@ class Runner:
                 target.layers[layer][:, :, copy.target * size : (copy.target + 1) * size].copy_(block)
 
     def close(self) -> None:
-        """Wait for the sends in flight."""
+        """Wait for what is on its way between stages."""
+        while self._returning:
+            self.link.returned(len(self._returning.popleft()[1]))
         self.link.drain()
 
     def sleep(self) -> None:

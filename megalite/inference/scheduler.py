@@ -4,11 +4,13 @@ Every rank of a replica runs the same scheduler on the same history and so makes
 clock, a device or a random number.
 
 Plans run in the order in which they were made, and within a plan every row's keys and values are written before any
-row attends. A block is therefore known to the prefix cache from the moment its last token is scheduled, and a sequence
-in the same plan may share it already.
+row attends. A block is therefore known to the prefix cache from the moment its last token is scheduled and its value
+known, and a sequence in the same plan may share it already. For the same reason blocks can be given back while plans
+that use them are in flight: whoever gets them writes later.
 
-With a pipeline of p stages, p cohorts take turns. The result of a cohort's plan comes back (`finish`) right before its
-next `schedule`; what it holds is not touched while its plan is in flight.
+With a pipeline of p stages, p cohorts take turns. Results come back (`finish`) in the order of the plans, any number of
+plans later: the next token of a sequence is planned before the last one is known. Where it turns out that the sequence
+had ended, the token that was planned in vain is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from zlib import crc32
@@ -80,7 +82,9 @@ class Scheduler:
         self._host_free = list(reversed(range(host_blocks)))
         self._waiting: deque[Sequence] = deque()  # by arrival
         self._running: list[list[Sequence]] = [[] for _ in range(cohorts)]  # each by arrival
-        self._in_flight: list[StepPlan | None] = [None] * cohorts
+        self._in_flight: deque[StepPlan] = deque()  # those that have rows
+        self._free_rows = list(reversed(range(self.max_num_seqs)))
+        self._row_uses = [0] * self.max_num_seqs  # its sequence, if it has one, and plans in flight
         self._unfinished: dict[str, list[Sequence]] = {}
         self._copies: list[BlockCopy] = []  # for the next plan that has rows
         self._step = 0
@@ -118,7 +122,16 @@ class Scheduler:
         salt = self._salt(self._arrivals, request)
         sequences = []
         for index in range(request.num_samples):
-            seq = Sequence(request, index, list(known), arrival=self._arrivals, limit=limit, chain=[salt])
+            seq = Sequence(
+                request,
+                index,
+                list(known),
+                planned=len(known),
+                arrival=self._arrivals,
+                limit=limit,
+                num_inputs=limit - (request.max_tokens > 0),
+                chain=[salt],
+            )
             if index == 0 and request.params.prompt_logprobs is not None:
                 seq.score_end = len(prompt) - 1
             self._arrivals += 1
@@ -128,22 +141,13 @@ class Scheduler:
         return sequences
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """End what is left of a request and return the sequences that ended at once.
+        """End what is left of a request and return the sequences that ended; what is in flight for them is dropped.
 
-        Those whose cohort is in flight end, and are returned, when its plan is finished. An unknown id is no error: the
-        request may just have ended.
+        An unknown id is no error: the request may just have ended.
         """
-        ended = []
-        for seq in list(self._unfinished.get(request_id, ())):
-            if seq.cohort is None:
-                self._waiting.remove(seq)
-            elif self._in_flight[seq.cohort] is None:
-                self._running[seq.cohort].remove(seq)
-            else:
-                seq.aborted = True
-                continue
+        ended = list(self._unfinished.get(request_id, ()))
+        for seq in ended:
             self._end(seq, "abort")
-            ended.append(seq)
         return ended
 
     def clear(self) -> list[Sequence]:
@@ -151,11 +155,17 @@ class Scheduler:
 
         Cached prefixes are forgotten too, as after an exception it is not known which plans have run.
         """
-        self._in_flight = [None] * len(self._in_flight)
         ended = [seq for request_id in list(self._unfinished) for seq in self.abort(request_id)]
+        self.forget_plans()
         self._copies.clear()
         self.reset_cache()
         return ended
+
+    def forget_plans(self) -> None:
+        """No results will come of the plans in flight; nothing may be unfinished."""
+        assert not self._unfinished, "results are awaited"
+        while self._in_flight:
+            self._retire(self._in_flight.popleft())
 
     def reset_cache(self) -> None:
         """Forget every cached prefix; needed when the weights change. Sequences that have begun keep what they hold."""
@@ -168,66 +178,66 @@ class Scheduler:
     # ---- one step
 
     def schedule(self, cohort: int = 0) -> StepPlan:
-        """The next step of `cohort`; its last plan, if that had rows, must have been finished.
+        """The next step of `cohort`.
 
         Sequences that decode come first; one that finds no free block preempts the latest arrival of its cohort, in the
         end itself. Then prompts that are partly computed, then waiting sequences in order of arrival, preempted ones
         among them.
         """
-        assert self._in_flight[cohort] is None, f"cohort {cohort} is in flight"
         running = self._running[cohort]
         rows: list[Row] = []
         prefills: list[Sequence] = []
         for seq in running:  # gets shorter, from its end, when sequences are preempted
             start = seq.num_computed
-            if len(seq.token_ids) - start > 1:
+            if start == seq.num_inputs:  # its last token is being sampled
+                continue
+            if seq.planned - start > 1:
                 prefills.append(seq)
-            elif start < len(seq.blocks) * self._block_size or self._grow(seq, cohort):
+            elif start < len(seq.blocks) * self._block_size:
                 rows.append(self._row(seq, 1))
+            elif self._grow(seq, cohort):
+                rows.append(self._row(seq, 1, block=seq.blocks[-1]))
         budget = self._max_tokens - len(rows)
         for seq in prefills:
             if budget:  # none of these was preempted: victims arrived later than the one that decodes
-                count = min(len(seq.token_ids) - seq.num_computed, budget)
+                count = min(seq.planned - seq.num_computed, budget)
                 rows.append(self._row(seq, count))
                 budget -= count
-        if budget and self._waiting:
-            self._admit(cohort, rows, budget)
-        plan = StepPlan(self._step, cohort, tuple(rows), tuple(self._copies) if rows else ())
+        admitted = self._admit(cohort, rows, budget) if budget and self._waiting else []
+        plan = StepPlan(self._step, cohort, tuple(rows), tuple(admitted), tuple(self._copies) if rows else ())
         self._step += 1
         if rows:
             self._copies.clear()
-            self._in_flight[cohort] = plan
+            self._in_flight.append(plan)
+            for row in rows:
+                self._row_uses[row.row] += 1
         return plan
 
     def finish(self, plan: StepPlan, results: tuple[Sampled, ...]) -> list[Sequence]:
-        """Take the results of `plan.sampled`, in order; return the sequences that ended, their finish_reason set."""
+        """Take the results of `plan.sampled`, in order; return the sequences that ended, their finish_reason set.
+
+        `plan` must be the oldest that has rows and is not finished. Results of sequences that have ended are dropped.
+        """
         if not plan.rows:
             return []
-        assert self._in_flight[plan.cohort] is plan, f"plan {plan.step} is not the one in flight"
-        self._in_flight[plan.cohort] = None
+        assert self._in_flight and self._in_flight[0] is plan, f"plan {plan.step} is not the oldest in flight"
         assert len(results) == len(plan.sampled), f"{len(results)} results for {len(plan.sampled)} sampled rows"
+        self._in_flight.popleft()
         ended = []
         remaining = iter(results)
         for row in plan.rows:
             seq = row.sequence
-            if row.sample:
-                result = next(remaining)
-                if seq.aborted:
-                    continue
-                seq.token_ids.append(result.token_id)
-                reason = self._reason(seq, result)
+            result = next(remaining) if row.sample else None
+            if seq.finish_reason is not None:
+                continue
+            if result is None:
+                reason = "length" if row.start + row.count == seq.limit else None
             else:
-                reason = "length" if row.start + row.count == seq.limit and not seq.aborted else None
+                reason = self._take(seq, result)
             if reason is not None:
                 self._end(seq, reason)
                 ended.append(seq)
-        running = self._running[plan.cohort]
-        for seq in running:
-            if seq.aborted:
-                self._end(seq, "abort")
-                ended.append(seq)
-        if ended:
-            running[:] = [seq for seq in running if seq.finish_reason is None]
+        self._retire(plan)
         return ended
 
     # ---- looking at it
@@ -254,7 +264,7 @@ class Scheduler:
         for running in self._running:
             numbers.append(len(running))
             for seq in running:
-                numbers += (seq.arrival, seq.num_computed, seq.aborted, len(seq.token_ids), seq.token_ids[-1])
+                numbers += (seq.arrival, seq.row, seq.num_computed, len(seq.token_ids), seq.token_ids[-1])
                 numbers += (len(seq.blocks), seq.blocks[-1])
         return crc32(array("q", numbers).tobytes())
 
@@ -268,32 +278,36 @@ class Scheduler:
         owner = -1 if self._prefix_caching else first_arrival
         return array("q", (self._cache_age, owner, self._key_variant(request.longest))).tobytes()
 
-    def _row(self, seq: Sequence, count: int) -> Row:
+    def _row(self, seq: Sequence, count: int, *, block: int = -1) -> Row:
         """Schedule the next `count` tokens of a sequence that has the blocks for them."""
         start = seq.num_computed
         end = seq.num_computed = start + count
         if start // self._block_size != end // self._block_size:
-            self._register(seq, start // self._block_size)
+            self._register(seq)
         wanted = (0, 0)
         if seq.score_from < seq.score_end:
             wanted_end = min(end, seq.score_end)
             if seq.score_from < wanted_end:
                 wanted = (max(start, seq.score_from), wanted_end)
                 seq.score_from = wanted_end
-        return Row(seq, start, count, end == len(seq.token_ids) < seq.limit, wanted)
+        sample = end == seq.planned < seq.limit
+        seq.planned += sample
+        token = seq.token_ids[start] if count == 1 and start < len(seq.token_ids) else -1
+        return Row(seq, seq.row, start, count, sample, token, block, wanted)
 
     def _shares(self, seq: Sequence) -> bool:
         """Whether anyone else may look for its blocks. Those nobody looks for are blank again once they are released,
         so that the same memory, which the host has backed with pages already, is used again."""
         return self._prefix_caching or seq.request.num_samples > 1
 
-    def _register(self, seq: Sequence, first: int) -> None:
-        """Make the full computed blocks from index `first` known to the prefix cache."""
-        if not self._shares(seq):
-            return
-        chain = self._chain(seq, seq.num_computed // self._block_size)
-        for index in range(first, seq.num_computed // self._block_size):
-            self.pool.register(seq.blocks[index], chain[index + 1])
+    def _register(self, seq: Sequence) -> None:
+        """Make blocks known to the prefix cache that have become full of computed and known tokens."""
+        full = min(seq.num_computed, len(seq.token_ids)) // self._block_size
+        if full > seq.registered and self._shares(seq):
+            chain = self._chain(seq, full)
+            for index in range(seq.registered, full):
+                self.pool.register(seq.blocks[index], chain[index + 1])
+            seq.registered = full
 
     def _chain(self, seq: Sequence, full: int) -> list[bytes]:
         """The sequence's chain of content keys, known for at least `full` blocks."""
@@ -331,34 +345,40 @@ class Scheduler:
         insort(self._waiting, seq, key=attrgetter("arrival"))
         return seq
 
-    def _admit(self, cohort: int, rows: list[Row], budget: int) -> None:
+    def _admit(self, cohort: int, rows: list[Row], budget: int) -> list[Sequence]:
         """Move waiting sequences to `cohort` and schedule them while there is room, in order, none overtaking another.
 
         A sequence gets the blocks of all its known tokens at once, so that a prompt which is partly computed never has
-        to preempt, and one free block is left for each running sequence that may grow.
+        to preempt, and one free block is left for each running sequence that may grow. One that was preempted while a
+        token of it was in flight waits until that is known.
         """
         running, size = self._running[cohort], self._block_size
         share = -(-(self.num_running + len(self._waiting)) // len(self._running))
-        room = min(self._cohort_seqs, share) - len(running)
+        room = min(min(self._cohort_seqs, share) - len(running), len(self._free_rows))
         if room <= 0:
-            return
+            return []
         growing = sum(1 for each in self._running for seq in each if len(seq.blocks) * size < seq.limit - 1)
+        admitted: list[Sequence] = []
         place = 0
         while room and budget and place < len(self._waiting):
             seq = self._waiting[place]
             if self._awaits_first_sample(seq):
                 place += 1
                 continue
-            if not self._place(seq, growing):
+            if seq.planned > len(seq.token_ids) or not self._place(seq, growing):
                 break
             del self._waiting[place]
             seq.cohort = cohort
+            seq.row = self._free_rows.pop()
+            self._row_uses[seq.row] = 1
             insort(running, seq, key=attrgetter("arrival"))
             growing += len(seq.blocks) * size < seq.limit - 1
-            count = min(len(seq.token_ids) - seq.num_computed, budget)
+            count = min(seq.planned - seq.num_computed, budget)
             rows.append(self._row(seq, count))
+            admitted.append(seq)
             room -= 1
             budget -= count
+        return admitted
 
     def _awaits_first_sample(self, seq: Sequence) -> bool:
         """Whether the prompt of `seq` is still being computed by the first sample of its request."""
@@ -391,13 +411,20 @@ class Scheduler:
             self._copies += [BlockCopy("in", source, target) for source, target in missing]
             self._host_free += reversed(seq.host_blocks)
             seq.host_blocks = []
-            self._register(seq, hits)
+            seq.registered = hits
+            self._register(seq)
         else:
-            seq.num_computed = hits * size
+            seq.num_computed, seq.registered = hits * size, hits
             self.stats.prefix_hit_tokens += hits * size
         return True
 
-    def _reason(self, seq: Sequence, result: Sampled) -> FinishReason | None:
+    def _take(self, seq: Sequence, result: Sampled) -> FinishReason | None:
+        """Append a sampled token; why the sequence ends with it, if it does."""
+        if result.token_id < 0:
+            return "error"
+        seq.token_ids.append(result.token_id)
+        if len(seq.token_ids) % self._block_size == 0 and seq.blocks:
+            self._register(seq)
         request = seq.request
         stops = result.token_id in request.stop_token_ids and seq.num_output >= request.params.min_tokens
         if stops or result.stopped:
@@ -405,18 +432,37 @@ class Scheduler:
         return "length" if len(seq.token_ids) == seq.limit else None
 
     def _release(self, seq: Sequence) -> None:
+        """Give back blocks and row of a running sequence."""
         self.pool.release(seq.arrival, seq.blocks)
         seq.blocks = []
         seq.contiguous = True
+        seq.registered = 0
         seq.cohort = None
+        self._give_back_rows([seq.row])
+        seq.row = -1
+
+    def _retire(self, plan: StepPlan) -> None:
+        """The plan is no longer in flight."""
+        self._give_back_rows([row.row for row in plan.rows])
+
+    def _give_back_rows(self, rows: Iterable[int]) -> None:
+        """End a use of each row. One that plans in flight still write to can't be another sequence's yet."""
+        for row in rows:
+            self._row_uses[row] -= 1
+            if self._row_uses[row] == 0:
+                self._free_rows.append(row)
 
     def _end(self, seq: Sequence, reason: FinishReason) -> None:
-        """Give back what a sequence holds; the caller takes it off its queue."""
+        """Take a sequence off its queue and give back what it holds."""
         siblings = self._unfinished[seq.request.id]
         siblings.remove(seq)
         if not siblings:
             del self._unfinished[seq.request.id]
-        self._release(seq)
+        if seq.cohort is None:
+            self._waiting.remove(seq)
+        else:
+            self._running[seq.cohort].remove(seq)
+            self._release(seq)
         self._host_free += reversed(seq.host_blocks)
         seq.host_blocks = []
         seq.chain = []
