@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -376,31 +375,3 @@ def test_no_gpu_is_a_config_error(alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="distributed.device: no GPU can be seen on"):
         distributed.start(DistributedSection(device="cuda"), sha256="x", config_text="")
-
-
-# ---- DeepSpeed
-
-TRAIN = """
-import os
-from megalite.config.schema import DistributedSection
-from megalite.run import runtime as distributed
-with distributed.start(DistributedSection(device="cpu"), sha256="x", config_text="") as runtime:
-    distributed.prepare_deepspeed(runtime)
-    import deepspeed, torch
-    model = torch.nn.Linear(4, 4)
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True},
-              "zero_allow_untested_optimizer": True}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
-    loss = engine(torch.ones(2, 4, dtype=torch.bfloat16)).float().pow(2).mean()
-    engine.backward(loss)
-    engine.step()
-print("trained")
-"""
-
-
-@pytest.mark.slow
-def test_deepspeed_compiles_nothing(tmp_path):
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, timeout=PATIENCE, env=env)
-    assert "trained" in done.stdout, done.stderr
-    assert os.listdir(tmp_path) == []
