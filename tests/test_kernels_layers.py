@@ -93,6 +93,43 @@ def test_a_gate(tokens, dim, activation, dtype, poisoned):
     check(gate_kernels.gate(hidden, activation), ACTIVATIONS[activation](gate) * up, 4)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gradient_of_a_gate(activation, dtype, poisoned):
+    hidden, grad = 3 * randn(3, 2 * 1030, dtype=dtype), randn(3, 1030, dtype=dtype)
+    exact = hidden.double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    (ACTIVATIONS[activation](gate) * up).backward(grad.double())
+    check(gate_kernels.gate_backward(grad, hidden, activation), exact.grad, 4)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, dim, rotary", [(16, 128, 128), (5, 80, 80), (3, 96, 64), (1, 8, 2)])
+def test_a_rotation_there_and_back(heads, dim, rotary, dtype, poisoned):
+    x = randn(6, heads + 3, dim, dtype=dtype)[:, 1 : heads + 1]
+    table, positions = randn(20, rotary), torch.tensor([0, 19, 3, 3, 7, 1], device=DEVICE)
+    cos, sin = table[positions].double()[:, None].chunk(2, -1)
+    for place in ((table, positions), (table[positions].contiguous(), None)):
+        check(rope_kernels.rotate(x, *place), rotated(x.double(), cos, sin), 2)
+        check(rope_kernels.rotate(x, *place, back=True), rotated(x.double(), cos, -sin), 2)
+
+
+@needs_triton
+def test_gradients_go_through_kernels(monkeypatch):
+    if not CUDA:
+        monkeypatch.setattr(functional, "has_kernels", lambda x: True)
+    hidden, table = randn(4, 12).requires_grad_(), randn(4, 6)
+    heads = functional.rotate_by_table(functional.gated(hidden, "silu").unflatten(1, (1, 6)), table, None)
+    heads.square().sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    cos, sin = table.double()[:, None].chunk(2, -1)
+    rotated((F.silu(gate) * up)[:, None], cos, sin).square().sum().backward()
+    check(hidden.grad, exact.grad, 8)
+
+
 HEADS = [(1, 1), (4, 1), (16, 8), (5, 5), (6, 2), (7, 1), (0, 0)]
 """(query heads, KV heads)."""
 

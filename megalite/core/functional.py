@@ -14,12 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megalite.kernels import gate as gate_kernels
+from megalite.kernels import rope as rope_kernels
 from megalite.kernels.jit import launches_dependents, triton
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether our kernels can take `x`: on CUDA, where there is Triton."""
+    return x.is_cuda and triton is not None and x.dtype != torch.float64
+
+
 def by_kernels(x: Tensor) -> bool:
-    """Whether our kernels take `x`: on CUDA, without gradients, where there is Triton."""
-    return x.is_cuda and triton is not None and not torch.is_grad_enabled()
+    """Whether our kernels take `x` now: without gradients, and so inside forward and backward passes written out."""
+    return has_kernels(x) and not torch.is_grad_enabled()
 
 
 class Activation(NamedTuple):
@@ -81,6 +87,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return apply(x, cos, sin)
 
 
+def rotate_by_table(x: Tensor, table: Tensor, positions: Tensor | None) -> Tensor:
+    """`rotate` on CUDA, in one kernel; see `kernels.rope.rotate`."""
+    if not torch.is_grad_enabled():
+        return rope_kernels.rotate(x, table, positions)
+    apply: Callable[..., Tensor] = _RotateByTable.apply
+    return apply(x, table, positions)
+
+
+class _RotateByTable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, table: Tensor, positions: Tensor | None) -> Tensor:
+        ctx.save_for_backward(table, positions)
+        return rope_kernels.rotate(x, table, positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return rope_kernels.rotate(grad, *ctx.saved_tensors, back=True), None, None
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
@@ -104,8 +130,6 @@ class _Rotate(torch.autograd.Function):
 
 def gated(hidden: Tensor, activation: str) -> Tensor:
     """act(gate) * up of hidden = [gate | up]: [T, 2 I] -> [T, I]; `activation` is a key of ACTIVATIONS."""
-    if by_kernels(hidden):
-        return gate_kernels.gate(hidden, activation, pdl=launches_dependents(hidden.device))
     if not torch.is_grad_enabled():
         return _gated(hidden, activation)
     apply: Callable[..., Tensor] = _Gated.apply
@@ -113,6 +137,8 @@ def gated(hidden: Tensor, activation: str) -> Tensor:
 
 
 def _gated(hidden: Tensor, activation: str) -> Tensor:
+    if by_kernels(hidden):
+        return gate_kernels.gate(hidden, activation, pdl=launches_dependents(hidden.device))
     gate, up = hidden.chunk(2, -1)
     return ACTIVATIONS[activation](gate) * up
 
@@ -127,6 +153,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (hidden,) = ctx.saved_tensors
+        if by_kernels(hidden):
+            return gate_kernels.gate_backward(grad.contiguous(), hidden, ctx.activation), None
         activation = ACTIVATIONS[ctx.activation]
         gate, up = hidden.chunk(2, -1)
         result = torch.empty_like(hidden)

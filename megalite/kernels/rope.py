@@ -1,7 +1,9 @@
-"""From the product of q, k and v to attention in one Triton kernel: norms of heads, rotation, write to the cache."""
+"""Rotation of heads (arXiv 2104.09864) on CUDA, as Triton kernels: alone, and with all else that lies between the
+product of q, k and v and attention over a cache."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megalite.kernels.jit import jit, require_triton, tl, triton
@@ -186,3 +188,79 @@ def rotate_and_store(
         num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )
+
+
+@jit
+def _rotate_kernel(
+    x,
+    out,
+    table,
+    positions,
+    token_stride,
+    head_stride,
+    table_rows,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BACK: tl.constexpr,
+    BY_POSITION: tl.constexpr,
+):
+    """One program some heads of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    present = (head < HEADS)[:, None]
+    pair = tl.arange(0, BLOCK_HALF)
+    paired = pair < HALF
+    mask = present & paired[None, :]
+    source = x + token * token_stride + head[:, None] * head_stride
+    target = out + (token * HEADS + head[:, None]) * DIM
+    at = token
+    if BY_POSITION:
+        at = tl.minimum(tl.load(positions + token).to(tl.int64), table_rows - 1)
+    cos = tl.load(table + at * (2 * HALF) + pair, mask=paired, other=0.0)[None, :]
+    sin = tl.load(table + at * (2 * HALF) + HALF + pair, mask=paired, other=0.0)[None, :]
+    if BACK:
+        sin = -sin
+    first = tl.load(source + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF + pair[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + pair[None, :], (first * cos - second * sin).to(out.dtype.element_ty), mask=mask)
+    tl.store(target + HALF + pair[None, :], (second * cos + first * sin).to(out.dtype.element_ty), mask=mask)
+    if DIM > 2 * HALF:
+        channel = 2 * HALF + tl.arange(0, BLOCK_REST)
+        there = present & (channel < DIM)[None, :]
+        tl.store(target + channel[None, :], tl.load(source + channel[None, :], mask=there), mask=there)
+
+
+def rotate(x: Tensor, table: Tensor, positions: Tensor | None, *, back: bool = False) -> Tensor:
+    """Heads [T, H, D], last dim contiguous, turned by the angles of their tokens -> [T, H, D], contiguous.
+
+    `table`, `positions`: as in `rotate_and_store`. `back`: by the angles' negatives, which is the backward pass.
+    """
+    require_triton()
+    tokens, heads, dim = x.shape
+    half = table.shape[1] // 2
+    assert x.stride(2) == 1 and table.is_contiguous() and 0 < 2 * half <= dim
+    out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
+    if out.numel():
+        block_heads = min(triton.next_power_of_2(heads), max(1, TILE // triton.next_power_of_2(dim)))
+        _rotate_kernel[(tokens, triton.cdiv(heads, block_heads))](
+            x,
+            out,
+            table,
+            table if positions is None else positions,
+            *x.stride()[:2],
+            table.shape[0],
+            HEADS=heads,
+            DIM=dim,
+            HALF=half,
+            BLOCK_HALF=triton.next_power_of_2(half),
+            BLOCK_REST=triton.next_power_of_2(max(dim - 2 * half, 1)),
+            BLOCK_HEADS=block_heads,
+            BACK=back,
+            BY_POSITION=positions is not None,
+            num_warps=4,
+        )
+    return out

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from megalite.core.functional import has_kernels
 from megalite.core.layers import RMSNorm
 from megalite.model.config import AttentionSpec
 from megalite.model.rope import Rotation
@@ -76,14 +77,16 @@ class Heads:
 
     def treated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D] and keys [T, K, D] after norms and rotation, and values [T, K, D]."""
-        num_q, num_k, num_v = self.counts
-        qk, v = self.qkv.split((num_q + num_k, num_v), 1)
+        q, k, v = self.qkv.split(self.counts, 1)
         if self.norms is not None:
-            q, k = qk.split((num_q, num_k), 1)
-            qk = torch.cat([self.norms[0](q), self.norms[1](k)], 1)
-        if self.rotation is not None:
-            qk = self.rotation(qk)
-        q, k = qk.split((num_q, num_k), 1)
+            q, k = self.norms[0](q), self.norms[1](k)
+        if self.rotation is None:
+            return q, k, v
+        if has_kernels(q):
+            return self.rotation(q), self.rotation(k), v
+        num_q, num_k, _ = self.counts
+        together = self.qkv[:, : num_q + num_k] if self.norms is None else torch.cat([q, k], 1)
+        q, k = self.rotation(together).split((num_q, num_k), 1)
         return q, k, v
 
 

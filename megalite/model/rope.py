@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megalite.core.functional import rotate
+from megalite.core.functional import has_kernels, rotate, rotate_by_table
 from megalite.model.config import Rope, RopeScaling
 
 MAX_TABLE_BYTES = 1 << 26
@@ -93,7 +93,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate query or key heads [T, H, D] -> [T, H, D]; channels beyond rotary_dim pass through."""
-        return rotate(x, *self.cos_sin)
+        return rotate_by_table(x, *self.table) if has_kernels(x) else rotate(x, *self.cos_sin)
 
 
 def _linear(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
