@@ -7,7 +7,9 @@ the first one speaks. Prompts are token ids drawn anew for every repetition, so 
 from __future__ import annotations
 
 import json
+import logging
 import random
+import re
 import statistics
 import sys
 import time
@@ -222,7 +224,24 @@ def main() -> int:
         return error.exit_code
 
 
+class Said(logging.Handler):
+    """What the log says took how long: `WHAT in SECONDS s`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.seconds: list[tuple[str, float]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        match = re.fullmatch(r"(.+) in (\d+(?:\.\d+)?) s", record.getMessage())
+        if match:
+            self.seconds.append((match[1], float(match[2])))
+
+
 def run(task: Task) -> int:
+    said = Said()
+    log = logging.getLogger("megalite")
+    log.addHandler(said)
+    log.setLevel(logging.INFO)
     with LLM(
         task.folder,
         device=task.device,
@@ -246,10 +265,10 @@ def run(task: Task) -> int:
                     file.write(json.dumps({**asdict(row), "of_floor": row.of_floor}) + "\n")
 
         if "start" in task.rows:
-            note = f"weights: {task.load_format}"
-            tell(Row(task.shape, task.layout, "start: import", _IMPORTED - task.began, "s"))
-            tell(Row(task.shape, task.layout, "start: load and the rest", loaded - _IMPORTED, "s", note=note))
-            tell(Row(task.shape, task.layout, "start: ready", loaded - task.began, "s"))
+            steps = {"import": _IMPORTED - task.began, "model and engine": loaded - _IMPORTED}
+            steps |= {f"of this, {what}": seconds for what, seconds in said.seconds}
+            for what, seconds in {**steps, "ready": loaded - task.began}.items():
+                tell(Row(task.shape, task.layout, f"start: {what}", seconds, "s", note=f"weights: {task.load_format}"))
         bench = Bench(llm, task, tell)
         return 0 if bench.run() else EXIT_CRASH
 
