@@ -12,6 +12,7 @@ import pytest
 
 from megalite.core.layout import Layout
 from megalite.model import families
+from megalite.tools.benchmarks import host
 from megalite.tools.benchmarks.account import Kernel, short
 from megalite.tools.benchmarks.floor import Floor, Rates
 from megalite.tools.benchmarks.gpu import ROWS, Row
@@ -58,6 +59,11 @@ def test_a_row_beside_its_floor():
     assert Row("m", "one card", "w", 2.0, "ms", floor=1.0).of_floor == 0.5
     row = Row("m", "one card", "w", 500.0, "tok/s", spread=0.015, floor=1000.0, note="n")
     assert row.to_line() == "| m | one card | w | 500 tok/s | 1.5% | 1,000 | 50% | n |"
+
+
+def test_host_parts_are_timed_to_the_last_step():
+    for rows, prompt in ((1, 3), (5, 8000)):  # the second takes several steps for its prompts
+        assert min(host.measure(rows, prompt, steps=4).values()) > 0
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from megalite.tools import toolkit
 BENCHMARKS = {
     "convert": "convert, reshard, export and verify beside cp and transformers",
     "gpu": "generation on one GPU or several, beside what the device could do",
+    "host": "what the host does for a decode step",
     "load": "ranks that load a Hugging Face folder, and shards of it",
     "offline": "generation beside transformers",
     "sync": "weights between two layouts in memory, beside gathering every tensor",
