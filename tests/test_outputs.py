@@ -21,6 +21,7 @@ from tokenizer_family import panicking, token_a_byte
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.errors import ConfigError
 from megalite.inference.io.output_file import OutputFile, fingerprint
+from megalite.inference.io.packed_outputs import pack_outputs, unpack_outputs
 from megalite.inference.io.printing import print_output
 from megalite.inference.logprobs import Logprob
 from megalite.inference.outputs import (
@@ -28,8 +29,6 @@ from megalite.inference.outputs import (
     OutputProcessor,
     RequestMetrics,
     RequestOutput,
-    pack_outputs,
-    unpack_outputs,
 )
 from megalite.inference.request import Request, Sequence
 from megalite.inference.stopping import StopChecker

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, overload
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, each of millions would take five times as long to make
 class Logprob:
     """A token's log-probability at one position, by the model's full distribution."""
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megalite import json_text
 from megalite.config.schema import SamplingParams
-from megalite.inference.io.packed import pack, unpack
 from megalite.inference.logprobs import FlatLogprobs, Logprob, Logprobs, finite, from_json, number, to_json
 from megalite.inference.request import FinishReason, Request, Sequence, StepPlan
 from megalite.inference.stopping import StopChecker, StopMatch, stop_strings
@@ -116,14 +115,6 @@ class RequestOutput:
             error=value.get("error"),
         )
 
-    def flatten(self) -> None:
-        """Keep log-probabilities as FlatLogprobs, as params.flat_logprobs asks for."""
-        if self.prompt_logprobs is not None:
-            self.prompt_logprobs = FlatLogprobs.of(self.prompt_logprobs)
-        for output in self.outputs:
-            if output.logprobs is not None:
-                output.logprobs = FlatLogprobs.of(output.logprobs)
-
 
 @dataclass(kw_only=True, slots=True)
 class TokenDelta:
@@ -140,35 +131,6 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     """Set on the last one."""
     stop_reason: str | int | None = None
-
-
-def pack_outputs(outputs: list[RequestOutput]) -> bytes:
-    """For the way from rank to rank; `unpack_outputs` is the inverse. Ids, metrics and logprobs travel as arrays."""
-    lines: list[bytes] = []
-    ids: list[list[int]] = []
-    numbers: list[list[float]] = []
-    for output in outputs:
-        bare = [replace(one, token_ids=[], token_logprobs=[]) for one in output.outputs]
-        lines.append(replace(output, prompt_token_ids=[], outputs=bare).to_line().encode())
-        ids += [output.prompt_token_ids, *(one.token_ids for one in output.outputs)]
-        measured = [] if output.metrics is None else [output.num_cached_tokens or 0, *astuple(output.metrics)]
-        numbers += [measured, *(one.token_logprobs for one in output.outputs)]
-    return pack(b"\n".join(lines), ids, numbers)
-
-
-def unpack_outputs(data: bytes) -> list[RequestOutput]:
-    lines, ids, numbers = unpack(data)
-    outputs = [RequestOutput.from_line(line) for line in lines.splitlines()]
-    next_ids, next_numbers = iter(ids), iter(numbers)
-    for output in outputs:
-        output.prompt_token_ids = next(next_ids)
-        measured: list[Any] = next(next_numbers)
-        if measured:
-            output.num_cached_tokens, output.metrics = int(measured[0]), RequestMetrics(*measured[1:])
-            output.metrics.num_generation_tokens = int(output.metrics.num_generation_tokens)
-        for one in output.outputs:
-            one.token_ids, one.token_logprobs = next(next_ids), next(next_numbers)
-    return outputs
 
 
 def _is_unicode(text: str) -> bool:

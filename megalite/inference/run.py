@@ -13,7 +13,8 @@ from megalite.errors import ConfigError, Stopped
 from megalite.inference.engine import Engine, Hooks
 from megalite.inference.feeds import Feed, SharedQueue, deal
 from megalite.inference.io.inputs import PromptLimits, RawRequest, make_requests
-from megalite.inference.outputs import RequestOutput, pack_outputs, unpack_outputs
+from megalite.inference.io.packed_outputs import pack_outputs, unpack_outputs
+from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
 from megalite.monitor.progress import ProgressBar
@@ -119,16 +120,15 @@ def run_everywhere(
     if progress is not None:
         progress.advance(prompts=len(requests) - len(mine))  # of other replicas
     found = {output.request_id: output for output in outputs}
-    for request in requests:
-        if request.params.flat_logprobs and replica.state.world.size > 1:
-            found[request.id].flatten()
     return [found[request.id] for request in requests]
 
 
 def _exchanged(mine: list[RequestOutput], replica: Replica) -> list[RequestOutput]:
     """The outputs of all control ranks."""
-    outputs = []
+    outputs = list(mine)
     for source in replica.layout.control_ranks:
-        packed = pack_outputs(mine) if replica.state.rank == source else None
-        outputs += unpack_outputs(broadcast_bytes(packed, source, replica.state.world))
+        is_mine = replica.state.rank == source
+        packed = broadcast_bytes(pack_outputs(mine) if is_mine else None, source, replica.state.world)
+        if not is_mine:
+            outputs += unpack_outputs(packed)
     return outputs

@@ -23,6 +23,7 @@ from megalite.kernels.jit import jit, require_triton, tl, triton
 
 MAX_WIDTH = 16_384
 """Longest row that one program takes at once."""
+ELEMENTS_A_WARP = 512
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,6 @@ def _launch(
         TWO_SHOT=two_shot,
         NORM=weight is not None,
         ZERO_CENTRED=zero_centred,
-        num_warps=min(16, max(4, block // 512)),
+        num_warps=min(16, max(4, block // ELEMENTS_A_WARP)),
     )
     return out

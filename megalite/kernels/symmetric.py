@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.kernels.jit import triton
-from megalite.kernels.reduce import MAX_WIDTH, Peers, all_reduce
+from megalite.kernels.reduce import MAX_WIDTH, Peers, all_reduce, all_reduce_add_norm
 
 Method = Literal["one_shot", "two_shot", "nccl"]
 
@@ -93,6 +93,14 @@ class SymmetricSum:
         """The sum of the ranks' x [R, width], which `takes` accepts, as a new tensor; the same bits on every rank."""
         two_shot = method(x.numel() * x.element_size(), self.size, self.capability) == "two_shot"
         return all_reduce(x if x.stride(1) == 1 else x.contiguous(), self.peers, two_shot=two_shot)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Is `add_norm` for x [R, width]?"""
+        return method(x.numel() * x.element_size(), self.size, self.capability) == "one_shot" and x.stride(1) == 1
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, zero_centred: bool) -> Tensor:
+        """residual += the sum of the ranks' x, in place; returns its RMSNorm: `reduce.all_reduce_add_norm`."""
+        return all_reduce_add_norm(x, residual, weight, eps, self.peers, zero_centred=zero_centred)
 
     def _link_rate(self) -> float:
         """Bytes a second at which this GPU reads the next rank's memory; the least of three copies' times counts."""
