@@ -9,6 +9,7 @@ from torch import Tensor
 from megalite.core.functional import by_kernels
 from megalite.kernels.attention import paged_attention
 from megalite.kernels.fresh import fresh_attention
+from megalite.kernels.jit import launches_dependents
 from megalite.kernels.rope import rotate_and_store
 from megalite.kernels.store import store_kv
 from megalite.model.attention import Heads
@@ -43,8 +44,11 @@ class DeviceAttention:
     """The row of block_table that row b uses, int32 [B]; None: row b itself."""
     fresh: bool = False
     """No row has keys in the cache from steps before. Rows of one length then go the fastest way there is."""
-    pdl: bool = False
-    """Attention is launched as dependent on the kernel before it; see `paged_attention`."""
+
+    @property
+    def pdl(self) -> bool:
+        """Kernels are launched as dependent on the kernel before, where the device can; see `paged_attention`."""
+        return launches_dependents(self.positions.device)
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
