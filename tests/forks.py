@@ -68,11 +68,11 @@ class Program:
     def signal(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
-    def ended(self) -> Ended:
-        """Wait for its end."""
-        if not self._link.poll(PATIENCE):
+    def ended(self, within: float = PATIENCE) -> Ended:
+        """Wait for its end; AssertionError after `within` seconds."""
+        if not self._link.poll(within):
             self.signal(signal.SIGKILL)
-            raise AssertionError(f"not done after {PATIENCE} s: {(self._folder / 'err').read_text()}")
+            raise AssertionError(f"not done after {within} s: {(self._folder / 'err').read_text()}")
         code, written = self._link.recv()
         self._link.close()
         return Ended(code, self.out, (self._folder / "err").read_text(), written)
@@ -106,8 +106,8 @@ class Forks:
         link.send((preload, [words, environment, str(cwd), str(stdin), str(folder / "out"), str(folder / "err")]))
         return Program(link, folder)
 
-    def run(self, script: str | Path, *arguments: object, **options: Any) -> Ended:
-        return self.start(script, *arguments, **options).ended()
+    def run(self, script: str | Path, *arguments: object, within: float = PATIENCE, **options: Any) -> Ended:
+        return self.start(script, *arguments, **options).ended(within)
 
     def tool(self, name: str, *arguments: object, **environment: str) -> Ended:
         """As `python tools/NAME.py ARGUMENT...`."""

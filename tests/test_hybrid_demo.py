@@ -34,7 +34,8 @@ def test_a_model_learns_to_add(forks, tmp_path):
     shorter = ["hybrid.steps=12", "hybrid.save_every=100", "optimizer.warmup_steps=20", "optimizer.learning_rate=3e-3"]
     one_rank = ["train.parallel.dp=1", "infer.parallel.tp=1", f"output.folder={tmp_path}"]
     config = ["--config", "configs/hybrid/grpo_arithmetic.yaml"]
-    done = forks.run("launch/hybrid.py", *config, *smaller, *shorter, *one_rank, preload=TRAINING, OMP_NUM_THREADS="1")
+    options = {"preload": TRAINING, "within": 800, "OMP_NUM_THREADS": "1"}  # minutes of work on a busy machine
+    done = forks.run("launch/hybrid.py", *config, *smaller, *shorter, *one_rank, **options)
     assert done.code == 0, done.err
     log = [json.loads(line) for line in (tmp_path / "training" / "log.jsonl").read_text().splitlines()]
     rewards = [line["reward"] for line in log if "iteration" in line]
