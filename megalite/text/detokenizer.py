@@ -70,7 +70,7 @@ class Decoding(Protocol):
 
 
 def decoding_of(backend: tokenizers.Tokenizer) -> Decoding:
-    decoder = json.loads(backend.to_str())["decoder"] or {"type": "none"}
+    decoder = {"type": "none"} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:

@@ -326,9 +326,15 @@ def _up_to_mark(text: str) -> str:
     return text[:place] if text.startswith(_GOES_ON, place) else text[:place].rstrip()
 
 
+def _texts(backend: tokenizers.Tokenizer) -> Iterator[str]:
+    """Short texts, one of which a tokenizer knows; the first mostly is enough, and a vocabulary takes long to list."""
+    yield "a"
+    yield from backend.get_vocab()
+
+
 def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """What the post-processor puts before and after a text, e.g. bos."""
-    for text in ("a", *backend.get_vocab()):
+    for text in _texts(backend):
         with suppress(TokenizerError), failing_alone():
             encoding = backend.encode(text)
             added = encoding.special_tokens_mask

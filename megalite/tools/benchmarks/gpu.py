@@ -209,10 +209,10 @@ def run(args: argparse.Namespace) -> int:
                 )
                 codes.append(start(task))
                 found += [json.loads(line) for line in out.read_text().splitlines()]
+                if args.json:
+                    Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.ranks > 1:
         print("\n" + beside_one_card(found))
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return max(codes)
 
 
