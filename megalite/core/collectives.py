@@ -39,6 +39,20 @@ def leave_tp(x: Tensor, state: ParallelState) -> Tensor:
     return _apply(x, state.tp, *((_reduce_scatter, _all_gather) if state.sequence_parallel else (_sum, _identity)))
 
 
+def fusable_sum(x: Tensor, state: ParallelState) -> SymmetricSum | None:
+    """What sums partial outputs x [T, D] over tp in one kernel with the addition and norm behind it, or by itself.
+
+    None: nothing does, `leave_tp` is to be called. No gradient, not under sequence parallelism.
+    """
+    if state.tp.size == 1 or state.sequence_parallel or torch.is_grad_enabled():
+        return None
+    sums = symmetric_sum(x, state.tp)
+    if sums is None or not sums.fuses(x):
+        return None
+    state.meter.count_bytes("tp", x.numel() * x.element_size())
+    return sums
+
+
 def gather_columns(x: Tensor, widths: list[int], axis: Axis) -> Tensor:
     """Concatenate the ranks' columns: `x` [R, widths[axis.rank]] -> [R, sum(widths)]. No gradient."""
     if axis.size == 1:

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.collectives import leave_tp
+from megalite.core.collectives import fusable_sum, leave_tp
 from megalite.core.functional import by_kernels, rms_norm
 from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
 from megalite.kernels import norm as norm_kernels
 from megalite.kernels.jit import launches_dependents
+from megalite.kernels.symmetric import SymmetricSum
 
 
 def replicated(shape: tuple[int, ...], *, partial_gradient: bool) -> nn.Parameter:
@@ -112,6 +113,14 @@ class Residual:
     def __init__(self, x: Tensor):
         self.x = x
         self.update: Tensor | None = None
+        self.sums: SymmetricSum | None = None
+        """The update is this rank's part of a sum over tp, which this makes."""
+
+    def add_partial(self, update: Tensor, state: ParallelState) -> None:
+        """x += the sum over tp of partial outputs."""
+        sums = fusable_sum(update, state)
+        self.add(leave_tp(update, state) if sums is None else update)
+        self.sums = sums
 
     def add(self, update: Tensor, post: nn.Module | None = None) -> None:
         """x += update, or the norm `post` of it."""
@@ -124,6 +133,8 @@ class Residual:
 
     def total(self) -> Tensor:
         """The stream with its update."""
+        if self.update is not None and self.sums is not None:
+            self.update, self.sums = self.sums(self.update), None
         if self.update is not None:
             self.x = self.x.add_(self.update) if by_kernels(self.x) else self.x + self.update
             self.update = None
@@ -133,8 +144,11 @@ class Residual:
         """`norm` of the stream with its update."""
         out: Tensor
         if self.update is not None and isinstance(norm, RMSNorm) and by_kernels(self.x):
-            out = norm(self.x, update=self.update)
-            self.update = None
+            if self.sums is not None:
+                out = self.sums.add_norm(self.update, self.x, norm.weight, norm.eps, zero_centred=norm.zero_centred)
+            else:
+                out = norm(self.x, update=self.update)
+            self.update = self.sums = None
         else:
             out = norm(self.total())
         return out

@@ -170,6 +170,8 @@ class RowParallelLinear(Linear):
         """Add the map of x to the residual stream, through the norm `post` if there is one."""
         if self.state.tp.size == 1 and post is None and self.format.takes_more(x, self.stored):
             self.format.product(x, self.stored, self.bias, residual=stream.total())
+        elif self.bias is None and post is None:
+            stream.add_partial(self.format.product(x, self.stored), self.state)
         else:
             stream.add(self(x), post)
 

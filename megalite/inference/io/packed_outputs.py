@@ -59,7 +59,7 @@ def unpack_outputs(data: bytes) -> list[RequestOutput]:
     texts = unpack_texts(text, lengths)
     words = [texts[num_texts + place] for place in places]
     columns = _Columns(counts, token_ids, [_value(rank) for rank in ranks], logprobs, words)
-    head, number, string, row, measured = map(iter, (heads, numbers, texts, ids, token_logprobs))
+    head, number, string, row, measured = iter(heads), iter(numbers), iter(texts), iter(ids), iter(token_logprobs)
     outputs = []
     for num_outputs in head:
         finished, replica, cached, has_metrics, listed = (next(head) for _ in range(5))
@@ -74,8 +74,9 @@ def unpack_outputs(data: bytes) -> list[RequestOutput]:
             num_cached_tokens=_value(cached),
         )
         if has_metrics:
-            *times, tokens = (next(number) for _ in _METRICS)
-            output.metrics = RequestMetrics(*times, num_generation_tokens=int(tokens))
+            measured_times: dict[str, Any] = {name: next(number) for name in _METRICS}
+            output.metrics = RequestMetrics(**measured_times)
+            output.metrics.num_generation_tokens = int(output.metrics.num_generation_tokens)
         for _ in range(num_outputs):
             index, stop, reason, listed = (next(head) for _ in range(4))
             one = CompletionOutput(
@@ -145,9 +146,13 @@ class _Columns:
         ends = list(accumulate((max(count, 0) for count in counts), initial=0))
         part = slice(entry, entry + ends[-1])
         self.taken = position + len(counts), part.stop
-        columns = self.token_ids[part], self.logprobs[part], self.ranks[part], self.words[part]
+        token_ids, logprobs, ranks, words = (
+            self.token_ids[part],
+            self.logprobs[part],
+            self.ranks[part],
+            self.words[part],
+        )
         if code < 0:
-            return FlatLogprobs(ends[:-1], ends[1:], *columns)
-        token_ids, *others = columns
-        pairs = zip(token_ids, map(Logprob, *others), strict=True)
+            return FlatLogprobs(ends[:-1], ends[1:], token_ids, logprobs, ranks, words)
+        pairs = zip(token_ids, map(Logprob, logprobs, ranks, words), strict=True)
         return [None if count == _NONE else dict(islice(pairs, count)) for count in counts]
