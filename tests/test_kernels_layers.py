@@ -141,6 +141,8 @@ HEADS = [(1, 1), (4, 1), (16, 8), (5, 5), (6, 2), (7, 1), (0, 0)]
 )
 @pytest.mark.parametrize("with_norm", [False, True])
 def test_head_norms_rotation_and_cache_write(dim, rotary, with_norm, dtype):
+    if not CUDA and dtype != torch.bfloat16 and dim != 80:
+        pytest.skip("the same but for the dtype, and slow")
     for case, (queries, keys) in enumerate(HEADS if dim == 64 and dtype == torch.bfloat16 else HEADS[1:3]):
         torch.manual_seed(dim + case)
         tokens, slots = 5, torch.tensor([3, -1, 0, 11, 7], device=DEVICE)

@@ -10,6 +10,8 @@ from megalite.kernels.jit import jit, require_triton, tl, triton
 
 TILE = 1024
 """Numbers of a program, about."""
+WARPS = 2
+"""Of a program: a thread then reads and writes 16 bytes at a time."""
 
 
 @jit
@@ -185,7 +187,7 @@ def rotate_and_store(
         BY_POSITION=positions is not None,
         KEEP_KEYS=keep_keys,
         PDL=pdl,
-        num_warps=4,
+        num_warps=WARPS,
         **({"launch_pdl": True} if pdl else {}),
     )
 
@@ -261,6 +263,6 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor | None, *, back: bool = F
             BLOCK_HEADS=block_heads,
             BACK=back,
             BY_POSITION=positions is not None,
-            num_warps=4,
+            num_warps=WARPS,
         )
     return out
