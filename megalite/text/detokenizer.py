@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from os.path import commonprefix
-from typing import Protocol
+from typing import Any, Protocol
 
 import tokenizers
 
@@ -70,7 +70,9 @@ class Decoding(Protocol):
 
 
 def decoding_of(backend: tokenizers.Tokenizer) -> Decoding:
-    decoder = {"type": "none"} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    decoder: dict[str, Any] = {"type": "none"}
+    if backend.decoder is not None:
+        decoder = json.loads(backend.decoder.__getstate__())
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds[0] == "ByteLevel" and set(kinds[1:]) <= {"Fuse"}:
