@@ -22,6 +22,7 @@ from megalite.inference.io.printing import Printer
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica, as_sampled, load_replica
 from megalite.inference.run import Ranks, agree_on_end, make_feed, prompt_limits
+from megalite.inference.tp_gain import tp_warning
 from megalite.monitor.progress import ProgressBar
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
@@ -122,6 +123,10 @@ def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica
     if theirs:
         values = ", ".join(f"{key} {getattr(loaded.config.sampling, key):g}" for key in theirs)
         told.append(f"sampling: {values}, as the model's {folder.generation.path.name} says")
+    if replica.device.type != "cpu":
+        layers = len(replica.decoder.layer_range)
+        warning = tp_warning(tp=replica.layout.tp, rank_weight_bytes=replica.weight_bytes, layers=layers)
+        told += [f"warning: {warning}"] if warning else []
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 
