@@ -117,7 +117,7 @@ def test_graphs_take_no_more_than_the_estimate(model):
             some = [given[i % len(given)] for i in range(count)]
             tokens = [output.outputs[0].token_ids for output in llm.generate(some, params)]
             assert made.setdefault(count, tokens) == tokens
-        assert sorted(replica._runner.graphs.captured) == [1, 2, 4, 8, 16]
+        assert {(True, size) for size in (1, 2, 4, 8, 16)} <= set(replica._runner.graphs.captured)
         torch.cuda.empty_cache()
         estimate = replica.memory.graphs(max_rows=16)
         assert torch.cuda.memory_reserved() - before <= estimate

@@ -45,8 +45,9 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     stages = (RankMemory(config, Layout(1, 2, 1), rank, itemsize=2) for rank in (0, 1))
     first, last = (stage.activations(max_tokens=8192, max_rows=256) for stage in stages)
     assert first <= hidden and last == many, "only the last stage has logits"
-    graphs, largest = one.graphs(max_rows=40), one.activations(max_tokens=40, max_rows=40)
-    assert graphs == 2 * largest + 8 * memory.GRAPH_OVERHEAD, "of 1, 2, 4, 8, 16, 24, 32 and 40 rows"
+    graphs, largest = one.graphs(max_rows=40), one.activations(max_tokens=1024, max_rows=40)
+    kept = 8 + len(memory.PROMPT_SIZES)  # decode steps of 1, 2, 4, 8, 16, 24, 32 and 40 rows, and prompts
+    assert graphs == 2 * largest + kept * memory.GRAPH_OVERHEAD
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 250, 256, 1000, 5000])

@@ -72,13 +72,17 @@ class RankMemory:
         return (max_rows + 1) * (4 * (max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD)
 
     def graphs(self, *, max_rows: int) -> int:
-        """Upper estimate of what decode steps as captured graphs keep, for up to `max_rows` sequences.
+        """Upper estimate of what captured steps keep, for up to `max_rows` sequences.
 
         They share the temporary memory of the largest, which a warm-up before its capture takes once more; each has its
         kernels' launches.
         """
-        step = self.activations(max_tokens=max_rows, max_rows=max_rows)
-        return 2 * step + len(decode_sizes(max_rows)) * GRAPH_OVERHEAD
+        step = self.activations(max_tokens=max(max_rows, *PROMPT_SIZES), max_rows=max_rows)
+        return 2 * step + len([*decode_sizes(max_rows), *PROMPT_SIZES]) * GRAPH_OVERHEAD
+
+
+PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
+"""Tokens that a prompt alone in a step is padded to; a longer one keeps the device busy while the host launches."""
 
 
 def decode_sizes(max_rows: int) -> list[int]:

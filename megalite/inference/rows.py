@@ -22,7 +22,8 @@ from megalite.model.host_attention import CacheRow, HostAttention
 from megalite.model.kv_cache import DeviceCache, HostCache
 
 FIELDS = 4
-"""Numbers of a row in a decode step: row number, position, new block or -1, token or -1 where the device knows it."""
+"""Numbers of a row in a step of a padded size: row number, position of its first token, new block or -1, and its token,
+-1 where the device knows it; for a prompt its number of tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +33,8 @@ class Batch:
     token_ids: Tensor
     """int64 [T]; read by the first stage only."""
     context: AttentionContext
-    logit_rows: Tensor
-    """int64 [R]: tokens from which is sampled, in the plan's order."""
+    logit_rows: Tensor | None
+    """int64 [R]: tokens from which is sampled, in the plan's order; None: every token."""
     prompt_rows: Tensor
     """int64 [P]: tokens of prompts whose logits score the next one, in the plan's order."""
     rows: Tensor
@@ -99,17 +100,18 @@ class Rows:
         """Put new tokens [R] where they stand; an id below 0 stands for none, and any will do."""
         self.tokens[rows, positions] = ids.clamp(min=0).int()
 
-    # ---- decode steps: one token a row, of a padded number of rows
+    # ---- steps of a padded size
 
-    def decode_inputs(self, plan: StepPlan, size: int) -> np.ndarray:
-        """A decode step's numbers, int32 [FIELDS, size], padded with rows that do nothing."""
+    def step_inputs(self, plan: StepPlan, size: int) -> np.ndarray:
+        """The numbers of `size` rows that decode, or of the one row of a prompt: int32 [FIELDS, size], padded with rows
+        that do nothing."""
         rows = plan.rows
         inputs = np.empty((FIELDS, size), np.int32)
         inputs[:, len(rows) :] = np.array([[self.padding_row], [-1], [-1], [-1]])
         inputs[0, : len(rows)] = [row.row for row in rows]
         inputs[1, : len(rows)] = [row.start for row in rows]
         inputs[2, : len(rows)] = [row.block for row in rows]
-        inputs[3, : len(rows)] = [row.token for row in rows]
+        inputs[3, : len(rows)] = [row.token if plan.decodes else row.count for row in rows]
         for row in rows:
             if row.block >= 0:
                 self._table[row.row, row.start // self.block_size] = row.block
@@ -131,8 +133,30 @@ class Rows:
             table_rows=inputs[0],
             max_query_len=1,
         )
-        none = step.rows[:0]  # every token is sampled from
-        return Batch(step.token_ids, context, none, none, step.rows, step.next_positions)
+        return Batch(step.token_ids, context, None, step.rows[:0], step.rows, step.next_positions)
+
+    def prompt_batch(self, inputs: Tensor, size: int) -> Batch:
+        """The batch of one prompt's last chunk, padded to `size` tokens; waits for nothing, so it can be captured."""
+        row, start, _, count = inputs.long().unbind(0)  # [1] each
+        offset = torch.arange(size, device=self.device)
+        real = offset < count
+        position = torch.where(real, start + offset, 0)
+        slot = self.block_table[row, position // self.block_size].long() * self.block_size + position % self.block_size
+        assert isinstance(self.cache, DeviceCache)
+        end = (start + count).clamp(min=0)
+        context = DeviceAttention(
+            cache=self.cache,
+            positions=position,
+            lengths=self.longest[row].long().expand(size),
+            slots=torch.where(real, slot, -1),
+            query_start=torch.cat([torch.zeros_like(count), count.clamp(min=0)]).int(),
+            context_len=end.int(),
+            block_table=self.block_table,
+            table_rows=inputs[0],
+            max_query_len=size,
+        )
+        last = (count - 1).clamp(min=0)
+        return Batch(self.tokens[row, position].long(), context, last, last[:0], row, end)
 
     # ---- any step
 

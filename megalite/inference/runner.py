@@ -12,7 +12,7 @@ from megalite.core.collectives import gather_columns
 from megalite.core.pipeline import StageLink
 from megalite.errors import maybe_fault
 from megalite.inference.choice import PLAIN, Choice, SampledRows
-from megalite.inference.graphs import DecodeGraphs, StepOutput
+from megalite.inference.graphs import StepGraphs, StepOutput
 from megalite.inference.request import StepPlan
 from megalite.inference.rows import Batch, Rows
 from megalite.inference.sampler import Sampler
@@ -70,17 +70,21 @@ class Runner:
         self.meter = meter
         self.scored_rows = scored_rows
         weight = next(decoder.parameters())
-        self.hidden_size, self.dtype = decoder.config.hidden_size, weight.dtype
-        self.link = StageLink(self.state, hidden_size=self.hidden_size, dtype=weight.dtype, device=weight.device)
+        width = decoder.config.hidden_size
+        self.link = StageLink(self.state, hidden_size=width, dtype=weight.dtype, device=weight.device)
         self.return_ids = return_ids and self.state.pp.size > 1
         self._returning: deque[tuple[int, Tensor, Tensor]] = deque()
         """First stage: step, rows and positions of ids that will come back."""
         self.graphs = None
         if isinstance(self.cache, DeviceCache):
-            hidden = None
-            if not self.state.is_first_stage:
-                hidden = torch.zeros(max_rows, self.hidden_size, dtype=weight.dtype, device=weight.device)
-            self.graphs = DecodeGraphs(self._decode, rows, max_rows=max_rows, hidden=hidden, capture=use_graphs)
+            self.graphs = StepGraphs(
+                self._whole_step,
+                rows,
+                max_rows=max_rows,
+                hidden=0 if self.state.is_first_stage else decoder.config.hidden_size,
+                dtype=weight.dtype,
+                capture=use_graphs,
+            )
 
     @torch.inference_mode()
     def warm_up(self, most: int) -> None:
@@ -106,10 +110,11 @@ class Runner:
         if not self.state.is_first_stage:
             with self.meter.phase("waiting"):
                 x = self.link.receive(plan.num_tokens)
-        if self.graphs is not None and plan.decodes:
+        if self.graphs is not None:
             with self.meter.phase("compute"):
                 output = self.graphs.run(plan, x)
-            return self._finished(plan, output, padded=True)
+            if output is not None:
+                return self._finished(plan, output, padded=True)
         with self.meter.phase("compute"):
             batch = self.rows.batch(plan)
             hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
@@ -150,13 +155,12 @@ class Runner:
                 ids = self.link.returned(len(rows))
             self.rows.write(rows, positions, ids)
 
-    def _decode(self, inputs: Tensor, x: Tensor | None) -> StepOutput:
-        """A decode step on an accelerator, from the numbers of its rows to their next tokens."""
-        batch = self.rows.decode_batch(inputs)
+    def _whole_step(self, batch: Batch, x: Tensor | None) -> StepOutput:
+        """A step of a padded size, on the last stage to the next tokens, as rows without special needs get them."""
         hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
         if not self.state.is_last_stage:
             return StepOutput(batch, hidden, None)
-        logits = self._gathered(self.decoder.logits(hidden))
+        logits = self._gathered(self.decoder.logits(hidden, batch.logit_rows))
         choice = self.sampler.sample(logits, batch.rows, batch.positions, PLAIN)
         self.rows.write(batch.rows, batch.positions, choice.ids)
         return StepOutput(batch, logits, choice)
