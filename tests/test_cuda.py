@@ -101,6 +101,44 @@ def test_bfloat16_graphs_change_nothing(model):
     assert [output.cumulative_logprob for output in graphs] == [output.cumulative_logprob for output in eager]
 
 
+def test_overlap_changes_nothing(model):
+    name, folder = model
+    late, at_once = (generate(folder, "bfloat16", async_scheduling=overlap) for overlap in (True, False))
+    assert late == at_once
+
+
+OPTIONS = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 7},
+    "penalties": {"temperature": 0.8, "repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.1},
+    "listed": {"temperature": 0, "logprobs": 5},
+    "edited": {"temperature": 0, "logit_bias": {5: 1.0}, "min_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_decode_steps_wait_for_nothing_but_earlier_results(model, option):
+    name, folder = model
+    params = SamplingParams(max_tokens=40, ignore_eos=True, **OPTIONS[option])
+    with LLM(folder, dtype="bfloat16", max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.3) as llm:
+        llm.generate(prompts(4096), params)  # compiles
+        engine, steps = llm._engine, []
+        step = engine.step
+
+        def watched(*args):
+            alone = len(steps) > 4 and engine.scheduler.has_work()
+            torch.cuda.set_sync_debug_mode("error" if alone else "default")
+            try:
+                return step(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                steps.append(alone)
+
+        engine.step = watched
+        llm.generate(prompts(4096), params)
+        assert sum(steps) > 30
+
+
 def test_graphs_take_no_more_than_the_estimate(model):
     """And give the same in whatever order steps of different sizes come, though they share their temporary memory."""
     name, folder = model

@@ -39,14 +39,13 @@ class StepGraphs:
     """Captured steps of one stage. `step` must wait for nothing, and its collectives must be capturable."""
 
     def __init__(self, step: Step, rows: Rows, *, max_rows: int, hidden: int, dtype: torch.dtype, capture: bool):
-        """`hidden`: width of what the stage before sends; 0: there is none. `capture` False: decode steps run `step` as
-        it is, padded all the same, so that both give the same result."""
+        """`hidden`: width of what the stage before sends; 0: there is none. `capture` False: `step` runs as it is, but
+        padded alike, so that both give the same result."""
         self.step = step
         self.rows = rows
         self.decode_sizes = decode_sizes(max_rows)
-        self.prompt_sizes = PROMPT_SIZES if capture else ()
         self.capture = capture
-        tokens = max(max_rows, *self.prompt_sizes) if self.prompt_sizes else max_rows
+        tokens = max(max_rows, *PROMPT_SIZES)
         self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=rows.device) if hidden else None
         self.inputs = torch.zeros(FIELDS * max_rows, dtype=torch.int32, device=rows.device)
         self.captured: dict[tuple[bool, int], tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
@@ -77,7 +76,7 @@ class StepGraphs:
         if not self.capture:
             return
         sizes = self.decode_sizes[: bisect_left(self.decode_sizes, most) + 1]
-        for decodes, size in [*((False, size) for size in self.prompt_sizes[::-1]), *((True, n) for n in sizes[::-1])]:
+        for decodes, size in [*((False, size) for size in PROMPT_SIZES[::-1]), *((True, n) for n in sizes[::-1])]:
             inputs = self._inputs(decodes, size)
             inputs.copy_(torch.from_numpy(self.rows.step_inputs(StepPlan(0, 0, ()), inputs.shape[1])))
             self._capture(decodes, size)
@@ -88,8 +87,8 @@ class StepGraphs:
             return self.decode_sizes[bisect_left(self.decode_sizes, len(plan.rows))]
         if len(plan.rows) > 1 or not plan.sampled or plan.rows[0].prompt_logits[1]:
             return None
-        place = bisect_left(self.prompt_sizes, plan.num_tokens)
-        return self.prompt_sizes[place] if place < len(self.prompt_sizes) else None
+        place = bisect_left(PROMPT_SIZES, plan.num_tokens)
+        return PROMPT_SIZES[place] if place < len(PROMPT_SIZES) else None
 
     def _inputs(self, decodes: bool, size: int) -> Tensor:
         """The buffer of a step's numbers."""
