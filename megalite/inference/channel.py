@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def read_payload(data: bytes) -> tuple[tuple[Request, ...], tuple[str, ...]]:
     return tuple(_read_request(value) for value in values["requests"]), tuple(values["aborts"])
 
 
-def _read_request(value: dict) -> Request:
+def _read_request(value: dict[str, Any]) -> Request:
     params = value["params"]
     if params["logit_bias"] is not None:  # JSON has no other keys than strings
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megalite.config.schema import SamplingParams
 
@@ -95,7 +95,8 @@ class Sequence:
         return max(0, len(self.token_ids) - len(self.request.prompt_token_ids))
 
 
-class Row(NamedTuple):
+@dataclass(slots=True)
+class Row:
     """The tokens start..start + count of one sequence in one step."""
 
     sequence: Sequence

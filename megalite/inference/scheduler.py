@@ -230,10 +230,11 @@ class Scheduler:
             result = next(remaining) if row.sample else None
             if seq.finish_reason is not None:
                 continue
-            if result is None:
-                reason = "length" if row.start + row.count == seq.limit else None
-            else:
+            reason: FinishReason | None = None
+            if result is not None:
                 reason = self._take(seq, result)
+            elif row.start + row.count == seq.limit:
+                reason = "length"
             if reason is not None:
                 self._end(seq, reason)
                 ended.append(seq)

@@ -95,7 +95,7 @@ def measure(rows: int, prompt: int, steps: int) -> dict[str, float]:
         with laps.of("pack"):
             buffers.admit(plan.admitted)
             if plan.decodes:
-                buffers.decode_inputs(plan, rows)
+                buffers.step_inputs(plan, rows)
         if before is not None:
             take(scheduler, outputs, before, laps)
         assert plan.rows, "the steps are too many"
