@@ -312,6 +312,33 @@ FEW, MANY = 11, 40
 """Tokens of a step whose matrices are multiplied by `thin_linear`, and by torch."""
 
 
+class TwoEqualRanks:
+    """As `SymmetricSum`, of two ranks that have the same summands."""
+
+    def __call__(self, x):
+        return x + x
+
+    def add_norm(self, x, residual, weight, eps, *, zero_centred):
+        return norm_kernels.rms_norm(residual, weight, eps, zero_centred=zero_centred, update=x + x)
+
+
+def test_an_update_in_parts_is_summed_when_the_stream_is_read(kernels_or_their_roundings, monkeypatch):
+    monkeypatch.setattr(layers, "fusable_sum", lambda x, state: TwoEqualRanks())
+    x, partial = randn(3, 8), randn(3, 8)
+    norm = layers.RMSNorm(8, 1e-5).to(DEVICE).requires_grad_(False)
+    norm.weight.copy_(randn(8))
+    with torch.inference_mode():
+        for read in (lambda stream: stream.total(), lambda stream: stream.normed(norm), lambda stream: stream.add(x)):
+            stream = layers.Residual(x.clone())
+            stream.add_partial(partial, ParallelState(Layout()))
+            out = read(stream)
+            exact = x.double() + 2 * partial.double()
+            check(stream.x, exact)
+            if out is not None and out is not stream.x:
+                check(out, normed(exact, norm.weight, 1e-5, False), 2)
+            check(stream.total(), exact + (x.double() if out is None else 0))
+
+
 def check_model(folder, context, tokens: int) -> None:
     decoder = decoder_of(folder, torch.float32)
     ids = torch.randint(3, VOCAB, (tokens,), generator=torch.Generator().manual_seed(1)).to(DEVICE)

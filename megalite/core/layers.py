@@ -68,8 +68,17 @@ class RMSNorm(nn.Module):
         self.zero_centred = zero_centred
         self.weight = replicated((dim,), partial_gradient=partial_gradient)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None, *, update: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        *,
+        update: Tensor | None = None,
+        sums: SymmetricSum | None = None,
+    ) -> Tensor:
         """`rows`, int64 [R]: only these of x [T, D] -> [R, D]. `update` [T, D]: of x + update; see `Residual`."""
+        if update is not None and sums is not None:
+            return sums.add_norm(update, x, self.weight, self.eps, zero_centred=self.zero_centred)
         if by_kernels(x) and x.ndim == 2:
             return norm_kernels.rms_norm(
                 x,
@@ -144,10 +153,7 @@ class Residual:
         """`norm` of the stream with its update."""
         out: Tensor
         if self.update is not None and isinstance(norm, RMSNorm) and by_kernels(self.x):
-            if self.sums is not None:
-                out = self.sums.add_norm(self.update, self.x, norm.weight, norm.eps, zero_centred=norm.zero_centred)
-            else:
-                out = norm(self.x, update=self.update)
+            out = norm(self.x, update=self.update, sums=self.sums)
             self.update = self.sums = None
         else:
             out = norm(self.total())

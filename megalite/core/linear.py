@@ -162,8 +162,12 @@ class RowParallelLinear(Linear):
         super().__init__(width(split, state.tp.size, state.tp.rank), out_features, state)
         self.bias = replicated((out_features,), partial_gradient=state.sequence_parallel) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = leave_tp(self.format.product(x, self.stored), self.state)
+    def forward(self, x: Tensor, *, partial: bool = False) -> Tensor:
+        """`partial`: this rank's summand, without the bias."""
+        y = self.format.product(x, self.stored)
+        if partial:
+            return y
+        y = leave_tp(y, self.state)
         return y if self.bias is None else y + self.bias
 
     def write(self, stream: Residual, x: Tensor, post: nn.Module | None) -> None:
@@ -171,7 +175,7 @@ class RowParallelLinear(Linear):
         if self.state.tp.size == 1 and post is None and self.format.takes_more(x, self.stored):
             self.format.product(x, self.stored, self.bias, residual=stream.total())
         elif self.bias is None and post is None:
-            stream.add_partial(self.format.product(x, self.stored), self.state)
+            stream.add_partial(self(x, partial=True), self.state)
         else:
             stream.add(self(x), post)
 
