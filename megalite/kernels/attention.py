@@ -39,49 +39,62 @@ def _row_of_tile(query_start, num_rows, tile, TILE_QUERIES: tl.constexpr):
 
 
 @jit
-def _attend_tile(
-    q_tile,
-    highest,
-    total,
-    mixed,
-    k_head,
-    v_head,
+def _load_tile(
+    data,
     blocks,
     start,
     begin,
     end,
-    position,
     dim,
-    score_factor,
-    cap_factor,
     slot_stride,
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Keys or values of TILE_KEYS positions from `start` on; MASKED: zeros outside begin..end."""
+    key = start + tl.arange(0, TILE_KEYS)
+    present = (key >= begin) & (key < end)
+    slot = key.to(tl.int64)
+    if PAGE > 0:
+        block = tl.load(blocks + key // PAGE, mask=present, other=0) if MASKED else tl.load(blocks + key // PAGE)
+        slot = block.to(tl.int64) * PAGE + key % PAGE
+    place = data + slot[:, None] * slot_stride + dim[None, :]
+    BARE: tl.constexpr = not MASKED and DIM == dim.shape[0]
+    if BARE:
+        tile = tl.load(place)
+    elif MASKED:
+        tile = tl.load(place, mask=present[:, None] & (dim[None, :] < DIM), other=0.0)
+    else:
+        tile = tl.load(place, mask=dim[None, :] < DIM, other=0.0)
+    return tile
+
+
+@jit
+def _weigh(
+    scores,
+    v_tile,
+    highest,
+    total,
+    mixed,
+    start,
+    end,
+    position,
+    score_factor,
+    cap_factor,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The softmax sums after one more tile of keys. The same bits with and without masks where all keys are seen."""
-    key = start + tl.arange(0, TILE_KEYS)
-    slot = key.to(tl.int64)
-    present = (key >= begin) & (key < end)
-    if PAGE > 0:
-        block = tl.load(blocks + key // PAGE, mask=present, other=0) if MASKED else tl.load(blocks + key // PAGE)
-        slot = block.to(tl.int64) * PAGE + key % PAGE
-    offset = slot[:, None] * slot_stride + dim[None, :]
-    mask = present[:, None] & (dim[None, :] < DIM)
-    if not MASKED:
-        mask = (dim < DIM)[None, :]
-    BARE: tl.constexpr = not MASKED and DIM == dim.shape[0]
-    k_tile = tl.load(k_head + offset) if BARE else tl.load(k_head + offset, mask=mask, other=0.0)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    """The softmax sums with one more tile of keys. The same bits with and without masks where every key is seen."""
     factor = score_factor
     if CAPPED:
         scores = 2 / (1 + tl.exp(-2 * score_factor * scores)) - 1  # tanh
         factor = cap_factor
     if MASKED:
-        seen = present[None, :] & (key[None, :] <= position[:, None])
+        key = start + tl.arange(0, TILE_KEYS)
+        seen = (key < end)[None, :] & (key[None, :] <= position[:, None])
         if WINDOW is not None:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
@@ -92,7 +105,6 @@ def _attend_tile(
     weights = tl.exp2(tl.fma(scores, tl.zeros_like(scores) + factor, tl.zeros_like(scores) - shift[:, None]))
     decay = tl.exp2(highest - shift)
     total = tl.fma(total, decay, tl.sum(weights, 1))
-    v_tile = tl.load(v_head + offset) if BARE else tl.load(v_head + offset, mask=mask, other=0.0)
     mixed = tl.dot(weights.to(v_tile.dtype), v_tile, mixed * decay[:, None], input_precision="ieee")
     return new_highest, total, mixed
 
@@ -192,33 +204,40 @@ def _attention_kernel(
         width = tl.cdiv(tiles, SPLITS) * TILE_KEYS
         low += split * width
         high = tl.minimum(low + width, end)
-    # All lines see all keys of the tiles from `whole` to `masked`. A decode step is bound by memory: one loop is best.
-    whole = low
-    masked = low
-    if not ONE_QUERY:
-        if WINDOW is not None:
-            whole = tl.maximum(low, tl.cdiv(tl.maximum(end - WINDOW, 0), TILE_KEYS) * TILE_KEYS)
-        masked = tl.maximum(whole, (start_position + first + 1) // TILE_KEYS * TILE_KEYS)
-
     highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     mixed = tl.zeros([TILE_ROWS, BLOCK_DIM], tl.float32)
-    if WINDOW is not None:
-        for start in range(low, tl.minimum(whole, high), TILE_KEYS):
-            highest, total, mixed = _attend_tile(
-                q_tile, highest, total, mixed, k_head, v_head, blocks, start, begin, end, position, dim, score_factor,
-                cap_factor, cache_slot_stride, DIM, PAGE, WINDOW, CAPPED, TILE_KEYS, True,
-            )  # fmt: skip
+    masked = low
     if not ONE_QUERY:
-        for start in range(whole, masked, TILE_KEYS):
-            highest, total, mixed = _attend_tile(
-                q_tile, highest, total, mixed, k_head, v_head, blocks, start, begin, end, position, dim, score_factor,
-                cap_factor, cache_slot_stride, DIM, PAGE, WINDOW, CAPPED, TILE_KEYS, False,
+        # Every line sees all keys of the tiles before `masked`, but for a window. The scores of the next tile are
+        # multiplied while the weights of this one are computed (FlashAttention-3, arXiv 2407.08608, section 3.2).
+        masked = tl.maximum(low, (start_position + first + 1) // TILE_KEYS * TILE_KEYS)
+        k_tile = _load_tile(k_head, blocks, low, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        EDGES: tl.constexpr = WINDOW is not None
+        for start in range(low, masked, TILE_KEYS):
+            after = start + TILE_KEYS
+            k_tile = _load_tile(k_head, blocks, after, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+            next_scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            v_tile = _load_tile(v_head, blocks, start, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, EDGES)
+            highest, total, mixed = _weigh(
+                scores, v_tile, highest, total, mixed, start, end, position,
+                score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, EDGES,
             )  # fmt: skip
+            scores = next_scores
+        v_tile = _load_tile(v_head, blocks, masked, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        highest, total, mixed = _weigh(
+            scores, v_tile, highest, total, mixed, masked, end, position,
+            score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, True,
+        )  # fmt: skip
+        masked += TILE_KEYS
     for start in range(masked, high, TILE_KEYS):
-        highest, total, mixed = _attend_tile(
-            q_tile, highest, total, mixed, k_head, v_head, blocks, start, begin, end, position, dim, score_factor,
-            cap_factor, cache_slot_stride, DIM, PAGE, WINDOW, CAPPED, TILE_KEYS, True,
+        k_tile = _load_tile(k_head, blocks, start, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        v_tile = _load_tile(v_head, blocks, start, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        highest, total, mixed = _weigh(
+            scores, v_tile, highest, total, mixed, start, end, position,
+            score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, True,
         )  # fmt: skip
 
     divisor = tl.where(total == 0, 1.0, total)  # 0: no key seen
