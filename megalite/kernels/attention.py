@@ -18,10 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, multiprocessors, require_triton, tl, triton
+from megalite.kernels.jit import jit, multiprocessors, require_triton, shared_memory, tl, triton
 
 MAX_SPLITS = 32
 """Parts that the keys of one row are cut into at most."""
+LARGE_SHARED_MEMORY = 200 << 10
+"""Bytes that the largest tiles need; Hopper's multiprocessors have 227 KiB, other cards 99 or 163."""
 
 
 @jit
@@ -373,7 +375,7 @@ def _launch(
     assert k.stride() == v.stride() and q.stride(-1) == k.stride(-1) == 1
     require_triton()
     group = heads // kv_heads
-    tile = tile or _tile(group, dim, q.dtype, one_query)
+    tile = tile or _tile(group, dim, q.dtype, one_query, shared_memory(q.device))
     tiles = num_rows if one_query else tokens // (tile.rows // group) + num_rows  # at least as many as the rows need
     partial, lse = out, out  # not used
     if splits > 1:
@@ -425,14 +427,16 @@ class Tile:
     num_stages: int
 
 
-def _tile(group: int, dim: int, dtype: torch.dtype, one_query: bool) -> Tile:
-    """float32 has no tensor cores here, so its tiles are small."""
+def _tile(group: int, dim: int, dtype: torch.dtype, one_query: bool, shared: int) -> Tile:
+    """For a device with `shared` bytes of shared memory. float32 has no tensor cores here, so its tiles are small."""
     fewest = max(16, triton.next_power_of_2(group))  # 16: the least a matrix product takes
     if dtype == torch.float32:
         return Tile(fewest, 32 if dim <= 128 else 16, 4, 1)
     keys = 64 if dim <= 128 else 32
     if one_query:
         return Tile(fewest, keys, 4, 3)
+    if shared < LARGE_SHARED_MEMORY:
+        return Tile(max(64, fewest), 32, 4, 2)
     return Tile(max(128, fewest), keys, 8, 3)
 
 

@@ -16,7 +16,7 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["jit", "launches_dependents", "multiprocessors", "require_triton", "tl", "triton"]
+__all__ = ["jit", "launches_dependents", "multiprocessors", "require_triton", "shared_memory", "tl", "triton"]
 
 NOT_SPECIALIZED = ["num_rows", "num_outputs", "table_stride"]
 
@@ -36,6 +36,14 @@ def require_triton() -> None:
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 16 for a CPU, where kernels run in the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use on a CUDA device; Hopper's for a CPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 @cache
