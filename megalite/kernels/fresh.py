@@ -6,6 +6,8 @@ is the fastest there is on Hopper. It makes a plan for each shape, so only lengt
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,12 +66,14 @@ def fresh_attention(
     if q.is_cuda and tokens and heads and tile is None:
         capability = torch.cuda.get_device_capability(q.device)
         if which(tokens, rows, max_query_len, dim, q.dtype, window, softcap, capability) == "cudnn":
-            batched = [x.unflatten(0, (rows, max_query_len)).transpose(1, 2) for x in (q, k, v)]
-            group = heads > k.shape[1]
-            if torch.backends.cuda.can_use_cudnn_attention(
-                torch.backends.cuda.SDPAParams(*batched, None, 0.0, True, group)
-            ):
+            batched_q, batched_k, batched_v = (x.unflatten(0, (rows, max_query_len)).transpose(1, 2) for x in (q, k, v))
+            grouped = heads > k.shape[1]
+            chosen: Any = torch.backends.cuda  # whose types say nothing of these arguments
+            given = chosen.SDPAParams(batched_q, batched_k, batched_v, None, 0.0, True, grouped)
+            if chosen.can_use_cudnn_attention(given):
                 with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                    out = F.scaled_dot_product_attention(*batched, is_causal=True, scale=scale, enable_gqa=group)
+                    out = F.scaled_dot_product_attention(
+                        batched_q, batched_k, batched_v, is_causal=True, scale=scale, enable_gqa=grouped
+                    )
                 return out.transpose(1, 2).reshape(tokens, heads, dim)
     return attend_own_tokens(q, k, v, query_start, scale=scale, window=window, softcap=softcap, pdl=pdl, tile=tile)

@@ -43,7 +43,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may use on a CUDA device; Hopper's for a CPU."""
     if device.type != "cuda":
         return 227 << 10
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 @cache
