@@ -12,6 +12,7 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import Axis, ParallelState
 from megalite.errors import ConfigError
 from megalite.model import families
+from megalite.train import zero
 from megalite.train.loss import TokenLoss
 from megalite.train.micro_batch import from_sequences, from_windows
 from megalite.train.model import LanguageModel, Scorer
@@ -125,6 +126,52 @@ def test_every_rank_reads_the_loss_and_its_metrics_and_recomputes_blocks_where_a
             assert read["position"] == pytest.approx(sum(n * (n - 1) / 2 for n in counts) / sum(counts))
             assert after < before
             assert calls == passes * 4, "for each micro batch"
+
+
+def shortened_steps(rank: int, folder: Path, layout: Layout, shortened: bool):
+    """Norms of the gradients of three steps of two micro batches, and the float32 weights after them."""
+    with as_run(rank), pytest.MonkeyPatch.context() as patches:
+        if not shortened:
+            patches.setattr(zero, "shorten_steps", lambda *_: None)
+        trainer = make_trainer(new_decoder(folder, layout, torch.bfloat16))
+        norms = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(7 * trainer.state.dp.rank + step)
+            windows = torch.randint(trainer.decoder.config.vocab_size, (4, 9), generator=generator)
+            trainer.step([from_windows(part) for part in windows.split(2)])
+            norms.append(trainer.gradient_norm)
+            assert trainer.engine.optimizer.averaged_gradients[0] is None
+        return norms, {name: get_whole(param, WEIGHT) for name, param in trainer.decoder.named_parameters()}
+
+
+@pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(tp=2, dp=2)], ids=str)
+def test_a_shorter_step_gives_what_that_of_deepspeed_gives(model, layout, tiny, ranks):
+    """Partitions end within parameters; some experts get no token."""
+    results = [ranks(layout.size).run(shortened_steps, tiny(model), layout, shortened) for shortened in (False, True)]
+    for (norms, weights), (short_norms, short_weights) in zip(*results, strict=True):
+        assert short_norms == pytest.approx(norms, rel=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(short_weights[name], weight, rtol=1e-4, atol=1e-4)
+
+
+def bad_step(rank: int, folder: Path, zero_stage: int):
+    """Norm of an infinite gradient, whether the step changed weights, and the norm of a good one after it."""
+    with as_run(rank):
+        trainer = make_trainer(new_decoder(folder, Layout(), torch.bfloat16), zero_stage=zero_stage)
+        before = [param.detach().clone() for param in trainer.decoder.parameters()]
+        batch = batches_of(sequences(trainer.decoder.config.vocab_size))[0]
+        trainer.step([replace(batch, weights=batch.weights * torch.inf)])
+        norm = trainer.gradient_norm
+        same = all(torch.equal(*pair) for pair in zip(before, trainer.decoder.parameters(), strict=True))
+        trainer.step([batch])
+        return norm, same, trainer.gradient_norm
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_step_whose_gradient_is_not_finite_is_left_out(zero_stage, tiny, ranks):
+    [(norm, same, good)] = ranks(1).run(bad_step, tiny("qwen3"), zero_stage)
+    assert norm == float("inf") and same and 0 < good < float("inf")
 
 
 def tied_copies(rank: int, folder: Path, layout: Layout, dtype: torch.dtype):

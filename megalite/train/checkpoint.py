@@ -175,7 +175,7 @@ def _collect_files(trainer: Trainer, layout: Layout, digests: Mapping[str, bytea
 
 
 def _rescaled(trainer: Trainer, name: str, kind: str, value: Tensor, *, stored: bool) -> Tensor:
-    """A moment without the factor on its gradient that this layout has, see `complete_gradients`; or with it again.
+    """A moment without the factor on its gradient that this layout has, see `PartialGradients`; or with it again.
 
     It is stored in float64, so it comes back bit for bit.
     """

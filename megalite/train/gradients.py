@@ -58,28 +58,53 @@ def shared_rows(config: ModelConfig, state: ParallelState) -> dict[str, list[Sha
     return shared
 
 
-def complete_gradients(decoder: Decoder) -> dict[str, Tensor]:
-    """Hook onto each parameter whose gradient is partial on this tp rank, so that it comes out whole.
+class PartialGradients:
+    """The gradients of which each tp rank's backward pass has a part, made whole: of norms, and of shared rows.
 
     Rows that h tp ranks hold get the whole gradient divided by sqrt(h). DeepSpeed adds the square of every tp rank's
     slice to the global gradient norm: so h copies count as one. Adam does not see a constant factor on a row's gradient
-    (but for eps), so the update is that of the whole gradient. Returns h of each row of the parameters that have such
-    rows: float32 [rows]. Every tp rank runs the same backward graph, so the hooks' collectives meet in the same order.
+    (but for eps), so the update is that of the whole gradient.
     """
-    tp = decoder.state.tp
-    if tp.size == 1:
-        return {}
-    shared = shared_rows(decoder.config, decoder.state)
-    holders: dict[str, Tensor] = {}
-    for name, param in decoder.named_parameters():
-        if getattr(param, "sum_gradient_over_tp", False):
-            param.register_hook(lambda grad: all_reduce_sum(grad.contiguous().clone(), tp))
-        if name in shared:
-            holders[name] = torch.ones(param.shape[0], device=param.device)
-            for rows in shared[name]:
-                holders[name][rows.local] = torch.tensor(rows.holders, device=param.device, dtype=torch.float32)
-            param.register_hook(_sum_shared_rows(shared[name], holders[name].rsqrt(), tp))
-    return holders
+
+    def __init__(self, decoder: Decoder, *, once_a_step: bool):
+        """`once_a_step`: `complete` does it; else hooks do in every backward pass, before DeepSpeed cuts gradients.
+
+        Every tp rank runs the same backward graph, so the hooks' collectives meet in the same order.
+        """
+        self.tp = decoder.state.tp
+        self.holders: dict[str, Tensor] = {}
+        """Of each row of the parameters that have shared rows: how many tp ranks hold it, float32 [rows]."""
+        self.partial: list[nn.Parameter] = []
+        self.shared: list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]] = []
+        if self.tp.size == 1:
+            return
+        shared = shared_rows(decoder.config, decoder.state)
+        for name, param in decoder.named_parameters():
+            if getattr(param, "sum_gradient_over_tp", False):
+                self.partial.append(param)
+            if name in shared:
+                holders = self.holders[name] = torch.ones(param.shape[0], device=param.device)
+                for rows in shared[name]:
+                    holders[rows.local] = torch.tensor(rows.holders, device=param.device, dtype=torch.float32)
+                self.shared.append((param, _sum_shared_rows(shared[name], holders.rsqrt(), self.tp)))
+        if not once_a_step:
+            for param in self.partial:
+                param.register_hook(lambda grad: all_reduce_sum(grad.contiguous().clone(), self.tp))
+            for param, summed in self.shared:
+                param.register_hook(summed)
+            self.partial, self.shared = [], []
+
+    def complete(self, gradient_of: Callable[[nn.Parameter], Tensor | None]) -> None:
+        """Sum what a step's backward passes have accumulated. Collective over tp."""
+        gradients = [grad for grad in map(gradient_of, self.partial) if grad is not None]
+        if gradients:
+            whole = all_reduce_sum(torch.cat([grad.flatten() for grad in gradients]), self.tp)
+            parts = whole.split([grad.numel() for grad in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(grad) for part, grad in zip(parts, gradients, strict=True)])
+        for param, summed in self.shared:
+            grad = gradient_of(param)
+            if grad is not None:
+                grad.copy_(summed(grad))
 
 
 def _sum_shared_rows(shared: list[SharedRows], scale: Tensor, tp: Axis) -> Callable[[Tensor], Tensor]:
@@ -118,7 +143,7 @@ class TiedEmbedding:
             weight.ds_pipe_replicated = True  # DeepSpeed counts the other copy in the gradient norm
             self.param = weight
 
-    def complete_gradient(self, gradient_of: Callable[[nn.Parameter], Tensor]) -> None:
+    def complete_gradient(self, gradient_of: Callable[[nn.Parameter], Tensor | None]) -> None:
         """Sum what both copies have accumulated, before DeepSpeed takes the mean over dp. Collective over the replicas.
 
         The sum is over dp too, and only the first replica keeps it: DeepSpeed then adds zeros to it, which is exact in
@@ -127,6 +152,7 @@ class TiedEmbedding:
         if self.param is None or self.axis is None:
             return
         gradient = gradient_of(self.param)
+        assert gradient is not None, "both ends of a pipeline run every micro batch"
         all_reduce_sum(gradient, self.axis)
         if not self.dp.is_first:
             gradient.zero_()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalite.config.parallel_rules import zero_refusal
 from megalite.config.schema import OptimizerSection
@@ -25,7 +25,7 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.train import zero
 from megalite.train.balance import LoadBalance
-from megalite.train.gradients import TiedEmbedding, complete_gradients
+from megalite.train.gradients import PartialGradients, TiedEmbedding
 from megalite.train.loss import NEXT_TOKEN, Loss
 from megalite.train.micro_batch import MicroBatch
 from megalite.train.model import LanguageModel, Scorer, hidden_rows, make_pipeline, prepared, recompute_blocks
@@ -94,8 +94,8 @@ class Trainer:
         self.tied = TiedEmbedding(decoder)
         coefficient = decoder.config.router_aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef
         self.balance = LoadBalance(decoder, coefficient)
-        self.holders = complete_gradients(decoder)
-        """Of each row of the parameters that have rows on several tp ranks: how many hold it."""
+        self.partial = PartialGradients(decoder, once_a_step=zero_stage == 1)
+        self.holders = self.partial.holders
         self.optimizer = make_optimizer(decoder, optimizer)
         keys = deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {})
         with zero.one_optimizer_for_stages_1_and_2():
@@ -107,6 +107,7 @@ class Trainer:
                 dist_init_required=False,
             )
         zero.begin_optimizer(self.optimizer, self.engine.optimizer, zero_stage)
+        zero.shorten_steps(self.engine.optimizer, zero_stage)
         self.pipeline = make_pipeline(decoder)
         self.scorer = Scorer(decoder, self.engine, self.pipeline)
 
@@ -125,7 +126,8 @@ class Trainer:
         layout = self.state.layout
         self.pipeline.run(training(layout.pp, self.state.pp.rank, len(batches), layout.interleave), work)
         self.pipeline.drain()
-        self.tied.complete_gradient(lambda param: zero.accumulated_gradient(self.engine.optimizer, param))
+        self.partial.complete(self._accumulated)
+        self.tied.complete_gradient(self._accumulated)
         self.engine.step()
         self.steps_done += 1
         return StepReport(sums=work.sums, weight=work.weight, names=work.names)
@@ -173,6 +175,9 @@ class Trainer:
     def gradient_norm(self) -> float:
         """The true global norm before clipping, of the last step."""
         return float(self.engine.get_global_grad_norm())
+
+    def _accumulated(self, param: nn.Parameter) -> Tensor | None:
+        return zero.accumulated_gradient(self.engine.optimizer, param)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -59,10 +59,102 @@ def _link_moments(zero: Any) -> None:
     zero._lazy_init_hp_params_optimizer_state()
 
 
-def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor:
+def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor | None:
     """Stage 1: what the backward passes of this step have left, and the step will reduce over dp."""
-    gradient: Tensor = zero.get_gradient_for_reduction(param)
+    gradient: Tensor | None = zero.get_gradient_for_reduction(param)
     return gradient
+
+
+def shorten_steps(zero: Any, stage: int) -> None:
+    """Take passes over all gradients out of DeepSpeed's step; what is computed stays the same."""
+    if stage == 3 or zero.cpu_offload:
+        return
+    if zero.compute_grad_norm:  # it is not finite if a number is not, and the step looks at it too
+        zero.check_overflow = lambda partition_gradients=True: None
+    if stage == 1 and zero.use_grad_accum_attribute:
+        FlatGradients(zero)
+
+
+class FlatGradients:
+    """Stage 1, bfloat16 weights: a step's gradients add up in float32 in one tensor, laid out as the weights are.
+
+    They are reduced over dp in one collective, into what the optimizer reads. DeepSpeed keeps every parameter's by
+    itself; in its step it would copy them into buckets, divide, reduce, and add them to a further flat tensor.
+    """
+
+    def __init__(self, zero: Any):
+        self.zero = zero
+        self.flats: list[Tensor | None] = [None] * len(zero.bit16_groups)
+        """Of each parameter group, from its first gradient in a step to the update: float32."""
+        self.places: dict[nn.Parameter, tuple[int, int]] = {}
+        """Group of a parameter, and its first number's place in it."""
+        self.gaps: list[list[slice]] = []
+        """Of each group: what belongs to no parameter."""
+        for number, (params, flat) in enumerate(zip(zero.bit16_groups, zero.bit16_groups_flat, strict=True)):
+            starts = [(param.data_ptr() - flat.data_ptr()) // flat.itemsize for param in params]
+            self.places |= {param: (number, start) for param, start in zip(params, starts, strict=True)}
+            taken = sorted((start, start + param.numel()) for param, start in zip(params, starts, strict=True))
+            ends, begins = [0, *(end for _, end in taken)], [*(start for start, _ in taken), len(flat)]
+            self.gaps.append([slice(*gap) for gap in zip(ends, begins, strict=True) if gap[0] < gap[1]])
+        zero._fill_param_grad_accum_attribute = self.add
+        zero.reduce_gradients = self.reduce
+
+    def add(self, param: nn.Parameter) -> None:
+        """Add a parameter's gradient to what it has, and drop it. DeepSpeed calls it in every backward pass."""
+        if param.grad is None:
+            return
+        fields: Any = param
+        if fields.grad_accum is None:
+            fields.grad_accum = self._part(param).copy_(param.grad)
+        else:
+            fields.grad_accum.add_(param.grad)
+        param.grad = None
+
+    def reduce(self, pipeline_parallel: bool = False) -> None:
+        """Give DeepSpeed the mean over dp of this rank's partitions. It calls this once a step."""
+        for number, params in enumerate(self.zero.bit16_groups):
+            for param in params:
+                if param.grad_accum is None:
+                    self._part(param).zero_()
+            flat, group = self._flat(number), self.zero.real_dp_process_group[number]
+            size, rank = dist.get_world_size(group), dist.get_rank(group)
+            mine = flat if size == 1 else flat.new_empty(len(flat) // size)
+            if size > 1:
+                dist.reduce_scatter_tensor(mine, flat, group=group)
+                mine.div_(size)
+            owned = _Partition(mine, self, number)
+            for param in self.zero.params_in_partition[number]:
+                _, place = self.places[param]
+                start = place - rank * len(mine)
+                owned.append(mine[max(0, start) : start + param.numel()])
+            self.zero.averaged_gradients[number] = owned
+
+    def _part(self, param: nn.Parameter) -> Tensor:
+        number, start = self.places[param]
+        return self._flat(number)[start : start + param.numel()].view(param.shape)
+
+    def _flat(self, number: int) -> Tensor:
+        flat = self.flats[number]
+        if flat is None:
+            flat = torch.empty_like(self.zero.bit16_groups_flat[number], dtype=torch.float32)
+            for gap in self.gaps[number]:
+                flat[gap].zero_()
+            self.flats[number] = flat
+        return flat
+
+
+class _Partition(list[Tensor]):
+    """What the gradients of a partition have to be for DeepSpeed's step: one for each parameter, and all in one."""
+
+    def __init__(self, flat: Tensor, owner: FlatGradients, number: int):
+        super().__init__()
+        self.flat_partition = flat
+        self.owner = owner
+        self.number = number
+
+    def release_grad_buffers(self) -> None:
+        """Called when the optimizer has been given them, or the step is left out."""
+        self.owner.flats[self.number] = None
 
 
 def offload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
