@@ -4,7 +4,8 @@ One rank, on the CPU or a GPU, ZeRO stage 1, the same AdamW on both sides, gradi
 own loss. Both begin with the same weights, get the same new tokens in every round and take turns; who goes first
 changes. Printed are the medians over the rounds, in milliseconds a step, and the median of the rounds' ratios, megalite
 over transformers: below 1 is faster; by the clock, and by processor time, which other work on the machine disturbs
-less. The losses of both are compared on the way.
+less. The losses of both are compared on the way. Then megalite's tokens a second, and the share that the model's
+operations have of what the device does in matmuls, measured in the same call, and of its peak on paper.
 
 With --ragged the sequences are of unequal lengths: transformers pads them, and on a GPU packs them too. "equal" is
 megalite's own step over sequences of one length with as many tokens and the same sum of squared lengths.
@@ -30,11 +31,14 @@ from torch.nn.utils.rnn import pad_sequence
 from megalite.config.schema import DistributedSection, OptimizerSection
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
+from megalite.kernels.device import device_name, release_memory
 from megalite.model import families
 from megalite.run.runtime import prepare_deepspeed, start
+from megalite.tools.benchmarks.floor import matmul_rate
 from megalite.tools.benchmarks.shapes import SHAPES, save_random
 from megalite.tools.toolkit import say_time_left
 from megalite.train.data.packing import pack
+from megalite.train.flops import peak_flops, training_flops
 from megalite.train.micro_batch import from_sequences, from_windows
 from megalite.train.optimizer import deepspeed_config, make_optimizer
 from megalite.train.trainer import Trainer
@@ -45,6 +49,11 @@ from megalite.weights.dtypes import torch_dtype
 ALL_STEPS = 1 << 20
 """Of the learning rate's schedule: it stays at its peak while this measures."""
 OPTIMIZER = OptimizerSection(learning_rate=1e-4, min_learning_rate=1e-4, warmup_steps=0)
+QUICK: dict[str, dict[str, Any]] = {
+    "cpu": {"models": ["qwen3-10M"], "dtypes": ["float32"], "rounds": 3},
+    "cuda": {"models": ["qwen3-0.6B"], "dtypes": ["bfloat16"], "rounds": 5, "batch": 8, "length": 1024},
+}
+"""What --quick sets, by device."""
 TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2}
 """Largest difference between the losses of a step."""
 
@@ -62,11 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LENGTH",
         help="sequences of unequal lengths: these (128x16 is 128 of 16 tokens), or without any drawn up to --length",
     )
+    parser.add_argument("--quick", action="store_true", help="one shape, one dtype: below 2 minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of either side")
     parser.add_argument("--json", help="write the figures here")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.quick:
+        vars(args).update(QUICK[args.device])
     figures = []
     section = DistributedSection(device=args.device)
     with (
@@ -76,11 +88,14 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
         prepare_deepspeed(runtime)
         print(f"{args.threads} threads, {described(args)} a step, {args.rounds} rounds; ms a step, and ratios")
+        limits = device_limits(runtime.device)
+        words = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in limits.items())
+        print(f"{device_name(runtime.device) or 'CPU'}: {words}", flush=True)
         for name in args.models:
             folder = Path(tmp) / name
             save_random(name, folder)
             for dtype in args.dtypes:
-                row = {"model": name, "dtype": dtype, **measure(folder, dtype, runtime.device, args)}
+                row = {"model": name, "dtype": dtype, **measure(folder, dtype, runtime.device, args, limits)}
                 figures.append(row)
                 words = ", ".join(
                     f"{key} {value:.2f}" if value < 10 else f"{key} {value:.0f}"
@@ -91,6 +106,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def device_limits(device: torch.device) -> dict[str, float]:
+    """Operations a second: measured in bfloat16 on a GPU and in float32 on a CPU, and on paper where that is known."""
+    limits = {"matmul rate": matmul_rate(device)}
+    release_memory(device)
+    peak = peak_flops(device_name(device))
+    return limits if peak is None else {**limits, "peak": peak}
 
 
 def described(args: argparse.Namespace) -> str:
@@ -116,12 +139,16 @@ def as_equal(lengths: list[int]) -> list[int]:
     return [length] * max(1, round(sum(lengths) / length))
 
 
-def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Namespace) -> dict[str, float]:
-    """Medians of all sides, and of their ratios."""
+def measure(
+    folder: Path, dtype: str, device: torch.device, args: argparse.Namespace, limits: dict[str, float]
+) -> dict[str, float]:
+    """Medians of all sides, and of their ratios; what megalite's come to beside `limits`."""
     sides = {"megalite": ours(folder, dtype, device), "transformers": theirs(folder, dtype, device, padded)}
     if args.ragged is not None and device.type == "cuda":
         sides["packed"] = theirs(folder, dtype, device, packed)
-    vocab = families.read(folder).vocab_size
+    model = families.read(folder)
+    vocab = model.vocab_size
+    rates: list[tuple[float, float]] = []
     generator = torch.Generator().manual_seed(0)
     rounds: list[dict[str, Timed]] = []
     for number in range(args.rounds + 1):
@@ -143,6 +170,8 @@ def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Names
                     sides[name](rows)
         if number:  # the first round warms up
             rounds.append(found)
+            seconds = found["megalite"].seconds
+            rates.append((sum(lengths) / seconds, training_flops(model, lengths) / seconds))
         if number == 1:
             say_time_left(time.monotonic() - began, args.rounds - number, f"{folder.name}, {dtype}")
     mine, others = "megalite", [name for name in rounds[0] if name != "megalite"]
@@ -152,7 +181,9 @@ def measure(folder: Path, dtype: str, device: torch.device, args: argparse.Names
         for name in others
     }
     cpu = statistics.median(one[mine].cpu_seconds / one["transformers"].cpu_seconds for one in rounds)
-    return {**medians, **ratios, "of processor time": cpu}
+    tokens, operations = (statistics.median(column) for column in zip(*rates, strict=True))
+    shares = {f"of {name}": operations / limit for name, limit in limits.items()}
+    return {**medians, **ratios, "of processor time": cpu, "tokens/s": tokens, **shares}
 
 
 @dataclass(frozen=True)
