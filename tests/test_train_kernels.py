@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_kernels import CUDA, DEVICE, needs_triton  # first: it chooses the interpreter
 
+from megalite.core import fused
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.kernels import loss as kernels
+from megalite.model import families
 from megalite.train import loss
 from megalite.train.loss import target_logprobs
+from megalite.train.micro_batch import from_windows
+from megalite.train.model import LanguageModel
+from megalite.weights.transfer import build, load_folder
 
 pytestmark = needs_triton
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -68,15 +75,15 @@ def test_log_probabilities_are_those_without_kernels(dtype, temperature, softcap
     targets, upstream = torch.randint(103, (40,), device=DEVICE), torch.randn(40, device=DEVICE)
     axis = ParallelState(Layout()).tp
     results = []
-    for fused in (False, True):
-        monkeypatch.setattr(loss, "has_kernels", lambda x, fused=fused: fused)
+    for kernels_used in (False, True):
+        monkeypatch.setattr(loss, "has_kernels", lambda x, used=kernels_used: used)
         inputs = [one.detach().to(dtype).requires_grad_() for one in (hidden, weight)]
         found = target_logprobs(*inputs, targets, axis=axis, first_row=0, temperature=temperature, softcap=softcap)
         (found * upstream).sum().backward()
         results.append([found.detach(), *(one.grad for one in inputs)])
     rough = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    for plain, fused in zip(*results, strict=True):
-        torch.testing.assert_close(fused, plain, **rough)
+    for plain, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, plain, **rough)
 
 
 def test_logits_that_were_overwritten_are_not_used_again(monkeypatch):
@@ -87,6 +94,85 @@ def test_logits_that_were_overwritten_are_not_used_again(monkeypatch):
     found.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         found.backward()
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a kernel allocates holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+
+
+def check(found, leaves, exact, exact_leaves):
+    """Outputs and the gradients of leaves (either None) from a random gradient of the outputs, against float64's."""
+    tolerance = TOLERANCE[found[0].dtype]
+    upstream = [torch.randn_like(one) for one in found]
+    grads = torch.autograd.grad(found, [one for one in leaves if one is not None], upstream)
+    exact_grads = torch.autograd.grad(
+        exact, [one for one in exact_leaves if one is not None], [u.double() for u in upstream]
+    )
+    for got, wanted in zip((*found, *grads), (*exact, *exact_grads), strict=True):
+        scale = max(1.0, wanted.abs().max().item())
+        torch.testing.assert_close(got.double(), wanted.detach(), rtol=tolerance, atol=tolerance * scale)
+
+
+def leaves_of(*tensors: torch.Tensor | None):
+    """The tensors, to be differentiated by, and in float64."""
+    mine = [None if one is None else one.detach().requires_grad_() for one in tensors]
+    return mine, [None if one is None else one.detach().double().requires_grad_() for one in tensors]
+
+
+def normed(x, weight, zero_centred):
+    return x * (x.square().mean(-1, keepdim=True) + 1e-3).rsqrt() * (weight + zero_centred)
+
+
+@pytest.mark.parametrize("tokens, dim", [(1, 8), (40, 100), (3, 2560)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("adds, zero_centred", [(True, False), (False, True), (True, True)])
+def test_a_norm_with_the_sum_before_it(tokens, dim, dtype, adds, zero_centred, poisoned):
+    torch.manual_seed(dim)
+    x = randn(tokens, dim + 3, dtype=dtype)[:, :dim]
+    mine, exact = leaves_of(x, randn(tokens, dim, dtype=dtype) if adds else None, randn(dim, dtype=dtype))
+    found = fused.add_norm(*mine, 1e-3, zero_centred=zero_centred)
+    stream = exact[0] + exact[1] if adds else exact[0] * 1
+    rounded = stream + (found[0].detach().double() - stream.detach())  # the norm sees what is stored
+    check(found, mine, (rounded, normed(rounded, exact[2], zero_centred)), exact)
+
+
+def test_a_norm_whose_stream_or_norm_goes_nowhere():
+    mine, exact = leaves_of(randn(5, 12), randn(5, 12), randn(12))
+    stream, norm = fused.add_norm(*mine, 1e-3, zero_centred=False)
+    wanted = normed(exact[0] + exact[1], exact[2], False)
+    check((norm,), mine, (wanted,), exact)
+    stream, norm = fused.add_norm(*mine, 1e-3, zero_centred=False)
+    check((stream,), mine[:2], (exact[0] + exact[1],), exact[:2])
+
+
+@pytest.mark.parametrize("heads, keys, dim, rotated", [(4, 2, 16, 16), (3, 3, 80, 80), (7, 1, 24, 12), (2, 2, 128, 32)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("norms, zero_centred", [(True, False), (True, True), (False, False)])
+def test_heads_after_norms_and_rotation(heads, keys, dim, rotated, dtype, norms, zero_centred, poisoned):
+    tokens, counts = 9, (heads, keys)
+    torch.manual_seed(heads * dim)
+    weights = [randn(dim, dtype=dtype) for _ in counts] if norms else [None, None]
+    mine, exact = leaves_of(randn(tokens, heads + 2 * keys, dim, dtype=dtype), *weights)
+    by_position = heads % 2 == 0
+    angles = torch.rand(30 if by_position else tokens, rotated // 2, device=DEVICE) * 6
+    positions = torch.randint(30, (tokens,), device=DEVICE) if by_position else None
+    table = torch.cat([angles.cos(), 1.3 * angles.sin()], 1)
+    given = (*mine[1:], 1e-3) if norms else None
+    found = fused.turned_heads(mine[0], counts, table, positions, given, zero_centred=zero_centred)
+    cos, sin = (table if positions is None else table[positions]).double()[:, None].split(rotated // 2, -1)
+    wanted, v = [], exact[0][:, heads + keys :] * 1
+    for x, weight in zip(exact[0][:, : heads + keys].split(counts, 1), exact[1:], strict=True):
+        x = normed(x, weight, zero_centred) if norms else x
+        first, second, rest = x.split([rotated // 2, rotated // 2, dim - rotated], -1)
+        wanted.append(torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1))
+    check(found, mine, (*wanted, v), exact)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
@@ -109,3 +195,26 @@ def test_logits_of_a_real_vocabulary():
     into = -exact.exp()
     into.scatter_add_(1, targets[rows, None], torch.ones_like(wanted)[:, None])
     torch.testing.assert_close(hidden.grad[rows].double(), into @ weight.detach().double(), rtol=3e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gemma2", "qwen3_moe", "phi3_longrope"])
+def test_a_model_learns_the_same_by_kernels(name, tiny, monkeypatch):
+    """Log-probabilities and the gradient of every parameter, in float32."""
+    results = []
+    for used in (False, True):
+        monkeypatch.setattr(loss, "has_kernels", lambda x, used=used: used)
+        monkeypatch.setattr(fused, "learns_by_kernels", lambda x, used=used: used and torch.is_grad_enabled())
+        decoder = build(
+            families.read(tiny(name)), ParallelState(Layout()), dtype=torch.float32, device=torch.device(DEVICE)
+        )
+        load_folder(decoder, tiny(name))
+        windows = torch.randint(decoder.config.vocab_size, (2, 6), generator=torch.Generator().manual_seed(1))
+        found = LanguageModel(decoder)(from_windows(windows).to(torch.device(DEVICE)))
+        (found * torch.linspace(-1, 1, 10, device=DEVICE)).sum().backward()
+        grads = {key: param.grad for key, param in decoder.named_parameters() if param.grad is not None}
+        results.append({"log-probabilities": found.detach(), **grads})
+    plain, kernels_used = results
+    assert plain.keys() == kernels_used.keys()
+    for key, wanted in plain.items():
+        difference = (kernels_used[key] - wanted).abs().max().item()
+        assert difference <= 1e-4 * max(0.1, wanted.abs().max().item()), key

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.core import fused
 from megalite.core.collectives import fusable_sum, leave_tp
 from megalite.core.functional import by_kernels, rms_norm
 from megalite.core.layout import Even
@@ -91,10 +92,16 @@ class RMSNorm(nn.Module):
             )
         assert update is None
         x = x if rows is None else x[rows]
+        if fused.learns_by_kernels(x) and x.ndim == 2:
+            return self.learnt(x, None)[1]
         if self.zero_centred:
             # float32 throughout: 1 + weight loses the weight's low bits in bfloat16
             return rms_norm(x.float(), 1.0 + self.weight.float(), self.eps).type_as(x)
         return rms_norm(x, self.weight, self.eps)
+
+    def learnt(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + update and its norm by kernels with gradients, [T, D] both."""
+        return fused.add_norm(x, update, self.weight, self.eps, zero_centred=self.zero_centred)
 
 
 class LayerNorm(nn.Module):
@@ -155,6 +162,9 @@ class Residual:
         if self.update is not None and isinstance(norm, RMSNorm) and by_kernels(self.x):
             out = norm(self.x, update=self.update, sums=self.sums)
             self.update = self.sums = None
+        elif isinstance(norm, RMSNorm) and self.sums is None and fused.learns_by_kernels(self.x):
+            self.x, out = norm.learnt(self.x, self.update)
+            self.update = None
         else:
             out = norm(self.total())
         return out

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from megalite.core import fused
 from megalite.core.functional import has_kernels
 from megalite.core.layers import RMSNorm
 from megalite.model.config import AttentionSpec
@@ -77,6 +78,13 @@ class Heads:
 
     def treated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D] and keys [T, K, D] after norms and rotation, and values [T, K, D]."""
+        num_q, num_k, _ = self.counts
+        if self.rotation is not None and fused.learns_by_kernels(self.qkv):
+            norms, zero_centred = None, False
+            if self.norms is not None:
+                q_norm, k_norm = self.norms
+                norms, zero_centred = (q_norm.weight, k_norm.weight, q_norm.eps), q_norm.zero_centred
+            return fused.turned_heads(self.qkv, (num_q, num_k), *self.rotation.table, norms, zero_centred=zero_centred)
         q, k, v = self.qkv.split(self.counts, 1)
         if self.norms is not None:
             q, k = self.norms[0](q), self.norms[1](k)
@@ -84,7 +92,6 @@ class Heads:
             return q, k, v
         if has_kernels(q):
             return self.rotation(q), self.rotation(k), v
-        num_q, num_k, _ = self.counts
         together = self.qkv[:, : num_q + num_k] if self.norms is None else torch.cat([q, k], 1)
         q, k = self.rotation(together).split((num_q, num_k), 1)
         return q, k, v
