@@ -6,8 +6,9 @@ group over dp; stage 3 cuts every parameter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,12 +68,37 @@ def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor | None:
 
 def shorten_steps(zero: Any, stage: int) -> None:
     """Take passes over all gradients out of DeepSpeed's step; what is computed stays the same."""
-    if stage == 3 or zero.cpu_offload:
+    if stage == 3 or zero.cpu_offload or zero.dtype == torch.float32:
         return
     if zero.compute_grad_norm:  # it is not finite if a number is not, and the step looks at it too
         zero.check_overflow = lambda partition_gradients=True: None
+        zero.get_grad_norm_direct = partial(_gradient_norm, zero)
     if stage == 1 and zero.use_grad_accum_attribute:
         FlatGradients(zero)
+
+
+def _gradient_norm(
+    zero: Any, gradients: Sequence[Tensor], params: Sequence[nn.Parameter], norm_type: int = 2
+) -> Tensor:
+    """Of a parameter group over all ranks, or -1 where it is not finite, as `zero`'s own; in few kernels.
+
+    A parameter that several ranks hold whole counts once.
+    """
+    from deepspeed.runtime.utils import is_model_parallel_parameter
+
+    assert norm_type == 2
+    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    counted = [
+        gradient.detach()
+        for gradient, param in zip(real, params, strict=False)
+        if not getattr(param, "ds_pipe_replicated", False)
+        and (is_model_parallel_parameter(param) or zero.model_parallel_rank == 0)
+    ]
+    norms = torch._foreach_norm(counted, dtype=torch.float64) if counted else [torch.zeros((), device=zero.device)]
+    total = torch.stack(norms).square().sum().float()
+    dist.all_reduce(total, group=zero.dp_process_group)
+    zero._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
 
 class FlatGradients:
@@ -96,6 +122,7 @@ class FlatGradients:
             taken = sorted((start, start + param.numel()) for param, start in zip(params, starts, strict=True))
             ends, begins = [0, *(end for _, end in taken)], [*(start for start, _ in taken), len(flat)]
             self.gaps.append([slice(*gap) for gap in zip(ends, begins, strict=True) if gap[0] < gap[1]])
+        zero.contiguous_gradients = False  # else it keeps buckets that are not used
         zero._fill_param_grad_accum_attribute = self.add
         zero.reduce_gradients = self.reduce
 
