@@ -191,15 +191,16 @@ class _Fused(_Plain):
 
     def __init__(self, temperature: float, softcap: float | None, hidden: Tensor):
         super().__init__(temperature, softcap, hidden)
-        self.changes = {"temperature": temperature, "softcap": softcap}
         if hidden.is_cuda and hidden.itemsize == 2:
             self.numbers = max(BLOCK, device_memory(hidden.device) // (SHARE * hidden.itemsize))
 
     def statistics(self, scores: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return *softmax_statistics(scores, local, **self.changes), scores
+        return *softmax_statistics(scores, local, temperature=self.temperature, softcap=self.softcap), scores
 
     def gradient(self, scores: Tensor, local: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-        return softmax_gradient_(scores, local, lse, grad.contiguous(), **self.changes)
+        return softmax_gradient_(
+            scores, local, lse, grad.contiguous(), temperature=self.temperature, softcap=self.softcap
+        )
 
     def gradient_of_kept(self, scores: Tensor, local: Tensor, lse: Tensor, share: Tensor, grad: Tensor) -> Tensor:
         return self.gradient(scores, local, lse - share, grad)
