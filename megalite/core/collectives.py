@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.parallel_state import Axis, ParallelState
-from megalite.kernels.symmetric import SymmetricSum, Unavailable, capturing
+from megalite.kernels.symmetric import SymmetricSum, Unavailable
 from megalite.monitor.metrics import RankReport
 
 log = logging.getLogger(__name__)
@@ -114,23 +114,26 @@ def broadcast_from_last(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
-def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:
-    """What sums x [T, D] over the GPUs of an axis faster than NCCL; None: nothing does.
+def prepare_sums(axis: Axis, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    """From now on sums along the axis of few rows of this width and dtype do without NCCL, where the GPUs allow it.
 
-    Collective the first time for a width and dtype, which then is not in a CUDA graph.
+    For calls without gradients. Collective over the axis, with nothing else under way in its group.
     """
-    if x.device.type != "cuda" or axis.size == 1 or x.ndim != 2:
-        return None
-    key = x.shape[1], x.dtype
-    if key not in axis.sums and not capturing():
-        assert axis.group is not None
-        try:
-            axis.sums[key] = SymmetricSum(axis.group, width=x.shape[1], dtype=x.dtype, device=x.device)
-        except Unavailable as reason:
-            axis.sums[key] = None
-            if axis.is_first:
-                log.warning("sums over ranks %s go through NCCL, the slower way for few tokens: %s", axis.ranks, reason)
-    sums = axis.sums.get(key)
+    key = width, dtype
+    if device.type != "cuda" or axis.size == 1 or key in axis.sums:
+        return
+    assert axis.group is not None
+    try:
+        axis.sums[key] = SymmetricSum(axis.group, width=width, dtype=dtype, device=device)
+    except Unavailable as reason:
+        axis.sums[key] = None
+        if axis.is_first:
+            log.warning("sums over ranks %s go through NCCL, the slower way for few tokens: %s", axis.ranks, reason)
+
+
+def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:
+    """What sums x [T, D] over the GPUs of an axis faster than NCCL; None: nothing does, or it was not prepared."""
+    sums = axis.sums.get((x.shape[-1], x.dtype)) if axis.sums and x.ndim == 2 else None
     return sums if sums is not None and sums.takes(x) else None
 
 

@@ -36,7 +36,7 @@ class Axis:
     name: str = ""
     """Under which `meter` counts the bytes of collectives along the axis."""
     sums: dict[tuple[int, torch.dtype], SymmetricSum | None] = field(default_factory=dict, repr=False, compare=False)
-    """By width and dtype of rows, how they are summed without NCCL; None: not at all. Made when first wanted."""
+    """By width and dtype of rows, how they are summed without NCCL; None: not at all. See `prepare_sums`."""
 
     @property
     def size(self) -> int:

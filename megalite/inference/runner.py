@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megalite.core.collectives import gather_columns
+from megalite.core.collectives import gather_columns, prepare_sums
 from megalite.core.pipeline import StageLink
 from megalite.errors import maybe_fault
 from megalite.inference.choice import PLAIN, Choice, SampledRows
@@ -72,6 +72,7 @@ class Runner:
         weight = next(decoder.parameters())
         width = decoder.config.hidden_size
         self.link = StageLink(self.state, hidden_size=width, dtype=weight.dtype, device=weight.device)
+        prepare_sums(self.state.tp, width=width, dtype=weight.dtype, device=weight.device)
         self.return_ids = return_ids and self.state.pp.size > 1
         self._returning: deque[tuple[int, Tensor, Tensor]] = deque()
         """First stage: step, rows and positions of ids that will come back."""

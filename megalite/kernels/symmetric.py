@@ -126,11 +126,6 @@ class SymmetricSum:
         return all(torch.equal(one, expected[: one.shape[0]]) for one in found)
 
 
-def capturing() -> bool:
-    """Is the current stream being captured in a CUDA graph?"""
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _mapped(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Any]:
     """Zeros, uint8, and torch's handle of all ranks' memory; Unavailable on every rank if one has none."""
     memory = handle = None
