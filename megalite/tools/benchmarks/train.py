@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         prepare_deepspeed(runtime)
         print(f"{args.threads} threads, {described(args)} a step, {args.rounds} rounds; ms a step, and ratios")
         limits = device_limits(runtime.device)
-        words = ", ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in limits.items())
+        words = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.items())
         print(f"{device_name(runtime.device) or 'CPU'}: {words}", flush=True)
         for name in args.models:
             folder = Path(tmp) / name
