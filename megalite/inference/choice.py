@@ -49,7 +49,12 @@ class Needs:
     longest: int = 0
     """If a row has penalties: a length above every row's; else 0."""
     logprobs: tuple[int | None, ...] = ()
-    """How many of the likeliest tokens are to be listed for each row; empty: for none."""
+    """How many of the likeliest tokens are to be listed for each row, -1: all; empty: no row has a list."""
+
+    def most(self, vocab_size: int) -> int:
+        """Of the lists' lengths, the largest."""
+        listed = [k for k in self.logprobs if k is not None]
+        return vocab_size if min(listed, default=0) < 0 else min(max(listed, default=0), vocab_size)
 
 
 PLAIN = Needs()

@@ -21,11 +21,6 @@ PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 """What is added to its key after each round."""
 
-LONG_ROW = 2**14
-"""Places of a row from which its running sum is slow on an accelerator."""
-RUN = 256
-"""Places that are summed up first in such a row."""
-
 BUCKET_SHIFT = 18
 """Bits dropped of a float32 to find its bucket: its sign, exponent and 5 bits of mantissa stay."""
 BUCKETS = (127 + 63) << (23 - BUCKET_SHIFT)
@@ -99,25 +94,9 @@ def draw(weights: Tensor, numbers: Tensor) -> Tensor:
     The sums are exact and `numbers` at most 1 - 2**-53, which rounding leaves below the total: a place of weight 0
     never comes out.
     """
-    if weights.is_cuda and weights.shape[1] >= LONG_ROW:
-        return draw_by_runs(weights, numbers)
     reached = weights.cumsum(-1)
     goal = (numbers * reached[:, -1].double()).long()
     return torch.searchsorted(reached, goal[:, None], right=True)[:, 0]
-
-
-def draw_by_runs(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The same, with running sums over the sums of runs of places, and then within one run."""
-    length = weights.shape[1]
-    whole = length // RUN * RUN
-    runs = weights[:, :whole].view(len(weights), length // RUN, RUN).sum(-1)
-    reached = torch.cat([runs, weights[:, whole:].sum(-1, keepdim=True)], 1).cumsum_(-1)
-    goal = (numbers * reached[:, -1].double()).long()[:, None]
-    run = torch.searchsorted(reached, goal, right=True)
-    goal -= torch.where(run > 0, reached.gather(1, (run - 1).clamp_(min=0)), 0)
-    places = run * RUN + torch.arange(RUN, device=weights.device)
-    within = weights.gather(1, places.clamp_(max=length - 1)).cumsum_(-1)
-    return (run * RUN + torch.searchsorted(within, goal, right=True))[:, 0]
 
 
 def draw_of_best(weights: Tensor, top_k: Tensor, top_p: Tensor, numbers: Tensor) -> Tensor:

@@ -97,12 +97,12 @@ class Edits:
         if wishes.bias:
             logits[list(wishes.bias)] += np.array(list(wishes.bias.values()), np.float32)
 
-    def apply(self, buffer: Tensor, raw: Tensor, rows: Tensor, positions: Tensor) -> None:
+    def apply(self, buffer: Tensor, rows: Tensor, positions: Tensor) -> None:
         """Edit logits in place. `buffer`: float32 [n * V + 1], the logits of `rows` (int64 [n]) and one place for what
-        has none; `raw` [n, V] the same before. `positions` int64 [n]: where each row's new token will stand."""
+        has none. `positions` int64 [n]: where each row's new token will stand."""
         if self._stale:
             self._upload()
-        count, vocab = raw.shape
+        count, vocab = len(rows), self.vocab_size
         place = rows.new_full((len(self.tokens),), -1)
         place[rows] = torch.arange(count, device=rows.device)
         at = torch.zeros_like(place)
@@ -116,7 +116,7 @@ class Edits:
         if self._allowed.numel():
             of, ids = self._allowed
             index = where(of, ids)
-            kept = raw.reshape(-1).index_select(0, index.clamp(max=count * vocab - 1)).to(buffer.dtype)
+            kept = buffer.index_select(0, index)
             narrow = self._narrowed.index_select(0, rows).bool()
             buffer[:-1].view(count, vocab).masked_fill_(narrow[:, None], -math.inf)
             buffer.index_copy_(0, index, kept)

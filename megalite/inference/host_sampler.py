@@ -15,11 +15,11 @@ from torch import Tensor
 
 from megalite.inference import draws
 from megalite.inference.choice import Choice, Details, Needs
-from megalite.inference.edits import Edits, Penalties
+from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.memory import SAMPLING_CHUNK
 
 CPU_CHUNK = 2**17
-"""Logits worked on at once on a CPU: what stays in its cache. On an accelerator memory.SAMPLING_CHUNK."""
+"""Logits worked on at once on a CPU: what stays in its cache."""
 FEW = 12
 """Rows up to which penalties cost less one after the other than at once."""
 LARGEST = 2.0**100
@@ -75,21 +75,24 @@ Way = Callable[[Tensor, list[RowParams], Tensor], Tensor]
 class HostSampler:
     """Samples rows of `params`, which are known by their numbers."""
 
-    def __init__(
-        self, vocab_size: int, params: list[RowParams], edits: Edits, penalties: Penalties, at_temperature: bool
-    ):
+    def __init__(self, tokens: Tensor, vocab_size: int, send: Send, params: list[RowParams], at_temperature: bool):
+        """`tokens` as `Sampler`; `params`: kept up by the caller."""
         self.vocab_size = vocab_size
         self.params = params
-        self.edits = edits
-        self.penalties = penalties
         self.at_temperature = at_temperature
+        self._prompt_len = torch.zeros(len(tokens), dtype=torch.int64)
+        self.edits = Edits(vocab_size, tokens, self._prompt_len, send)
+        self.penalties = Penalties(tokens, self._prompt_len, send)
+
+    def admit(self, rows: list[int], params: list[RowParams]) -> None:
+        """These rows have new parameters."""
+        self._prompt_len[rows] = torch.tensor([one.prompt_len for one in params])
 
     def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice:
         """As `Sampler.sample`."""
         numbers, places = rows.tolist(), positions.tolist()
         parts = []
-        listed = [k for k in needs.logprobs if k is not None]
-        most = -1 if min(listed, default=0) < 0 else max(listed, default=0)
+        most = needs.most(self.vocab_size)
         step = chunk_rows(logits)
         for start in range(0, len(rows) or 1, step):
             part = slice(start, start + step)
@@ -122,7 +125,7 @@ class HostSampler:
         ids = self._choose(edited, params, positions)
         logprobs = scores = raw.logits.log_softmax(-1)
         if self.at_temperature and any(one.temperature not in (0, 1) for one in params):
-            divisors = torch.tensor([one.temperature or 1.0 for one in params], device=ids.device)
+            divisors = torch.tensor([one.temperature or 1.0 for one in params])
             scores = (raw.logits / divisors[:, None]).log_softmax(-1)
         found = None
         if counts:
@@ -132,7 +135,7 @@ class HostSampler:
         chosen = scores.gather(1, ids[:, None])[:, 0]
         for failed in (edited.failed, raw.failed):
             if failed is not None:
-                codes = torch.tensor(failed, device=ids.device)
+                codes = torch.tensor(failed)
                 ids = torch.where(codes < 0, codes, ids)
         return Choice(ids, chosen, found)
 
@@ -177,12 +180,12 @@ class HostSampler:
         for i, one in enumerate(params):
             if one.temperature > 0:
                 ways.setdefault(_of_best if one.top_k else _of_nucleus if one.top_p < 1 else _of_all, []).append(i)
-        ids, device = edited.best, edited.best.device
+        ids = edited.best
         for way, places in ways.items():
             of = [params[i] for i in places]
             uniform = [_uniform(params[i], positions[i]) for i in places]
             weights = self._weights(_rows(edited.logits, places), _rows(edited.peaks, places), of)
-            drawn = way(weights, of, torch.tensor(uniform, dtype=torch.float64, device=device))
+            drawn = way(weights, of, torch.tensor(uniform, dtype=torch.float64))
             if len(drawn) == len(params):
                 return drawn
             if ids is edited.best:
@@ -194,16 +197,16 @@ class HostSampler:
         """Probabilities [n, V] as integers, after temperature and min_p."""
         divisors = None
         if any(one.temperature != 1 for one in params):
-            divisors = torch.tensor([one.temperature for one in params], device=logits.device)
+            divisors = torch.tensor([one.temperature for one in params])
         weights = draws.integer_weights(logits, peaks, divisors)
         if any(one.least for one in params):
-            least = torch.tensor([one.least for one in params], device=logits.device)
+            least = torch.tensor([one.least for one in params])
             weights.masked_fill_(weights < least[:, None], 0)
         return weights
 
 
 def _of_best(weights: Tensor, params: list[RowParams], uniform: Tensor) -> Tensor:
-    top_k = torch.tensor([one.top_k for one in params], device=weights.device)
+    top_k = torch.tensor([one.top_k for one in params])
     return draws.draw_of_best(weights, top_k, _top_p(weights, params), uniform)
 
 
@@ -216,7 +219,7 @@ def _of_all(weights: Tensor, params: list[RowParams], uniform: Tensor) -> Tensor
 
 
 def _top_p(weights: Tensor, params: list[RowParams]) -> Tensor:
-    return torch.tensor([one.top_p for one in params], dtype=torch.float64, device=weights.device)
+    return torch.tensor([one.top_p for one in params], dtype=torch.float64)
 
 
 def _uniform(params: RowParams, position: int) -> float:

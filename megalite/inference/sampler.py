@@ -31,8 +31,8 @@ from torch import Tensor
 from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError
 from megalite.inference.choice import FAILURES, PLAIN, Choice, Needs, SampledRows, TokenLogprobs
+from megalite.inference.device_sampler import DeviceSampler
 from megalite.inference.draws import largest_weight
-from megalite.inference.edits import Edits, Penalties
 from megalite.inference.host_sampler import HostSampler, RowParams, chunk_rows, details, peaked
 from megalite.inference.request import Row, Sequence
 
@@ -40,8 +40,6 @@ __all__ = ["FAILURES", "PLAIN", "Choice", "Needs", "SampledRows", "Sampler", "To
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: a division by them would overflow."""
-GREEDY = RowParams()
-"""Rows that were never admitted, and padding."""
 
 
 def policy_temperature(params: SamplingParams) -> float:
@@ -76,13 +74,14 @@ class Sampler:
         self.max_len = max_len
         self.device = device
         self.tokens = tokens
-        self._params: list[RowParams] = [GREEDY] * (max_rows + 1)
-        self._prompt_len = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)
-        self._edits = Edits(vocab_size, tokens, self._prompt_len, self._send)
-        self._penalties = Penalties(tokens, self._prompt_len, self._send)
+        self._params = [RowParams()] * (max_rows + 1)  # a row that was never admitted is greedy, as padding is
         self._needy: set[int] = set()
         """Rows with needs."""
-        self._host = HostSampler(vocab_size, self._params, self._edits, self._penalties, at_temperature)
+        self._side: HostSampler | DeviceSampler
+        if device.type == "cpu":
+            self._side = HostSampler(tokens, vocab_size, self._send, self._params, at_temperature)
+        else:
+            self._side = DeviceSampler(tokens, vocab_size, self._send, at_temperature)
 
     def _send(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -105,17 +104,16 @@ class Sampler:
             row, params = sequence.row, self._row_params(sequence)
             rows.append(row)
             self._params[row] = params
-            edited = self._edits.admit(row, sequence)
+            edited = self._side.edits.admit(row, sequence)
             if params.penalised:
                 penalised.append((row, sequence))
             self._needy.discard(row)
             if edited or params.penalised or params.logprobs is not None:
                 self._needy.add(row)
         if rows:
-            sent = self._send(np.array([rows, [self._params[row].prompt_len for row in rows]], np.int64))
-            self._prompt_len.index_copy_(0, sent[0], sent[1])
+            self._side.admit(rows, [self._params[row] for row in rows])
         if penalised:
-            self._penalties.admit(penalised)
+            self._side.penalties.admit(penalised)
 
     def _row_params(self, sequence: Any) -> RowParams:
         request, params = sequence.request, sequence.request.params
@@ -138,7 +136,7 @@ class Sampler:
         edits, longest, logprobs, listed = False, 0, [], False
         for sequence in sequences:
             params = self._params[sequence.row]
-            edits = edits or self._edits.wanted(sequence.row, sequence.num_output)
+            edits = edits or self._side.edits.wanted(sequence.row, sequence.num_output)
             if params.penalised:
                 longest = 1
             logprobs.append(params.logprobs)
@@ -173,7 +171,7 @@ class Sampler:
         assert logits.shape == (len(rows), self.vocab_size)
         if not isinstance(rows, Tensor):
             return self._by_sequence.sample(logits, rows)
-        return self._host.sample(logits, rows, positions, needs)
+        return self._side.sample(logits, rows, positions, needs)
 
     @torch.inference_mode()
     def prompt_logprobs(

@@ -1,0 +1,79 @@
+"""Sampling on a GPU: all rows of a step at once, from buffers on the device; nothing waits for the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalite.inference import draws
+from megalite.inference.choice import Choice, Details, Needs
+from megalite.inference.edits import Edits, Penalties, Send
+from megalite.inference.host_sampler import LARGEST, RowParams
+from megalite.inference.memory import SAMPLING_CHUNK
+from megalite.kernels import sampling
+
+
+class DeviceSampler:
+    """Samples rows by the parameters that are in `table`."""
+
+    def __init__(self, tokens: Tensor, vocab_size: int, send: Send, at_temperature: bool):
+        """`tokens` as `Sampler`."""
+        self.send = send
+        self.at_temperature = at_temperature
+        self.table = torch.zeros((len(tokens), sampling.WIDTH), dtype=torch.int64, device=tokens.device)
+        """Of each row: int64 [rows, sampling.WIDTH]; a row that was never admitted is greedy."""
+        self._floats = self.table.view(torch.float64)
+        self._floats[:, [sampling.TOP_P, sampling.PENALTIES]] = 1
+        self.edits = Edits(vocab_size, tokens, self.table[:, sampling.PROMPT], send)
+        self.penalties = Penalties(tokens, self.table[:, sampling.PROMPT], send)
+
+    def admit(self, rows: list[int], params: list[RowParams]) -> None:
+        """Take over the parameters of these rows, in one copy."""
+        numbers = [[one.seed, one.index, one.prompt_len, one.top_k, one.least] for one in params]
+        shares = [[one.top_p, one.temperature, *one.strengths] for one in params]
+        whole = np.array(numbers, np.uint64).view(np.int64)
+        values = np.column_stack([np.array(rows), whole, np.array(shares, np.float64).view(np.int64)])
+        sent = self.send(values)
+        self.table.index_copy_(0, sent[:, 0], sent[:, 1:])
+
+    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice:
+        """As `Sampler.sample`."""
+        edited = self._edited(logits, rows, positions, needs) if needs.edits or needs.longest else None
+        ids, logprobs, stats = sampling.choose(
+            logits, edited, rows, positions, self.table, at_temperature=self.at_temperature
+        )
+        if needs.longest:
+            self.penalties.count(rows, positions, ids, needs.longest)
+        details = None
+        if needs.logprobs:
+            if self.at_temperature:  # what is listed is at temperature 1 all the same
+                stats = sampling.choose(logits, None, rows, positions, self.table)[2]
+            details = _details(logits, ids, stats, needs.most(logits.shape[1]))
+        return Choice(ids, logprobs, details, needs)
+
+    def _edited(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Tensor:
+        """A changed copy of logits [n, V], float32."""
+        buffer = torch.empty(logits.numel() + 1, device=logits.device)
+        edited = buffer[:-1].view(logits.shape).copy_(logits).clamp_(max=LARGEST)
+        if needs.edits:
+            self.edits.apply(buffer, rows, positions)
+        if needs.longest:
+            strengths = self._floats[rows, sampling.PENALTIES :].float()
+            self.penalties.apply(edited, rows, positions, strengths, needs.longest)
+        return edited
+
+
+def _details(logits: Tensor, ids: Tensor, stats: Tensor, k: int) -> Details:
+    """Places of `ids` [n] in the logits [n, V], and the k likeliest tokens of each row."""
+    own = logits.gather(1, ids.clamp(min=0)[:, None]).float()
+    if k == 0:
+        top, values = ids.new_empty((len(ids), 0)), own[:, :0]
+    elif k <= sampling.MAX_BEST:
+        top, values = sampling.best(logits, k)
+    else:
+        step = max(1, SAMPLING_CHUNK // logits.shape[1])
+        top = torch.cat([draws.best_ids(part.float().clamp(max=LARGEST), k) for part in logits.split(step)])
+        values = logits.gather(1, top).float()
+    scores = [(x.clamp(max=LARGEST) - stats[:, 1:2]) - stats[:, 2:3] for x in (own, values)]
+    return Details(scores[0][:, 0], sampling.rank(logits, ids), top, scores[1])
