@@ -86,6 +86,10 @@ class Engine:
         return choice.listed()
 
 
+def bare(vocab_size):
+    return Engine(vocab_size, []).sampler
+
+
 def sample(logits, sequences, **options):
     return Engine(logits.shape[1], sequences, logits.device.type, **options).sample(logits)
 
@@ -400,7 +404,7 @@ def test_prompt_logprobs(device):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(length, vocab, generator=generator).bfloat16().to(device)
     next_ids = torch.randint(vocab, (length,), generator=generator).tolist()
-    scores = Sampler(vocab).prompt_logprobs(logits, next_ids, 2)
+    scores = bare(vocab).prompt_logprobs(logits, next_ids, 2)
     assert len(scores) == length
     for values, token, score in zip(logits.float().tolist(), next_ids, scores, strict=True):
         best_first = sorted(range(vocab), key=lambda t: (-values[t], t))
@@ -408,16 +412,16 @@ def test_prompt_logprobs(device):
         expected = [*best_first[:2], token][: 3 if score.rank > 2 else 2]
         assert [t for t, _ in score.top] == expected
         assert score.logprob == pytest.approx(log_softmax(values)[token], abs=1e-5)
-    everything = Sampler(vocab).prompt_logprobs(logits[:2], next_ids[:2], -1)
+    everything = bare(vocab).prompt_logprobs(logits[:2], next_ids[:2], -1)
     assert [sorted(token for token, _ in score.top) for score in everything] == [list(range(vocab))] * 2
-    plain = Sampler(vocab).prompt_logprobs(logits, next_ids, 0)
+    plain = bare(vocab).prompt_logprobs(logits, next_ids, 0)
     assert [score.logprob for score in plain] == [score.logprob for score in scores]
     assert [score.rank for score in plain] == [score.rank for score in scores]
-    impossible = Sampler(3).prompt_logprobs(torch.tensor([[0.0, -INF, 0.0]]), [1], 0)
+    impossible = bare(3).prompt_logprobs(torch.tensor([[0.0, -INF, 0.0]]), [1], 0)
     assert impossible[0].logprob == -INF
-    assert Sampler(3).prompt_logprobs(torch.empty(0, 3), [], 5) == []
+    assert bare(3).prompt_logprobs(torch.empty(0, 3), [], 5) == []
     with pytest.raises(MegaliteError, match="request q7: .*NaN"):
-        Sampler(3).prompt_logprobs(torch.tensor([[0.0, math.nan, 0.0]]), [1], 0, request_id="q7")
+        bare(3).prompt_logprobs(torch.tensor([[0.0, math.nan, 0.0]]), [1], 0, request_id="q7")
 
 
 def test_no_rows_give_nothing():

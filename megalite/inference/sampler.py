@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from typing import Any, overload
 
 import numpy as np
 import torch
@@ -30,13 +29,13 @@ from torch import Tensor
 
 from megalite.config.schema import SamplingParams
 from megalite.errors import MegaliteError
-from megalite.inference.choice import FAILURES, PLAIN, Choice, Needs, SampledRows, TokenLogprobs
+from megalite.inference.choice import FAILURES, PLAIN, Choice, Needs, TokenLogprobs
 from megalite.inference.device_sampler import DeviceSampler
 from megalite.inference.draws import largest_weight
 from megalite.inference.host_sampler import HostSampler, RowParams, chunk_rows, details, peaked
-from megalite.inference.request import Row, Sequence
+from megalite.inference.request import Sequence
 
-__all__ = ["FAILURES", "PLAIN", "Choice", "Needs", "SampledRows", "Sampler", "TokenLogprobs", "policy_temperature"]
+__all__ = ["FAILURES", "PLAIN", "Choice", "Needs", "Sampler", "TokenLogprobs", "policy_temperature"]
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy, as in vLLM: a division by them would overflow."""
@@ -54,10 +53,10 @@ class Sampler:
         self,
         vocab_size: int,
         *,
-        max_rows: int = 0,
-        max_len: int = 0,
-        device: torch.device | None = None,
-        tokens: Tensor | None = None,
+        max_rows: int,
+        max_len: int,
+        device: torch.device,
+        tokens: Tensor,
         at_temperature: bool = False,
     ):
         """`tokens` int32 [max_rows + 1, max_len] on `device`: prompt and output of each row; kept up by the caller, the
@@ -67,9 +66,6 @@ class Sampler:
         which importance weights need; greedy requests stay at temperature 1.
         """
         self.vocab_size = vocab_size
-        self._by_sequence = _BySequence(vocab_size, at_temperature)
-        if tokens is None or device is None:
-            return
         assert tokens.shape == (max_rows + 1, max_len) and tokens.dtype == torch.int32
         self.max_len = max_len
         self.device = device
@@ -94,7 +90,7 @@ class Sampler:
     # Rows
 
     @torch.inference_mode()
-    def admit(self, sequences: Iterable[Any]) -> None:
+    def admit(self, sequences: Iterable[Sequence]) -> None:
         """Take over the parameters of sequences that begin, or go on, in the row that each has.
 
         MegaliteError: a logit_bias of an id that the model doesn't have.
@@ -115,7 +111,7 @@ class Sampler:
         if penalised:
             self._side.penalties.admit(penalised)
 
-    def _row_params(self, sequence: Any) -> RowParams:
+    def _row_params(self, sequence: Sequence) -> RowParams:
         request, params = sequence.request, sequence.request.params
         return RowParams(
             seed=request.seed % 2**64,
@@ -129,7 +125,7 @@ class Sampler:
             logprobs=params.logprobs,
         )
 
-    def needs(self, sequences: Collection[Any]) -> Needs:
+    def needs(self, sequences: Collection[Sequence]) -> Needs:
         """What `sample` has to do for these rows, in order; PLAIN for most."""
         if not self._needy:
             return PLAIN
@@ -147,30 +143,14 @@ class Sampler:
 
     # Sampling
 
-    @property
-    def _seen(self) -> dict[Any, int]:
-        return self._by_sequence.rows
-
-    def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence that ended."""
-        self._by_sequence.rows.pop(sequence, None)
-
-    @overload
-    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice: ...
-
-    @overload
-    def sample(self, logits: Tensor, rows: list[Row] | tuple[Row, ...]) -> SampledRows: ...
-
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Any, positions: Any = None, needs: Any = PLAIN) -> Any:
+    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice:
         """Sample each row; `logits` [n, V] of any float dtype are left as they are.
 
         `rows` int64 [n]: row numbers, distinct but for padding. `positions` int64 [n]: where in `tokens` the new token
         will stand; everything before it is there.
         """
         assert logits.shape == (len(rows), self.vocab_size)
-        if not isinstance(rows, Tensor):
-            return self._by_sequence.sample(logits, rows)
         return self._side.sample(logits, rows, positions, needs)
 
     @torch.inference_mode()
@@ -193,68 +173,3 @@ class Sampler:
             found = details(raw.logits, raw.logits.log_softmax(-1), of, k)
             scores += [score for score in found.listed(ids, [k] * len(ids)) if score is not None]
         return scores
-
-
-class _BySequence:
-    """The sampler for callers that know sequences and no row numbers: it keeps rows and their tokens itself."""
-
-    def __init__(self, vocab_size: int, at_temperature: bool):
-        self.vocab_size = vocab_size
-        self.at_temperature = at_temperature
-        self.rows: dict[Sequence, int] = {}
-        self._core: Sampler | None = None
-        self._written: dict[Sequence, int] = {}
-
-    def sample(self, logits: Tensor, rows: list[Row] | tuple[Row, ...]) -> SampledRows:
-        if not rows:
-            return SampledRows()
-        for ended in [sequence for sequence in self.rows if sequence.finish_reason is not None]:
-            del self.rows[ended]
-        self._written = {sequence: count for sequence, count in self._written.items() if sequence in self.rows}
-        sequences = [row.sequence for row in rows]
-        new = [sequence for sequence in sequences if sequence not in self.rows]
-        count, length = len(self.rows) + len(new), max(len(sequence.token_ids) + 1 for sequence in sequences)
-        core = self._core
-        if core is None or count > len(core.tokens) - 1 or length > core.max_len:
-            max_rows, max_len = 1 << count.bit_length(), 64 << length.bit_length()
-            tokens = torch.zeros((max_rows + 1, max_len), dtype=torch.int32, device=logits.device)
-            core = self._core = Sampler(
-                self.vocab_size,
-                max_rows=max_rows,
-                max_len=max_len,
-                device=logits.device,
-                tokens=tokens,
-                at_temperature=self.at_temperature,
-            )
-            new = list({**self.rows, **dict.fromkeys(new)})
-            self.rows.clear()
-            self._written.clear()
-        used = set(self.rows.values())
-        free = iter([row for row in range(len(core.tokens) - 1) if row not in used])
-        self.rows.update(zip(new, free, strict=False))
-        core.admit([_Numbered(sequence, self.rows[sequence]) for sequence in new])
-        for sequence in sequences:
-            known = self._written.get(sequence, 0)
-            ids = torch.tensor(sequence.token_ids[known:], dtype=torch.int32, device=logits.device)
-            core.tokens[self.rows[sequence], known : known + len(ids)] = ids
-            self._written[sequence] = known + len(ids)
-        needs = core.needs([_Numbered(sequence, self.rows[sequence]) for sequence in sequences])
-        numbers = torch.tensor([self.rows[sequence] for sequence in sequences], device=logits.device)
-        positions = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=logits.device)
-        sampled = core.sample(logits, numbers, positions, needs).to_host()
-        if logits.is_cuda:
-            torch.cuda.synchronize()
-        listed = sampled.listed()
-        for sequence, token_id in zip(sequences, listed.token_ids, strict=True):
-            if token_id < 0:
-                raise MegaliteError(f"request {sequence.request.id}: {FAILURES[token_id]}")
-        return listed
-
-
-class _Numbered:
-    """A sequence with a row number."""
-
-    def __init__(self, sequence: Sequence, row: int):
-        self.request, self.index, self.token_ids = sequence.request, sequence.index, sequence.token_ids
-        self.num_prompt, self.num_output = sequence.num_prompt, sequence.num_output
-        self.row, self.planned = row, len(sequence.token_ids) + 1
