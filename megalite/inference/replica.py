@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +44,9 @@ from megalite.weights.folder import ModelFolder
 from megalite.weights.hf import resolve
 from megalite.weights.table import owned
 from megalite.weights.transfer import build, initialise, load_folder
+
+
+log = logging.getLogger(__name__)
 
 
 class Replica:
@@ -86,7 +91,7 @@ class Replica:
 
     def _fit(self) -> None:
         """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
-        engine, state = self.settings, self.state
+        engine, state, began = self.settings, self.state, time.monotonic()
         if state.world.size > 1:
             dist.barrier(state.world.group)
         block_bytes = self.memory.kv_block(engine.block_size)
@@ -107,6 +112,7 @@ class Replica:
             model=self.model.max_position_embeddings,
             block_bytes=block_bytes,
         )
+        log.info("memory was measured in %.1f s", time.monotonic() - began)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return blocks_for(num_tokens, self.settings.block_size)
@@ -239,7 +245,7 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
     state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
     folder = ModelFolder.open(_fetch(section, runtime), tokenizer=section.tokenizer)
     dtype = choose_dtype(section.dtype, folder.model, runtime.device)
-    before = reset_peak_memory()
+    before, began = reset_peak_memory(), time.monotonic()
     decoder = build(folder.model, state, dtype=dtype, device=runtime.device)
     if section.load_format == "dummy":
         initialise(decoder, config.engine.seed)
@@ -247,6 +253,7 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
         load_folder(decoder, folder.path)
     if runtime.device.type == "cpu":
         store_by_input(decoder)
+    log.info("weights were loaded in %.1f s", time.monotonic() - began)
     replica = Replica(
         decoder.requires_grad_(False),
         folder.tokenizer,
