@@ -173,7 +173,7 @@ def test_tiles_depend_on_the_number_of_rows_in_two_classes_only(monkeypatch):
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 8, 13, 32])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
 @pytest.mark.parametrize("outputs, dim", [(4096, 1024), (1024, 3072), (4096, 14336), (32003, 1000)])
 def test_large_shapes_on_cuda(outputs, dim, rows, dtype):
     for kind in ("norm bias", "gate", "norm gated"):
@@ -186,7 +186,7 @@ def test_large_shapes_on_cuda(outputs, dim, rows, dtype):
 
 
 @needs_cuda
-@pytest.mark.parametrize("rows", [1, 5, 32])
+@pytest.mark.parametrize("rows", [1, 5, 8])
 def test_a_captured_chain_under_dependent_launch_gives_the_same_bits(rows):
     """Products that feed one another through the same buffers, replayed many times: an early read would show."""
     if not launches_dependents(torch.device(DEVICE, 0)):

@@ -56,7 +56,8 @@ class Dense:
 
         A weight that DeepSpeed has spread over ranks (ZeRO stage 3) is whole only inside its module's call.
         """
-        few = x.ndim == 2 and x.shape[0] <= MAX_ROWS and by_kernels(x)
+        most = MAX_ROWS if x.dtype.itemsize == 2 else 1  # float32 has no tensor cores
+        few = x.ndim == 2 and x.shape[0] <= most and by_kernels(x)
         return few and self.matrix(stored).shape[1] == x.shape[1]
 
     def product(
@@ -84,7 +85,7 @@ class Dense:
                 gated=gate,
                 residual=residual,
                 out=residual,
-                pdl=launches_dependents(x.device),
+                pdl=x.shape[0] == 1 and launches_dependents(x.device),  # measured slower for several rows
             )
         assert norm is None and residual is None
         y = F.linear(x, weight, bias)
