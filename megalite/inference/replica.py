@@ -45,7 +45,6 @@ from megalite.weights.hf import resolve
 from megalite.weights.table import owned
 from megalite.weights.transfer import build, initialise, load_folder
 
-
 log = logging.getLogger(__name__)
 
 
