@@ -174,7 +174,10 @@ def prompt_problem(prompt: Any, *, key: str, vocab_size: int | None = None) -> P
         return problem(key, rule, prompt, "Text that YAML reads as something else goes in quotes.")
     if not prompt:
         return problem(key, "an empty prompt", prompt, "A prompt holds at least one token.")
-    if any(isinstance(message, dict) for message in prompt):
+    kinds = set(map(type, prompt))  # prompts are long, so no look at each of their tokens from Python
+    if kinds == {int} and min(prompt) >= 0 and (vocab_size is None or max(prompt) < vocab_size):
+        return None
+    if any(issubclass(kind, dict) for kind in kinds):
         return messages_problem(prompt, key=key)
     for position, token in enumerate(prompt):
         if type(token) is not int:

@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, tuple | range | set | frozenset):
         value = list(value)
-    if isinstance(value, list) and any(hasattr(one, "tolist") for one in value):
+    if isinstance(value, list) and any(hasattr(kind, "tolist") for kind in set(map(type, value))):
         return [plain(one) for one in value]
     return value
 
