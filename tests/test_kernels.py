@@ -225,7 +225,9 @@ def test_fresh_rows_give_the_same_bits_as_their_keys_in_the_cache(dim, kv_heads,
     step = Step([(70, 70), (1, 1), (33, 33)], heads=4, kv_heads=kv_heads, dim=dim, spec=make_spec(dim, window, softcap))
     k, v = torch.cat([torch.stack([k, v], 1) for k, v in zip(step.k, step.v, strict=True)]).unbind(1)
     place = {"query_start": step.query_start, "max_query_len": 70}
-    assert torch.equal(fresh_attention(step.q, k, v, **place, **scaled(step.spec)), step.check())
+    expected = step.check()
+    for keys, values in ((k, v), (k.contiguous(), v), (k, v.transpose(0, 1).contiguous().transpose(0, 1))):
+        assert torch.equal(fresh_attention(step.q, keys, values, **place, **scaled(step.spec)), expected)
 
 
 def test_what_computes_fresh_rows():

@@ -23,7 +23,7 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def formula(x, weight, *, bias=None, norm=None, gate=None, gated=None, residual=None, dtype=torch.float64):
+def formula(x, weight, *, bias=None, norm=None, gated=None, residual=None, dtype=torch.float64):
     """The same by torch: in float64, or in the tensors' dtype with a rounding after every operation."""
 
     def cast(tensor):
@@ -33,9 +33,6 @@ def formula(x, weight, *, bias=None, norm=None, gate=None, gated=None, residual=
     if norm is not None:
         norm_weight, eps, zero_centred = norm
         x = F.rms_norm(x, x.shape[-1:], cast(norm_weight) + zero_centred, eps)
-    if gate is not None:
-        left, right = x.chunk(2, -1)
-        x = ACTIVATIONS[gate](left) * right
     y = F.linear(x, cast(weight), cast(bias))
     if gated is not None:
         left, right = y.chunk(2, -1)
@@ -59,19 +56,17 @@ def parts(rows: int, outputs: int, dim: int, dtype: torch.dtype, which: str) -> 
     """x, weight and options; x, the residual and the weight are views into larger tensors."""
     torch.manual_seed(rows * outputs + dim)
     pair = 2 if "gated" in which else 1
-    x = randn(rows, (2 if which == "gate" else 1) * dim + 3, dtype=dtype)[:, 3:]
+    x = randn(rows, dim + 3, dtype=dtype)[:, 3:]
     weight = randn(pair * outputs, dim + 8, dtype=dtype)[:, :dim] * dim**-0.5
     given = {}
     if "norm" in which:
         norm_weight = randn(dim, dtype=dtype) * 0.3
         given["norm"] = (norm_weight if "zero" in which else norm_weight + 1, 1e-5, "zero" in which)
-    if "gate" == which:
-        given["gate"] = "silu"
     if "gated" in which:
         given["gated"] = "gelu" if "zero" in which else "silu"
     if "bias" in which:
         given["bias"] = randn(pair * outputs, dtype=dtype)
-    if "residual" in which or which == "gate":
+    if "residual" in which:
         given["residual"] = randn(rows, outputs + 5, dtype=dtype)[:, 5:]
     return x, weight, given
 
@@ -81,33 +76,30 @@ KINDS = [
     "bias residual",
     "norm",
     "norm zero bias",
-    "gate",
     "norm gated",
     "norm zero gated bias",
     "gated residual",
 ]
 
 
-def skip_bfloat16_tiles(rows: int, dtype: torch.dtype) -> None:
-    if rows > 1 and dtype == torch.bfloat16 and not CUDA:
-        pytest.skip("Triton's interpreter multiplies bfloat16 tiles wrongly")
+# float32 is for one row only; Triton's interpreter multiplies bfloat16 tiles wrongly.
+FEW = (torch.bfloat16, torch.float16) if CUDA else (torch.float16,)
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, outputs, dim", [(1, 50, 200), (1, 64, 1536), (3, 37, 130), (8, 64, 512), (17, 20, 72)])
+@pytest.mark.parametrize("rows, outputs, dim", [(1, 50, 200), (1, 64, 1536), (3, 37, 130), (5, 20, 72), (8, 64, 512)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_formula(kind, rows, outputs, dim, dtype):
-    skip_bfloat16_tiles(rows, dtype)
-    x, weight, given = parts(rows, outputs, dim, dtype, kind)
-    check(x, weight, **given)
+def test_equals_the_formula(kind, rows, outputs, dim):
+    for dtype in DTYPES if rows == 1 else FEW:
+        x, weight, given = parts(rows, outputs, dim, dtype, kind)
+        check(x, weight, **given)
 
 
 @needs_triton
-@pytest.mark.parametrize("rows", [1, 2, 16, 31])
+@pytest.mark.parametrize("rows", [1, 2, MAX_ROWS])
 @pytest.mark.parametrize("outputs, dim", [(1, 1), (1, 40), (17, 1), (3, 65)])
 def test_any_shape(rows, outputs, dim):
-    x, weight, given = parts(rows, outputs, dim, torch.float32, "norm bias residual")
+    x, weight, given = parts(rows, outputs, dim, torch.float16, "norm bias residual")
     check(x, weight, **given)
 
 
@@ -115,15 +107,14 @@ def test_any_shape(rows, outputs, dim):
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_activations(rows, activation):
-    x, weight, _ = parts(rows, 24, 100, torch.float32, "gate")
-    check(x, weight, gate=activation)
-    check(x[:, :100], weight, gated=activation)
+    x, weight, _ = parts(rows, 24, 100, torch.float16, "gated")
+    check(x, weight, gated=activation)
 
 
 @needs_triton
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_residual_may_be_the_output(rows):
-    x, weight, given = parts(rows, 40, 96, torch.float32, "bias residual")
+    x, weight, given = parts(rows, 40, 96, torch.float16, "bias residual")
     stream = given["residual"].clone()
     expected = thin_linear(x, weight, **given)
     assert thin_linear(x, weight, bias=given["bias"], residual=stream, out=stream) is stream
@@ -131,12 +122,11 @@ def test_the_residual_may_be_the_output(rows):
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["norm", "gate", "norm gated bias"])
+@pytest.mark.parametrize("kind", ["norm", "residual", "norm gated bias"])
 def test_a_row_does_not_depend_on_the_others_nor_on_how_many_they_are(kind, equal_lines):  # noqa: F811
-    dtype = torch.bfloat16 if CUDA else torch.float32
-    x, weight, given = parts(20, 70, 600, dtype, kind)
+    x, weight, given = parts(MAX_ROWS, 70, 600, FEW[0], kind)
     whole = check(x, weight, **given)
-    for first, last in ((0, 2), (1, 9), (3, 19), (7, 12)):
+    for first, last in ((0, 2), (1, 8), (3, 7), (5, 8)):
         cut = {**given, **({"residual": given["residual"][first:last]} if "residual" in given else {})}
         other = x.clone()
         other[: first + 1] = math.nan  # the first row of the cut: not seen by the others
@@ -153,14 +143,14 @@ def test_large_float16_streams_do_not_overflow_under_a_norm():
 
 @needs_triton
 def test_no_rows():
-    x, weight, given = parts(2, 16, 64, torch.float32, "norm")
+    x, weight, given = parts(2, 16, 64, torch.float16, "norm")
     assert thin_linear(x[:0], weight, **given).shape == (0, 16)
     assert thin_linear(x, weight[:0], **given).shape == (2, 0)
 
 
 def test_tiles_depend_on_the_number_of_rows_in_two_classes_only(monkeypatch):
     pytest.importorskip("triton")
-    for dtype in DTYPES:
+    for dtype in DTYPES[1:]:
         x = torch.empty(0, dtype=dtype)
         for outputs, dim in ((1, 1), (1024, 2048), (6144, 1024), (151936, 1024), (14336, 4096), (4096, 14336)):
             for paired in (False, True):
@@ -172,11 +162,12 @@ def test_tiles_depend_on_the_number_of_rows_in_two_classes_only(monkeypatch):
 
 
 @needs_cuda
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    "rows, dtype", [(1, torch.float32), *((r, dtype) for r in (1, 2, 5, 8) for dtype in DTYPES[1:])]
+)
 @pytest.mark.parametrize("outputs, dim", [(4096, 1024), (1024, 3072), (4096, 14336), (32003, 1000)])
 def test_large_shapes_on_cuda(outputs, dim, rows, dtype):
-    for kind in ("norm bias", "gate", "norm gated"):
+    for kind in ("norm bias", "residual", "norm gated"):
         x, weight, given = parts(rows, outputs, dim, dtype, kind)
         got = check(x, weight, **given)
         assert torch.equal(thin_linear(x, weight, **given), got)
@@ -219,5 +210,5 @@ def test_a_captured_chain_under_dependent_launch_gives_the_same_bits(rows):
 @needs_cuda
 @pytest.mark.parametrize("block_n, slices", [(16, 1), (16, 8), (64, 4)])
 def test_other_tiles(block_n, slices):
-    x, weight, given = parts(9, 500, 1000, torch.bfloat16, "norm bias")
+    x, weight, given = parts(7, 500, 1000, torch.bfloat16, "norm bias")
     check(x, weight, tile=Tile(block_n, 64 * slices, slices, 4, 3, 0), **given)

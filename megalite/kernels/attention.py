@@ -129,8 +129,10 @@ def _attention_kernel(
     cap_factor,
     q_token_stride,
     q_head_stride,
-    cache_head_stride,
-    cache_slot_stride,
+    k_head_stride,
+    k_slot_stride,
+    v_head_stride,
+    v_slot_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -169,8 +171,8 @@ def _attention_kernel(
     if first >= num_queries:
         return
     blocks = block_table
-    k_head = k_cache + kv_head * cache_head_stride
-    v_head = v_cache + kv_head * cache_head_stride
+    k_head = k_cache + kv_head * k_head_stride
+    v_head = v_cache + kv_head * v_head_stride
     start_position = 0
     if PAGE > 0:
         # Position of the row's first query; negative in a padding row.
@@ -180,8 +182,8 @@ def _attention_kernel(
             table_row = tl.load(table_rows + row)
         blocks += table_row.to(tl.int64) * table_stride
     else:
-        k_head += row_start.to(tl.int64) * cache_slot_stride
-        v_head += row_start.to(tl.int64) * cache_slot_stride
+        k_head += row_start.to(tl.int64) * k_slot_stride
+        v_head += row_start.to(tl.int64) * v_slot_stride
 
     # Line m of the tile is query first + m // GROUP under query head m % GROUP of this KV head.
     line = tl.arange(0, TILE_ROWS)
@@ -214,29 +216,29 @@ def _attention_kernel(
         # Every line sees all keys of the tiles before `masked`, but for a window. The scores of the next tile are
         # multiplied while the weights of this one are computed (FlashAttention-3, arXiv 2407.08608, section 3.2).
         masked = tl.maximum(low, (start_position + first + 1) // TILE_KEYS * TILE_KEYS)
-        k_tile = _load_tile(k_head, blocks, low, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        k_tile = _load_tile(k_head, blocks, low, begin, end, dim, k_slot_stride, DIM, PAGE, TILE_KEYS, True)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         EDGES: tl.constexpr = WINDOW is not None
         for start in range(low, masked, TILE_KEYS):
             after = start + TILE_KEYS
-            k_tile = _load_tile(k_head, blocks, after, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+            k_tile = _load_tile(k_head, blocks, after, begin, end, dim, k_slot_stride, DIM, PAGE, TILE_KEYS, True)
             next_scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            v_tile = _load_tile(v_head, blocks, start, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, EDGES)
+            v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, EDGES)
             highest, total, mixed = _weigh(
                 scores, v_tile, highest, total, mixed, start, end, position,
                 score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, EDGES,
             )  # fmt: skip
             scores = next_scores
-        v_tile = _load_tile(v_head, blocks, masked, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        v_tile = _load_tile(v_head, blocks, masked, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True)
         highest, total, mixed = _weigh(
             scores, v_tile, highest, total, mixed, masked, end, position,
             score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, True,
         )  # fmt: skip
         masked += TILE_KEYS
     for start in range(masked, high, TILE_KEYS):
-        k_tile = _load_tile(k_head, blocks, start, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        k_tile = _load_tile(k_head, blocks, start, begin, end, dim, k_slot_stride, DIM, PAGE, TILE_KEYS, True)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        v_tile = _load_tile(v_head, blocks, start, begin, end, dim, cache_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True)
         highest, total, mixed = _weigh(
             scores, v_tile, highest, total, mixed, start, end, position,
             score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, True,
@@ -344,7 +346,7 @@ def attend_own_tokens(
 ) -> Tensor:
     """`paged_attention` of rows without cached keys, to the same bits: keys and values are the step's, k, v [T, K, D].
 
-    Both have the same strides. Use `fresh.fresh_attention`, which also knows other kernels.
+    Use `fresh.fresh_attention`, which also knows other kernels.
     """
     formula = (scale, window, softcap)
     rows = (query_start, None, None, None)
@@ -372,7 +374,7 @@ def _launch(
     if tokens == 0 or heads == 0:
         return out
     assert heads % kv_heads == 0 and q.dtype == k.dtype == v.dtype, (q.shape, q.dtype, k.dtype)
-    assert k.stride() == v.stride() and q.stride(-1) == k.stride(-1) == 1
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     require_triton()
     group = heads // kv_heads
     tile = tile or _tile(group, dim, q.dtype, one_query, shared_memory(q.device))
@@ -398,6 +400,7 @@ def _launch(
         cap_factor,
         *q.stride()[:2],
         *k.stride()[:2],
+        *v.stride()[:2],
         HEADS=heads,
         GROUP=group,
         PAGE=page,

@@ -54,8 +54,8 @@ def fresh_attention(
     """Causal attention of whole sequences laid end to end: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
     Row b has the tokens query_start[b]..query_start[b + 1] (int32 [B + 1], from 0 to T), at positions from 0 on; the
-    last dim is contiguous and k and v have the same strides. `max_query_len`: the most tokens of a row; where it times
-    B is T, all rows must have that length (or, for B = 1, tokens behind the row's end are computed for nothing).
+    last dim is contiguous. `max_query_len`: the most tokens of a row; where it times B is T, all rows must have that
+    length (or, for B = 1, tokens behind the row's end are computed for nothing).
 
     What Triton computes has the same bits as `paged_attention` over the same keys in a cache, and as a prompt in
     chunks. What cuDNN computes (see `which`) is as close to the formula but differs in the last bits, so a prompt's

@@ -1,7 +1,7 @@
 """Linear layers of few rows on CUDA: products that take as long as reading the weight, as Triton kernels.
 
-The norm or the gate before the product and the bias, the gate and the residual after it are part of the kernel; sums
-are in float32 and rounded once. A norm's factor 1/rms is the same for all channels of a row, so it multiplies the sums
+The norm before the product and the bias, the gate and the residual after it are part of the kernel; sums are in float32
+and rounded once. A norm's factor 1/rms is the same for all channels of a row, so it multiplies the sums
 and x is read once. One row is multiplied element by element (a matrix-vector product), more rows as tensor core tiles
 whose channels are shared out over the warps. Tiles are chosen from shapes and from the number of multiprocessors only.
 
@@ -71,25 +71,13 @@ def _normed(x, norm_weight, channel, present, ZERO_CENTRED: tl.constexpr):
 
 
 @jit
-def _input(
-    x,
-    norm_weight,
-    channel,
-    DIM: tl.constexpr,
-    NORM: tl.constexpr,
-    ZERO_CENTRED: tl.constexpr,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Channels of the row at x after the norm (but for 1/rms) or the gate, and their squares before; float32."""
+def _input(x, norm_weight, channel, DIM: tl.constexpr, NORM: tl.constexpr, ZERO_CENTRED: tl.constexpr):
+    """Channels of the row at x after the norm (but for 1/rms), and their squares before; float32."""
     present = channel < DIM
     value = tl.load(x + channel, mask=present, other=0.0).to(tl.float32)
     square = value * value
     if NORM:
         value = _normed(value, norm_weight, channel, present, ZERO_CENTRED)
-    if GATED:
-        up = tl.load(x + DIM + channel, mask=present, other=0.0).to(tl.float32)
-        value = activated(value, ACTIVATION) * up
     return value, square
 
 
@@ -107,7 +95,6 @@ def _one_row_kernel(
     DIM: tl.constexpr,
     NORM: tl.constexpr,
     ZERO_CENTRED: tl.constexpr,
-    GATED: tl.constexpr,
     PAIRED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
@@ -131,7 +118,7 @@ def _one_row_kernel(
         up_tile = tl.load(up_rows, mask=used & (k < DIM)[None, :], other=0.0)
     if PDL:
         _depend(weight, first, num_outputs, weight_stride, LINES, PAIRED, BLOCK_N)
-    value, squares = _input(x, norm_weight, k, DIM, NORM, ZERO_CENTRED, GATED, ACTIVATION)
+    value, squares = _input(x, norm_weight, k, DIM, NORM, ZERO_CENTRED)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(BLOCK_K, DIM, BLOCK_K):
@@ -140,7 +127,7 @@ def _one_row_kernel(
         next_up = next_tile
         if PAIRED:
             next_up = tl.load(up_rows + start, mask=there, other=0.0)
-        next_value, square = _input(x, norm_weight, start + k, DIM, NORM, ZERO_CENTRED, GATED, ACTIVATION)
+        next_value, square = _input(x, norm_weight, start + k, DIM, NORM, ZERO_CENTRED)
         sums += tile.to(tl.float32) * value[None, :]
         if PAIRED:
             up_sums += up_tile.to(tl.float32) * value[None, :]
@@ -184,7 +171,6 @@ def _few_rows_kernel(
     DIM: tl.constexpr,
     NORM: tl.constexpr,
     ZERO_CENTRED: tl.constexpr,
-    GATED: tl.constexpr,
     PAIRED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BIAS: tl.constexpr,
@@ -234,13 +220,10 @@ def _few_rows_kernel(
                 squares += wide * wide
             channel = (start + k)[:, :, None]
             value = _normed(wide, norm_weight, channel, present_k[:, :, None], ZERO_CENTRED).to(x.dtype.element_ty)
-        if GATED:
-            up = tl.load(inputs + DIM + start, mask=input_there, other=0.0).to(tl.float32)
-            value = (activated(value.to(tl.float32), ACTIVATION) * up).to(x.dtype.element_ty)
-        sums = tl.dot(tile, value, sums, input_precision="ieee")
+        sums = tl.dot(tile, value, sums)
         if PAIRED:
             up_tile = tl.load(up_rows + start, mask=there, other=0.0)
-            up_sums = tl.dot(up_tile, value, up_sums, input_precision="ieee")
+            up_sums = tl.dot(up_tile, value, up_sums)
     y = tl.sum(sums, 0)  # [BLOCK_N, ROWS]
     up = tl.sum(up_sums, 0)
     if NORM and not SCALED_FIRST:
@@ -280,7 +263,6 @@ def thin_linear(
     *,
     bias: Tensor | None = None,
     norm: tuple[Tensor, float, bool] | None = None,
-    gate: str | None = None,
     gated: str | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
@@ -289,12 +271,11 @@ def thin_linear(
 ) -> Tensor:
     """x [T, K] @ weight [N, K]^T -> [T, N] for a few rows (1 <= T <= MAX_ROWS); sums in float32, rounded once.
 
-    `norm` (weight [K], eps, zero_centred): RMSNorm of x first, with the weight plus one where zero_centred. `gate`, an
-    activation (silu, gelu, gelu_tanh): x is [T, 2 K] = [gate | up] and act(gate) * up is multiplied. `gated`, an
-    activation: the weight is [2 N, K] = [gate; up] and act(gate) * up of the two products is the result, so that the
-    next product reads half as much as under `gate`. Then bias ([N], or [2 N] under `gated`: before the activation) and
-    `residual` [T, N] are added. All of one dtype (bfloat16, float16, float32), last dims contiguous. `out` may be
-    `residual` itself (a program reads and writes its own outputs only) but must not overlap x.
+    `norm` (weight [K], eps, zero_centred): RMSNorm of x first, with the weight plus one where zero_centred. `gated`, an
+    activation (silu, gelu, gelu_tanh): the weight is [2 N, K] = [gate; up] and act(gate) * up of the two products is
+    the result. Then bias ([N], or [2 N] under `gated`: before the activation) and `residual` [T, N] are added. All of
+    one dtype (bfloat16 or float16; float32 for one row only: it has no tensor cores), last dims contiguous. `out` may
+    be `residual` itself (a program reads and writes its own outputs only) but must not overlap x.
 
     A row's result depends on that row, the weight, N, K and the kind of device; not on T where T is 2 or more (the one
     of T = 1 may differ from it in the last bits). `pdl`: launched as dependent on the kernel before (compute capability
@@ -304,8 +285,9 @@ def thin_linear(
     require_triton()
     tokens, dim = x.shape[0], weight.shape[1]
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    assert tokens <= MAX_ROWS and x.shape[1] == (2 * dim if gate else dim), (x.shape, weight.shape)
-    assert x.stride(1) == weight.stride(1) == 1 and not (norm and gate), (x.stride(), weight.stride())
+    assert tokens <= MAX_ROWS and x.shape[1] == dim, (x.shape, weight.shape)
+    assert tokens <= 1 or x.dtype.itemsize == 2, x.dtype
+    assert x.stride(1) == weight.stride(1) == 1, (x.stride(), weight.stride())
     if out is None:
         out = torch.empty((tokens, outputs), dtype=x.dtype, device=x.device)
     if tokens == 0 or outputs == 0:
@@ -318,9 +300,8 @@ def thin_linear(
         "DIM": dim,
         "NORM": norm is not None,
         "ZERO_CENTRED": zero_centred,
-        "GATED": gate is not None,
         "PAIRED": gated is not None,
-        "ACTIVATION": gate or gated or "",
+        "ACTIVATION": gated or "",
         "BIAS": bias is not None,
         "RESIDUAL": residual is not None,
         "BLOCK_N": tile.block_n,
@@ -363,8 +344,6 @@ def tile_of(tokens: int, outputs: int, dim: int, paired: bool, x: Tensor) -> Til
         return Tile(block_n, block_k, 1, max(1, block_k // 256), 1, lines)
     block_n = max(16, _outputs_of_program(outputs, 16 if paired else 32, processors))
     lines = min(256, triton.next_power_of_2(max(1, block_n * dim * x.element_size() // LINE)))
-    if x.dtype == torch.float32:  # no tensor cores
-        return Tile(16, 64, 2, 4, 1, lines)
     slices = min(4, max(1, triton.next_power_of_2(dim) // 64))
     return Tile(block_n, 64 * slices, slices, 4, 3, lines)
 
