@@ -38,7 +38,7 @@ INF = math.inf
 @pytest.fixture
 def small(monkeypatch):
     """Chunks, samples and lists so small that short rows have many, and lists that overflow."""
-    for name, value in {"CHUNK": 128, "SAMPLE": 128, "GROUP": 4, "LISTED": 64, "STEP": 128, "TALLY": 128}.items():
+    for name, value in {"CHUNK": 128, "SPAN": 64, "SAMPLE": 128, "GROUP": 4, "LISTED": 64}.items():
         monkeypatch.setattr(sampling, name, value)
 
 

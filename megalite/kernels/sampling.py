@@ -7,12 +7,12 @@ turn, change no token. A float32 holds such a weight exactly, and its bits, the 
 Nothing is sorted. Five kernels, which greedy rows leave at once after the second:
 
 1. survey: peak, its id and the sum of exponentials of each chunk (one pass over the logits);
-2. merge: those of the row; a greedy row's token. For top_k and top_p, a sample of the row's logits says between which
-   two keys the last token that stays most probably is;
-3. window: the weight of each chunk above that window, and a list of what is inside it (another pass);
-4. cut: the key and, of equal ones, the id of the last token that stays, by bisection over the list. Where the sample
-   misled, or the list is too short for all equals, over the whole row: slower, and as exact;
-5. draw: the chunk, then the token, at which the running sum exceeds the row's uniform number (Philox4x32-10, Salmon et
+2. merge: those of the row; a greedy row's token. For top_k and top_p, a histogram of a sample of the row's weights says
+   between which two keys the last token that stays most probably is;
+3. window: the weight of each span above that window, and a list of what is inside it (another pass);
+4. cut: the key and, of equal ones, the id of the last token that stays, by bisection over the list in registers. Where
+   the sample misled, or the list is too short for all equals, over the whole row: slower, and as exact;
+5. draw: the span, then the token, at which the running sum exceeds the row's uniform number (Philox4x32-10, Salmon et
    al. 2011; the host has the same in inference/draws.py).
 
 Log-sum-exp is over chunks of one length whatever the batch, so log-probabilities do not depend on the batch either.
@@ -26,17 +26,18 @@ from torch import Tensor
 from megalite.kernels.jit import jit, require_triton, tl, triton
 
 CHUNK = 8192
-"""Logits of one program."""
+"""Logits of one program that surveys."""
+SPAN = 2048
+"""Logits of one program that looks for the window, and of the one that draws."""
 SAMPLE = 4096
 """Logits of a row from which the window is estimated."""
 GROUP = 16
 """Neighbours that are sampled together: one sector of memory."""
-LISTED = 16384
+BINS = 1024
+"""Of the sample's histogram, 32 to each power of two: weights below the likeliest's by 2**32 share the first."""
+LISTED = 8192
 """Tokens that a row's window may hold."""
-STEP = 1024
-"""Logits of a chunk that are looked at together for the window: few, so that registers leave room for many programs."""
-TALLY = 2048
-"""Listed tokens that are looked at together."""
+WINDOW_WARPS, CUT_WARPS = 8, 16
 
 COLUMNS = SEED, INDEX, PROMPT, TOP_K, LEAST, TOP_P, TEMPERATURE, PENALTIES = tuple(range(8))
 """Of a row's parameters, int64: seed, sample index, prompt length, top_k (0: all), the least weight that min_p keeps;
@@ -72,10 +73,30 @@ def _load(logits, n, stride, ids, vocab):
 
 
 @jit
+def _rate(temperature):
+    """What exponents of two are per unit of a logit."""
+    return tl.minimum(1.4426950408889634 / temperature, 3e38)
+
+
+@jit
+def _least(least):
+    """The least float32 that no weight which is ruled out reaches; at least 1."""
+    low = tl.maximum(least, 1).to(tl.float32)
+    short = (low.to(tl.int64) < least).to(tl.int32)
+    return (low.to(tl.int32, bitcast=True) + short).to(tl.float32, bitcast=True)
+
+
+@jit
+def _fractions(x, peak, rate, SCALE: tl.constexpr):
+    """Weights before they are rounded down. Every pass has to get the same."""
+    return tl.exp2((x - peak) * rate) * SCALE
+
+
+@jit
 def _weights(x, peak, temperature, least, SCALE: tl.constexpr):
-    """Integer weights of logits, as the float32 that hold them exactly. Every pass has to get the same."""
-    weights = tl.floor(tl.exp((x - peak) / temperature) * SCALE)
-    return tl.where(weights.to(tl.int64) < least, 0.0, weights)
+    """Integer weights of logits, as the float32 that hold them exactly."""
+    weights = _fractions(x, peak, _rate(temperature), SCALE)
+    return tl.where(weights < _least(least), 0.0, tl.floor(weights))
 
 
 @jit
@@ -152,7 +173,7 @@ def _survey_kernel(
     tl.store(best + place, tl.min(tl.where(x == peak, ids, vocab), 0))
     if (temperature > 0) & (top_p < 1):
         shifted = x - tl.where(peak == float("-inf"), 0.0, peak)
-        tl.store(parts + 3 * num_parts + place, tl.sum(tl.exp(shifted / temperature), 0))
+        tl.store(parts + 3 * num_parts + place, tl.sum(tl.exp2(shifted * _rate(temperature)), 0))
 
 
 @jit
@@ -178,6 +199,8 @@ def _merge_kernel(
     SPLITS: tl.constexpr,
     SAMPLE: tl.constexpr,
     GROUP: tl.constexpr,
+    BINS: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
     """One program a row: `stats` float32 [n, 3] (peak; raw peak, logarithm of the sum) and `state` int32 [n, 6] (0
     done, 1 draws from all, 2 from a part; window's lowest and first higher key; its tokens; last key and id)."""
@@ -214,48 +237,41 @@ def _merge_kernel(
     tl.store(state + 6 * n + 4, 0x3F800000)
     tl.store(state + 6 * n + 5, vocab)
     if kind == 2:
+        rate = _rate(temperature)
         i = tl.arange(0, SAMPLE)
         spread = (i // GROUP) * vocab // (SAMPLE // GROUP) + i % GROUP
-        some = tl.where(vocab > SAMPLE, spread, i)
-        x = _load(edited, n, edited_stride, some, vocab)
+        x = _load(edited, n, edited_stride, tl.where(vocab > SAMPLE, spread, i), vocab)
         scale = tl.maximum(vocab / SAMPLE, 1.0)  # each sampled token stands for so many
-        weights = _weights(x, peak, temperature, least, SCALE)
-        keys = weights.to(tl.int32, bitcast=True)
-        shares = weights * (1.0 / SCALE)
-        # Mass, over that of the likeliest token, that top_p leaves out.
+        weights = _fractions(x, peak, rate, SCALE)
+        stays = weights >= _least(least)
+        base: tl.constexpr = (TOP >> 18) + 1 - BINS
+        bins = tl.maximum((weights.to(tl.int32, bitcast=True) >> 18) - base, 0)
+        held = tl.histogram(bins, BINS, mask=stays).to(tl.float32)
+        b = tl.arange(0, BINS)
+        edges = ((b + base) << 18).to(tl.float32, bitcast=True) * (1.0 / SCALE)
+        middles = edges * 1.015625
+        # Of the tokens below each bin, estimated: their mass over the likeliest token's, and four standard deviations.
+        # They count a token at the bin's edge that the sample may have missed.
+        mass = scale * (tl.cumsum(held * middles, 0) - held * middles)
+        squares = tl.cumsum(held * middles * middles, 0) - held * middles * middles
+        error = 4 * scale * tl.sqrt(tl.maximum(squares, 0.0) + edges * edges)
+        number = tl.sum(held, 0) - (tl.cumsum(held, 0) - held)  # in this bin and above it
+        # What top_p leaves out.
         sums = tl.load(parts + 3 * num_parts + places, mask=there, other=0.0)  # only there for top_p
-        total = tl.sum(sums * tl.exp((peaks - peak) / temperature), 0)
+        total = tl.sum(sums * tl.exp2((peaks - peak) * rate), 0)
         if least > 0:
-            total -= scale * tl.sum(tl.where(weights == 0, tl.exp((x - peak) / temperature), 0.0), 0)
+            total -= scale * tl.sum(tl.where(stays, 0.0, weights * (1.0 / SCALE)), 0)
         tail = (1 - top_p).to(tl.float32) * total
         expected = top_k.to(tl.float32) / scale
         enough = tl.where(vocab > SAMPLE, expected + 4 * tl.sqrt(expected) + 4, expected)
-        # Bisect, in steps of 2**12 keys, for the highest key that is most probably not above the last token that stays,
-        # and for the lowest that is above it. An estimate is out by less than four standard deviations, most probably.
-        low = kind * 0 + (0x3F800000 >> 12)
-        high = kind * 0 + ((TOP >> 12) + 1)
-        below = low
-        above = high
-        highest = high
-        for _ in range(17):
-            middle = (low + high) // 2
-            less = (keys < (middle << 12)) & (keys > 0)
-            mass = scale * tl.sum(tl.where(less, shares, 0.0), 0)
-            error = 4 * scale * tl.sqrt(tl.sum(tl.where(less, shares * shares, 0.0), 0))
-            count = tl.sum((keys >= (middle << 12)).to(tl.int32), 0).to(tl.float32)
-            holds = tl.where(top_k > 0, count >= enough, mass + error <= tail)
-            low = tl.where(holds, middle, low)
-            high = tl.where(holds, high, middle)
-            middle = (below + above) // 2
-            less = (keys < (middle << 12)) & (keys > 0)
-            mass = scale * tl.sum(tl.where(less, shares, 0.0), 0)
-            error = 4 * scale * tl.sqrt(tl.sum(tl.where(less, shares * shares, 0.0), 0))
-            over = mass - error > tail
-            above = tl.where(over, middle, above)
-            below = tl.where(over, below, middle)
-        endless = (top_k > 0) | (above == highest)
-        tl.store(state + 6 * n + 1, low << 12)
-        tl.store(state + 6 * n + 2, tl.where(endless, 0x7F800000, above << 12))
+        # A list of a quarter of its room costs no more than a shorter one, and is right more often.
+        holds = tl.where(top_k > 0, number >= enough, mass + error <= tail) & (number * scale >= LISTED // 4)
+        low = tl.max(tl.where(holds, b, 0), 0)
+        fits = tl.max(tl.where(b == low, number, 0.0), 0) * scale <= LISTED * 0.75
+        high = tl.min(tl.where(mass - error > tail, b, BINS), 0)
+        endless = (top_k > 0) | fits | (high == BINS)
+        tl.store(state + 6 * n + 1, tl.where(low == 0, 0x3F800000, (low + base) << 18))
+        tl.store(state + 6 * n + 2, tl.where(endless, 0x7F800000, (high + base) << 18))
 
 
 # ---- 3: the window
@@ -274,80 +290,168 @@ def _window_kernel(
     listed,
     vocab,
     SCALE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPAN: tl.constexpr,
     LISTED: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """One program a chunk of a row: `sums` int64 [2, n, chunks] of the weights above the window and of all; `listed`
-    int32 [n, 2, LISTED] the keys and ids inside it, in any order."""
+    """One program a span of a row: `sums` int64 [2, n, spans] of the weights above the window and of all; `listed`
+    int32 [n, 2, LISTED] the bits of weights, not yet rounded down, and the ids inside it, in any order."""
     n = tl.program_id(1).to(tl.int64)
     kind = tl.load(state + 6 * n)
     if kind == 0:
         return
     place = n * tl.num_programs(0) + tl.program_id(0)
     top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
-    peak = tl.load(stats + 3 * n)
-    low = tl.load(state + 6 * n + 1)
-    high = tl.load(state + 6 * n + 2)
-    above = tl.zeros([STEP], tl.int64)
-    total = tl.zeros([STEP], tl.int64)
-    first = tl.program_id(0) * CHUNK
-    for start in range(first, tl.minimum(first + CHUNK, vocab), STEP):
-        ids = start + tl.arange(0, STEP)
-        x = _load(edited, n, edited_stride, ids, vocab)
-        weights = _weights(x, peak, temperature, least, SCALE)
-        keys = weights.to(tl.int32, bitcast=True)
-        whole = weights.to(tl.int64)
-        total += whole
-        above += tl.where(keys >= high, whole, 0)
-        inside = ((keys >= low) & (keys < high)).to(tl.int32)
-        count = tl.sum(inside, 0)
+    low = tl.load(state + 6 * n + 1).to(tl.float32, bitcast=True)
+    high = tl.load(state + 6 * n + 2).to(tl.float32, bitcast=True)  # both integers: rounding changes no comparison
+    least_weight = _least(least)
+    ids = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+    x = _load(edited, n, edited_stride, ids, vocab)
+    weights = _fractions(x, tl.load(stats + 3 * n), _rate(temperature), SCALE)
+    whole = tl.where(weights >= least_weight, weights, 0.0).to(tl.int64)
+    total = tl.sum(whole, 0)
+    tl.store(sums + num_parts + place, total)
+    if kind == 1:
+        tl.store(sums + place, total)
+    else:
+        tl.store(sums + place, tl.sum(tl.where(weights >= high, whole, 0), 0))
+        inside = (weights >= tl.maximum(low, least_weight)) & (weights < high)
+        count = tl.sum(inside.to(tl.int32), 0)
         if count > 0:
-            at = tl.atomic_add(state + 6 * n + 3, count) + tl.cumsum(inside, 0) - 1
-            fits = (inside > 0) & (at < LISTED)
-            tl.store(listed + n * 2 * LISTED + at, keys, mask=fits)
+            at = tl.atomic_add(state + 6 * n + 3, count) + tl.cumsum(inside.to(tl.int32), 0) - 1
+            fits = inside & (at < LISTED)
+            tl.store(listed + n * 2 * LISTED + at, weights.to(tl.int32, bitcast=True), mask=fits)
             tl.store(listed + n * 2 * LISTED + LISTED + at, ids, mask=fits)
-    tl.store(sums + place, tl.sum(above, 0))
-    tl.store(sums + num_parts + place, tl.sum(total, 0))
 
 
 # ---- 4: the last token that stays
 
 
 @jit
-def _tally(
-    least_key,
-    last_key,
-    last_id,
-    logits,
-    n,
-    stride,
-    vocab,
-    peak,
+def _keys(start, last_key, last_id, logits, stride, n, vocab, peak, temperature, least, SCALE: tl.constexpr, SPAN):
+    """Keys and ids of a part of a row; the keys of tokens beyond the last one are 0."""
+    ids = start + tl.arange(0, SPAN)
+    x = _load(logits, n, stride, ids, vocab)
+    keys = _weights(x, peak, temperature, least, SCALE).to(tl.int32, bitcast=True)
+    return tl.where((keys > last_key) | ((keys == last_key) & (ids <= last_id)), keys, 0), ids
+
+
+@jit
+def _worth(keys, key, by_number):
+    """What each token of at least this key counts: 1, or its weight."""
+    return tl.where(keys >= key, tl.where(by_number, 1, keys.to(tl.float32, bitcast=True).to(tl.int64)), 0)
+
+
+@jit
+def _beside(keys, key, upward):
+    """A key of at least this one, or one below it, negative: of either the least is wanted."""
+    none = tl.full(keys.shape, 0x7FFFFFFF, tl.int32)
+    return tl.where(upward, tl.where(keys >= key, keys, none), tl.where(keys < key, -keys, none))
+
+
+@jit
+def _beside_id(keys, ids, key, id, downward):
+    """The same of the ids of one key: one up to this id, negative, or one behind it."""
+    none = tl.full(keys.shape, 0x7FFFFFFF, tl.int32)
+    near = tl.where(downward, tl.where(ids <= id, -ids, none), tl.where(ids > id, ids, none))
+    return tl.where(keys == key, near, none)
+
+
+@jit
+def _last(
+    keys,
+    ids,
+    first_key,
+    end_key,
+    above,
+    total,
+    top_k,
+    top_p,
     temperature,
     least,
-    listed,
-    length,
-    by_list,
+    logits,
+    stride,
+    n,
+    vocab,
+    peak,
+    BY_LIST: tl.constexpr,
     SCALE: tl.constexpr,
-    LISTED: tl.constexpr,
-    TALLY: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Number and weight of the tokens of at least one key that are not beyond the last one, in a row or in its list."""
-    number = tl.zeros([TALLY], tl.int64)
-    weight = tl.zeros([TALLY], tl.int64)
-    for start in range(0, length, TALLY):
-        ids = start + tl.arange(0, TALLY)
-        if by_list:
-            keys = tl.load(listed + ids, mask=ids < length, other=0)
-            ids = tl.load(listed + LISTED + ids, mask=ids < length, other=0)
-        else:
-            x = _load(logits, n, stride, ids, vocab)
-            keys = _weights(x, peak, temperature, least, SCALE).to(tl.int32, bitcast=True)
-        stays = (keys >= least_key) & ((keys > last_key) | ((keys == last_key) & (ids <= last_id)))
-        number += stays.to(tl.int64)
-        weight += tl.where(stays, keys.to(tl.float32, bitcast=True).to(tl.int64), 0)
-    return tl.sum(number, 0), tl.sum(weight, 0)
+    """Key and id of the last token that stays, of the given ones or of a whole row; no token has `end_key` or more, and
+    those of `first_key` or more suffice."""
+    row = (logits, stride, n, vocab, peak, temperature, least)
+    last_key = first_key * 0 + 0x3F800000
+    last_id = first_key * 0 + (vocab - 1)
+    for stage in range(2):  # top_k, then top_p of what it keeps
+        by_number = stage == 0
+        if tl.where(by_number, top_k > 0, top_p < 1):
+            if BY_LIST:
+                left = tl.where((keys > last_key) | ((keys == last_key) & (ids <= last_id)), keys, 0)
+                every = tl.sum(_worth(left, 1, by_number), 0)
+            else:
+                sums = tl.zeros([SPAN], tl.int64)
+                for start in range(0, vocab, SPAN):
+                    part, _ = _keys(start, last_key, last_id, *row, SCALE, SPAN)
+                    sums += _worth(part, 1, by_number)
+                every = tl.sum(sums, 0)
+            share = _share(tl.where(top_k > 0, every, total), top_p) - above
+            goal = tl.where(by_number, tl.minimum(top_k, every), share)
+            # The key of the last token: the highest from which on the tokens reach the goal. Both ends move on to keys
+            # that there are, so few different ones are few rounds.
+            low = first_key
+            high = end_key
+            beyond = goal * 0
+            while high - low > 1:
+                middle = low + (high - low) // 2
+                if BY_LIST:
+                    some = tl.sum(_worth(left, middle, by_number), 0)
+                    reached = some >= goal
+                    bound = tl.min(_beside(left, middle, reached), 0)
+                else:
+                    sums = tl.zeros([SPAN], tl.int64)
+                    up = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
+                    down = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
+                    for start in range(0, vocab, SPAN):
+                        part, _ = _keys(start, last_key, last_id, *row, SCALE, SPAN)
+                        sums += _worth(part, middle, by_number)
+                        up = tl.minimum(up, _beside(part, middle, True))
+                        down = tl.minimum(down, _beside(part, middle, False))
+                    some = tl.sum(sums, 0)
+                    reached = some >= goal
+                    bound = tl.min(tl.where(reached, up, down), 0)
+                low = tl.where(reached, bound, low)
+                high = tl.where(reached, high, 1 - bound)
+                beyond = tl.where(reached, beyond, some)
+            # Its id: so many of the tokens of this key are needed, the lowest ids first.
+            each = low.to(tl.float32, bitcast=True).to(tl.int64)
+            needed = tl.where(by_number, goal - beyond, (goal - beyond + each - 1) // each)
+            end = tl.where(low == last_key, last_id, vocab - 1)
+            begin = low * 0 - 1
+            middle = end  # all of them may be needed
+            while end - begin > 1:
+                if BY_LIST:
+                    number = tl.sum(((left == low) & (ids <= middle)).to(tl.int32), 0)
+                    reached = number >= needed
+                    bound = tl.min(_beside_id(left, ids, low, middle, reached), 0)
+                else:
+                    numbers = tl.zeros([SPAN], tl.int32)
+                    up = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
+                    down = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
+                    for start in range(0, vocab, SPAN):
+                        part, places = _keys(start, last_key, last_id, *row, SCALE, SPAN)
+                        numbers += ((part == low) & (places <= middle)).to(tl.int32)
+                        up = tl.minimum(up, _beside_id(part, places, low, middle, False))
+                        down = tl.minimum(down, _beside_id(part, places, low, middle, True))
+                    number = tl.sum(numbers, 0)
+                    reached = number >= needed
+                    bound = tl.min(tl.where(reached, down, up), 0)
+                end = tl.where(reached, -bound, end)
+                begin = tl.where(reached, begin, bound - 1)
+                begin = tl.where(number == needed, end - 1, begin)
+                middle = begin + (end - begin) // 2
+            last_key = low
+            last_id = end
+    return last_key, last_id
 
 
 @jit
@@ -360,15 +464,14 @@ def _cut_kernel(
     state,
     sums,
     num_parts,
-    splits,
+    spans,
     listed,
     vocab,
     SCALE: tl.constexpr,
     TOP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
     LISTED: tl.constexpr,
-    TALLY: tl.constexpr,
 ):
     """One program a row: finds its last token, and adds to the first of `sums` what stays of the window."""
     n = tl.program_id(0).to(tl.int64)
@@ -377,88 +480,41 @@ def _cut_kernel(
     top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
     peak = tl.load(stats + 3 * n)
     first_key = tl.load(state + 6 * n + 1)
-    end_key = tl.minimum(tl.load(state + 6 * n + 2), TOP + 1)
+    end_key = tl.load(state + 6 * n + 2)
     found = tl.load(state + 6 * n + 3)
-    length = tl.minimum(found, LISTED)
-    listed += n * 2 * LISTED
-    split = tl.arange(0, SPLITS)
-    there = split < splits
-    above = tl.sum(tl.load(sums + n * splits + split, mask=there, other=0), 0)
-    total = tl.sum(tl.load(sums + num_parts + n * splits + split, mask=there, other=0), 0)
-    number, weight = _tally(
-        first_key, first_key, vocab, edited, n, edited_stride, vocab, peak, temperature, least, listed, length,
-        found >= 0, SCALE, LISTED, TALLY,
-    )  # fmt: skip
+    span = tl.arange(0, SPANS)
+    there = span < spans
+    above = tl.sum(tl.load(sums + n * spans + span, mask=there, other=0), 0)
+    total = tl.sum(tl.load(sums + num_parts + n * spans + span, mask=there, other=0), 0)
+    i = tl.arange(0, LISTED)
+    bits = tl.load(listed + n * 2 * LISTED + i, mask=i < found, other=0)
+    ids = tl.load(listed + n * 2 * LISTED + LISTED + i, mask=i < found, other=0)
+    keys = tl.floor(bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     goal = _share(total, top_p)
-    straddles = (goal > above) & (goal <= above + weight)
+    straddles = (goal > above) & (goal <= above + tl.sum(_worth(keys, 1, False), 0))
     enough = (found >= top_k) | (first_key == 0x3F800000)
-    by_list = (found <= LISTED) & tl.where(top_k > 0, enough, straddles)
-    first_key = tl.where(by_list, first_key, 0x3F800000)
-    end_key = tl.where(by_list, end_key, TOP + 1)
-    above = tl.where(by_list, above, 0)
-    length = tl.where(by_list, length, vocab)
-    last_key = first_key * 0 + 0x3F800000
-    last_id = first_key * 0 + (vocab - 1)
-    for stage in range(2):  # top_k, then top_p of what it keeps
-        by_number = stage == 0
-        if tl.where(by_number, top_k > 0, top_p < 1):
-            number, weight = _tally(
-                last_key, last_key, last_id, edited, n, edited_stride, vocab, peak, temperature, least, listed, length,
-                by_list, SCALE, LISTED, TALLY,
-            )  # fmt: skip
-            share = _share(tl.where(top_k > 0, weight, total), top_p) - above
-            goal = tl.where(by_number, tl.minimum(top_k, number), share)
-            # The key of the last token: the highest from which on the tally reaches the goal.
-            low = first_key
-            high = end_key
-            while high - low > 1:
-                middle = low + (high - low) // 2
-                number, weight = _tally(
-                    middle, last_key, last_id, edited, n, edited_stride, vocab, peak, temperature, least, listed,
-                    length, by_list, SCALE, LISTED, TALLY,
-                )  # fmt: skip
-                reached = tl.where(by_number, number, weight) >= goal
-                low = tl.where(reached, middle, low)
-                high = tl.where(reached, high, middle)
-            # Its id: so many of the tokens of this key are needed, the lowest ids first.
-            number, weight = _tally(
-                low + 1, last_key, last_id, edited, n, edited_stride, vocab, peak, temperature, least, listed, length,
-                by_list, SCALE, LISTED, TALLY,
-            )  # fmt: skip
-            each = low.to(tl.float32, bitcast=True).to(tl.int64)
-            needed = tl.where(by_number, goal, number + (goal - weight + each - 1) // each)
-            end = tl.where(low == last_key, last_id, vocab - 1)
-            begin = low * 0 - 1
-            probe = end  # all of them may be needed
-            while end - begin > 1:
-                number, weight = _tally(
-                    low, low, probe, edited, n, edited_stride, vocab, peak, temperature, least, listed, length,
-                    by_list, SCALE, LISTED, TALLY,
-                )  # fmt: skip
-                begin = tl.where(number >= needed, begin, probe)
-                begin = tl.where((probe == end) & (number <= needed), end - 1, begin)
-                end = tl.where(number >= needed, probe, end)
-                probe = begin + (end - begin) // 2
-            last_key = low
-            last_id = end
-    tl.store(state + 6 * n + 4, last_key)
-    tl.store(state + 6 * n + 5, last_id)
-    high = tl.load(state + 6 * n + 2)
-    for start in range(0, length, TALLY):
-        ids = start + tl.arange(0, TALLY)
-        if by_list:
-            keys = tl.load(listed + ids, mask=ids < length, other=0)
-            ids = tl.load(listed + LISTED + ids, mask=ids < length, other=0)
-            stays = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
-            weights = keys.to(tl.float32, bitcast=True).to(tl.int64)
-            tl.atomic_add(sums + n * splits + ids // CHUNK, weights, mask=stays)
-        else:
-            x = _load(edited, n, edited_stride, ids, vocab)
-            keys = _weights(x, peak, temperature, least, SCALE).to(tl.int32, bitcast=True)
-            stays = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
-            weights = keys.to(tl.float32, bitcast=True).to(tl.int64)
-            change = tl.where(stays, weights, 0) - tl.where(keys >= high, weights, 0)  # those are counted already
-            tl.atomic_add(sums + n * splits + start // CHUNK, tl.sum(change, 0))
+    if (found <= LISTED) & tl.where(top_k > 0, enough, straddles):
+        last_key, last_id = _last(
+            keys, ids, first_key, tl.minimum(end_key, TOP + 1), above, total, top_k, top_p, temperature, least,
+            edited, edited_stride, n, vocab, peak, True, SCALE, SPAN,
+        )  # fmt: skip
+        tl.store(state + 6 * n + 4, last_key)
+        tl.store(state + 6 * n + 5, last_id)
+        stays = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
+        weights = keys.to(tl.float32, bitcast=True).to(tl.int64)
+        tl.atomic_add(sums + n * spans + ids // SPAN, weights, mask=stays)
+    else:
+        last_key, last_id = _last(
+            keys, ids, first_key * 0 + 0x3F800000, first_key * 0 + (TOP + 1), above * 0, total, top_k, top_p,
+            temperature, least, edited, edited_stride, n, vocab, peak, False, SCALE, SPAN,
+        )  # fmt: skip
+        tl.store(state + 6 * n + 4, last_key)
+        tl.store(state + 6 * n + 5, last_id)
+        for start in range(0, vocab, SPAN):
+            part, _ = _keys(
+                start, last_key, last_id, edited, edited_stride, n, vocab, peak, temperature, least, SCALE, SPAN
+            )
+            tl.store(sums + n * spans + start // SPAN, tl.sum(_worth(part, 1, False), 0))
 
 
 # ---- 5: the draw
@@ -476,14 +532,14 @@ def _draw_kernel(
     stats,
     state,
     sums,
-    splits,
+    spans,
     vocab,
     ids,
     logprobs,
     AT_TEMPERATURE: tl.constexpr,
     SCALE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """One program a row."""
     n = tl.program_id(0).to(tl.int64)
@@ -493,18 +549,16 @@ def _draw_kernel(
     top_k, least, top_p, temperature = _parameters(table, row)
     output = tl.load(positions + n) - tl.load(table + row * 10 + 2)
     number = _uniform(tl.load(table + row * 10), tl.load(table + row * 10 + 1), output)
-    split = tl.arange(0, SPLITS)
-    masses = tl.load(sums + n * splits + split, mask=split < splits, other=0)
+    span = tl.arange(0, SPANS)
+    masses = tl.load(sums + n * spans + span, mask=span < spans, other=0)
     goal = (number * tl.sum(masses, 0).to(tl.float64)).to(tl.int64)
-    chunk = tl.sum(((tl.cumsum(masses, 0) <= goal) & (split < splits)).to(tl.int32), 0)
-    goal -= tl.sum(tl.where(split < chunk, masses, 0), 0)
-    places = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = _load(edited, n, edited_stride, places, vocab)
-    weights = _weights(x, tl.load(stats + 3 * n), temperature, least, SCALE)
-    keys = weights.to(tl.int32, bitcast=True)
-    last_key = tl.load(state + 6 * n + 4)
-    stays = (keys > last_key) | ((keys == last_key) & (places <= tl.load(state + 6 * n + 5)))
-    reached = tl.cumsum(tl.where(stays, weights.to(tl.int64), 0), 0)
+    chosen_span = tl.sum(((tl.cumsum(masses, 0) <= goal) & (span < spans)).to(tl.int32), 0)
+    goal -= tl.sum(tl.where(span < chosen_span, masses, 0), 0)
+    keys, places = _keys(
+        chosen_span * SPAN, tl.load(state + 6 * n + 4), tl.load(state + 6 * n + 5), edited, edited_stride, n, vocab,
+        tl.load(stats + 3 * n), temperature, least, SCALE, SPAN,
+    )  # fmt: skip
+    reached = tl.cumsum(_worth(keys, 1, False), 0)
     chosen = tl.min(tl.where(reached > goal, places, vocab - 1), 0)
     value = _load(raw, n, raw_stride, chosen, vocab) - tl.load(stats + 3 * n + 1)
     if AT_TEMPERATURE:
@@ -538,55 +592,59 @@ def choose(
     require_triton()
     chosen_from = raw if edited is None else edited
     assert raw.stride(1) == chosen_from.stride(1) == 1 and table.shape[1] == WIDTH and table.is_contiguous()
-    assert CHUNK % STEP == CHUNK % TALLY == 0
-    splits = triton.cdiv(vocab, CHUNK)
+    splits, spans = triton.cdiv(vocab, CHUNK), triton.cdiv(vocab, SPAN)
     parts = torch.empty((4, n, splits), device=raw.device)
     best = torch.empty((n, splits), dtype=torch.int32, device=raw.device)
-    sums = torch.empty((2, n, splits), dtype=torch.int64, device=raw.device)
+    sums = torch.empty((2, n, spans), dtype=torch.int64, device=raw.device)
     state = torch.empty((n, 6), dtype=torch.int32, device=raw.device)
     listed = torch.empty((n, 2, LISTED), dtype=torch.int32, device=raw.device)
     bits = weight_bits(vocab)
     raw_in, edited_in = (raw, raw.stride(0)), (chosen_from, chosen_from.stride(0))
     scale = {"SCALE": 2.0**bits}
     top = {"TOP": (127 + bits) << 23}
-    lanes = {"SPLITS": triton.next_power_of_2(splits)}
-    wide, kind = {"num_warps": 8, "CHUNK": CHUNK}, {"AT_TEMPERATURE": at_temperature}
+    kind = {"AT_TEMPERATURE": at_temperature}
+    lanes = {"SPANS": triton.next_power_of_2(spans), "SPAN": SPAN}
     _survey_kernel[(splits, n)](
-        *raw_in, *edited_in, rows, table, parts, best, n * splits, vocab, EDITED=edited is not None, **kind, **wide
-    )
-    _merge_kernel[(n,)](
-        *raw_in,
-        *edited_in,
-        *(rows, table, parts, best, n * splits, splits, vocab, stats, state, ids, logprobs),
-        **(kind | scale | top | lanes),
-        SAMPLE=SAMPLE,
-        GROUP=GROUP,
+        *(*raw_in, *edited_in, rows, table, parts, best, n * splits, vocab),
+        EDITED=edited is not None,
+        CHUNK=CHUNK,
+        **kind,
         num_warps=8,
     )
-    _window_kernel[(splits, n)](
-        *(*edited_in, rows, table, stats, state, sums, n * splits, listed, vocab),
-        **(scale | wide),
+    _merge_kernel[(n,)](
+        *(*raw_in, *edited_in, rows, table, parts, best, n * splits, splits, vocab, stats, state, ids, logprobs),
+        **(kind | scale | top),
+        SPLITS=triton.next_power_of_2(splits),
+        SAMPLE=SAMPLE,
+        GROUP=GROUP,
+        BINS=BINS,
         LISTED=LISTED,
-        STEP=STEP,
+        num_warps=8,
+    )
+    _window_kernel[(spans, n)](
+        *(*edited_in, rows, table, stats, state, sums, n * spans, listed, vocab),
+        **scale,
+        SPAN=SPAN,
+        LISTED=LISTED,
+        num_warps=WINDOW_WARPS,
     )
     _cut_kernel[(n,)](
-        *(*edited_in, rows, table, stats, state, sums, n * splits, splits, listed, vocab),
-        **(scale | top | lanes | wide),
+        *(*edited_in, rows, table, stats, state, sums, n * spans, spans, listed, vocab),
+        **(scale | top | lanes),
         LISTED=LISTED,
-        TALLY=TALLY,
+        num_warps=CUT_WARPS,
     )
     _draw_kernel[(n,)](
-        *raw_in,
-        *edited_in,
-        *(rows, positions, table, stats, state, sums, splits, vocab, ids, logprobs),
-        **(kind | scale | lanes | wide),
+        *(*raw_in, *edited_in, rows, positions, table, stats, state, sums, spans, vocab, ids, logprobs),
+        **(kind | scale | lanes),
+        num_warps=8,
     )
     return ids, logprobs, stats
 
 
 def workspace_bytes(num_rows: int, vocab_size: int) -> int:
     """Device memory that `choose` takes for a step of so many rows."""
-    return num_rows * (8 * LISTED + 36 * -(-vocab_size // CHUNK) + 64)
+    return num_rows * (8 * LISTED + 20 * -(-vocab_size // CHUNK) + 16 * -(-vocab_size // SPAN) + 64)
 
 
 # ---- places in the distribution
