@@ -11,7 +11,7 @@ from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.host_sampler import LARGEST, RowParams
 from megalite.inference.memory import SAMPLING_CHUNK
-from megalite.kernels import sampling
+from megalite.kernels import penalties, sampling
 
 
 class DeviceSampler:
@@ -44,7 +44,7 @@ class DeviceSampler:
             logits, edited, rows, positions, self.table, at_temperature=self.at_temperature
         )
         if needs.longest:
-            self.penalties.count(rows, positions, ids, needs.longest)
+            penalties.count(rows, positions, ids, self.table, self.penalties.tokens, self.penalties.times)
         details = None
         if needs.logprobs:
             if self.at_temperature:  # what is listed is at temperature 1 all the same
@@ -55,12 +55,14 @@ class DeviceSampler:
     def _edited(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Tensor:
         """A changed copy of logits [n, V], float32."""
         buffer = torch.empty(logits.numel() + 1, device=logits.device)
-        edited = buffer[:-1].view(logits.shape).copy_(logits).clamp_(max=LARGEST)
+        edited, source = buffer[:-1].view(logits.shape), logits
+        penalties.copy(logits, edited)
         if needs.edits:
             self.edits.apply(buffer, rows, positions)
+            source = edited.clone() if needs.longest else edited
         if needs.longest:
-            strengths = self._floats[rows, sampling.PENALTIES :].float()
-            self.penalties.apply(edited, rows, positions, strengths, needs.longest)
+            tokens, times = self.penalties.tokens, self.penalties.times
+            penalties.penalise(source, edited, rows, positions, self.table, tokens, times, needs.longest)
         return edited
 
 

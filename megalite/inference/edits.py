@@ -187,6 +187,12 @@ class Penalties:
         self._arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
         """Tokens, times and prompt lengths in host memory."""
 
+    @property
+    def times(self) -> Tensor:
+        """Of rows with penalties, of which one was admitted."""
+        assert self._times is not None
+        return self._times
+
     def admit(self, sequences: Iterable[tuple[int, Sequence]]) -> None:
         """Count the outputs of sequences that begin, or go on, in the given rows."""
         if self._times is None:
@@ -203,7 +209,7 @@ class Penalties:
             counts.append(np.where(said[at] == ids, times[at], 0) if len(said) else np.zeros_like(ids))
             places.append(row * self.tokens.shape[1] + np.arange(len(ids)))
         place, count = self.send(np.concatenate(places + counts)).view(2, -1)
-        self._times.view(-1).index_copy_(0, place, count.int())
+        self.times.view(-1).index_copy_(0, place, count.int())
 
     def apply_to(self, logits: np.ndarray, row: int, position: int, strengths: tuple[float, float, float]) -> None:
         """Penalise the logits [V] of one row in host memory, whose new token will stand at `position`.
@@ -242,16 +248,14 @@ class Penalties:
 
     def count(self, rows: Tensor, positions: Tensor, ids: Tensor, longest: int) -> None:
         """Note that `rows` get the tokens `ids` [n] at `positions` [n], below `longest`."""
-        assert self._times is not None
         tokens, times, known = self._known(rows, positions, longest)
         equal = known & (tokens == ids[:, None])
         place = torch.arange(longest, device=rows.device)
         total = 1 + (equal & (place >= self.prompt_len[rows, None])).sum(-1, dtype=torch.int32)
         times = torch.where(place == positions[:, None], total[:, None], times + equal)
-        self._times[:, :longest].index_copy_(0, rows, times)
+        self.times[:, :longest].index_copy_(0, rows, times)
 
     def _known(self, rows: Tensor, positions: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of the rows, how often each is in the output, and which of them are there: [n, longest] each."""
-        assert self._times is not None
-        tokens, times = (table[:, :longest].index_select(0, rows) for table in (self.tokens, self._times))
+        tokens, times = (table[:, :longest].index_select(0, rows) for table in (self.tokens, self.times))
         return tokens, times, torch.arange(longest, device=rows.device) < positions[:, None]
