@@ -129,7 +129,7 @@ def test_every_rank_reads_the_loss_and_its_metrics_and_recomputes_blocks_where_a
 
 
 def shortened_steps(rank: int, folder: Path, layout: Layout, shortened: bool):
-    """Norms of the gradients of three steps of two micro batches, and the float32 weights after them."""
+    """Norms of the gradients of three steps of two micro batches; the float32 weights and first moments after them."""
     with as_run(rank), pytest.MonkeyPatch.context() as patches:
         if not shortened:
             patches.setattr(zero, "shorten_steps", lambda *_: None)
@@ -141,18 +141,24 @@ def shortened_steps(rank: int, folder: Path, layout: Layout, shortened: bool):
             trainer.step([from_windows(part) for part in windows.split(2)])
             norms.append(trainer.gradient_norm)
             assert trainer.engine.optimizer.averaged_gradients[0] is None
-        return norms, {name: get_whole(param, WEIGHT) for name, param in trainer.decoder.named_parameters()}
+        kinds = WEIGHT, MOMENTS[0]
+        params = list(trainer.decoder.named_parameters())
+        return norms, {(name, kind): get_whole(param, kind) for name, param in params for kind in kinds}
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(tp=2, dp=2)], ids=str)
 def test_a_shorter_step_gives_what_that_of_deepspeed_gives(model, layout, tiny, ranks):
-    """Partitions end within parameters; some experts get no token."""
+    """Partitions end within parameters; some experts get no token. A weight that is rounded the other way in bfloat16
+    after a step shows in the norm of a later one."""
     results = [ranks(layout.size).run(shortened_steps, tiny(model), layout, shortened) for shortened in (False, True)]
     for (norms, weights), (short_norms, short_weights) in zip(*results, strict=True):
-        assert short_norms == pytest.approx(norms, rel=1e-5)
-        for name, weight in weights.items():
-            torch.testing.assert_close(short_weights[name], weight, rtol=1e-4, atol=1e-4)
+        assert short_norms[0] == pytest.approx(norms[0], rel=1e-5)
+        assert short_norms == pytest.approx(norms, rel=2e-3)
+        for (name, kind), wanted in weights.items():
+            found, scale = short_weights[name, kind], 1.0 if kind == WEIGHT else wanted.abs().max().item()
+            rough = {"rtol": 1e-4, "atol": 1e-4} if kind == WEIGHT else {"rtol": 0.0, "atol": 2e-2 * scale}
+            torch.testing.assert_close(found, wanted, **rough)
 
 
 def bad_step(rank: int, folder: Path, zero_stage: int):

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from megalite.kernels.jit import jit, multiprocessors, require_triton, tl, triton
 
-PROGRAMS = 8
+PROGRAMS = 4
 """Programs for each multiprocessor where every one of them sums the gradient of a weight."""
+HEADS = 16
+"""Heads, of a token or of several, whose gradient a program computes at a time."""
 
 
 @jit
@@ -300,67 +302,105 @@ def _heads_gradient_kernel(
     DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     NORM: tl.constexpr,
     ZERO_CENTRED: tl.constexpr,
     BY_POSITION: tl.constexpr,
 ):
-    """A program the queries, keys or values (kind 0, 1, 2) of every so many tokens."""
+    """A program every so many blocks of heads among the queries, keys or values (kind 0, 1, 2) of all tokens.
+
+    A block is three tiles: the channels that are turned with each other, and those that stay, if any. Sums over a head
+    stay within a warp, and nothing is added over heads before the end.
+    """
     kind = tl.program_id(1)
-    column = tl.arange(0, BLOCK)
-    inside = column < DIM
-    is_first = column < HALF
-    rotated = column < 2 * HALF
-    partner = tl.where(is_first, column + HALF, tl.where(rotated, column - HALF, column))
-    number = tl.arange(0, BLOCK_HEADS)
     gradient_of = into_q
     gradient_token_stride = q_token_stride
     gradient_head_stride = q_head_stride
     weight = q_weight
-    head = number
-    present = number < QUERIES
+    heads = QUERIES
+    first_head = 0
     if kind == 1:
         gradient_of = into_k
         gradient_token_stride = k_token_stride
         gradient_head_stride = k_head_stride
         weight = k_weight
-        head = QUERIES + number
-        present = number < KEYS
+        heads = KEYS
+        first_head = QUERIES
     if kind == 2:
         gradient_of = into_v
         gradient_token_stride = v_token_stride
         gradient_head_stride = v_head_stride
-        head = QUERIES + KEYS + number
-        present = number < KEYS
-    mask = present[:, None] & inside[None, :]
+        heads = KEYS
+        first_head = QUERIES + KEYS
+    half = tl.arange(0, BLOCK_HALF)
+    rest = tl.arange(0, BLOCK_REST)
+    in_half = half < HALF
+    in_rest = rest < DIM - 2 * HALF
     if NORM:
-        scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        scale_1 = tl.load(weight + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        scale_2 = tl.load(weight + HALF + half, mask=in_half, other=0.0).to(tl.float32)[None, :]
+        scale_3 = tl.load(weight + 2 * HALF + rest, mask=in_rest, other=0.0).to(tl.float32)[None, :]
         if ZERO_CENTRED:
-            scale += 1.0
-    into_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    token = tl.program_id(0).to(tl.int64)
-    while token < num_rows:
-        source = gradient_of + token * gradient_token_stride + number[:, None] * gradient_head_stride
-        g = tl.load(source + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            scale_1 += 1.0
+            scale_2 += 1.0
+            scale_3 += 1.0
+    sum_1 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), dtype=tl.float32)
+    sum_2 = tl.zeros((BLOCK_HEADS, BLOCK_HALF), dtype=tl.float32)
+    sum_3 = tl.zeros((BLOCK_HEADS, BLOCK_REST), dtype=tl.float32)
+    start = tl.program_id(0) * BLOCK_HEADS
+    while start < num_rows * heads:
+        row = start + tl.arange(0, BLOCK_HEADS)
+        present = row < num_rows * heads
+        token = (row // heads).to(tl.int64)
+        head = row % heads
+        mask = present[:, None] & in_half[None, :]
+        mask_3 = present[:, None] & in_rest[None, :]
+        source = gradient_of + (token * gradient_token_stride + head * gradient_head_stride)[:, None]
+        g_1 = tl.load(source + half[None, :], mask=mask, other=0.0).to(tl.float32)
+        g_2 = tl.load(source + HALF + half[None, :], mask=mask, other=0.0).to(tl.float32)
+        g_3 = tl.load(source + 2 * HALF + rest[None, :], mask=mask_3, other=0.0).to(tl.float32)
         if kind < 2:
-            other = tl.load(source + partner[None, :], mask=mask, other=0.0).to(tl.float32)
-            cos, sin = _turn(table, positions, token, tl.where(is_first, column, partner), rotated, HALF, BY_POSITION)
-            sin = tl.where(is_first, sin, -sin)  # back
-            g = g * cos[None, :] + other * sin[None, :]
+            at = token
+            if BY_POSITION:
+                at = tl.load(positions + token, mask=present, other=0).to(tl.int64)
+            angles = table + (at * (2 * HALF))[:, None] + half[None, :]
+            cos = tl.load(angles, mask=mask, other=1.0).to(tl.float32)
+            sin = tl.load(angles + HALF, mask=mask, other=0.0).to(tl.float32)
+            back_1 = g_1 * cos + g_2 * sin
+            g_2 = g_2 * cos - g_1 * sin
+            g_1 = back_1
             if NORM:
-                place = qkv + token * token_stride + head[:, None] * DIM + column[None, :]
-                x = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-                inverse = tl.rsqrt(tl.sum(x * x, 1) / DIM + eps)[:, None]
-                unit = x * inverse
-                into_weight += tl.sum(g * unit, 0)
-                g = g * scale
-                g = (g - unit * (tl.sum(g * unit, 1) / DIM)[:, None]) * inverse
-        to = into + token * ((QUERIES + 2 * KEYS) * DIM) + head[:, None] * DIM + column[None, :]
-        tl.store(to, g.to(into.dtype.element_ty), mask=mask)
-        token += tl.num_programs(0)
+                place = qkv + (token * token_stride + (first_head + head) * DIM)[:, None]
+                x_1 = tl.load(place + half[None, :], mask=mask, other=0.0).to(tl.float32)
+                x_2 = tl.load(place + HALF + half[None, :], mask=mask, other=0.0).to(tl.float32)
+                x_3 = tl.load(place + 2 * HALF + rest[None, :], mask=mask_3, other=0.0).to(tl.float32)
+                square = tl.sum(x_1 * x_1 + x_2 * x_2, 1) + tl.sum(x_3 * x_3, 1)
+                inverse = tl.rsqrt(square / DIM + eps)[:, None]
+                x_1 = x_1 * inverse
+                x_2 = x_2 * inverse
+                x_3 = x_3 * inverse
+                sum_1 += g_1 * x_1
+                sum_2 += g_2 * x_2
+                sum_3 += g_3 * x_3
+                g_1 = g_1 * scale_1
+                g_2 = g_2 * scale_2
+                g_3 = g_3 * scale_3
+                along = ((tl.sum(g_1 * x_1 + g_2 * x_2, 1) + tl.sum(g_3 * x_3, 1)) / DIM)[:, None]
+                g_1 = (g_1 - x_1 * along) * inverse
+                g_2 = (g_2 - x_2 * along) * inverse
+                g_3 = (g_3 - x_3 * along) * inverse
+        to = into + (token * ((QUERIES + 2 * KEYS) * DIM) + (first_head + head) * DIM)[:, None]
+        tl.store(to + half[None, :], g_1.to(into.dtype.element_ty), mask=mask)
+        tl.store(to + HALF + half[None, :], g_2.to(into.dtype.element_ty), mask=mask)
+        tl.store(to + 2 * HALF + rest[None, :], g_3.to(into.dtype.element_ty), mask=mask_3)
+        start += tl.num_programs(0) * BLOCK_HEADS
     if NORM:
         if kind < 2:
-            tl.store(sums + (tl.program_id(0) * 2 + kind).to(tl.int64) * DIM + column, into_weight, mask=inside)
+            target = sums + (tl.program_id(0) * 2 + kind).to(tl.int64) * DIM
+            tl.store(target + half, tl.sum(sum_1, 0), mask=in_half)
+            tl.store(target + HALF + half, tl.sum(sum_2, 0), mask=in_half)
+            tl.store(target + 2 * HALF + rest, tl.sum(sum_3, 0), mask=in_rest)
 
 
 def heads_gradient(
@@ -383,11 +423,12 @@ def heads_gradient(
     queries, keys = into_q.shape[1], into_k.shape[1]
     into_q, into_k, into_v = (one if one.stride(2) == 1 else one.contiguous() for one in (into_q, into_k, into_v))
     into = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
-    programs = min(tokens, PROGRAMS * multiprocessors(qkv.device))
+    programs = min(triton.cdiv(tokens * max(queries, keys), HEADS), PROGRAMS * multiprocessors(qkv.device)) or 1
     sums = torch.empty((programs, 2, dim), dtype=torch.float32, device=qkv.device)
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     if into.numel():
-        block, block_heads = _tile(queries, keys, dim)
+        half = table.shape[1] // 2
+        block_half, block_rest = (triton.next_power_of_2(max(1, channels)) for channels in (half, dim - 2 * half))
         _heads_gradient_kernel[(programs, 3)](
             qkv,
             q_weight,
@@ -408,13 +449,14 @@ def heads_gradient(
             QUERIES=queries,
             KEYS=keys,
             DIM=dim,
-            HALF=table.shape[1] // 2,
-            BLOCK_HEADS=block_heads,
-            BLOCK=block,
+            HALF=half,
+            BLOCK_HEADS=HEADS,
+            BLOCK_HALF=block_half,
+            BLOCK_REST=block_rest,
             NORM=norms is not None,
             ZERO_CENTRED=zero_centred,
             BY_POSITION=positions is not None,
-            num_warps=_warps(block * block_heads),
+            num_warps=max(1, min(8, HEADS * (2 * block_half + block_rest) // 512)),
         )
     if norms is None:
         return into, None, None

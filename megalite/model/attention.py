@@ -151,11 +151,12 @@ class PackedAttention:
 
     def _attend_runs(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         sizes = [count * length for count, length in self.runs]
+        whole = len(sizes) == 1  # the gradient of a split is a copy, even of one into one part
         attended = []
-        for run, *parts in zip(self.runs, *(x.split(sizes) for x in (q, k, v)), strict=True):
+        for run, *parts in zip(self.runs, *([x] if whole else x.split(sizes) for x in (q, k, v)), strict=True):
             batched_q, batched_k, batched_v = (x.unflatten(0, run).transpose(1, 2) for x in parts)  # [B, H or K, L, D]
             attended.append(_attend_batch(batched_q, batched_k, batched_v, spec).transpose(1, 2).flatten(0, 1))
-        return attended[0] if len(attended) == 1 else torch.cat(attended)
+        return attended[0] if whole else torch.cat(attended)
 
 
 @cache

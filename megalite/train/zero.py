@@ -67,38 +67,50 @@ def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor | None:
 
 
 def shorten_steps(zero: Any, stage: int) -> None:
-    """Take passes over all gradients out of DeepSpeed's step; what is computed stays the same."""
+    """Take passes over all gradients, and every wait for the device, out of DeepSpeed's step.
+
+    What is computed stays the same: gradients are clipped, and a step whose gradients are not all finite changes
+    nothing. But that is decided on the device, by AdamW itself: DeepSpeed's `overflow` stays False.
+    """
     if stage == 3 or zero.cpu_offload or zero.dtype == torch.float32:
         return
-    if zero.compute_grad_norm:  # it is not finite if a number is not, and the step looks at it too
-        zero.check_overflow = lambda partition_gradients=True: None
-        zero.get_grad_norm_direct = partial(_gradient_norm, zero)
+    if zero.compute_grad_norm:
+        zero.check_grad_overflow = False
+        zero.scaled_global_norm = partial(_gradient_norm, zero)
+        zero.unscale_and_clip_grads = partial(_clip_by_optimizer, zero)
     if stage == 1 and zero.use_grad_accum_attribute:
         FlatGradients(zero)
 
 
-def _gradient_norm(
-    zero: Any, gradients: Sequence[Tensor], params: Sequence[nn.Parameter], norm_type: int = 2
-) -> Tensor:
-    """Of a parameter group over all ranks, or -1 where it is not finite, as `zero`'s own; in few kernels.
+def _gradient_norm(zero: Any, norm_type: int = 2) -> Tensor:
+    """Of all parameters over all ranks, in few kernels; infinite where a number is not finite.
 
     A parameter that several ranks hold whole counts once.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
     assert norm_type == 2
-    real = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
-    counted = [
-        gradient.detach()
-        for gradient, param in zip(real, params, strict=False)
-        if not getattr(param, "ds_pipe_replicated", False)
-        and (is_model_parallel_parameter(param) or zero.model_parallel_rank == 0)
-    ]
+    counted = []
+    for number, params in enumerate(zero.params_in_partition):
+        real = (one for one in zero.averaged_gradients[number] if not getattr(one, "_zero_padding", False))
+        counted += [
+            gradient.detach()
+            for gradient, param in zip(real, params, strict=False)
+            if not getattr(param, "ds_pipe_replicated", False)
+            and (is_model_parallel_parameter(param) or zero.model_parallel_rank == 0)
+        ]
     norms = torch._foreach_norm(counted, dtype=torch.float64) if counted else [torch.zeros((), device=zero.device)]
     total = torch.stack(norms).square().sum().float()
     dist.all_reduce(total, group=zero.dp_process_group)
     zero._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
-    return torch.where(total.isfinite(), total.sqrt(), -1.0)
+    return torch.where(total.isfinite(), total.sqrt(), torch.inf)
+
+
+def _clip_by_optimizer(zero: Any, _: Sequence[Tensor], norm: Tensor) -> None:
+    """Leave it to the fused AdamW to divide gradients, and to leave a step out, as it does under a GradScaler."""
+    adam = zero.optimizer
+    adam.found_inf = norm.isfinite().logical_not().float()
+    adam.grad_scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0) if zero.clip_grad > 0 else None
 
 
 class FlatGradients:
