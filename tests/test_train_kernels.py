@@ -12,6 +12,7 @@ from megalite.core import fused
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.kernels import loss as kernels
+from megalite.kernels import training
 from megalite.model import families
 from megalite.train import loss
 from megalite.train.loss import target_logprobs
@@ -173,6 +174,16 @@ def test_heads_after_norms_and_rotation(heads, keys, dim, rotated, dtype, norms,
         first, second, rest = x.split([rotated // 2, rotated // 2, dim - rotated], -1)
         wanted.append(torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1))
     check(found, mine, (*wanted, v), exact)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 5), (3, 2048)])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gradients_add_up_in_float32(shape, dtype):
+    total = torch.full(shape, torch.nan, device=DEVICE)
+    first, second = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+    assert training.accumulate_(total, first, first=True) is total and torch.equal(total, first.float())
+    training.accumulate_(total, second, first=False)
+    assert torch.equal(total, first.float() + second.float())
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")

@@ -129,36 +129,42 @@ def test_every_rank_reads_the_loss_and_its_metrics_and_recomputes_blocks_where_a
 
 
 def shortened_steps(rank: int, folder: Path, layout: Layout, shortened: bool):
-    """Norms of the gradients of three steps of two micro batches; the float32 weights and first moments after them."""
+    """Norms of the gradients of three steps of two micro batches; float32 weights and moments after the first, last."""
     with as_run(rank), pytest.MonkeyPatch.context() as patches:
         if not shortened:
             patches.setattr(zero, "shorten_steps", lambda *_: None)
         trainer = make_trainer(new_decoder(folder, layout, torch.bfloat16))
-        norms = []
+        norms, states = [], []
         for step in range(3):
             generator = torch.Generator().manual_seed(7 * trainer.state.dp.rank + step)
             windows = torch.randint(trainer.decoder.config.vocab_size, (4, 9), generator=generator)
             trainer.step([from_windows(part) for part in windows.split(2)])
             norms.append(trainer.gradient_norm)
             assert trainer.engine.optimizer.averaged_gradients[0] is None
-        kinds = WEIGHT, MOMENTS[0]
-        params = list(trainer.decoder.named_parameters())
-        return norms, {(name, kind): get_whole(param, kind) for name, param in params for kind in kinds}
+            params = trainer.decoder.named_parameters()
+            states.append(
+                {(name, kind): get_whole(p, kind).clone() for name, p in params for kind in (WEIGHT, *MOMENTS)}
+            )
+        return norms, states[0], states[-1]
 
 
 @pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(tp=2, dp=2)], ids=str)
 def test_a_shorter_step_gives_what_that_of_deepspeed_gives(model, layout, tiny, ranks):
-    """Partitions end within parameters; some experts get no token. A weight that is rounded the other way in bfloat16
-    after a step shows in the norm of a later one."""
+    """Partitions end within parameters; some experts get no token.
+
+    The first step is the same but for the last digit; by it, weights are rounded to bfloat16 differently after that.
+    """
     results = [ranks(layout.size).run(shortened_steps, tiny(model), layout, shortened) for shortened in (False, True)]
-    for (norms, weights), (short_norms, short_weights) in zip(*results, strict=True):
+    for (norms, first, last), (short_norms, short_first, short_last) in zip(*results, strict=True):
+        assert norms[0] > 1, "nothing was clipped"
         assert short_norms[0] == pytest.approx(norms[0], rel=1e-5)
-        assert short_norms == pytest.approx(norms, rel=2e-3)
-        for (name, kind), wanted in weights.items():
-            found, scale = short_weights[name, kind], 1.0 if kind == WEIGHT else wanted.abs().max().item()
-            rough = {"rtol": 1e-4, "atol": 1e-4} if kind == WEIGHT else {"rtol": 0.0, "atol": 2e-2 * scale}
-            torch.testing.assert_close(found, wanted, **rough)
+        assert short_norms == pytest.approx(norms, rel=1e-2)
+        for key, wanted in first.items():
+            scale = wanted.abs().max().item()
+            torch.testing.assert_close(short_first[key], wanted, rtol=1e-5, atol=1e-6 * scale)
+            apart = (short_last[key] - last[key]).norm() / last[key].norm().clamp(min=1e-12)
+            assert apart < (1e-3 if key[1] == WEIGHT else 2e-2), key
 
 
 def bad_step(rank: int, folder: Path, zero_stage: int):

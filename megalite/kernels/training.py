@@ -18,6 +18,9 @@ PROGRAMS = 4
 HEADS = 16
 """Heads, of a token or of several, whose gradient a program computes at a time."""
 
+ACCUMULATED = 2048
+"""Numbers of a gradient that a program adds up."""
+
 
 @jit
 def _add_norm_kernel(
@@ -462,6 +465,29 @@ def heads_gradient(
         return into, None, None
     into_weights = sums.sum(0)
     return into, into_weights[0].to(q_weight.dtype), into_weights[1].to(k_weight.dtype)
+
+
+@jit
+def _accumulate_kernel(total, gradient, length, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < length
+    value = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(total + place, mask=inside, other=0.0)
+    tl.store(total + place, value, mask=inside)
+
+
+def accumulate_(total: Tensor, gradient: Tensor, *, first: bool) -> Tensor:
+    """Add `gradient` to `total`, float32 of the same shape, or put it there if it is the `first`; gives `total`.
+
+    Both are contiguous. PyTorch's own kernel reads one number at a time where dtypes differ.
+    """
+    require_triton()
+    assert total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32
+    if total.numel():
+        grid = (triton.cdiv(total.numel(), ACCUMULATED),)
+        _accumulate_kernel[grid](total, gradient, total.numel(), ADD=not first, BLOCK=ACCUMULATED, num_warps=4)
+    return total
 
 
 def _tile(queries: int, keys: int, dim: int) -> tuple[int, int]:

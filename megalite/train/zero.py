@@ -15,9 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalite.core.functional import has_kernels
+from megalite.kernels.training import accumulate_
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, in PyTorch's names."""
 WEIGHT = "weight"
+LARGE = 1 << 18
+"""Numbers of a gradient that our kernel adds up, on CUDA, rather than PyTorch's."""
 
 
 @contextmanager
@@ -143,10 +148,14 @@ class FlatGradients:
         if param.grad is None:
             return
         fields: Any = param
-        if fields.grad_accum is None:
-            fields.grad_accum = self._part(param).copy_(param.grad)
+        first, part = fields.grad_accum is None, self._part(param)
+        if param.numel() >= LARGE and has_kernels(part) and param.grad.is_contiguous():
+            accumulate_(part, param.grad, first=first)
+        elif first:
+            part.copy_(param.grad)
         else:
-            fields.grad_accum.add_(param.grad)
+            part.add_(param.grad)
+        fields.grad_accum = part
         param.grad = None
 
     def reduce(self, pipeline_parallel: bool = False) -> None:
