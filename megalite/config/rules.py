@@ -81,8 +81,10 @@ def bounds_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
         value = getattr(section, one.name)
         if one.name in inner:
             yield from bounds_problems(value, f"{prefix}{one.name}.")
-        elif found := one.metadata.get("bounds", NO_BOUNDS).problem(f"{prefix}{one.name}", known[one.name], value):
-            yield found
+        elif value is not one.default or value is None:  # other defaults are within
+            bounds = one.metadata.get("bounds", NO_BOUNDS)
+            if found := bounds.problem(f"{prefix}{one.name}", known[one.name], value):
+                yield found
 
 
 class ModelFacts(Protocol):

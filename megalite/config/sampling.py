@@ -37,7 +37,8 @@ def sampling_problems(
     anything; rules are looked at once the types are right.
     """
     known = hints(SamplingParams)
-    wrong = [misfit(f"{prefix}{one.name}", known[one.name], getattr(params, one.name)) for one in fields(params)]
+    given = [one.name for one in fields(params) if getattr(params, one.name) is not one.default]
+    wrong = [misfit(f"{prefix}{name}", known[name], getattr(params, name)) for name in given]
     found = [one for one in wrong if one]
     if found:
         return found

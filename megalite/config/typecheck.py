@@ -69,11 +69,13 @@ def _is_section(hint: Any) -> bool:
     return is_dataclass(hint)
 
 
+@cache
 def hints(schema: type) -> dict[str, Any]:
     """Type of each key of a config class by its dotted name: `section.key`, plain names in a section."""
     return {name: hint for name, hint in _names(schema).items() if not _is_section(hint)}
 
 
+@cache
 def sections(schema: type) -> dict[str, type]:
     """The section class behind each dotted name that is a section; a section may hold further ones."""
     return {name: hint for name, hint in _names(schema).items() if _is_section(hint)}
