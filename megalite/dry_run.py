@@ -96,12 +96,14 @@ def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[st
             memory, rows = RankMemory(model, layout, rank, item), engine.max_num_seqs
             token = memory.kv_block(1)
             activations = memory.activations(max_tokens=engine.max_num_batched_tokens, max_rows=rows)
-            found["weights"].append(format_bytes(local_elements(model, layout, rank) * item))
+            weights = local_elements(model, layout, rank)
+            found["weights"].append(format_bytes(weights * item))
             found["kv a token"].append(format_bytes(token))
             found[full].append(format_bytes(token * length * rows))
             found["activations"].append(format_bytes(activations))
             if not engine.enforce_eager:
-                found.setdefault("graphs", []).append(format_bytes(memory.graphs(max_rows=rows)))
+                graphs = memory.graphs(max_rows=rows, max_tokens=engine.max_num_batched_tokens, weights=weights)
+                found.setdefault("graphs", []).append(format_bytes(graphs))
         return found
 
     notes = [

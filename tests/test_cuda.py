@@ -155,9 +155,11 @@ def test_graphs_take_no_more_than_the_estimate(model):
             some = [given[i % len(given)] for i in range(count)]
             tokens = [output.outputs[0].token_ids for output in llm.generate(some, params)]
             assert made.setdefault(count, tokens) == tokens
-        assert {(True, size) for size in (1, 2, 4, 8, 16)} <= set(replica._runner.graphs.captured)
+        assert {(size, size, True) for size in (1, 2, 4, 8, 16)} <= set(replica._runner.graphs.captured)
         torch.cuda.empty_cache()
-        estimate = replica.memory.graphs(max_rows=16)
+        weights = sum(param.numel() for param in replica.decoder.parameters())
+        tokens = llm.config.engine.max_num_batched_tokens
+        estimate = replica.memory.graphs(max_rows=16, max_tokens=tokens, weights=weights)
         assert torch.cuda.memory_reserved() - before <= estimate
 
 

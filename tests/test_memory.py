@@ -45,9 +45,12 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     stages = (RankMemory(config, Layout(1, 2, 1), rank, itemsize=2) for rank in (0, 1))
     first, last = (stage.activations(max_tokens=8192, max_rows=256) for stage in stages)
     assert first <= hidden and last == many, "only the last stage has logits"
-    graphs, largest = one.graphs(max_rows=40), one.activations(max_tokens=1024, max_rows=40)
+    graphs = one.graphs(max_rows=40, max_tokens=3000, weights=10**6)
     kept = 8 + len(memory.PROMPT_SIZES)  # decode steps of 1, 2, 4, 8, 16, 24, 32 and 40 rows, and prompts
-    assert graphs == 2 * largest + kept * memory.GRAPH_OVERHEAD
+    largest = one.activations(max_tokens=3000, max_rows=40)
+    assert graphs == 2 * largest + (kept + 4) * memory.GRAPH_OVERHEAD, "and chunks of 512, 1024, 2048 and 3000 tokens"
+    assert memory.chunk_sizes(8192, 8 * 10**9) == [512, 1024], "more keep the device busy as they are"
+    assert memory.chunk_sizes(300, 10) == []
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 250, 256, 1000, 5000])

@@ -71,18 +71,34 @@ class RankMemory:
         """Buffers of the running sequences: tokens, block tables (see `Rows`) and what the sampler keeps of each."""
         return (max_rows + 1) * (4 * (max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD)
 
-    def graphs(self, *, max_rows: int) -> int:
-        """Upper estimate of what captured steps keep, for up to `max_rows` sequences.
+    def graphs(self, *, max_rows: int, max_tokens: int, weights: int) -> int:
+        """Upper estimate of what captured steps keep, of up to `max_rows` sequences and `max_tokens` tokens, on a stage
+        of so many weights.
 
         They share the temporary memory of the largest, which a warm-up before its capture takes once more; each has its
         kernels' launches.
         """
-        step = self.activations(max_tokens=max(max_rows, *PROMPT_SIZES), max_rows=max_rows)
-        return 2 * step + len([*decode_sizes(max_rows), *PROMPT_SIZES]) * GRAPH_OVERHEAD
+        chunks = chunk_sizes(max_tokens, weights)
+        step = self.activations(max_tokens=max(max_rows, *PROMPT_SIZES, *chunks), max_rows=max_rows)
+        return 2 * step + len([*decode_sizes(max_rows), *PROMPT_SIZES, *chunks]) * GRAPH_OVERHEAD
 
 
 PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
 """Tokens that a prompt alone in a step is padded to; a longer one keeps the device busy while the host launches."""
+
+
+CHUNK_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
+"""Tokens that a step of several rows is padded to where it is captured."""
+CAPTURED_WORK = 3e13
+"""Operations of a step up to which it is captured: the host takes some 20 ms to launch the kernels of a step one by
+one, in which a large GPU does about as many."""
+
+
+def chunk_sizes(max_tokens: int, weights: int) -> list[int]:
+    """Numbers of tokens that captured steps of several rows are padded to, on a stage of this many weights."""
+    most = min(max_tokens, int(CAPTURED_WORK / (2 * weights)))
+    sizes = [size for size in CHUNK_SIZES if size < most]
+    return [*sizes, max_tokens] if most == max_tokens and max_tokens > CHUNK_SIZES[0] else sizes
 
 
 def decode_sizes(max_rows: int) -> list[int]:

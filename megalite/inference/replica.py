@@ -100,7 +100,9 @@ class Replica:
             longest = engine.max_model_len or self.model.max_position_embeddings
             budget -= self.memory.rows(max_rows=engine.max_num_seqs, max_len=longest, block_size=engine.block_size)
         if self._captures():
-            budget -= self.memory.graphs(max_rows=engine.max_num_seqs)
+            weights = sum(param.numel() for param in self.decoder.parameters())
+            tokens = engine.max_num_batched_tokens
+            budget -= self.memory.graphs(max_rows=engine.max_num_seqs, max_tokens=tokens, weights=weights)
         mine = engine.num_kv_blocks or max(0, int(budget // block_bytes))
         self.fitting_blocks = minimum(mine, state.replica)
         self.host_blocks = minimum(int(engine.swap_space * GIB // block_bytes), state.replica)
@@ -177,6 +179,7 @@ class Replica:
             ),
             meter=self.meter,
             max_rows=scheduler.max_num_seqs // self.layout.pp,
+            max_tokens=settings.max_num_batched_tokens,
             use_graphs=self._captures(),
             return_ids=self._overlaps(),
             scored_rows=scored_rows(self.model, settings.max_num_seqs),

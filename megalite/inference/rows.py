@@ -21,9 +21,9 @@ from megalite.model.device_attention import DeviceAttention
 from megalite.model.host_attention import CacheRow, HostAttention
 from megalite.model.kv_cache import DeviceCache, HostCache
 
-FIELDS = 4
-"""Numbers of a row in a step of a padded size: row number, position of its first token, new block or -1, and its token,
--1 where the device knows it; for a prompt its number of tokens."""
+FIELDS = 6
+"""Numbers of a row in a step of a padded size: row number; position, block and id of its first token, the last two -1
+where the device knows them; number of tokens; and of the n-th row the place of the n-th one that is sampled, or -1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +103,18 @@ class Rows:
     # ---- steps of a padded size
 
     def step_inputs(self, plan: StepPlan, size: int) -> np.ndarray:
-        """The numbers of `size` rows that decode, or of the one row of a prompt: int32 [FIELDS, size], padded with rows
-        that do nothing."""
+        """A plan's numbers, int32 [FIELDS, size], padded with rows that do nothing."""
         rows = plan.rows
-        inputs = np.empty((FIELDS, size), np.int32)
-        inputs[:, len(rows) :] = np.array([[self.padding_row], [-1], [-1], [-1]])
+        inputs = np.full((FIELDS, size), -1, np.int32)
+        inputs[0, len(rows) :] = self.padding_row
+        inputs[4, len(rows) :] = 0
         inputs[0, : len(rows)] = [row.row for row in rows]
         inputs[1, : len(rows)] = [row.start for row in rows]
         inputs[2, : len(rows)] = [row.block for row in rows]
-        inputs[3, : len(rows)] = [row.token if plan.decodes else row.count for row in rows]
+        inputs[3, : len(rows)] = [row.token for row in rows]
+        inputs[4, : len(rows)] = [row.count for row in rows]
+        sampled = [place for place, row in enumerate(rows) if row.sample]
+        inputs[5, : len(sampled)] = sampled
         for row in rows:
             if row.block >= 0:
                 self._table[row.row, row.start // self.block_size] = row.block
@@ -135,28 +138,37 @@ class Rows:
         )
         return Batch(step.token_ids, context, None, step.rows[:0], step.rows, step.next_positions)
 
-    def prompt_batch(self, inputs: Tensor, size: int) -> Batch:
-        """The batch of one prompt's last chunk, padded to `size` tokens; waits for nothing, so it can be captured."""
-        row, start, _, count = inputs.long().unbind(0)  # [1] each
-        offset = torch.arange(size, device=self.device)
-        real = offset < count
-        position = torch.where(real, start + offset, 0)
-        slot = self.block_table[row, position // self.block_size].long() * self.block_size + position % self.block_size
+    def chunk_batch(self, inputs: Tensor, size: int) -> Batch:
+        """The batch of rows with any numbers of tokens, padded to `size`, from the rows' numbers on an accelerator;
+        waits for nothing, so it can be captured. As many tokens are sampled as there are rows, in vain in padding."""
+        row, start, block, token, count, place = inputs.long().unbind(0)  # [B]
+        first = start.clamp(min=0)
+        at = row, first // self.block_size
+        self.block_table[at] = torch.where(block >= 0, block.int(), self.block_table[at])
+        self.tokens[row, first] = torch.where(token >= 0, token.int(), self.tokens[row, first])
+        ends = count.cumsum(0)
+        index = torch.arange(size, device=self.device)
+        real = index < ends[-1]
+        of = torch.searchsorted(ends, index, right=True).clamp(max=len(row) - 1)  # [T]: the row of a token
+        position = torch.where(real, (first - ends + count)[of] + index, 0)
+        slot = self.block_table[row[of], position // self.block_size].long() * self.block_size
         assert isinstance(self.cache, DeviceCache)
-        end = (start + count).clamp(min=0)
         context = DeviceAttention(
             cache=self.cache,
             positions=position,
-            lengths=self.longest[row].long().expand(size),
-            slots=torch.where(real, slot, -1),
-            query_start=torch.cat([torch.zeros_like(count), count.clamp(min=0)]).int(),
-            context_len=end.int(),
+            lengths=self.longest[row[of]].long(),
+            slots=torch.where(real, slot + position % self.block_size, -1),
+            query_start=torch.cat([ends.new_zeros(1), ends]).int(),
+            context_len=(first + count).int(),
             block_table=self.block_table,
             table_rows=inputs[0],
             max_query_len=size,
         )
-        last = (count - 1).clamp(min=0)
-        return Batch(self.tokens[row, position].long(), context, last, last[:0], row, end)
+        sampled, chosen = place >= 0, place.clamp(min=0)
+        logit_rows = torch.where(sampled, ends[chosen] - 1, 0)
+        rows = torch.where(sampled, row[chosen], self.padding_row)
+        new = torch.where(sampled, (first + count)[chosen], 0)
+        return Batch(self.tokens[row[of], position].long(), context, logit_rows, index[:0], rows, new)
 
     # ---- any step
 

@@ -53,13 +53,14 @@ class Runner:
         sampler: Sampler,
         meter: Meter,
         max_rows: int,
+        max_tokens: int,
         use_graphs: bool,
         return_ids: bool,
         scored_rows: int,
     ):
-        """`max_rows`: of a step. `return_ids`: with several stages, sampled ids go from the last to the first by
-        themselves, as plans are made before they are known. `scored_rows`: of prompts that are scored, at most so many
-        logits exist at a time."""
+        """`max_rows`, `max_tokens`: of a step. `return_ids`: with several stages, sampled ids go from the last to the
+        first by themselves, as plans are made before they are known. `scored_rows`: of prompts that are scored, at most
+        so many logits exist at a time."""
         self.decoder = decoder
         self.state = decoder.state
         self.rows = rows
@@ -82,6 +83,8 @@ class Runner:
                 self._whole_step,
                 rows,
                 max_rows=max_rows,
+                max_tokens=max_tokens,
+                weights=sum(param.numel() for param in decoder.parameters()),
                 hidden=0 if self.state.is_first_stage else decoder.config.hidden_size,
                 dtype=weight.dtype,
                 capture=use_graphs,
