@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.core.schedules import Backward, Forward, Receive, Send, forward_only, in_flight, training
+from megalite.core.schedules import (
+    Backward,
+    Forward,
+    Receive,
+    Send,
+    forward_only,
+    in_flight,
+    receives_with_sends,
+    training,
+)
 
 MAKERS = {"training": training, "forward only": forward_only}
 
@@ -139,3 +148,43 @@ def test_stages_idle_as_long_as_the_paper_says(stages, rounds, chunks):
     busy = micro_batches * chunks * whole
     assert duration(stages, micro_batches, chunks, 1, 2) == busy + (stages - 1) * whole
     assert duration(stages, micro_batches, 1, chunks, 2 * chunks) == busy + (stages - 1) * chunks * whole
+
+
+def meets(lists: list[list], chunks: int) -> bool:
+    """Whether all stages end, if between two computations each waits until all of its messages there have met.
+
+    A message meets when its sender and its receiver have come to it.
+    """
+    stages = len(lists)
+    programs: list[list[set[tuple]]] = []
+    for stage, steps in enumerate(lists):
+        program: list[set[tuple]] = [set()]
+        for step in steps:
+            if isinstance(step, Receive | Send):
+                later = isinstance(step, Send) == (step.kind == "activation")
+                program[-1].add((step.kind, step.micro_batch, step.chunk * stages + stage + later))
+            else:
+                program.append(set())
+        programs.append([messages for messages in program if messages])
+    while any(programs):
+        came = [message for program in programs if program for message in program[0]]
+        for messages in [program[0] for program in programs if program]:
+            messages -= {message for message in messages if came.count(message) == 2}
+        if all(program[0] for program in programs if program):
+            return False
+        programs = [[messages for i, messages in enumerate(program) if i or messages] for program in programs]
+    return True
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4, 7])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 8, 13])
+def test_stages_never_wait_for_each_other_even_if_every_message_blocks_its_host(stages, micro_batches):
+    """Two steps in a row. With interleaved chunks this order does not do for training."""
+    for make, chunks in ((training, 1), (forward_only, 1), (forward_only, 3)):
+        lists = [make(stages, stage, micro_batches, chunks) for stage in range(stages)]
+        late = [receives_with_sends(steps) for steps in lists]
+        assert [sorted(map(repr, steps)) for steps in late] == [sorted(map(repr, steps)) for steps in lists]
+        assert meets([[*steps, "between", *steps] for steps in late], chunks)
+    if micro_batches > 3:
+        lists = [receives_with_sends(training(2, stage, micro_batches, 2)) for stage in range(2)]
+        assert not meets(lists, 2)

@@ -107,7 +107,7 @@ class ParallelState:
             _group(ranks)
         if layout.pp > 1:
             for flow in _flows(layout):
-                _flow_group(flow)
+                _flow_group(flow, layout)
             for ranks in _ends(layout):
                 _group(ranks)
 
@@ -149,7 +149,8 @@ class ParallelState:
         if self.pp.size == 1:
             return {}
         self.make_training_groups(self.layout)
-        return {flow: _flow_group(flow) for flow in _flows(self.layout) if self.rank in (flow.sender, flow.receiver)}
+        flows = _flows(self.layout)
+        return {flow: _flow_group(flow, self.layout) for flow in flows if self.rank in (flow.sender, flow.receiver)}
 
     def inference_flows(self) -> dict[Flow, dist.ProcessGroup]:
         """The flows of inference that this rank sends or receives, each with a communicator of its own; none without
@@ -193,13 +194,16 @@ def _flows(layout: Layout) -> list[Flow]:
     return flows
 
 
-def _flow_group(flow: Flow) -> dist.ProcessGroup:
-    """Over gloo, through host memory, between GPUs too.
+def _flow_group(flow: Flow, layout: Layout) -> dist.ProcessGroup:
+    """Of the run's back end, or with interleaved chunks over gloo, through host memory, between GPUs too.
 
-    An NCCL receive occupies the device until its message is there. What waits for the whole device meanwhile
-    (allocating page-locked memory, loading a kernel) can then be what that message depends on: a deadlock.
+    An NCCL message occupies the device until its peer is ready for it. What waits for the whole device meanwhile
+    (allocating page-locked memory, loading a kernel) could then be what that peer waits for; `receives_with_sends` says
+    where that can't be.
     """
-    return _group((flow.sender, flow.receiver), flow.kind, backend="gloo")
+    if layout.interleave > 1:
+        return _group((flow.sender, flow.receiver), f"{flow.kind} by gloo", backend="gloo")
+    return _group((flow.sender, flow.receiver), flow.kind)
 
 
 def _inference_flows(layout: Layout) -> list[Flow]:

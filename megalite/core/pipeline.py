@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
-from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send
+from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send, receives_with_sends
 from megalite.monitor.metrics import Meter
 
 MAX_SENDS = 8
@@ -156,30 +156,41 @@ class Pipeline:
         self.dtype = dtype
         self.device = device
         self.meter = state.meter
+        self.on_device = False
+        """Whether messages go from device to device, see `receives_with_sends`; nothing waits for the whole device
+        between the messages that it puts side by side."""
         self.inward: dict[str, Inbox] = {}
         self.outward: dict[str, Outbox] = {}
         for flow, group in state.pipeline_flows().items():
             transport = transport_device(group, device)
             if flow.receiver == state.rank:
-                self.inward[flow.kind] = Inbox(flow.sender, group, transport)
+                self.inward[flow.kind] = inbox = Inbox(flow.sender, group, transport)
             else:
-                self.outward[flow.kind] = Outbox(flow.receiver, group, transport, state.meter)
+                self.outward[flow.kind] = outbox = Outbox(flow.receiver, group, transport, state.meter)
+            if transport.type != "cpu":  # NCCL connects two ranks at their first message, for which hosts wait
+                self.on_device = True
+                if flow.receiver == state.rank:
+                    inbox.begin((1,), dtype)[0].wait()
+                else:
+                    outbox.send(torch.zeros(1, dtype=dtype, device=device))
 
     def run(self, instructions: Sequence[Instruction], work: StageWork) -> None:
         """Execute a schedule's instructions; afterwards sends may still be on their way, see `drain`."""
         arriving: dict[Receive, tuple[dist.Work, Tensor]] = {}
         leaving: dict[Send, Tensor | None] = {}
-        for step in instructions:
+        for step in receives_with_sends(instructions) if self.on_device else instructions:
             match step:
                 case Receive():
                     shape = work.rows(step.micro_batch), self.hidden_size
                     arriving[step] = self.inward[step.kind].begin(shape, self.dtype)
                 case Forward(micro_batch, chunk):
                     received = self._arrived(arriving, Receive("activation", micro_batch, chunk))
-                    leaving[Send("activation", micro_batch, chunk)] = work.forward(micro_batch, chunk, received)
+                    output = work.forward(micro_batch, chunk, received)
+                    leaving[Send("activation", micro_batch, chunk)] = _contiguous(output)
                 case Backward(micro_batch, chunk):
                     received = self._arrived(arriving, Receive("gradient", micro_batch, chunk))
-                    leaving[Send("gradient", micro_batch, chunk)] = work.backward(micro_batch, chunk, received)
+                    output = work.backward(micro_batch, chunk, received)
+                    leaving[Send("gradient", micro_batch, chunk)] = _contiguous(output)
                 case Send():
                     tensor = leaving.pop(step)
                     assert tensor is not None, step
@@ -199,3 +210,7 @@ class Pipeline:
         with self.meter.phase("waiting"):
             work.wait()
         return buffer.to(self.device)
+
+
+def _contiguous(output: Tensor | None) -> Tensor | None:
+    return None if output is None else output.contiguous()

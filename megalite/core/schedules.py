@@ -14,6 +14,7 @@ transport needs no tags. A list is right for any number of micro batches, also f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,3 +114,24 @@ def _with_messages(order: list[Compute], stages: int, stage: int, chunks: int) -
     for step, following, sent in zip(order, receives[1:], sends, strict=True):
         instructions += [*following, step, *sent]
     return instructions
+
+
+def receives_with_sends(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """The same instructions; a receive comes after the computation that it was ahead of, right before its sends.
+
+    So a stage has all its messages between two computations at once, and without interleaving (or in a forward pass
+    alone) no stage waits for ever even if its host waits, between any two computations, until they have all arrived.
+    """
+    result: list[Instruction] = []
+    held: list[Instruction] = []
+    for step in instructions:
+        if isinstance(step, Receive):
+            held.append(step)
+        elif isinstance(step, Send):
+            result.append(step)
+        else:
+            kind: MessageKind = "activation" if isinstance(step, Forward) else "gradient"
+            needed = Receive(kind, step.micro_batch, step.chunk)
+            result += [*(one for one in held if one == needed), step, *(one for one in held if one != needed)]
+            held = []
+    return result
