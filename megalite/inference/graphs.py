@@ -19,6 +19,7 @@ from megalite.inference.choice import Choice
 from megalite.inference.memory import PROMPT_SIZES, chunk_sizes, decode_sizes
 from megalite.inference.request import StepPlan
 from megalite.inference.rows import FIELDS, Batch, Rows
+from megalite.kernels.fresh import PLANNED_LENGTHS, PLANNED_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,13 @@ class Shape(NamedTuple):
 
 Step = Callable[[Batch, Tensor | None], StepOutput]
 """(batch, hidden states of the stage before) -> what the step makes."""
+
+
+def _is_even(plan: StepPlan) -> bool:
+    """Long prompts of one length from their beginning: attention over fresh keys is faster then, see kernels/fresh."""
+    length = plan.rows[0].count
+    even = all(row.start == 0 and row.count == length for row in plan.rows)
+    return even and plan.num_tokens >= PLANNED_TOKENS and length % PLANNED_LENGTHS == 0
 
 
 class StepGraphs:
@@ -109,7 +117,7 @@ class StepGraphs:
         if plan.decodes:
             size = self.decode_sizes[bisect_left(self.decode_sizes, len(plan.rows))]
             return Shape(size, size, True)
-        if any(row.prompt_logits[1] for row in plan.rows):
+        if any(row.prompt_logits[1] for row in plan.rows) or _is_even(plan):
             return None
         sizes, rows = (PROMPT_SIZES, 1) if len(plan.rows) == 1 else (self.chunk_sizes, self.max_rows)
         place = bisect_left(sizes, plan.num_tokens)
