@@ -9,7 +9,7 @@ import json
 import math
 import os
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tokenizer_family import panicking, token_a_byte
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.errors import ConfigError
+from megalite.inference.choice import TokenLogprobs
 from megalite.inference.io.output_file import OutputFile, fingerprint
 from megalite.inference.io.packed_outputs import pack_outputs, unpack_outputs
 from megalite.inference.io.printing import print_output
@@ -85,14 +86,9 @@ def test_stop_checker_work_does_not_grow():
 # ---- running requests
 
 
-@dataclass
-class Scored:
+def scored(token_id: int, logprob: float, rank: int, top: list[tuple[int, float]]) -> TokenLogprobs:
     """As the sampler describes a token."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: list[tuple[int, float]]
+    return TokenLogprobs(token_id, logprob, rank, [id for id, _ in top], [score for _, score in top])
 
 
 @cache
@@ -205,7 +201,7 @@ def test_a_tokenizer_that_fails_at_an_output_costs_that_request_only():
         processor.add(of)
         [sequence] = sequences(of)
         for token_id in tokens[name]:
-            details = Scored(1 if name == "alone" else 2, -1.0, 1, [])
+            details = scored(1 if name == "alone" else 2, -1.0, 1, [])
             assert not processor.append(sequence, token_id, -1.0, details)
         sequence.finish_reason = "length"
         results[name] = processor.finish(sequence)
@@ -223,8 +219,8 @@ def test_nothing_is_generated_when_only_the_prompt_is_scored():
     of = request(prompt_logprobs=0, max_tokens=0)
     processor.add(of)
     (sequence,) = sequences(of)
-    processor.append_prompt(sequence, 0, [Scored(t, -0.5, 1, [(t, -0.5)]) for t in of.prompt_token_ids[1:3]])
-    processor.append_prompt(sequence, 2, [Scored(t, -1.5, 2, [(9, -0.1), (t, -1.5)]) for t in of.prompt_token_ids[3:]])
+    processor.append_prompt(sequence, 0, [scored(t, -0.5, 1, [(t, -0.5)]) for t in of.prompt_token_ids[1:3]])
+    processor.append_prompt(sequence, 2, [scored(t, -1.5, 2, [(9, -0.1)]) for t in of.prompt_token_ids[3:]])
     sequence.finish_reason = "length"
     output = processor.finish(sequence)
     assert [done.token_ids for done in output.outputs] == [[]]
@@ -239,8 +235,8 @@ def test_logprobs():
     processor.add(of)
     (sequence,) = sequences(of)
     a, b, c = ids("abc")
-    processor.append(sequence, a, -2.0, Scored(a, -2.0, 7, [(b, -0.1), (c, -0.5), (a, -2.0)]))
-    processor.append(sequence, b, -0.3, Scored(b, -0.3, 1, [(b, -0.3), (c, -math.inf)]))
+    processor.append(sequence, a, -2.0, scored(a, -2.0, 7, [(b, -0.1), (c, -0.5)]))
+    processor.append(sequence, b, -0.3, scored(b, -0.3, 1, [(b, -0.3), (c, -math.inf)]))
     sequence.finish_reason = "length"
     done = processor.finish(sequence).outputs[0]
     assert list(done.logprobs[0]) == [a, b, c]  # the token itself, then by rank

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,16 +16,22 @@ FAILURES = {
 """What stands in place of an id where a row's logits give none."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """A token's place in the model's full distribution."""
+class TokenLogprobs(NamedTuple):
+    """A token's place in the model's full distribution; a tuple, which is made fastest."""
 
     token_id: int
     logprob: float
     rank: int
     """1 for the likeliest; of equals the lowest id comes first."""
-    top: list[tuple[int, float]]
-    """(id, logprob) of the k likeliest, best first; then the token itself if it is not among them."""
+    top_ids: list[int]
+    """The k likeliest, best first."""
+    top_logprobs: list[float]
+
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        """(id, logprob) of the k likeliest, best first; then the token itself if it is not among them."""
+        best = list(zip(self.top_ids, self.top_logprobs, strict=True))
+        return best if self.rank <= len(best) else [*best, (self.token_id, self.logprob)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +100,14 @@ class Details:
         """The same of tensors on the host, for the rows' tokens; `counts`: how many of a row are listed, -1: all."""
         rows = (x.tolist() for x in self.columns)
         listed: list[TokenLogprobs | None] = []
+        width = self.top_ids.shape[1]
         for token_id, count, logprob, rank, top_ids, top_logprobs in zip(ids, counts, *rows, strict=True):
             if count is None:
                 listed.append(None)
-                continue
-            count = count if count >= 0 else len(top_ids)
-            best = list(zip(top_ids[:count], top_logprobs[:count], strict=True))
-            if rank > count:
-                best.append((token_id, logprob))
-            listed.append(TokenLogprobs(token_id, logprob, rank, best))
+            elif count in (-1, width):
+                listed.append(TokenLogprobs(token_id, logprob, rank, top_ids, top_logprobs))
+            else:
+                listed.append(TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count]))
         return listed
 
 

@@ -245,7 +245,7 @@ class Engine:
             return ()
         with self.meter.phase("compute"):
             sampled = answered.results.wait()
-        results = []
+        results, now = [], time.monotonic()
         with self.meter.phase("sampling"):
             columns = (sampled.token_ids, sampled.logprobs, sampled.top_logprobs)
             for row, token_id, logprob, top in zip(answered.plan.sampled, *columns, strict=True):
@@ -253,7 +253,7 @@ class Engine:
                 if token_id < 0:
                     self.outputs.fail(sequence, FAILURES[token_id])
                 elif sequence.finish_reason is None:
-                    stopped = self.outputs.append(sequence, token_id, logprob, top, events.deltas)
+                    stopped = self.outputs.append(sequence, token_id, logprob, top, events.deltas, now)
                     events.num_tokens += 1
                 results.append(Sampled(token_id, stopped))
         self.output_tokens += events.num_tokens

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from megalite import json_text
@@ -162,6 +163,37 @@ def _completion(value: dict[str, Any]) -> CompletionOutput:
 # ---- tokens of running requests
 
 
+_Place = tuple[int, float, int, list[int], list[float]]
+"""Fields of TokenLogprobs."""
+
+
+class _Scores:
+    """Places of tokens in their distributions, where params.logprobs asks for them, in a few lists until they
+    are given out: many small objects would cost the garbage collector more than all else."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.ranks: list[int] = []
+        self.top_ids: list[int] = []
+        """As many of each token."""
+        self.top_logprobs: list[float] = []
+
+    def append(self, details: TokenLogprobs) -> None:
+        self.ids.append(details.token_id)
+        self.logprobs.append(details.logprob)
+        self.ranks.append(details.rank)
+        self.top_ids += details.top_ids
+        self.top_logprobs += details.top_logprobs
+
+    def __iter__(self) -> Iterator[_Place]:
+        """What `append` got."""
+        width = len(self.top_ids) // max(len(self.ranks), 1)
+        for i, (token_id, logprob, rank) in enumerate(zip(self.ids, self.logprobs, self.ranks, strict=True)):
+            part = slice(i * width, (i + 1) * width)
+            yield token_id, logprob, rank, self.top_ids[part], self.top_logprobs[part]
+
+
 class _Sample:
     """One completion as it grows. Of the text nothing more comes from where the tokenizer fails."""
 
@@ -176,7 +208,7 @@ class _Sample:
         self.token_ids: list[int] = []
         self.cumulative_logprob = 0.0
         self.token_logprobs: list[float] = []
-        self.logprobs = None if params.logprobs is None else _listing(params)
+        self.scores = _Scores()
         self.given_out = 0
         """Characters of the text that deltas have had."""
         self.final_token: int | None = None
@@ -201,13 +233,13 @@ class _Sample:
             self.error, self._detokenizer = str(error), None
             return ""
 
-    def append(self, token_id: int, logprob: float, entry: Logprobs | None) -> bool:
+    def append(self, token_id: int, logprob: float, details: TokenLogprobs | None) -> bool:
         """Add a token; True when it completes a stop string."""
         self.token_ids.append(token_id)
         self.cumulative_logprob += logprob
         self.token_logprobs.append(logprob)
-        if self.logprobs is not None and entry is not None:
-            self.logprobs.append(entry)
+        if details is not None:
+            self.scores.append(details)
         text = self._release()
         if token_id in self.request.stop_token_ids:
             self.final_token = token_id
@@ -260,13 +292,18 @@ class _Sample:
         self.given_out, gained = max(len(text), self.given_out), text[self.given_out :]
         return gained
 
-    def output(self, index: int) -> CompletionOutput:
+    def output(self, index: int, entry: Callable[[_Place], Logprobs]) -> CompletionOutput:
+        logprobs = None
+        if self.request.params.logprobs is not None:
+            logprobs = _listing(self.request.params)
+            for details in self.scores:
+                logprobs.append(entry(details))
         return CompletionOutput(
             index=index,
             text=self.text(),
             token_ids=self.token_ids,
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=self.logprobs,
+            logprobs=logprobs,
             token_logprobs=self.token_logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason(),
@@ -294,12 +331,14 @@ class _Running:
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
 
-    def entry(self, details: TokenLogprobs) -> Logprobs:
+    def entry(self, details: _Place) -> Logprobs:
         """vLLM's form: the token itself, then the likeliest by rank."""
-        found = {details.token_id: Logprob(details.logprob, details.rank, self._text(details.token_id))}
-        for rank, (token_id, logprob) in enumerate(details.top, 1):
-            if token_id != details.token_id:
-                found[token_id] = Logprob(logprob, rank, self._text(token_id))
+        token_id, logprob, rank, top_ids, top_logprobs = details
+        own = Logprob(logprob, rank, self._text(token_id))
+        texts = repeat(None) if self.tokenizer is None else map(self._text, top_ids)
+        found = {token_id: own}
+        found.update(zip(top_ids, map(Logprob, top_logprobs, range(1, len(top_ids) + 1), texts), strict=True))
+        found[token_id] = own
         return found
 
     def _text(self, token_id: int) -> str | None:
@@ -322,7 +361,7 @@ class _Running:
             prompt=self.request.prompt,
             prompt_token_ids=list(self.request.prompt_token_ids),
             prompt_logprobs=self.prompt_logprobs,
-            outputs=[sample.output(index) for index, sample in enumerate(best)],
+            outputs=[sample.output(index, self.entry) for index, sample in enumerate(best)],
             replica=replica,
             error=next(filter(None, [self.error, *(sample.error for sample in self.samples)]), None),
             num_cached_tokens=self.num_cached_tokens,
@@ -360,8 +399,10 @@ class OutputProcessor:
         logprob: float,
         details: TokenLogprobs | None = None,
         deltas: list[TokenDelta] | None = None,
+        now: float | None = None,
     ) -> bool:
-        """Record a sampled token; True when it completes a stop string.
+        """Record a token sampled `now` (by time.monotonic(); None: at this moment); True when it completes a stop
+        string.
 
         `logprob` is by the model's full distribution; `details` where params.logprobs asks for them. Of a streamed
         request, what it gained is appended to `deltas`.
@@ -369,15 +410,14 @@ class OutputProcessor:
         state = self._running[sequence.request.id]
         metrics = state.metrics
         metrics.num_generation_tokens += 1
-        metrics.last_token_ts = time.monotonic()
+        metrics.last_token_ts = time.monotonic() if now is None else now
         if metrics.num_generation_tokens == 1:
             metrics.first_token_ts = metrics.last_token_ts
             metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
-        entry = None if details is None else state.entry(details)
         sample = state.samples[sequence.index]
-        stopped = sample.append(token_id, logprob, entry)
+        stopped = sample.append(token_id, logprob, details)
         if sequence.request.stream and deltas is not None:
-            entries = None if entry is None else [entry]
+            entries = None if details is None else [state.entry(details)]
             deltas.append(self._delta(sequence, sample, token_ids=[token_id], logprobs=entries))
         return stopped
 
