@@ -18,6 +18,7 @@ from megalite.inference import memory
 from megalite.inference.memory import RankMemory
 from megalite.inference.run import run_everywhere
 from megalite.inference.tp_gain import tp_warning
+from megalite.kernels import sampling
 from megalite.model import families
 from megalite.monitor.metrics import peak_memory, reset_peak_memory
 
@@ -38,8 +39,9 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     few, many = (one.activations(max_tokens=8192, max_rows=rows) for rows in (1, 256))
     hidden = 8192 * 2 * 1000  # the layers' part is below
     chunk = memory.SCORED_LOGITS * 12 + memory.SAMPLING_CHUNK * 25
-    assert chunk - 152_000 * 12 <= few <= chunk + hidden
-    assert 256 * 152_000 * 12 <= many <= 256 * 152_000 * 12 + memory.SAMPLING_CHUNK * 25 + hidden
+    assert chunk - 152_000 * 12 <= few <= chunk + hidden + memory.SAMPLED_ROW
+    whole = 256 * (152_000 * 12 + memory.SAMPLED_ROW)
+    assert whole <= many <= whole + memory.SAMPLING_CHUNK * 25 + hidden
     assert memory.scored_rows(config, 1) * 152_000 <= memory.SCORED_LOGITS
     assert memory.scored_rows(config, 256) == 256, "no more than are sampled from in any case"
     stages = (RankMemory(config, Layout(1, 2, 1), rank, itemsize=2) for rank in (0, 1))
@@ -51,6 +53,10 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     assert graphs == 2 * largest + (kept + 4) * memory.GRAPH_OVERHEAD, "and chunks of 512, 1024, 2048 and 3000 tokens"
     assert memory.chunk_sizes(8192, 8 * 10**9) == [512, 1024], "more keep the device busy as they are"
     assert memory.chunk_sizes(300, 10) == []
+
+
+def test_sampling_takes_no_more_than_is_counted():
+    assert sampling.workspace_bytes(256, 2**22) <= 256 * memory.SAMPLED_ROW
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 250, 256, 1000, 5000])

@@ -18,6 +18,8 @@ GRAPH_OVERHEAD = 12 << 20
 """Bytes left for what the driver keeps of a captured graph."""
 ROW_OVERHEAD = 256
 """Bytes of a row's sampling parameters."""
+SAMPLED_ROW = 2**17
+"""Bytes that sampling takes of a row beside its logits, at most (kernels/sampling.py: `workspace_bytes`)."""
 
 
 def scored_rows(config: ModelConfig, max_rows: int) -> int:
@@ -65,11 +67,13 @@ class RankMemory:
             rows = max(max_rows, min(max_tokens, scored_rows(config, max_rows)))
             logits = rows * config.vocab_size
             total += 3 * logits * 4 + 25 * min(logits, max(SAMPLING_CHUNK, config.vocab_size))
+            total += max_rows * SAMPLED_ROW
         return total
 
     def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:
-        """Buffers of the running sequences: tokens, block tables (see `Rows`) and what the sampler keeps of each."""
-        return (max_rows + 1) * (4 * (max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD)
+        """Buffers of the running sequences: tokens, block tables (see `Rows`) and what the sampler keeps of each, with
+        how often each token was said, where there are penalties."""
+        return (max_rows + 1) * (4 * (2 * max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD)
 
     def graphs(self, *, max_rows: int, max_tokens: int, weights: int) -> int:
         """Upper estimate of what captured steps keep, of up to `max_rows` sequences and `max_tokens` tokens, on a stage

@@ -83,10 +83,6 @@ class Sampler:
         tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def penalty_bytes(self) -> int:
-        """Memory taken by the first row with a penalty, for all."""
-        return self.tokens.nbytes
-
     # Rows
 
     @torch.inference_mode()
