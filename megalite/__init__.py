@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from megalite.config.schema import SamplingParams as SamplingParams
     from megalite.inference.llm import LLM as LLM
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["LLM", "SamplingParams"]
 
 
