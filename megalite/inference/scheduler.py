@@ -27,7 +27,6 @@ from megalite.errors import MegaliteError, ResourceError
 from megalite.inference.blocks import BlockPool, block_key
 from megalite.inference.request import BlockCopy, FinishReason, Request, Row, Sampled, Sequence, StepPlan
 
-
 SORTED_ROWS = 16
 """Decoding rows from which the longest contexts come first: the attention programs of a GPU then end together, where a
 long one that begins last would be waited for."""
