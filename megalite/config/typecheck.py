@@ -69,16 +69,22 @@ def _is_section(hint: Any) -> bool:
     return is_dataclass(hint)
 
 
-@cache
 def hints(schema: type) -> dict[str, Any]:
     """Type of each key of a config class by its dotted name: `section.key`, plain names in a section."""
-    return {name: hint for name, hint in _names(schema).items() if not _is_section(hint)}
+    return _keys_and_sections(schema)[0]
+
+
+def sections(schema: type) -> dict[str, type]:
+    """The section class behind each dotted name that is a section; a section may hold further ones."""
+    return _keys_and_sections(schema)[1]
 
 
 @cache
-def sections(schema: type) -> dict[str, type]:
-    """The section class behind each dotted name that is a section; a section may hold further ones."""
-    return {name: hint for name, hint in _names(schema).items() if _is_section(hint)}
+def _keys_and_sections(schema: type) -> tuple[dict[str, Any], dict[str, type]]:
+    parts: tuple[dict[str, Any], dict[str, type]] = {}, {}
+    for name, hint in _names(schema).items():
+        parts[_is_section(hint)][name] = hint
+    return parts
 
 
 def unknown_key(key: str, schema: type, origin: str = "") -> Problem:

@@ -19,11 +19,16 @@ except ImportError:
 __all__ = ["jit", "launches_dependents", "multiprocessors", "require_triton", "shared_memory", "tl", "triton"]
 
 NOT_SPECIALIZED = ["num_rows", "num_outputs", "table_stride"]
+NOT_ALIGNED = ["slots", "positions", "rows", "query_start", "context_len", "table_rows"]
+"""Of each token or row one number, read one by one: parts of a tensor that begin where the parts before them end."""
 
 
 def jit(kernel: Callable[..., Any]) -> Any:
-    """Compile for the GPU at first use; lengths that change from step to step must not start another compilation."""
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=NOT_SPECIALIZED)
+    """Compile for the GPU at first use; lengths and places that change from step to step must not
+    start another compilation."""
+    if triton is None:
+        return kernel
+    return triton.jit(kernel, do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
 
 
 def require_triton() -> None:
