@@ -58,7 +58,11 @@ class Dense:
         """
         most = MAX_ROWS if x.dtype.itemsize == 2 else 1  # float32 has no tensor cores
         few = x.ndim == 2 and x.shape[0] <= most and by_kernels(x)
-        return few and self.matrix(stored).shape[1] == x.shape[1]
+        return few and self.matrix(stored).shape[-1] == x.shape[1]
+
+    def adds(self, x: Tensor, stored: Stored, bias: Tensor | None) -> bool:
+        """Whether the kernel of this product adds it to what is there: cuBLAS' too in generation, but for a bias."""
+        return (bias is None and by_kernels(x) and x.is_inference()) or self.takes_more(x, stored)
 
     def product(
         self,
@@ -73,7 +77,8 @@ class Dense:
         """x W^T + b: [T, K] -> [T, N].
 
         `gate`: an activation; the outputs are [gate | up] and the result is act(gate) * up, [T, N / 2]. Where the
-        product `takes_more`: `norm` of x comes first, and the result is added to `residual` [T, N], in place.
+        product `takes_more`: `norm` of x comes first. Where it `adds`: the result is added to `residual` [T, N], in
+        place.
         """
         weight = self.matrix(stored)
         if self.takes_more(x, stored):
@@ -87,7 +92,10 @@ class Dense:
                 out=residual,
                 pdl=x.shape[0] == 1 and launches_dependents(x.device),  # measured slower for several rows
             )
-        assert norm is None and residual is None
+        assert norm is None
+        if residual is not None:
+            assert bias is None and gate is None
+            return residual.addmm_(x, weight.t())
         y = F.linear(x, weight, bias)
         return y if gate is None else gated(y, gate)
 
@@ -173,7 +181,7 @@ class RowParallelLinear(Linear):
 
     def write(self, stream: Residual, x: Tensor, post: nn.Module | None) -> None:
         """Add the map of x to the residual stream, through the norm `post` if there is one."""
-        if self.state.tp.size == 1 and post is None and self.format.takes_more(x, self.stored):
+        if self.state.tp.size == 1 and post is None and self.format.adds(x, self.stored, self.bias):
             self.format.product(x, self.stored, self.bias, residual=stream.total())
         elif self.bias is None and post is None:
             stream.add_partial(self(x, partial=True), self.state)
