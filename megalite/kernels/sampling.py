@@ -294,7 +294,7 @@ def _window_kernel(
     LISTED: tl.constexpr,
 ):
     """One program a span of a row: `sums` int64 [2, n, spans] of the weights above the window and of all; `listed`
-    int32 [n, 2, LISTED] the bits of weights, not yet rounded down, and the ids inside it, in any order."""
+    int64 [n, LISTED] what is inside it, in any order: the bits of a weight, not yet rounded down, above its id."""
     n = tl.program_id(1).to(tl.int64)
     kind = tl.load(state + 6 * n)
     if kind == 0:
@@ -318,9 +318,8 @@ def _window_kernel(
         count = tl.sum(inside.to(tl.int32), 0)
         if count > 0:
             at = tl.atomic_add(state + 6 * n + 3, count) + tl.cumsum(inside.to(tl.int32), 0) - 1
-            fits = inside & (at < LISTED)
-            tl.store(listed + n * 2 * LISTED + at, weights.to(tl.int32, bitcast=True), mask=fits)
-            tl.store(listed + n * 2 * LISTED + LISTED + at, ids, mask=fits)
+            entries = (weights.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
+            tl.store(listed + n * LISTED + at, entries, mask=inside & (at < LISTED))
 
 
 # ---- 4: the last token that stays
@@ -487,9 +486,9 @@ def _cut_kernel(
     above = tl.sum(tl.load(sums + n * spans + span, mask=there, other=0), 0)
     total = tl.sum(tl.load(sums + num_parts + n * spans + span, mask=there, other=0), 0)
     i = tl.arange(0, LISTED)
-    bits = tl.load(listed + n * 2 * LISTED + i, mask=i < found, other=0)
-    ids = tl.load(listed + n * 2 * LISTED + LISTED + i, mask=i < found, other=0)
-    keys = tl.floor(bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    entries = tl.load(listed + n * LISTED + i, mask=i < found, other=0)
+    ids = entries.to(tl.int32)
+    keys = tl.floor((entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     goal = _share(total, top_p)
     straddles = (goal > above) & (goal <= above + tl.sum(_worth(keys, 1, False), 0))
     enough = (found >= top_k) | (first_key == 0x3F800000)
@@ -597,7 +596,7 @@ def choose(
     best = torch.empty((n, splits), dtype=torch.int32, device=raw.device)
     sums = torch.empty((2, n, spans), dtype=torch.int64, device=raw.device)
     state = torch.empty((n, 6), dtype=torch.int32, device=raw.device)
-    listed = torch.empty((n, 2, LISTED), dtype=torch.int32, device=raw.device)
+    listed = torch.empty((n, LISTED), dtype=torch.int64, device=raw.device)
     bits = weight_bits(vocab)
     raw_in, edited_in = (raw, raw.stride(0)), (chosen_from, chosen_from.stride(0))
     scale = {"SCALE": 2.0**bits}
@@ -627,6 +626,7 @@ def choose(
         SPAN=SPAN,
         LISTED=LISTED,
         num_warps=WINDOW_WARPS,
+        maxnreg=64,
     )
     _cut_kernel[(n,)](
         *(*edited_in, rows, table, stats, state, sums, n * spans, spans, listed, vocab),
