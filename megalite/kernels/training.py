@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.kernels.jit import jit, multiprocessors, require_triton, tl, triton
 
-PROGRAMS = 4
+PROGRAMS = 8
 """Programs for each multiprocessor where every one of them sums the gradient of a weight."""
 HEADS = 16
 """Heads, of a token or of several, whose gradient a program computes at a time."""

@@ -21,8 +21,8 @@ from megalite.kernels.training import accumulate_
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, in PyTorch's names."""
 WEIGHT = "weight"
-LARGE = 1 << 18
-"""Numbers of a gradient that our kernel adds up, on CUDA, rather than PyTorch's."""
+LARGE = 1 << 24
+"""Numbers of a gradient from which on our kernel adds it up, on CUDA: launching it takes longer than PyTorch's."""
 
 
 @contextmanager

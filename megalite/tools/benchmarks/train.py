@@ -9,6 +9,8 @@ operations have of what the device does in matmuls, measured in the same call, a
 
 With --ragged the sequences are of unequal lengths: transformers pads them, and on a GPU packs them too. "equal" is
 megalite's own step over sequences of one length with as many tokens and the same sum of squared lengths.
+
+With --ranks megalite trains alone: by tensor parallelism with sequence parallelism, or along another axis.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,9 +37,11 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.kernels.device import device_name, release_memory
 from megalite.model import families
+from megalite.run.launch_env import LaunchEnv
+from megalite.run.launcher import run_ranks
 from megalite.run.runtime import prepare_deepspeed, start
 from megalite.tools.benchmarks.floor import matmul_rate
-from megalite.tools.benchmarks.shapes import SHAPES, save_random
+from megalite.tools.benchmarks.shapes import SHAPES, save_config, save_random
 from megalite.tools.toolkit import say_time_left
 from megalite.train.data.packing import pack
 from megalite.train.flops import peak_flops, training_flops
@@ -71,6 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LENGTH",
         help="sequences of unequal lengths: these (128x16 is 128 of 16 tokens), or without any drawn up to --length",
     )
+    parser.add_argument("--ranks", type=int, default=1, help="above 1: megalite alone on so many")
+    parser.add_argument("--axis", choices=("tp", "pp", "dp"), default="tp", help="along which they share the work")
+    parser.add_argument("--micro-batches", type=int, default=1, help="parts of a replica's step with --ranks")
+    parser.add_argument("--recompute", action="store_true", help="with --ranks: keep only the inputs of layers")
     parser.add_argument("--quick", action="store_true", help="one shape, one dtype: below 2 minutes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of either side")
     parser.add_argument("--json", help="write the figures here")
@@ -79,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.quick:
         vars(args).update(QUICK[args.device])
+    if args.ranks > 1 and LaunchEnv.of(os.environ) is None:
+        return run_ranks([sys.argv[0].removesuffix(" train"), "train", *sys.argv[1:]], args.ranks, stopped_timeout=60.0)
     figures = []
     section = DistributedSection(device=args.device)
     with (
@@ -87,6 +99,13 @@ def run(args: argparse.Namespace) -> int:
     ):
         torch.set_num_threads(args.threads)
         prepare_deepspeed(runtime)
+        if args.ranks > 1:
+            for name in args.models:
+                for dtype in args.dtypes:
+                    words = measure_ranks(save_config(name, Path(tmp) / name), dtype, runtime.device, args)
+                    if runtime.rank == 0:
+                        print(f"{name}, {dtype}, {args.axis}={args.ranks}: {words}", flush=True)
+            return 0
         print(f"{args.threads} threads, {described(args)} a step, {args.rounds} rounds; ms a step, and ratios")
         limits = device_limits(runtime.device)
         words = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in limits.items())
@@ -184,6 +203,29 @@ def measure(
     tokens, operations = (statistics.median(column) for column in zip(*rates, strict=True))
     shares = {f"of {name}": operations / limit for name, limit in limits.items()}
     return {**medians, **ratios, "of processor time": cpu, "tokens/s": tokens, **shares}
+
+
+def measure_ranks(folder: str, dtype: str, device: torch.device, args: argparse.Namespace) -> str:
+    """Speed of megalite's steps on all ranks together, and its share of what they can do on paper. Collective."""
+    model = families.read(folder)
+    state = ParallelState(Layout(**{args.axis: args.ranks}), sequence_parallel=True)
+    decoder = transfer.build(model, state, dtype=torch_dtype(dtype), device=device)
+    transfer.initialise(decoder, seed=0)
+    trainer = Trainer(decoder, OPTIMIZER, steps=ALL_STEPS, recompute=args.recompute)
+    generator = torch.Generator().manual_seed(state.dp.rank)
+    seconds = []
+    for _ in range(args.rounds + 2):
+        shape = args.micro_batches, args.batch, args.length + 1
+        windows = torch.randint(model.vocab_size, shape, generator=generator)
+        began = time.perf_counter()
+        trainer.read(trainer.step([from_windows(part) for part in windows]))
+        seconds.append(time.perf_counter() - began)
+    step = statistics.median(seconds[2:])
+    lengths = [args.length] * (args.batch * args.micro_batches * state.dp.size)
+    peak = peak_flops(device_name(device))
+    share = "" if peak is None else f", of peak {training_flops(model, lengths) / step / peak / args.ranks:.1%}"
+    memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+    return f"{1000 * step:.4g} ms a step, {sum(lengths) / step:.4g} tokens/s{share}{memory}"
 
 
 @dataclass(frozen=True)
