@@ -426,7 +426,7 @@ def heads_gradient(
     queries, keys = into_q.shape[1], into_k.shape[1]
     into_q, into_k, into_v = (one if one.stride(2) == 1 else one.contiguous() for one in (into_q, into_k, into_v))
     into = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
-    programs = min(triton.cdiv(tokens * max(queries, keys), HEADS), PROGRAMS * multiprocessors(qkv.device)) or 1
+    programs = min(triton.cdiv(tokens * max(queries, keys), HEADS), PROGRAMS * multiprocessors(qkv.device))
     sums = torch.empty((programs, 2, dim), dtype=torch.float32, device=qkv.device)
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     if into.numel():

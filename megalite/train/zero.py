@@ -6,7 +6,7 @@ group over dp; stage 3 cuts every parameter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -83,6 +83,7 @@ def shorten_steps(zero: Any, stage: int) -> None:
         zero.check_grad_overflow = False
         zero.scaled_global_norm = partial(_gradient_norm, zero)
         zero.unscale_and_clip_grads = partial(_clip_by_optimizer, zero)
+    zero._update_model_bit16_weights = partial(_place_weights, zero, zero._update_model_bit16_weights)
     if stage == 1 and zero.use_grad_accum_attribute:
         FlatGradients(zero)
 
@@ -116,6 +117,17 @@ def _clip_by_optimizer(zero: Any, _: Sequence[Tensor], norm: Tensor) -> None:
     adam = zero.optimizer
     adam.found_inf = norm.isfinite().logical_not().float()
     adam.grad_scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0) if zero.clip_grad > 0 else None
+
+
+def _place_weights(zero: Any, place: Callable[[int], None], number: int) -> None:
+    """Make the weights of a group parts of its flat tensor, which DeepSpeed does in every step, only if they are not.
+
+    That is two new views and two assignments for each parameter, while the device has nothing to do.
+    """
+    flat = zero.bit16_groups_flat[number]
+    begin = flat.data_ptr()
+    if not all(begin <= param.data_ptr() < begin + flat.nbytes for param in zero.bit16_groups[number] if param.numel()):
+        place(number)
 
 
 class FlatGradients:
@@ -179,7 +191,7 @@ class FlatGradients:
 
     def _part(self, param: nn.Parameter) -> Tensor:
         number, start = self.places[param]
-        return self._flat(number)[start : start + param.numel()].view(param.shape)
+        return self._flat(number).as_strided(param.shape, param.stride(), start)
 
     def _flat(self, number: int) -> Tensor:
         flat = self.flats[number]
