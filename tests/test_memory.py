@@ -71,7 +71,12 @@ def scores(rank: int, folder: Path, layout: Layout, prompts: list[list[int]]) ->
     memory.SCORED_LOGITS = 5 * VOCAB
     replica = make_replica(rank, folder, layout, block_size=4, max_num_batched_tokens=17, max_num_seqs=3)
     logits, seen = replica.decoder.logits, []
-    replica.decoder.logits = lambda hidden: seen.append(len(hidden)) or logits(hidden)
+
+    def seen_logits(hidden, rows=None):
+        seen.append(len(hidden if rows is None else rows))
+        return logits(hidden, rows)
+
+    replica.decoder.logits = seen_logits
     params = [SCORED, SamplingParams(max_tokens=3, prompt_logprobs=2, ignore_eos=True)]
     found = []
     for output in generate(replica, [(ids, params[i % 2]) for i, ids in enumerate(prompts)]):

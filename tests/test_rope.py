@@ -25,9 +25,9 @@ from megalite.config.schema import EngineSection, InferConfig, ModelSection, Sam
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError
-from megalite.inference.batch import blank_decode_batch, fill_decode_batch, pack
 from megalite.inference.replica import load_replica
 from megalite.inference.request import Row, Sequence, StepPlan
+from megalite.inference.rows import Rows
 from megalite.inference.run import prompt_limits, run_everywhere
 from megalite.model import families
 from megalite.model.attention import PackedAttention
@@ -256,21 +256,24 @@ def test_in_training_by_the_length_of_each_sequence(tiny):
 
 
 def test_a_batch_on_a_device_says_each_tokens_longest_length():
-    """Of chunks, decodes and padding; a captured graph's buffers take it over."""
-    cache = DeviceCache([0], 1, 16, 4, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    """Of chunks and decodes, as they are and padded; of captured decode steps see test_kernels_step.py."""
+    cache = DeviceCache([0], 1, 32, 4, block_size=4, dtype=torch.float32)
+    rows = Rows(4, 128, cache=cache)
 
-    def row(prompt: int, limit: int, start: int, count: int, blocks: list[int]) -> Row:
+    def row(number: int, prompt: int, limit: int, start: int, count: int) -> Row:
         request = make_request_of(prompt, limit)
-        sequence = Sequence(request, 0, list(request.prompt_token_ids), blocks=blocks, limit=limit)
-        return Row(sequence, start, count, start + count == prompt)
+        sequence = Sequence(request, 0, list(request.prompt_token_ids), row=number, blocks=[2 * number, 2 * number + 1])
+        rows.admit([sequence])
+        return Row(sequence, number, start, count, start + count == prompt)
 
-    chunks = pack(StepPlan(0, 0, (row(6, 20, 0, 5, [0, 1]), row(3, 70, 2, 1, [3]))), cache).context
-    assert chunks.lengths.tolist() == [20] * 5 + [70] and chunks.positions.tolist() == [0, 1, 2, 3, 4, 2]
-    decode = pack(StepPlan(0, 0, (row(6, 20, 5, 1, [0, 1]), row(3, 70, 2, 1, [3]), row(1, 9, 0, 1, [4]))), cache)
-    assert decode.context.lengths.tolist() == [20, 70, 9, 0] and decode.context.positions.tolist() == [5, 2, 0, 0]
-    static = blank_decode_batch(cache, 4, 3)
-    fill_decode_batch(static, decode)
-    assert static.context.lengths.tolist() == [20, 70, 9, 0]
+    for plan, lengths, positions in [
+        ((row(3, 6, 20, 0, 5), row(0, 3, 70, 2, 1)), [20] * 5 + [70], [0, 1, 2, 3, 4, 2]),
+        ((row(3, 6, 20, 5, 1), row(0, 3, 70, 2, 1), row(1, 1, 9, 0, 1)), [20, 70, 9], [5, 2, 0]),
+    ]:
+        step = StepPlan(0, 0, plan)
+        for batch in (rows.batch(step), rows.chunk_batch(torch.from_numpy(rows.step_inputs(step, 4)), 8)):
+            assert batch.context.lengths[: len(lengths)].tolist() == lengths
+            assert batch.context.positions[: len(lengths)].tolist() == positions
 
 
 def make_request_of(prompt: int, limit: int):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from random_models import Sizes, write_model
+from waiting import PATIENCE
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -86,3 +91,42 @@ def test_bytes_are_read_into_parameters(in_place_bytes, monkeypatch, tmp_path):
 def test_a_gpu_gets_what_the_cpu_gets(family, dtype, tmp_path):
     folder = write_model(tmp_path / "model", Sizes(family, dtype="F32"))
     check(loaded(folder, dtype, torch.device("cuda")), loaded(folder, dtype))
+
+
+def failed_forks(rank: int, folder: Path) -> int:
+    """Of some forks, those that could not load."""
+    torch.set_num_threads(32)  # the pool of so many takes a while to make anew
+    decoder = transfer.build(families.read(folder), ParallelState(Layout()), dtype=torch.bfloat16, device=CPU)
+    torch.ones(1 << 16).bfloat16()  # from here on this thread takes them as made
+    copy, met = transfer._copy, set()
+    meeting = threading.Barrier(transfer.READERS)
+
+    def copy_together(*args):
+        if threading.get_ident() not in met:
+            met.add(threading.get_ident())
+            meeting.wait(PATIENCE)
+        copy(*args)
+
+    transfer._copy = copy_together
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    failed = 0
+    try:
+        for _ in range(5):
+            if (pid := os.fork()) == 0:
+                try:
+                    transfer.load_folder(decoder, folder)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            failed += os.waitpid(pid, 0)[1] != 0
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        transfer._copy = copy
+        torch.set_num_threads(1)
+    return failed
+
+
+def test_a_fork_can_load(ranks, tmp_path):
+    """The first to use torch's threads after a fork makes them anew: several at once would find none."""
+    folder = write_model(tmp_path / "model", Sizes("llama", dtype="F32", vocab=9000))
+    assert ranks(1).run(failed_forks, folder) == [0]

@@ -14,7 +14,7 @@ class StepRows(NamedTuple):
     """One token a row of a decode step, [N] each."""
 
     token_ids: Tensor
-    """int64; 0 in padding."""
+    """int64; in padding what stands in its row."""
     positions: Tensor
     """int64; 0 in padding."""
     next_positions: Tensor
@@ -59,7 +59,7 @@ def _read_kernel(inputs, tokens, table, longest, out, context_len, num_rows, max
 def read_rows(inputs: Tensor, tokens: Tensor, block_table: Tensor, longest: Tensor, *, block_size: int) -> StepRows:
     """What a decode step of N rows computes on.
 
-    `inputs` int32 [4, N]: row number, position (-1: padding), the row's new block at that position (-1: none; it is
+    `inputs` int32 [>= 4, N]: row number, position (-1: padding), the row's new block at that position (-1: none; it is
     written into the table), and the token there (-1: the one in `tokens`). `tokens` int32 [rows, max_len],
     `block_table` int32 [rows, blocks], `longest` int32 [rows].
     """

@@ -96,6 +96,8 @@ def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterabl
             else:
                 _copy(files, move, one, view)
 
+        # Of a process that was forked, the first thread that computes makes torch's threads anew, and only one may.
+        torch.set_num_threads(torch.get_num_threads())
         moves = files.expecting([move for move, *_ in work])
         in_parallel(copy, zip(moves, work, strict=True), READERS)
 
