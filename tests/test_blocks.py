@@ -4,15 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.inference.blocks import BlockPool, block_key
+from megalite.inference.blocks import BlockPool, block_keys
 
 
 def chain(*token_ids, salt=bytes(16)):
     """Keys of the full blocks, of two tokens each, of a token list."""
-    keys = [salt]
-    for start in range(0, len(token_ids) // 2 * 2, 2):
-        keys.append(block_key(keys[-1], token_ids[start : start + 2]))
-    return keys[1:]
+    return block_keys(salt, token_ids[: len(token_ids) // 2 * 2], 2)
 
 
 def take(pool, count, keys=(), *, owner=-1, expected=0, table=None):

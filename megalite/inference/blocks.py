@@ -21,13 +21,17 @@ from hashlib import blake2b
 from zlib import crc32
 
 
-def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Key of a full block: 128 bits of BLAKE2 over the key of the block before it and its own tokens.
+def block_keys(parent: bytes, token_ids: Sequence[int], size: int) -> list[bytes]:
+    """Keys of full blocks of `size` tokens: 128 bits of BLAKE2 over the key of the block before and the block's tokens.
 
     So equal keys mean equal tokens from the first one on. The first block's parent is a salt: sequences with different
     salts never share.
     """
-    return blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
+    keys, tokens = [], array("q", token_ids).tobytes()
+    for begin in range(0, len(tokens), size * 8):
+        parent = blake2b(parent + tokens[begin : begin + size * 8], digest_size=16).digest()
+        keys.append(parent)
+    return keys
 
 
 def _is_run(blocks: Sequence[int]) -> bool:

@@ -24,7 +24,7 @@ from operator import attrgetter
 from zlib import crc32
 
 from megalite.errors import MegaliteError, ResourceError
-from megalite.inference.blocks import BlockPool, block_key
+from megalite.inference.blocks import BlockPool, block_keys
 from megalite.inference.request import BlockCopy, FinishReason, Request, Row, Sampled, Sequence, StepPlan
 
 SORTED_ROWS = 16
@@ -323,8 +323,8 @@ class Scheduler:
             first = self._unfinished[seq.request.id][0]
             if first.chain[0] == chain[0]:
                 chain += first.chain[1 : 1 + seq.num_prompt // size]
-        for index in range(len(chain) - 1, full):
-            chain.append(block_key(chain[-1], seq.token_ids[index * size : (index + 1) * size]))
+        begun = len(chain) - 1
+        chain += block_keys(chain[-1], seq.token_ids[begun * size : full * size], size)
         return chain
 
     def _grow(self, seq: Sequence, cohort: int) -> bool:
