@@ -11,7 +11,7 @@ from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.host_sampler import LARGEST, RowParams
 from megalite.inference.memory import SAMPLING_CHUNK
-from megalite.kernels import penalties, sampling
+from megalite.kernels import penalties, ranking, sampling
 
 
 class DeviceSampler:
@@ -71,11 +71,11 @@ def _details(logits: Tensor, ids: Tensor, stats: Tensor, k: int) -> Details:
     own = logits.gather(1, ids.clamp(min=0)[:, None]).float()
     if k == 0:
         top, values = ids.new_empty((len(ids), 0)), own[:, :0]
-    elif k <= sampling.MAX_BEST:
-        top, values = sampling.best(logits, k)
+    elif k <= ranking.MAX_BEST:
+        top, values = ranking.best(logits, k)
     else:
         step = max(1, SAMPLING_CHUNK // logits.shape[1])
         top = torch.cat([draws.best_ids(part.float().clamp(max=LARGEST), k) for part in logits.split(step)])
         values = logits.gather(1, top).float()
     scores = [(x.clamp(max=LARGEST) - stats[:, 1:2]) - stats[:, 2:3] for x in (own, values)]
-    return Details(scores[0][:, 0], sampling.rank(logits, ids), top, scores[1])
+    return Details(scores[0][:, 0], ranking.rank(logits, ids), top, scores[1])
