@@ -22,7 +22,7 @@ from test_sampler import Engine, make_row  # noqa: E402
 from megalite.config.schema import SamplingParams  # noqa: E402
 from megalite.inference import draws  # noqa: E402
 from megalite.inference.device_sampler import DeviceSampler  # noqa: E402
-from megalite.kernels import sampling  # noqa: E402
+from megalite.kernels import sampling, weights  # noqa: E402
 from megalite.kernels.jit import jit, tl  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -46,10 +46,10 @@ def small(monkeypatch):
 def _weigh(logits, table, out, vocab, SCALE: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    _, least, _, temperature = sampling._parameters(table, n)
-    x = sampling._load(logits, n, vocab, at, vocab)
-    weights = sampling._weights(x, tl.max(x, 0), temperature, least, SCALE)
-    tl.store(out + n * vocab + at, weights.to(tl.int64), mask=at < vocab)
+    _, least, _, temperature = weights._parameters(table, n)
+    x = weights._load(logits, n, vocab, at, vocab)
+    found = weights._weights(x, tl.max(x, 0), temperature, least, SCALE)
+    tl.store(out + n * vocab + at, found.to(tl.int64), mask=at < vocab)
 
 
 def make_table(options):
@@ -71,12 +71,12 @@ def expected_ids(logits, options, table, positions):
     n, vocab = logits.shape
     plain = logits.float().clamp(max=2.0**100)
     block = 1 << (vocab - 1).bit_length()
-    weights = torch.zeros((n, vocab), dtype=torch.int64, device=DEVICE)
+    found = torch.zeros((n, vocab), dtype=torch.int64, device=DEVICE)
     drawn = make_table([{**given, "temperature": given.get("temperature", 1.0) or 1.0} for given in options])
-    _weigh[(n,)](plain.contiguous(), drawn, weights, vocab, SCALE=2.0 ** sampling.weight_bits(vocab), BLOCK=block)
+    _weigh[(n,)](plain.contiguous(), drawn, found, vocab, SCALE=2.0 ** weights.weight_bits(vocab), BLOCK=block)
     ids = []
     for i, given in enumerate(options):
-        mine, row = weights[i : i + 1].cpu(), plain[i].cpu()
+        mine, row = found[i : i + 1].cpu(), plain[i].cpu()
         if row.isnan().any() or row.max() == -INF:
             ids.append(-1 if row.isnan().any() else -2)
             continue

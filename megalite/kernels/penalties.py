@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megalite.kernels.jit import jit, require_triton, tl, triton
-from megalite.kernels.sampling import _load
+from megalite.kernels.weights import _load
 
 CHUNK = 8192
 """Logits that one program copies."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from megalite.kernels.jit import jit, require_triton, tl, triton
-from megalite.kernels.sampling import CHUNK, _load
+from megalite.kernels.sampling import CHUNK
+from megalite.kernels.weights import _load
 
 MAX_BEST = 32
 """Likeliest tokens that `best` can find."""

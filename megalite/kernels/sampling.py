@@ -23,7 +23,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megalite.kernels.cut import _cut_kernel
 from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.weights import (
+    _fractions,
+    _keys,
+    _least,
+    _load,
+    _parameters,
+    _rate,
+    _worth,
+    weight_bits,
+)
 
 CHUNK = 8192
 """Logits of one program that surveys."""
@@ -44,67 +55,6 @@ COLUMNS = SEED, INDEX, PROMPT, TOP_K, LEAST, TOP_P, TEMPERATURE, PENALTIES = tup
 and the bits of float64: top_p, temperature (0: greedy) and, from PENALTIES on, three that the kernels leave alone."""
 WIDTH = 10
 """Numbers of a row's parameters."""
-
-
-def weight_bits(vocab_size: int) -> int:
-    """The likeliest token weighs 2**this, so that the sum of a row's weights fits into an int64."""
-    return 62 - vocab_size.bit_length()
-
-
-# ---- what the kernels share
-
-
-@jit
-def _parameters(table, row):
-    """top_k, least weight, top_p and temperature of a row."""
-    place = table + row * 10
-    top_p = tl.load(place + 5).to(tl.float64, bitcast=True)
-    temperature = tl.load(place + 6).to(tl.float64, bitcast=True).to(tl.float32)
-    return tl.load(place + 3), tl.load(place + 4), top_p, temperature
-
-
-@jit
-def _load(logits, n, stride, ids, vocab):
-    """Logits as float32, none above 2**100; -inf beyond the vocabulary."""
-    x = tl.load(logits + n * stride + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
-    return tl.where(x > 1.2676506002282294e30, 1.2676506002282294e30, x)
-
-
-@jit
-def _rate(temperature):
-    """What exponents of two are per unit of a logit."""
-    return tl.minimum(1.4426950408889634 / temperature, 3e38)
-
-
-@jit
-def _least(least):
-    """The least float32 that no weight which is ruled out reaches; at least 1."""
-    low = tl.maximum(least, 1).to(tl.float32)
-    short = (low.to(tl.int64) < least).to(tl.int32)
-    return (low.to(tl.int32, bitcast=True) + short).to(tl.float32, bitcast=True)
-
-
-@jit
-def _fractions(x, peak, rate, SCALE: tl.constexpr):
-    """Weights before they are rounded down. Every pass has to get the same."""
-    return tl.exp2((x - peak) * rate) * SCALE
-
-
-@jit
-def _weights(x, peak, temperature, least, SCALE: tl.constexpr):
-    """Integer weights of logits, as the float32 that hold them exactly."""
-    weights = _fractions(x, peak, _rate(temperature), SCALE)
-    return tl.where(weights < _least(least), 0.0, tl.floor(weights))
-
-
-@jit
-def _share(total, top_p):
-    """The least integer that is top_p of an int64 total; at least 1, so that one token stays."""
-    exact = top_p * total.to(tl.float64)
-    goal = exact.to(tl.int64)
-    goal += (goal.to(tl.float64) < exact).to(tl.int64)
-    goal = tl.where(top_p < 1, tl.maximum(goal, 1), total)
-    return tl.minimum(goal, total)
 
 
 @jit
@@ -320,200 +270,6 @@ def _window_kernel(
             tl.store(listed + n * LISTED + at, entries, mask=inside & (at < LISTED))
 
 
-# ---- 4: the last token that stays
-
-
-@jit
-def _keys(start, last_key, last_id, logits, stride, n, vocab, peak, temperature, least, SCALE: tl.constexpr, SPAN):
-    """Keys and ids of a part of a row; the keys of tokens beyond the last one are 0."""
-    ids = start + tl.arange(0, SPAN)
-    x = _load(logits, n, stride, ids, vocab)
-    keys = _weights(x, peak, temperature, least, SCALE).to(tl.int32, bitcast=True)
-    return tl.where((keys > last_key) | ((keys == last_key) & (ids <= last_id)), keys, 0), ids
-
-
-@jit
-def _worth(keys, key, by_number):
-    """What each token of at least this key counts: 1, or its weight."""
-    return tl.where(keys >= key, tl.where(by_number, 1, keys.to(tl.float32, bitcast=True).to(tl.int64)), 0)
-
-
-@jit
-def _beside(keys, key, upward):
-    """A key of at least this one, or one below it, negative: of either the least is wanted."""
-    none = tl.full(keys.shape, 0x7FFFFFFF, tl.int32)
-    return tl.where(upward, tl.where(keys >= key, keys, none), tl.where(keys < key, -keys, none))
-
-
-@jit
-def _beside_id(keys, ids, key, id, downward):
-    """The same of the ids of one key: one up to this id, negative, or one behind it."""
-    none = tl.full(keys.shape, 0x7FFFFFFF, tl.int32)
-    near = tl.where(downward, tl.where(ids <= id, -ids, none), tl.where(ids > id, ids, none))
-    return tl.where(keys == key, near, none)
-
-
-@jit
-def _last(
-    keys,
-    ids,
-    first_key,
-    end_key,
-    above,
-    total,
-    top_k,
-    top_p,
-    temperature,
-    least,
-    logits,
-    stride,
-    n,
-    vocab,
-    peak,
-    BY_LIST: tl.constexpr,
-    SCALE: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """Key and id of the last token that stays, of the given ones or of a whole row; no token has `end_key` or more, and
-    those of `first_key` or more suffice."""
-    row = (logits, stride, n, vocab, peak, temperature, least)
-    last_key = first_key * 0 + 0x3F800000
-    last_id = first_key * 0 + (vocab - 1)
-    for stage in range(2):  # top_k, then top_p of what it keeps
-        by_number = stage == 0
-        if tl.where(by_number, top_k > 0, top_p < 1):
-            if BY_LIST:
-                left = tl.where((keys > last_key) | ((keys == last_key) & (ids <= last_id)), keys, 0)
-                every = tl.sum(_worth(left, 1, by_number), 0)
-            else:
-                sums = tl.zeros([SPAN], tl.int64)
-                for start in range(0, vocab, SPAN):
-                    part, _ = _keys(start, last_key, last_id, *row, SCALE, SPAN)
-                    sums += _worth(part, 1, by_number)
-                every = tl.sum(sums, 0)
-            share = _share(tl.where(top_k > 0, every, total), top_p) - above
-            goal = tl.where(by_number, tl.minimum(top_k, every), share)
-            # The key of the last token: the highest from which on the tokens reach the goal. Both ends move on to keys
-            # that there are, so few different ones are few rounds.
-            low = first_key
-            high = end_key
-            beyond = goal * 0
-            while high - low > 1:
-                middle = low + (high - low) // 2
-                if BY_LIST:
-                    some = tl.sum(_worth(left, middle, by_number), 0)
-                    reached = some >= goal
-                    bound = tl.min(_beside(left, middle, reached), 0)
-                else:
-                    sums = tl.zeros([SPAN], tl.int64)
-                    up = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
-                    down = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
-                    for start in range(0, vocab, SPAN):
-                        part, _ = _keys(start, last_key, last_id, *row, SCALE, SPAN)
-                        sums += _worth(part, middle, by_number)
-                        up = tl.minimum(up, _beside(part, middle, True))
-                        down = tl.minimum(down, _beside(part, middle, False))
-                    some = tl.sum(sums, 0)
-                    reached = some >= goal
-                    bound = tl.min(tl.where(reached, up, down), 0)
-                low = tl.where(reached, bound, low)
-                high = tl.where(reached, high, 1 - bound)
-                beyond = tl.where(reached, beyond, some)
-            # Its id: so many of the tokens of this key are needed, the lowest ids first.
-            each = low.to(tl.float32, bitcast=True).to(tl.int64)
-            needed = tl.where(by_number, goal - beyond, (goal - beyond + each - 1) // each)
-            end = tl.where(low == last_key, last_id, vocab - 1)
-            begin = low * 0 - 1
-            middle = end  # all of them may be needed
-            while end - begin > 1:
-                if BY_LIST:
-                    number = tl.sum(((left == low) & (ids <= middle)).to(tl.int32), 0)
-                    reached = number >= needed
-                    bound = tl.min(_beside_id(left, ids, low, middle, reached), 0)
-                else:
-                    numbers = tl.zeros([SPAN], tl.int32)
-                    up = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
-                    down = tl.full([SPAN], 0x7FFFFFFF, tl.int32)
-                    for start in range(0, vocab, SPAN):
-                        part, places = _keys(start, last_key, last_id, *row, SCALE, SPAN)
-                        numbers += ((part == low) & (places <= middle)).to(tl.int32)
-                        up = tl.minimum(up, _beside_id(part, places, low, middle, False))
-                        down = tl.minimum(down, _beside_id(part, places, low, middle, True))
-                    number = tl.sum(numbers, 0)
-                    reached = number >= needed
-                    bound = tl.min(tl.where(reached, down, up), 0)
-                end = tl.where(reached, -bound, end)
-                begin = tl.where(reached, begin, bound - 1)
-                begin = tl.where(number == needed, end - 1, begin)
-                middle = begin + (end - begin) // 2
-            last_key = low
-            last_id = end
-    return last_key, last_id
-
-
-@jit
-def _cut_kernel(
-    edited,
-    edited_stride,
-    rows,
-    table,
-    stats,
-    state,
-    sums,
-    num_parts,
-    spans,
-    listed,
-    vocab,
-    SCALE: tl.constexpr,
-    TOP: tl.constexpr,
-    SPANS: tl.constexpr,
-    SPAN: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """One program a row: finds its last token, and adds to the first of `sums` what stays of the window."""
-    n = tl.program_id(0).to(tl.int64)
-    if tl.load(state + 6 * n) != 2:
-        return
-    top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
-    peak = tl.load(stats + 3 * n)
-    first_key = tl.load(state + 6 * n + 1)
-    end_key = tl.load(state + 6 * n + 2)
-    found = tl.load(state + 6 * n + 3)
-    span = tl.arange(0, SPANS)
-    there = span < spans
-    above = tl.sum(tl.load(sums + n * spans + span, mask=there, other=0), 0)
-    total = tl.sum(tl.load(sums + num_parts + n * spans + span, mask=there, other=0), 0)
-    i = tl.arange(0, LISTED)
-    entries = tl.load(listed + n * LISTED + i, mask=i < found, other=0)
-    ids = entries.to(tl.int32)
-    keys = tl.floor((entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    goal = _share(total, top_p)
-    straddles = (goal > above) & (goal <= above + tl.sum(_worth(keys, 1, False), 0))
-    enough = (found >= top_k) | (first_key == 0x3F800000)
-    if (found <= LISTED) & tl.where(top_k > 0, enough, straddles):
-        last_key, last_id = _last(
-            keys, ids, first_key, tl.minimum(end_key, TOP + 1), above, total, top_k, top_p, temperature, least,
-            edited, edited_stride, n, vocab, peak, True, SCALE, SPAN,
-        )  # fmt: skip
-        tl.store(state + 6 * n + 4, last_key)
-        tl.store(state + 6 * n + 5, last_id)
-        stays = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
-        weights = keys.to(tl.float32, bitcast=True).to(tl.int64)
-        tl.atomic_add(sums + n * spans + ids // SPAN, weights, mask=stays)
-    else:
-        last_key, last_id = _last(
-            keys, ids, first_key * 0 + 0x3F800000, first_key * 0 + (TOP + 1), above * 0, total, top_k, top_p,
-            temperature, least, edited, edited_stride, n, vocab, peak, False, SCALE, SPAN,
-        )  # fmt: skip
-        tl.store(state + 6 * n + 4, last_key)
-        tl.store(state + 6 * n + 5, last_id)
-        for start in range(0, vocab, SPAN):
-            part, _ = _keys(
-                start, last_key, last_id, edited, edited_stride, n, vocab, peak, temperature, least, SCALE, SPAN
-            )
-            tl.store(sums + n * spans + start // SPAN, tl.sum(_worth(part, 1, False), 0))
-
-
 # ---- 5: the draw
 
 
@@ -617,6 +373,7 @@ def choose(
         BINS=BINS,
         LISTED=LISTED,
         num_warps=8,
+        maxnreg=128,  # so that two programs fit into a multiprocessor, and below four
     )
     _window_kernel[(spans, n)](
         *(*edited_in, rows, table, stats, state, sums, n * spans, listed, vocab),
