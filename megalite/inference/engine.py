@@ -8,7 +8,6 @@ while the device runs the one before.
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import deque
@@ -169,9 +168,6 @@ class Engine:
         began = time.monotonic()
         most = self.scheduler.max_num_seqs if sequences is None else min(sequences, self.scheduler.max_num_seqs)
         self.runner.warm_up(-(-most // self.state.pp.size))
-        # What has been imported and built stays; a full collection would look at all of it in the middle of a run.
-        gc.collect()
-        gc.freeze()
         log.info("decode steps were made ready in %.1f s", time.monotonic() - began)
 
     def renew(self) -> None:

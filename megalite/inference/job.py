@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import sys
@@ -74,6 +75,7 @@ def _generate(loaded: Loaded[InferConfig], runtime: Runtime) -> int:
             longest=max((request.longest for request in left.requests), default=1), sequences=sequences
         )
         engine.warm_up(sequences)
+        gc.freeze()  # what was imported and built stays; collections in the middle of the run need not look at it
         if writer:
             _announce(loaded, folder, replica)
             writer.go_on(left)
