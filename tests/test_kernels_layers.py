@@ -383,7 +383,7 @@ def test_kernels_round_less_in_reduced_precision(name, tokens, tiny, kernels_or_
             fused = half.logits(half(ids, sequence(half, tokens, CachedAttention)))
         errors["torch"] += (plain - exact).norm().item()
         errors["kernels"] += (fused - exact).norm().item()
-    assert 0 < errors["kernels"] <= 1.01 * errors["torch"], errors
+    assert 0 < errors["kernels"] <= 1.05 * errors["torch"], errors
 
 
 @needs_cuda

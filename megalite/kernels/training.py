@@ -459,7 +459,7 @@ def heads_gradient(
             NORM=norms is not None,
             ZERO_CENTRED=zero_centred,
             BY_POSITION=positions is not None,
-            num_warps=max(1, min(8, HEADS * (2 * block_half + block_rest) // 512)),
+            num_warps=_warps(HEADS * (2 * block_half + block_rest) // 2),
         )
     if norms is None:
         return into, None, None
@@ -497,4 +497,4 @@ def _tile(queries: int, keys: int, dim: int) -> tuple[int, int]:
 
 def _warps(numbers: int) -> int:
     """Warps of a program that works on so many numbers at a time."""
-    return max(1, min(8, numbers // 256))
+    return 1 << (min(8, max(1, numbers // 256)).bit_length() - 1)
