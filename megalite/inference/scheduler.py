@@ -27,10 +27,6 @@ from megalite.errors import MegaliteError, ResourceError
 from megalite.inference.blocks import BlockPool, block_keys
 from megalite.inference.request import BlockCopy, FinishReason, Request, Row, Sampled, Sequence, StepPlan
 
-SORTED_ROWS = 16
-"""Decoding rows from which the longest contexts come first: the attention programs of a GPU then end together, where a
-long one that begins last would be waited for."""
-
 
 @dataclass(slots=True)
 class SchedulerStats:
@@ -208,8 +204,6 @@ class Scheduler:
                 rows.append(self._row(seq, count))
                 budget -= count
         admitted = self._admit(cohort, rows, budget) if budget and self._waiting else []
-        if len(rows) >= SORTED_ROWS and not prefills and not admitted:
-            rows.sort(key=lambda row: -row.start)
         plan = StepPlan(self._step, cohort, tuple(rows), tuple(admitted), tuple(self._copies) if rows else ())
         self._step += 1
         if rows:
