@@ -99,9 +99,10 @@ class Replica:
         if self.device.type != "cpu":
             longest = engine.max_model_len or self.model.max_position_embeddings
             budget -= self.memory.rows(max_rows=engine.max_num_seqs, max_len=longest, block_size=engine.block_size)
+        # Ranks that sum over tp must pad alike, so they go by one number.
+        self.stage_weights = -minimum(-sum(param.numel() for param in self.decoder.parameters()), state.replica)
         if self._captures():
-            weights = sum(param.numel() for param in self.decoder.parameters())
-            tokens = engine.max_num_batched_tokens
+            tokens, weights = engine.max_num_batched_tokens, self.stage_weights
             budget -= self.memory.graphs(max_rows=engine.max_num_seqs, max_tokens=tokens, weights=weights)
         mine = engine.num_kv_blocks or max(0, int(budget // block_bytes))
         self.fitting_blocks = minimum(mine, state.replica)
@@ -180,6 +181,7 @@ class Replica:
             meter=self.meter,
             max_rows=scheduler.max_num_seqs // self.layout.pp,
             max_tokens=settings.max_num_batched_tokens,
+            weights=self.stage_weights,
             use_graphs=self._captures(),
             return_ids=self._overlaps(),
             scored_rows=scored_rows(self.model, settings.max_num_seqs),

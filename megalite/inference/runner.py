@@ -54,13 +54,16 @@ class Runner:
         meter: Meter,
         max_rows: int,
         max_tokens: int,
+        weights: int,
         use_graphs: bool,
         return_ids: bool,
         scored_rows: int,
     ):
-        """`max_rows`, `max_tokens`: of a step. `return_ids`: with several stages, sampled ids go from the last to the
-        first by themselves, as plans are made before they are known. `scored_rows`: of prompts that are scored, at most
-        so many logits exist at a time."""
+        """`max_rows`, `max_tokens`: of a step. `weights`: of a stage, one number for every rank.
+
+        `return_ids`: with several stages, sampled ids go from the last to the first by themselves, as plans are made
+        before they are known. `scored_rows`: of prompts that are scored, at most so many logits exist at a time.
+        """
         self.decoder = decoder
         self.state = decoder.state
         self.rows = rows
@@ -84,7 +87,7 @@ class Runner:
                 rows,
                 max_rows=max_rows,
                 max_tokens=max_tokens,
-                weights=sum(param.numel() for param in decoder.parameters()),
+                weights=weights,
                 hidden=0 if self.state.is_first_stage else decoder.config.hidden_size,
                 dtype=weight.dtype,
                 capture=use_graphs,
