@@ -163,6 +163,12 @@ def test_graphs_take_no_more_than_the_estimate(model):
         assert torch.cuda.memory_reserved() - before <= estimate
 
 
+def test_without_a_tokenizer_results_are_ids_alone():
+    with LLM(DEMO, skip_tokenizer_init=True, max_model_len=512, gpu_memory_utilization=0.3) as llm:
+        [output] = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True))
+    assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 3
+
+
 def test_bfloat16_stays_near_float32(model):
     name, folder = model
     outputs = generate(folder, "bfloat16")

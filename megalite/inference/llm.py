@@ -106,10 +106,7 @@ class LLM:
             engine=engine_section(engine, signature(LLM).parameters),
             distributed=DistributedSection(device=device_type),
         )
-        self._start(config)
-        if skip_tokenizer_init:
-            self.replica.tokenizer = None
-            self._limits = prompt_limits(self.replica)
+        self._start(config, with_tokenizer=not skip_tokenizer_init)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> LLM:
@@ -119,7 +116,9 @@ class LLM:
         llm._start(loaded.config, loaded)
         return llm
 
-    def _start(self, config: InferConfig, loaded: Loaded[InferConfig] | None = None) -> None:
+    def _start(
+        self, config: InferConfig, loaded: Loaded[InferConfig] | None = None, *, with_tokenizer: bool = True
+    ) -> None:
         """`loaded`: the config with its origins; None for one made in Python, which may hold anything until checked."""
         env = LaunchEnv.of(os.environ)
         check_config(config, env.world_size if env else 1)
@@ -137,6 +136,8 @@ class LLM:
         try:
             self.replica, folder = load_replica(config, self.runtime)
             self._sampling = as_sampled(loaded, folder).config.sampling
+            if not with_tokenizer:
+                self.replica.tokenizer = None
             self._engine: Engine | None = None
             if self.runtime.device.type != "cpu":
                 self._engine = self.replica.engine()
