@@ -24,6 +24,8 @@ from megalite.monitor.metrics import RankReport
 log = logging.getLogger(__name__)
 
 Collective = Callable[[Tensor, Axis], Tensor]
+_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""By the name that this version of torch has for it."""
 
 
 def enter_tp(x: Tensor, state: ParallelState) -> Tensor:
@@ -86,7 +88,7 @@ def gather(x: Tensor, axis: Axis) -> Tensor:
     """Every rank's x -> [ranks, *x.shape]. No gradient."""
     out = x.new_empty(axis.size, *x.shape)
     with _communicating(out, axis):
-        dist.all_gather_into_tensor(out.view(-1), x.reshape(-1), group=axis.group)
+        _gather_into(out.view(-1), x.reshape(-1), group=axis.group)
     return out
 
 
