@@ -59,8 +59,6 @@ class Events:
     """What streamed requests gained, in order; on the control rank."""
     num_tokens: int = 0
     """Tokens generated; on the control rank."""
-    idle: bool = False
-    """Nothing is unfinished, and nothing has been announced."""
     ended: bool = False
     """No more work will come, and all is done; or it was stopped. The same on every rank."""
     stopped: bool = False
@@ -157,7 +155,6 @@ class Engine:
         self._step += 1
         decoded = sum(row.count for row in plan.rows if row.count == 1)
         self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
-        events.idle = not self.scheduler.has_work() and not self.channel.num_arriving
         return events
 
     def warm_up(self, sequences: int | None = None) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megalite.inference.request import Sequence, StepPlan
+from megalite.kernels.device import send
 from megalite.kernels.step import read_rows
 from megalite.model.attention import AttentionContext
 from megalite.model.device_attention import DeviceAttention
@@ -49,6 +51,7 @@ class Rows:
     def __init__(self, num_rows: int, max_len: int, *, cache: HostCache | DeviceCache):
         self.cache = cache
         self.device, self.block_size = cache.device, cache.block_size
+        self.send = partial(send, device=self.device)
         self.padding_row = num_rows
         """Its tokens mean nothing."""
         self.max_len = max_len
@@ -69,11 +72,6 @@ class Rows:
         # What the host knows of them; on a CPU the very same memory.
         self._table = host[sizes[0] : sizes[0] + sizes[1]].reshape(-1, self.max_blocks)
         self._longest = host[sizes[0] + sizes[1] :]
-
-    def send(self, values: np.ndarray) -> Tensor:
-        """An array on the device: one copy from page-locked memory, for which nothing waits."""
-        tensor = torch.from_numpy(values)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def admit(self, sequences: Iterable[Sequence]) -> None:
         """Write tokens, blocks and longest lengths of sequences into their rows."""

@@ -88,7 +88,7 @@ class Runner:
                 max_rows=max_rows,
                 max_tokens=max_tokens,
                 weights=weights,
-                hidden=0 if self.state.is_first_stage else decoder.config.hidden_size,
+                hidden=0 if self.state.is_first_stage else width,
                 dtype=weight.dtype,
                 capture=use_graphs,
             )

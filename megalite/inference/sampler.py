@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from megalite.inference.device_sampler import DeviceSampler
 from megalite.inference.draws import largest_weight
 from megalite.inference.host_sampler import HostSampler, RowParams, chunk_rows, details, peaked
 from megalite.inference.request import Sequence
+from megalite.kernels.device import send
 
 __all__ = ["FAILURES", "PLAIN", "Choice", "Needs", "Sampler", "TokenLogprobs", "policy_temperature"]
 
@@ -68,20 +69,16 @@ class Sampler:
         self.vocab_size = vocab_size
         assert tokens.shape == (max_rows + 1, max_len) and tokens.dtype == torch.int32
         self.max_len = max_len
-        self.device = device
         self.tokens = tokens
         self._params = [RowParams()] * (max_rows + 1)  # a row that was never admitted is greedy, as padding is
         self._needy: set[int] = set()
         """Rows with needs."""
+        to_device = partial(send, device=device)
         self._side: HostSampler | DeviceSampler
         if device.type == "cpu":
-            self._side = HostSampler(tokens, vocab_size, self._send, self._params, at_temperature)
+            self._side = HostSampler(tokens, vocab_size, to_device, self._params, at_temperature)
         else:
-            self._side = DeviceSampler(tokens, vocab_size, self._send, at_temperature)
-
-    def _send(self, values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+            self._side = DeviceSampler(tokens, vocab_size, to_device, at_temperature)
 
     # Rows
 
