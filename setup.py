@@ -7,6 +7,10 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.10", "prometheus_client>=0.21"]
+GRAMMAR = ["llguidance>=1,<2"]
+GGUF = ["gguf>=0.17"]
+
 setup(
     name="megalite",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "megalite/__init__.py").read_text(encoding="utf-8"))[1],
@@ -30,6 +34,7 @@ setup(
         "xxhash>=3.4",
         "psutil>=5.9",
         "pyyaml>=6",
+        "msgspec>=0.19",
     ],
     entry_points={
         # Where lm-evaluation-harness looks for models; version 0.4.13 does not yet, so there is a command of ours.
@@ -38,6 +43,9 @@ setup(
     },
     extras_require={
         "tensorboard": ["tensorboard>=2.16"],
+        "serve": SERVE,
+        "grammar": GRAMMAR,
+        "gguf": GGUF,
         "eval": ["lm_eval>=0.4.13,<0.5"],
         "test": [
             "pytest>=8",
@@ -48,6 +56,12 @@ setup(
             "ruff>=0.9",
             "mypy>=1.18",
             "setuptools>=77",
+            "peft>=0.17",
+            "httpx>=0.28",
+            "openai>=2",
+            *SERVE,
+            *GRAMMAR,
+            *GGUF,
         ],
     },
 )

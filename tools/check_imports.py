@@ -24,7 +24,7 @@ LEVELS = [
     {"megalite.weights", "megalite.tokenizer"},
     {"megalite.preflight"},
     {"megalite.inference", "megalite.train", "megalite.convert", "megalite.rewards"},
-    {"megalite.hybrid", "megalite.evals"},
+    {"megalite.hybrid", "megalite.evals", "megalite.serve"},
     {"megalite.tools", "megalite.dry_run"},
     {"megalite.cli"},
     {"launch", "tools"},

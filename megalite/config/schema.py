@@ -226,6 +226,45 @@ class TrainMonitorSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSection:
+    """The HTTP server over the replicas: where it listens, what it takes, how it ends."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Any other than loopback is open to a network: set `api_key`, and TLS in front."""
+    port: int = key(8000, at_least=0, at_most=65535)
+    """0: a free one, which is printed."""
+    api_key: str | None = None
+    """`env:NAME` or `file:PATH`: where the key is that clients send as a bearer token; null: none is asked for."""
+    model_names: list[str] | None = None
+    """Names under which clients may ask for the model, the first is the one that answers carry; null: model.path."""
+    balance: Literal["prefix", "least_tokens", "round_robin"] = "prefix"
+    """Which replica gets a request. prefix: the one with the longest cached prefix while loads are alike, else the one
+    with the fewest outstanding tokens; least_tokens: always that one; round_robin: in turn."""
+    max_queued_requests: int = key(1024, at_least=1)
+    """Requests that wait or run; more are answered with 429."""
+    max_queued_tokens: int = key(1 << 24, at_least=1)
+    """Tokens that these may have together: for each prompt and sample, prompt + max_tokens."""
+    max_samples: int = key(128, at_least=1, cap=MAX_SAMPLES)
+    """Largest number of completions of one HTTP request: prompts times n or best_of."""
+    max_logprobs: int = key(20, at_least=0)
+    """Largest number of top log-probabilities a token."""
+    max_body: float = key(8.0, above=0, unit="MiB")
+    """Largest request body, MiB."""
+    body_timeout: float = key(30.0, above=0, unit="seconds")
+    """Seconds within which a client must have sent its request."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    """What happens to a request with fields that are not known here."""
+    special_tokens_in_chats: bool = False
+    """true: what a chat's content spells like a control token (`<|im_end|>`) becomes that token; false: it is text."""
+    drain_timeout: float = key(30.0, at_least=0, unit="seconds")
+    """Seconds that running requests have to finish after SIGTERM; then they end with finish_reason abort."""
+    stall_timeout: float = key(60.0, above=0, unit="seconds")
+    """Seconds without a finished step, with work to do, after which a replica counts as lost."""
+    restarts: int = key(5, at_least=0)
+    """Times in an hour that a replica which was lost is started again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DistributedSection:
     """The processes of a run and how they find and watch each other."""
 
@@ -252,6 +291,20 @@ class InferConfig:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     input: InputSection = field(default_factory=InputSection)
     output: OutputSection = field(default_factory=OutputSection)
+    monitor: MonitorSection = field(default_factory=MonitorSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """`launch/serve.py`: an OpenAI-compatible server over parallel.dp replicas."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Of requests that do not say otherwise."""
+    server: ServerSection = field(default_factory=ServerSection)
     monitor: MonitorSection = field(default_factory=MonitorSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
 
@@ -521,4 +574,4 @@ class HybridConfig:
     distributed: DistributedSection = field(default_factory=DistributedSection)
 
 
-Config = InferConfig | TrainConfig | HybridConfig
+Config = InferConfig | TrainConfig | HybridConfig | ServeConfig
