@@ -6,15 +6,13 @@ sampled token ids, which stop strings completed, which requests the replica take
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from megalite.config.schema import SamplingParams
 from megalite.core.parallel_state import ParallelState
 from megalite.inference.request import Request, Sampled
 
@@ -37,32 +35,17 @@ class News:
     """Leave off now; unfinished requests are dropped."""
 
     def payload(self) -> bytes:
-        """Requests and aborts as JSON; empty if there are none."""
-        if not self.requests and not self.aborts:
-            return b""
-        requests = [{**asdict(request), "stop_token_ids": sorted(request.stop_token_ids)} for request in self.requests]
-        return json.dumps({"requests": requests, "aborts": self.aborts}).encode()
+        """Requests and aborts; empty if there are none."""
+        return msgspec.msgpack.encode((self.requests, self.aborts)) if self.requests or self.aborts else b""
 
 
-def read_payload(data: bytes) -> tuple[tuple[Request, ...], tuple[str, ...]]:
+_Payload = tuple[tuple[Request, ...], tuple[str, ...]]
+_read = msgspec.msgpack.Decoder(_Payload).decode
+
+
+def read_payload(data: bytes) -> _Payload:
     """The inverse of `News.payload`."""
-    values = json.loads(data) if data else {"requests": (), "aborts": ()}
-    return tuple(_read_request(value) for value in values["requests"]), tuple(values["aborts"])
-
-
-def _read_request(value: dict[str, Any]) -> Request:
-    params = value["params"]
-    if params["logit_bias"] is not None:  # JSON has no other keys than strings
-        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
-    return Request(
-        **{
-            **value,
-            "prompt_token_ids": tuple(value["prompt_token_ids"]),
-            "params": SamplingParams(**params),
-            "stop_token_ids": frozenset(value["stop_token_ids"]),
-            "bad_words": tuple(map(tuple, value["bad_words"])),
-        }
-    )
+    return _read(data) if data else ((), ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,11 @@ class Request:
     """Resolved: the spellings of params.bad_words in tokens; the last token of one never follows its others."""
     stream: bool = False
     """What it gains is given out step by step (`engine.Events.deltas`), not only its result."""
+    given: tuple[tuple[int, ...], ...] = ()
+    """Replay: the output tokens that each sample had, in order, when its replica was lost; () or one entry a sample.
+    They count as sampled, but are not given out again: the request goes on as it would have undisturbed."""
+    ended: frozenset[int] = frozenset()
+    """Replay: indices of samples that had ended; they go on for no token, whatever `given` says."""
 
     @property
     def longest(self) -> int:
