@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
-from megalite.inference.memory import RankMemory
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
+from megalite.planner.memory import RankMemory
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.table import local_elements
 
@@ -91,23 +91,22 @@ def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[st
     def columns(model: ModelConfig, layout: Layout, ranks: Iterable[int]) -> dict[str, list[str]]:
         length = engine.max_model_len or model.max_position_embeddings
         full = f"kv of {engine.max_num_seqs} x {length}"
+        weights = max(local_elements(model, layout, one) for one in layout.ranks[: layout.tp * layout.pp])
+        captures = not engine.enforce_eager
         found: dict[str, list[str]] = {"weights": [], "kv a token": [], full: [], "activations": []}
         for rank in ranks:
             memory, rows = RankMemory(model, layout, rank, item), engine.max_num_seqs
             token = memory.kv_block(1)
-            activations = memory.activations(max_tokens=engine.max_num_batched_tokens, max_rows=rows)
-            weights = local_elements(model, layout, rank)
-            found["weights"].append(format_bytes(weights * item))
+            beside = memory.beside(engine, stage_weights=weights, captures=captures, longest=length)
+            found["weights"].append(format_bytes(memory.weights))
             found["kv a token"].append(format_bytes(token))
             found[full].append(format_bytes(token * length * rows))
-            found["activations"].append(format_bytes(activations))
-            if not engine.enforce_eager:
-                graphs = memory.graphs(max_rows=rows, max_tokens=engine.max_num_batched_tokens, weights=weights)
-                found.setdefault("graphs", []).append(format_bytes(graphs))
+            for name in ("activations", "logits", "rows", *(["graphs"] if captures else [])):
+                found.setdefault(name, []).append(format_bytes(getattr(beside, name)))
         return found
 
     notes = [
-        f"numbers are {dtype}; weights are exact, activations an upper estimate for "
+        f"numbers are {dtype}; weights are exact; activations and logits are upper estimates, for "
         f"{engine.max_num_batched_tokens} tokens a step"
         + ("" if engine.enforce_eager else ", and graphs, which only GPUs have, of decode steps"),
         "the KV cache takes what is left of the memory, and never more than the work needs",

@@ -14,13 +14,13 @@ from tiny_models import VOCAB
 
 from megalite.config.schema import SamplingParams
 from megalite.core.layout import Layout
-from megalite.inference import memory
-from megalite.inference.memory import RankMemory
 from megalite.inference.run import run_everywhere
 from megalite.inference.tp_gain import tp_warning
 from megalite.kernels import sampling
 from megalite.model import families
 from megalite.monitor.metrics import peak_memory, reset_peak_memory
+from megalite.planner import memory
+from megalite.planner.memory import RankMemory
 
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
 MIB = 1 << 20
@@ -32,11 +32,15 @@ def shape(**changes) -> dict:
     return {**base, **heads, "intermediate_size": 64, "vocab_size": 1000, **changes}
 
 
+def step_bytes(one: RankMemory, *, max_tokens: int, max_rows: int) -> int:
+    return one.activations(max_tokens=max_tokens) + one.logits(max_tokens=max_tokens, max_rows=max_rows)
+
+
 def test_logits_of_scored_prompts_and_graphs_are_counted():
     """At 8k tokens a step and a vocabulary of 152k, logits of all would be 4.6 GiB in float32."""
     config = families.from_values(Path("config.json"), shape(vocab_size=152_000))
     one = RankMemory(config, Layout(), 0, itemsize=2)
-    few, many = (one.activations(max_tokens=8192, max_rows=rows) for rows in (1, 256))
+    few, many = (step_bytes(one, max_tokens=8192, max_rows=rows) for rows in (1, 256))
     hidden = 8192 * 2 * 1000  # the layers' part is below
     chunk = memory.SCORED_LOGITS * 12 + memory.SAMPLING_CHUNK * 25
     assert chunk - 152_000 * 12 <= few <= chunk + hidden + memory.SAMPLED_ROW
@@ -45,11 +49,11 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     assert memory.scored_rows(config, 1) * 152_000 <= memory.SCORED_LOGITS
     assert memory.scored_rows(config, 256) == 256, "no more than are sampled from in any case"
     stages = (RankMemory(config, Layout(1, 2, 1), rank, itemsize=2) for rank in (0, 1))
-    first, last = (stage.activations(max_tokens=8192, max_rows=256) for stage in stages)
+    first, last = (step_bytes(stage, max_tokens=8192, max_rows=256) for stage in stages)
     assert first <= hidden and last == many, "only the last stage has logits"
     graphs = one.graphs(max_rows=40, max_tokens=3000, weights=10**6)
     kept = 8 + len(memory.PROMPT_SIZES)  # decode steps of 1, 2, 4, 8, 16, 24, 32 and 40 rows, and prompts
-    largest = one.activations(max_tokens=3000, max_rows=40)
+    largest = step_bytes(one, max_tokens=3000, max_rows=40)
     assert graphs == 2 * largest + (kept + 4) * memory.GRAPH_OVERHEAD, "and chunks of 512, 1024, 2048 and 3000 tokens"
     assert memory.chunk_sizes(8192, 8 * 10**9) == [512, 1024], "more keep the device busy as they are"
     assert memory.chunk_sizes(300, 10) == []
@@ -100,7 +104,7 @@ def test_prompts_are_scored_a_chunk_at_a_time(layout, tiny, ranks):
 def peak(rank: int, folder: Path, length: int) -> tuple[int, int, int]:
     """Bytes that scoring a prompt took: at its peak, by the estimate, and of the cache."""
     replica = make_replica(rank, folder, load_format="dummy", max_num_batched_tokens=length, max_num_seqs=4)
-    estimate = replica.memory.activations(max_tokens=length, max_rows=4)
+    estimate = step_bytes(replica.memory, max_tokens=length, max_rows=4)
     engine = replica.engine(longest=length, sequences=1)
     requests = make_requests(replica, [([5, 6, 7, 8] * (length // 4), SCORED)])
     before = reset_peak_memory()

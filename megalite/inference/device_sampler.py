@@ -10,8 +10,8 @@ from megalite.inference import draws
 from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.host_sampler import LARGEST, RowParams
-from megalite.inference.memory import SAMPLING_CHUNK
 from megalite.kernels import penalties, ranking, sampling
+from megalite.planner.memory import SAMPLING_CHUNK
 
 
 class DeviceSampler:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from megalite.inference.choice import Choice
-from megalite.inference.memory import PROMPT_SIZES, chunk_sizes, decode_sizes
 from megalite.inference.request import StepPlan
 from megalite.inference.rows import FIELDS, Batch, Rows
 from megalite.kernels.fresh import PLANNED_LENGTHS, PLANNED_TOKENS
+from megalite.planner.memory import PROMPT_SIZES, chunk_sizes, decode_sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megalite.inference import draws
 from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
-from megalite.inference.memory import SAMPLING_CHUNK
+from megalite.planner.memory import SAMPLING_CHUNK
 
 CPU_CHUNK = 2**17
 """Logits worked on at once on a CPU: what stays in its cache."""

@@ -19,14 +19,6 @@ from megalite.core.linear import store_by_input
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.inference.engine import Engine
-from megalite.inference.memory import (
-    GIB,
-    RankMemory,
-    blocks_for,
-    host_memory_available,
-    scored_rows,
-    settle_length,
-)
 from megalite.inference.outputs import OutputProcessor
 from megalite.inference.rows import Rows
 from megalite.inference.runner import Runner
@@ -37,6 +29,14 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
+from megalite.planner.memory import (
+    GIB,
+    RankMemory,
+    blocks_for,
+    host_memory_available,
+    scored_rows,
+    settle_length,
+)
 from megalite.run.runtime import Runtime
 from megalite.text.tokenizer import Tokenizer
 from megalite.weights.dtypes import torch_dtype
@@ -94,16 +94,13 @@ class Replica:
         if state.world.size > 1:
             dist.barrier(state.world.group)
         block_bytes = self.memory.kv_block(engine.block_size)
-        budget = self._free_memory() * engine.gpu_memory_utilization
-        budget -= self.memory.activations(max_tokens=engine.max_num_batched_tokens, max_rows=engine.max_num_seqs)
-        if self.device.type != "cpu":
-            longest = engine.max_model_len or self.model.max_position_embeddings
-            budget -= self.memory.rows(max_rows=engine.max_num_seqs, max_len=longest, block_size=engine.block_size)
         # Ranks that sum over tp must pad alike, so they go by one number.
         self.stage_weights = -minimum(-sum(param.numel() for param in self.decoder.parameters()), state.replica)
-        if self._captures():
-            tokens, weights = engine.max_num_batched_tokens, self.stage_weights
-            budget -= self.memory.graphs(max_rows=engine.max_num_seqs, max_tokens=tokens, weights=weights)
+        longest = engine.max_model_len or self.model.max_position_embeddings
+        longest = longest if self.device.type != "cpu" else 0
+        weights, captures = self.stage_weights, self._captures()
+        beside = self.memory.beside(engine, stage_weights=weights, captures=captures, longest=longest)
+        budget = self._free_memory() * engine.gpu_memory_utilization - beside.total
         mine = engine.num_kv_blocks or max(0, int(budget // block_bytes))
         self.fitting_blocks = minimum(mine, state.replica)
         self.host_blocks = minimum(int(engine.swap_space * GIB // block_bytes), state.replica)

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.memory import blocks_for
 from megalite.inference.outputs import OutputProcessor
 from megalite.inference.request import Request, Sampled, StepPlan
 from megalite.inference.rows import Rows
 from megalite.inference.scheduler import Scheduler
 from megalite.model.kv_cache import HostCache
+from megalite.planner.memory import blocks_for
 
 BLOCK = 16
 """Tokens of a KV block."""

@@ -1,13 +1,19 @@
-"""How much memory a rank needs, and how many KV blocks fit; arithmetic only, importable without torch."""
+"""The one memory model: what a rank holds when it generates or trains, and how many KV blocks fit.
+
+Arithmetic only, importable without torch. The planner, `--dry-run` and the engine's own sizing all ask it. Weights and
+KV blocks are exact; all else is an upper estimate.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from megalite.config.schema import EngineSection
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, width
 from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
+from megalite.weights.table import local_elements
 
 GIB = 2**30
 SCORED_LOGITS = 2**24
@@ -27,9 +33,39 @@ def scored_rows(config: ModelConfig, max_rows: int) -> int:
     return max(max_rows, SCORED_LOGITS // config.vocab_size, 1)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Bytes on one rank, by what they are for."""
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    """float32 weights and two moments."""
+    kv: int = 0
+    """The KV cache."""
+    activations: int = 0
+    """Temporary memory of the layers; in training, what is kept for the backward pass."""
+    logits: int = 0
+    """Of sampled rows and scored prompts, or of the loss, with what works on them."""
+    rows: int = 0
+    """Buffers of running sequences: tokens, block tables, sampling parameters."""
+    graphs: int = 0
+    """Captured CUDA graphs."""
+    reserve: int = 0
+    """Left to others: the driver and what `engine.gpu_memory_utilization` leaves out."""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, one.name) for one in fields(self))
+
+    def items(self) -> dict[str, int]:
+        """What is not nothing."""
+        return {one.name: value for one in fields(self) if (value := getattr(self, one.name))}
+
+
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """What generation takes on one rank beside the weights, in bytes."""
+    """What generation takes on one rank, in bytes."""
 
     config: ModelConfig
     layout: Layout
@@ -37,6 +73,10 @@ class RankMemory:
     """Global."""
     itemsize: int
     """Bytes of a number of the weights, which the cache and the activations have too."""
+
+    @property
+    def weights(self) -> int:
+        return local_elements(self.config, self.layout, self.rank) * self.itemsize
 
     @property
     def kv_heads(self) -> int:
@@ -49,26 +89,42 @@ class RankMemory:
         layers = len(self.layout.layers(self.layout.coord(self.rank).pp, self.config.layer_costs()))
         return 2 * layers * self.kv_heads * self.config.head_dim * block_size * self.itemsize
 
-    def activations(self, *, max_tokens: int, max_rows: int) -> int:
-        """Upper estimate of a forward pass's temporary memory: `max_tokens` tokens, of which `max_rows` are sampled.
+    def beside(self, engine: EngineSection, *, stage_weights: int, captures: bool, longest: int) -> Footprint:
+        """All that an engine holds beside weights and KV cache.
 
-        The widest moment of a layer (residual, norm, stacked projection and its activation), and on the last stage the
-        logits of max_rows rows, or of a chunk of a scored prompt, whole and as this rank's slice on its way to the
-        others, and what the sampler makes of a chunk of them.
+        `stage_weights`: numbers on the rank of the stage that has most; `captures`: steps run as CUDA graphs;
+        `longest`: the longest sequence in tokens, 0 on a CPU, where buffers take memory only as far as they are used.
         """
+        tokens, rows = engine.max_num_batched_tokens, engine.max_num_seqs
+        return Footprint(
+            activations=self.activations(max_tokens=tokens),
+            logits=self.logits(max_tokens=tokens, max_rows=rows),
+            rows=self.rows(max_rows=rows, max_len=longest, block_size=engine.block_size) if longest else 0,
+            graphs=self.graphs(max_rows=rows, max_tokens=tokens, weights=stage_weights) if captures else 0,
+        )
+
+    def activations(self, *, max_tokens: int) -> int:
+        """Upper estimate of the layers' temporary memory in a step of `max_tokens` tokens: the widest moment of a layer
+        (residual, norm, stacked projection and its activation)."""
         config, place, tp = self.config, self.layout.coord(self.rank), self.layout.tp
         queries = QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim)
         keys = KVHeads(config.num_kv_heads, config.head_dim)
         heads = sum(width(split, tp, place.tp) for split in (queries, keys, keys))
         inner = width(Even(config.intermediate_size), tp, place.tp) * (2 if config.gated_mlp else 1)
-        widest = 3 * config.hidden_size + max(3 * heads, 2 * inner)
-        total = max_tokens * widest * self.itemsize
-        if place.pp == self.layout.pp - 1:
-            rows = max(max_rows, min(max_tokens, scored_rows(config, max_rows)))
-            logits = rows * config.vocab_size
-            total += 3 * logits * 4 + 25 * min(logits, max(SAMPLING_CHUNK, config.vocab_size))
-            total += max_rows * SAMPLED_ROW
-        return total
+        return max_tokens * (3 * config.hidden_size + max(3 * heads, 2 * inner)) * self.itemsize
+
+    def logits(self, *, max_tokens: int, max_rows: int) -> int:
+        """Upper estimate of what sampling takes on the last stage, in a step of `max_tokens` tokens of which `max_rows`
+        are sampled.
+
+        The logits of max_rows rows, or of a chunk of a scored prompt, whole and as this rank's slice on its way to the
+        others, and what the sampler makes of a chunk of them.
+        """
+        if self.layout.coord(self.rank).pp < self.layout.pp - 1:
+            return 0
+        vocab = self.config.vocab_size
+        numbers = max(max_rows, min(max_tokens, scored_rows(self.config, max_rows))) * vocab
+        return 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * SAMPLED_ROW
 
     def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:
         """Buffers of the running sequences: tokens, block tables (see `Rows`) and what the sampler keeps of each, with
@@ -83,7 +139,8 @@ class RankMemory:
         kernels' launches.
         """
         chunks = chunk_sizes(max_tokens, weights)
-        step = self.activations(max_tokens=max(max_rows, *PROMPT_SIZES, *chunks), max_rows=max_rows)
+        most = max(max_rows, *PROMPT_SIZES, *chunks)
+        step = self.activations(max_tokens=most) + self.logits(max_tokens=most, max_rows=max_rows)
         return 2 * step + len([*decode_sizes(max_rows), *PROMPT_SIZES, *chunks]) * GRAPH_OVERHEAD
 
 
