@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalite.config.schema import SamplingParams as SamplingParams
+    from megalite.inference.balancer import LoadBalancer as LoadBalancer
     from megalite.inference.llm import LLM as LLM
 
 __version__ = "0.3.0"
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "LoadBalancer", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from megalite.inference.llm import LLM
 
         return LLM
+    if name == "LoadBalancer":
+        from megalite.inference.balancer import LoadBalancer
+
+        return LoadBalancer
     if name == "SamplingParams":
         from megalite.config.schema import SamplingParams
 
