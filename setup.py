@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megalite", "megalite.*"]),
-    package_data={"megalite": ["py.typed"]},
+    package_data={"megalite": ["py.typed", "serve/page.html"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.8,<0.20",
@@ -59,6 +59,7 @@ setup(
             "peft>=0.17",
             "httpx>=0.28",
             "openai>=2",
+            "playwright>=1.50",
             *SERVE,
             *GRAMMAR,
             *GGUF,

@@ -67,7 +67,7 @@ def installed(tmp_path_factory):
 
 def test_types_are_shipped_and_nothing_beside_the_package(installed):
     names = zipfile.ZipFile(installed.wheel).namelist()
-    assert "megalite/py.typed" in names
+    assert {"megalite/py.typed", "megalite/serve/page.html"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megalite"}
 
 
