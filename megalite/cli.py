@@ -54,6 +54,7 @@ COMMANDS = {
     "import_deepspeed": "DeepSpeed checkpoints written elsewhere to a Hugging Face folder",
     "verify": "prove that weights are whole",
     "describe": "what a checkpoint is",
+    "plan": "which layout a model should have on some devices, and why",
     "bench": "measure megalite beside what it replaces",
 }
 """What `megalite` can be told to do; the first three are jobs (launch/), the others tools (tools/)."""

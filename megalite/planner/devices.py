@@ -1,0 +1,183 @@
+"""What a device can do: profiles from data sheets, and what `--calibrate` measured on this machine. Imports no torch.
+
+A data sheet says what a device does at best. What programs get of it is taken from an H100, on which all was measured
+(docs/performance.md): 92% of the memory's rate, 71% of the matmul rate, 62% of a link's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megalite.errors import ConfigError, Problem
+from megalite.files import write_json
+from megalite.planner.memory import host_memory_available
+
+READ_SHARE, MATMUL_SHARE, LINK_SHARE = 0.92, 0.71, 0.62
+"""Of a data sheet's rates, measured on an H100: 3.07 of 3.35 TB/s, 707 of 989 TFLOP/s, 280 of 450 GB/s."""
+GB = 10**9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Device:
+    """One device, or the processor of one host, which its ranks share. Rates are those that programs reach."""
+
+    name: str
+    kind: str = "cuda"
+    memory: int
+    """Bytes that programs find free."""
+    matmul: float
+    """Operations a second, in bfloat16 on a GPU and in float32 on a CPU."""
+    read: float
+    """Bytes a second from its memory."""
+    link: float
+    """Bytes a second to another device of the host, one way."""
+    link_latency: float = 5e-6
+    """Seconds of a sum of a few numbers over two devices."""
+    hop_latency: float = 15e-6
+    """Seconds of a message of a few numbers to the next pipeline stage."""
+    network: float
+    """Bytes a second of one device to another host, one way."""
+    network_latency: float = 20e-6
+    kernel: float = 3e-6
+    """Seconds that each kernel costs beside its reading and computing; on a CPU each operation."""
+    launch: float = 40e-6
+    """Seconds in which the host launches a kernel of a step that is not captured; 0: there is no such thing."""
+    step: float = 0.3e-3
+    """Seconds of the host for a step,"""
+    row: float = 7e-6
+    """and for each of its rows."""
+    overlaps: bool = True
+    """The host prepares a step while the device runs the one before."""
+    cores: int = 1
+    """Of a CPU: ranks beyond it take turns."""
+    source: str
+    """Where the numbers come from."""
+
+    @property
+    def shared(self) -> bool:
+        """Its ranks divide it among them."""
+        return self.kind == "cpu"
+
+
+def _from_sheet(
+    name: str, *, memory: float, tflops: float, read: float, link: float, network: float, source: str, **more: Any
+) -> Device:
+    """From a data sheet: GiB that are free of it, dense bfloat16 TFLOP/s, GB/s of memory, link and network, one way."""
+    return Device(
+        name=name,
+        memory=int(memory * 2**30),
+        matmul=tflops * 1e12 * MATMUL_SHARE,
+        read=read * GB * READ_SHARE,
+        link=link * GB * LINK_SHARE,
+        network=network * GB * LINK_SHARE,
+        source=source,
+        **more,
+    )
+
+
+_PCIE: dict[str, Any] = {"link_latency": 20e-6, "hop_latency": 30e-6}
+"""Devices that no NVLink connects: sums go through NCCL."""
+PROFILES = {
+    one.name.lower(): one
+    for one in (
+        _from_sheet(
+            "A100", memory=79.0, tflops=312, read=2039, link=300, network=25,
+            source="NVIDIA A100 80GB SXM data sheet; HDR InfiniBand a GPU, as in DGX A100",
+        ),
+        _from_sheet(
+            "H100", memory=79.0, tflops=989, read=3350, link=450, network=50,
+            source="NVIDIA H100 SXM data sheet (dense: half of the sheet's 1,979); NDR InfiniBand a GPU",
+        ),
+        _from_sheet(
+            "H200", memory=139.5, tflops=989, read=4800, link=450, network=50,
+            source="NVIDIA H200 SXM data sheet (dense: half of the sheet's 1,979); NDR InfiniBand a GPU",
+        ),
+        _from_sheet(
+            "B200", memory=178.0, tflops=2250, read=8000, link=900, network=50,
+            source="NVIDIA DGX B200 data sheet, an eighth of it (dense); NDR InfiniBand a GPU",
+        ),
+        _from_sheet(
+            "L4", memory=22.0, tflops=121, read=300, link=32, network=3,
+            source="NVIDIA L4 data sheet (dense: half of the sheet's 242); PCIe 4.0 x16; a share of 100 Gb/s Ethernet",
+            **_PCIE,
+        ),
+        _from_sheet(
+            "RTX4090", memory=23.5, tflops=165, read=1008, link=32, network=3,
+            source="NVIDIA Ada architecture white paper, appendix A (sums in float32); PCIe 4.0; a share of 100 Gb/s",
+            **_PCIE,
+        ),
+    )
+}  # fmt: skip
+"""By the name in small letters."""
+
+
+MEASURED = ("matmul", "read", "link", "link_latency", "hop_latency", "kernel", "launch", "step", "row")
+"""Fields that `--calibrate` measures."""
+
+
+def processor() -> Device:
+    """This machine's CPU where nothing was measured: of the order of what a server's core does."""
+    cores = len(os.sched_getaffinity(0))
+    return Device(
+        name="cpu",
+        kind="cpu",
+        memory=host_memory_available(),
+        matmul=40e9 * cores,
+        read=10e9 * min(cores, 16),
+        link=2e9,
+        link_latency=300e-6,
+        hop_latency=200e-6,
+        network=1e9,
+        network_latency=300e-6,
+        kernel=12e-6,
+        launch=0.0,
+        step=0.5e-3,
+        row=20e-6,
+        overlaps=False,
+        cores=cores,
+        source="a guess for any processor; --calibrate measures this one",
+    )
+
+
+def named(name: str) -> Device:
+    """The profile of a device by its name (`h200`, `cpu`, or what the driver calls it), as measured if it was.
+
+    ConfigError for one that is not known.
+    """
+    flat = "".join(name.lower().replace("nvidia", "").replace("geforce", "").split())
+    known = {**PROFILES, "cpu": processor()}
+    found = next((known[one] for one in sorted(known, key=len, reverse=True) if flat.startswith(one)), None)
+    if found is None:
+        names = ", ".join(known)
+        rule = f"no profile of this name; there are {names}"
+        raise ConfigError(Problem(key="--device", rule=rule, value=name, fix="Run --calibrate on such a machine."))
+    measured: dict[str, Any] = dict(_calibrations().get(found.name, {}))
+    source = f"{', '.join(measured)} measured on this machine ({calibration_file()}); else {found.source}"
+    return replace(found, **measured, source=source) if measured else found
+
+
+def calibration_file() -> Path:
+    """Where measurements are kept: in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "megalite" / "devices.json"
+
+
+def _calibrations() -> dict[str, dict[str, float]]:
+    """Fields of devices that were measured here, by name; a file that can't be read counts as none."""
+    try:
+        found = json.loads(calibration_file().read_text(encoding="utf-8"))
+        return {name: {key: values[key] for key in MEASURED if key in values} for name, values in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def keep(name: str, values: dict[str, float]) -> Path:
+    """Keep what was measured of a device, fields of MEASURED; gives the file."""
+    path = calibration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**_calibrations(), name: values})
+    return path

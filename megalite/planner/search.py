@@ -1,0 +1,151 @@
+"""All layouts of some devices, best first, each with the reason why it loses to the first. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megalite.config.parallel_rules import zero_refusal
+from megalite.config.schema import EngineSection
+from megalite.core.layout import Layout
+from megalite.model.config import ModelConfig
+from megalite.monitor.words import format_bytes
+from megalite.planner.cost import Cluster, Times
+from megalite.planner.generation import Prediction, Workload, predict
+
+Objective = Literal["throughput", "per_token", "first_token"]
+"""What a layout is chosen by: most tokens a second, or least seconds between tokens, or to the first."""
+NEAR = 0.02
+"""Layouts closer than this are equal, as far as predictions go; of such the one with fewer messages comes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A layout and what to say of it."""
+
+    prediction: Prediction
+    reason: str
+    """Why it is first, loses to the first, or does not fit: one sentence."""
+
+    @property
+    def layout(self) -> Layout:
+        return self.prediction.layout
+
+
+def layouts(
+    devices: int,
+    config: ModelConfig,
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    dp: int | None = None,
+    trains: bool = False,
+) -> Iterator[Layout]:
+    """Every tp x pp x dp of so many devices that the model can be cut into, those that do not divide it included.
+
+    Sizes that are given are kept. Beyond one query head and one MLP column a rank, tp has nothing to cut.
+    """
+    most = config.num_heads if trains else max(config.num_heads, config.num_kv_heads)
+    for one in range(1, min(devices, most) + 1):
+        for stages in range(1, min(devices // one, config.num_layers) + 1):
+            replicas, rest = divmod(devices, one * stages)
+            if not rest and tp in (None, one) and pp in (None, stages) and dp in (None, replicas):
+                yield Layout(one, stages, replicas)
+
+
+def search(
+    config: ModelConfig,
+    cluster: Cluster,
+    workload: Workload,
+    engine: EngineSection,
+    *,
+    itemsize: int,
+    candidates: Sequence[Layout] | None = None,
+    objective: Objective = "throughput",
+) -> list[Choice]:
+    """Layouts that generate, best first; those that do not fit come last, the nearest to fitting first."""
+    found = [
+        predict(config, layout, cluster, workload, engine, itemsize=itemsize)
+        for layout in candidates or layouts(cluster.devices, config)
+    ]
+    fitting = sorted((one for one in found if not one.short), key=lambda one: _key(one, objective))
+    short = sorted((one for one in found if one.short), key=lambda one: one.short)
+    first = fitting[0] if fitting else None
+    ranked = [Choice(prediction=one, reason=_reason(one, first, workload, objective)) for one in fitting]
+    return ranked + [Choice(prediction=one, reason=_shortfall(one)) for one in short]
+
+
+def _key(one: Prediction, objective: Objective) -> tuple[float, ...]:
+    value = -one.throughput if objective == "throughput" else getattr(one, objective)
+    return value, one.layout.tp, one.layout.pp
+
+
+def _shortfall(one: Prediction) -> str:
+    """By how much a layout does not fit."""
+    fullest = max(one.memory, key=lambda stage: stage.total - stage.kv)
+    largest = max(fullest.items().items(), key=lambda item: item[1])
+    return (
+        f"does not fit: {format_bytes(one.short)} too little on a rank, of which {largest[0]} take "
+        f"{format_bytes(largest[1])}"
+    )
+
+
+WORDS = {
+    "weights": "reading weights takes {mine} of the time of a token where it takes {best}: each rank holds {held}",
+    "products": "its matmuls take {mine} of a token beside {best}: batches of {rows} rows use the devices worse",
+    "attention": "reading cached keys and values takes {mine} of a token beside {best}",
+    "elements": "norms and gates, which tp does not divide, take {mine} of a token beside {best}",
+    "kernels": "launching its smaller kernels takes {mine} of a token beside {best}",
+    "sampling": "the head and sampling take {mine} of a token beside {best}",
+    "sums": "sums over tp take {mine} of a token beside {best}",
+    "host": "the devices wait for the host for {mine} of a token beside {best}",
+    "waiting": "stages wait for each other for {mine} of a token beside {best}",
+}
+"""What makes a layout slower than the first, by the field of `Times`."""
+
+
+def _reason(one: Prediction, first: Prediction | None, workload: Workload, objective: Objective) -> str:
+    assert first is not None
+    if one is first:
+        return _praise(one, objective)
+    lost = {kind.name: getattr(one.spent, kind.name) - getattr(first.spent, kind.name) for kind in fields(Times)}
+    worst = max(lost, key=lambda name: lost[name])
+    ratio = one.throughput / first.throughput
+    how = f"{ratio:.0%} of the first's speed"
+    if objective != "throughput":
+        mine, best = getattr(one, objective), getattr(first, objective)
+        how = f"{mine * 1e3:.3g} ms where the first takes {best * 1e3:.3g}"
+    elif ratio > 1 - NEAR:
+        how = f"as fast as the first within {NEAR:.0%}"
+    if one.concurrency < min(first.concurrency, workload.concurrency):
+        return f"{how}: only {one.concurrency} of {workload.concurrency} sequences fit at once"
+    if lost[worst] <= 0:
+        return f"{how}: a request's own tokens come slower, though all together do not"
+    rows = max(1, one.concurrency // (one.layout.dp * one.layout.pp))
+    words = WORDS[worst].format(
+        mine=_micro(getattr(one.spent, worst)),
+        best=_micro(getattr(first.spent, worst)),
+        held=format_bytes(max(stage.weights for stage in one.memory)),
+        rows=rows,
+    )
+    return f"{how}: {words}"
+
+
+def _praise(one: Prediction, objective: Objective) -> str:
+    """What the time of the first goes into."""
+    shares = {kind.name: getattr(one.spent, kind.name) / one.spent.total for kind in fields(Times)}
+    most = sorted(shares, key=lambda name: -shares[name])[:2]
+    names = {"products": "matmuls", "elements": "norms and gates", "kernels": "small kernels"}
+    parts = " and ".join(f"{names.get(name, name)} {shares[name]:.0%}" for name in most)
+    least = {"throughput": "the most tokens a second", "per_token": "the least time a token"}
+    return f"{least.get(objective, 'the least time to the first token')}; its time: {parts}"
+
+
+def _micro(seconds: float) -> str:
+    return f"{seconds * 1e6:.3g} us"
+
+
+def trainable(layout: Layout, config: ModelConfig, zero_stage: int) -> bool:
+    """Whether a layout can train at this ZeRO stage."""
+    return zero_refusal(zero_stage, pp=layout.pp, tied=config.tie_embeddings) is None
