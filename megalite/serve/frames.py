@@ -50,7 +50,7 @@ class Frames(Generic[M]):
         return Frames(msgspec.msgpack.Decoder(list[ToReplica]))
 
     def feed(self, data: bytes) -> Iterator[M]:
-        """The messages that are whole with `data`, in order. ValueError: it is none of ours (msgspec's errors too)."""
+        """The messages that are whole with `data`, in order. ValueError or msgspec.MsgspecError: it is none of ours."""
         self._rest += data
         start = 0
         while len(self._rest) - start >= _LENGTH.size:

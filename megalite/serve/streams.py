@@ -1,0 +1,208 @@
+"""One request on its way: what its client has had so far, wherever it runs. Torch-free.
+
+A `Job` outlives the replicas that run it: it keeps the tokens that went out, so that another replica can go on behind
+them. A `Stream` is its reader's end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from megalite.inference.logprobs import Logprobs
+from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
+from megalite.inference.request import FinishReason, Request
+from megalite.serve.errors import RequestLost
+
+
+class Stream:
+    """A request that was taken on; made by `Router.submit`:
+
+        async with router.submit(request) as stream:
+            async for delta in stream: ...
+            output = await stream.result()
+
+    A body that is left before the end (a client went away) gives the request up.
+    """
+
+    def __init__(self, job: Job, cancel: Callable[[Job], None]):
+        self.request = job.request
+        self._job, self._cancel = job, cancel
+
+    def __aiter__(self) -> Stream:
+        """What each sample gains, in order, across losses of replicas; one reader. Ends with the request; nothing
+        comes unless request.stream."""
+        return self
+
+    async def __anext__(self) -> TokenDelta:
+        """RequestLost: see there."""
+        job = self._job
+        while not job.unread:
+            if job.done.done():
+                if not job.done.cancelled() and (error := job.done.exception()) is not None:
+                    raise error
+                raise StopAsyncIteration
+            job.news.clear()
+            await job.news.wait()
+        return job.unread.popleft()
+
+    async def result(self) -> RequestOutput:
+        """The whole result, once it is there. Its `error` says why the request could not run, or not to the end.
+
+        RequestLost: see there. asyncio.CancelledError: it was given up by `cancel`.
+        """
+        return await asyncio.shield(self._job.done)
+
+    def cancel(self) -> None:
+        """Give the request up: its memory is free within a step. Does nothing once it has ended."""
+        self._cancel(self._job)
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What came of one sample of a streamed request."""
+
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, delta: TokenDelta) -> None:
+        self.token_ids += delta.token_ids
+        if delta.text:
+            self.pieces.append(delta.text)
+        self.logprobs += delta.logprobs or ()
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+    def output(self, index: int, last: CompletionOutput | None, wants_logprobs: bool) -> CompletionOutput:
+        """As a result; `last`: what the replica that ended the request says of this sample, if it does."""
+        own = [entry[token].logprob for entry, token in zip(self.logprobs, self.token_ids, strict=False)]
+        return CompletionOutput(
+            index=index,
+            text="".join(self.pieces),
+            token_ids=self.token_ids,
+            cumulative_logprob=sum(own) if wants_logprobs or last is None else last.cumulative_logprob,
+            logprobs=list(self.logprobs) if wants_logprobs else None,
+            token_logprobs=own,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+
+class Job:
+    """A request from its admission to its end. The router says where it is, `Stream` reads what comes."""
+
+    def __init__(self, request: Request, arrival: int):
+        self.request = request
+        self.arrival = arrival
+        """Place among all requests, in which they are served again after a loss."""
+        self.price = request.num_samples * request.longest
+        """Tokens that it may take up at most."""
+        self.unread: deque[TokenDelta] = deque()
+        self.news = asyncio.Event()
+        """Something is unread, or it has ended."""
+        self.done: asyncio.Future[RequestOutput] = asyncio.get_running_loop().create_future()
+        self.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # its reader may have gone
+        self.samples = [_Sample() for _ in range(request.num_samples)] if request.stream else []
+
+        self.at: int | None = None
+        """The replica that has it; None: it waits in the router."""
+        self.to: int | None = None
+        """The replica that is to have it once `at` has given it back."""
+        self.recalled = False
+        """`at` was asked to give it back, and has not answered."""
+        self.losses = 0
+        """Replicas that were lost while they had it."""
+        self.fruitless = 0
+        """The last of these, from which it had gained nothing."""
+        self.gained = False
+        """It has gained something from `at`."""
+        self._replayed = False
+        """Its results are of several replicas."""
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may yet gain."""
+        most = self.request.max_tokens
+        gone = sum(most if sample.finish_reason else len(sample.token_ids) for sample in self.samples)
+        return self.request.num_samples * most - gone
+
+    def to_submit(self) -> Request:
+        """The request for a replica, which goes on behind what the client has had."""
+        self.gained = False
+        if not any(sample.token_ids or sample.finish_reason for sample in self.samples):
+            return self.request
+        self._replayed = True
+        given = tuple(tuple(sample.token_ids) for sample in self.samples)
+        ended = frozenset(index for index, sample in enumerate(self.samples) if sample.finish_reason)
+        return replace(self.request, given=given, ended=ended)
+
+    def take(self, delta: TokenDelta) -> None:
+        """A replica gave this out."""
+        if delta.finish_reason == "abort" and self.recalled:  # it goes on elsewhere
+            return
+        self.gained = True
+        self.samples[delta.index].add(delta)
+        self.unread.append(delta)
+        self.news.set()
+
+    @property
+    def has_all(self) -> bool:
+        """Every sample has ended, as far as its client knows."""
+        return bool(self.samples) and all(sample.finish_reason for sample in self.samples)
+
+    def finish(self, output: RequestOutput) -> None:
+        """`output`: as the last replica sees it, which does not know what others gave out."""
+        if self._replayed and (output.outputs or output.error is None):
+            output.outputs = self._outputs(output.outputs)
+            cached = output.num_cached_tokens
+            output.num_cached_tokens = cached and min(cached, len(self.request.prompt_token_ids))
+        self._end(output)
+
+    def finish_here(self, reason: FinishReason) -> None:
+        """End it without a replica: for `reason`, as far as it has not ended."""
+        for index, sample in enumerate(self.samples):
+            if sample.finish_reason is None:
+                ended = {"text": "", "token_ids": [], "finish_reason": reason}
+                self.take(TokenDelta(request_id=self.request.id, index=index, **ended))
+        nothing = {"text": "", "token_ids": [], "cumulative_logprob": 0.0, "finish_reason": reason}
+        self._end(
+            RequestOutput(
+                request_id=self.request.id,
+                prompt=self.request.prompt,
+                prompt_token_ids=list(self.request.prompt_token_ids),
+                outputs=self._outputs([])
+                or [CompletionOutput(index=index, **nothing) for index in range(self.request.params.n)],
+            )
+        )
+
+    def _outputs(self, last: list[CompletionOutput]) -> list[CompletionOutput]:
+        known = {completion.index: completion for completion in last}
+        wanted = self.request.params.logprobs is not None
+        return [sample.output(index, known.get(index), wanted) for index, sample in enumerate(self.samples)]
+
+    def _end(self, output: RequestOutput) -> None:
+        if not self.done.done():
+            self.done.set_result(output)
+        self.news.set()
+
+    def fail(self, reason: str) -> None:
+        """It will have no result."""
+        if not self.done.done():
+            self.done.set_exception(RequestLost(reason))
+        self.news.set()
+
+    def give_up(self) -> None:
+        """Nobody wants it any more."""
+        self.done.cancel()
+        self.unread.clear()
+        self.news.set()
