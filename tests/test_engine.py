@@ -7,6 +7,7 @@ runs in every setting that could change it: layouts, chunks, preemptions, cached
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from megalite.inference import channel
 from megalite.inference.channel import News
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
 from megalite.inference.io.inputs import RawRequest
-from megalite.inference.outputs import RequestOutput
+from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
 from megalite.inference.run import make_feed, prepare, prompt_limits, run_everywhere
@@ -594,3 +595,117 @@ def test_a_message_carries_whole_requests():
         stream=True,
     )
     assert channel.read_payload(News(requests=(sent,), aborts=("b",)).payload()) == ((sent,), ("b",))
+
+
+# ---- replay: a request that another replica had begun
+
+
+_DRAWN = SamplingParams(max_tokens=14, ignore_eos=True, seed=4)
+REPLAYED = [
+    (SHORT[0], replace(_DRAWN, temperature=0, repetition_penalty=1.3, logprobs=1)),
+    (SHORT[1], replace(_DRAWN, n=3, frequency_penalty=0.8)),
+    (SHORT[2], replace(_DRAWN, min_tokens=5, stop_token_ids=list(range(3, 60)))),
+    (LONG, replace(_DRAWN, top_p=0.9, prompt_logprobs=1, n=2)),
+]
+Begun = tuple[tuple[tuple[int, ...], ...], frozenset[int]]
+"""What Request.given and Request.ended say."""
+
+
+def streamed(rank: int, folder: Path, setting: Setting, asks: Sequence, begun: Sequence[Begun], store: str):
+    """Outputs and deltas of requests that other replicas have begun; on the control rank."""
+    replica = replica_of(setting, rank, folder, store)
+    engine = replica.engine()
+    made = zip(make_requests(replica, asks), begun, strict=True)
+    requests = tuple(replace(one, stream=True, given=given, ended=ended) for one, (given, ended) in made)
+    said = iter([News(requests=requests)])
+    outputs, deltas, events = {}, [], None
+    while events is None or not events.ended:
+        events = engine.step(lambda room: next(said, News(exhausted=True)))
+        outputs |= {int(output.request_id): output for output in events.outputs}
+        deltas += events.deltas
+    assert_idle(engine)
+    return [output for _, output in sorted(outputs.items())], deltas
+
+
+def of(deltas: Sequence[TokenDelta], output: RequestOutput, index: int) -> list[TokenDelta]:
+    return [delta for delta in deltas if (delta.request_id, delta.index) == (output.request_id, index)]
+
+
+def token_ids(deltas: Sequence[TokenDelta]) -> tuple[int, ...]:
+    return tuple(token for delta in deltas for token in delta.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("layout", "overlap"),
+    [(Layout(), 1), (Layout(2, 1, 1), 1), (Layout(1, 2, 1), 1), (Layout(1, 3, 1), 0)],
+    ids=str,
+)
+def test_a_replay_goes_on_with_the_same_tokens(layout, overlap, talking, ranks, tmp_path):
+    """Cut anywhere, also where what was given out ends a sample or completes a stop string, and nobody heard of it."""
+    setting = Setting(layout=layout, engine={**SMALL, "async_scheduling": bool(overlap)})
+
+    def run(asks, begun, name):
+        answers = ranks(layout.size).run(streamed, talking, setting, asks, begun, str(tmp_path / name))
+        return next(answer for answer in answers if answer[0])
+
+    unstopped = run(REPLAYED[1:2], [((), frozenset())], "unstopped")[0][0].outputs
+    stops = [unstopped[0].text[8:12], unstopped[2].text[3:5]]
+    asks = [*REPLAYED, (SHORT[1], replace(REPLAYED[1][1], stop=stops))]
+    outputs, deltas = run(asks, [((), frozenset())] * len(asks), "plain")
+    assert outputs[4].outputs[0].stop_reason in stops
+    begun, had = [], []
+    for cut in range(16):
+        for output in outputs:
+            streams = [of(deltas, output, sample.index) for sample in output.outputs]
+            # the first sample never ends where others go on, and each is cut at another place
+            counts = [min(cut + 3 * place, len(each) - (place == 0)) for place, each in enumerate(streams)]
+            had.append([each[:count] for each, count in zip(streams, counts, strict=True)])
+            ended = frozenset(place for place, each in enumerate(streams) if counts[place] == len(each))
+            begun.append((tuple(map(token_ids, had[-1])), ended))
+    again, rest = run(asks * 16, begun, "again")
+    for other, output, before, (given, ended) in zip(again, outputs * 16, had, begun, strict=True):
+        assert other.metrics.num_generation_tokens == output.metrics.num_generation_tokens
+        if output.prompt_logprobs and of(rest, other, 0)[0].token_ids:  # else nothing was left to compute
+            assert list(map(bool, other.prompt_logprobs)) == [False] + [True] * (len(LONG) - 1)
+        for place, (sample, same) in enumerate(zip(output.outputs, other.outputs, strict=True)):
+            known, after = len(given[place]), of(rest, other, place)
+            assert same.token_ids == sample.token_ids and same.text == sample.text
+            assert (same.finish_reason, same.stop_reason) == (sample.finish_reason, sample.stop_reason)
+            assert same.token_logprobs[known:] == pytest.approx(sample.token_logprobs[known:], abs=TOLERANCE)
+            assert same.cumulative_logprob == pytest.approx(sum(same.token_logprobs[known:]))
+            assert all(map(math.isnan, same.token_logprobs[:known]))
+            if sample.logprobs is not None:
+                assert [bool(entry) for entry in same.logprobs] == [place >= known for place in range(14)]
+            assert "".join(delta.text for delta in [*before[place], *after]) == sample.text
+            assert list(token_ids([*before[place], *after])) == sample.token_ids
+            assert [delta.finish_reason for delta in after][-1:] == [sample.finish_reason] * (place not in ended)
+
+
+def test_a_request_that_cannot_run_costs_itself_only(tiny, ranks, tmp_path):
+    """Beside one that can; and one all of whose samples had ended is given out at once."""
+    [(outputs, _)] = ranks(1).run(refused_beside, tiny(MODEL), str(tmp_path / "store"))
+    assert [output.error is None for output in outputs] == [False, False, True, True]
+    assert "exceed max_model_len" in outputs[0].error and "is not 1 outputs" in outputs[1].error
+    for output in outputs[:2]:
+        assert [(one.finish_reason, one.token_ids) for one in output.outputs] == [("error", [])]
+    assert outputs[2].outputs[0].token_ids == list(range(3, 17)) and outputs[2].outputs[0].finish_reason == "length"
+    assert len(outputs[3].outputs[0].token_ids) == 14
+
+
+def refused_beside(rank: int, folder: Path, store: str):
+    replica = replica_of(Setting(), rank, folder, store)
+    engine = replica.engine()
+    good = make_requests(replica, [(SHORT[0], _DRAWN)])[0]
+    given = tuple(range(3, 17))
+    requests = (
+        replace(good, id="long", max_tokens=MAX_MODEL_LEN),
+        replace(good, id="odd", given=(given, given)),
+        replace(good, id="over", given=(given,), ended=frozenset([0])),
+        good,
+    )
+    said, outputs, events = iter([News(requests=requests)]), [], None
+    while events is None or not events.ended:
+        events = engine.step(lambda room: next(said, News(aborts=("unknown",), exhausted=True)))
+        outputs += events.outputs
+    assert_idle(engine)
+    return outputs, None

@@ -22,7 +22,7 @@ from torch import Tensor
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
 from megalite.inference.channel import News, ReplicaChannel, StepMessage
-from megalite.inference.choice import FAILURES
+from megalite.inference.choice import FAILURES, TokenLogprobs
 from megalite.inference.feeds import Feed
 from megalite.inference.outputs import OutputProcessor, RequestOutput, TokenDelta
 from megalite.inference.request import Request, Sampled, Sequence, StepPlan
@@ -57,6 +57,8 @@ class Events:
     """Requests that ended; on the control rank."""
     deltas: list[TokenDelta] = field(default_factory=list)
     """What streamed requests gained, in order; on the control rank."""
+    started: list[str] = field(default_factory=list)
+    """Ids of requests whose first tokens this step's plan computes; on the control rank."""
     num_tokens: int = 0
     """Tokens generated; on the control rank."""
     ended: bool = False
@@ -147,7 +149,7 @@ class Engine:
         started = _InFlight(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0, None)
         self._unfinished.append(started)
         if self.state.is_control:
-            self.outputs.scheduled(plan)
+            events.started = self.outputs.scheduled(plan)
         started.results = self.runner.execute(plan, partial(self._record_prompts, plan))
         if self.state.is_control:
             self._unread.append(started)
@@ -156,6 +158,11 @@ class Engine:
         decoded = sum(row.count for row in plan.rows if row.count == 1)
         self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
         return events
+
+    @property
+    def busy(self) -> bool:
+        """Requests are on their way, wait or run; known on the control rank."""
+        return self.scheduler.has_work() or self.channel.num_arriving > 0
 
     def warm_up(self, sequences: int | None = None) -> None:
         """Compile and capture what decoding needs, for up to that many sequences at once; else it happens on the way.
@@ -196,14 +203,27 @@ class Engine:
         if answered is not None:
             self._finish(answered, message, events)
         news = message.news
-        for request in (*known[slice(*news.arrivals)], *news.requests):
-            self.prompt_tokens += len(request.prompt_token_ids)
-            self.scheduler.add(request)
-            if self.state.is_control:
-                self.outputs.add(request)
+        for request in known[slice(*news.arrivals)]:
+            self._add(request, events)
+        for request in news.requests:
+            try:
+                self._add(request, events)
+            except MegaliteError as error:  # on every rank alike
+                if self.state.is_control:
+                    events.outputs.append(self.outputs.refuse(request, str(error)))
         for name in news.aborts:
             self._give_out(self.scheduler.abort(name), events)
         return news
+
+    def _add(self, request: Request, events: Events) -> None:
+        """Take a request on. MegaliteError: it can't run; nothing has changed then."""
+        sequences = self.scheduler.add(request)
+        self.prompt_tokens += len(request.prompt_token_ids)
+        if not self.state.is_control:
+            return
+        if (output := self.outputs.add(request)) is not None:
+            events.outputs.append(output)
+        self._give_out((sequence for sequence in sequences if sequence.finish_reason is not None), events)
 
     def _finish(self, answered: _InFlight, message: StepMessage, events: Events) -> None:
         if message.state_hash != answered.state_hash:
@@ -243,9 +263,11 @@ class Engine:
             columns = (sampled.token_ids, sampled.logprobs, sampled.top_logprobs)
             for row, token_id, logprob, top in zip(answered.plan.sampled, *columns, strict=True):
                 sequence, stopped = row.sequence, False
-                if token_id < 0:
+                if sequence.finish_reason is not None:  # sampled in vain
+                    pass
+                elif token_id < 0:
                     self.outputs.fail(sequence, FAILURES[token_id])
-                elif sequence.finish_reason is None:
+                else:
                     stopped = self.outputs.append(sequence, token_id, logprob, top, events.deltas, now)
                     events.num_tokens += 1
                 results.append(Sampled(token_id, stopped))
@@ -265,7 +287,11 @@ class Engine:
                 request, end = row.sequence.request, begin + len(positions)
                 next_ids = request.prompt_token_ids[positions[0] + 1 : positions[-1] + 2]
                 count = request.params.prompt_logprobs or 0
-                scores = self.runner.sampler.prompt_logprobs(logits[begin:end], next_ids, count, request_id=request.id)
+                scores: list[TokenLogprobs] | list[None] = [None] * len(positions)
+                try:
+                    scores = self.runner.sampler.prompt_logprobs(logits[begin:end], next_ids, count)
+                except MegaliteError as error:
+                    self.outputs.fail(row.sequence, str(error))
                 self.outputs.append_prompt(row.sequence, positions[0], scores)
                 begin = end
 

@@ -19,7 +19,7 @@ from megalite.config import vllm
 from megalite.config.load import Loaded, load_config, loaded_from
 from megalite.config.schema import DistributedSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.config.typecheck import problem
-from megalite.errors import ConfigError, Problem
+from megalite.errors import ConfigError, MegaliteError, Problem
 from megalite.inference.arguments import (
     as_prompts,
     check_config,
@@ -249,6 +249,8 @@ class LLM:
         scored = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         found = []
         for output in self._run(given, [scored] * len(given), use_tqdm):
+            if output.error is not None:
+                raise MegaliteError(f"prompt {output.request_id}: {output.error}")
             assert output.prompt_logprobs is not None
             ids, entries = output.prompt_token_ids[1:], list(output.prompt_logprobs)[1:]
             each = [(token, entry[token]) for token, entry in zip(ids, entries, strict=True) if entry is not None]

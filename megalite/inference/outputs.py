@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,12 @@ class CompletionOutput:
     token_ids: list[int]
     """All that were sampled, a stop token or the tokens of a stop string included."""
     cumulative_logprob: float
-    """Sum over the tokens, by the model's full distribution."""
+    """Sum over the tokens, by the model's full distribution; over those that were sampled here, of a replay."""
     logprobs: list[Logprobs] | FlatLogprobs | None = None
-    """One entry a token, if asked for."""
+    """One entry a token, if asked for; an empty one where the token was given with the request (`Request.given`)."""
     token_logprobs: list[float] = field(default_factory=list)
-    """Of each token, by the model's full distribution, asked for or not. Files of results leave it out."""
+    """Of each token, by the model's full distribution, asked for or not; NaN where it was given. Files of results leave
+    it out."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the id among stop_token_ids, that ended it; None for end-of-sequence and length."""
@@ -209,6 +211,8 @@ class _Sample:
         self.cumulative_logprob = 0.0
         self.token_logprobs: list[float] = []
         self.scores = _Scores()
+        self.num_given = 0
+        """Tokens that came with the request."""
         self.given_out = 0
         """Characters of the text that deltas have had."""
         self.final_token: int | None = None
@@ -222,6 +226,16 @@ class _Sample:
                 )
             except TokenizerError as error:
                 self.error = str(error)
+
+    def replay(self, given: Iterable[int], *, ended: bool) -> None:
+        """Be where another replica's sample was: these tokens, and their text, were given out there."""
+        for token_id in given:
+            self.append(token_id, math.nan, None)
+        self.num_given, self.cumulative_logprob = len(self.token_ids), 0.0
+        if ended:
+            reason = self.request.end_at(self.token_ids[-1], self.num_given) if self.token_ids else None
+            self.finish(reason or "error")
+        self.gained()
 
     def _decode(self, token_id: int | None) -> str:
         """The text that is certain with one more token; None: with no more of them."""
@@ -296,6 +310,8 @@ class _Sample:
         logprobs = None
         if self.request.params.logprobs is not None:
             logprobs = _listing(self.request.params)
+            for _ in range(self.num_given):
+                logprobs.append({})
             for details in self.scores:
                 logprobs.append(entry(details))
         return CompletionOutput(
@@ -321,7 +337,10 @@ class _Running:
         self.request = request
         self.tokenizer = tokenizer if request.params.detokenize else None
         self.samples = [_Sample(request, tokenizer) for _ in range(request.num_samples)]
-        self.unfinished = request.num_samples
+        if request.given or request.ended:
+            for index, sample in enumerate(self.samples):
+                sample.replay(request.given_to(index), ended=index in request.ended)
+        self.unfinished = request.num_samples - len(request.ended)
         self.prompt_logprobs = None
         if request.params.prompt_logprobs is not None:
             self.prompt_logprobs = _listing(request.params)
@@ -330,6 +349,7 @@ class _Running:
         """Why the text of a token among the log-probabilities is missing."""
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.time(), queued_ts=time.monotonic())
+        self.metrics.num_generation_tokens = sum(map(len, request.given))
 
     def entry(self, details: _Place) -> Logprobs:
         """vLLM's form: the token itself, then the likeliest by rank."""
@@ -377,20 +397,34 @@ class OutputProcessor:
         self.replica = replica
         self._running: dict[str, _Running] = {}
 
-    def add(self, request: Request) -> None:
-        """A request has come."""
-        self._running[request.id] = _Running(request, self.tokenizer)
+    def add(self, request: Request) -> RequestOutput | None:
+        """A request has come; its result, if all its samples had ended elsewhere."""
+        state = _Running(request, self.tokenizer)
+        if state.unfinished == 0:
+            return state.output(self.replica)
+        self._running[request.id] = state
+        return None
 
-    def scheduled(self, plan: StepPlan) -> None:
-        """Note when a request first has a part in a plan, and how much of its prompt was cached by then."""
-        now = time.monotonic()
-        for row in plan.rows:
-            sequence = row.sequence
-            if sequence.index == 0 and row.start < len(sequence.request.prompt_token_ids):
-                state = self._running[sequence.request.id]
-                if state.metrics.scheduled_ts == 0:
-                    state.metrics.scheduled_ts = now
-                    state.num_cached_tokens = row.start
+    def refuse(self, request: Request, reason: str) -> RequestOutput:
+        """The result of a request that can't run."""
+        state = _Running(replace(request, given=(), ended=frozenset()), None)
+        state.error = reason
+        for sample in state.samples:
+            sample.finish("error")
+        return state.output(self.replica)
+
+    def scheduled(self, plan: StepPlan) -> list[str]:
+        """Note which requests have a part in a plan for the first time, and how much of their prompts was cached by
+        then; their ids."""
+        begun, now = [], time.monotonic()
+        for row in plan.rows[len(plan.rows) - len(plan.admitted) :]:
+            request = row.sequence.request
+            state = self._running[request.id]
+            if state.metrics.scheduled_ts == 0:
+                state.metrics.scheduled_ts = now
+                state.num_cached_tokens = min(row.start, len(request.prompt_token_ids))
+                begun.append(request.id)
+        return begun
 
     def append(
         self,
@@ -408,13 +442,15 @@ class OutputProcessor:
         request, what it gained is appended to `deltas`.
         """
         state = self._running[sequence.request.id]
+        sample = state.samples[sequence.index]
+        if sample.match is not None:  # what a replay was given completed one already
+            return True
         metrics = state.metrics
         metrics.num_generation_tokens += 1
         metrics.last_token_ts = time.monotonic() if now is None else now
-        if metrics.num_generation_tokens == 1:
+        if metrics.first_token_ts == 0:
             metrics.first_token_ts = metrics.last_token_ts
             metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
-        sample = state.samples[sequence.index]
         stopped = sample.append(token_id, logprob, details)
         if sequence.request.stream and deltas is not None:
             entries = None if details is None else [state.entry(details)]
@@ -428,14 +464,14 @@ class OutputProcessor:
         """The sample gets no more tokens, for this reason."""
         self._running[sequence.request.id].error = reason
 
-    def append_prompt(self, sequence: Sequence, start: int, scores: Iterable[TokenLogprobs]) -> None:
-        """Record prompt log-probabilities: `scores` are of the tokens at positions start + 1 and on."""
+    def append_prompt(self, sequence: Sequence, start: int, scores: Iterable[TokenLogprobs | None]) -> None:
+        """Record prompt log-probabilities: those of the tokens at positions start + 1 and on, None where it failed."""
         state = self._running[sequence.request.id]
         logprobs = state.prompt_logprobs
         assert logprobs is not None, "nobody asked for prompt log-probabilities"
         assert len(logprobs) == start + 1, "they come in order"
         for details in scores:
-            logprobs.append(state.entry(details))
+            logprobs.append(None if details is None else state.entry(details))
 
     def finish(self, sequence: Sequence, deltas: list[TokenDelta] | None = None) -> RequestOutput | None:
         """End a sample, for its finish_reason; the request's result when it was the last one."""

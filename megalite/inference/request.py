@@ -48,6 +48,16 @@ class Request:
         """Sequences to sample: best_of, else n."""
         return self.params.best_of or self.params.n
 
+    def given_to(self, index: int) -> tuple[int, ...]:
+        """Output tokens that a sample has from the beginning."""
+        return self.given[index] if self.given else ()
+
+    def end_at(self, token_id: int, num_output: int) -> FinishReason | None:
+        """Why a sample ends with its `num_output`-th token; None: it goes on, but for stop strings."""
+        if token_id in self.stop_token_ids and num_output >= self.params.min_tokens:
+            return "stop"
+        return "length" if num_output >= self.max_tokens else None
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:

@@ -147,9 +147,7 @@ class Sampler:
         return self._side.sample(logits, rows, positions, needs)
 
     @torch.inference_mode()
-    def prompt_logprobs(
-        self, logits: Tensor, next_ids: list[int] | tuple[int, ...], k: int, *, request_id: str = "?"
-    ) -> list[TokenLogprobs]:
+    def prompt_logprobs(self, logits: Tensor, next_ids: list[int] | tuple[int, ...], k: int) -> list[TokenLogprobs]:
         """Log-probabilities of the tokens that follow in a prompt.
 
         `logits` [T, V], `next_ids` [T] the token after each row; `k` likeliest tokens are listed beside it, -1: all. A
@@ -161,7 +159,7 @@ class Sampler:
             ids = list(next_ids[start : start + step])
             raw = peaked(logits[start : start + step].float())
             if raw.failed is not None:
-                raise MegaliteError(f"request {request_id}: {FAILURES[min(raw.failed)]}")
+                raise MegaliteError(FAILURES[min(raw.failed)])
             of = torch.tensor(ids, device=logits.device)
             found = details(raw.logits, raw.logits.log_softmax(-1), of, k)
             scores += [score for score in found.listed(ids, [k] * len(ids)) if score is not None]

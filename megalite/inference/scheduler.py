@@ -94,50 +94,62 @@ class Scheduler:
     # ---- what comes in
 
     def add(self, request: Request) -> list[Sequence]:
-        """Queue `request` and return its sequences, one a sample.
+        """Queue `request` and return its sequences, one a sample that has not ended.
+
+        A sequence with given tokens goes on after them, as after a preemption; where they end it already, it comes back
+        with its finish_reason and is not queued.
 
         Raises:
-            MegaliteError: the id is in use, the prompt is empty, or prompt and output exceed `max_model_len`.
+            MegaliteError: the id is in use, the prompt is empty, prompt and output exceed `max_model_len`, or what is
+                given fits no samples of the request.
             ResourceError: prompt and output can never be in the KV cache at once.
         """
-        prompt, pool = request.prompt_token_ids, self.pool
+        prompt, max_tokens, pool = request.prompt_token_ids, request.max_tokens, self.pool
         known = list(prompt)
-        if request.max_tokens == 0 and len(prompt) > 1:
+        if max_tokens == 0 and len(prompt) > 1:
             known.pop()  # the last token of a text that is only scored is never an input
-        limit = len(known) + request.max_tokens
+        limit = len(known) + max_tokens
         if request.id in self._unfinished:
             raise MegaliteError(f"request {request.id}: a request of this id is unfinished")
         if not prompt:
             raise MegaliteError(f"request {request.id}: the prompt is empty")
         if limit > self._max_model_len:
             raise MegaliteError(
-                f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) exceed "
+                f"request {request.id}: prompt ({len(prompt)} tokens) and output ({max_tokens}) exceed "
                 f"max_model_len ({self._max_model_len})"
             )
         if self._blocks_for(max(len(known), limit - 1)) > pool.num_blocks:  # the last token is never an input
             raise ResourceError(
-                f"request {request.id}: prompt ({len(prompt)} tokens) and output ({request.max_tokens}) do not fit "
+                f"request {request.id}: prompt ({len(prompt)} tokens) and output ({max_tokens}) do not fit "
                 f"into the KV cache of {self.pool.num_blocks} blocks of {self._block_size} tokens"
             )
+        if len(request.given) not in (0, request.num_samples) or max(map(len, request.given), default=0) > max_tokens:
+            raise MegaliteError(f"request {request.id}: what it had already is not {request.num_samples} outputs")
         salt = self._salt(self._arrivals, request)
         sequences = []
         for index in range(request.num_samples):
+            arrival, self._arrivals = self._arrivals, self._arrivals + 1
+            if index in request.ended:
+                continue
+            given = request.given_to(index)
             seq = Sequence(
                 request,
                 index,
-                list(known),
-                planned=len(known),
-                arrival=self._arrivals,
+                [*known, *given],
+                planned=len(known) + len(given),
+                arrival=arrival,
                 limit=limit,
-                num_inputs=limit - (request.max_tokens > 0),
+                num_inputs=limit - (max_tokens > 0),
                 chain=[salt],
             )
-            if index == 0 and request.params.prompt_logprobs is not None:
-                seq.score_end = len(prompt) - 1
-            self._arrivals += 1
+            seq.finish_reason = request.end_at(given[-1], len(given)) if given else None
             sequences.append(seq)
-        self._unfinished[request.id] = list(sequences)
-        self._waiting.extend(sequences)
+        queued = [seq for seq in sequences if seq.finish_reason is None]
+        if queued:
+            if request.params.prompt_logprobs is not None:
+                queued[0].score_end = len(prompt) - 1
+            self._unfinished[request.id] = list(queued)
+            self._waiting.extend(queued)
         return sequences
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -426,11 +438,7 @@ class Scheduler:
         seq.token_ids.append(result.token_id)
         if len(seq.token_ids) % self._block_size == 0 and seq.blocks:
             self._register(seq)
-        request = seq.request
-        stops = result.token_id in request.stop_token_ids and seq.num_output >= request.params.min_tokens
-        if stops or result.stopped:
-            return "stop"
-        return "length" if len(seq.token_ids) == seq.limit else None
+        return "stop" if result.stopped else seq.request.end_at(result.token_id, seq.num_output)
 
     def _release(self, seq: Sequence) -> None:
         """Give back blocks and row of a running sequence."""
