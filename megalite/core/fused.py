@@ -13,9 +13,13 @@ from megalite.core.functional import has_kernels
 from megalite.kernels import training
 
 
-def learns_by_kernels(x: Tensor) -> bool:
-    """Whether our kernels take `x` and give its gradient: on CUDA, with gradients, where there is Triton."""
-    return has_kernels(x) and torch.is_grad_enabled()
+def learns_by_kernels(x: Tensor, *weights: Tensor) -> bool:
+    """Whether our kernels take `x` and give its gradient: on CUDA, with gradients, where there is Triton.
+
+    `weights`: those of other modules that the kernel reads. One that DeepSpeed has spread over ranks (ZeRO stage 3) is
+    empty outside its module's call.
+    """
+    return has_kernels(x) and torch.is_grad_enabled() and all(weight.numel() for weight in weights)
 
 
 def add_norm(

@@ -162,7 +162,7 @@ class Residual:
         if self.update is not None and isinstance(norm, RMSNorm) and by_kernels(self.x):
             out = norm(self.x, update=self.update, sums=self.sums)
             self.update = self.sums = None
-        elif isinstance(norm, RMSNorm) and self.sums is None and fused.learns_by_kernels(self.x):
+        elif isinstance(norm, RMSNorm) and self.sums is None and fused.learns_by_kernels(self.x, norm.weight):
             self.x, out = norm.learnt(self.x, self.update)
             self.update = None
         else:

@@ -79,7 +79,8 @@ class Heads:
     def treated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D] and keys [T, K, D] after norms and rotation, and values [T, K, D]."""
         num_q, num_k, _ = self.counts
-        if self.rotation is not None and fused.learns_by_kernels(self.qkv):
+        weights = [norm.weight for norm in self.norms or ()]
+        if self.rotation is not None and fused.learns_by_kernels(self.qkv, *weights):
             norms, zero_centred = None, False
             if self.norms is not None:
                 q_norm, k_norm = self.norms
