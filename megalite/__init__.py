@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megalite.config.schema import SamplingParams as SamplingParams
+    from megalite.config.structured import StructuredOutputsParams as StructuredOutputsParams
     from megalite.inference.balancer import LoadBalancer as LoadBalancer
     from megalite.inference.llm import LLM as LLM
 
 __version__ = "0.3.0"
-__all__ = ["LLM", "LoadBalancer", "SamplingParams"]
+__all__ = ["LLM", "LoadBalancer", "SamplingParams", "StructuredOutputsParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from megalite.config.schema import SamplingParams
 
         return SamplingParams
+    if name == "StructuredOutputsParams":
+        from megalite.config.structured import StructuredOutputsParams
+
+        return StructuredOutputsParams
     raise AttributeError(f"module 'megalite' has no attribute {name!r}")

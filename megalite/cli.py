@@ -27,7 +27,8 @@ from megalite import __version__, terminal
 from megalite.config.command_line import read_arguments, usage, usage_problem
 from megalite.config.explain import table
 from megalite.config.load import Kind, Loaded, resolve
-from megalite.config.schema import Config, InferConfig
+from megalite.config.schema import Config, InferConfig, SamplingParams
+from megalite.config.structured import structured_problem
 from megalite.config.validate import layout_words, num_ranks
 from megalite.errors import (
     EXIT_CRASH,
@@ -139,10 +140,25 @@ def job_problems(kind: Kind, config: Any) -> list[Problem]:
         from megalite.train.data.prepared import check  # imports tokenizers, which --help has no need of
 
         return check(config)
+    found = _grammar_problems(config.sampling)
     if kind == "hybrid":
         from megalite.hybrid.checks import problems
 
-        return problems(config)
+        found += problems(config)
+    return found
+
+
+def _grammar_problems(sampling: SamplingParams) -> list[Problem]:
+    """What is wrong with a schema or grammar that has its form."""
+    key, given = "sampling.structured_outputs", sampling.structured_outputs
+    if not isinstance(given, dict) or structured_problem(key, given) is not None:
+        return []
+    from megalite.text.grammar import GrammarError, check_grammar
+
+    try:
+        check_grammar(given)
+    except GrammarError as error:
+        return [Problem(key=key, rule=str(error))]
     return []
 
 

@@ -51,6 +51,7 @@ PLACES = {
         "megalite/train/",
         "tests/",
     ),
+    "llguidance": ("megalite/text/grammar.py", "tests/"),
     "pickle": ("tests/",),
     "lm_eval": ("megalite/evals.py", "tests/"),
 }

@@ -20,6 +20,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
     "bad_words": (None, []),
+    "structured_outputs": (None,),
 }
 """What shapes the sampling distribution, other than the temperature; and values that don't."""
 _UNCORRECTED = (

@@ -8,6 +8,7 @@ from typing import Any
 from megalite.config.chat import messages_problem
 from megalite.config.rules import Rules
 from megalite.config.schema import MAX_STOPS, MAX_TOKEN_IDS, SamplingParams
+from megalite.config.structured import structured_problem
 from megalite.config.typecheck import hints, misfit, problem, unknown_key
 from megalite.errors import ConfigError, Problem
 
@@ -70,6 +71,11 @@ def sampling_rules(rules: Rules, vocab_size: int | None) -> None:
         rules.need(name, len(words) <= MAX_STOPS, f"must be at most {MAX_STOPS} texts")
         long = f"must be at most {MAX_STOP_CHARS} characters together"
         rules.need(name, sum(map(len, words)) <= MAX_STOP_CHARS, long)
+    if params.structured_outputs is not None:
+        key = f"{rules.prefix}structured_outputs"
+        rules.note("structured_outputs", structured_problem(key, params.structured_outputs))
+        fix = "Leave it out, or say in the schema or the grammar how long an output is."
+        rules.need("min_tokens", not params.min_tokens, "structured_outputs say where an output may end", fix)
     most = min(MAX_LOGPROBS, vocab_size or MAX_LOGPROBS)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)

@@ -108,6 +108,8 @@ def _takes_vllm_arguments(schema: Any) -> Any:
     def init(self: Any, *args: Any, **given: Any) -> None:
         others = {name: value for name, value in given.items() if name not in schema.__dataclass_fields__}
         own = {name: value for name, value in given.items() if name not in others}
+        if "guided_decoding" in others:
+            own.setdefault("structured_outputs", others.pop("guided_decoding"))
         made(self, *args, **own, **(vllm.SAMPLING.sort_out(others) if others else {}))
 
     schema.__init__ = init
@@ -171,6 +173,10 @@ class SamplingParams:
     bad_words: list[str] | None = None
     """Texts that are not generated: the token that would complete one, as the tokenizer writes it at the start, after a
     space or after a line break, is never sampled. Bounds as for stop."""
+    structured_outputs: dict[str, Any] | None = None
+    """What the output must be, exactly one of: json (a JSON schema, as mapping or text), json_object (true), regex,
+    choice (a list of texts), grammar (Lark or GBNF); with JSON also disable_any_whitespace. Where nothing may follow,
+    the output ends. Needs the extra `grammar`."""
     best_of: int | None = key(at_least=1, cap=MAX_SAMPLES)
     """Completions sampled, of which the n with the highest cumulative log-probability are returned; null: n."""
 

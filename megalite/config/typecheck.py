@@ -182,10 +182,8 @@ def _misfit(key: str, hint: Any, value: object) -> Problem | None:
         if value is None:
             return None
         hint, or_null = get_args(hint)[0], " or null"
-    if hint is Any:  # anything goes, but the keys of mappings are text
-        if not isinstance(value, list | tuple | dict):
-            return None
-        hint = dict[str, Any] if isinstance(value, dict) else list[Any]
+    if hint is Any:
+        return _any_misfit(key, value)
     kind, inner = get_origin(hint), get_args(hint)
     if kind is list:
         if not isinstance(value, list | tuple):
@@ -202,6 +200,21 @@ def _misfit(key: str, hint: Any, value: object) -> Problem | None:
     else:
         return _scalar_misfit(key, hint, value, or_null)
     return next(filter(None, (_misfit(part, inner[-1], one) for part, one in parts)), None)
+
+
+def _any_misfit(key: str, value: object) -> Problem | None:
+    """Anything goes, however deep, but the keys of mappings are text."""
+    left = [(key, value)]
+    while left:
+        place, one = left.pop()
+        if isinstance(one, dict):
+            odd = [name for name in one if type(name) is not str]
+            if odd:
+                return problem(place, f"its keys must be {_PLURALS[str]}", odd[0], _type_fix(str, odd[0]))
+            left += reversed([(f"{place}.{printable(name)}", inner) for name, inner in one.items()])
+        elif isinstance(one, list | tuple):
+            left += reversed([(f"{place}[{i}]", inner) for i, inner in enumerate(one)])
+    return None
 
 
 def _scalar_misfit(key: str, hint: Any, value: object, or_null: str) -> Problem | None:

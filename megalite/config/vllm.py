@@ -77,7 +77,6 @@ _LLM_WITHOUT_EFFECT = frozenset(
 """How vLLM computes, loads, logs or starts processes."""
 
 _GENERATE = "models generate, and nothing else"
-_NO_GRAMMARS = "there are no grammars; see allowed_token_ids"
 _NO_FUNCTIONS = "the sampler runs no functions; see logit_bias, allowed_token_ids and bad_words"
 
 _LLM_REFUSED = _refused(
@@ -112,7 +111,7 @@ _LLM_REFUSED = _refused(
     ("max_logprobs", "logprobs may be up to 20, or -1 for all", (None, -1, *range(21))),
     ("scheduling_policy", "requests are served in their order", (None, "fcfs")),
     ("speculative_config", "there is no speculative decoding", (None, {})),
-    ("structured_outputs_config", "there are no grammars", (None, {})),
+    ("structured_outputs_config", "see structured_outputs in SamplingParams", (None, {})),
     ("tokenizer_mode", "tokenizer.json is the one form that is read", (None, "auto", "hf")),
     ("tokenizer_revision", "the tokenizer is that of `revision`; name a folder in `tokenizer`", (None,)),
     ("worker_cls", "there are no workers to replace", (None, "auto")),
@@ -128,7 +127,6 @@ _SAMPLING_REFUSED = _refused(
     ("early_stopping use_beam_search", "there is no beam search; see best_of"),
     ("length_penalty", "there is no beam search", (None, 1)),
     ("extra_args", "there is nothing that reads them", (None, {})),
-    ("guided_decoding structured_outputs", _NO_GRAMMARS),
     ("logits_processors", _NO_FUNCTIONS, (None, [])),
     ("logprob_token_ids", "set logprobs to -1 and look them up"),
     ("prompt_logprob_start", "prompt_logprobs are of the whole prompt", (None, 0)),

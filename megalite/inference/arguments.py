@@ -13,6 +13,7 @@ from typing import Any
 from megalite.config import vllm
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, InferConfig, SamplingParams
+from megalite.config.structured import StructuredOutputsParams
 from megalite.config.typecheck import hints, misfit, problem, sections
 from megalite.config.validate import engine_problems, world_size_problem
 from megalite.errors import ConfigError, Problem
@@ -101,6 +102,8 @@ def plain(value: Any) -> Any:
     other sequences of numbers. Anything else is left as it is."""
     if hasattr(value, "tolist"):
         return value.tolist()
+    if isinstance(value, StructuredOutputsParams):
+        return value.mapping()
     if isinstance(value, tuple | range | set | frozenset):
         value = list(value)
     if isinstance(value, list) and any(hasattr(kind, "tolist") for kind in set(map(type, value))):
@@ -110,7 +113,10 @@ def plain(value: Any) -> Any:
 
 def plain_params(params: SamplingParams) -> SamplingParams:
     """A copy of `params` in plain values, which later changes of the original do not reach."""
-    copy = params.clone()
+    try:
+        copy = params.clone()
+    except RecursionError:
+        raise ConfigError("sampling params: a value is nested too deeply") from None
     for field in fields(copy):
         setattr(copy, field.name, plain(getattr(copy, field.name)))
     return copy

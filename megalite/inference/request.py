@@ -30,6 +30,8 @@ class Request:
     """Resolved: params.stop_token_ids, and the model's end-of-sequence ids unless ignore_eos."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Resolved: the spellings of params.bad_words in tokens; the last token of one never follows its others."""
+    grammar: str = ""
+    """Resolved: what params.structured_outputs ask for, as text/grammar.py compiles it; empty: nothing."""
     stream: bool = False
     """What it gains is given out step by step (`engine.Events.deltas`), not only its result."""
     given: tuple[tuple[int, ...], ...] = ()

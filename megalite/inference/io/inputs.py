@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from megalite.config.chat import section_variables
 from megalite.config.sampling import price_problem, prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import InputSection, SamplingParams
+from megalite.config.structured import KINDS, wanted
 from megalite.errors import ConfigError, Problem
 from megalite.inference.constraints import leaves_nothing, spellings
 from megalite.inference.io.entries import Entry, given_id, read_entries
@@ -22,6 +23,7 @@ from megalite.inference.outputs import RequestOutput
 from megalite.inference.request import Request
 from megalite.text.chat_template import TemplateError
 from megalite.text.detokenizer import TokenizerError
+from megalite.text.grammar import GrammarError, grammar_text, grammars_of
 from megalite.text.tokenizer import MAX_TEXT, MAX_TOKEN, Tokenizer
 
 if TYPE_CHECKING:
@@ -154,6 +156,8 @@ def _refusal(one: RawRequest, limits: PromptLimits) -> ConfigError | None:
         return None
     if one.params.stop:
         return _refused(one.where, "stop strings need a tokenizer, and the model has none", "Use stop_token_ids.")
+    if one.params.structured_outputs:
+        return _refused(one.where, "structured_outputs need a tokenizer, and the model has none")
     if one.params.bad_words:
         return _refused(one.where, "bad_words need a tokenizer, and the model has none", "Use logit_bias.")
     if one.ids is None:
@@ -182,6 +186,9 @@ def _request(one: RawRequest, limits: PromptLimits, ids: Iterable[int], text: st
     if allowed is not None and leaves_nothing(allowed, bad_words, stops, params.min_tokens):
         rule = "allowed_token_ids, bad_words and min_tokens together can leave no token to choose"
         return _refused(one.where, rule, "Allow more ids.")
+    grammar = _grammar(one, limits) if params.structured_outputs and max_tokens else ""
+    if isinstance(grammar, ConfigError):
+        return grammar
     return Request(
         id=one.id,
         prompt=text,
@@ -191,7 +198,20 @@ def _request(one: RawRequest, limits: PromptLimits, ids: Iterable[int], text: st
         max_tokens=max_tokens,
         stop_token_ids=stops,
         bad_words=bad_words,
+        grammar=grammar,
     )
+
+
+def _grammar(one: RawRequest, limits: PromptLimits) -> str | ConfigError:
+    """What the output must follow, which is compiled here for the first time."""
+    assert limits.tokenizer is not None and one.params.structured_outputs is not None, "refused before"
+    try:
+        text = grammar_text(one.params.structured_outputs)
+        grammars_of(limits.tokenizer, limits.vocab_size).matcher(text)
+        return text
+    except GrammarError as error:
+        kind = next(name for name in KINDS if name in wanted(one.params.structured_outputs))
+        return _refused(one.where, f"structured_outputs.{kind}: {error}")
 
 
 def _too_long(count: int, one: RawRequest, limits: PromptLimits) -> ConfigError | None:
