@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal, NamedTuple, Protocol
 
-from megalite.inference.blocks import block_keys
-from megalite.inference.prefix_index import PrefixIndex
+from megalite.inference.prefix_index import PrefixIndex, page_keys
 
 Policy = Literal["round_robin", "least_tokens", "prefix"]
 
+PAGE = 4
+"""Blocks of a page of the prefix index."""
+MEMORY = 16
+"""Finished requests over which the share of their limit that they used is averaged, about."""
 IMBALANCE = 0.25
 """What the load of a replica that has a prefix may exceed the least load by, beside the tokens that the prefix saves: a
 share of the mean load."""
@@ -47,18 +51,20 @@ class _Job:
 
     name: str
     replica: _Replica
-    keys: list[bytes]
-    """Of the full blocks of its prompt."""
+    keys: list[int]
+    """Of the full pages of its prompt."""
     known: int
     """Leading ones of them that its replica had when it came."""
-    length: int
-    """Prompt tokens."""
+    prompt: int
+    """Tokens."""
     prefill: int
-    """Those to compute: without the known blocks."""
+    """Prompt tokens to compute: without the known pages."""
     predicted: int
     """Output tokens expected, of all samples."""
     limit: int
     """Output tokens at most, of all samples."""
+    bucket: int
+    """Of limits like its own."""
     gained: int = 0
     """Output tokens so far."""
 
@@ -77,7 +83,9 @@ class _Replica:
     tokens: int = 0
     """Outstanding ones of its requests."""
     speed: float = 0.0
-    """Tokens per second; 0: not measured."""
+    """Steps per second; 0: not measured."""
+    pace: float = 1.0
+    """Its speed over the mean of those measured."""
     jobs: dict[str, _Job] = field(default_factory=dict)
     """In the order in which they came."""
     queued: dict[str, _Job] = field(default_factory=dict)
@@ -85,15 +93,15 @@ class _Replica:
 
 
 class LoadBalancer:
-    """Assigns requests to replicas; its load in tokens for its speed is what makes a replica wanted or not.
+    """Assigns requests to replicas by their loads: outstanding tokens for the speed.
 
-    - `round_robin`: each in turn. No moves.
-    - `least_tokens`: the one with the least load, the request included.
-    - `prefix`: the one that has the longest beginning of the prompt in its cache, unless its load is so much more than
-      the least that the tokens saved don't make up for it; then as `least_tokens`.
+    - `round_robin`: each in turn, whatever its load. No moves.
+    - `least_tokens`: the one with the least load.
+    - `prefix`: the one that has the longest beginning of the prompt in its cache, unless its load exceeds the least so
+      far that the tokens saved don't make up for it; then the one with the least load.
 
-    The load of a request is its queued prefill or running KV, without what was found in the cache, plus its output, so
-    far or predicted: `max_tokens`, times the share of their limits that finished requests of such limits used.
+    Outstanding are the queued prefill or running KV of a request, without what was found in the cache, and its output,
+    so far or predicted: `max_tokens`, times the share of such limits that requests used which have finished.
 
     Events of a request that isn't on the books, because it ended or its replica was lost, change nothing.
     """
@@ -111,11 +119,14 @@ class LoadBalancer:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.index = PrefixIndex()
+        self._page = PAGE * block_size
         self._members: dict[int, _Replica] = {}
         self._slots: list[_Replica | None] = []
         self._loads: list[float] = []
-        """Of each slot: outstanding tokens for the speed; infinite where there is no replica."""
+        """Of each slot; infinite where there is no replica."""
         self._jobs: dict[str, _Job] = {}
+        self._tokens = 0
+        """Outstanding, in all."""
         self._turn = 0
         self._used = [1.0] * 64
         """Share of their limit that finished requests used, by the limit's number of bits."""
@@ -128,13 +139,10 @@ class LoadBalancer:
         """A replica is ready, with an empty cache of that many KV blocks."""
         if replica in self._members:
             raise ValueError(f"replica {replica} has joined already")
-        slot = self._loads.index(float("inf")) if float("inf") in self._loads else len(self._loads)
-        if slot == len(self._loads):
-            self._loads.append(0.0)
-            self._slots.append(None)
-        self._loads[slot] = 0.0
-        self._members[replica] = self._slots[slot] = _Replica(replica, slot)
-        self.index.add(slot, self.num_blocks if num_blocks is None else num_blocks)
+        slot = self._slots.index(None) if None in self._slots else len(self._slots)
+        member = self._members[replica] = _Replica(replica, slot)
+        self._slots[slot : slot + 1], self._loads[slot : slot + 1] = [member], [0.0]
+        self.index.add(slot, (self.num_blocks if num_blocks is None else num_blocks) // PAGE)
 
     def lost(self, replica: int) -> list[str]:
         """A replica is gone, with its cache; the names of the requests that it had, in the order in which they came.
@@ -142,17 +150,25 @@ class LoadBalancer:
         They are off the books: assign them anew.
         """
         gone = self._members.pop(replica)
-        self._loads[gone.slot], self._slots[gone.slot] = float("inf"), None
+        self._tokens -= gone.tokens
+        self._loads[gone.slot], self._slots[gone.slot] = inf, None
         self.index.remove(gone.slot)
         for name in gone.jobs:
             del self._jobs[name]
         return list(gone.jobs)
 
-    def speed(self, replica: int, tokens_per_second: float) -> None:
-        """What a replica was measured to do with as much work as it can take at once; > 0."""
-        self._members[replica].speed = tokens_per_second
-        for member in self._members.values():
-            self._weigh(member)
+    def speed(self, replica: int, steps_per_second: float) -> None:
+        """What a replica was measured to do while it had something to do; > 0. Averaged over some calls.
+
+        Steps and not tokens, as these would be the fewer, the fewer requests it is given.
+        """
+        member = self._members[replica]
+        member.speed += (steps_per_second - member.speed) / (MEMORY if member.speed else 1)
+        speeds = [one.speed for one in self._members.values() if one.speed]
+        mean = sum(speeds) / len(speeds)
+        for one in self._members.values():
+            one.pace = (one.speed or mean) / mean
+            self._loads[one.slot] = one.tokens / one.pace
 
     def outstanding(self, replica: int) -> int:
         """Tokens: queued prefill, running KV and predicted output."""
@@ -164,17 +180,14 @@ class LoadBalancer:
         """The replica that is to run a request; LookupError: there is none."""
         if not self._members:
             raise LookupError("no replica")
-        length = len(request.prompt_token_ids)
-        keys: list[bytes] = []
-        if self.policy == "prefix":
-            keys = block_keys(b"", request.prompt_token_ids[: length - length % self.block_size], self.block_size)
-        limit = request.num_samples * request.max_tokens
-        predicted = round(limit * self._used[request.max_tokens.bit_length()])
-        slot, known = self._choose(keys, length + predicted)
+        keys = page_keys(request.prompt_token_ids, self._page) if self.policy == "prefix" else []
+        prompt, limit = len(request.prompt_token_ids), request.num_samples * request.max_tokens
+        bucket = request.max_tokens.bit_length()
+        slot, known = self._choose(keys)
         replica = self._slots[slot]
         assert replica is not None
-        prefill = length - known * self.block_size
-        self._enter(_Job(request.id, replica, keys, known, length, prefill, predicted, limit))
+        predicted = round(limit * self._used[bucket])
+        self._enter(_Job(request.id, replica, keys, 0, prompt, prompt, predicted, limit, bucket), replica, known)
         return replica.name
 
     def started(self, name: str) -> None:
@@ -185,13 +198,11 @@ class LoadBalancer:
     def gained(self, name: str, tokens: int = 1) -> None:
         """A request has so many output tokens more, of all its samples."""
         job = self._jobs.get(name)
-        if job is None:
-            return
-        before = job.tokens
-        job.gained += tokens
-        if job.tokens != before:
-            job.replica.tokens += job.tokens - before
-            self._weigh(job.replica)
+        if job is not None:
+            more = max(0, job.gained + tokens - max(job.predicted, job.gained))
+            job.gained += tokens
+            if more:
+                self._weigh(job.replica, more)
 
     def finished(self, name: str) -> None:
         """A request ended, or was given up."""
@@ -201,55 +212,75 @@ class LoadBalancer:
         ran = name not in job.replica.queued
         self._leave(job)
         if ran and job.limit:
-            bucket = job.limit.bit_length()
-            self._used[bucket] += (min(1.0, job.gained / job.limit) - self._used[bucket]) / 16
+            others = (job.prompt + job.gained) // self._page - len(job.keys)
+            self.index.use(job.replica.slot, job.keys, others if job.keys else 0)
+            self._used[job.bucket] += (min(1.0, job.gained / job.limit) - self._used[job.bucket]) / MEMORY
 
     def moves(self) -> list[Move]:
-        """Requests that have not started and are to go from replicas that fall behind to others, at once.
+        """Requests that have not started and are to go, at once, from replicas that fall behind to others.
 
-        The books say already that they went; `finished` if one can't be moved after all.
+        The books say already that they went. No request starts the worse for it: its new replica has less to do, it
+        included, than the old one without it.
         """
-        return []
+        made: list[Move] = []
+        if self.policy == "round_robin" or len(self._members) < 2:
+            return made
+        slack = IMBALANCE * self._tokens / len(self._members)
+        for source in sorted(self._members.values(), key=lambda member: -self._loads[member.slot]):
+            for job in reversed(list(source.queued.values())):
+                least = self._loads.index(min(self._loads))
+                target = self._slots[least]
+                assert target is not None
+                known = self.index.known(least, job.keys)
+                cost = job.prompt - known * self._page + job.predicted
+                before = self._loads[source.slot] - job.tokens / source.pace
+                if before <= self._loads[least] + cost / target.pace + slack:
+                    break
+                self._leave(job)
+                self._enter(job, target, known)
+                made.append(Move(job.name, source.name, target.name))
+        return made
 
     # ---- inside
 
-    def _choose(self, keys: list[bytes], tokens: int) -> tuple[int, int]:
-        """The slot for a request of so many tokens, and how many leading blocks of its prompt are known there."""
+    def _choose(self, keys: list[int]) -> tuple[int, int]:
+        """The slot for a request, and how many leading pages of its prompt are known there."""
         if self.policy == "round_robin":
-            names = sorted(self._members)
+            while self._slots[self._turn % len(self._slots)] is None:
+                self._turn += 1
             self._turn += 1
-            return self._members[names[(self._turn - 1) % len(names)]].slot, 0
+            return (self._turn - 1) % len(self._slots), 0
         least = self._loads.index(min(self._loads))
-        if not keys:
-            return least, 0
         holders, known = self.index.match(keys)
         if not known or holders >> least & 1:
             return least, known
         best = min(_bits(holders), key=self._loads.__getitem__)
-        mean = sum(member.tokens for member in self._members.values()) / len(self._members)
-        if self._loads[best] - self._loads[least] > known * self.block_size + IMBALANCE * mean:
+        slack = known * self._page + IMBALANCE * self._tokens / len(self._members)
+        if self._loads[best] - self._loads[least] > slack:
             return least, self.index.known(least, keys)
         return best, known
 
-    def _weigh(self, replica: _Replica) -> None:
-        """Its load: outstanding tokens, over its speed in terms of the mean of those measured."""
-        speeds = [member.speed for member in self._members.values() if member.speed]
-        mean = sum(speeds) / len(speeds) if speeds else 1.0
-        self._loads[replica.slot] = replica.tokens / ((replica.speed or mean) / mean)
+    def _weigh(self, replica: _Replica, more: int) -> None:
+        """A replica has so many outstanding tokens more."""
+        replica.tokens += more
+        self._tokens += more
+        self._loads[replica.slot] = replica.tokens / replica.pace
 
-    def _enter(self, job: _Job) -> None:
-        replica = job.replica
+    def _enter(self, job: _Job, replica: _Replica, known: int) -> None:
+        """Put a request, which has not started, on the books of a replica."""
+        job.replica, job.known, job.prefill = replica, known, job.prompt - known * self._page
         self._jobs[job.name] = replica.jobs[job.name] = replica.queued[job.name] = job
-        replica.tokens += job.tokens
-        self._weigh(replica)
-        self.index.use(replica.slot, job.keys)
+        self._weigh(replica, job.tokens)
+        if job.keys:
+            self.index.use(replica.slot, job.keys)
 
     def _leave(self, job: _Job) -> None:
+        """Take a request off the books; what it would have computed is not in the cache."""
         replica = job.replica
         del self._jobs[job.name], replica.jobs[job.name]
-        replica.queued.pop(job.name, None)
-        replica.tokens -= job.tokens
-        self._weigh(replica)
+        if replica.queued.pop(job.name, None) is not None:
+            self.index.drop(replica.slot, job.keys[job.known :])
+        self._weigh(replica, -job.tokens)
 
 
 def _bits(mask: int) -> Iterable[int]:
