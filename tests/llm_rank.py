@@ -40,6 +40,10 @@ def answers(llm: LLM) -> dict:
         "flat": [flat_values(output) for output in llm.generate(PROMPTS, FLAT)],
         "score": llm.score(["some text", [5, 6, 7]]),
     }
+    gained: dict[str, str] = {}
+    for delta in llm.generate(PROMPTS, PARAMS, stream=True):
+        gained[f"{delta.request_id}/{delta.index}"] = gained.get(f"{delta.request_id}/{delta.index}", "") + delta.text
+    results["stream"] = sorted(gained.items())
     try:
         llm.generate(["fine", ""])
     except ConfigError as error:

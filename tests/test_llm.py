@@ -513,6 +513,7 @@ def test_every_rank_gets_all_under(launcher, launched, folder):
         assert [comparable(line) for line in got[0][call]] == [comparable(line) for line in alone[call]]
     assert [pytest.approx(scores, abs=1e-4) for scores in got[0]["score"]] == alone["score"]
     assert got[0]["flat"] == alone["flat"]
+    assert got[0]["stream"] == [list(one) for one in alone["stream"]]
     assert got[0]["refused"] == alone["refused"] and "prompts[1]: an empty prompt" in alone["refused"]
 
 

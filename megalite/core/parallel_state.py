@@ -132,6 +132,12 @@ class ParallelState:
     def is_control(self) -> bool:
         return self.rank == self.control_rank
 
+    def aside(self) -> Axis:
+        """`world` with a gloo group of its own, on which nothing else is on its way. Collective over the run."""
+        if self.world.size == 1:
+            return self.world
+        return replace(self.world, group=_group(self.world.ranks, "aside", backend="gloo"))
+
     def axes_with_groups(self) -> SimpleNamespace:
         """tp, pp, dp and replica, with a process group also where an axis other than pp has one rank.
 

@@ -119,16 +119,20 @@ class Engine:
         events = Events()
         try:
             while not events.ended:
-                events = self.step(partial(self._news, feed, hooks), feed.requests)
+                events = self.step(partial(self.next_news, feed, hooks.stop_requested), feed.requests)
                 if events.num_tokens:
                     hooks.on_step(events.num_tokens)
                 for output in events.outputs:
                     hooks.on_output(output)
         except BaseException:
-            self._drop()
-            self._begin()
+            self.abandon()
             raise
         return not events.stopped
+
+    def abandon(self) -> None:
+        """Forget what runs, after an exception in the middle of a run; the next step begins anew."""
+        self._drop()
+        self._begin()
 
     def step(self, news: Callable[[int], News] = lambda room: News(), known: tuple[Request, ...] = ()) -> Events:
         """One step: start the next plan and give out what came of an earlier one.
@@ -187,13 +191,14 @@ class Engine:
         """Be ready to run again."""
         self.runner.wake()
 
-    # ---- inside a step
-
-    def _news(self, feed: Feed, hooks: Hooks, room: int) -> News:
-        """What a run takes on: nothing more once it is to stop."""
-        if hooks.stop_requested():
+    @staticmethod
+    def next_news(feed: Feed, stop_requested: Callable[[], bool], room: int) -> News:
+        """What a run takes on, for `step`: nothing more once it is to stop."""
+        if stop_requested():
             return News(stop=True)
         return News(arrivals=feed.take(room), exhausted=feed.exhausted)
+
+    # ---- inside a step
 
     def _receive(self, events: Events, known: tuple[Request, ...]) -> News:
         """Take the next message: finish the plan that it answers, and add and give up requests."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 
@@ -34,7 +35,9 @@ from megalite.inference.io.inputs import RawRequest
 from megalite.inference.logprobs import TokenLogprob
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import as_sampled, load_replica
+from megalite.inference.request import Request
 from megalite.inference.run import prepare, prompt_limits, run_everywhere
+from megalite.inference.streaming import Generation, StreamedRun
 from megalite.kernels.device import release_memory
 from megalite.monitor.words import format_count
 from megalite.run import runtime as distributed
@@ -42,6 +45,11 @@ from megalite.run.launch_env import LaunchEnv
 from megalite.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+Params = SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None
+"""One for all prompts or one for each."""
+Chats = list[dict[str, Any]] | list[list[dict[str, Any]]]
+"""A conversation, a list of {role, content}, or several."""
 
 _DTYPES: dict[str, Any] = {"half": "float16", "float": "float32"}
 """Names that vLLM knows besides."""
@@ -149,6 +157,8 @@ class LLM:
         self._is_first = self.replica.state.rank == self.replica.layout.control_ranks[0]
         self._limits = prompt_limits(self.replica)
         self._calls = 0
+        self._streamed: StreamedRun | None = None
+        """The last one."""
         self._hinted = False
         """That outputs ended where SamplingParams end them by default."""
         self._asked = 0
@@ -167,6 +177,8 @@ class LLM:
     def _leave(self, error: BaseException | None) -> None:
         """Ranks end together, with the error of one as everyone's; a plain process goes on after an error."""
         self._closed = True
+        if self._streamed is not None:
+            (self._streamed.close if error is None else self._streamed.discard)()
         if self._limits.tokenizer is not None:
             self._limits.tokenizer.close()  # its process that renders chats
         try:
@@ -176,15 +188,40 @@ class LLM:
             vars(self).pop("replica", None)
             release_memory(self.runtime.device)
 
+    @overload
     def generate(
         self,
         prompts: Any = None,
-        sampling_params: SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None = None,
+        sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         prompt_token_ids: Any = None,
+        stream: Literal[False] = False,
         **others: Any,
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Any = None,
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        prompt_token_ids: Any = None,
+        stream: Literal[True],
+        **others: Any,
+    ) -> Generation: ...
+
+    def generate(
+        self,
+        prompts: Any = None,
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        prompt_token_ids: Any = None,
+        stream: bool = False,
+        **others: Any,
+    ) -> list[RequestOutput] | Generation:
         """Complete each prompt; results in input order, on every rank.
 
         Args:
@@ -195,6 +232,8 @@ class LLM:
                 second call gives other samples, and the same calls in another LLM the same.
             use_tqdm: show a progress bar on a terminal; a callable is called as tqdm is, for a bar of one's own.
             prompt_token_ids: in place of `prompts`, as older versions of vLLM take token ids.
+            stream: give a `Generation` at once, an iterator of what each sample gains (`TokenDelta`), also for
+                `async for`; it has the results when it has ended. No bar is shown, and best_of may not exceed n.
 
         Raises ConfigError (a ValueError) before anything is computed if one of the prompts can't run.
         """
@@ -204,21 +243,45 @@ class LLM:
         if prompts is not None and prompt_token_ids is not None:
             raise ConfigError("generate: give either prompts or prompt_token_ids")
         given = as_prompts(prompts if prompt_token_ids is None else prompt_token_ids)
-        return self._run(given, self._checked(sampling_params, len(given)), use_tqdm)
+        requests = self._requests(given, self._checked(sampling_params, len(given), stream=stream))
+        return self._stream(requests) if stream else self._run(requests, use_tqdm)
+
+    @overload
+    def chat(
+        self,
+        messages: Chats,
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        stream: Literal[False] = False,
+        **variables: Any,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Chats,
+        sampling_params: Params = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        *,
+        stream: Literal[True],
+        **variables: Any,
+    ) -> Generation: ...
 
     def chat(
         self,
-        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        sampling_params: SamplingParams | list[SamplingParams] | tuple[SamplingParams, ...] | None = None,
+        messages: Chats,
+        sampling_params: Params = None,
         use_tqdm: bool | Callable[..., Any] = True,
         *,
+        stream: bool = False,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         **chat_variables: Any,
-    ) -> list[RequestOutput]:
+    ) -> list[RequestOutput] | Generation:
         """Answer a conversation, a list of {role, content}, or several; else as `generate`.
 
         Args:
@@ -237,8 +300,9 @@ class LLM:
         variables |= {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         variables |= {} if chat_template is None else {"chat_template": chat_template}
         variables |= {} if tools is None else {"tools": tools}
-        params = self._checked(sampling_params, len(chats))
-        return self._run([(chat, None) for chat in chats], params, use_tqdm, variables)
+        params = self._checked(sampling_params, len(chats), stream=stream)
+        requests = self._requests([(chat, None) for chat in chats], params, variables)
+        return self._stream(requests) if stream else self._run(requests, use_tqdm)
 
     def logprobs(self, prompts: Any, use_tqdm: bool | Callable[..., Any] = False) -> list[list[TokenLogprob]]:
         """How likely each token of each prompt after the first is, and whether greedy decoding would have chosen it.
@@ -248,7 +312,7 @@ class LLM:
         given = as_prompts(prompts)
         scored = SamplingParams(max_tokens=0, prompt_logprobs=0, detokenize=False)
         found = []
-        for output in self._run(given, [scored] * len(given), use_tqdm):
+        for output in self._run(self._requests(given, [scored] * len(given)), use_tqdm):
             if output.error is not None:
                 raise MegaliteError(f"prompt {output.request_id}: {output.error}")
             assert output.prompt_logprobs is not None
@@ -276,25 +340,35 @@ class LLM:
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached prompt."""
+        self._require_rest()
         if self._engine is not None:
             self._engine.renew()
         return True
 
-    def _checked(self, params: Any, count: int) -> list[SamplingParams]:
+    def _checked(self, params: Any, count: int, *, stream: bool) -> list[SamplingParams]:
         each = params_of_each(self._sampling if params is None else params, count)
         check_params(each, self._limits.vocab_size)
+        for one in each if stream else ():
+            if one.best_of is not None and one.best_of > one.n:
+                rule = "which samples are the best is known at the end only: it must not exceed n to be streamed"
+                raise ConfigError(problem("best_of", rule, one.best_of))
         return each
 
-    def _run(
+    def _require_rest(self) -> None:
+        """ConfigError if this LLM can't begin anything now."""
+        if self._closed:
+            raise ConfigError("this LLM is closed; make another one")
+        if self._streamed is not None and not self._streamed.ended:
+            raise ConfigError("a generation of this LLM is being streamed; read it to its end, or close() it, first")
+
+    def _requests(
         self,
         prompts: list[tuple[Any, str | None]],
         params: list[SamplingParams],
-        use_tqdm: bool | Callable[..., Any],
         chat_variables: dict[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """`prompts`: each with its text, where it is token ids that came with one."""
-        if self._closed:
-            raise ConfigError("this LLM is closed; make another one")
+    ) -> list[Request]:
+        """`prompts`: each with its text, where it is token ids that came with one. They will be run."""
+        self._require_rest()
         raw = [
             RawRequest(
                 prompt=prompt,
@@ -312,17 +386,32 @@ class LLM:
             if isinstance(made, ConfigError):
                 raise made
             requests.append(made)
-        if self._engine is None:
-            self._engine = self.replica.engine()
         self._calls += 1
         self._asked += len(requests)
+        return requests
+
+    def _ready_engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self.replica.engine()
+        return self._engine
+
+    def _stop_requested(self) -> bool:
+        return self._launched and self.runtime.signal_received() is not None
+
+    def _stream(self, requests: list[Request]) -> Generation:
+        streamed = [replace(request, stream=True) for request in requests]
+        key, stop = f"generate/{self._calls}", self._stop_requested
+        self._streamed = StreamedRun(self.replica, self._ready_engine(), streamed, key=key, stop_requested=stop)
+        return Generation(self._streamed)
+
+    def _run(self, requests: list[Request], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
         with progress_bar(use_tqdm, len(requests), shown=self._is_first) as progress:
             outputs = run_everywhere(
                 self.replica,
-                self._engine,
+                self._ready_engine(),
                 requests,
                 key=f"generate/{self._calls}",
-                stop_requested=lambda: self._launched and self.runtime.signal_received() is not None,
+                stop_requested=self._stop_requested,
                 progress=progress,
             )
         ends = [(one.finish_reason, len(one.token_ids)) for output in outputs for one in output.outputs]

@@ -114,18 +114,18 @@ def run_everywhere(
 ) -> list[RequestOutput]:
     """As `run_here`, but gives every rank all outputs, in the order of `requests`."""
     mine = run_here(replica, engine, requests, key=key, stop_requested=stop_requested, progress=progress)
-    outputs = mine
-    if replica.state.world.size > 1:
-        outputs = _exchanged(mine, replica)
+    outputs = exchanged(mine, replica)
     if progress is not None:
         progress.advance(prompts=len(requests) - len(mine))  # of other replicas
     found = {output.request_id: output for output in outputs}
     return [found[request.id] for request in requests]
 
 
-def _exchanged(mine: list[RequestOutput], replica: Replica) -> list[RequestOutput]:
-    """The outputs of all control ranks."""
+def exchanged(mine: list[RequestOutput], replica: Replica) -> list[RequestOutput]:
+    """The outputs of all control ranks, on every rank. Collective over the layout."""
     outputs = list(mine)
+    if replica.state.world.size == 1:
+        return outputs
     for source in replica.layout.control_ranks:
         is_mine = replica.state.rank == source
         packed = broadcast_bytes(pack_outputs(mine) if is_mine else None, source, replica.state.world)

@@ -39,6 +39,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def use_device(device: torch.device) -> None:
+    """Make a CUDA device this thread's own; a new thread has the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def device_name(device: torch.device) -> str:
     """Product name of a GPU; empty for a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
