@@ -13,11 +13,13 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
 from megalite.inference.request import Request
+from megalite.run.processes import die_with_parent
 from megalite.serve.frames import Frames, frame
 from megalite.serve.messages import Abort, Hello, Leave, Step, Submit, ToReplica
 
@@ -161,7 +163,9 @@ def _fault(folder: Path, replica: int) -> dict[str, object]:
 
 
 def main() -> int:
-    """`exit`: end at once with this code; `dies`, `stalls`: after so many steps with work; `poison`: die of this id."""
+    """Faults: `exit`, end at once with this code; `dies`, `stalls`, after so many steps with work; `waits`, after three
+    such steps until a file is there; `slow`, a step takes a hundredth of a second."""
+    die_with_parent()
     folder, options = Path(sys.argv[1]), dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
     fault = _fault(folder, int(options["--replica"]))
     if "exit" in fault:
@@ -186,8 +190,9 @@ def main() -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             if worked == fault.get("stalls"):
                 signal.pause()
-            if fault.get("poison") in engine.requests:
-                os.kill(os.getpid(), signal.SIGKILL)
+            while worked == 3 and "waits" in fault and not Path(str(fault["waits"])).exists():
+                time.sleep(0.01)
+            time.sleep(0.01 if "slow" in fault else 0.0)
             worked += 1
             link.sendall(frame([engine.step()]))
 

@@ -100,6 +100,7 @@ class Forks:
         **environment: str,
     ) -> Program:
         folder = Path(tempfile.mkdtemp(dir=self._folder))
+        (folder / "out").touch()
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
         link = Client(self._address)
         words = [str(script), *map(str, arguments)]

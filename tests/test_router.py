@@ -28,9 +28,6 @@ class Told:
         self.refused: list[str] = []
         self.replays = 0
 
-    def replica_ready(self, hello: object) -> None:
-        pass
-
     def replica_state(self, replica: int, state: str) -> None:
         self.states.append((replica, state))
 

@@ -1,27 +1,33 @@
-"""The HTTP process: replicas as its children, or as a launcher's ranks, the router and the HTTP server. Torch-free."""
+"""What the HTTP process reads and checks before it serves, and how it starts replicas. Torch-free."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+import logging
+import os
+import socket
+import sys
+from contextlib import ExitStack
 
 from megalite.config.command_line import Options
 from megalite.config.load import Loaded
 from megalite.config.schema import ServeConfig
+from megalite.config.validate import layout_words
+from megalite.inference.io.inputs import PromptLimits
+from megalite.monitor.words import wrapped
+from megalite.preflight import as_sampled
+from megalite.run.processes import die_with_parent
+from megalite.run.start import nameless_file
+from megalite.serve.app import create_app
+from megalite.serve.fleet import Start
+from megalite.serve.listener import is_open, open_socket, url
+from megalite.serve.metrics import access
+from megalite.serve.server import External, Server
+from megalite.serve.shares import share, visible_gpus
+from megalite.weights.folder import ModelFolder
+from megalite.weights.hf import resolve
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class External:
-    """The replicas are ranks of a launcher's run, whose rank 0 started this process as its child.
-
-    The listening sockets come as inherited descriptors, so that rank 0 knows the addresses before this process runs.
-    """
-
-    unix: int
-    """Descriptor of a listening unix socket, for replicas of this host."""
-    tcp: int | None = None
-    """Descriptor of a listening TCP socket, for replicas of other hosts; these prove that they know the token."""
-    token: bytes = b""
-    """The run's; see `frames.proof`."""
+__all__ = ["External", "main"]
 
 
 def main(loaded: Loaded[ServeConfig], options: Options, external: External | None = None) -> int:
@@ -30,4 +36,70 @@ def main(loaded: Loaded[ServeConfig], options: Options, external: External | Non
     `options`: how this process was started. Replicas are started as
     `options.program --config FILE --resolved-sha256 S --replica I --socket PATH`, unless they are there (`external`).
     """
-    raise NotImplementedError
+    if external is not None:
+        die_with_parent()
+    config = as_sampled(loaded).config
+    _log_requests()
+    with open_socket(config.server) as sock, ExitStack() as stack:
+        folder = _folder(config)
+        limits = PromptLimits(
+            tokenizer=folder.tokenizer,
+            vocab_size=folder.model.vocab_size,
+            max_model_len=config.engine.max_model_len or folder.model.max_position_embeddings,
+            eos_token_ids=folder.model.eos_token_ids,
+            seed=config.engine.seed,
+        )
+        _announce(config, folder, sock)
+        replicas = external or starter(loaded, options, stack)
+        try:
+            return asyncio.run(Server(config, limits, sock, create_app).run(replicas))
+        finally:
+            if limits.tokenizer is not None:
+                limits.tokenizer.close()
+
+
+def _folder(config: ServeConfig) -> ModelFolder:
+    """The model's, downloaded if need be."""
+    section = config.model
+    assert section.path is not None
+    path = resolve(section.path, section.revision, weights=section.load_format != "dummy")
+    return ModelFolder.open(path, tokenizer=section.tokenizer)
+
+
+def _announce(config: ServeConfig, folder: ModelFolder, sock: socket.socket) -> None:
+    """What was decided for the user."""
+    told = [f"{config.model.path}: {folder.model.family}, {layout_words(config)}", f"listening at {url(sock)}"]
+    if is_open(sock) and config.server.api_key is None:
+        told.append("warning: whoever reaches this address can use the server; set server.api_key")
+    print("\n".join(map(wrapped, told)), file=sys.stderr)
+
+
+def _log_requests() -> None:
+    """A line for each request on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    access.propagate = False
+
+
+def starter(loaded: Loaded[ServeConfig], options: Options, stack: ExitStack) -> Start:
+    """Starts replicas on this host, each a run of its own, with the resolved config in a file without a name."""
+    file = nameless_file(loaded.given, stack)
+    parallel = loaded.config.parallel
+    script, *words = options.program
+    command = [sys.executable, "-u", os.path.abspath(script), *words, "--config", file]
+    command += ["--resolved-sha256", loaded.sha256, *options.for_ranks]
+    gpus = [] if loaded.config.distributed.device == "cpu" else visible_gpus(os.environ)
+
+    async def start(replica: int, path: str) -> asyncio.subprocess.Process:
+        own = share(replica, parallel.dp, parallel.tp * parallel.pp, gpus, os.environ)
+        return await asyncio.create_subprocess_exec(
+            *(*command, "--replica", str(replica), "--socket", path),
+            stdin=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **own},
+            pass_fds=[int(os.path.basename(file))],
+            start_new_session=True,  # so that a Ctrl-C at the terminal reaches it through this process alone
+        )
+
+    return start

@@ -38,6 +38,8 @@ MOST_LOSSES = 8
 """Replicas that may be lost at all while they had a request."""
 READY_WITHIN = 10.0
 """Seconds since the last step of a replica that is at work, for `ready`."""
+SUSPENDED = 2.0
+"""Seconds between two ticks after which this process has been suspended itself, perhaps with its replicas."""
 RETRY_AFTER = 5.0
 """Seconds after which a client may try again where nothing better is known."""
 
@@ -45,7 +47,6 @@ RETRY_AFTER = 5.0
 class Metrics(Protocol):
     """What the router tells; `metrics.ServeMetrics` is one."""
 
-    def replica_ready(self, hello: Hello) -> None: ...
     def replica_state(self, replica: int, state: ReplicaState) -> None: ...
     def replica_step(self, replica: int, message: Step) -> None: ...
     def rejected(self, reason: str) -> None: ...
@@ -205,7 +206,6 @@ class Router:
         """A replica is ready; `send` takes messages to it and never waits."""
         one = self._replicas[hello.replica]
         one.hello, one.send, one.step, one.moved, one.speed = hello, send, None, self._clock(), Speed()
-        self._metrics.replica_ready(hello)
         self._become(hello.replica, "ready")
         self._balancer.joined(hello.replica, hello.num_kv_blocks)
         lengths = [other.hello.max_model_len for other in self._replicas.values() if other.hello is not None]
@@ -277,7 +277,7 @@ class Router:
         These have work, or should have said that they have none, and finished no step for server.stall_timeout.
         """
         now = self._clock()
-        if now - self._ticked > self._section.stall_timeout / 2:  # this process itself was suspended
+        if now - self._ticked > max(SUSPENDED, self._section.stall_timeout / 2):
             for one in self._replicas.values():
                 one.moved = now
         self._ticked = now

@@ -1,0 +1,168 @@
+"""The life of the HTTP process: starts everything, serves, drains on a signal, ends if nothing can run. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import FrameType
+
+from starlette.types import ASGIApp
+
+from megalite.config.schema import ServeConfig
+from megalite.errors import EXIT_CRASH, EXIT_DONE, EXIT_RANK_LOST
+from megalite.inference.io.inputs import PromptLimits
+from megalite.monitor.words import format_count, wrapped
+from megalite.run.meeting_folder import remove_run_folder, run_folder
+from megalite.run.processes import descendants, this_process
+from megalite.serve.fleet import Fleet, Start, kill
+from megalite.serve.listener import Listener
+from megalite.serve.metrics import ServeMetrics
+from megalite.serve.router import Router
+
+TICK = 0.5
+"""Seconds between two looks at moves and stalls."""
+ABORTED = 3.0
+"""Seconds that replicas have to give up what still runs."""
+ANSWERED = 3
+"""Seconds that clients have to read the end of their answers."""
+HANGING = 5.0
+"""Seconds that threads which still work at something have to end."""
+AGAIN = 0.3
+"""Seconds after which a signal counts as a second one; a terminal and a shell may both send the first."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+MakeApp = Callable[[ServeConfig, Router, ServeMetrics], ASGIApp]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class External:
+    """The replicas are ranks of a launcher's run, whose rank 0 started this process as its child.
+
+    The listening sockets come as inherited descriptors, so that rank 0 knows the addresses before this process runs.
+    """
+
+    unix: int
+    """Descriptor of a listening unix socket, for replicas of this host."""
+    tcp: int | None = None
+    """Descriptor of a listening TCP socket, for replicas of other hosts; these prove that they know the token."""
+    token: bytes = b""
+    """The run's; see `frames.proof`."""
+
+
+class Server:
+    """One server from its start to its end; main thread only."""
+
+    def __init__(self, config: ServeConfig, limits: PromptLimits, sock: socket.socket, make_app: MakeApp):
+        """`limits`: what a prompt must fit by the config alone; `sock`: where it listens."""
+        self._config, self._limits, self._sock, self._make_app = config, limits, sock, make_app
+        self._signals: list[tuple[int, float]] = []
+        """What this process was sent, and when."""
+
+    async def run(self, replicas: Start | External) -> int:
+        """Serve until a signal comes or no replica is left; gives the exit code.
+
+        `replicas`: how they are started, or how those that somebody else starts connect.
+        """
+        config, loop = self._config, asyncio.get_running_loop()
+        over = asyncio.Event()
+        before = self._take_signals(lambda: loop.call_soon_threadsafe(over.set))
+        name = config.server.model_names[0] if config.server.model_names else str(config.model.path)
+        metrics = ServeMetrics(name)
+        count = config.parallel.dp
+        self._router = Router(config.server, self._limits, count, metrics, block_size=config.engine.block_size)
+        start = None if isinstance(replicas, External) else replicas
+        self._fleet = Fleet(self._router, count, start, restarts=config.server.restarts)
+        self._fleet.over.add_done_callback(lambda _: over.set())
+        code = EXIT_CRASH
+        try:
+            if isinstance(replicas, External):
+                tcp = None if replicas.tcp is None else socket.socket(fileno=replicas.tcp)
+                await self._fleet.listen(socket.socket(fileno=replicas.unix), tcp, replicas.token)
+            else:
+                await self._fleet.listen(str(run_folder(this_process()) / "replicas"))
+            self._fleet.begin()
+            listener = Listener(self._make_app(config, self._router, metrics), self._sock, patience=ANSWERED)
+            gc.freeze()  # what was imported and built stays; collections need not look at it
+            ticking = asyncio.create_task(self._tick(over))
+            await over.wait()
+            code = await self._drain() if self._signals else self._lost()
+            ticking.cancel()
+            await listener.stop()
+            await self._fleet.leave(at_once=code != EXIT_DONE)
+        finally:
+            remove_run_folder(this_process())
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            _end_within(HANGING, code)
+        return code
+
+    async def _tick(self, over: asyncio.Event) -> None:
+        try:
+            while self._router.healthy:
+                await asyncio.sleep(TICK)
+                for replica in self._router.tick():
+                    if self._router.healthy:
+                        self._fleet.stalls(replica)
+        except Exception:
+            traceback.print_exc()
+        over.set()
+
+    async def _drain(self) -> int:
+        """A signal has come: finish what runs, as far as it can be finished in time."""
+        timeout = self._config.server.drain_timeout
+        self._router.drain()
+        running = sum(one.requests for one in self._router.replicas())
+        name = signal.Signals(self._signals[0][0]).name
+        self._say(f"{name}: nothing new is taken; {format_count(running, 'request')} may run for {timeout:g} s more")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._router.idle(), timeout)
+        self._router.abort_all()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._router.idle(), ABORTED)
+        return self._fleet.over.result() if self._fleet.over.done() else EXIT_DONE
+
+    def _lost(self) -> int:
+        """Nothing can run any more; clients are told so."""
+        if self._fleet.over.done():
+            self._say("error: no replica is left")
+            return self._fleet.over.result()
+        self._say(f"error: no replica has finished a step for {self._config.server.stall_timeout:g} s")
+        self._router.fail_all("all replicas stall")
+        return EXIT_RANK_LOST
+
+    def _take_signals(self, first: Callable[[], object]) -> dict[int, object]:
+        """From now on the first signal calls `first`, a second ends everything at once; gives the handlers so far."""
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            self._signals.append((signum, time.monotonic()))
+            if len(self._signals) == 1:
+                first()
+            elif self._signals[-1][1] - self._signals[0][1] >= AGAIN:
+                os.write(
+                    2, f"stopped by {signal.Signals(signum).name} at once; unfinished work is given up.\n".encode()
+                )
+                kill(descendants(os.getpid()))
+                os._exit(128 + self._signals[0][0])
+
+        ignored = [signum for signum in _SIGNALS if signal.getsignal(signum) is signal.SIG_IGN]  # nohup
+        return {signum: signal.signal(signum, handle) for signum in _SIGNALS if signum not in ignored}
+
+    def _say(self, line: str) -> None:
+        print(wrapped(line), file=sys.stderr, flush=True)
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """End this process whatever its threads do."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
