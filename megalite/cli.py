@@ -29,7 +29,7 @@ from megalite.config.explain import table
 from megalite.config.load import Kind, Loaded, resolve
 from megalite.config.schema import Config, InferConfig, SamplingParams
 from megalite.config.structured import structured_problem
-from megalite.config.validate import layout_words, num_ranks
+from megalite.config.validate import layout_words, num_ranks, parallel_sections
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -39,8 +39,8 @@ from megalite.errors import (
     Problem,
 )
 from megalite.model.config import ModelConfig
-from megalite.preflight import as_sampled, check
-from megalite.run.hosts import tell_the_door, unpack_config
+from megalite.preflight import as_sampled, check, read_shape
+from megalite.run.hosts import host_slots, tell_the_door, unpack_config
 from megalite.run.launch_env import LaunchEnv, door_of
 from megalite.run.processes import die_with_parent
 from megalite.run.start import misplaced, nameless_file, start_hosts, start_ranks
@@ -205,6 +205,7 @@ def _prepare(
             path = nameless_file(unpack_config(options.resolved), stack)
         loaded, problems = resolve(kind, path, options.overrides)
     speaks = place is None or place.rank == 0
+    loaded = _settle_layout(loaded, place, options.hosts, speaks and not problems)
     if "--print-config" in options.flags and speaks:
         shown = loaded
         with suppress(MegaliteError):  # of a damaged folder, which the checks name
@@ -232,6 +233,29 @@ def _prepare(
     if place is not None or num_ranks(loaded.config) == 1:
         return partial(run_job, kind, loaded)
     return partial(start_ranks, loaded, options)
+
+
+def _settle_layout(loaded: Loaded[Any], place: LaunchEnv | None, hosts: tuple[str, ...], speaks: bool) -> Loaded[Any]:
+    """The config with the sizes of its layout that were left open; which, and why, is said on standard error.
+
+    `hosts`: what deepspeed is told when the run is over several.
+    """
+    sections = parallel_sections(loaded.config).values()
+    if not any(section.is_open for section in sections) or any(min(section.sizes) < 1 for section in sections):
+        return loaded
+    from megalite.planner import choose
+
+    where = choose.Place()
+    if place is not None:
+        each = place.started_here or place.world_size
+        where = choose.Place(ranks=place.world_size, hosts=-(-place.world_size // each))
+    elif hosts:
+        slots = host_slots(hosts[1])
+        where = choose.Place(ranks=sum(slots), hosts=len(slots))
+    loaded, said = choose.choose(loaded, lambda: read_shape(loaded.config), where)
+    if speaks:
+        print("\n".join(said), file=sys.stderr, flush=True)
+    return loaded
 
 
 def _check_input(config: Config, model: ModelConfig | None) -> None:

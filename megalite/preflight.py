@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_origins
-from megalite.config.schema import Config, InferConfig, TokenizerSection
+from megalite.config.schema import Config, InferConfig, ServeConfig, TokenizerSection
 from megalite.config.validate import model_location, validate
 from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
 from megalite.model import families
@@ -67,6 +67,15 @@ def read_model(config: Config) -> ModelConfig | None:
     if path is None or model_location(path) != "folder" or not Path(path).is_dir():
         return None
     return families.read(path)
+
+
+def read_shape(config: Config) -> ModelConfig | None:
+    """As `read_model`; of a model of the hub config.json is downloaded, if need be. CheckpointError: that fails."""
+    path = config.model.path
+    if path is not None and model_location(path) == "hub":
+        revision = config.model.revision if isinstance(config, InferConfig | ServeConfig) else None
+        return families.read(resolve(path, revision, weights=False))
+    return read_model(config)
 
 
 def as_sampled(loaded: Loaded[Any]) -> Loaded[Any]:

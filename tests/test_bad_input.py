@@ -142,11 +142,10 @@ MISTAKES = {
         --resolved-sha256 -> --resolved-sha256: needs a value
         --config other.yaml -> --config: is given twice
         --resolved-sha256 0000 -> config differs from the one the run was started with
-        parallel.tp=010 -> parallel.tp: must be a whole number, got '010'. Write 10, | (from the command line)
-        parallel.tp=2.5 -> parallel.tp: must be a whole number, got 2.5 | (from the command line)
-        parallel.tp=true -> must be a whole number, got true
-        parallel.tp=null -> must be a whole number, got null
-        parallel.tp=0x2 -> must be a whole number, got '0x2'
+        parallel.tp=010 -> parallel.tp: must be a whole number or null, got '010'. Write 10, | (from the command line)
+        parallel.tp=2.5 -> parallel.tp: must be a whole number or null, got 2.5 | (from the command line)
+        parallel.tp=true -> must be a whole number or null, got true
+        parallel.tp=0x2 -> must be a whole number or null, got '0x2'
         parallel.tp -> parallel.tp: an override is written section.key=value | Write parallel.tp=VALUE.
         parallel.tp= -> Write parallel.tp=VALUE.
         =2 -> an override is written section.key=value | Write section.key=2.
@@ -280,7 +279,7 @@ LINES = [
     if line.strip()
 ]
 LINES += [
-    ("infer", JOB, f"parallel.tp={'9' * 5000} -> parallel.tp: must be a whole number"),
+    ("infer", JOB, f"parallel.tp={'9' * 5000} -> parallel.tp: must be a whole number or null"),
     ("infer", JOB, "model.path=\x1b[31m -> printable text on one line, got '\\x1b[31m'"),
 ]
 
@@ -303,8 +302,8 @@ input: {prompts: ['']}
     assert {line.removeprefix("error: ") for line in said} == {
         "modle: unknown key. Did you mean model? (from job.yaml:1)",
         "model.pth: unknown key. Did you mean model.path? (from job.yaml:2)",
-        "parallel.pp: must be a whole number, got 'x'. (from job.yaml:3)",
-        "parallel.tp: must be >= 1, got 0. (from job.yaml:3)",
+        "parallel.pp: must be a whole number or null, got 'x'. (from job.yaml:3)",
+        "parallel.tp: must be >= 1, or null, got 0. (from job.yaml:3)",
         "input.prompts[0]: an empty prompt, got ''. A prompt holds at least one token. (from job.yaml:4)",
         "zero: unknown key. --help lists all keys. (from the command line)",
         "sampling.n: must be >= 1, got 0. (from the command line)",

@@ -145,7 +145,7 @@ def test_a_value_with_a_problem_keeps_its_default(write):
         ("model: {path: a: b}", "Put text that contains a colon in quotes"),
         ("[" * 5000, "nested too deeply"),
         ('model: {path: "\\ud800"}', "not Unicode"),
-        ("parallel: {tp: '2'}", "must be a whole number, got '2'. Write 2, without quotes."),
+        ("parallel: {tp: '2'}", "must be a whole number or null, got '2'. Write 2, without quotes."),
         ("engine: {swap_space: '0.5'}", "must be a number, got '0.5'. Write 0.5, without quotes."),
         ("\n\nengine: {enforce_eager: yes}", "must be true or false, got 'yes'. Write true. (from "),
         ("output: {file: 5}", 'output.file: must be text or null, got 5. Put it in quotes: "5".'),
@@ -268,7 +268,7 @@ def test_a_bound_is_told_with_its_unit_null_and_what_to_write(write):
         for one in with_origins(Rules(loaded.config).problems, loaded.origins)
     ]
     assert found == [
-        f"parallel.tp: must be >= 1, got 0. (from {loaded.origins['parallel.tp']})",
+        f"parallel.tp: must be >= 1, or null, got 0. (from {loaded.origins['parallel.tp']})",
         "engine.gpu_memory_utilization: must be above 0 and at most 1, got 90.0.",
         "engine.num_kv_blocks: must be >= 1, or null, got 0.",
         "engine.swap_space: must be >= 0 GiB, got -4.0.",
@@ -371,7 +371,7 @@ def test_help_explains_every_key(kind):
     for key in hints(SCHEMAS[kind]):
         meaning = lines[heads[key.rpartition(".")[2]] + 1]
         assert meaning and not re.match(r"\w+  \(", meaning), f"{key} has no words"
-    assert "tp  (whole number, >= 1; default 1)\n" in text
+    assert "tp  (whole number or null, >= 1; default 1)\n" in text
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -336,7 +336,7 @@ def test_score(llm, tiny):
         ({"pipeline_parallel_size": 9}, "parallel.pp: the model has 4 layers"),
         ({"tensor_parallel_size": 2}, "1 rank was started, but the config asks for tp * pp * dp = 2 * 1 * 1 = 2"),
         ({"tensor_parallel_size": 2}, "deepspeed --num_gpus 2 SCRIPT"),
-        ({"tensor_parallel_size": 0}, "parallel.tp: must be >= 1, got 0"),
+        ({"tensor_parallel_size": 0}, "parallel.tp: must be >= 1, or null, got 0"),
         ({"model": "nowhere/at/all"}, "model.path: no such folder"),
     ],
 )

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_models import VARIANTS
 
+from megalite.config.load import load_config
 from megalite.config.schema import EngineSection
 from megalite.core.layout import Layout
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
+from megalite.planner import choose, devices
 from megalite.planner.cost import Cluster, StageCosts
 from megalite.planner.devices import named
 from megalite.planner.generation import Workload, parse, predict
-from megalite.planner.search import layouts, search
+from megalite.planner.search import layouts, search, search_training
+from megalite.planner.training import TrainingWork
 from megalite.tools.benchmarks.shapes import SHAPES
 from megalite.weights.table import local_elements
 
@@ -113,3 +118,97 @@ def test_the_tool_needs_a_config_json_only(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*words[:-1], "abacus"])
     assert toolkit.tool("plan") == 2
     assert "--device: no profile of this name" in capsys.readouterr().err
+
+
+# ---- parallel: {tp: null, pp: null, dp: null}
+
+
+def resolved(kind: str, tmp_path: Path, text: str, *overrides: str):
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return load_config(kind, path, overrides)
+
+
+@pytest.fixture
+def eight(monkeypatch, tmp_path):
+    """A machine with 8 H100, as far as the planner can see, that measured nothing."""
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [("NVIDIA H100 80GB HBM3", 80 << 30)] * 8)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def chosen(tmp_path: Path, *overrides: str, ranks: int | None = None, model: str = "llama-8B"):
+    loaded = resolved("infer", tmp_path, INFER, *overrides)
+    return choose.choose(loaded, lambda: shape(model), choose.Place(ranks=ranks))
+
+
+INFER = "model: {path: x}\ninput: {prompts: [a, b]}\nparallel: {tp: null, pp: null, dp: null}\n"
+
+
+def test_open_sizes_are_chosen_for_the_gpus_that_are_there(eight, tmp_path):
+    loaded = resolved("infer", tmp_path, INFER)
+    found, said = choose.choose(loaded, lambda: shape("llama-8B"), choose.Place())
+    assert math.prod(found.config.parallel.sizes) == 8 and found.origins["parallel.tp"] == "the planner"
+    assert "chosen from 10" in said[0] and "8 x H100" in said[-1] and found.sha256 != loaded.sha256
+    assert load_text(tmp_path, found.given).config == found.config, "ranks that get it get the layout"
+    kept, _ = choose.choose(
+        resolved("infer", tmp_path, INFER, "parallel.pp=3"), lambda: shape("llama-8B"), choose.Place()
+    )
+    assert kept.config.parallel.pp == 3 and math.prod(kept.config.parallel.sizes) == 6, "as many as they divide"
+    assert kept.origins["parallel.pp"] == "the command line"
+    four, _ = choose.choose(loaded, lambda: shape("llama-8B"), choose.Place(ranks=4, hosts=2))
+    assert math.prod(four.config.parallel.sizes) == 4
+    with pytest.raises(ConfigError, match="no layout of 7 ranks has tp=2"):
+        choose.choose(
+            resolved("infer", tmp_path, INFER, "parallel.tp=2"), lambda: shape("llama-8B"), choose.Place(ranks=7)
+        )
+    with pytest.raises(ConfigError, match="config.json"):
+        choose.choose(loaded, lambda: None, choose.Place())
+
+
+def load_text(tmp_path: Path, text: str):
+    (tmp_path / "given.yaml").write_text(text)
+    return load_config("infer", tmp_path / "given.yaml")
+
+
+def test_without_a_gpu_one_rank_is_enough(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [])
+    found, said = choose.choose(resolved("infer", tmp_path, INFER), lambda: None, choose.Place())
+    assert found.config.parallel.sizes == (1, 1, 1) and "no GPU is visible" in said[0]
+    two, _ = choose.choose(
+        resolved("infer", tmp_path, INFER, "parallel.dp=2"), lambda: shape("qwen3-10M"), choose.Place()
+    )
+    assert two.config.parallel.sizes == (1, 1, 2)
+
+
+def test_layouts_that_train_and_generate_are_chosen_together(eight, tmp_path):
+    text = """
+model: {path: x}
+data: {source: "a:b"}
+hybrid: {reward: "a:b"}
+train: {parallel: {tp: null, pp: null, dp: null}}
+infer: {parallel: {tp: null, pp: null, dp: null}}
+sampling: {max_tokens: 256}
+output: {folder: y}
+"""
+    found, said = choose.choose(resolved("hybrid", tmp_path, text), lambda: shape("llama-8B"), choose.Place())
+    train, infer = found.config.train.parallel, found.config.infer.parallel
+    assert math.prod(train.sizes) == math.prod(infer.sizes) == 8 and "s sampling" in said[0]
+    trained = "model: {path: x}\nparallel: {tp: null, pp: null, dp: null}\noutput: {folder: y}\n"
+    small = shape("qwen3-0.6B")
+    [alone, said] = choose.choose(resolved("train", tmp_path, trained), lambda: small, choose.Place())
+    assert alone.config.parallel.sizes == (1, 1, 8), "a small model needs no sums within its layers"
+    with pytest.raises(ResourceError, match="parallel: no layout fits"):
+        whole = resolved("train", tmp_path, trained, "parallel.tp=1", "parallel.pp=1")
+        choose.choose(whole, lambda: shape("llama-8B"), choose.Place(ranks=2))
+
+
+def test_training_counts_the_bubble_and_what_recomputing_saves():
+    config, cluster = shape("llama-8B"), Cluster(named("h100"), 8)
+    found = {one.layout.sizes: one.prediction for one in search_training(config, cluster, TrainingWork(), itemsize=2)}
+    piped, whole = found[1, 8, 1], found[1, 1, 8]
+    assert piped.bubble > whole.bubble == 0 and 0 < whole.recomputed < whole.kept / 5
+    long = replace(TrainingWork(), sequence=32768, batch=8)
+    saved = next(one.prediction for one in search_training(config, cluster, long, itemsize=2) if one.layout.dp == 8)
+    assert saved.recompute and not saved.short, "it does not fit otherwise"
+    few = search_training(config, Cluster(named("h100"), 8), TrainingWork(batch=8), itemsize=2)
+    assert next(one.prediction for one in few if one.layout.pp == 8).bubble > piped.bubble

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -51,7 +52,7 @@ def num_ranks(train: ParallelSection, infer: ParallelSection) -> int:
 
 
 def _size(parallel: ParallelSection) -> int:
-    return parallel.tp * parallel.pp * parallel.dp
+    return math.prod(parallel.sizes)
 
 
 def _end(parallel: ParallelSection) -> int:

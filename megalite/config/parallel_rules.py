@@ -10,9 +10,10 @@ from megalite.errors import Problem
 def layout_rules(rules: Rules, model: ModelFacts | None, *, first_rank: bool = False) -> None:
     """Of any layout; `first_rank`: where it begins means something here."""
     parallel: ParallelSection = rules.section
+    _, pp, _ = parallel.sizes
     if model is not None:
         rule = f"the model has {model.num_layers} layers, and each pipeline stage needs at least one"
-        rules.need("pp", parallel.pp <= model.num_layers, rule)
+        rules.need("pp", pp <= model.num_layers, rule)
     if not first_rank:
         rules.need("first_rank", parallel.first_rank == 0, "is for hybrid jobs, which have two layouts", "Leave it 0.")
 
@@ -20,18 +21,19 @@ def layout_rules(rules: Rules, model: ModelFacts | None, *, first_rank: bool = F
 def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | None) -> None:
     """Of a layout that trains; `zero_stage` is the key `train.zero_stage`."""
     parallel: ParallelSection = rules.section
+    tp, pp, _ = parallel.sizes
     rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
     if model is not None:
         rule = f"must be at most the model's {model.num_heads} attention heads in training"
-        rules.need("tp", parallel.tp <= model.num_heads, rule)
+        rules.need("tp", tp <= model.num_heads, rule)
     if parallel.interleave > 1:
-        needs_stages = f"needs more than one pipeline stage, {rules.prefix}pp is {parallel.pp}"
-        rules.need("interleave", parallel.pp > 1, needs_stages, "Leave it 1.")
+        needs_stages = f"needs more than one pipeline stage, {rules.prefix}pp is {pp}"
+        rules.need("interleave", pp > 1, needs_stages, "Leave it 1.")
     if parallel.interleave > 1 and model is not None:
-        chunks = parallel.pp * parallel.interleave
+        chunks = pp * parallel.interleave
         rule = f"makes {chunks} chunks, and the model has {model.num_layers} layers"
         rules.need("interleave", chunks <= model.num_layers, rule)
-    reason = zero_refusal(zero_stage, pp=parallel.pp, tied=model is not None and model.tie_embeddings)
+    reason = zero_refusal(zero_stage, pp=pp, tied=model is not None and model.tie_embeddings)
     if reason is not None:
         rules.problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}", fix="Use stage 1."))
 

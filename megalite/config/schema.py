@@ -52,11 +52,12 @@ class ModelSection:
 class ParallelSection:
     """How the model is laid out; tp * pp * dp is the number of ranks."""
 
-    tp: int = key(1, at_least=1)
-    """Tensor parallel ranks: each holds a slice of every layer."""
-    pp: int = key(1, at_least=1)
+    tp: int | None = key(1, at_least=1)
+    """Tensor parallel ranks: each holds a slice of every layer. null, for one, two or all three sizes: what the planner
+    finds fastest on the GPUs that are there, or on the ranks that a launcher started."""
+    pp: int | None = key(1, at_least=1)
     """Pipeline stages: each holds some of the layers."""
-    dp: int = key(1, at_least=1)
+    dp: int | None = key(1, at_least=1)
     """Data parallel replicas: each holds the whole model and computes other prompts or training data."""
     dp_mode: Literal["sync", "async"] = "sync"
     """sync: prompts are divided among replicas up front, by predicted tokens; async: replicas with room take prompts
@@ -68,6 +69,16 @@ class ParallelSection:
     """Sequence parallelism: between tensor parallel layers, activations are split by token over tp; training only."""
     first_rank: int = key(0, at_least=0)
     """First global rank of the layout; hybrid jobs only, whose two layouts may be on different ranks."""
+
+    @property
+    def is_open(self) -> bool:
+        """Some size is null: the planner has to choose it."""
+        return None in (self.tp, self.pp, self.dp)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """tp, pp and dp; one that is still open counts as 1."""
+        return tuple(1 if size is None else size for size in (self.tp, self.pp, self.dp))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -110,18 +110,25 @@ def _inference_rules(rules: Rules, model: ModelFacts | None) -> None:
         rules.problems.append(Problem(key="model.dtype", rule=rule, fix="Use float32 or bfloat16 on the CPU."))
 
 
+def parallel_sections(config: Config) -> dict[str, ParallelSection]:
+    """The layouts of a config, by their keys."""
+    if isinstance(config, HybridConfig):
+        return {"train.parallel": config.train.parallel, "infer.parallel": config.infer.parallel}
+    return {"parallel": config.parallel}
+
+
 def num_ranks(config: Config) -> int:
     """Ranks that the config's layout, or layouts, need."""
     if isinstance(config, HybridConfig):
         return hybrid_ranks(config.train.parallel, config.infer.parallel)
-    return config.parallel.tp * config.parallel.pp * config.parallel.dp
+    return math.prod(config.parallel.sizes)
 
 
 def layout_words(config: Config) -> str:
     """The layouts and the number of ranks, for messages: `tp=2,pp=1,dp=1: 2 ranks`."""
 
     def words(parallel: ParallelSection) -> str:
-        return f"tp={parallel.tp},pp={parallel.pp},dp={parallel.dp}"
+        return ",".join(f"{name}={size}" for name, size in zip(("tp", "pp", "dp"), parallel.sizes, strict=True))
 
     count = num_ranks(config)
     if isinstance(config, HybridConfig):
@@ -143,8 +150,8 @@ def world_size_problem(config: Config, world_size: int | None, started: str = ""
     fix = f"Type:\n  {command}" if command else f"Start {wanted}, or change parallel.tp, pp or dp."
     if isinstance(config, HybridConfig):
         return Problem(key="train, infer", rule=f"{started}, but the config asks for {layout_words(config)}", fix=fix)
-    parallel = config.parallel
-    product = f"tp * pp * dp = {parallel.tp} * {parallel.pp} * {parallel.dp} = {wanted}"
+    tp, pp, dp = config.parallel.sizes
+    product = f"tp * pp * dp = {tp} * {pp} * {dp} = {wanted}"
     return Problem(key="parallel", rule=f"{started}, but the config asks for {product}", fix=fix)
 
 

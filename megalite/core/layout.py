@@ -64,6 +64,10 @@ class Layout:
         return self.tp * self.pp * self.dp
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.tp, self.pp, self.dp
+
+    @property
     def ranks(self) -> range:
         """The global ranks of this layout."""
         return range(self.first_rank, self.first_rank + self.size)

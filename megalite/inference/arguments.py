@@ -15,7 +15,7 @@ from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, InferConfig, SamplingParams
 from megalite.config.structured import StructuredOutputsParams
 from megalite.config.typecheck import hints, misfit, problem, sections
-from megalite.config.validate import engine_problems, world_size_problem
+from megalite.config.validate import engine_problems, num_ranks, world_size_problem
 from megalite.errors import ConfigError, Problem
 from megalite.monitor.progress import ProgressBar
 from megalite.preflight import read_model
@@ -53,8 +53,7 @@ def check_config(config: InferConfig, world_size: int) -> None:
     ]
     problems = [one for one in misfits if one is not None]
     if not problems:
-        parallel = config.parallel
-        command = f"deepspeed --num_gpus {parallel.tp * parallel.pp * parallel.dp} SCRIPT"
+        command = f"deepspeed --num_gpus {num_ranks(config)} SCRIPT"
         problems = engine_problems(config, read_model(config))
         problems += filter(None, [world_size_problem(config, world_size, command=command)])
     if problems:

@@ -243,7 +243,7 @@ def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelF
     Collective over the run. CheckpointError: a damaged folder; ResourceError: the memory is too small.
     """
     parallel, section = config.parallel, config.model
-    state = ParallelState(Layout(parallel.tp, parallel.pp, parallel.dp))
+    state = ParallelState(Layout(*parallel.sizes))
     folder = ModelFolder.open(_fetch(section, runtime), tokenizer=section.tokenizer)
     dtype = choose_dtype(section.dtype, folder.model, runtime.device)
     before, began = reset_peak_memory(), time.monotonic()

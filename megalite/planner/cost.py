@@ -254,13 +254,26 @@ class StageCosts:
         return max(1.0, min(self.cluster.per_host, self.layout.size) * busy)
 
     def step(self, stage: int, batch: Batch, *, busy: float = 1.0) -> Times:
-        """Seconds of one step of one cohort on a stage."""
+        """Seconds of one step of one cohort on a stage that generates, the host's part included."""
+        device, (kinds, elements) = self.cluster.device, self.stages[stage]
+        found = self.forward(stage, batch, busy=busy)
+        host = device.step + device.row * batch.sampled
+        if not device.overlaps:
+            found.host = host
+            return found
+        captured = 2.0 * elements * batch.tokens <= CAPTURED_WORK
+        launched = 0.0 if captured else (sum(kinds.values()) * KERNELS + END_KERNELS) * device.launch
+        found.host = max(0.0, launched - found.total, host - found.total)
+        return found
+
+    def forward(self, stage: int, batch: Batch, *, busy: float = 1.0) -> Times:
+        """Seconds of the device for a batch on a stage. `busy`: share of the ranks that work at a time."""
         config, device, item = self.config, self.cluster.device, self.itemsize
         crowd = self.crowd(busy)
         read, matmul = device.read / crowd, device.matmul / crowd
         if device.kind == "cuda" and item == 4:
             matmul *= FLOAT32_SHARE
-        kinds, elements = self.stages[stage]
+        kinds, _ = self.stages[stage]
         found = Times()
         for layer, count in kinds.items():
             found.add(_layer(layer, batch, config.hidden_size, item, read, matmul), count)
@@ -271,11 +284,6 @@ class StageCosts:
         found.sums = layers * SUMS * self.cluster.all_reduce(numbers, self.layout.tp, self.tp_hosts) if layers else 0.0
         if stage == self.layout.pp - 1 and batch.sampled:
             found.add(self._sampling(batch.sampled, read, matmul))
-        device_time = found.total
-        launched = kernels * device.launch if 2.0 * elements * batch.tokens > CAPTURED_WORK else 0.0
-        host = device.step + device.row * batch.sampled
-        busy_host = max(launched, host) if device.overlaps else host
-        found.host = max(0.0, busy_host - device_time) if device.overlaps else busy_host
         return found
 
     def _sampling(self, rows: float, read: float, matmul: float) -> Times:

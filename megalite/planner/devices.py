@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import ConfigError, Problem
 from megalite.files import write_json
-from megalite.planner.memory import host_memory_available
+from megalite.planner.memory import host_memory
 
 READ_SHARE, MATMUL_SHARE, LINK_SHARE = 0.92, 0.71, 0.62
 """Of a data sheet's rates, measured on an H100: 3.07 of 3.35 TB/s, 707 of 989 TFLOP/s, 280 of 450 GB/s."""
@@ -115,6 +116,22 @@ PROFILES = {
 """By the name in small letters."""
 
 
+def visible_gpus() -> list[tuple[str, int]]:
+    """Name and bytes of memory of each GPU that a run here would use; asks the driver's own tool, no torch."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits"]
+        text = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = {}
+    for line in text.splitlines():
+        index, uuid, name, mib = (part.strip() for part in line.split(","))
+        found[index] = found[uuid] = (name, (int(mib) if mib.isdecimal() else 0) << 20)
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [one for one in found if one.isdecimal()] if chosen is None else [one.strip() for one in chosen.split(",")]
+    return [found[name] for name in names if name in found]
+
+
 MEASURED = ("matmul", "read", "link", "link_latency", "hop_latency", "kernel", "launch", "step", "row")
 """Fields that `--calibrate` measures."""
 
@@ -125,7 +142,7 @@ def processor() -> Device:
     return Device(
         name="cpu",
         kind="cpu",
-        memory=host_memory_available(),
+        memory=host_memory(),
         matmul=40e9 * cores,
         read=10e9 * min(cores, 16),
         link=2e9,

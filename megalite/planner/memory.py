@@ -6,7 +6,7 @@ KV blocks are exact; all else is an upper estimate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megalite.config.schema import EngineSection
 from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, width
@@ -61,6 +61,68 @@ class Footprint:
     def items(self) -> dict[str, int]:
         """What is not nothing."""
         return {one.name: value for one in fields(self) if (value := getattr(self, one.name))}
+
+
+LOSS_BLOCK = 1 << 25
+"""Logits of the loss in memory at once, in float32 (train/loss.py: `BLOCK`), and two copies of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMemory:
+    """What training takes on one rank, in bytes: ZeRO (arXiv 1910.02054, table 1), and micro batches in flight."""
+
+    config: ModelConfig
+    layout: Layout
+    rank: int
+    itemsize: int
+    zero_stage: int = 1
+    gradient_bytes: int = 4
+    """Of a number of a gradient, as gradients are summed: `optimizer.gradient_dtype`."""
+
+    def state(self, count: int | None = None) -> Footprint:
+        """Of `count` parameters on the rank, None: as many as it has."""
+        count = local_elements(self.config, self.layout, self.rank) if count is None else count
+        dp = self.layout.dp
+        return Footprint(
+            weights=count * self.itemsize // (dp if self.zero_stage == 3 else 1),
+            gradients=count * self.gradient_bytes // (dp if self.zero_stage >= 2 else 1),
+            optimizer=count * 12 // dp,
+        )
+
+    def token(self, layer: int) -> int:
+        """Bytes that the backward pass of one layer needs of one token: what norms, projections, rotation, attention,
+        gate and both residual sums were given."""
+        config, tp, place = self.config, self.layout.tp, self.layout.coord(self.rank)
+        queries = width(QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim), tp, place.tp)
+        keys = width(KVHeads(config.num_kv_heads, config.head_dim), tp, place.tp)
+        moe = config.moe[layer]
+        inner = (
+            width(Even(config.intermediate_size), tp, place.tp) if moe is None else moe.top_k * moe.intermediate_size
+        )
+        return (4 * config.hidden_size + 3 * (queries + keys) + (3 if config.gated_mlp else 2) * inner) * self.itemsize
+
+    def activations(self, tokens: int, micro_batches: int, *, recompute: bool) -> int:
+        """Kept between forward and backward, of micro batches of `tokens` tokens, `micro_batches` in a step.
+
+        Stage s of p has p - s of them in flight (1F1B). Recomputing keeps each layer's input, and all of one layer.
+        """
+        place, pp = self.layout.coord(self.rank).pp, self.layout.pp
+        layers = self.layout.layers(place, self.config.layer_costs())
+        flight = min(micro_batches, pp - place + (pp - 1) * (self.layout.interleave > 1))
+        kept = [self.token(layer) for layer in layers]
+        if recompute:
+            return tokens * (flight * len(kept) * self.config.hidden_size * self.itemsize + max(kept))
+        return tokens * flight * sum(kept)
+
+    def footprint(self, tokens: int, micro_batches: int, *, recompute: bool) -> Footprint:
+        """All of it."""
+        vocab = width(Even(self.config.vocab_size), self.layout.tp, self.layout.coord(self.rank).tp)
+        is_last = self.layout.coord(self.rank).pp == self.layout.pp - 1
+        return replace(
+            self.state(),
+            activations=self.activations(tokens, micro_batches, recompute=recompute),
+            logits=3 * 4 * min(tokens * vocab, LOSS_BLOCK) if is_last else 0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +247,14 @@ def host_memory_available() -> int:
     if limit is not None and used is not None:
         available = min(available, max(limit - used, 0))
     return available
+
+
+def host_memory() -> int:
+    """Bytes of host memory, whoever uses it (MemTotal, and the cgroup's limit where lower)."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        total = int(file.readline().split()[1]) * 1024
+    limit = _cgroup("memory.max")
+    return total if limit is None else min(total, limit)
 
 
 def _cgroup(name: str) -> int | None:

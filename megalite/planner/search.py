@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megalite.config.parallel_rules import zero_refusal
 from megalite.config.schema import EngineSection
 from megalite.core.layout import Layout
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
+from megalite.planner import generation, training
 from megalite.planner.cost import Cluster, Times
-from megalite.planner.generation import Prediction, Workload, predict
+from megalite.planner.generation import Prediction, Workload
+from megalite.planner.training import TrainingWork
 
 Objective = Literal["throughput", "per_token", "first_token"]
 """What a layout is chosen by: most tokens a second, or least seconds between tokens, or to the first."""
@@ -61,19 +62,40 @@ def search(
     engine: EngineSection,
     *,
     itemsize: int,
-    candidates: Sequence[Layout] | None = None,
+    candidates: Iterable[Layout] | None = None,
     objective: Objective = "throughput",
 ) -> list[Choice]:
-    """Layouts that generate, best first; those that do not fit come last, the nearest to fitting first."""
+    """Layouts that generate, best first."""
+    every = layouts(cluster.devices, config) if candidates is None else candidates
+    found = [generation.predict(config, layout, cluster, workload, engine, itemsize=itemsize) for layout in every]
+    return ranked(found, objective, asked=workload.concurrency)
+
+
+def search_training(
+    config: ModelConfig,
+    cluster: Cluster,
+    work: TrainingWork,
+    *,
+    itemsize: int,
+    candidates: Iterable[Layout] | None = None,
+) -> list[Choice]:
+    """Layouts that train, best first."""
+    every = layouts(cluster.devices, config, trains=True) if candidates is None else candidates
     found = [
-        predict(config, layout, cluster, workload, engine, itemsize=itemsize)
-        for layout in candidates or layouts(cluster.devices, config)
+        training.predict(config, layout, cluster, work, itemsize=itemsize)
+        for layout in every
+        if training.trainable(layout, config, work.zero_stage)
     ]
-    fitting = sorted((one for one in found if not one.short), key=lambda one: _key(one, objective))
-    short = sorted((one for one in found if one.short), key=lambda one: one.short)
-    first = fitting[0] if fitting else None
-    ranked = [Choice(prediction=one, reason=_reason(one, first, workload, objective)) for one in fitting]
-    return ranked + [Choice(prediction=one, reason=_shortfall(one)) for one in short]
+    return ranked(found, "throughput", asked=0)
+
+
+def ranked(found: Iterable[Prediction], objective: Objective, *, asked: int) -> list[Choice]:
+    """Best first; those that do not fit come last, the nearest to fitting first. `asked`: sequences at once."""
+    every = list(found)
+    fitting = sorted((one for one in every if not one.short), key=lambda one: _key(one, objective))
+    choices = [Choice(prediction=one, reason=_reason(one, fitting[0], asked, objective)) for one in fitting]
+    short = sorted((one for one in every if one.short), key=lambda one: one.short)
+    return choices + [Choice(prediction=one, reason=_shortfall(one)) for one in short]
 
 
 def _key(one: Prediction, objective: Objective) -> tuple[float, ...]:
@@ -93,7 +115,7 @@ def _shortfall(one: Prediction) -> str:
 
 WORDS = {
     "weights": "reading weights takes {mine} of the time of a token where it takes {best}: each rank holds {held}",
-    "products": "its matmuls take {mine} of a token beside {best}: batches of {rows} rows use the devices worse",
+    "products": "its matmuls take {mine} of a token beside {best}",
     "attention": "reading cached keys and values takes {mine} of a token beside {best}",
     "elements": "norms and gates, which tp does not divide, take {mine} of a token beside {best}",
     "kernels": "launching its smaller kernels takes {mine} of a token beside {best}",
@@ -105,8 +127,7 @@ WORDS = {
 """What makes a layout slower than the first, by the field of `Times`."""
 
 
-def _reason(one: Prediction, first: Prediction | None, workload: Workload, objective: Objective) -> str:
-    assert first is not None
+def _reason(one: Prediction, first: Prediction, asked: int, objective: Objective) -> str:
     if one is first:
         return _praise(one, objective)
     lost = {kind.name: getattr(one.spent, kind.name) - getattr(first.spent, kind.name) for kind in fields(Times)}
@@ -118,16 +139,14 @@ def _reason(one: Prediction, first: Prediction | None, workload: Workload, objec
         how = f"{mine * 1e3:.3g} ms where the first takes {best * 1e3:.3g}"
     elif ratio > 1 - NEAR:
         how = f"as fast as the first within {NEAR:.0%}"
-    if one.concurrency < min(first.concurrency, workload.concurrency):
-        return f"{how}: only {one.concurrency} of {workload.concurrency} sequences fit at once"
+    if one.concurrency < min(first.concurrency, asked):
+        return f"{how}: only {one.concurrency} of {asked} sequences fit at once"
     if lost[worst] <= 0:
         return f"{how}: a request's own tokens come slower, though all together do not"
-    rows = max(1, one.concurrency // (one.layout.dp * one.layout.pp))
     words = WORDS[worst].format(
         mine=_micro(getattr(one.spent, worst)),
         best=_micro(getattr(first.spent, worst)),
         held=format_bytes(max(stage.weights for stage in one.memory)),
-        rows=rows,
     )
     return f"{how}: {words}"
 
@@ -144,8 +163,3 @@ def _praise(one: Prediction, objective: Objective) -> str:
 
 def _micro(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
-
-
-def trainable(layout: Layout, config: ModelConfig, zero_stage: int) -> bool:
-    """Whether a layout can train at this ZeRO stage."""
-    return zero_refusal(zero_stage, pp=layout.pp, tied=config.tie_embeddings) is None

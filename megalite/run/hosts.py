@@ -59,9 +59,9 @@ def unpack_config(packed: str) -> str:
         raise ConfigError(Problem(key="--resolved-config", rule="was changed on its way to this host")) from error
 
 
-def check_hostfile(path: str, num_ranks: int, filtered: bool) -> None:
-    """ConfigError unless the hosts start as many ranks as the layout needs; `filtered`: not all of them take part."""
-    slots = 0
+def host_slots(path: str) -> list[int]:
+    """Ranks of each host of a hostfile; ConfigError if it can't be read."""
+    slots = []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -70,7 +70,13 @@ def check_hostfile(path: str, num_ranks: int, filtered: bool) -> None:
         if words := line.partition("#")[0].split():
             if len(words) != 2 or not (found := re.fullmatch(r"slots=(\d+)", words[1])):
                 raise ConfigError(Problem(key=f"{path}:{number}", rule="must be `HOST slots=NUMBER`", value=line))
-            slots += int(found[1])
+            slots.append(int(found[1]))
+    return slots
+
+
+def check_hostfile(path: str, num_ranks: int, filtered: bool) -> None:
+    """ConfigError unless the hosts start as many ranks as the layout needs; `filtered`: not all of them take part."""
+    slots = sum(host_slots(path))
     if slots != num_ranks and not filtered:
         rule = f"its hosts start {slots} ranks, and the layout needs {num_ranks} (parallel.tp * pp * dp)"
         raise ConfigError(Problem(key="--hostfile", rule=rule, value=path, fix="Change one of them, or use --include."))

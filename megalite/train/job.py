@@ -60,7 +60,7 @@ class Job:
 
     def __init__(self, config: TrainConfig, runtime: distributed.Runtime, write_samples: WriteSamples):
         parallel = config.parallel
-        layout = Layout(tp=parallel.tp, pp=parallel.pp, dp=parallel.dp, interleave=parallel.interleave)
+        layout = Layout(*parallel.sizes, interleave=parallel.interleave)
         self.config = config
         self.runtime = runtime
         self.device = runtime.device
