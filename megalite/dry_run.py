@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
-from megalite.core.layout import Even, KVHeads, Layout, QueryHeads
+from megalite.core.layout import KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.monitor.words import format_bytes
 from megalite.planner.memory import RankMemory
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
@@ -67,7 +68,7 @@ def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> 
     """Where each rank is, and which parts of the model are on it."""
     names = ("rank", "dp", "pp", "tp", "layers", "query heads", "kv heads", "vocab rows")
     columns: dict[str, list[str]] = {name: [] for name in names}
-    queries, keys = QueryHeads(model.num_heads, model.num_kv_heads, 1), KVHeads(model.num_kv_heads, 1)
+    heads = sorted({(kind.heads, kind.kv_heads) for kind in model.of(SoftmaxAttention)})
     for rank in shown:
         place = layout.coord(rank)
         chunks = layout.chunks(place.pp, model.layer_costs())
@@ -75,9 +76,9 @@ def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> 
         cells = (
             *map(str, (rank, place.dp, place.pp, place.tp)),
             " ".join(_range(chunk.start, chunk.stop) for chunk in chunks),
-            _range(*queries.range(layout.tp, place.tp)),
-            _range(*keys.range(layout.tp, place.tp)),
-            _range(*Even(model.vocab_size).range(layout.tp, place.tp)) if has_vocab else "-",
+            " ".join(_range(*QueryHeads(q, kv, 1).range(layout.tp, place.tp)) for q, kv in heads),
+            " ".join(_range(*KVHeads(kv, 1).range(layout.tp, place.tp)) for _, kv in heads),
+            _range(*model.vocab.range(layout.tp, place.tp)) if has_vocab else "-",
         )
         for name, cell in zip(names, cells, strict=True):
             columns[name].append(cell)

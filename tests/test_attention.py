@@ -10,6 +10,7 @@ from megalite.model import attention
 from megalite.model.attention import PackedAttention
 from megalite.model.config import AttentionSpec
 from megalite.model.host_attention import CacheRow, HostAttention
+from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import HostCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,8 +35,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_host_attention(spec, name):
     generator = torch.Generator().manual_seed(0)
-    cache = HostCache([3], KV_HEADS, 16, DIM, block_size=BLOCK, dtype=torch.float32)
-    cache.layers[3].normal_(generator=generator)  # other sequences' old keys
+    cache = HostCache({3: CacheSpec.keys_and_values(KV_HEADS, DIM)}, 16, block_size=BLOCK, dtype=torch.float32)
+    cache.stacks[3][0].normal_(generator=generator)  # other sequences' old keys
     rows, slots, positions, expected, packs = [], [], [], [], []
     for start, count, blocks in LAYOUTS[name]:
         q, k, v = (torch.randn(start + count, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))

@@ -9,9 +9,10 @@ from train_helpers import Case, as_run, build_from, in_parts
 
 from megalite.config.schema import OptimizerSection
 from megalite.core.layout import Layout
-from megalite.core.moe import MixtureOfExperts
 from megalite.core.parallel_state import ParallelState
 from megalite.model import families
+from megalite.model.kinds.experts import Experts
+from megalite.model.layers.experts import MixtureOfExperts
 from megalite.train.balance import LoadBalance
 from megalite.train.micro_batch import MicroBatch, blank, from_sequences
 from megalite.train.model import LanguageModel
@@ -41,7 +42,7 @@ def plainly(folder: Path, monkeypatch) -> tuple[float, float, dict[str, torch.Te
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     decoder = build_from(folder, ParallelState(Layout()))
-    spec = next(moe for moe in decoder.config.moe if moe is not None)
+    spec = decoder.config.of(Experts)[0]
     logits: list[torch.Tensor] = []
     route = MixtureOfExperts.route
 

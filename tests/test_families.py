@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
-from megalite.model.config import ModelConfig, MoESpec, Rope
+from megalite.model.config import ModelConfig, Rope
 from megalite.model.families import LLAMA_WEIGHTS, Family, TensorRef
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
+from megalite.weights.table import pieces
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -77,8 +81,9 @@ def read(tmp_path):
 
 def test_llama(read):
     config = read(LLAMA)
-    assert (config.family, config.num_layers, config.head_dim, config.num_kv_heads) == ("llama", 4, 8, 2)
-    assert config.rope == Rope(theta=10000.0, rotary_dim=8)
+    attention = config.of(SoftmaxAttention)[3]
+    assert (config.family, config.num_layers, attention.head_dim, attention.kv_heads) == ("llama", 4, 8, 2)
+    assert config.ropes == (Rope(theta=10000.0, rotary_dim=8),)
     assert (config.norm_eps, config.dtype, config.bos_token_id, config.eos_token_ids) == (1e-5, "float32", 1, (2,))
 
 
@@ -116,11 +121,11 @@ def test_both_formats_read_the_same(read, old, new):
 
 def test_yarn_temperature_follows_the_paper_or_the_file(read):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-    assert read({**LLAMA, "rope_scaling": yarn}).rope.scaling.attention_factor == pytest.approx(1.1386294)
+    assert read({**LLAMA, "rope_scaling": yarn}).ropes[0].scaling.attention_factor == pytest.approx(1.1386294)
     given = {**yarn, "attention_factor": 1.5}
-    assert read({**LLAMA, "rope_scaling": given}).rope.scaling.attention_factor == 1.5
+    assert read({**LLAMA, "rope_scaling": given}).ropes[0].scaling.attention_factor == 1.5
     deepseek = {**yarn, "mscale": 1.0, "mscale_all_dim": 0.5}
-    assert read({**LLAMA, "rope_scaling": deepseek}).rope.scaling.attention_factor == pytest.approx(
+    assert read({**LLAMA, "rope_scaling": deepseek}).ropes[0].scaling.attention_factor == pytest.approx(
         1.1386294 / 1.0693147
     )
 
@@ -128,7 +133,7 @@ def test_yarn_temperature_follows_the_paper_or_the_file(read):
 def test_phi3_longrope(read):
     scaling = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
     values = {**PHI3, "rope_scaling": scaling, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5}
-    rope = read(values).rope
+    rope = read(values).ropes[0]
     assert rope.rotary_dim == 4
     assert (rope.scaling.kind, rope.scaling.factor, rope.scaling.original_max_position) == ("longrope", 4.0, 32)
     assert rope.scaling.attention_factor == pytest.approx((1 + 2 / 5) ** 0.5)
@@ -136,7 +141,7 @@ def test_phi3_longrope(read):
 
 
 def windows(config: ModelConfig) -> list[int | None]:
-    return [spec.window for spec in config.attention]
+    return [kind.window for kind in config.of(SoftmaxAttention)]
 
 
 def test_windows_of_each_family(read):
@@ -156,19 +161,24 @@ def test_windows_of_each_family(read):
 def test_choices_that_no_tiny_checkpoint_makes(read):
     """All others are compared with transformers, see test_engine_matrix."""
     gemma = read({**GEMMA2, "query_pre_attn_scalar": 24, "attn_logit_softcapping": None})
-    assert gemma.attention[0].softcap is None and gemma.final_softcap == 30.0 and gemma.tie_embeddings
-    assert read(GPT2).intermediate_size == 192 and read({**GPT2, "n_inner": 92}).intermediate_size == 92
+    assert gemma.of(SoftmaxAttention)[0].softcap is None and gemma.final_softcap == 30.0 and gemma.tie_embeddings
+    widths = [read(values).of(DenseMLP)[0].intermediate_size for values in (GPT2, {**GPT2, "n_inner": 92})]
+    assert widths == [192, 92]
 
 
 def test_experts(read):
-    expected = MoESpec(num_experts=8, top_k=2, intermediate_size=44, normalize_top_k=True)
-    assert read(MIXTRAL).moe == (expected,) * 4
-    sparse = MoESpec(num_experts=6, top_k=2, intermediate_size=20, normalize_top_k=False)
-    assert read({**QWEN3_MOE, "mlp_only_layers": [1]}).moe == (sparse, None, sparse, sparse)
-    assert read({**QWEN3_MOE, "decoder_sparse_step": 2}).moe == (None, sparse, None, sparse)
+    def mlps(values: dict) -> list:
+        return [layer.sublayers[1].kind for layer in read(values).layers]
+
+    expected = Experts(num_experts=8, top_k=2, intermediate_size=44, normalize_top_k=True)
+    assert mlps(MIXTRAL) == [expected] * 4
+    wide, sparse = DenseMLP(intermediate_size=44), replace(expected, num_experts=6, intermediate_size=20)
+    sparse = replace(sparse, normalize_top_k=False)
+    assert mlps({**QWEN3_MOE, "mlp_only_layers": [1]}) == [sparse, wide, sparse, sparse]
+    assert mlps({**QWEN3_MOE, "decoder_sparse_step": 2}) == [wide, sparse, wide, sparse]
     renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in QWEN3_MOE.items()}
-    assert read(renamed).moe == (sparse,) * 4
-    assert read({**QWEN3_MOE, "norm_topk_prob": True}).moe[0] == replace(sparse, normalize_top_k=True)
+    assert mlps(renamed) == [sparse] * 4
+    assert mlps({**QWEN3_MOE, "norm_topk_prob": True})[0] == replace(sparse, normalize_top_k=True)
 
 
 # ---- what is refused
@@ -289,7 +299,7 @@ def test_whatever_a_config_says_the_answer_is_a_model_or_a_message(base, changes
     except (CheckpointError, ConfigError) as error:
         assert len(str(error)) < 1000
     else:
-        assert config.num_heads % config.num_kv_heads == 0 and config.hidden_size > 0
+        assert all(kind.heads % kind.kv_heads == 0 for kind in config.of(SoftmaxAttention)) and config.hidden_size > 0
         families.weight_names(config)
 
 
@@ -316,17 +326,22 @@ def test_unknown_architectures_are_refused_by_name_with_what_is_supported(read):
 
 
 def test_fused_tensors_have_offsets_and_plain_ones_do_not(read):
-    phi3 = families.weight_names(read({**PHI3, "num_key_value_heads": 2})).tensors
-    assert [phi3["q"].start, phi3["k"].start, phi3["v"].start] == [0, 48, 64]
-    assert [phi3["gate"].start, phi3["up"].start] == [0, 44]
+    def starts(config: ModelConfig, tensor: str) -> list[int]:
+        return [piece.hf_start for piece in pieces(config) if piece.hf == tensor]
+
+    phi3 = read({**PHI3, "num_key_value_heads": 2})
+    assert starts(phi3, "model.layers.1.self_attn.qkv_proj.weight") == [0, 48, 64]
+    assert starts(phi3, "model.layers.1.mlp.gate_up_proj.weight") == [0, 44]
+    assert starts(phi3, "model.layers.1.mlp.down_proj.weight") == [0]
     gpt2 = families.weight_names(read(GPT2)).tensors
-    assert gpt2["v"] == TensorRef("transformer.h.{layer}.attn.c_attn.weight", start=96, transpose=True)
-    assert gpt2["v_bias"] == TensorRef("transformer.h.{layer}.attn.c_attn.bias", start=96)
-    assert gpt2["down"].transpose and not gpt2["embed"].transpose and gpt2["lm_head"] is None
+    assert starts(read(GPT2), "transformer.h.1.attn.c_attn.bias") == [0, 48, 96]
+    assert gpt2["v"] == TensorRef("transformer.h.{layer}.attn.c_attn.weight", transpose=True)
+    assert gpt2["v_bias"] == TensorRef("transformer.h.{layer}.attn.c_attn.bias")
+    assert gpt2["down"].transpose and not gpt2["embed"].transpose and "lm_head" not in gpt2
     llama = families.weight_names(read({**LLAMA, "attention_bias": True, "mlp_bias": True})).tensors
     assert llama["v"] == TensorRef("model.layers.{layer}.self_attn.v_proj.weight")
     assert llama["gate_bias"] == TensorRef("model.layers.{layer}.mlp.gate_proj.bias")
-    assert llama["attn_norm_bias"] is None and llama["lm_head"] is not None
+    assert "attn_norm_bias" not in llama and "lm_head" in llama
 
 
 def ignores(config: ModelConfig, name: str) -> bool:
@@ -352,9 +367,9 @@ def registered():
 
 def test_a_family_of_ones_own(read, registered):
     weights = {**LLAMA_WEIGHTS, "q_norm": "model.layers.{layer}.qn.weight", "k_norm": "model.layers.{layer}.kn.weight"}
-    registered("mine", Family(architecture="MineForCausalLM", weights=weights, fixed={"qk_norm": True}))
+    registered("mine", Family(architecture="MineForCausalLM", weights=weights, fixed={"qk_norm": "head"}))
     config = read({**LLAMA, "architectures": ["MineForCausalLM"]})
-    assert config.family == "mine" and config.qk_norm
+    assert config.family == "mine" and config.of(SoftmaxAttention)[0].qk_norm == "head"
     assert families.weight_names(config).tensors["q_norm"] == TensorRef("model.layers.{layer}.qn.weight")
 
 
@@ -362,7 +377,7 @@ def test_registering_twice_or_leaving_a_name_out_is_refused(read, registered):
     for name, architecture in (("llama", "OtherForCausalLM"), ("other", "LlamaForCausalLM")):
         with pytest.raises(ConfigError, match="already registered, as llama"):
             registered(name, Family(architecture=architecture, weights=LLAMA_WEIGHTS))
-    registered("mine", Family(architecture="MineForCausalLM", weights=LLAMA_WEIGHTS, fixed={"qk_norm": True}))
+    registered("mine", Family(architecture="MineForCausalLM", weights=LLAMA_WEIGHTS, fixed={"qk_norm": "head"}))
     with pytest.raises(ConfigError, match="family mine: has no tensor name for 'q_norm'"):
         families.weight_names(read({**LLAMA, "architectures": ["MineForCausalLM"]}))
 

@@ -258,7 +258,7 @@ class CachedAttention(DeviceAttention):
     """One whole sequence, whose attention is torch's over what was written to the cache."""
 
     def _attend_stored(self, spec, q, k, v):
-        k, v = self.cache.layers[spec.layer][:, :, : len(q)].transpose(1, 2)
+        k, v = (cached[:, : len(q)].transpose(0, 1) for cached in self.cache.layers[spec.layer])
         return PackedAttention([len(q)], q.device).attend(spec, q, k, v)
 
 
@@ -266,10 +266,8 @@ def sequence(decoder, count: int, context=DeviceAttention) -> DeviceAttention:
     """The context of a step over a whole sequence of `count` tokens."""
     config, weight = decoder.config, next(decoder.parameters())
     cache = DeviceCache(
-        range(config.num_layers),
-        config.num_kv_heads,
+        {layer: made.cache(1, 0) for layer, made in enumerate(config.layers)},
         -(-count // 8),
-        config.head_dim,
         block_size=8,
         dtype=weight.dtype,
         device=weight.device,

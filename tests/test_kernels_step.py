@@ -17,6 +17,7 @@ from megalite.inference.request import Request, Sampled
 from megalite.inference.rows import Rows
 from megalite.inference.scheduler import Scheduler
 from megalite.kernels.step import read_rows
+from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import DeviceCache
 
 pytestmark = needs_triton
@@ -69,7 +70,8 @@ def test_inputs_are_read_by_row_number(used, size, block_size, poisoned):
 
 def test_padded_decode_steps_are_the_same_steps():
     """Rows begin, grow and end at different times; the padded steps know no more of them than the step before wrote."""
-    cache = DeviceCache([0], 1, 64, 4, block_size=4, dtype=torch.float32, device=torch.device(DEVICE))
+    spec = CacheSpec.keys_and_values(1, 4)
+    cache = DeviceCache({0: spec}, 64, block_size=4, dtype=torch.float32, device=torch.device(DEVICE))
     scheduler = Scheduler(
         num_blocks=64, block_size=4, max_num_seqs=NUM_ROWS, max_num_batched_tokens=64, max_model_len=64
     )

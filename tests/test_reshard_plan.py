@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from test_table import configs, local_parameters
 
 from megalite.core.layout import Layout
-from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
+from megalite.model.config import ModelConfig
+from megalite.model.kinds.base import transformer_layer
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.weights.reshard import RoundBuilder
 from megalite.weights.reshard_plan import atoms, buckets, least_received, plan
 from megalite.weights.table import Range, owned
@@ -145,17 +149,13 @@ def test_an_atom_is_held_whole_or_not_at_all(case):
 
 
 def sized(layers: int, hidden: int, heads: int, kv_heads: int, inner: int, vocab: int, moe=None, tied=False):
+    attention = SoftmaxAttention(heads=heads, kv_heads=kv_heads, head_dim=128, scale=1.0)
     return ModelConfig(
         family="qwen3_moe" if moe else "llama",
         vocab_size=vocab,
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=128,
-        intermediate_size=inner,
         max_position_embeddings=8,
-        attention=tuple(AttentionSpec(layer=layer, scale=1.0) for layer in range(layers)),
-        moe=(moe,) * layers,
+        layers=(transformer_layer(attention, moe or DenseMLP(intermediate_size=inner)),) * layers,
         tie_embeddings=tied,
     )
 
@@ -163,7 +163,7 @@ def sized(layers: int, hidden: int, heads: int, kv_heads: int, inner: int, vocab
 SMALL = sized(28, 1024, 16, 8, 3072, 151936, tied=True)
 LARGE = sized(80, 8192, 64, 8, 28672, 128256)
 EXPERTS = sized(
-    8, 2048, 32, 4, 6144, 32000, MoESpec(num_experts=64, top_k=8, intermediate_size=768, normalize_top_k=True)
+    8, 2048, 32, 4, 6144, 32000, Experts(num_experts=64, top_k=8, intermediate_size=768, normalize_top_k=True)
 )
 PAIRS = [
     (SMALL, Layout(2, 2, 1), Layout(4, 1, 1)),

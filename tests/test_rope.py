@@ -32,6 +32,7 @@ from megalite.inference.run import prompt_limits, run_everywhere
 from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import Decoder
+from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import DeviceCache
 from megalite.model.rope import Rotary
 from megalite.train.micro_batch import from_sequences
@@ -147,7 +148,7 @@ def test_phi3_takes_its_original_length_beside_the_rope(tiny):
     for changes in ({}, {"original_max_position_embeddings": 64}, {"original_max_position_embeddings": None}):
         given = {key: value for key, value in {**values, **changes}.items() if value is not None}
         wanted = Phi3Config(**json.loads(json.dumps(given))).rope_parameters["original_max_position_embeddings"]
-        got = families.from_values(Path("config.json"), given).rope.scaling.original_max_position
+        got = families.from_values(Path("config.json"), given).ropes[0].scaling.original_max_position
         assert got == wanted
 
 
@@ -157,8 +158,8 @@ def test_divisors_are_not_rounded_to_the_models_dtype(tiny, tmp_path):
     given = json.loads((folder / "config.json").read_text())["rope_parameters"]
     edit_config(folder, rope_parameters={**given, "short_factor": [1.0199999809, 1.0299999713]})
     short = torch.tensor([1])
-    half = decoder_of(folder, torch.bfloat16)._rotary.frequencies(short)
-    plain = Rotary(replace(families.read(folder).rope, scaling=None)).frequencies(short)
+    half = decoder_of(folder, torch.bfloat16)._rotaries[0].frequencies(short)
+    plain = Rotary(replace(families.read(folder).ropes[0], scaling=None)).frequencies(short)
     torch.testing.assert_close(half, plain / torch.tensor([[1.0199999809, 1.0299999713]]), atol=0, rtol=0)
 
 
@@ -257,7 +258,7 @@ def test_in_training_by_the_length_of_each_sequence(tiny):
 
 def test_a_batch_on_a_device_says_each_tokens_longest_length():
     """Of chunks and decodes, as they are and padded; of captured decode steps see test_kernels_step.py."""
-    cache = DeviceCache([0], 1, 32, 4, block_size=4, dtype=torch.float32)
+    cache = DeviceCache({0: CacheSpec.keys_and_values(1, 4)}, 32, block_size=4, dtype=torch.float32)
     rows = Rows(4, 128, cache=cache)
 
     def row(number: int, prompt: int, limit: int, start: int, count: int) -> Row:
@@ -288,6 +289,6 @@ def test_key_variants(tiny, stretched):
     dynamic = families.read(stretched(STRETCHED["dynamic"]))
     for model, (length, other) in product((longrope, plain, dynamic), product((5, 32, 33, 100), repeat=2)):
         # where equal, the frequencies are; where they differ, sharing would be wrong
-        frequencies = Rotary(model.rope).frequencies(torch.tensor([length, other]))
+        frequencies = Rotary(model.ropes[0]).frequencies(torch.tensor([length, other]))
         alike = len(frequencies) == 1 or torch.equal(*frequencies)
         assert (model.key_variant(length) == model.key_variant(other)) == alike

@@ -8,6 +8,7 @@ from megalite.config.schema import SamplingParams
 from megalite.inference.request import Request, Sampled
 from megalite.inference.rows import Rows
 from megalite.inference.scheduler import Scheduler
+from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import DeviceCache
 
 NUM_ROWS = 8
@@ -15,7 +16,7 @@ NUM_ROWS = 8
 
 def test_padded_steps_are_the_same_steps():
     """Prompts in chunks, samples of one prompt, decoding rows and rows that grow, side by side until all have ended."""
-    cache = DeviceCache([0], 2, 200, 16, block_size=4, dtype=torch.float32)
+    cache = DeviceCache({0: CacheSpec.keys_and_values(2, 16)}, 200, block_size=4, dtype=torch.float32)
     scheduler = Scheduler(
         num_blocks=200, block_size=4, max_num_seqs=NUM_ROWS, max_num_batched_tokens=20, max_model_len=128
     )

@@ -8,7 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.core.layout import KVHeads, LayerCosts, Layout, QueryHeads, share
-from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
+from megalite.model.config import ModelConfig
+from megalite.model.kinds.base import transformer_layer
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.weights.table import hf_shapes, owned
 
 
@@ -19,27 +23,27 @@ def configs(draw) -> ModelConfig:
     if family == "gpt2":
         group = 1
     layers = draw(st.integers(1, 4))
-    moe = MoESpec(num_experts=draw(st.integers(1, 5)), top_k=1, intermediate_size=3, normalize_top_k=True)
     gpt2 = family == "gpt2"
+    attention = SoftmaxAttention(
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 4])),
+        scale=1.0,
+        qkv_bias=family in ("qwen2", "gpt2"),
+        out_bias=gpt2,
+        qk_norm="head" if family == "qwen3" else None,
+    )
+    mlp = DenseMLP(intermediate_size=draw(st.integers(1, 13)), gated=not gpt2, bias=gpt2)
+    if family == "mixtral":
+        mlp = Experts(num_experts=draw(st.integers(1, 5)), top_k=1, intermediate_size=3, normalize_top_k=True)
     return ModelConfig(
         family=family,
         vocab_size=draw(st.integers(2, 23)),
         hidden_size=draw(st.integers(1, 3)) * 4,
-        num_heads=kv_heads * group,
-        num_kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([2, 4])),
-        intermediate_size=draw(st.integers(1, 13)),
         max_position_embeddings=8,
-        attention=tuple(AttentionSpec(layer=layer, scale=1.0) for layer in range(layers)),
-        moe=tuple(moe if family == "mixtral" else None for _ in range(layers)),
+        layers=(transformer_layer(attention, mlp, post_norms=family == "gemma2"),) * layers,
         tie_embeddings=gpt2 or draw(st.booleans()),
         norm="layer" if gpt2 else "rms",
-        qkv_bias=family in ("qwen2", "gpt2"),
-        attention_out_bias=gpt2,
-        mlp_bias=gpt2,
-        qk_norm=family == "qwen3",
-        post_norms=family == "gemma2",
-        gated_mlp=not gpt2,
         learned_positions=gpt2,
     )
 
@@ -117,9 +121,9 @@ def test_only_what_must_be_is_held_twice(case):
             piece = part.piece
             held = total[piece.param, piece.hf, piece.hf_start]
             whole = piece.split.total
-            if isinstance(piece.split, KVHeads) and layout.tp > config.num_kv_heads:
-                assert held == layout.tp * config.head_dim  # one KV head on every rank
-            elif part.hi - part.lo == whole and piece.expert is None:
+            if isinstance(piece.split, KVHeads) and layout.tp > piece.split.kv_heads:
+                assert held == layout.tp * piece.split.head_dim  # one KV head on every rank
+            elif part.hi - part.lo == whole and piece.place is None:
                 assert held in (whole, whole * layout.tp)
             else:
                 assert held == whole

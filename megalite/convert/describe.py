@@ -13,6 +13,8 @@ import numpy as np
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, matrices
 from megalite.weights.dtypes import DTYPE_BYTES
@@ -62,14 +64,18 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
 
 def _model(model: ModelConfig) -> dict[str, Any]:
     """Its shape, in the words of a model card."""
-    experts = next((moe for moe in model.moe if moe is not None), None)
+    experts = next(iter(model.of(Experts)), None)
+    attention = next(iter(model.of(SoftmaxAttention)), None)
+    scalings = sorted({rope.scaling.kind for rope in model.ropes if rope.scaling is not None})
     return {
         "hidden_size": model.hidden_size,
-        "heads": {"query": model.num_heads, "key_value": model.num_kv_heads, "size": model.head_dim},
+        "heads": {"query": attention.heads, "key_value": attention.kv_heads, "size": attention.head_dim}
+        if attention
+        else None,
         "experts": {"count": experts.num_experts, "per_token": experts.top_k} if experts else None,
         "context": model.max_position_embeddings,
-        "rope_scaling": model.rope.scaling.kind if model.rope and model.rope.scaling else None,
-        "windows": sorted({spec.window for spec in model.attention if spec.window is not None}),
+        "rope_scaling": " ".join(scalings) or None,
+        "windows": sorted({kind.window for kind in model.of(SoftmaxAttention) if kind.window is not None}),
         "vocabulary": model.vocab_size,
         "tied_embeddings": model.tie_embeddings,
     }

@@ -7,6 +7,8 @@ gradient).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,8 +140,8 @@ class Residual:
         self.add(leave_tp(update, state) if sums is None else update)
         self.sums = sums
 
-    def add(self, update: Tensor, post: nn.Module | None = None) -> None:
-        """x += update, or the norm `post` of it."""
+    def add(self, update: Tensor, post: Callable[[Tensor], Tensor] | None = None) -> None:
+        """x += update, or `post` of it, such as a norm."""
         self.x = self.total()
         self.update = update if post is None else post(update)
 
@@ -156,8 +158,14 @@ class Residual:
             self.update = None
         return self.x
 
-    def normed(self, norm: nn.Module) -> Tensor:
-        """`norm` of the stream with its update."""
+    def sum_in_place(self) -> Tensor:
+        """The stream with its update, for a kernel that adds to it."""
+        return self.total()
+
+    def normed(self, norm: nn.Module | None) -> Tensor:
+        """`norm` of the stream with its update; None: the stream itself."""
+        if norm is None:
+            return self.total()
         out: Tensor
         if self.update is not None and isinstance(norm, RMSNorm) and by_kernels(self.x):
             out = norm(self.x, update=self.update, sums=self.sums)
@@ -168,3 +176,21 @@ class Residual:
         else:
             out = norm(self.total())
         return out
+
+
+class Beside(Residual):
+    """The stream as several sublayers read it before any of them has added to it."""
+
+    def __init__(self, stream: Residual):
+        x = stream.total()
+        super().__init__(x.clone() if by_kernels(x) else x)  # they add to the stream in place
+        self.stream = stream
+
+    def add_partial(self, update: Tensor, state: ParallelState) -> None:
+        self.stream.add_partial(update, state)
+
+    def add(self, update: Tensor, post: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.stream.add(update, post)
+
+    def sum_in_place(self) -> Tensor:
+        return self.stream.sum_in_place()

@@ -150,8 +150,8 @@ class ColumnParallelLinear(Linear):
             return product(x, self.format.matrix(self.stored), self.bias)
         return self.format.product(x, self.stored, self.bias, gate=gate)
 
-    def read(self, stream: Residual, norm: nn.Module, *, gate: str | None = None) -> Tensor:
-        """The map of the normed residual stream."""
+    def read(self, stream: Residual, norm: nn.Module | None, *, gate: str | None = None) -> Tensor:
+        """The map of the normed residual stream; without a norm of the stream itself."""
         x = stream.settled()
         if x is not None and isinstance(norm, RMSNorm) and self.format.takes_more(x, self.stored):
             place = norm.weight, norm.eps, norm.zero_centred
@@ -179,10 +179,10 @@ class RowParallelLinear(Linear):
         y = leave_tp(y, self.state)
         return y if self.bias is None else y + self.bias
 
-    def write(self, stream: Residual, x: Tensor, post: nn.Module | None) -> None:
-        """Add the map of x to the residual stream, through the norm `post` if there is one."""
+    def write(self, stream: Residual, x: Tensor, post: Callable[[Tensor], Tensor] | None) -> None:
+        """Add the map of x to the residual stream, through `post`, such as a norm, if there is one."""
         if self.state.tp.size == 1 and post is None and self.format.adds(x, self.stored, self.bias):
-            self.format.product(x, self.stored, self.bias, residual=stream.total())
+            self.format.product(x, self.stored, self.bias, residual=stream.sum_in_place())
         elif self.bias is None and post is None:
             stream.add_partial(self(x, partial=True), self.state)
         else:

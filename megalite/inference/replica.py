@@ -27,6 +27,7 @@ from megalite.inference.scheduler import Scheduler
 from megalite.kernels.device import free_memory, ranks_on_device
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
+from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
 from megalite.planner.memory import (
@@ -141,10 +142,8 @@ class Replica:
             cache = self._host_cache(self.num_blocks)
         else:
             cache = DeviceCache(
-                self.decoder.layer_range,
-                self.memory.kv_heads,
+                self._cache_specs(),
                 self.num_blocks,
-                self.model.head_dim,
                 block_size=settings.block_size,
                 dtype=self.dtype,
                 device=self.device,
@@ -194,8 +193,11 @@ class Replica:
         )
 
     def _host_cache(self, blocks: int) -> HostCache:
-        layers, kv_heads, head_dim = self.decoder.layer_range, self.memory.kv_heads, self.model.head_dim
-        return HostCache(layers, kv_heads, blocks, head_dim, block_size=self.settings.block_size, dtype=self.dtype)
+        return HostCache(self._cache_specs(), blocks, block_size=self.settings.block_size, dtype=self.dtype)
+
+    def _cache_specs(self) -> dict[int, CacheSpec]:
+        """What each layer of this rank's stage keeps."""
+        return dict(zip(self.decoder.layer_range, self.memory.cache, strict=True))
 
     @property
     def weight_bytes(self) -> int:

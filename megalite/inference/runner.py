@@ -195,9 +195,10 @@ class Runner:
             assert self.host is not None
             source, target = (self.cache, self.host) if copy.kind == "out" else (self.host, self.cache)
             size = self.cache.block_size
-            for layer, values in source.layers.items():
-                block = values[:, :, copy.source * size : (copy.source + 1) * size]
-                target.layers[layer][:, :, copy.target * size : (copy.target + 1) * size].copy_(block)
+            for layer, stacks in source.stacks.items():
+                for values, copies in zip(stacks, target.stacks[layer], strict=True):
+                    block = values[:, :, copy.source * size : (copy.source + 1) * size]
+                    copies[:, :, copy.target * size : (copy.target + 1) * size].copy_(block)
 
     def close(self) -> None:
         """Wait for what is on its way between stages."""

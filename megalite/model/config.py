@@ -6,10 +6,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from megalite.core.layout import LayerCosts
+from megalite.core.layout import Even, LayerCosts, Whole
+from megalite.model.kinds.base import Kind, Layer, Row
+
+ActivationName = Literal["silu", "gelu_tanh", "gelu"]
+NormName = Literal["rms", "rms_zero_centred", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +49,12 @@ class Rope:
     """Number of leading channels of a head that are rotated."""
     scaling: RopeScaling | None = None
 
+    def variant(self, length: int) -> int:
+        """Which frequencies a sequence of at most `length` tokens has; 0 where they do not depend on it."""
+        if self.scaling is None or length <= self.scaling.original_max_position:
+            return 0
+        return {"longrope": 1, "dynamic": length}.get(self.scaling.kind, 0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionSpec:
@@ -61,18 +71,6 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MoESpec:
-    """A mixture of experts in place of the MLP; each tp rank holds whole experts."""
-
-    num_experts: int
-    top_k: int
-    intermediate_size: int
-    """Hidden width of one expert."""
-    normalize_top_k: bool
-    """Divide the chosen experts' probabilities by their sum."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """One decoder-only transformer."""
 
@@ -80,31 +78,14 @@ class ModelConfig:
     """Key in families.FAMILIES."""
     vocab_size: int
     hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
     max_position_embeddings: int
     """Longest sequence in tokens, RoPE scaling included; number of learned positions."""
-    attention: tuple[AttentionSpec, ...]
-    """Of each layer."""
-    moe: tuple[MoESpec | None, ...]
-    """Of each layer; None: a dense MLP."""
+    layers: tuple[Layer, ...]
+    """What each layer is made of."""
     tie_embeddings: bool
-    norm: Literal["rms", "rms_zero_centred", "layer"] = "rms"
+    norm: NormName = "rms"
     """rms_zero_centred: the weight is stored as its difference from one."""
     norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    attention_out_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    """Normalise each head's query and key before the rotation."""
-    post_norms: bool = False
-    """Also normalise the output of attention and of the MLP, before each is added back."""
-    gated_mlp: bool = True
-    """down(act(gate) * up), else down(act(up))."""
-    activation: Literal["silu", "gelu_tanh", "gelu"] = "silu"
-    rope: Rope | None = None
     learned_positions: bool = False
     """Add a learned vector for each position to the embedding; max_position_embeddings of them."""
     embedding_scale: float | None = None
@@ -120,31 +101,68 @@ class ModelConfig:
 
     @property
     def num_layers(self) -> int:
-        return len(self.attention)
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the layer that has fewest: so many tp ranks have work in all."""
+        return min((kind.query_heads for layer in self.layers for kind in layer.kinds if kind.query_heads), default=0)
+
+    def first_rows(self) -> list[Row]:
+        """Rows of the weight table before the first layer."""
+        rows = [Row(weight="embed", param="embed.tokens.weight", split=self.vocab, other=(self.hidden_size,))]
+        if self.learned_positions:
+            count = Whole(self.max_position_embeddings)
+            rows.append(Row(weight="positions", param="embed.positions", split=count, other=(self.hidden_size,)))
+        return rows
+
+    def layer_rows(self, layer: int) -> list[Row]:
+        """Rows of one layer: its norms, then its sublayers; parameters are named within the layer."""
+        rows = [row for name in self.layers[layer].norms for row in self._norm_rows(name, name)]
+        for part in self.layers[layer].sublayers:
+            rows += [replace(row, param=f"{part.name}.{row.param}") for row in part.kind.rows(self.hidden_size)]
+        return rows
+
+    def last_rows(self) -> list[Row]:
+        """Rows after the last layer."""
+        head = "embed" if self.tie_embeddings else "lm_head"
+        matrix = Row(weight=head, param="head.weight", split=self.vocab, other=(self.hidden_size,), linear=True)
+        return [*self._norm_rows("final_norm", "norm"), matrix]
+
+    def _norm_rows(self, weight: str, param: str) -> list[Row]:
+        width = Whole(self.hidden_size)
+        bias = [Row(weight=f"{weight}_bias", param=f"{param}.bias", split=width)] if self.norm == "layer" else []
+        return [Row(weight=weight, param=f"{param}.weight", split=width), *bias]
+
+    @property
+    def vocab(self) -> Even:
+        """How the vocabulary is cut over tp."""
+        return Even(self.vocab_size)
+
+    def of(self, kind: type[Kind]) -> list[Kind]:
+        """All sublayers of one kind, in the order of the layers."""
+        return [one for layer in self.layers for one in layer.of(kind)]
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of its layers."""
+        found = (kind.rope for layer in self.layers for kind in layer.kinds)
+        return tuple(dict.fromkeys(rope for rope in found if rope is not None))
 
     def key_variant(self, length: int) -> int:
         """Which rotary frequencies a sequence of at most `length` tokens has: it shares keys with those of equal value.
 
         0 except for longrope and dynamic, whose frequencies depend on the length; see model/rope.py.
         """
-        scaling = self.rope.scaling if self.rope is not None else None
-        if scaling is None or length <= scaling.original_max_position:
-            return 0
-        return {"longrope": 1, "dynamic": length}.get(scaling.kind, 0)
+        return sum(rope.variant(length) for rope in self.ropes)  # none falls as the length grows
 
     def layer_parameters(self, layer: int) -> int:
         """Number of parameters of one layer without norms and biases."""
-        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
-        matrices = 3 if self.gated_mlp else 2
-        moe = self.moe[layer]
-        if moe is None:
-            return heads + matrices * self.hidden_size * self.intermediate_size
-        experts = moe.num_experts * (matrices * self.hidden_size * moe.intermediate_size + self.hidden_size)
-        return heads + experts
+        return self.layers[layer].parameters(self.hidden_size)
 
     def layer_costs(self) -> LayerCosts:
         """Number of parameters of each layer and of both ends: what a decode step reads and what a rank holds."""
         vocab = self.vocab_size * self.hidden_size
         positions = self.max_position_embeddings * self.hidden_size if self.learned_positions else 0
-        layers = tuple(self.layer_parameters(layer) for layer in range(self.num_layers))
+        layers = tuple(layer.parameters(self.hidden_size) for layer in self.layers)
         return LayerCosts(layers=layers, first=vocab + positions, last=vocab)

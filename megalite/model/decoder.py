@@ -1,30 +1,30 @@
 """The model definition: one decoder-only transformer for all families, for training and generation, in any layout.
 
-    token ids --embed--> x --> [ x + attn(norm(x)), x + mlp(norm(x)) ] per layer --> hidden --norm, head--> logits
+    token ids --embed--> x --> x + sublayer(norm(x)), for each of each layer --> hidden --norm, head--> logits
                 first stage              this stage's layers                           last stage
 
-Families differ in `ModelConfig` fields; each choice is made once, in a constructor. Parameter names carry global layer
-indices on every stage.
+Families differ in `ModelConfig` and in the kinds of which it makes a layer (`kinds/`); each choice is made once, in a
+constructor. Parameter names carry global layer indices on every stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.functional import ACTIVATIONS, by_kernels
-from megalite.core.layers import LayerNorm, Residual, RMSNorm, VocabParallelEmbedding, replicated
-from megalite.core.layout import Even, KVHeads, QueryHeads, width
-from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
-from megalite.core.moe import MixtureOfExperts
+from megalite.core.functional import by_kernels
+from megalite.core.layers import Beside, LayerNorm, Residual, RMSNorm, VocabParallelEmbedding, replicated
+from megalite.core.layout import Even, width
+from megalite.core.linear import ColumnParallelLinear
 from megalite.core.parallel_state import ParallelState
-from megalite.model.attention import AttentionContext, Heads
+from megalite.model.attention import AttentionContext
 from megalite.model.config import ModelConfig
+from megalite.model.layers.base import LayerModule
 from megalite.model.rope import Rotary, Rotation
 
 
@@ -37,112 +37,68 @@ def make_norm(config: ModelConfig, state: ParallelState) -> RMSNorm | LayerNorm:
     return RMSNorm(config.hidden_size, config.norm_eps, zero_centred=zero_centred, partial_gradient=partial_gradient)
 
 
-class Attention(nn.Module):
-    """Self-attention with heads cut over tp: q, k, v projection, q/k norms, rotation, attention, output projection.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A sublayer's module and what is between it and the residual stream."""
 
-    The attention itself, and any KV cache, is the `AttentionContext`'s.
-    """
-
-    def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
-        super().__init__()
-        self.spec = config.attention[layer]
-        self.head_dim = config.head_dim
-        queries = QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim)
-        keys = KVHeads(config.num_kv_heads, config.head_dim)
-        self.qkv = ColumnParallelLinear(config.hidden_size, (queries, keys, keys), state, bias=config.qkv_bias)
-        self.out = RowParallelLinear(queries, config.hidden_size, state, bias=config.attention_out_bias)
-        num_q, num_k, num_v = (outputs // config.head_dim for outputs in self.qkv.widths)
-        self.heads = num_q, num_k, num_v
-        """Of this rank: queries, keys, values."""
-        if config.qk_norm:
-            norm = partial(RMSNorm, config.head_dim, config.norm_eps, partial_gradient=state.tp.size > 1)
-            self.q_norm, self.k_norm = norm(), norm()
-        self.qk_norm = config.qk_norm
-
-    def update(
-        self, x: Residual, norm: nn.Module, post: nn.Module | None, ctx: AttentionContext, rotation: Rotation | None
-    ) -> None:
-        """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
-        qkv = self.qkv.read(x, norm).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
-        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
-        attended = ctx.attend_heads(self.spec, Heads(qkv, self.heads, norms, rotation))
-        self.out.write(x, attended.flatten(-2), post)
-
-
-class MLP(nn.Module):
-    """down(act(gate) * up), or down(act(up)), with the intermediate width cut over tp."""
-
-    def __init__(self, config: ModelConfig, state: ParallelState):
-        super().__init__()
-        inner = Even(config.intermediate_size)
-        self.gated = config.gated_mlp
-        self.activation = config.activation
-        splits = (inner, inner) if self.gated else (inner,)
-        self.up = ColumnParallelLinear(config.hidden_size, splits, state, bias=config.mlp_bias)
-        self.down = RowParallelLinear(inner, config.hidden_size, state, bias=config.mlp_bias)
-
-    def update(self, x: Residual, norm: nn.Module, post: nn.Module | None) -> None:
-        """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
-        if self.gated:
-            hidden = self.up.read(x, norm, gate=self.activation)
-        else:
-            hidden = ACTIVATIONS[self.activation](self.up.read(x, norm))
-        self.down.write(x, hidden, post)
-
-
-def make_mlp(config: ModelConfig, layer: int, state: ParallelState) -> MLP | MixtureOfExperts:
-    """Dense or mixture of experts, as the config says for this layer."""
-    moe = config.moe[layer]
-    if moe is None:
-        return MLP(config, state)
-    return MixtureOfExperts(
-        config.hidden_size,
-        moe.intermediate_size,
-        num_experts=moe.num_experts,
-        top_k=moe.top_k,
-        normalize_top_k=moe.normalize_top_k,
-        activation=config.activation,
-        state=state,
-    )
+    module: LayerModule
+    norm: nn.Module | None
+    post: Callable[[Tensor], Tensor] | None
 
 
 class Block(nn.Module):
-    """One transformer layer on the residual stream: x + attn(norm(x)), then x + mlp(norm(x)).
-
-    Families with post norms add the norm of each output in its place.
-    """
+    """One layer on the residual stream: its sublayers one after the other, or beside each other, as the config says."""
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
-        self.attn_norm = make_norm(config, state)
-        self.attn = Attention(config, layer, state)
-        self.post_attn_norm = make_norm(config, state) if config.post_norms else None
-        self.mlp_norm = make_norm(config, state)
-        self.mlp = make_mlp(config, layer, state)
-        self.post_mlp_norm = make_norm(config, state) if config.post_norms else None
+        self._groups: list[list[_Part]] = []
+        """Sublayers of a group read the same stream."""
+        for part in config.layers[layer].sublayers:
+            norm = self._norm(part.norm, config, state)
+            module = part.kind.module(config, layer, state)
+            self.add_module(part.name, module)
+            post = _scaled(self._norm(part.post_norm, config, state), part.scale)
+            if not part.beside:
+                self._groups.append([])
+            self._groups[-1].append(_Part(module, norm, post))
 
-    def forward(self, x: Residual, ctx: AttentionContext, rotation: Rotation | None) -> None:
-        self.attn.update(x, self.attn_norm, self.post_attn_norm, ctx, rotation)
-        self.mlp.update(x, self.mlp_norm, self.post_mlp_norm)
+    def _norm(self, name: str | None, config: ModelConfig, state: ParallelState) -> nn.Module | None:
+        """The norm of that name, made where it is named first."""
+        if name is not None and name not in self._modules:
+            self.add_module(name, make_norm(config, state))
+        return None if name is None else self._modules[name]
 
-    def whole(self, x: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
+    def forward(self, x: Residual, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
+        for group in self._groups:
+            stream = x if len(group) == 1 else Beside(x)
+            for part in group:
+                part.module.update(stream, part.norm, part.post, ctx, rotations)
+
+    def whole(self, x: Tensor, ctx: AttentionContext, rotations: Sequence[Rotation]) -> Tensor:
         """The layer by itself: [T, hidden] -> [T, hidden] ([T/tp, hidden] under sequence parallelism)."""
         stream = Residual(x)
-        self(stream, ctx, rotation)
+        self(stream, ctx, rotations)
         return stream.total()
 
 
-BlockCall = Callable[[Tensor, AttentionContext, Rotation | None], Tensor]
+def _scaled(norm: nn.Module | None, scale: float) -> Callable[[Tensor], Tensor] | None:
+    """scale * norm(x); None: x itself."""
+    if scale == 1.0:
+        return norm
+    return (lambda x: x * scale) if norm is None else (lambda x: norm(x) * scale)
+
+
+BlockCall = Callable[[Tensor, AttentionContext, Sequence[Rotation]], Tensor]
 """`Block.whole`, or a function that wraps it."""
-StreamCall = Callable[[Residual, AttentionContext, Rotation | None], None]
+StreamCall = Callable[[Residual, AttentionContext, Sequence[Rotation]], None]
 """The forward of a block."""
 
 
 def _on_stream(call: BlockCall) -> StreamCall:
     """A block's function of tensors as one of the residual stream."""
 
-    def forward(x: Residual, ctx: AttentionContext, rotation: Rotation | None) -> None:
-        x.x = call(x.total(), ctx, rotation)
+    def forward(x: Residual, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
+        x.x = call(x.total(), ctx, rotations)
 
     return forward
 
@@ -202,7 +158,7 @@ class Decoder(nn.Module):
             for chunk in state.layout.chunks(state.pp.rank, costs)
         ]
         self._chunks: list[list[StreamCall]] = [list(blocks) for blocks in self._blocks]
-        self._rotary = Rotary(config.rope, config.max_position_embeddings) if config.rope is not None else None
+        self._rotaries = [Rotary(rope, config.max_position_embeddings) for rope in config.ropes]
 
     def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
         """Run one chunk of layers on hidden states [T, hidden] ([T/tp, hidden] under sequence parallelism).
@@ -213,10 +169,10 @@ class Decoder(nn.Module):
             x = self.embed(x, ctx.positions)
         elif by_kernels(x):
             x = x.clone()  # they add to the stream in place
-        rotation = self._rotary(ctx.positions, ctx.lengths, x.dtype) if self._rotary is not None else None
+        rotations = [rotary(ctx.positions, ctx.lengths, x.dtype) for rotary in self._rotaries]
         stream = Residual(x)
         for block in self._chunks[chunk]:
-            block(stream, ctx, rotation)
+            block(stream, ctx, rotations)
         return stream.total()
 
     def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:

@@ -10,12 +10,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megalite.errors import ConfigError, Problem
-from megalite.model.config import AttentionSpec, ModelConfig, MoESpec
+from megalite.model.config import ModelConfig, NormName, Rope
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope
+from megalite.model.kinds.base import Layer, Row, transformer_layer
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -35,8 +39,6 @@ class TensorRef:
 
     hf: str
     """Tensor name with `{layer}` and `{expert}` to be filled in."""
-    start: int = 0
-    """First element along the output dimension that belongs to this weight; not 0 only in fused tensors."""
     transpose: bool = False
     """Stored [in, out] instead of [out, in]."""
 
@@ -51,19 +53,17 @@ class WeightNames:
     """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
     tied_head: str | None
     """What the head would be called, where it is the embedding."""
-    tensors: Mapping[str, TensorRef | None]
-    """Every weight of `_weights_of` -> its tensor; None: this model has none such. Linear weights are [out, in]."""
+    tensors: Mapping[str, TensorRef]
+    """Every weight of the model's rows -> its tensor. Weights of one tensor lie in it in the order of the rows."""
 
     @property
     def embedding(self) -> str:
         """Tensor name of the embedding."""
-        ref = self.tensors["embed"]
-        assert ref is not None
-        return ref.hf
+        return self.tensors["embed"].hf
 
 
 WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
-MoERule = Callable[[HFConfig, int], tuple[MoESpec | None, ...]]
+MoERule = Callable[[HFConfig, int], tuple[Experts | None, ...]]
 ScaleRule = Callable[[HFConfig, int, int], float]
 
 
@@ -96,15 +96,15 @@ def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, .
     return tuple(window if layer >= first else None for layer in range(layers))
 
 
-def dense(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
+def dense(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
     return (None,) * layers
 
 
-def experts_everywhere(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
+def experts_everywhere(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
     return (_experts(config, layers, "intermediate_size", normalize=True),) * layers
 
 
-def experts_by_step(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]:
+def experts_by_step(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
     """Every `decoder_sparse_step`-th layer, `mlp_only_layers` excepted."""
     if config.size("num_experts", low=0) == 0:
         return dense(config, layers)
@@ -113,13 +113,19 @@ def experts_by_step(config: HFConfig, layers: int) -> tuple[MoESpec | None, ...]
     return tuple(spec if (i + 1) % step == 0 and i not in dense_layers else None for i in range(layers))
 
 
-def _experts(config: HFConfig, layers: int, width: str, *, normalize: bool) -> MoESpec:
+def _experts(config: HFConfig, layers: int, width: str, *, normalize: bool) -> Experts:
     experts, top_k = config.size("num_experts"), config.size("num_experts_per_tok")
     if top_k > experts:
         raise config.problem("num_experts_per_tok", f"must be at most the number of experts ({experts})", top_k)
     if experts * layers > MAX_EXPERTS:
         raise config.problem("num_experts", f"of {layers} layers must be at most {MAX_EXPERTS} together", experts)
-    return MoESpec(num_experts=experts, top_k=top_k, intermediate_size=config.size(width), normalize_top_k=normalize)
+    return Experts(
+        num_experts=experts,
+        top_k=top_k,
+        intermediate_size=config.size(width),
+        activation=config.choice("hidden_act", ACTIVATIONS),
+        normalize_top_k=normalize,
+    )
 
 
 def scale_by_head_dim(config: HFConfig, head_dim: int, layer: int) -> float:
@@ -136,6 +142,46 @@ def gpt2_scale(config: HFConfig, head_dim: int, layer: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Switches:
+    """What families choose between, by the names that `Family.fixed` and `Family.flags` use; a default is Llama's."""
+
+    norm: NormName = "rms"
+    pre_norms: bool = True
+    """Normalise what attention and MLP read."""
+    post_norms: bool = False
+    """Normalise what attention and MLP add."""
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = True
+    qk_norm: Literal["head"] | None = None
+    learned_positions: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heads:
+    """The heads of a model's attention, as its config.json says."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: HFConfig) -> Heads:
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        kv_heads = config.optional_size("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise config.problem("num_key_value_heads", f"must divide num_attention_heads ({heads})", kv_heads)
+        head_dim = config.optional_size("head_dim")
+        if head_dim is None and hidden % heads:
+            raise config.problem("hidden_size", f"must be a multiple of num_attention_heads ({heads})", hidden)
+        return cls(heads=heads, kv_heads=kv_heads, head_dim=head_dim or hidden // heads)
+
+
+LayerRule = Callable[["Family", HFConfig, Switches], tuple[Layer, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """One model architecture: its keys in config.json, its choices and its tensor names.
 
@@ -145,8 +191,8 @@ class Family:
     architecture: str
     """The class name in config.json's `architectures`."""
     weights: Mapping[str, str]
-    """Weight (see `_weights_of`) -> tensor name. Biases are not listed: they are named as the weight, with `.bias`.
-    Where q, k, v (or gate, up) have one name, the tensor is fused in that order."""
+    """Weight (as the kinds' rows call it) -> tensor name. A bias that is not listed is named as its weight, with
+    `.bias`. Weights of one name are fused in one tensor, in the order of the rows."""
     prefix: str = "model."
     """See WeightNames."""
     ignored: tuple[str, ...] = ()
@@ -158,9 +204,9 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict)
     """What an absent key means, as in transformers."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """`ModelConfig` fields that are the same in every checkpoint."""
+    """`Switches` that are the same in every checkpoint."""
     flags: Mapping[str, str] = field(default_factory=dict)
-    """`ModelConfig` field -> boolean key in config.json."""
+    """`Switches` -> boolean key in config.json."""
     scaled_embedding: bool = False
     """Multiply the embedding by sqrt(hidden_size)."""
     softcaps: bool = False
@@ -176,6 +222,8 @@ class Family:
     windows: WindowRule = no_windows
     moe: MoERule = dense
     scale: ScaleRule = scale_by_head_dim
+    layers: LayerRule = field(default_factory=lambda: transformer_layers)
+    """What the layers are made of."""
 
 
 COMMON_DEFAULTS = {
@@ -189,10 +237,6 @@ COMMON_KEYS = {"norm_eps": ("rms_norm_eps",)}
 COMMON_IGNORED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", r"^model\.rotary_emb\.inv_freq$")
 """Tables that older transformers saved along with the weights."""
 
-LINEAR = ("q", "k", "v", "attn_out", "gate", "up", "down", "router", "expert_gate", "expert_up", "expert_down")
-FUSED = (("q", "k", "v"), ("gate", "up"), ("expert_gate", "expert_up"))
-"""Weights that a checkpoint may hold in one tensor, in this order."""
-
 
 def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFConfig:
     """The values of a config.json under this family's names and defaults."""
@@ -205,47 +249,70 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
     End-of-sequence ids beyond the vocabulary are left out: they can't be generated.
     """
     config.refuse_unsupported()
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    layers, vocab = config.size("num_hidden_layers"), config.size("vocab_size")
-    kv_heads = config.optional_size("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise config.problem("num_key_value_heads", f"must divide num_attention_heads ({heads})", kv_heads)
-    head_dim = config.optional_size("head_dim")
-    if head_dim is None and hidden % heads:
-        raise config.problem("hidden_size", f"must be a multiple of num_attention_heads ({heads})", hidden)
-    head_dim = head_dim or hidden // heads
-    rope = None
-    if family.rotary:
-        rope = read_rope(config, head_dim, partial=family.partial_rotary, kinds=family.rope_kinds)
+    hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
+    switches = Switches(**{**family.fixed, **{name: config.flag(key) for name, key in family.flags.items()}})
+    layers = family.layers(family, config, switches)
+    ropes = {kind.rope for layer in layers for kind in layer.kinds}
     begin = config.token_ids("bos_token_id") or generation.token_ids("bos_token_id") or ()
     aux_loss = config.optional_number("router_aux_loss_coef", or_zero=True) if family.moe is not dense else None
-    choices = {**family.fixed, **{name: config.flag(key) for name, key in family.flags.items()}}
     return ModelConfig(
         family=name,
         vocab_size=vocab,
         hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=config.size("intermediate_size", 4 * hidden if family.wide_mlp_by_default else REQUIRED),
-        max_position_embeddings=longest_sequence(rope, config.size("max_position_embeddings")),
-        attention=_attention(family, config, head_dim, layers),
-        moe=family.moe(config, layers),
+        max_position_embeddings=longest_sequence(ropes, config.size("max_position_embeddings")),
+        layers=layers,
         tie_embeddings=config.flag("tie_word_embeddings"),
+        norm=switches.norm,
         norm_eps=config.number("norm_eps"),
-        activation=config.choice("hidden_act", ACTIVATIONS),
-        rope=rope,
+        learned_positions=switches.learned_positions,
         embedding_scale=hidden**0.5 if family.scaled_embedding else None,
         final_softcap=config.optional_number("final_logit_softcapping") if family.softcaps else None,
         router_aux_loss_coef=aux_loss or 0.0,
         dtype=config.dtype(),
         bos_token_id=next((token for token in begin if token < vocab), None),
         eos_token_ids=tuple(token for token in generation.eos_token_ids if token < vocab),
-        **choices,
     )
 
 
-def _attention(family: Family, config: HFConfig, head_dim: int, layers: int) -> tuple[AttentionSpec, ...]:
+def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> tuple[Layer, ...]:
+    """Softmax attention and an MLP or a mixture of experts in every layer."""
+    heads, count = Heads.of(config), config.size("num_hidden_layers")
+    rope: Rope | None = None
+    if family.rotary:
+        rope = read_rope(config, heads.head_dim, partial=family.partial_rotary, kinds=family.rope_kinds)
+    windows, experts = _windows(family, config, count), family.moe(config, count)
+    default = 4 * config.size("hidden_size") if family.wide_mlp_by_default else REQUIRED
+    mlp = DenseMLP(
+        intermediate_size=config.size("intermediate_size", default),
+        activation=config.choice("hidden_act", ACTIVATIONS),
+        gated=switches.gated_mlp,
+        bias=switches.mlp_bias,
+    )
+    softcap = config.optional_number("attn_logit_softcapping") if family.softcaps else None
+    return tuple(
+        transformer_layer(
+            SoftmaxAttention(
+                heads=heads.heads,
+                kv_heads=heads.kv_heads,
+                head_dim=heads.head_dim,
+                scale=family.scale(config, heads.head_dim, layer),
+                window=windows[layer],
+                softcap=softcap,
+                rope=rope,
+                qkv_bias=switches.qkv_bias,
+                out_bias=switches.attention_out_bias,
+                qk_norm=switches.qk_norm,
+            ),
+            experts[layer] or mlp,
+            pre_norms=switches.pre_norms,
+            post_norms=switches.post_norms,
+        )
+        for layer in range(count)
+    )
+
+
+def _windows(family: Family, config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    """Of each layer; CheckpointError where `layer_types` says otherwise."""
     kinds = config.raw("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise config.problem("layer_types", f"must be a list of {layers} entries, one a layer", kinds)
@@ -254,67 +321,26 @@ def _attention(family: Family, config: HFConfig, head_dim: int, layers: int) -> 
         if kind != ("full_attention" if windows[layer] is None else "sliding_attention"):
             at = f"{layer} must say how this family attends there, with window {windows[layer]}"
             raise config.problem("layer_types", f"of layer {at}", kind)
-    softcap = config.optional_number("attn_logit_softcapping") if family.softcaps else None
-    return tuple(
-        AttentionSpec(layer=layer, scale=family.scale(config, head_dim, layer), window=windows[layer], softcap=softcap)
-        for layer in range(layers)
-    )
+    return windows
 
 
 def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
     """The tensors that a checkpoint of this model must hold. ConfigError if the family does not name one of them."""
-    tensors = {weight: _tensor(name, family, config, weight) if has else None for weight, has in _weights_of(config)}
+    different = {layer: index for index, layer in enumerate(config.layers)}
+    layer_rows = {row.weight: row for index in different.values() for row in config.layer_rows(index)}
+    end_rows = {row.weight: row for row in (*config.first_rows(), *config.last_rows())}
+    tensors = {weight: _tensor(name, family, row, in_layer=True) for weight, row in layer_rows.items()}
+    tensors |= {weight: _tensor(name, family, row, in_layer=False) for weight, row in end_rows.items()}
     head = family.weights["lm_head"] if config.tie_embeddings else None
     tied = (f"^{re.escape(head)}$",) if head else ()
     ignored = (*COMMON_IGNORED, *family.ignored, *tied)
     return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, tensors=tensors)
 
 
-def _tensor(name: str, family: Family, config: ModelConfig, weight: str) -> TensorRef:
-    base = weight.removesuffix("_bias")
-    hf = family.weights.get(base)
-    if hf is None:
+def _tensor(name: str, family: Family, row: Row, *, in_layer: bool) -> TensorRef:
+    if row.weight in family.weights:
+        return TensorRef(family.weights[row.weight], transpose=family.transposed and row.linear and in_layer)
+    base = row.weight.removesuffix("_bias")
+    if base not in family.weights:
         raise ConfigError(Problem(key=f"family {name}", rule=f"has no tensor name for {base!r}"))
-    start = _start(family, config, base)
-    if weight != base:
-        return TensorRef(hf.removesuffix(".weight") + ".bias", start)
-    return TensorRef(hf, start, transpose=family.transposed and base in LINEAR)
-
-
-def _weights_of(config: ModelConfig) -> list[tuple[str, bool]]:
-    """Every weight that a decoder may have, and whether this one has it.
-
-    Dense layers have `gate`, `up` and `down`, those with experts `router` and `expert_*`.
-    """
-    has_dense, has_experts = None in config.moe, any(config.moe)
-    biased_mlp = config.mlp_bias and has_dense
-    groups = {
-        ("embed", "final_norm", "attn_norm", "q", "k", "v", "attn_out", "mlp_norm"): True,
-        ("lm_head",): not config.tie_embeddings,
-        ("positions",): config.learned_positions,
-        ("final_norm_bias", "attn_norm_bias", "mlp_norm_bias"): config.norm == "layer",
-        ("q_bias", "k_bias", "v_bias"): config.qkv_bias,
-        ("attn_out_bias",): config.attention_out_bias,
-        ("q_norm", "k_norm"): config.qk_norm,
-        ("post_attn_norm", "post_mlp_norm"): config.post_norms,
-        ("up", "down"): has_dense,
-        ("gate",): has_dense and config.gated_mlp,
-        ("up_bias", "down_bias"): biased_mlp,
-        ("gate_bias",): biased_mlp and config.gated_mlp,
-        ("router", "expert_gate", "expert_up", "expert_down"): has_experts,
-    }
-    return [(weight, present) for group, present in groups.items() for weight in group]
-
-
-def _start(family: Family, config: ModelConfig, weight: str) -> int:
-    """First output of a weight in its tensor: the outputs of those fused before it."""
-    expert_width = max((moe.intermediate_size for moe in config.moe if moe is not None), default=0)
-    outputs = {
-        "q": config.num_heads * config.head_dim,
-        "k": config.num_kv_heads * config.head_dim,
-        "gate": config.intermediate_size,
-        "expert_gate": expert_width,
-    }
-    group = next((group for group in FUSED if weight in group), (weight,))
-    before = group[: group.index(weight)]
-    return sum(outputs[other] for other in before if family.weights.get(other) == family.weights[weight])
+    return TensorRef(family.weights[base].removesuffix(".weight") + ".bias")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -274,12 +274,14 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> R
     )
 
 
-def longest_sequence(rope: Rope | None, stated: int) -> int:
+def longest_sequence(ropes: Iterable[Rope | None], stated: int) -> int:
     """Longest sequence in tokens: `stated` (max_position_embeddings), or the original length times the factor.
 
-    As vLLM reads it: for llama3 and longrope `stated` is the scaled length, where it is above the original one.
+    As vLLM reads it: for llama3 and longrope `stated` is the scaled length, where it is above the original one; so it
+    is where rotary embeddings differ by layer.
     """
-    scaling = rope.scaling if rope is not None else None
+    different = {rope for rope in ropes if rope is not None}
+    scaling = different.pop().scaling if len(different) == 1 else None
     if scaling is None or (scaling.kind in ("llama3", "longrope") and stated > scaling.original_max_position):
         return stated
     stretched = scaling.original_max_position * scaling.factor

@@ -157,8 +157,7 @@ class HostAttention:
         self.lengths = lengths
         self.slots = slots
         """Cache slot of each token of the pack: int64 [T]."""
-        num_slots = next(iter(cache.layers.values())).shape[2]
-        self.lanes = _Lanes.of([row for row in rows if row.decodes_in_place], num_slots)
+        self.lanes = _Lanes.of([row for row in rows if row.decodes_in_place], cache.num_slots)
         self.rows = rows if self.lanes is None else [row for row in rows if not row.decodes_in_place]
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:

@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 
-from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, width
+from megalite.core.layout import Layout, width
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.planner.devices import Device
 from megalite.planner.memory import CAPTURED_WORK
 from megalite.weights.table import owned
@@ -80,27 +83,26 @@ def shard(config: ModelConfig, tp: int) -> ModelShard:
             experts[stage] += one.elements
         elif one.piece.other and stage not in ("first", "last"):
             matrices[stage] += one.elements
-    head = width(Even(config.vocab_size), tp, 0) * config.hidden_size
+    head = width(config.vocab, tp, 0) * config.hidden_size
     if config.tie_embeddings:
         elements["last"] += head
-    queries = width(QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim), tp, 0)
-    keys = width(KVHeads(config.num_kv_heads, config.head_dim), tp, 0)
-    inner = width(Even(config.intermediate_size), tp, 0)
-    gate = 2 if config.gated_mlp else 1
 
     def layer(index: int) -> LayerShard:
-        moe = config.moe[index]
-        wide = inner if moe is None else math.ceil(moe.top_k * moe.intermediate_size / min(tp, moe.num_experts))
+        made = config.layers[index]
+        attention, moe = next(made.of(SoftmaxAttention), None), next(made.of(Experts), None)
+        inner = sum((2 if mlp.gated else 1) * width(mlp.inner, tp, 0) for mlp in made.of(DenseMLP))
+        if moe is not None:
+            inner += 2 * math.ceil(moe.top_k * moe.intermediate_size / min(tp, moe.num_experts))
         return LayerShard(
             matrices=matrices[index],
             experts=experts[index],
             share=1.0 if moe is None else moe.top_k / moe.num_experts,
             num_experts=0 if moe is None else moe.num_experts,
             top_k=0 if moe is None else moe.top_k,
-            queries=queries,
-            keys=keys,
-            inner=gate * wide,
-            window=config.attention[index].window,
+            queries=width(attention.queries, tp, 0) if attention else 0,
+            keys=width(attention.keys, tp, 0) if attention else 0,
+            inner=inner,
+            window=attention.window if attention else None,
         )
 
     layers = range(config.num_layers)

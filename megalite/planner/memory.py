@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from megalite.config.schema import EngineSection
-from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, width
+from megalite.core.layout import Layout, width
 from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.base import CacheSpec
 from megalite.monitor.words import format_bytes
 from megalite.weights.table import local_elements
 
@@ -92,14 +93,9 @@ class TrainingMemory:
     def token(self, layer: int) -> int:
         """Bytes that the backward pass of one layer needs of one token: what norms, projections, rotation, attention,
         gate and both residual sums were given."""
-        config, tp, place = self.config, self.layout.tp, self.layout.coord(self.rank)
-        queries = width(QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim), tp, place.tp)
-        keys = width(KVHeads(config.num_kv_heads, config.head_dim), tp, place.tp)
-        moe = config.moe[layer]
-        inner = (
-            width(Even(config.intermediate_size), tp, place.tp) if moe is None else moe.top_k * moe.intermediate_size
-        )
-        return (4 * config.hidden_size + 3 * (queries + keys) + (3 if config.gated_mlp else 2) * inner) * self.itemsize
+        tp, tp_rank = self.layout.tp, self.layout.coord(self.rank).tp
+        kept = sum(kind.kept(tp, tp_rank) for kind in self.config.layers[layer].kinds)
+        return (4 * self.config.hidden_size + kept) * self.itemsize
 
     def activations(self, tokens: int, micro_batches: int, *, recompute: bool) -> int:
         """Kept between forward and backward, of micro batches of `tokens` tokens, `micro_batches` in a step.
@@ -116,7 +112,7 @@ class TrainingMemory:
 
     def footprint(self, tokens: int, micro_batches: int, *, recompute: bool) -> Footprint:
         """All of it."""
-        vocab = width(Even(self.config.vocab_size), self.layout.tp, self.layout.coord(self.rank).tp)
+        vocab = width(self.config.vocab, self.layout.tp, self.layout.coord(self.rank).tp)
         is_last = self.layout.coord(self.rank).pp == self.layout.pp - 1
         return replace(
             self.state(),
@@ -141,15 +137,20 @@ class RankMemory:
         return local_elements(self.config, self.layout, self.rank) * self.itemsize
 
     @property
-    def kv_heads(self) -> int:
-        """KV heads that the rank caches."""
-        split = KVHeads(self.config.num_kv_heads, self.config.head_dim)
-        return width(split, self.layout.tp, self.layout.coord(self.rank).tp) // self.config.head_dim
+    def cache(self) -> list[CacheSpec]:
+        """What each layer of the rank's stage keeps of tokens and sequences."""
+        place = self.layout.coord(self.rank)
+        layers = self.layout.layers(place.pp, self.config.layer_costs())
+        return [self.config.layers[layer].cache(self.layout.tp, place.tp) for layer in layers]
 
     def kv_block(self, block_size: int) -> int:
-        """One KV block: keys and values of `block_size` tokens in the layers of the rank's stage."""
-        layers = len(self.layout.layers(self.layout.coord(self.rank).pp, self.config.layer_costs()))
-        return 2 * layers * self.kv_heads * self.config.head_dim * block_size * self.itemsize
+        """One KV block: what `block_size` tokens leave in the layers of the rank's stage."""
+        return sum(spec.token_elements for spec in self.cache) * block_size * self.itemsize
+
+    @property
+    def sequence(self) -> int:
+        """What a running sequence keeps in those layers, however long it is."""
+        return sum(spec.sequence_elements for spec in self.cache) * self.itemsize
 
     def beside(self, engine: EngineSection, *, stage_weights: int, captures: bool, longest: int) -> Footprint:
         """All that an engine holds beside weights and KV cache.
@@ -168,12 +169,10 @@ class RankMemory:
     def activations(self, *, max_tokens: int) -> int:
         """Upper estimate of the layers' temporary memory in a step of `max_tokens` tokens: the widest moment of a layer
         (residual, norm, stacked projection and its activation)."""
-        config, place, tp = self.config, self.layout.coord(self.rank), self.layout.tp
-        queries = QueryHeads(config.num_heads, config.num_kv_heads, config.head_dim)
-        keys = KVHeads(config.num_kv_heads, config.head_dim)
-        heads = sum(width(split, tp, place.tp) for split in (queries, keys, keys))
-        inner = width(Even(config.intermediate_size), tp, place.tp) * (2 if config.gated_mlp else 1)
-        return max_tokens * (3 * config.hidden_size + max(3 * heads, 2 * inner)) * self.itemsize
+        place, tp = self.layout.coord(self.rank), self.layout.tp
+        kinds = {kind for layer in self.config.layers for kind in layer.kinds}
+        widest = max(kind.widest(tp, place.tp) for kind in kinds)
+        return max_tokens * (3 * self.config.hidden_size + widest) * self.itemsize
 
     def logits(self, *, max_tokens: int, max_rows: int) -> int:
         """Upper estimate of what sampling takes on the last stage, in a step of `max_tokens` tokens of which `max_rows`
@@ -189,9 +188,10 @@ class RankMemory:
         return 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * SAMPLED_ROW
 
     def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:
-        """Buffers of the running sequences: tokens, block tables (see `Rows`) and what the sampler keeps of each, with
-        how often each token was said, where there are penalties."""
-        return (max_rows + 1) * (4 * (2 * max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD)
+        """Buffers of the running sequences: tokens, block tables (see `Rows`), what the sampler keeps of each, with how
+        often each token was said, where there are penalties, and what layers keep of a sequence."""
+        buffers = 4 * (2 * max_len + blocks_for(max_len, block_size)) + ROW_OVERHEAD
+        return (max_rows + 1) * (buffers + self.sequence)
 
     def graphs(self, *, max_rows: int, max_tokens: int, weights: int) -> int:
         """Upper estimate of what captured steps keep, of up to `max_rows` sequences and `max_tokens` tokens, on a stage

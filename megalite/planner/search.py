@@ -41,13 +41,12 @@ def layouts(
     tp: int | None = None,
     pp: int | None = None,
     dp: int | None = None,
-    trains: bool = False,
 ) -> Iterator[Layout]:
     """Every tp x pp x dp of so many devices that the model can be cut into, those that do not divide it included.
 
     Sizes that are given are kept. Beyond one query head and one MLP column a rank, tp has nothing to cut.
     """
-    most = config.num_heads if trains else max(config.num_heads, config.num_kv_heads)
+    most = config.num_heads
     for one in range(1, min(devices, most) + 1):
         for stages in range(1, min(devices // one, config.num_layers) + 1):
             replicas, rest = divmod(devices, one * stages)

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from megalite.core.moe import MixtureOfExperts, Routing
 from megalite.model.decoder import Decoder
+from megalite.model.kinds.experts import Experts
+from megalite.model.layers.experts import MixtureOfExperts, Routing
 from megalite.train.micro_batch import MicroBatch
 
 
@@ -23,7 +24,7 @@ class LoadBalance:
     """Of one stage. For a model without experts, or with a coefficient of 0, everything here is nothing."""
 
     def __init__(self, decoder: Decoder, coefficient: float):
-        specs = [moe for moe in decoder.config.moe if moe is not None]
+        specs = decoder.config.of(Experts)
         self.num_experts = specs[0].num_experts if specs and coefficient > 0 else 0
         self.num_layers = len(specs)
         self.coefficient = coefficient

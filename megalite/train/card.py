@@ -13,6 +13,8 @@ import yaml
 
 from megalite.config.schema import TrainConfig
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.train.data.prepared import Corpus
 from megalite.weights.table import hf_shapes
 
@@ -87,12 +89,16 @@ def write(
     size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
     optimizer, step, tokens = config.optimizer, history.best_step, history.best_tokens
     epochs, per_step = tokens / corpus.facts["splits"]["train"]["tokens"], tokens // max(1, step)
+    attention, mlp = next(iter(model.of(SoftmaxAttention)), None), next(iter(model.of(DenseMLP)), None)
+    heads = (
+        f"{attention.heads} query, {attention.kv_heads} key/value, {attention.head_dim} wide" if attention else "none"
+    )
     shape = [
         ("parameters", f"{count:,}"),
         ("layers", model.num_layers),
         ("hidden size", model.hidden_size),
-        ("heads", f"{model.num_heads} query, {model.num_kv_heads} key/value, {model.head_dim} wide"),
-        ("MLP width", model.intermediate_size),
+        ("heads", heads),
+        *([("MLP width", mlp.intermediate_size)] if mlp else []),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("context", f"{model.max_position_embeddings:,} tokens"),
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 
@@ -43,19 +42,16 @@ def peak_of_run(device: torch.device, dtype: str, *, ranks: int, local_ranks: in
 
 def active_parameters(model: ModelConfig) -> int:
     """Parameters that a token is multiplied by: chosen experts and the head, but no table that is looked up in."""
-    chosen = tuple(None if moe is None else replace(moe, num_experts=moe.top_k) for moe in model.moe)
-    active = replace(model, moe=chosen)
-    routers = sum((moe.num_experts - moe.top_k) * model.hidden_size for moe in model.moe if moe is not None)
-    layers = sum(active.layer_parameters(layer) for layer in range(model.num_layers))
-    return layers + routers + model.vocab_size * model.hidden_size
+    layers = sum(layer.active_parameters(model.hidden_size) for layer in model.layers)
+    return layers + model.vocab_size * model.hidden_size
 
 
 def training_flops(model: ModelConfig, lengths: Iterable[int]) -> float:
     """Operations of a training step over sequences of `lengths` tokens; a window bounds the keys of its layer."""
     lengths = list(lengths)
-    windows = Counter(spec.window for spec in model.attention)
-    keys = sum(
-        layers * sum(length * (length if window is None else min(length, window)) for length in lengths)
-        for window, layers in windows.items()
+    over_keys = sum(
+        count * layer.flops_over_keys(length) * length
+        for layer, count in Counter(model.layers).items()
+        for length in lengths
     )
-    return 6.0 * active_parameters(model) * sum(lengths) + 12.0 * model.num_heads * model.head_dim * keys
+    return 6.0 * active_parameters(model) * sum(lengths) + 3.0 * over_keys

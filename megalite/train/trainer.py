@@ -23,6 +23,7 @@ from megalite.core.schedules import training
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
+from megalite.model.kinds.experts import Experts
 from megalite.train import zero
 from megalite.train.balance import LoadBalance
 from megalite.train.gradients import PartialGradients, TiedEmbedding
@@ -38,7 +39,7 @@ def check_trainable(model: ModelConfig, state: ParallelState, zero_stage: int) -
     reason = zero_refusal(zero_stage, pp=state.pp.size, tied=model.tie_embeddings)
     if reason is not None:
         problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}"))
-    experts = min((moe.num_experts for moe in model.moe if moe is not None), default=state.tp.size)
+    experts = min((kind.num_experts for kind in model.of(Experts)), default=state.tp.size)
     for most, what in ((model.num_heads, "attention heads"), (experts, "experts")):
         if state.tp.size > most:
             rule = f"must be at most the model's {most} {what} in training"

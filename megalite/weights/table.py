@@ -2,7 +2,8 @@
 
 `owned(config, layout, rank)` is the only shard arithmetic in the project. Loading reads its ranges, export copies them
 back, resharding (on disk or between processes) intersects the ranges of two layouts. Ranges are in Hugging Face
-coordinates, along one dimension of the stored tensor, and values are never changed. Importable without torch.
+coordinates, along one dimension of the stored tensor, and values are never changed. Which weights a layer has its kinds
+say (`model/kinds`), how they are called its family. Importable without torch.
 """
 
 from __future__ import annotations
@@ -13,24 +14,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from megalite.core.layout import Even, KVHeads, Layout, QueryHeads, Split, Whole, share, width
-from megalite.model.config import ModelConfig, MoESpec
-from megalite.model.families import TensorRef, weight_names
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertPlace:
-    """Which expert a piece belongs to; a rank holds it if it holds that expert."""
-
-    index: int
-    num_experts: int
-    rows: int
-    """Rows of the local parameter that one expert takes."""
-
-    def start(self, tp: int, tp_rank: int) -> int | None:
-        """First row of this expert in the local parameter; None if it is on another rank."""
-        lo, hi = share(self.num_experts, tp, tp_rank)
-        return (self.index - lo) * self.rows if lo <= self.index < hi else None
+from megalite.core.layout import Layout, Split, width
+from megalite.model.config import ModelConfig
+from megalite.model.families import WeightNames, weight_names
+from megalite.model.kinds.base import Place, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +41,12 @@ class Piece:
     hf_start: int = 0
     transpose: bool = False
     """The file holds the matrix as [in, out]."""
-    expert: ExpertPlace | None = None
+    expert: int | None = None
+    """Index of the expert whose weight it is."""
+    place: Place | None = None
+    """The unit it belongs to, where only the rank that holds that unit has it."""
+    linear: bool = False
+    """The matrix of a linear map, in the format that linears have."""
 
     @property
     def hf_dim(self) -> int:
@@ -69,9 +61,9 @@ class Piece:
     def local_start(self, tp: int, tp_rank: int) -> int | None:
         """Offset in the local parameter along `dim`; None if this tp rank has no part of it."""
         start = sum(width(split, tp, tp_rank) for split in self.before)
-        if self.expert is None:
+        if self.place is None:
             return start
-        first = self.expert.start(tp, tp_rank)
+        first = self.place.start(tp, tp_rank)
         return None if first is None else first + start
 
     def as_stored(self) -> Range:
@@ -112,18 +104,39 @@ class Range:
 @lru_cache(maxsize=8)
 def pieces(config: ModelConfig) -> tuple[Piece, ...]:
     """Every weight of the model once for each place it is used in (a tied embedding: twice)."""
-    tensors = weight_names(config).tensors
-    vocab, hidden = Even(config.vocab_size), config.hidden_size
-    table = _Table(stage="first")
-    table.add(tensors["embed"], "embed.tokens.weight", vocab, hidden)
-    table.add(tensors["positions"], "embed.positions", config.max_position_embeddings, hidden)
+    names = weight_names(config)
+    found = _pieces(names, config.first_rows(), "first")
     for layer in range(config.num_layers):
-        table.rows += _layer_pieces(config, layer)
-    table.stage = "last"
-    table.add(tensors["final_norm"], "norm.weight", hidden)
-    table.add(tensors["final_norm_bias"], "norm.bias", hidden)
-    table.add(tensors["embed"] if config.tie_embeddings else tensors["lm_head"], "head.weight", vocab, hidden)
-    return tuple(table.rows)
+        found += _pieces(names, config.layer_rows(layer), layer)
+    return tuple(found + _pieces(names, config.last_rows(), "last"))
+
+
+def _pieces(names: WeightNames, rows: list[Row], stage: int | Literal["first", "last"]) -> list[Piece]:
+    """The rows of one stage with their places in the checkpoint: those of one tensor lie in it in their order."""
+    prefix = f"layers.{stage}." if isinstance(stage, int) else ""
+    ends: dict[str, int] = {}
+    found = []
+    for row in rows:
+        source = names.tensors[row.weight]
+        hf = source.hf.format(layer=stage, expert=row.expert) if "{" in source.hf else source.hf
+        start = ends.get(hf, 0)
+        ends[hf] = start + row.split.total
+        piece = Piece(
+            hf=hf,
+            param=prefix + row.param,
+            stage=stage,
+            dim=row.dim,
+            split=row.split,
+            other=row.other,
+            before=row.before,
+            hf_start=start,
+            transpose=source.transpose,
+            expert=row.expert,
+            place=row.place,
+            linear=row.linear,
+        )
+        found.append(piece)
+    return found
 
 
 def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Range]:
@@ -181,93 +194,3 @@ def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[
 def local_elements(config: ModelConfig, layout: Layout, rank: int) -> int:
     """Parameters that `rank` holds."""
     return sum(part.elements for part in owned(config, layout, rank))
-
-
-class _Table:
-    """Collects pieces of one stage; a source of None means that the family has no such weight."""
-
-    def __init__(self, stage: int | Literal["first", "last"]):
-        self.stage = stage
-        self.rows: list[Piece] = []
-
-    def add(
-        self,
-        source: TensorRef | None,
-        param: str,
-        cut: Split | int,
-        *other: int,
-        dim: int = 0,
-        before: tuple[Split, ...] = (),
-        expert: ExpertPlace | None = None,
-    ) -> None:
-        """A vector, or a matrix whose other dim is given. `cut`: over tp ranks; a number is not cut."""
-        if source is None:
-            return
-        hf = source.hf
-        if "{" in hf:
-            hf = hf.format(layer=self.stage, expert=expert.index if expert else None)
-        split = Whole(cut) if isinstance(cut, int) else cut
-        piece = Piece(hf, param, self.stage, dim, split, other, before, source.start, source.transpose, expert)
-        self.rows.append(piece)
-
-
-def _layer_pieces(config: ModelConfig, layer: int) -> list[Piece]:
-    tensors = weight_names(config).tensors
-    hidden, head = config.hidden_size, config.head_dim
-    queries = QueryHeads(config.num_heads, config.num_kv_heads, head)
-    keys = KVHeads(config.num_kv_heads, head)
-    prefix = f"layers.{layer}"
-    table = _Table(stage=layer)
-    for source, bias, name in (
-        (tensors["attn_norm"], tensors["attn_norm_bias"], "attn_norm"),
-        (tensors["post_attn_norm"], None, "post_attn_norm"),
-        (tensors["mlp_norm"], tensors["mlp_norm_bias"], "mlp_norm"),
-        (tensors["post_mlp_norm"], None, "post_mlp_norm"),
-    ):
-        table.add(source, f"{prefix}.{name}.weight", hidden)
-        table.add(bias, f"{prefix}.{name}.bias", hidden)
-    before: tuple[Split, ...] = ()
-    for source, bias, split in (
-        (tensors["q"], tensors["q_bias"], queries),
-        (tensors["k"], tensors["k_bias"], keys),
-        (tensors["v"], tensors["v_bias"], keys),
-    ):
-        table.add(source, f"{prefix}.attn.qkv.weight", split, hidden, before=before)
-        table.add(bias, f"{prefix}.attn.qkv.bias", split, before=before)
-        before = (*before, split)
-    table.add(tensors["q_norm"], f"{prefix}.attn.q_norm.weight", head)
-    table.add(tensors["k_norm"], f"{prefix}.attn.k_norm.weight", head)
-    table.add(tensors["attn_out"], f"{prefix}.attn.out.weight", queries, hidden, dim=1)
-    table.add(tensors["attn_out_bias"], f"{prefix}.attn.out.bias", hidden)
-    moe = config.moe[layer]
-    if moe is None:
-        _mlp_pieces(config, table, f"{prefix}.mlp")
-    else:
-        _moe_pieces(config, moe, table, f"{prefix}.mlp")
-    return table.rows
-
-
-def _mlp_pieces(config: ModelConfig, table: _Table, prefix: str) -> None:
-    tensors = weight_names(config).tensors
-    inner, hidden = Even(config.intermediate_size), config.hidden_size
-    before: tuple[Split, ...] = ()
-    if config.gated_mlp:
-        table.add(tensors["gate"], f"{prefix}.up.weight", inner, hidden)
-        table.add(tensors["gate_bias"], f"{prefix}.up.bias", inner)
-        before = (inner,)
-    table.add(tensors["up"], f"{prefix}.up.weight", inner, hidden, before=before)
-    table.add(tensors["up_bias"], f"{prefix}.up.bias", inner, before=before)
-    table.add(tensors["down"], f"{prefix}.down.weight", inner, hidden, dim=1)
-    table.add(tensors["down_bias"], f"{prefix}.down.bias", hidden)
-
-
-def _moe_pieces(config: ModelConfig, moe: MoESpec, table: _Table, prefix: str) -> None:
-    tensors, hidden = weight_names(config).tensors, config.hidden_size
-    table.add(tensors["router"], f"{prefix}.router", moe.num_experts, hidden)
-    inner = moe.intermediate_size
-    for index in range(moe.num_experts):
-        up = ExpertPlace(index, moe.num_experts, 2 * inner)
-        down = ExpertPlace(index, moe.num_experts, hidden)
-        table.add(tensors["expert_gate"], f"{prefix}.up", inner, hidden, expert=up)
-        table.add(tensors["expert_up"], f"{prefix}.up", inner, hidden, before=(Whole(inner),), expert=up)
-        table.add(tensors["expert_down"], f"{prefix}.down", hidden, inner, expert=down)

@@ -90,12 +90,12 @@ class Floor:
     @property
     def kv_bytes(self) -> int:
         """Of one token, in all layers."""
-        return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * self.itemsize
+        return sum(layer.cache(1, 0).token_elements for layer in self.model.layers) * self.itemsize
 
     @property
     def score_flops(self) -> float:
         """Of one query and one key, in all layers and heads."""
-        return 4.0 * self.model.num_layers * self.model.num_heads * self.model.head_dim
+        return float(sum(layer.flops_over_keys(1) for layer in self.model.layers))
 
     def decode(self, contexts: Sequence[int]) -> float:
         """One token more for sequences of these lengths.

@@ -22,6 +22,7 @@ from megalite.inference.outputs import OutputProcessor
 from megalite.inference.request import Request, Sampled, StepPlan
 from megalite.inference.rows import Rows
 from megalite.inference.scheduler import Scheduler
+from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import HostCache
 from megalite.planner.memory import blocks_for
 
@@ -79,7 +80,8 @@ def measure(rows: int, prompt: int, steps: int) -> dict[str, float]:
         max_model_len=longest,
         contiguous=False,
     )
-    buffers = Rows(rows, longest, cache=HostCache(range(1), 1, num_blocks, 1, block_size=BLOCK, dtype=torch.float32))
+    smallest = {0: CacheSpec.keys_and_values(1, 1)}
+    buffers = Rows(rows, longest, cache=HostCache(smallest, num_blocks, block_size=BLOCK, dtype=torch.float32))
     outputs = OutputProcessor(None)
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     for index in range(rows):

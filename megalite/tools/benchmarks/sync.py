@@ -30,8 +30,11 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.hybrid.sync import Sync
-from megalite.model.config import AttentionSpec, ModelConfig, Rope
+from megalite.model.config import ModelConfig, Rope
 from megalite.model.decoder import Decoder
+from megalite.model.kinds.base import transformer_layer
+from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.monitor.words import format_bytes
 from megalite.tools.toolkit import say_time_left
 from megalite.weights.reshard_plan import least_received
@@ -111,19 +114,14 @@ def print_table(figures: list[list[dict[str, Any]]]) -> None:
 def model_of(layers: int) -> ModelConfig:
     """With 8 layers, 238 MiB in bfloat16."""
     head = 64
+    attention = SoftmaxAttention(heads=16, kv_heads=8, head_dim=head, scale=head**-0.5, rope=Rope(rotary_dim=head))
     return ModelConfig(
         family="llama",
         vocab_size=16384,
         hidden_size=1024,
-        num_heads=16,
-        num_kv_heads=8,
-        head_dim=head,
-        intermediate_size=2688,
         max_position_embeddings=128,
-        attention=tuple(AttentionSpec(layer=layer, scale=head**-0.5) for layer in range(layers)),
-        moe=(None,) * layers,
+        layers=(transformer_layer(attention, DenseMLP(intermediate_size=2688)),) * layers,
         tie_embeddings=False,
-        rope=Rope(rotary_dim=head),
     )
 
 

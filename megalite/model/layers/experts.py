@@ -1,10 +1,12 @@
-"""Mixture of experts in place of a dense MLP, with expert parallelism along the tp axis: whole experts on each rank.
+"""The module of a mixture of experts, with expert parallelism along the tp axis: whole experts on each rank.
 
 Every tp rank has every token, routes it the same way and adds the output of its own experts; the sum over tp is the
 one that a row-parallel layer makes anyway, so expert parallelism costs no further communication.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,10 @@ from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
 from megalite.core.linear import DENSE
 from megalite.core.parallel_state import ParallelState
+from megalite.model.attention import AttentionContext
+from megalite.model.kinds.experts import Experts
+from megalite.model.layers.base import LayerModule
+from megalite.model.rope import Rotation
 
 FEW_TOKENS = 256
 """Up to here every expert runs on every token on a GPU: reading the weights costs more than the products."""
@@ -51,38 +57,28 @@ class Routing:
             self.probabilities = sums if self.probabilities is None else self.probabilities + sums
 
 
-class MixtureOfExperts(nn.Module):
+class MixtureOfExperts(LayerModule):
     """[T, dim] -> [T, dim]: a softmax router weights the top_k experts of each token, which are gated MLPs.
 
     Parameters, with E experts on this rank: `router` [num_experts, dim]; `up` [E * 2 * intermediate, dim], of each
     expert its gate rows, then its up rows; `down` [E * dim, intermediate].
     """
 
-    def __init__(
-        self,
-        dim: int,
-        intermediate: int,
-        *,
-        num_experts: int,
-        top_k: int,
-        normalize_top_k: bool,
-        activation: str,
-        state: ParallelState,
-    ):
+    def __init__(self, kind: Experts, dim: int, state: ParallelState):
         super().__init__()
         self.state = state
         self.format = DENSE
         """Of each expert's two matrices."""
-        self.top_k = top_k
-        self.normalize_top_k = normalize_top_k
-        self.activation = activation
+        self.top_k = kind.top_k
+        self.normalize_top_k = kind.normalize_top_k
+        self.activation = kind.activation
         self.routing: Routing | None = None
         """Statistics that training collects, if it does."""
-        self.first, end = share(num_experts, state.tp.size, state.tp.rank)
+        self.first, end = share(kind.num_experts, state.tp.size, state.tp.rank)
         self.num_local = end - self.first
-        self.router = replicated((num_experts, dim), partial_gradient=True)
-        self.up = sharded((self.num_local * 2 * intermediate, dim))
-        self.down = sharded((self.num_local * dim, intermediate))
+        self.router = replicated((kind.num_experts, dim), partial_gradient=True)
+        self.up = sharded((self.num_local * 2 * kind.intermediate_size, dim))
+        self.down = sharded((self.num_local * dim, kind.intermediate_size))
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top_k] and global expert ids [T, top_k] of each token; float32 softmax over all experts."""
@@ -94,8 +90,14 @@ class MixtureOfExperts(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(x.dtype), experts
 
-    def update(self, x: Residual, norm: nn.Module, post: nn.Module | None) -> None:
-        """Read `norm` of the residual stream, and add to it, through `post` if there is one."""
+    def update(
+        self,
+        x: Residual,
+        norm: nn.Module | None,
+        post: Callable[[Tensor], Tensor] | None,
+        ctx: AttentionContext,
+        rotations: Sequence[Rotation],
+    ) -> None:
         x.add(self(x.normed(norm)), post)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""The dense MLP; importable without torch. Its module: `layers.dense`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megalite.core.layout import Even, Split, Whole, width
+from megalite.model.config import ActivationName
+from megalite.model.kinds.base import LayerKind, Row
+
+if TYPE_CHECKING:
+    from megalite.core.parallel_state import ParallelState
+    from megalite.model.config import ModelConfig
+    from megalite.model.layers.base import LayerModule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseMLP(LayerKind):
+    """down(act(gate) * up), or down(act(up)), with the intermediate width cut over tp."""
+
+    intermediate_size: int
+    activation: ActivationName = "silu"
+    gated: bool = True
+    bias: bool = False
+
+    @property
+    def inner(self) -> Even:
+        return Even(self.intermediate_size)
+
+    def rows(self, hidden: int) -> list[Row]:
+        rows: list[Row] = []
+        before: tuple[Split, ...] = ()
+        for name in ("gate", "up") if self.gated else ("up",):
+            matrix = Row(weight=name, param="up.weight", split=self.inner, other=(hidden,), before=before, linear=True)
+            rows.append(matrix)
+            if self.bias:
+                rows.append(Row(weight=f"{name}_bias", param="up.bias", split=self.inner, before=before))
+            before = (*before, self.inner)
+        rows.append(Row(weight="down", param="down.weight", split=self.inner, other=(hidden,), dim=1, linear=True))
+        if self.bias:
+            rows.append(Row(weight="down_bias", param="down.bias", split=Whole(hidden)))
+        return rows
+
+    def parameters(self, hidden: int) -> int:
+        return (3 if self.gated else 2) * hidden * self.intermediate_size
+
+    def widest(self, tp: int, tp_rank: int) -> int:
+        return 2 * width(self.inner, tp, tp_rank) * (2 if self.gated else 1)
+
+    def kept(self, tp: int, tp_rank: int) -> int:
+        return (3 if self.gated else 2) * width(self.inner, tp, tp_rank)
+
+    def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
+        from megalite.model.layers.dense import MLP
+
+        return MLP(self, config, state)

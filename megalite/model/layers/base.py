@@ -1,0 +1,29 @@
+"""What the module of every layer kind is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from megalite.core.layers import Residual
+from megalite.model.attention import AttentionContext
+from megalite.model.rope import Rotation
+
+
+class LayerModule(nn.Module):
+    """A sublayer on the residual stream."""
+
+    def update(
+        self,
+        x: Residual,
+        norm: nn.Module | None,
+        post: Callable[[Tensor], Tensor] | None,
+        ctx: AttentionContext,
+        rotations: Sequence[Rotation],
+    ) -> None:
+        """Read `norm` of the residual stream, or the stream itself, and add to it, through `post` if there is one.
+
+        `rotations`: one for each of `ModelConfig.ropes`.
+        """
+        raise NotImplementedError
