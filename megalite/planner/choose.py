@@ -63,10 +63,7 @@ def choose(
         fix = "Download the model (hf download) and give the folder, or set tp, pp and dp."
         raise ConfigError(Problem(key=next(iter(sections)), rule=rule, fix=fix))
     itemsize = _itemsize(config.model.dtype, model, cluster)
-    trains = {key: isinstance(config, TrainConfig) or key == "train.parallel" for key in sections}
-    candidates = {
-        key: _candidates(key, section, cluster, model, trains=trains[key]) for key, section in sections.items()
-    }
+    candidates = {key: _candidates(key, section, cluster, model) for key, section in sections.items()}
     if isinstance(config, HybridConfig):
         found, said = _hybrid(config, model, cluster, itemsize, candidates)
     else:
@@ -115,14 +112,12 @@ def _product(section: ParallelSection) -> int:
     return math.prod(section.sizes)
 
 
-def _candidates(
-    key: str, section: ParallelSection, cluster: Cluster, model: ModelConfig, *, trains: bool
-) -> list[Layout]:
+def _candidates(key: str, section: ParallelSection, cluster: Cluster, model: ModelConfig) -> list[Layout]:
     """Layouts with the sizes that are given. ConfigError if there is none."""
     if section.first_rank:
         rule = "null is for a layout on all ranks, and first_rank is set"
         raise ConfigError(Problem(key=key, rule=rule, fix="Set tp, pp and dp, or leave first_rank 0."))
-    every = list(layouts(cluster.devices, model, tp=section.tp, pp=section.pp, dp=section.dp, trains=trains))
+    every = list(layouts(cluster.devices, model, tp=section.tp, pp=section.pp, dp=section.dp))
     if section.interleave > 1:
         chunks = section.interleave
         every = [replace(one, interleave=chunks) for one in every if 1 < one.pp <= model.num_layers // chunks]

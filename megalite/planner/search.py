@@ -79,7 +79,7 @@ def search_training(
     candidates: Iterable[Layout] | None = None,
 ) -> list[Choice]:
     """Layouts that train, best first."""
-    every = layouts(cluster.devices, config, trains=True) if candidates is None else candidates
+    every = layouts(cluster.devices, config) if candidates is None else candidates
     found = [
         training.predict(config, layout, cluster, work, itemsize=itemsize)
         for layout in every
