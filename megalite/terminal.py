@@ -65,7 +65,7 @@ def _guarded(number: int, stream: Any) -> TextIO:
         io.BufferedWriter(raw),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
-        line_buffering=stream.line_buffering if stream else True,
+        line_buffering=stream.line_buffering or stream.write_through if stream else True,  # python -u buffers nothing
         write_through=stream.write_through if stream else False,
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
+import json
 import threading
 from contextlib import aclosing
 from dataclasses import replace
@@ -14,8 +16,11 @@ from pool_replica import make_replica, make_requests
 from tiny_tokenizer import with_tokenizer
 
 from megalite import LLM, SamplingParams
+from megalite.config.load import load_config
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError
+from megalite.inference import job
+from megalite.inference.io.printing import shown
 from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.run import run_everywhere
 from megalite.inference.streaming import Generation, StreamedRun
@@ -247,3 +252,42 @@ def test_an_async_stream_is_left_early(llm):
     gc.collect()
     assert_idle(llm)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("generation")]
+
+
+# ---- one prompt on a terminal
+
+
+class Terminal(io.StringIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.written.append(text)
+        return super().write(text)
+
+
+@pytest.mark.parametrize(("overrides", "streams"), [((), True), (("sampling.n=2",), False)])
+def test_the_only_completion_is_printed_as_it_grows(folder, tmp_path, monkeypatch, overrides, streams):
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"model: {{path: {json.dumps(str(folder))}, dtype: float32}}\nengine: {{max_model_len: 100}}\n"
+        "input: {prompts: [Hi]}\nsampling: {temperature: 0, max_tokens: 30, ignore_eos: true}\n"
+    )
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    assert job.run(load_config("infer", config, overrides)) == 0
+    monkeypatch.undo()
+    said = out.getvalue()
+    assert said.startswith("=== 0 ===\nHi\n--- completion")
+    assert (len(out.written) > 20) == streams
+    assert ("prompts |" in err.getvalue()) != streams, "no bar where text grows"
+    if streams:
+        with LLM(str(folder), dtype="float32", max_model_len=100) as llm:
+            [output] = llm.generate("Hi", SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+        text = shown(output.outputs[0].text)
+        assert said == f"=== 0 ===\nHi\n--- completion\n{text}\n--- 30 tokens, length\n\n"

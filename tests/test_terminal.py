@@ -91,6 +91,13 @@ def test_a_terminal_that_does_not_block_gets_everything():
     assert writer.wait(PATIENCE) == 0
 
 
+def test_a_line_is_not_held_back_where_python_buffers_nothing():
+    """`python -u`, as the door starts ranks."""
+    code = "import os; " + GUARDED + "print('said'); print('told', file=sys.stderr); os._exit(0)"
+    done = subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, capture_output=True, timeout=PATIENCE)
+    assert (done.stdout, done.stderr) == (b"said\n", b"told\n")
+
+
 def test_a_file_is_not_taken_for_a_closed_stream(tmp_path):
     """The lowest descriptor that is free is given to the next file: what is printed must not land in it."""
     code = (

@@ -43,6 +43,8 @@ class Hooks:
 
     on_output: Callable[[RequestOutput], None] = field(default=lambda output: None)
     """A request finished."""
+    on_deltas: Callable[[list[TokenDelta]], None] = field(default=lambda deltas: None)
+    """Streamed requests gained something with a step."""
     on_step: Callable[[int], None] = field(default=lambda num_tokens: None)
     """A step generated this many tokens."""
     stop_requested: Callable[[], bool] = field(default=lambda: False)
@@ -122,6 +124,8 @@ class Engine:
                 events = self.step(partial(self.next_news, feed, hooks.stop_requested), feed.requests)
                 if events.num_tokens:
                     hooks.on_step(events.num_tokens)
+                if events.deltas:
+                    hooks.on_deltas(events.deltas)
                 for output in events.outputs:
                     hooks.on_output(output)
         except BaseException:

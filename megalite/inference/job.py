@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
 from megalite.inference.engine import Hooks
 from megalite.inference.io.inputs import InputBatch, read_inputs
 from megalite.inference.io.output_file import OutputFile, fingerprint
-from megalite.inference.io.printing import Printer
-from megalite.inference.outputs import RequestOutput
+from megalite.inference.io.printing import Printer, StreamPrinter
+from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.replica import Replica, as_sampled, load_replica
 from megalite.inference.run import Ranks, agree_on_end, make_feed, prompt_limits
 from megalite.inference.tp_gain import tp_warning
@@ -82,11 +83,14 @@ def _generate(loaded: Loaded[InferConfig], runtime: Runtime) -> int:
         mail = Mailbox(replica)
         hooks = Hooks(
             on_output=writer.write if writer else mail.post,
+            on_deltas=lambda deltas: writer.stream(deltas) if writer else None,
             on_step=lambda tokens: writer.step(tokens, mail) if writer else None,
             stop_requested=lambda: runtime.signal_received() is not None or (writer or mail).reader_has_left,
         )
         replica.meter.start()
-        completed = engine.run(make_feed(replica, left.requests, _MAIL + "/next"), hooks)
+        # Only the control rank, which is the writer's, asks which requests are streamed.
+        requests = [replace(one, stream=True) for one in left.requests] if writer and writer.streams else left.requests
+        completed = engine.run(make_feed(replica, requests, _MAIL + "/next"), hooks)
         replica.meter.stop()
         mail.finish(writer)
         reports = gather_reports(replica.report(engine, failed=len(left.failures) if writer else 0))
@@ -132,6 +136,11 @@ def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 
+def _is_one(batch: InputBatch) -> bool:
+    """One prompt with one completion, and nothing else."""
+    return len(batch.order) == len(batch.requests) == 1 and batch.requests[0].num_samples == 1
+
+
 class Writer:
     """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
 
@@ -143,8 +152,15 @@ class Writer:
             self.file = OutputFile.open(config.output.file, decided, batch.order, overwrite=config.output.overwrite)
         self.finished = self.file.finished if self.file else frozenset()
         """Ids that an earlier run has finished; prompts that failed there are tried again."""
-        self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=config.monitor.progress)
-        self.printer = None if self.file else Printer(batch.order, self.progress)
+        self.printer: Printer | StreamPrinter | None = None
+        self.streams = self.file is None and sys.stdout.isatty() and _is_one(batch)
+        """The completion is shown as it grows, and no bar is in its way."""
+        shown = config.monitor.progress and not self.streams
+        self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=shown)
+        if self.streams:
+            self.printer = StreamPrinter(batch.requests[0])
+        elif self.file is None:
+            self.printer = Printer(batch.order, self.progress)
         self.max_tokens = config.sampling.max_tokens
         self.cut = 0
         """Prompts of this run with output that ended there."""
@@ -170,6 +186,11 @@ class Writer:
         for failure in batch.failures:
             print(f"error: {failure.error}", file=sys.stderr)
             self.write(failure)
+
+    def stream(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            assert isinstance(self.printer, StreamPrinter)
+            self.printer.stream(delta)
 
     def write(self, output: RequestOutput) -> None:
         ends = {(one.finish_reason, len(one.token_ids)) for one in output.outputs}

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import TextIO
 
 from megalite import terminal
-from megalite.inference.outputs import RequestOutput
+from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
+from megalite.inference.request import Request
 from megalite.monitor.progress import ProgressBar
 from megalite.monitor.words import format_count
 
@@ -48,21 +49,73 @@ class Printer:
         self.reader_has_left = terminal.reader_has_left()
 
 
+class StreamPrinter:
+    """Prints the only completion of a run to standard output as it grows."""
+
+    def __init__(self, request: Request):
+        self.reader_has_left = False
+        """Nobody reads standard output any more."""
+        self._request = request
+        self._began = False
+        self._length = 0
+        """Characters of the text that were printed."""
+
+    def stream(self, delta: TokenDelta) -> None:
+        """ResourceError if standard output can't be written."""
+        self._begin()
+        self._length += len(delta.text)
+        self._print(shown(delta.text))
+
+    def write(self, output: RequestOutput) -> None:
+        """The end of it, or all of it where another replica ran it. ResourceError as `stream`."""
+        self._begin()
+        parts = [f"--- error: {output.error}"] if output.error is not None else []
+        for completion in output.outputs:
+            self._print(
+                shown(completion.text[self._length :]) if completion.text else f"token ids {completion.token_ids}"
+            )
+            parts.append(f"--- {_size(completion)}")
+        self._print("\n" + shown("\n".join(parts)) + "\n\n")
+
+    def close(self) -> None:
+        """Nothing waits."""
+
+    def _begin(self) -> None:
+        if not self._began:
+            self._began = True
+            head = _head(self._request.id, self._request.prompt, self._request.prompt_token_ids)
+            self._print(shown("\n".join([*head, "--- completion"])) + "\n")
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        terminal.require_stdout()
+        self.reader_has_left = terminal.reader_has_left()
+
+
 def print_output(output: RequestOutput, stream: TextIO) -> None:
     """Show a prompt and its completions; control characters, which a terminal would obey, are escaped."""
-    parts = [f"=== {output.request_id} ==="]
-    if output.prompt is not None:
-        parts.append(output.prompt)
-    elif output.prompt_token_ids:
-        parts.append(f"token ids {output.prompt_token_ids}")
+    parts = _head(output.request_id, output.prompt, output.prompt_token_ids)
     if output.error is not None:
         parts.append(f"--- error: {output.error}")
     for completion in output.outputs:
         place = f" {completion.index + 1} of {len(output.outputs)}" if len(output.outputs) > 1 else ""
-        why = completion.finish_reason or "unfinished"
-        parts.append(f"--- completion{place} ({format_count(len(completion.token_ids), 'token')}, {why})")
+        parts.append(f"--- completion{place} ({_size(completion)})")
         parts.append(completion.text or f"token ids {completion.token_ids}")
-    text = "\n".join(parts)
-    shown = (one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
-    stream.write("".join(shown) + "\n\n")
+    stream.write(shown("\n".join(parts)) + "\n\n")
     stream.flush()
+
+
+def _head(name: str, prompt: str | None, prompt_token_ids: Iterable[int]) -> list[str]:
+    ids = list(prompt_token_ids)
+    said = [prompt] if prompt is not None else [f"token ids {ids}"] if ids else []
+    return [f"=== {name} ===", *said]
+
+
+def _size(completion: CompletionOutput) -> str:
+    return f"{format_count(len(completion.token_ids), 'token')}, {completion.finish_reason or 'unfinished'}"
+
+
+def shown(text: str) -> str:
+    """`text` with its control characters escaped, which a terminal would obey."""
+    return "".join(one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode() for one in text)
