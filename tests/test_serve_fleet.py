@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import sys
@@ -29,7 +28,6 @@ from megalite.serve.errors import RequestLost
 from megalite.serve.fleet import Fleet
 from megalite.serve.frames import NONCE_BYTES, frame, proof
 from megalite.serve.router import Router
-from megalite.serve.shares import share, visible_gpus
 
 HERE = Path(__file__).parent
 
@@ -186,25 +184,6 @@ async def test_ranks_of_a_launcher_prove_that_they_know_the_token() -> None:
         for one in writers:
             one.close()
         await fleet.leave()
-
-
-def test_shares() -> None:
-    gpus = list("abcdefgh")
-    assert share(1, 2, 4, gpus, {})["CUDA_VISIBLE_DEVICES"] == "e,f,g,h"
-    assert share(2, 3, 2, list("abcd"), {})["CUDA_VISIBLE_DEVICES"] == "a,b"
-    assert "CUDA_VISIBLE_DEVICES" not in share(0, 2, 2, ["a"], {})
-    cores = len(os.sched_getaffinity(0))
-    assert share(0, 1, 1, [], {})["OMP_NUM_THREADS"] == str(cores)
-    assert share(0, 4, cores, [], {})["OMP_NUM_THREADS"] == "1"
-    assert share(0, 4, cores, [], {"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
-
-
-def test_visible_gpus(tmp_path: Path) -> None:
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
-        (tmp_path / name).touch()
-    assert visible_gpus({}, tmp_path) == ["0", "1"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "3, GPU-a,-1,2"}, tmp_path) == ["3", "GPU-a"]
-    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
 
 
 # ---- the HTTP process

@@ -20,10 +20,8 @@ from megalite.run.processes import die_with_parent
 from megalite.run.start import nameless_file
 from megalite.serve.app import create_app
 from megalite.serve.fleet import Start
-from megalite.serve.listener import is_open, open_socket, url
-from megalite.serve.metrics import access
+from megalite.serve.listener import open_socket, url
 from megalite.serve.server import External, Server
-from megalite.serve.shares import share, visible_gpus
 from megalite.weights.folder import ModelFolder
 from megalite.weights.hf import resolve
 
@@ -69,18 +67,17 @@ def _folder(config: ServeConfig) -> ModelFolder:
 def _announce(config: ServeConfig, folder: ModelFolder, sock: socket.socket) -> None:
     """What was decided for the user."""
     told = [f"{config.model.path}: {folder.model.family}, {layout_words(config)}", f"listening at {url(sock)}"]
-    if is_open(sock) and config.server.api_key is None:
-        told.append("warning: whoever reaches this address can use the server; set server.api_key")
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 
 def _log_requests() -> None:
-    """A line for each request on standard error."""
+    """Lines on standard error, one for each request among them."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    access.addHandler(handler)
-    access.setLevel(logging.INFO)
-    access.propagate = False
+    log = logging.getLogger("megalite.serve")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 
 def starter(loaded: Loaded[ServeConfig], options: Options, stack: ExitStack) -> Start:
@@ -90,14 +87,14 @@ def starter(loaded: Loaded[ServeConfig], options: Options, stack: ExitStack) -> 
     script, *words = options.program
     command = [sys.executable, "-u", os.path.abspath(script), *words, "--config", file]
     command += ["--resolved-sha256", loaded.sha256, *options.for_ranks]
-    gpus = [] if loaded.config.distributed.device == "cpu" else visible_gpus(os.environ)
+    cores = len(os.sched_getaffinity(0)) // (parallel.dp * parallel.tp * parallel.pp)
+    threads = {"OMP_NUM_THREADS": str(max(1, cores))}  # a door knows of its own ranks only
 
     async def start(replica: int, path: str) -> asyncio.subprocess.Process:
-        own = share(replica, parallel.dp, parallel.tp * parallel.pp, gpus, os.environ)
         return await asyncio.create_subprocess_exec(
             *(*command, "--replica", str(replica), "--socket", path),
             stdin=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **own},
+            env={**threads, **os.environ},
             pass_fds=[int(os.path.basename(file))],
             start_new_session=True,  # so that a Ctrl-C at the terminal reaches it through this process alone
         )

@@ -6,7 +6,6 @@ import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ipaddress import ip_address
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -40,11 +39,6 @@ def url(sock: socket.socket) -> str:
     """Where clients find it."""
     host, port = sock.getsockname()[:2]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def is_open(sock: socket.socket) -> bool:
-    """Others than programs of this host can reach it."""
-    return not ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
 
 
 class _Uvicorn(uvicorn.Server):

@@ -63,7 +63,7 @@ class ReplicaView:
     """Times that it was started again."""
     requests: int
     """Given to it, and not ended."""
-    outstanding_tokens: int
+    tokens: int
     """Prompt and output tokens that it has yet to compute, as the balancer counts them."""
     hello: Hello | None
     """Its last one."""
@@ -193,7 +193,7 @@ class Router:
                 state=one.state,
                 restarts=one.restarts,
                 requests=len(one.jobs),
-                outstanding_tokens=self._balancer.outstanding(name) if one.state == "ready" else 0,
+                tokens=self._balancer.outstanding(name) if one.state == "ready" else 0,
                 hello=one.hello,
                 step=one.step,
             )

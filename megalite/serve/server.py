@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from starlette.types import ASGIApp
 
@@ -140,7 +141,7 @@ class Server:
         self._router.fail_all("all replicas stall")
         return EXIT_RANK_LOST
 
-    def _take_signals(self, first: Callable[[], object]) -> dict[int, object]:
+    def _take_signals(self, first: Callable[[], object]) -> dict[int, Any]:
         """From now on the first signal calls `first`, a second ends everything at once; gives the handlers so far."""
 
         def handle(signum: int, frame: FrameType | None) -> None:

@@ -93,7 +93,7 @@ class _Sample:
             cumulative_logprob=sum(own) if wants_logprobs or last is None else last.cumulative_logprob,
             logprobs=list(self.logprobs) if wants_logprobs else None,
             token_logprobs=own,
-            finish_reason=self.finish_reason,
+            finish_reason=self.finish_reason or (last.finish_reason if last is not None else None),
             stop_reason=self.stop_reason,
         )
 
@@ -172,16 +172,16 @@ class Job:
         """End it without a replica: for `reason`, as far as it has not ended."""
         for index, sample in enumerate(self.samples):
             if sample.finish_reason is None:
-                ended = {"text": "", "token_ids": [], "finish_reason": reason}
-                self.take(TokenDelta(request_id=self.request.id, index=index, **ended))
-        nothing = {"text": "", "token_ids": [], "cumulative_logprob": 0.0, "finish_reason": reason}
+                name = self.request.id
+                self.take(TokenDelta(request_id=name, index=index, text="", token_ids=[], finish_reason=reason))
+        if not self.samples:
+            self.samples = [_Sample(finish_reason=reason) for _ in range(self.request.params.n)]
         self._end(
             RequestOutput(
                 request_id=self.request.id,
                 prompt=self.request.prompt,
                 prompt_token_ids=list(self.request.prompt_token_ids),
-                outputs=self._outputs([])
-                or [CompletionOutput(index=index, **nothing) for index in range(self.request.params.n)],
+                outputs=self._outputs([]),
             )
         )
 
