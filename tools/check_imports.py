@@ -45,6 +45,7 @@ PLACES = {
     ),
     "transformers": ("tests/", "megalite/tools/benchmarks/"),
     "tokenizers": (
+        "megalite/text/plain_chats.py",
         "megalite/text/tokenizer.py",
         "megalite/text/tokenizer_files.py",
         "megalite/text/detokenizer.py",

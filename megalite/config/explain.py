@@ -26,7 +26,7 @@ def explain(kind: Kind) -> str:
 
 def _explain_fields(owner: type) -> list[str]:
     """A block of text for each key and section of a config class."""
-    classes, known, notes = sections(owner), hints(owner), _notes()
+    classes, known, notes = sections(owner), hints(owner), meanings()
     blocks = []
     for field in fields(owner):
         section = classes.get(field.name)
@@ -62,7 +62,7 @@ def _words(hint: Any) -> str:
 
 
 @cache
-def _notes() -> dict[str, dict[str, str]]:
+def meanings() -> dict[str, dict[str, str]]:
     """For each class of the schema the strings under its fields; its own docstring under an empty name."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(inspect.getsource(schema)).body:

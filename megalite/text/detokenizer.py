@@ -68,6 +68,8 @@ class Decoding(Protocol):
 
     def alone(self, token_id: int) -> str: ...
 
+    def bytes_alone(self, token_id: int) -> bytes: ...
+
 
 def decoding_of(backend: tokenizers.Tokenizer) -> Decoding:
     decoder: dict[str, Any] = {"type": "none"}
@@ -113,6 +115,9 @@ class _Bytes:
 
     def alone(self, token_id: int) -> str:
         return self.bytes_of(token_id).decode(errors="replace")
+
+    def bytes_alone(self, token_id: int) -> bytes:
+        return self.bytes_of(token_id)
 
 
 class _ByteDetokenizer:
@@ -191,6 +196,10 @@ class _Pairs:
 
     def alone(self, token_id: int) -> str:
         return self.after(self.neutral, token_id)
+
+    def bytes_alone(self, token_id: int) -> bytes:
+        byte = self.byte_ids.get(token_id)
+        return self.alone(token_id).encode() if byte is None else bytes([byte])
 
 
 def _fallback_byte(token: str) -> int | None:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import tokenizers
@@ -18,6 +19,7 @@ import tokenizers
 from megalite.errors import CheckpointError
 from megalite.text.chat_template import ChatTemplate, TemplateError
 from megalite.text.detokenizer import Detokenizer, TokenizerError, decoded, decoding_of, failing_alone
+from megalite.text.plain_chats import MARK, PlainChats
 from megalite.text.tokenizer_files import read_tokenizer
 
 MAX_TEXT = 1 << 24
@@ -63,6 +65,8 @@ class Tokenizer:
         self._templates = templates
         self._compiled: OrderedDict[str, ChatTemplate] = OrderedDict()
         """The templates that were used last, by name or text; each may hold a process."""
+        self._rendering = Lock()
+        self._plain_chats = PlainChats(backend)
         self._decoding = decoding_of(backend)
 
     @classmethod
@@ -119,10 +123,7 @@ class Tokenizer:
         return ids, offsets
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
+        _refuse_surrogates(text)
         with failing_alone():
             return self.backend.encode(text)
 
@@ -162,6 +163,10 @@ class Tokenizer:
         """One token by itself, as it reads inside a text; ids without a token are empty."""
         return self._decoding.alone(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, also where they are half a character."""
+        return self._decoding.bytes_alone(token_id)
+
     def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """A detokenizer for what follows `prompt_ids`."""
         return self._decoding.start(prompt_ids, self.special_ids if skip_special_tokens else frozenset())
@@ -192,10 +197,26 @@ class Tokenizer:
         """
         if continue_final_message and add_generation_prompt:
             raise TemplateError("continue_final_message goes with add_generation_prompt=False")
-        template = self._template(chat_template, tools=variables.get("tools") is not None)
         shown = _marked(messages) if continue_final_message else messages
-        text = template.render(shown, add_generation_prompt=add_generation_prompt, **variables)
+        with self._rendering:
+            template = self._template(chat_template, tools=variables.get("tools") is not None)
+            text = template.render(shown, add_generation_prompt=add_generation_prompt, **variables)
         return _up_to_mark(text) if continue_final_message else text
+
+    def plain_chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """As `chat_text`, of a chat whose texts must not become special tokens, whatever they spell; tools and other
+        variables count as its texts. Encode it with `encode_plain`, and show it with `unmarked`."""
+        return self.chat_text(self._plain_chats.marked(messages), **self._plain_chats.marked(variables))
+
+    unmarked = staticmethod(PlainChats.unmarked)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a text by `plain_chat_text`. ValueError as from `encode`."""
+        if MARK not in text:
+            return self.encode(text, add_special_tokens=False)
+        _refuse_surrogates(text)
+        with self._rendering:  # one of several threads makes what it needs
+            return self._plain_chats.encode(text)
 
     def _template(self, wanted: str | None, *, tools: bool) -> ChatTemplate:
         """The template of this name, or of this text; None: the one for chats with or without `tools`."""
@@ -291,6 +312,13 @@ class Tokenizer:
 
     def _named_id(self, name: str) -> int | None:
         return self.backend.token_to_id(self.names[name]) if name in self.names else None
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half a surrogate pair at character {error.start}") from None
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -72,6 +72,8 @@ class RawRequest:
     """Reach the chat template."""
     text: str | None = None
     """The text of a prompt of token ids, where it is known."""
+    special_tokens: bool = True
+    """Of a chat: what its contents spell like a special token becomes one."""
 
     @property
     def ids(self) -> list[int] | tuple[int, ...] | None:
@@ -243,24 +245,30 @@ def _encode(written: list[RawRequest], limits: PromptLimits) -> list[Encoded]:
     assert limits.tokenizer is not None, "refused before"
     encoded: dict[int, Encoded] = {}
     texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
+    plain: dict[int, str] = {}
     for place, one in enumerate(written):
         text = _text(one, limits.tokenizer, limits.max_model_len)
         if isinstance(text, ConfigError):
             encoded[place] = text
-        else:
+        elif isinstance(one.prompt, str) or one.special_tokens:
             texts[isinstance(one.prompt, str)][place] = text
+        else:
+            plain[place] = text
     for is_text, found in texts.items():  # a template writes the special tokens itself
         batch = limits.tokenizer.encode_batch(list(found.values()), add_special_tokens=is_text)
         for (place, text), ids in zip(found.items(), batch, strict=True):
             encoded[place] = _checked(ids, text, written[place].where, limits.vocab_size)
+    for place, text in plain.items():
+        ids = _plainly(text, limits.tokenizer)
+        encoded[place] = _checked(ids, limits.tokenizer.unmarked(text), written[place].where, limits.vocab_size)
     return [encoded[place] for place in range(len(written))]
 
 
 def _text(one: RawRequest, tokenizer: Tokenizer, max_model_len: int) -> str | ConfigError:
     """A prompt as text, its chat template applied; refused here if it is too long to be worth tokenising."""
     try:
-        is_text = isinstance(one.prompt, str)
-        text: str = one.prompt if is_text else tokenizer.chat_text(one.prompt, **one.chat_variables)
+        render = tokenizer.chat_text if one.special_tokens else tokenizer.plain_chat_text
+        text: str = one.prompt if isinstance(one.prompt, str) else render(one.prompt, **one.chat_variables)
     except TemplateError as error:
         return _refused(one.where, str(error))
     most = min(MAX_TEXT, max_model_len * MAX_TOKEN)
@@ -271,6 +279,13 @@ def _text(one: RawRequest, tokenizer: Tokenizer, max_model_len: int) -> str | Co
         f"fit in {max_model_len} tokens"
     )
     return _refused(one.where, rule, "Shorten it, or raise engine.max_model_len.")
+
+
+def _plainly(text: str, tokenizer: Tokenizer) -> list[int] | ValueError:
+    try:
+        return tokenizer.encode_plain(text)
+    except ValueError as error:
+        return error
 
 
 def _checked(ids: list[int] | ValueError, text: str, where: str, vocab_size: int) -> Encoded:
