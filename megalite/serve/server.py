@@ -124,7 +124,8 @@ class Server:
         self._router.drain()
         running = sum(one.requests for one in self._router.replicas())
         name = signal.Signals(self._signals[0][0]).name
-        self._say(f"{name}: nothing new is taken; {format_count(running, 'request')} may run for {timeout:g} s more")
+        left = f"; {format_count(running, 'request')} may run for {timeout:g} s more" if running else ""
+        self._say(f"{name}: nothing new is taken{left}")
         with suppress(TimeoutError):
             await asyncio.wait_for(self._router.idle(), timeout)
         self._router.abort_all()
