@@ -66,6 +66,7 @@ def complete(body: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 def events(answer: httpx.Response) -> list[dict[str, Any]]:
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert "content-length" not in answer.headers  # a server would hold the answer to it
     parts = answer.text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""] and all(part.startswith("data: ") for part in parts[:-1])
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]

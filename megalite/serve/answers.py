@@ -165,7 +165,6 @@ class EventStream(Response):
     def __init__(self, http: Request, writer: Writer, answer: Answer, options: StreamOptions | None):
         self.status_code = 200
         self.background = None
-        self.body = b""
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._http, self._writer, self._answer = http, writer, answer
         self._with_usage = bool(options and options.include_usage)
