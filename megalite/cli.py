@@ -49,6 +49,7 @@ COMMANDS = {
     "infer": "generate text, as a config asks",
     "train": "train a model, as a config asks",
     "hybrid": "train and generate in one job, as a config asks",
+    "chat": "chat with a model in the terminal",
     "convert": "cut a Hugging Face model for a layout",
     "reshard": "cut rank shards anew, for another layout",
     "export": "rank shards back to a Hugging Face folder",

@@ -11,10 +11,10 @@ pytest.importorskip("fastapi", reason="pip install 'megalite[serve]'")
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from serve_fakes import FakeRouter, delta, output, request, step
 
 from megalite.config.schema import SamplingParams
 from megalite.serve.metrics import ServeMetrics, metrics_router
-from tests.serve_fakes import FakeRouter, delta, output, request, step
 
 
 class Clock:

@@ -1,10 +1,7 @@
 """The page: what is served, and what it does in a real browser against a server that answers as ours does."""
 
-import asyncio
-import json
 import re
 import shutil
-import threading
 
 import pytest
 
@@ -15,18 +12,14 @@ try:
     from playwright.sync_api import expect, sync_playwright
 except ImportError:
     sync_playwright = None
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from serve_backend import ANSWER, KEY, Backend
+from serve_fakes import FakeRouter, step
+from waiting import PATIENCE
 
 from megalite.serve.metrics import ServeMetrics
 from megalite.serve.page import PAGE, content_security_policy, page_router
-from tests.serve_fakes import FakeRouter, step
-from tests.waiting import PATIENCE, wait_until
-
-KEY = "open sesame"
-ANSWER = "I say <b>this</b> & <img src=x onerror=alert(1)>,\n  twice: ü 漢字"
 
 
 def test_what_is_served():
@@ -76,65 +69,6 @@ def test_the_policy_follows_the_page():
 # ---- in a browser
 
 
-class Backend:
-    """A server with the page and a chat that says `ANSWER`, and what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, dict]] = []
-        self.left = threading.Event()
-        """A client went away in the middle of an answer."""
-        self.needs_key = False
-        self.mishap = ""
-        """no template: the chat is refused so; halfway: the stream ends with an error."""
-        self.endless = False
-        self.app = FastAPI()
-        self.app.include_router(page_router(ServeMetrics("models/demo"), FakeRouter()))
-        self.app.middleware("http")(self.check_key)
-        self.app.post("/v1/chat/completions")(self.complete)
-        self.app.post("/v1/completions")(self.complete)
-
-    async def check_key(self, request: Request, call_next):
-        if self.needs_key and request.url.path != "/" and request.headers.get("authorization") != f"Bearer {KEY}":
-            return JSONResponse({"error": {"message": "wrong key", "code": 401}}, status_code=401)
-        return await call_next(request)
-
-    async def complete(self, request: Request):
-        body = await request.json()
-        self.asked.append((request.url.path, body))
-        chat = request.url.path == "/v1/chat/completions"
-        if chat and self.mishap == "no template":
-            problem = {"message": "the model has no chat template", "type": "invalid_request_error", "code": 400}
-            return JSONResponse({"error": problem}, status_code=400)
-        return StreamingResponse(self.stream(chat), media_type="text/event-stream")
-
-    async def stream(self, chat: bool):
-        def event(value) -> str:
-            return f"data: {json.dumps(value)}\n\n"
-
-        def choice(text: str, reason=None):
-            said = {"delta": {"content": text}} if chat else {"text": text}
-            return event({"choices": [{"index": 0, **said, "finish_reason": reason}]})
-
-        try:
-            whole = "".join(choice(ANSWER[i : i + 3]) for i in range(0, len(ANSWER), 3))
-            data = whole.encode()
-            for i in range(0, len(data), 50):  # cut anywhere
-                yield data[i : i + 50]
-                await asyncio.sleep(0)
-            while self.endless:
-                yield choice(".").encode()
-                await asyncio.sleep(0.01)
-            if self.mishap == "halfway":
-                yield event({"error": {"message": "all replicas were lost"}}).encode()
-                return
-            yield choice("", "stop").encode()
-            yield event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 17}}).encode()
-            yield b"data: [DONE]\n\n"
-        except asyncio.CancelledError:
-            self.left.set()
-            raise
-
-
 @pytest.fixture(scope="module")
 def browser():
     if sync_playwright is None:
@@ -156,25 +90,16 @@ def backend():
 @pytest.fixture
 def page(browser, backend):
     """The page in a window of a phone's size; whatever the browser complains about fails the test."""
-    server = uvicorn.Server(uvicorn.Config(backend.app, port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    wait_until(lambda: server.started, "the server has started")
-    port = server.servers[0].sockets[0].getsockname()[1]
     page = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
     page.set_default_timeout(1000 * PATIENCE)
     expect.set_options(timeout=1000 * PATIENCE)
     complaints = []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
-    try:
-        page.goto(f"http://127.0.0.1:{port}/")
+    with backend.served() as url:
+        page.goto(url)
         yield page
-    finally:
         page.context.close()
-        backend.endless = False
-        server.should_exit = True
-        thread.join(PATIENCE)
     assert [line for line in complaints if "status of 4" not in line] == []
 
 

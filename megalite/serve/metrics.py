@@ -69,7 +69,7 @@ _GAUGES = {
     "vllm:num_requests_running": "Sequences in a step.",
     "vllm:num_requests_waiting": "Sequences not yet in a step.",
     "vllm:kv_cache_usage_perc": "Share of the KV blocks that running sequences hold, 0 to 1.",
-    "megalite_outstanding_tokens": "Prompt + max_tokens of the requests assigned to a replica, all samples.",
+    "megalite_outstanding_tokens": "Prompt and output tokens that a replica has yet to compute, by the balancer.",
     "megalite_assigned_requests": "Requests assigned to a replica that have not ended.",
 }
 _HISTOGRAMS = {

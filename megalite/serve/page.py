@@ -38,7 +38,7 @@ class ReplicaStats:
     requests: int
     """Assigned to it, and not ended."""
     outstanding_tokens: int
-    """Prompt + max_tokens of these, all samples."""
+    """Prompt and output tokens that it has yet to compute, as the balancer counts them."""
     kv_usage: float
     """Share of its KV blocks that are held, 0 to 1."""
     tokens_per_second: float

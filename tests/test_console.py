@@ -1,0 +1,152 @@
+"""The chat in the terminal."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("prometheus_client", reason="pip install 'megalite[serve]'")
+pytest.importorskip("fastapi", reason="pip install 'megalite[serve]'")
+
+from serve_backend import ANSWER, KEY, Backend
+from waiting import PATIENCE, wait_until
+
+from megalite.errors import ConfigError
+from megalite.serve.console import Console, Remote, ServerError
+from megalite.tools.chat import read_key, serve_command
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def backend():
+    return Backend()
+
+
+@pytest.fixture
+def url(backend):
+    with backend.served() as url:
+        yield url
+
+
+def typed(remote: Remote, *lines: str | type[BaseException], **options) -> str:
+    """What is printed to one who types these lines."""
+    out, rest = io.StringIO(), iter(lines)
+
+    def read(prompt: str) -> str:
+        line = next(rest, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    Console(remote, out=out, **options).run(read)
+    return out.getvalue()
+
+
+def test_a_conversation(backend, url, tmp_path):
+    file = tmp_path / "said.json"
+    remote = Remote(url + "/v1/", params={"temperature": 0.5})
+    lines = ["Hello", "", KeyboardInterrupt, "/system Be brief.", "Again", f"/save {file}", f"/save {file}", "/what"]
+    said = typed(remote, *lines, "/reset", "Anew", "/quit", "not read")
+    assert said.startswith("models/demo; /help lists the commands.\n" + ANSWER + "\n")
+    assert said.count(ANSWER) == 3 and f"error: {file}: File exists" in said and "/system TEXT  the system" in said
+    first, answer = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": ANSWER}
+    system, again = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Again"}
+    assert [body["messages"] for _, body in backend.asked] == [
+        [first],
+        [system, first, answer, again],
+        [system, {"role": "user", "content": "Anew"}],
+    ]
+    expected = {"model": "models/demo", "stream": True, "temperature": 0.5}
+    assert {key: backend.asked[0][1][key] for key in expected} == expected
+    assert json.loads(file.read_text()) == {"messages": [system, first, answer, again, answer]}
+
+
+def test_errors_are_shown_and_the_chat_goes_on(backend, url):
+    remote = Remote(url)
+    backend.mishap = "halfway"
+    assert typed(remote, "Hello").endswith(ANSWER + "\nerror: all replicas were lost\n")
+    backend.mishap = "no template"
+    said = typed(remote, "Hello", "Once upon")
+    assert "error: " in said and said.endswith("it goes on with your text.\n" + ANSWER + "\n")
+    assert backend.asked[-1] == ("/v1/completions", {"model": "models/demo", "stream": True, "prompt": "Once upon"})
+
+
+def test_a_server_that_refuses_or_is_not_there(backend, url):
+    backend.needs_key = True
+    with pytest.raises(ServerError, match="answers 401: wrong key"):
+        typed(Remote(url))
+    assert ANSWER in typed(Remote(url, key=KEY), "Hello")
+    with pytest.raises(ServerError, match="can't be reached"):
+        typed(Remote("http://127.0.0.1:9"))
+    for wrong in ("ftp://x", "http://", "x:port", "http://x/?y=1"):
+        with pytest.raises(ConfigError, match="--url: must be like"):
+            Remote(wrong)
+
+
+def test_keys_are_read_where_they_are_and_never_said(tmp_path, monkeypatch):
+    (tmp_path / "key").write_text("secret\n")
+    monkeypatch.setenv("A_KEY", "secret")
+    assert read_key("env:A_KEY") == read_key(f"file:{tmp_path / 'key'}") == "secret"
+    with pytest.raises(ConfigError, match="must say where the key is") as error:
+        read_key("secret")
+    assert "secret" not in str(error.value)
+
+
+def test_at_a_terminal(backend, url, tmp_path):
+    """Ctrl-C stops the answer and not the program; the end of input ends it."""
+    control, terminal = pty.openpty()
+    command = [sys.executable, str(ROOT / "launch/chat.py"), "--url", url, "--system", "Be kind."]
+    program = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env={**os.environ, "TERM": "dumb"},
+    )
+    os.close(terminal)
+    os.set_blocking(control, False)
+    said = ""
+
+    def seen(what: str) -> bool:
+        nonlocal said
+        try:
+            said += os.read(control, 1 << 16).decode()
+        except BlockingIOError:
+            pass
+        return what in said
+
+    try:
+        wait_until(lambda: seen("> "), "it asks")
+        backend.endless = True
+        os.write(control, b"For ever?\n")
+        wait_until(lambda: seen("....."), "an answer goes on")
+        os.write(control, b"\x03")
+        wait_until(lambda: seen(" [stopped]"), "it is stopped")
+        assert backend.left.wait(PATIENCE), "the server hears of it"
+        backend.endless = False
+        os.write(control, b"And now?\n")
+        wait_until(lambda: said.count("twice:") == 2 or seen("\0"), "the next one is answered")
+        os.write(control, b"\x04")
+        assert program.wait(PATIENCE) == 0
+    finally:
+        program.kill()
+        os.close(control)
+    assert "Traceback" not in said
+    roles = [message["role"] for message in backend.asked[1][1]["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]
+
+
+def test_how_a_server_is_started():
+    here = [sys.executable, "-u"]
+    assert serve_command(["python", "launch/chat.py", "--url", "x"]) == [*here, str(Path("launch/serve.py").absolute())]
+    assert serve_command(["python3", "/bin/megalite", "chat"]) == [*here, "/bin/megalite", "serve"]
