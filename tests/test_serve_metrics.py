@@ -1,7 +1,9 @@
 import json
 import logging
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -187,3 +189,46 @@ def test_promtool_reads_the_exposition(exposed):
     assert [line for line in said if not line.endswith("metric names should not contain ':'")] == []
     assert all(line.startswith("vllm:") for line in said)
     assert checked.returncode in (0, 3)  # 3: it could be read, but for the names
+
+
+# ---- the board for Grafana
+
+
+BOARD = json.loads((Path(__file__).parent.parent / "docs/grafana.json").read_text())
+PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
+QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
+
+
+def test_the_boards_panels_ask_for_metrics_that_exist(exposed):
+    there = {sample.name for family in text_string_to_metric_families(exposed) for sample in family.samples}
+    asked = {name for query in QUERIES for name in re.findall(r"\b(?:vllm:|megalite_)\w+", query)}
+    assert all(re.search(r"\b(?:vllm:|megalite_)\w+", query) for query in QUERIES)
+    assert asked <= there
+    assert "vllm:num_requests_running" in there and "vllm:num_requests_running" in json.dumps(BOARD["templating"])
+
+
+def test_the_board_can_be_imported():
+    assert BOARD["id"] is None and BOARD["uid"] and BOARD["title"] and BOARD["schemaVersion"] >= 36
+    names = {variable["name"] for variable in BOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(BOARD["panels"])))
+    assert used <= names | {"__rate_interval"}
+    ids = [panel["id"] for panel in BOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+    cells = []
+    for place in (panel["gridPos"] for panel in BOARD["panels"]):
+        assert place["x"] + place["w"] <= 24
+        cells += [(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])]
+    assert len(set(cells)) == len(cells), "no panel lies on another"
+
+
+def test_promtool_reads_the_boards_queries(tmp_path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    plain = [query.replace("$__rate_interval", "5m").replace("$model", ".*") for query in QUERIES]
+    rules = [{"record": f"panel:{place}", "expr": query} for place, query in enumerate(plain)]
+    file = tmp_path / "rules.yaml"  # JSON is YAML
+    file.write_text(json.dumps({"groups": [{"name": "board", "rules": rules}]}))
+    checked = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, timeout=30)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{len(QUERIES)} rules found" in checked.stdout

@@ -97,7 +97,7 @@ def serve_config(path: str, overrides: Sequence[str]) -> Loaded[ServeConfig]:
     loaded, problems = resolve("serve" if is_servers else "infer", path, overrides)
     sections = {one.name: getattr(loaded.config, one.name, None) for one in fields(ServeConfig)}
     config = ServeConfig(**{name: section for name, section in sections.items() if section is not None})
-    own = {"host": "127.0.0.1", "port": 0, "api_key": f"env:{KEY}"}
+    own: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": f"env:{KEY}"}
     config = replace(config, server=replace(config.server, **own))
     origins = {key: origin for key, origin in loaded.origins.items() if key.partition(".")[0] in sections}
     origins |= {f"server.{key}": COMMAND_LINE for key in own}
