@@ -24,10 +24,10 @@ from types import FrameType
 from typing import Any, get_args
 
 from megalite import __version__, terminal
-from megalite.config.command_line import read_arguments, usage, usage_problem
+from megalite.config.command_line import Options, read_arguments, usage, usage_problem
 from megalite.config.explain import table
-from megalite.config.load import Kind, Loaded, resolve
-from megalite.config.schema import Config, InferConfig, SamplingParams
+from megalite.config.load import COMMAND_LINE, Kind, Loaded, loaded_from, resolve
+from megalite.config.schema import Config, InferConfig, SamplingParams, ServeConfig
 from megalite.config.structured import structured_problem
 from megalite.config.validate import layout_words, num_ranks, parallel_sections
 from megalite.errors import (
@@ -38,6 +38,7 @@ from megalite.errors import (
     MegaliteError,
     Problem,
 )
+from megalite.files import read_whole
 from megalite.model.config import ModelConfig
 from megalite.preflight import as_sampled, check, read_shape
 from megalite.run.hosts import host_slots, tell_the_door, unpack_config
@@ -49,6 +50,7 @@ COMMANDS = {
     "infer": "generate text, as a config asks",
     "train": "train a model, as a config asks",
     "hybrid": "train and generate in one job, as a config asks",
+    "serve": "answer requests over HTTP as OpenAI's API does",
     "chat": "chat with a model in the terminal",
     "convert": "cut a Hugging Face model for a layout",
     "reshard": "cut rank shards anew, for another layout",
@@ -59,7 +61,7 @@ COMMANDS = {
     "plan": "which layout a model should have on some devices, and why",
     "bench": "measure megalite beside what it replaces",
 }
-"""What `megalite` can be told to do; the first three are jobs (launch/), the others tools (tools/)."""
+"""What `megalite` can be told to do; the first four are jobs (launch/), the others tools (tools/)."""
 
 LINES_SHOWN = 10
 """Lines of input that can't run, listed by --check."""
@@ -146,6 +148,10 @@ def job_problems(kind: Kind, config: Any) -> list[Problem]:
         from megalite.hybrid.checks import problems
 
         found += problems(config)
+    if kind == "serve":
+        from megalite.serve.checks import problems as server_problems
+
+        found += server_problems(config)
     return found
 
 
@@ -163,8 +169,12 @@ def _grammar_problems(sampling: SamplingParams) -> list[Problem]:
     return []
 
 
-def run_job(kind: Kind, loaded: Loaded[Any]) -> int:
+def run_job(kind: Kind, loaded: Loaded[Any], options: Options) -> int:
     """The work of a rank, or of a job of one rank; gives its exit code. Imports torch."""
+    if kind == "serve":
+        from megalite.serve import worker
+
+        return worker.run(loaded, options)
     if kind == "infer":
         from megalite.inference import job
 
@@ -231,8 +241,12 @@ def _prepare(
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
     if options.hosts:
         return partial(start_hosts, loaded, options)
+    if isinstance(loaded.config, ServeConfig) and place is None:
+        if not options.replica:
+            return partial(_run_http, loaded, options)
+        loaded, options = _one_replica(loaded, options)
     if place is not None or num_ranks(loaded.config) == 1:
-        return partial(run_job, kind, loaded)
+        return partial(run_job, kind, loaded, options)
     return partial(start_ranks, loaded, options)
 
 
@@ -257,6 +271,26 @@ def _settle_layout(loaded: Loaded[Any], place: LaunchEnv | None, hosts: tuple[st
     if speaks:
         print("\n".join(said), file=sys.stderr, flush=True)
     return loaded
+
+
+def _run_http(loaded: Loaded[ServeConfig], options: Options) -> int:
+    """The work of the server's HTTP process; gives its exit code. Imports no torch."""
+    from megalite.serve import front
+
+    external = None
+    if options.external:
+        unix, *far = options.external
+        token = bytes.fromhex(read_whole(f"/proc/self/fd/{far[1]}", 1 << 10).decode()) if far else b""
+        external = front.External(unix=unix, tcp=far[0] if far else None, token=token)
+    return front.main(loaded, options, external)
+
+
+def _one_replica(loaded: Loaded[ServeConfig], options: Options) -> tuple[Loaded[ServeConfig], Options]:
+    """What the ranks of one of the server's replicas are started with."""
+    parallel = loaded.config.parallel
+    config = replace(loaded.config, parallel=replace(parallel, dp=1))
+    origins = loaded.origins | {"parallel.dp": COMMAND_LINE}
+    return loaded_from(config, origins), replace(options, replica=f"{options.replica}/{parallel.dp}")
 
 
 def _check_input(config: Config, model: ModelConfig | None) -> None:

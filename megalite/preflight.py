@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_origins
-from megalite.config.schema import Config, InferConfig, ServeConfig, TokenizerSection
+from megalite.config.schema import Config, GeneratingConfig, TokenizerSection
 from megalite.config.validate import model_location, validate
 from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
 from megalite.model import families
@@ -57,7 +57,7 @@ def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:
 
 def read_model(config: Config) -> ModelConfig | None:
     """The model that a config names, by its config.json; None if that is not on this disk (a hub id, a wrong path)."""
-    if isinstance(config, InferConfig):
+    if isinstance(config, GeneratingConfig):
         name = config.model.family_module
         if name is not None and all(part.isidentifier() for part in name.split(".")):
             import_family(name, "model.family_module")
@@ -73,7 +73,7 @@ def read_shape(config: Config) -> ModelConfig | None:
     """As `read_model`; of a model of the hub config.json is downloaded, if need be. CheckpointError: that fails."""
     path = config.model.path
     if path is not None and model_location(path) == "hub":
-        revision = config.model.revision if isinstance(config, InferConfig | ServeConfig) else None
+        revision = config.model.revision if isinstance(config, GeneratingConfig) else None
         return families.read(resolve(path, revision, weights=False))
     return read_model(config)
 
@@ -84,7 +84,7 @@ def as_sampled(loaded: Loaded[Any]) -> Loaded[Any]:
     CheckpointError: what the folder says of it is damaged.
     """
     config = loaded.config
-    if not isinstance(config, InferConfig) or config.model.path is None:
+    if not isinstance(config, GeneratingConfig) or config.model.path is None:
         return loaded
     folder = at_hand(config.model.path, config.model.revision)
     if folder is None:
@@ -118,7 +118,7 @@ def import_family(name: str, key: str) -> None:
 
 def _check_weights(config: Config, model: ModelConfig | None) -> None:
     """The headers of local weight files, so that a damaged folder shows before any rank is started."""
-    dummy = isinstance(config, InferConfig) and config.model.load_format == "dummy"
+    dummy = isinstance(config, GeneratingConfig) and config.model.load_format == "dummy"
     if model is None or config.model.path is None or dummy:
         return
     if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks

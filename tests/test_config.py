@@ -209,6 +209,9 @@ engine: seed -1 9223372036854775808 | 0 9223372036854775807
 sampling: n 0 16385 1000000000 | 1 16384; presence_penalty -2.1 2.1 | -2 2; frequency_penalty -2.1 2.1 | -2 2
 sampling: repetition_penalty 0 | 0.1; temperature -0.5 | 0; top_p 0 1.01 | 0.1 1; top_k -2 | -1 0; min_p -0.1 1.5 | 0 1
 sampling: seed -1 9223372036854775808 | 0 null; max_tokens 0 | 1 null; min_tokens -1 | 0; best_of 0 16385 | 1 null
+server: port -1 65536 | 0 65535; max_queued_requests 0 | 1; max_queued_tokens 0 | 1; max_samples 0 16385 | 1 16384
+server: max_logprobs -1 | 0; max_body 0 | 0.1; body_timeout 0 | 0.1; drain_timeout -1 | 0; stall_timeout 0 | 0.1
+server: restarts -1 | 0
 distributed: start_timeout 0 | 0.1; peer_timeout 0 | 0.1
 model: router_aux_loss_coef -1 | 0 null
 data: held_out 0 1 | 0.1; sequence_length 1 | 2; seed -1 9223372036854775808 | 0

@@ -20,8 +20,9 @@ FLAGS = {
 }
 HOSTS = ("--hostfile", "--include", "--exclude", "--master_addr", "--master_port", "--ssh_port", "--node_rank")
 """Options with a value that go to deepspeed; the last with its flag --no_ssh, once on each host."""
-VALUED = ("--config", *HOSTS, "--resolved-config", "--resolved-sha256", "--local_rank", "--local-rank")
-"""Options with a value; the last four are for the ranks, from a launcher or the door."""
+_FROM_US = ("--resolved-config", "--resolved-sha256", "--replica", "--socket", "--external")
+VALUED = ("--config", *HOSTS, *_FROM_US, "--local_rank", "--local-rank")
+"""Options with a value; those after the hosts' are for the processes of a run, from its launcher or one another."""
 _DEEPSPEED = (
     "DeepSpeed's keys go into a training config's section `deepspeed`; batch size, ZeRO stage, clipping, optimizer and "
     "dtype are keys of its other sections (see --help)."
@@ -45,10 +46,24 @@ class Options:
     """Of the resolved config, when the door started this rank."""
     program: tuple[str, ...] = ()
     """The script that was started, and the words before its options."""
+    replica: str = ""
+    """`NUMBER` or `NUMBER/COUNT` of the server's replica that this process is, or is a rank of; empty: of none."""
+    socket: str = ""
+    """Where its HTTP process listens."""
+    external: tuple[int, ...] = ()
+    """Descriptors with which rank 0 of a launcher's run started this HTTP process: of its unix socket, and if there are
+    other hosts of its TCP socket and of a file with the run's token."""
 
     @property
     def for_ranks(self) -> list[str]:
-        return ["--debug"] if "--debug" in self.flags else []
+        options = ["--debug"] if "--debug" in self.flags else []
+        return [*options, "--replica", self.replica, "--socket", self.socket] if self.replica else options
+
+    @property
+    def replica_place(self) -> tuple[int, int]:
+        """Number of the replica, and of how many on this host."""
+        number, _, count = self.replica.partition("/")
+        return int(number or 0), int(count or 1)
 
 
 def read_arguments(argv: Sequence[str]) -> Options:
@@ -96,6 +111,9 @@ def read_arguments(argv: Sequence[str]) -> Options:
         hosts=tuple(hosts),
         resolved=values.get("--resolved-config", ""),
         sha256=values.get("--resolved-sha256", ""),
+        replica=values.get("--replica", ""),
+        socket=values.get("--socket", ""),
+        external=tuple(map(int, filter(None, values.get("--external", "").split(",")))),
     )
 
 

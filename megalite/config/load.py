@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from megalite.config import yaml_lines
 from megalite.config.sampling import token_key
-from megalite.config.schema import Config, HybridConfig, InferConfig, TrainConfig
+from megalite.config.schema import Config, HybridConfig, InferConfig, ServeConfig, TrainConfig
 from megalite.config.typecheck import (
     hints,
     is_mapping,
@@ -35,8 +35,13 @@ from megalite.config.typecheck import (
 from megalite.errors import ConfigError, Problem
 from megalite.files import read_whole
 
-Kind = Literal["infer", "train", "hybrid"]
-SCHEMAS: dict[str, type] = {"infer": InferConfig, "train": TrainConfig, "hybrid": HybridConfig}
+Kind = Literal["infer", "train", "hybrid", "serve"]
+SCHEMAS: dict[str, type] = {
+    "infer": InferConfig,
+    "train": TrainConfig,
+    "hybrid": HybridConfig,
+    "serve": ServeConfig,
+}
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
 _OVERRIDE = re.compile(r"-*[a-z_]+\.[a-z_]|[^=]+=.")
@@ -45,6 +50,9 @@ MOST_BYTES = 1 << 20
 """Of a config file. Prompts that take more belong in a file of their own."""
 LITERAL_KEYS = ("input.prompts", "sampling.stop", "train.sample_prompts")
 """Text for the model, in which `${...}` is ordinary text."""
+SECRET_KEYS = ("server.api_key",)
+"""Their values say where a secret is. What might be the secret itself is neither taken nor shown."""
+_PLACE_OF_SECRET = re.compile(r"(env|file):\S.*")
 
 
 C = TypeVar("C", bound=Config)
@@ -216,6 +224,9 @@ class _Reader:
 
 
 def _value_problem(key: str, hint: Any, value: Any, origin: str) -> Problem | None:
+    if key in SECRET_KEYS and value is not None and not _PLACE_OF_SECRET.fullmatch(str(value)):
+        rule = "must say where the key is, as env:NAME or file:PATH; the key itself belongs in no config"
+        return Problem(key=key, rule=rule, origin=origin)
     if key not in LITERAL_KEYS and re.search(r'\$\{|"\\*\?\?\?"', json.dumps(value)):
         fix = "Write the value itself; `${...}` and `???` are not expanded."
         return problem(key, "must be a plain value", value, fix, origin)

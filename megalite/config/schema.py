@@ -591,4 +591,5 @@ class HybridConfig:
     distributed: DistributedSection = field(default_factory=DistributedSection)
 
 
+GeneratingConfig = InferConfig | ServeConfig
 Config = InferConfig | TrainConfig | HybridConfig | ServeConfig

@@ -24,6 +24,7 @@ from megalite.config.schema import (
     Config,
     DistributedSection,
     EngineSection,
+    GeneratingConfig,
     HybridConfig,
     InferConfig,
     InputSection,
@@ -57,11 +58,12 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     `model`: what the model folder says, where it is known. `world_size`: ranks started; None before there are any.
     """
     rules = Rules(config)
-    if isinstance(config, InferConfig):
+    if isinstance(config, GeneratingConfig):
         _inference_rules(rules, model)
-        _input_rules(rules.at("input"), model)
-        _output_rules(rules.at("output"), config.input)
         _writable_rule(rules.at("monitor"), "status_file")
+        if isinstance(config, InferConfig):
+            _input_rules(rules.at("input"), model)
+            _output_rules(rules.at("output"), config.input)
     else:
         _distributed_rules(rules.at("distributed"))
         _writable_rule(rules.at("output"), "folder", is_folder=True)
@@ -75,7 +77,7 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     return rules.problems + ([mismatch] if mismatch else [])
 
 
-def engine_problems(config: InferConfig, model: ModelFacts | None) -> list[Problem]:
+def engine_problems(config: GeneratingConfig, model: ModelFacts | None) -> list[Problem]:
     """The rules for an engine by itself, without the input, output and ranks of a job."""
     rules = Rules(config)
     _inference_rules(rules, model)
@@ -98,7 +100,7 @@ def _hybrid_rules(rules: Rules, model: ModelFacts | None) -> None:
 
 
 def _inference_rules(rules: Rules, model: ModelFacts | None) -> None:
-    config: InferConfig = rules.section
+    config: GeneratingConfig = rules.section
     _model_rules(rules.at("model"))
     layout_rules(rules.at("parallel"), model)
     generating_layout_rules(rules.at("parallel"))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megalite.config.load import Loaded, with_origins
 from megalite.config.sampling import sampling_problems
-from megalite.config.schema import EngineSection, InferConfig, ModelSection
+from megalite.config.schema import EngineSection, GeneratingConfig, InferConfig, ModelSection
 from megalite.core.agreement import minimum
 from megalite.core.layout import Layout
 from megalite.core.linear import store_by_input
@@ -238,7 +238,7 @@ class Replica:
         return self.device.type != "cpu" and not self.settings.enforce_eager and capturable
 
 
-def load_replica(config: InferConfig, runtime: Runtime) -> tuple[Replica, ModelFolder]:
+def load_replica(config: GeneratingConfig, runtime: Runtime) -> tuple[Replica, ModelFolder]:
     """Build the decoder of a config's model on this rank, in the config's layout, read the rank's part of the weights
     into it, and make a replica of it; also what the model's folder holds beside weights.
 

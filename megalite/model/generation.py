@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megalite.config.load import Loaded, with_defaults
-from megalite.config.schema import InferConfig
+from megalite.config.schema import GeneratingConfig
 from megalite.model.hf_config import HFConfig, read_json
+
+Generating = TypeVar("Generating", bound=GeneratingConfig)
 
 NAME = "generation_config.json"
 SAMPLING = {
@@ -86,8 +88,8 @@ class GenerationConfig:
             found[field] = kind(value)
         return found
 
-    def under(self, loaded: Loaded[InferConfig]) -> Loaded[InferConfig]:
-        """An inference job's config with these sampling parameters where it sets none, if it asks for them."""
+    def under(self, loaded: Loaded[Generating]) -> Loaded[Generating]:
+        """A generating job's config with these sampling parameters where it sets none, if it asks for them."""
         if loaded.config.model.generation_config == "none":
             return loaded
         return with_defaults(loaded, "sampling", self.sampling, str(self.path))

@@ -125,6 +125,7 @@ class Meter:
         assert not self._open
         self._spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._began = self._step_began = self._clock()
+        self._lap: tuple[float, dict[str, float]] = (self._began, dict(self._spent))
         self._ended: float | None = None
         self._delayed = _run_delays()
         self._steps: dict[str, float] = dict.fromkeys(_OF_STEPS, 0)
@@ -133,6 +134,14 @@ class Meter:
     def stop(self) -> None:
         """The run ended: `report` says how long it took up to now."""
         self._ended = self._clock()
+
+    def lap(self) -> dict[str, float]:
+        """Share of the time in each phase since the last lap, or since `start`. Not within a phase."""
+        assert not self._open
+        now, spent = self._clock(), dict(self._spent)
+        began, before = self._lap
+        self._lap = (now, spent)
+        return {phase: (spent[phase] - before[phase]) / (now - began) for phase in PHASES} if now > began else {}
 
     def phase(self, phase: Phase) -> _Span:
         """`with meter.phase("compute"): ...`"""

@@ -68,14 +68,22 @@ _LOOPBACK = "127.0.0.1"
 class Runtime:
     """This process as one rank of the run. A context manager; see the module's text for what leaving it means."""
 
-    def __init__(self, env: LaunchEnv, ranks: Sequence[RankInfo], backend: str, store: dist.Store, folder: Path | None):
+    def __init__(
+        self,
+        env: LaunchEnv,
+        ranks: Sequence[RankInfo],
+        backend: str,
+        store: dist.Store,
+        folder: Path | None,
+        runs_here: int,
+    ):
         """What is known once all have met, of which `ranks` tells; `folder` is the run's on this host, if launched."""
         self.rank, self.world_size = env.rank, env.world_size
         self.local_rank = env.local_rank
         """Among the ranks that the same launcher process started."""
         self.info = ranks[env.rank]
-        self.local_world_size = sum(info.machine == self.info.machine for info in ranks)
-        """Ranks that share this machine's memory, cores and devices."""
+        self.local_world_size = sum(info.machine == self.info.machine for info in ranks) * runs_here
+        """Ranks that share this machine's memory, cores and devices, those of equal runs included."""
         self.hostname = self.info.host
         self.device = torch.device(self.info.device)
         self.backend = backend
@@ -198,12 +206,13 @@ def start(
     config_text: str,
     status_file: str | os.PathLike[str] | None = None,
     handle_signals: bool = True,
+    beside: tuple[int, int] = (0, 1),
 ) -> Runtime:
     """Join the run that the launcher started, or be a run of one rank without a launcher. Every rank calls it.
 
     `sha256` and `config_text` are compared over the ranks before anything else. `status_file`: where rank 0 keeps the
     run's state as JSON. `handle_signals`: SIGINT and SIGTERM set `signal_received` instead of ending the process; needs
-    the main thread.
+    the main thread. `beside`: which of how many equal runs this is that share the machine.
 
     Returns when all ranks are there, connected, and watch each other: within `section.start_timeout` seconds.
     ConfigError when the ranks disagree or an option does not fit the machine, RankLost naming who never came; raised
@@ -216,7 +225,7 @@ def start(
     status = StatusFile(status_file, pipe)
     chain = launchers(this_process(), door) if env else []
     owner = next((process for process in chain if process.pid == door or launcher_name(process)), None)
-    runtime, listener = _meet(section, env, owner, status, sha256, config_text, deadline)
+    runtime, listener = _meet(section, env, owner, status, sha256, config_text, deadline, beside)
     hub, ranks = runtime.ranks[0], runtime.ranks
     status.peers = [Peer(info.rank, info.host, info.pid) for info in ranks]
     watchdog = Watchdog(
@@ -256,6 +265,7 @@ def _meet(
     sha256: str,
     config_text: str,
     deadline: Deadline,
+    beside: tuple[int, int],
 ) -> tuple[Runtime, socket.socket | None]:
     """Come together with all ranks; on rank 0 of several, the second is the socket for the watch.
 
@@ -268,7 +278,8 @@ def _meet(
         one_host = env.started_here == env.world_size
         address = _LOOPBACK if one_host else route_to(env.master_addr, env.master_port)
         listener = listen(address) if env.rank == 0 and env.world_size > 1 else None
-        info = _introduce(section, env, sha256, address, listener)
+        slot = beside[0] * (env.started_here or env.world_size) + env.local_rank
+        info = _introduce(section, env, sha256, address, listener, slot)
         ranks, backend = meet(env, store, info, config_text, deadline, lambda here: _backend(section, here))
     except MegaliteError as error:
         if folder is not None and not claim(folder):
@@ -278,16 +289,17 @@ def _meet(
     if launched and folder is None:
         first_here = next(other for other in ranks if (other.host, other.pids) == (info.host, info.pids))
         folder = run_folder(Process(first_here.pid, first_here.start))
-    return Runtime(env, ranks, backend, store, folder), listener
+    return Runtime(env, ranks, backend, store, folder, beside[1]), listener
 
 
 def _introduce(
-    section: DistributedSection, env: LaunchEnv, sha256: str, address: str, listener: socket.socket | None
+    section: DistributedSection, env: LaunchEnv, sha256: str, address: str, listener: socket.socket | None, slot: int
 ) -> RankInfo:
-    """What this rank says of itself; a device that can't be had is a problem, of which all ranks hear so."""
+    """What this rank says of itself; a device that can't be had is a problem, of which all ranks hear so. `slot`: its
+    place among the ranks on this machine."""
     problem, code, device = "", 0, torch.device("cpu")
     try:
-        device = _pick_device(section, env.local_rank)
+        device = _pick_device(section, slot)
     except MegaliteError as error:
         problem, code = str(error), error.exit_code
     return RankInfo(
@@ -309,7 +321,7 @@ def _introduce(
     )
 
 
-def _pick_device(section: DistributedSection, local_rank: int) -> torch.device:
+def _pick_device(section: DistributedSection, slot: int) -> torch.device:
     """The rank's GPU, shared in turn where there are fewer than ranks, or the CPU; makes the GPU the current one."""
     gpus = 0 if section.device == "cpu" else torch.cuda.device_count()
     if section.device == "cuda" and gpus == 0:
@@ -317,7 +329,7 @@ def _pick_device(section: DistributedSection, local_rank: int) -> torch.device:
         raise ConfigError(Problem(key="distributed.device", rule=rule, value="cuda", fix=fix))
     if gpus == 0:
         return torch.device("cpu")
-    device = torch.device("cuda", local_rank % gpus)
+    device = torch.device("cuda", slot % gpus)
     torch.cuda.set_device(device)
     return device
 
