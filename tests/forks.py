@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 from waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-PRELOAD = ("cli", "inference.job", "tools.convert", "tools.describe", "tools.export")
+PRELOAD = ("cli", "inference.job", "serve.worker", "tools.convert", "tools.describe", "tools.export")
 """What the server imports of megalite when it starts."""
 TRAINING = ("megalite.hybrid.job", "deepspeed", "torch._dynamo")
 """`preload` for programs that train."""
