@@ -1,9 +1,9 @@
-# `make demo` and `make test` work on a fresh machine; the README shows the plain commands behind them.
+# `make demo`, `make serve` and `make test` work on a fresh machine; the README shows the plain commands behind them.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo serve test lint clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,12 +14,19 @@ $(BIN)/.megalite: setup.py
 	$(BIN)/pip install -e .
 	touch $@
 
+$(BIN)/.megalite-serve: $(BIN)/.megalite
+	$(BIN)/pip install -e '.[serve]'
+	touch $@
+
 $(BIN)/.megalite-test: $(BIN)/.megalite
 	$(BIN)/pip install -e '.[test]'
 	touch $@
 
 demo: $(BIN)/.megalite  ## Install, then generate with the demo model split over two processes
 	$(BIN)/python launch/infer.py --config configs/infer/demo.yaml parallel.tp=2
+
+serve: $(BIN)/.megalite-serve  ## Install the serve extra, then serve the demo model at http://127.0.0.1:8000
+	$(BIN)/python launch/serve.py --config configs/serve/demo.yaml
 
 test: $(BIN)/.megalite-test  ## Install the test extra and run the tests
 	$(BIN)/pytest -q -n 2 --dist loadfile

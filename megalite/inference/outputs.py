@@ -215,6 +215,8 @@ class _Sample:
         """Tokens that came with the request."""
         self.given_out = 0
         """Characters of the text that deltas have had."""
+        self.kept_back = ""
+        """The text after them; of a streamed request only."""
         self.final_token: int | None = None
         """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
         self.finish_reason: FinishReason | None = None
@@ -269,6 +271,8 @@ class _Sample:
 
     def _add(self, text: str) -> None:
         self.pieces.append(text)
+        if self.request.stream:
+            self.kept_back += text
         if not self.checker.stops or self.match is not None:
             return
         if len(self.token_ids) > self.request.params.min_tokens:
@@ -287,9 +291,11 @@ class _Sample:
     def text(self) -> str:
         """Without the stop string, unless that is wanted."""
         text = "".join(self.pieces)
-        if self.match is None:
-            return text
-        return text[: self.match.end if self.request.params.include_stop_str_in_output else self.match.start]
+        return text if self.match is None else text[: self._match_end(self.match)]
+
+    def _match_end(self, match: StopMatch) -> int:
+        """Characters of the text, which a stop string ends."""
+        return match.end if self.request.params.include_stop_str_in_output else match.start
 
     def stop_reason(self) -> str | int | None:
         if self.match is not None:
@@ -300,10 +306,13 @@ class _Sample:
 
     def gained(self) -> str:
         """Text that is certain to stay and has not been given out."""
-        text = self.text()
-        if self.match is None and self.finish_reason is None:
-            text = text[: len(text) - self.checker.held_back]
-        self.given_out, gained = max(len(text), self.given_out), text[self.given_out :]
+        count = len(self.kept_back)
+        if self.match is not None:
+            count = max(0, self._match_end(self.match) - self.given_out)
+        elif self.finish_reason is None and self.checker.stops:
+            count -= min(count, self.checker.held_back)
+        gained, self.kept_back = self.kept_back[:count], self.kept_back[count:]
+        self.given_out += len(gained)
         return gained
 
     def output(self, index: int, entry: Callable[[_Place], Logprobs]) -> CompletionOutput:

@@ -38,6 +38,7 @@ class StopChecker:
     def __init__(self, stops: Sequence[str]):
         self.stops = tuple(stops)
         self._keep = max(map(len, stops), default=1) - 1
+        self._firsts = frozenset(stop[0] for stop in stops)
         self._tail = ""
         """The last characters, in which a stop string may have begun."""
         self._length = 0
@@ -65,5 +66,9 @@ class StopChecker:
     @property
     def held_back(self) -> int:
         """Characters at the end that may become a stop string; whoever shows text as it comes waits with them."""
-        lengths = range(len(self._tail), 0, -1)
-        return next((n for n in lengths if self._tail.endswith(tuple(s[:n] for s in self.stops if len(s) > n))), 0)
+        for start, character in enumerate(self._tail):
+            if character in self._firsts:
+                begun = self._tail[start:]
+                if any(stop.startswith(begun) and len(stop) > len(begun) for stop in self.stops):
+                    return len(begun)
+        return 0
