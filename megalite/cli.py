@@ -40,6 +40,7 @@ from megalite.errors import (
 )
 from megalite.files import read_whole
 from megalite.model.config import ModelConfig
+from megalite.monitor.words import wrapped
 from megalite.preflight import as_sampled, check, read_shape
 from megalite.run.hosts import host_slots, tell_the_door, unpack_config
 from megalite.run.launch_env import LaunchEnv, door_of
@@ -226,6 +227,11 @@ def _prepare(
     if not options.sha256:
         more += job_problems(kind, loaded.config)
     model = check(loaded, problems, more, read_headers=place is None)
+    if isinstance(loaded.config, ServeConfig) and speaks and not options.sha256:
+        from megalite.serve.checks import warnings
+
+        for warning in warnings(loaded.config.server):
+            print(wrapped(f"warning: {warning}"), file=sys.stderr)
     if "--dry-run" in options.flags and speaks:
         from megalite.dry_run import describe
 

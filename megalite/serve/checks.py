@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from ipaddress import ip_address
 
-from megalite.config.schema import ServeConfig
+from megalite.config.schema import ServeConfig, ServerSection
 from megalite.errors import ConfigError, Problem
 
 _LIBRARIES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
@@ -26,3 +27,21 @@ def problems(config: ServeConfig) -> list[Problem]:
     except ConfigError as error:
         return list(error.problems)
     return []
+
+
+def warnings(server: ServerSection) -> list[str]:
+    """What is allowed and dangerous."""
+    if server.api_key is not None or is_loopback(server.host):
+        return []
+    return [
+        f"server.host {server.host} is open to a network, and server.api_key is null: whoever reaches it may use the "
+        "model. Set server.api_key=env:NAME, and put TLS in front."
+    ]
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine can reach it."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
