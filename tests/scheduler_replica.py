@@ -17,7 +17,7 @@ VOCAB = 5
 STOP_TOKEN = 4
 
 
-def request(name, prompt, max_tokens=4, *, stops=False, n=1, max_model_len=10_000, **params) -> Request:
+def request(name, prompt, max_tokens=4, *, stops=False, n=1, max_model_len=10_000, grammar="", **params) -> Request:
     """A request; `prompt` is a list of token ids or a length."""
     prompt = tuple(range(100, 100 + prompt)) if isinstance(prompt, int) else tuple(prompt)
     return Request(
@@ -27,6 +27,7 @@ def request(name, prompt, max_tokens=4, *, stops=False, n=1, max_model_len=10_00
         seed=len(prompt),
         max_tokens=min(max_tokens, max_model_len - len(prompt)),
         stop_token_ids=frozenset([STOP_TOKEN] if stops else []),
+        grammar=grammar,
     )
 
 
@@ -146,6 +147,8 @@ class Replica:
         written = set()
         for row in plan.rows:
             assert row.row == row.sequence.row and len(self._tokens[row.row]) == row.sequence.planned - row.sample
+            if row.sample and row.sequence.request.grammar:
+                assert self._tokens[row.row] == row.sequence.token_ids, "what may come next hangs on all values"
             if row.token >= 0:
                 assert row.token == self._tokens[row.row][row.start]
             if row.block >= 0:

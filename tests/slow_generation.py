@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 from plain_sampler import next_token, ruled_out, uniform
 from reference import load
 from tiny_models import VOCAB
@@ -53,6 +55,30 @@ def logits_after(folder: Path, ids: Sequence[int]) -> torch.Tensor:
     return load(folder)(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
+class Follower:
+    """What may come next by a grammar, asked of llguidance for one sequence after each token."""
+
+    def __init__(self, folder: Path, wanted: dict):
+        [(kind, value)] = [item for item in wanted.items() if item[0] != "disable_any_whitespace"]
+        if kind == "json_object":
+            kind, value = "json", {"type": "object"}
+        text = value if isinstance(value, str) else json.dumps(value)
+        grammar = grammar_from(kind, text)
+        if "disable_any_whitespace" in wanted:
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
+        tokens = LLTokenizer((folder / "tokenizer.json").read_text(), eos_token=EOS)
+        self.matcher = LLMatcher(tokens, grammar, log_level=0)
+
+    def allowed(self, stops: set[int]) -> set[int]:
+        bits = self.matcher.compute_bitmask()
+        allowed = {token for token in range(VOCAB) if bits[token // 8] >> token % 8 & 1} - {EOS}
+        return allowed | (stops if self.matcher.is_accepting() else set())
+
+    def ends(self, token: int) -> bool:
+        assert self.matcher.consume_token(token), self.matcher.get_error()
+        return self.matcher.is_stopped()
+
+
 class Slow:
     """Gives what an `Ask` should get from the checkpoint in `folder`."""
 
@@ -69,14 +95,19 @@ class Slow:
 
     def _complete(self, ask: Ask, index: int) -> Completion:
         params, output, logprobs = ask.params, [], []
+        follower = None
+        if params.structured_outputs:
+            follower = Follower(self.folder, params.structured_outputs)
         stops = {*(params.stop_token_ids or ()), *([] if params.ignore_eos else [EOS])}
         while len(output) < params.max_tokens:
             raw = logits_after(self.folder, [*ask.prompt, *output])[-1]
             without = ruled_out(params, output, stops=stops, bad_words=ask.bad_words, vocab=VOCAB)
+            if follower is not None:
+                without |= set(range(VOCAB)) - follower.allowed(stops)
             number = uniform(ask.seed, index, len(output))
             token = next_token(raw.tolist(), params, ask.prompt, output, without, number)
             output.append(token)
             logprobs.append(raw.log_softmax(-1)[token].item())
-            if token in stops:
+            if token in stops or (follower is not None and follower.ends(token)):
                 return Completion(output, logprobs, "stop")
         return Completion(output, logprobs, "length")

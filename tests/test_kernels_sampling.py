@@ -17,12 +17,12 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported
 
 from plain_sampler import uniform  # noqa: E402
-from test_sampler import Engine, make_row  # noqa: E402
+from test_sampler import Engine, make_row, random_masks  # noqa: E402
 
 from megalite.config.schema import SamplingParams  # noqa: E402
 from megalite.inference import draws  # noqa: E402
 from megalite.inference.device_sampler import DeviceSampler  # noqa: E402
-from megalite.kernels import sampling, weights  # noqa: E402
+from megalite.kernels import penalties, sampling, weights  # noqa: E402
 from megalite.kernels.jit import jit, tl  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -247,11 +247,12 @@ def test_the_device_s_sampler_gives_what_the_host_s_does(small):
     for _ in range(4):
         logits = (torch.randn(len(rows), vocab, generator=generator) * 8).round() / 4
         logits[4, [77, 8]] = 30.0  # bad words
-        expected, needs = engine.sample(logits), engine.sampler.needs(sequences)
+        masks = random_masks([1, 5], vocab, generator)
+        expected, needs = engine.sample(logits, masks=masks), engine.sampler.needs(sequences)
         positions = torch.tensor([len(sequence.token_ids) for sequence in sequences], device=DEVICE)
         assert needs.edits and needs.longest and needs.logprobs
         with torch.inference_mode():
-            got = device.sample(logits.to(DEVICE), torch.tensor(rows, device=DEVICE), positions, needs).to_host()
+            got = device.sample(logits.to(DEVICE), torch.tensor(rows, device=DEVICE), positions, needs, masks).to_host()
         if CUDA:
             torch.cuda.synchronize()
         got = got.listed()
@@ -268,3 +269,17 @@ def test_the_device_s_sampler_gives_what_the_host_s_does(small):
             sequence.token_ids.append(token)
             engine.write(sequence)
             device.edits.tokens[sequence.row, len(sequence.token_ids) - 1] = token
+
+
+def test_a_copy_leaves_out_what_the_row_s_mask_does_not_name():
+    count, vocab = 3, penalties.CHUNK + 70
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(count, vocab + 5, generator=generator)[:, :vocab].to(DEVICE)
+    masks = torch.randint(-(2**31), 2**31, (2, vocab // 32 + 3), generator=generator).int().to(DEVICE)
+    out = torch.empty(count, vocab, device=DEVICE)
+    penalties.copy_allowed(logits, out, masks, torch.tensor([1, -1, 0], dtype=torch.int32, device=DEVICE))
+    bits = masks[:, :, None] >> torch.arange(32, device=DEVICE) & 1
+    allowed = bits.flatten(1)[:, :vocab].bool()
+    assert torch.equal(out[1], logits[1])
+    for row, mask in ((0, allowed[1]), (2, allowed[0])):
+        assert torch.equal(out[row], torch.where(mask, logits[row], -INF)) and mask.any() and not mask.all()

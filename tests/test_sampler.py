@@ -1,6 +1,7 @@
 """The sampler against a slow, plain reference, and the promises it makes about batches, ties and extremes."""
 
 import math
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from megalite.errors import MegaliteError
 from megalite.inference import draws
 from megalite.inference.choice import FAILURES, PLAIN, Needs
 from megalite.inference.host_sampler import CPU_CHUNK, FEW
+from megalite.inference.matchers import Masks
 from megalite.inference.request import Request
 from megalite.inference.sampler import Sampler
 
@@ -71,16 +73,16 @@ class Engine:
         ids = torch.tensor(sequence.token_ids, dtype=torch.int32)
         self.tokens[sequence.row, : len(ids)] = ids
 
-    def choose(self, logits, sequences=None):
+    def choose(self, logits, sequences=None, masks=None):
         """Of some of the sequences."""
         sequences = self.sequences if sequences is None else sequences
         rows = torch.tensor([sequence.row for sequence in sequences], dtype=torch.int64, device=self.device)
         places = [len(sequence.token_ids) for sequence in sequences]
         positions = torch.tensor(places, dtype=torch.int64, device=self.device)
-        return self.sampler.sample(logits.to(self.device), rows, positions, self.sampler.needs(sequences))
+        return self.sampler.sample(logits.to(self.device), rows, positions, self.sampler.needs(sequences), masks)
 
-    def sample(self, logits, sequences=None):
-        choice = self.choose(logits, sequences).to_host()
+    def sample(self, logits, sequences=None, masks=None):
+        choice = self.choose(logits, sequences, masks).to_host()
         if self.device != "cpu":
             torch.cuda.synchronize()
         return choice.listed()
@@ -105,6 +107,22 @@ def make_row(params, *, seed=0, index=0, prompt=(0,), output=(), stop=(), bad_wo
         bad_words=tuple(map(tuple, bad_words)),
     )
     return Placed(request, index, [*prompt, *output])
+
+
+def masks_of(places, words):
+    """Masks that are made already, of rows at these places."""
+    made = Future()
+    made.set_result(words.astype(np.int32))
+    return Masks(places, made)
+
+
+def random_masks(places, vocab, generator):
+    return masks_of(places, torch.randint(-(2**31), 2**31, (len(places), vocab // 32 + 1), generator=generator).numpy())
+
+
+def allowed_by(masks, place, vocab):
+    words = masks.wait()[masks.places.index(place)]
+    return [token for token in range(vocab) if words[token // 32] >> token % 32 & 1]
 
 
 def sample_one(logits, params, **where):
@@ -344,6 +362,32 @@ def test_penalties_follow_a_growing_sequence(count):
     engine.sampler.admit([newcomer])  # the row's last tenant leaves nothing behind
     logits = torch.randn(1, vocab, generator=generator)
     assert engine.sample(logits, [newcomer]).token_ids == [reference_token(logits[0].tolist(), newcomer)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mask_is_like_allowed_ids_and_only_its_own_row_s(device):
+    vocab, generator = 100, torch.Generator().manual_seed(5)
+    options = [{}, {"temperature": 0, "repetition_penalty": 1.3}, {"top_p": 0.7, "logprobs": 2}, {"top_k": 4}, {}]
+    masks = random_masks([1, 2, 4], vocab, generator)
+    logits = torch.randn(len(options), vocab, generator=generator) * 3
+    rows = [make_row(SamplingParams(**given), seed=i, output=(3, 4)) for i, given in enumerate(options)]
+    got = Engine(vocab, rows, device).sample(logits, masks=masks)
+    for place in masks.places:
+        options[place]["allowed_token_ids"] = allowed_by(masks, place, vocab)
+    same = [make_row(SamplingParams(**given), seed=i, output=(3, 4)) for i, given in enumerate(options)]
+    assert got == Engine(vocab, same, device).sample(logits)
+    assert got.logprobs[4] == pytest.approx(logits[4].log_softmax(-1)[got.token_ids[4]].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_masks_of_rows_that_give_no_token(device):
+    vocab = 40
+    logits = torch.zeros(4, vocab)
+    logits[0, 7] = math.nan
+    masks = masks_of([0, 1, 3], np.array([[-1, -1], [0, 0], [0, 1 << 5]]))
+    rows = [make_row(SamplingParams(), seed=i) for i in range(4)]
+    got = Engine(vocab, rows, device).sample(logits, masks=masks).token_ids
+    assert (got[0], got[1], got[3]) == (-1, -2, 37) and got[2] >= 0
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(top_p=0.5), dict(top_k=2)], ids=str)

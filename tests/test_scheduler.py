@@ -376,3 +376,18 @@ def test_the_hash_of_the_state_tells_results_apart():
     for token, (scheduler, plan) in enumerate(zip(schedulers, plans, strict=True)):
         scheduler.finish(plan, (Sampled(token),))
     assert schedulers[0].state_hash() != schedulers[1].state_hash()
+
+
+def test_a_row_with_a_grammar_waits_for_its_values_and_no_other_does():
+    replica = Replica(overlap=1)
+    replica.add(request("free", 3, 5), request("bound", 2, 3, grammar="a"))
+    assert [names(replica.step()) for _ in range(7)] == [
+        ["free", "bound"],
+        ["free"],
+        ["free", "bound"],
+        ["free"],
+        ["free", "bound"],
+        [],  # the last tokens are on their way
+        [],
+    ]
+    replica.drain()

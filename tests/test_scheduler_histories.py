@@ -41,6 +41,7 @@ REQUESTS = st.fixed_dictionaries(
         "n": st.integers(1, 3),
         "stops": st.booleans(),
         "min_tokens": st.integers(0, 3),
+        "grammar": st.sampled_from(["", "", "a"]),
         "prompt_logprobs": st.sampled_from([None, 0]),
     }
 )

@@ -52,7 +52,7 @@ PLACES = {
         "megalite/train/",
         "tests/",
     ),
-    "llguidance": ("megalite/text/grammar.py", "tests/"),
+    "llguidance": ("megalite/text/grammar.py", "megalite/inference/matchers.py", "tests/"),
     "pickle": ("tests/",),
     "lm_eval": ("megalite/evals.py", "tests/"),
 }

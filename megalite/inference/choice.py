@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NO_TOKEN = -2
 FAILURES = {
     -1: "the model's logits are not numbers (NaN); are its weights damaged?",
-    -2: "every token is ruled out (logit -inf) by the model or the sampling settings",
+    NO_TOKEN: "every token is ruled out (logit -inf) by the model or the sampling settings",
 }
 """What stands in place of an id where a row's logits give none."""
 

@@ -10,6 +10,7 @@ from megalite.inference import draws
 from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.host_sampler import LARGEST, RowParams
+from megalite.inference.matchers import Masks
 from megalite.kernels import penalties, ranking, sampling
 from megalite.planner.memory import SAMPLING_CHUNK
 
@@ -37,9 +38,12 @@ class DeviceSampler:
         sent = self.send(values)
         self.table.index_copy_(0, sent[:, 0], sent[:, 1:])
 
-    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice:
+    def sample(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None
+    ) -> Choice:
         """As `Sampler.sample`."""
-        edited = self._edited(logits, rows, positions, needs) if needs.edits or needs.longest else None
+        changed = needs.edits or needs.longest or masks is not None
+        edited = self._edited(logits, rows, positions, needs, masks) if changed else None
         ids, logprobs, stats = sampling.choose(
             logits, edited, rows, positions, self.table, at_temperature=self.at_temperature
         )
@@ -52,18 +56,31 @@ class DeviceSampler:
             details = _details(logits, ids, stats, needs.most(logits.shape[1]))
         return Choice(ids, logprobs, details, needs)
 
-    def _edited(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Tensor:
+    def _edited(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None) -> Tensor:
         """A changed copy of logits [n, V], float32."""
         buffer = torch.empty(logits.numel() + 1, device=logits.device)
         edited, source = buffer[:-1].view(logits.shape), logits
-        penalties.copy(logits, edited)
+        if masks is None:
+            penalties.copy(logits, edited)
+        else:
+            source = edited
+            penalties.copy_allowed(logits, edited, *self._sent(masks, len(logits)))
         if needs.edits:
             self.edits.apply(buffer, rows, positions)
-            source = edited.clone() if needs.longest else edited
+            source = edited
         if needs.longest:
+            source = source.clone() if source is edited else source
             tokens, times = self.penalties.tokens, self.penalties.times
             penalties.penalise(source, edited, rows, positions, self.table, tokens, times, needs.longest)
         return edited
+
+    def _sent(self, masks: Masks, count: int) -> tuple[Tensor, Tensor]:
+        """The masks on the device, int32 [m, words], and of each of `count` rows which is its mask, or -1; one copy."""
+        words = masks.wait()
+        which = np.full(count, -1, np.int32)
+        which[masks.places] = np.arange(len(words))
+        sent = self.send(np.concatenate([which, words.ravel()]))
+        return sent[count:].view(words.shape), sent[:count]
 
 
 def _details(logits: Tensor, ids: Tensor, stats: Tensor, k: int) -> Details:

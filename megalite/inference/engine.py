@@ -22,8 +22,9 @@ from torch import Tensor
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
 from megalite.inference.channel import News, ReplicaChannel, StepMessage
-from megalite.inference.choice import FAILURES, TokenLogprobs
+from megalite.inference.choice import FAILURES, NO_TOKEN, TokenLogprobs
 from megalite.inference.feeds import Feed
+from megalite.inference.matchers import FOLLOWED
 from megalite.inference.outputs import OutputProcessor, RequestOutput, TokenDelta
 from megalite.inference.request import Request, Sampled, Sequence, StepPlan
 from megalite.inference.runner import Runner, StepResults
@@ -269,15 +270,19 @@ class Engine:
             sampled = answered.results.wait()
         results, now = [], time.monotonic()
         with self.meter.phase("sampling"):
+            outcomes = self.runner.sampler.matchers.follow(answered.plan.sampled, sampled.token_ids)
             columns = (sampled.token_ids, sampled.logprobs, sampled.top_logprobs)
-            for row, token_id, logprob, top in zip(answered.plan.sampled, *columns, strict=True):
-                sequence, stopped = row.sequence, False
+            for place, (row, token_id, logprob, top) in enumerate(zip(answered.plan.sampled, *columns, strict=True)):
+                sequence, stopped, outcome = row.sequence, False, outcomes.get(place, FOLLOWED)
+                if outcome.problem is not None:
+                    token_id = NO_TOKEN
                 if sequence.finish_reason is not None:  # sampled in vain
                     pass
                 elif token_id < 0:
-                    self.outputs.fail(sequence, FAILURES[token_id])
+                    self.outputs.fail(sequence, outcome.problem or FAILURES[token_id])
                 else:
                     stopped = self.outputs.append(sequence, token_id, logprob, top, events.deltas, now)
+                    stopped |= outcome.finished
                     events.num_tokens += 1
                 results.append(Sampled(token_id, stopped))
         self.output_tokens += events.num_tokens

@@ -16,6 +16,7 @@ from torch import Tensor
 from megalite.inference import draws
 from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
+from megalite.inference.matchers import Masks
 from megalite.planner.memory import SAMPLING_CHUNK
 
 CPU_CHUNK = 2**17
@@ -88,8 +89,11 @@ class HostSampler:
         """These rows have new parameters."""
         self._prompt_len[rows] = torch.tensor([one.prompt_len for one in params])
 
-    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice:
+    def sample(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None
+    ) -> Choice:
         """As `Sampler.sample`."""
+        allowed = {} if masks is None else dict(zip(masks.places, masks.wait(), strict=True))
         numbers, places = rows.tolist(), positions.tolist()
         parts = []
         most = needs.most(self.vocab_size)
@@ -97,8 +101,9 @@ class HostSampler:
         for start in range(0, len(rows) or 1, step):
             part = slice(start, start + step)
             raw = edited = peaked(logits[part].float())
-            if needs.edits or needs.longest:
-                edited = self._edit(raw, numbers[part], places[part])
+            if needs.edits or needs.longest or allowed:
+                words = [allowed.get(i) for i in range(len(rows))[part]]
+                edited = self._edit(raw, numbers[part], places[part], words)
             parts.append(self._sample(raw, edited, numbers[part], places[part], needs.logprobs[part], most))
         ids = _joined([choice.ids for choice in parts])
         if needs.longest:
@@ -141,14 +146,18 @@ class HostSampler:
 
     # Edits
 
-    def _edit(self, raw: Peaked, rows: list[int], positions: list[int]) -> Peaked:
-        """A changed copy of logits [n, V]; they themselves where no row asks for changes."""
+    def _edit(self, raw: Peaked, rows: list[int], positions: list[int], words: list[np.ndarray | None]) -> Peaked:
+        """A changed copy of logits [n, V]; they themselves where no row asks for changes. `words`: as of `Masks`."""
+        masked = [(i, one) for i, one in enumerate(words) if one is not None]
         edited = [i for i, row in enumerate(rows) if row in self.edits.rows]
         penalised = [i for i, row in enumerate(rows) if self.params[row].penalised]
-        if not (edited or penalised):
+        if not (edited or penalised or masked):
             return raw
         logits = raw.logits.clone(memory_format=torch.contiguous_format)
         values = logits.numpy()
+        for i, mask in masked:
+            bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=self.vocab_size)
+            np.putmask(values[i], bits == 0, -math.inf)
         for i in edited:
             self.edits.apply_to(values[i], rows[i], positions[i])
         if len(penalised) > FEW:

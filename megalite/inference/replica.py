@@ -173,6 +173,7 @@ class Replica:
                 device=self.device,
                 tokens=rows.tokens,
                 at_temperature=at_temperature,
+                tokenizer=self.tokenizer,
             ),
             meter=self.meter,
             max_rows=scheduler.max_num_seqs // self.layout.pp,

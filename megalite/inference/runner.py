@@ -13,6 +13,7 @@ from megalite.core.pipeline import StageLink
 from megalite.errors import maybe_fault
 from megalite.inference.choice import PLAIN, Choice, SampledRows
 from megalite.inference.graphs import StepGraphs, StepOutput
+from megalite.inference.matchers import Masks
 from megalite.inference.request import StepPlan
 from megalite.inference.rows import Batch, Rows
 from megalite.inference.sampler import Sampler
@@ -111,8 +112,10 @@ class Runner:
         maybe_fault("decode.step", self.state.rank)
         self._take_returned(plan.step - self.state.pp.size)
         self.rows.admit(plan.admitted)
+        masks = None
         if self.state.is_last_stage:
             self.sampler.admit(plan.admitted)
+            masks = self.sampler.matchers.masks(plan.sampled)
         x = None
         if not self.state.is_first_stage:
             with self.meter.phase("waiting"):
@@ -121,15 +124,15 @@ class Runner:
             with self.meter.phase("compute"):
                 output = self.graphs.run(plan, x)
             if output is not None:
-                return self._finished(plan, output, padded=True)
+                return self._finished(plan, output, masks, padded=True)
         with self.meter.phase("compute"):
             batch = self.rows.batch(plan)
             hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
         if self.state.is_last_stage:
             self._score(batch, hidden, on_prompt)
-        return self._finished(plan, self._sampled(batch, hidden), padded=False)
+        return self._finished(plan, self._sampled(batch, hidden), masks, padded=False)
 
-    def _finished(self, plan: StepPlan, output: StepOutput, *, padded: bool) -> StepResults | None:
+    def _finished(self, plan: StepPlan, output: StepOutput, masks: Masks | None, *, padded: bool) -> StepResults | None:
         """Send hidden states on, or sample what has special needs and start the results' way to the host."""
         sequences = [row.sequence for row in plan.sampled]
         count, batch, choice = len(sequences), output.batch, output.choice
@@ -144,10 +147,10 @@ class Runner:
         if not count:
             return None
         needs = self.sampler.needs(sequences)
-        if choice is None or needs != PLAIN:
+        if choice is None or needs != PLAIN or masks is not None:
             rows, positions = batch.rows[:count], batch.positions[:count]
             with self.meter.phase("sampling"):
-                choice = self.sampler.sample(output.hidden[:count], rows, positions, needs)
+                choice = self.sampler.sample(output.hidden[:count], rows, positions, needs, masks)
                 self.rows.write(rows, positions, choice.ids)
         if self.return_ids:
             with self.meter.phase("communication"):

@@ -3,8 +3,8 @@
 What is done to a row of logits, in this order (vLLM's, vllm/v1/sample/sampler.py):
 
 1. log-probabilities are taken from the raw logits, in float32 (or from those over the temperature, see `Sampler`);
-2. ids outside allowed_token_ids, ids that would complete one of bad_words and, before min_tokens, ids that would end
-   the output get -inf;
+2. ids that a grammar rules out (matchers.py), ids outside allowed_token_ids, ids that would complete one of bad_words
+   and, before min_tokens, ids that would end the output get -inf;
 3. logit_bias is added;
 4. repetition, then frequency, then presence penalty (2 to 4: edits.py);
 5. temperature 0 (below 1e-5): the largest logit wins, of equal ones the lowest id;
@@ -33,8 +33,10 @@ from megalite.inference.choice import FAILURES, PLAIN, Choice, Needs, TokenLogpr
 from megalite.inference.device_sampler import DeviceSampler
 from megalite.inference.draws import largest_weight
 from megalite.inference.host_sampler import HostSampler, RowParams, chunk_rows, details, peaked
+from megalite.inference.matchers import Masks, Matchers
 from megalite.inference.request import Sequence
 from megalite.kernels.device import send
+from megalite.text.tokenizer import Tokenizer
 
 __all__ = ["FAILURES", "PLAIN", "Choice", "Needs", "Sampler", "TokenLogprobs", "policy_temperature"]
 
@@ -59,18 +61,22 @@ class Sampler:
         device: torch.device,
         tokens: Tensor,
         at_temperature: bool = False,
+        tokenizer: Tokenizer | None = None,
     ):
         """`tokens` int32 [max_rows + 1, max_len] on `device`: prompt and output of each row; kept up by the caller, the
         last row is padding.
 
         `at_temperature`: a sampled token's log-probability is that of the distribution at its request's temperature,
         which importance weights need; greedy requests stay at temperature 1.
+
+        `tokenizer`: what grammars are compiled for; None: no request has one.
         """
         self.vocab_size = vocab_size
         assert tokens.shape == (max_rows + 1, max_len) and tokens.dtype == torch.int32
         self.max_len = max_len
         self.tokens = tokens
         self._params = [RowParams()] * (max_rows + 1)  # a row that was never admitted is greedy, as padding is
+        self.matchers = Matchers(tokenizer, vocab_size)
         self._needy: set[int] = set()
         """Rows with needs."""
         to_device = partial(send, device=device)
@@ -94,6 +100,7 @@ class Sampler:
             rows.append(row)
             self._params[row] = params
             edited = self._side.edits.admit(row, sequence)
+            self.matchers.admit(row, sequence)
             if params.penalised:
                 penalised.append((row, sequence))
             self._needy.discard(row)
@@ -137,14 +144,16 @@ class Sampler:
     # Sampling
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs) -> Choice:
+    def sample(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None
+    ) -> Choice:
         """Sample each row; `logits` [n, V] of any float dtype are left as they are.
 
         `rows` int64 [n]: row numbers, distinct but for padding. `positions` int64 [n]: where in `tokens` the new token
-        will stand; everything before it is there.
+        will stand; everything before it is there. `masks`: of rows with a grammar.
         """
         assert logits.shape == (len(rows), self.vocab_size)
-        return self._side.sample(logits, rows, positions, needs)
+        return self._side.sample(logits, rows, positions, needs, masks)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: Tensor, next_ids: list[int] | tuple[int, ...], k: int) -> list[TokenLogprobs]:

@@ -203,6 +203,8 @@ class Scheduler:
             start = seq.num_computed
             if start == seq.num_inputs:  # its last token is being sampled
                 continue
+            if seq.request.grammar and seq.planned > len(seq.token_ids):  # what may come next hangs on the last value
+                continue
             if seq.planned - start > 1:
                 prefills.append(seq)
             elif start < len(seq.blocks) * self._block_size:

@@ -1,4 +1,5 @@
-"""Repetition, frequency and presence penalties of n rows on a GPU, as Triton kernels (vLLM's and CTRL's formulas).
+"""Repetition, frequency and presence penalties of n rows on a GPU, as Triton kernels (vLLM's and CTRL's formulas), and
+the copy of logits that they change, in which a mask may rule out ids.
 
 A row's own tokens are the list of ids that they change; beside each stands how often it is in the output so far. A
 row's parameters are those of `kernels/sampling.py`'s table; rows without penalties are left at once.
@@ -33,6 +34,17 @@ def _copy_kernel(logits, stride, out, vocab, CHUNK: tl.constexpr):
     n = tl.program_id(1).to(tl.int64)
     ids = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     tl.store(out + n * vocab + ids, _load(logits, n, stride, ids, vocab), mask=ids < vocab)
+
+
+@jit
+def _copy_allowed_kernel(logits, stride, out, vocab, masks, words, which, CHUNK: tl.constexpr):
+    """The same, with -inf for ids whose bit in the row's mask is not set."""
+    n = tl.program_id(1).to(tl.int64)
+    ids = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    mask = tl.load(which + n)
+    bits = tl.load(masks + mask * words + ids // 32, mask=(ids < vocab) & (mask >= 0), other=-1)
+    x = _load(logits, n, stride, ids, vocab)
+    tl.store(out + n * vocab + ids, tl.where((bits >> (ids % 32)) & 1 == 1, x, -float("inf")), mask=ids < vocab)
 
 
 @jit
@@ -83,6 +95,23 @@ def copy(logits: Tensor, out: Tensor) -> None:
         require_triton()
         grid = (triton.cdiv(vocab, CHUNK), n)
         _copy_kernel[grid](logits, logits.stride(0), out, vocab, CHUNK=CHUNK, num_warps=8)
+
+
+def copy_allowed(logits: Tensor, out: Tensor, masks: Tensor, which: Tensor) -> None:
+    """As `copy`, with -inf for ids that a row's mask rules out.
+
+    `masks` int32 [m, words], bit i of word j set: token 32 * j + i is allowed; `which` int32 [n]: the mask of each row,
+    -1: all ids are allowed.
+    """
+    n, vocab = logits.shape
+    assert logits.stride(1) == 1 and out.is_contiguous() and masks.is_contiguous()
+    assert masks.shape[1] * 32 >= vocab and masks.numel() < 2**31
+    if n:
+        require_triton()
+        grid = (triton.cdiv(vocab, CHUNK), n)
+        _copy_allowed_kernel[grid](
+            logits, logits.stride(0), out, vocab, masks, masks.shape[1], which, CHUNK=CHUNK, num_warps=8
+        )
 
 
 def penalise(

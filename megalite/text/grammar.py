@@ -58,7 +58,7 @@ def grammar_text(given: Mapping[str, Any]) -> str:
             return LLMatcher.grammar_from_regex(value)
         return grammar_from("grammar", value)
     except (ValueError, RecursionError) as error:
-        raise GrammarError(_shortened(error)) from error
+        raise GrammarError(shortened(error)) from error
 
 
 def check_grammar(given: Mapping[str, Any]) -> None:
@@ -68,7 +68,7 @@ def check_grammar(given: Mapping[str, Any]) -> None:
     text = grammar_text(given)
     wrong = _on_large_stack(lambda: LLMatcher.validate_grammar_with_warnings(text, None, limits=_limits()))
     if wrong[0]:
-        raise GrammarError(_shortened(wrong[1][0]))
+        raise GrammarError(shortened(wrong[1][0]))
 
 
 class Grammars:
@@ -76,9 +76,12 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.tokenizer = tokenizer
-        self.end = max(vocab_size, max(tokenizer.get_vocab().values(), default=0) + 1)
-        """An id beyond all tokens that means the end to llguidance: what ends an output is the request's affair."""
-        self.words = self.end // 32 + 1
+        known = tokenizer.get_vocab().values()
+        eos = tokenizer.eos_token_id
+        self.end = min(tokenizer.special_ids, default=max(known)) if eos is None else eos
+        """The token that llguidance, which needs one, takes for the end; the request says which ones end its output."""
+        self._size = max(vocab_size, max(known) + 1)
+        self.words = -(-self._size // 32)
         """int32 numbers of a mask: bit i of number j is set if token 32 * j + i may come next."""
         self._lock = threading.Lock()
         self._tokens: LLTokenizer | None = None
@@ -95,20 +98,28 @@ class Grammars:
             self._compiled.move_to_end(text)
             return known.deep_copy()
 
-    def _compile(self, text: str) -> LLMatcher:
-        from llguidance import LLMatcher, LLTokenizer
+    def prepare(self) -> None:
+        """Read the tokenizer now, which for a large one takes a second. GrammarError: it can't be used."""
+        with self._lock:
+            self._read_tokens()
+
+    def _read_tokens(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
 
         if self._tokens is None:
             try:
                 source = self.tokenizer.backend.to_str()
-                self._tokens = LLTokenizer(source, n_vocab=self.end + 1, eos_token=[self.end])
+                self._tokens = LLTokenizer(source, n_vocab=self._size, eos_token=[self.end])
             except ValueError as error:
-                raise GrammarError(
-                    f"the model's tokenizer is of a kind that can't be used: {_shortened(error)}"
-                ) from error
-        made = LLMatcher(self._tokens, text, log_level=0, limits=_limits())
+                raise GrammarError(f"the model's tokenizer can't be used for it: {shortened(error)}") from error
+        return self._tokens
+
+    def _compile(self, text: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        made = LLMatcher(self._read_tokens(), text, log_level=0, limits=_limits())
         if made.is_error():
-            raise GrammarError(_shortened(made.get_error()))
+            raise GrammarError(shortened(made.get_error()))
         return made
 
 
@@ -124,7 +135,7 @@ def _limits() -> LLParserLimits:
     return LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
 
 
-def _shortened(error: object) -> str:
+def shortened(error: object) -> str:
     """llguidance's words on one line, without the grammar that it repeats."""
     text = " ".join(str(error).replace("<non-verbose/>", "").split())
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."
@@ -142,7 +153,7 @@ def _on_large_stack(work: Callable[[], _T]) -> _T:
             future.set_result(work())
         except BaseException as error:
             panic = type(error).__name__ == "PanicException"  # of pyo3, which gives it no public name
-            future.set_exception(GrammarError(_shortened(error)) if panic else error)
+            future.set_exception(GrammarError(shortened(error)) if panic else error)
 
     with _starting:
         before = threading.stack_size(STACK)
