@@ -274,3 +274,23 @@ def test_swap_and_recompute_on_the_gpu():
     for extra in ({"swap_space": 0.01}, {}):
         tight = generate(DEMO, "float32", num_kv_blocks=24, max_model_len=256, **extra)
         assert [output.token_ids for output in tight] == [output.token_ids for output in roomy]
+
+
+def test_grammars_on_the_gpu(tiny, tmp_path):
+    """Masks made on the host are those of the step, captured or not, with results a step late or not."""
+    from tiny_tokenizer import with_tokenizer
+
+    folder = with_tokenizer(tiny("llama3"), tmp_path / "model")
+    params = [
+        SamplingParams(max_tokens=40, ignore_eos=True, seed=3, n=2, structured_outputs={"regex": "[a-f]{12}"}),
+        SamplingParams(max_tokens=40, seed=4, structured_outputs={"choice": ["yes", "no"]}, repetition_penalty=1.2),
+        SamplingParams(max_tokens=20, ignore_eos=True, seed=5),
+    ]
+    found = []
+    for options in ({}, {"enforce_eager": True}, {"async_scheduling": False}, {"device": "cpu"}):
+        with LLM(folder, dtype="float32", max_model_len=128, gpu_memory_utilization=0.1, **options) as llm:
+            outputs = llm.generate([[5, 6, 7], [8] * 20, [9]], params)
+            found.append([one.token_ids for output in outputs for one in output.outputs])
+            texts = [one.text for output in outputs for one in output.outputs]
+        assert all(len(text) == 12 and set(text) <= set("abcdef") for text in texts[:2]) and texts[2] in ("yes", "no")
+    assert found[1:] == found[:1] * 3

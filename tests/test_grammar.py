@@ -118,6 +118,6 @@ def test_min_tokens_is_not_for_outputs_that_a_grammar_ends():
 
 
 def test_without_llguidance_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr("megalite.config.structured._is_installed", lambda: False)
+    monkeypatch.setattr("megalite.config.structured.is_installed", lambda: False)
     [found] = sampling_problems(SamplingParams(structured_outputs={"regex": "a"}))
     assert found.key == "sampling.structured_outputs" and 'pip install "megalite[grammar]"' in found.fix

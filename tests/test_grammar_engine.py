@@ -127,10 +127,12 @@ def go_on(rank: int, folder: Path, ask: Ask, given: tuple[int, ...], store: str)
     return run_everywhere(replica, replica.engine(), [replayed], key="replay")
 
 
-def test_a_replayed_request_goes_on_in_its_grammar(talking, ranks, expected, tmp_path):
-    tokens_before = expected[0].completions[0].token_ids[:9]
-    [[output]] = ranks(1).run(go_on, talking, ASKS[0], tuple(tokens_before), str(tmp_path / "store"))
+@pytest.mark.parametrize("count", [9, None], ids=["a part", "all"])
+def test_a_replayed_request_goes_on_in_its_grammar(count, talking, ranks, expected, tmp_path):
+    given = expected[0].completions[0].token_ids[:count]
+    [[output]] = ranks(1).run(go_on, talking, ASKS[0], tuple(given), str(tmp_path / "store"))
     assert [one.token_ids for one in output.outputs] == [one.token_ids for one in expected[0].completions]
+    assert [one.finish_reason for one in output.outputs] == ["stop", "stop"]
 
 
 def test_a_grammar_that_fails_on_the_way_costs_its_request(talking, ranks, tmp_path):

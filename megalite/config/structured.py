@@ -70,14 +70,15 @@ def structured_problem(key: str, given: Mapping[str, Any]) -> Problem | None:
             found = problem(f"{key}.{_COMPACT}", "must be true or false", asked[_COMPACT])
         elif kind not in ("json", "json_object"):
             found = Problem(key=f"{key}.{_COMPACT}", rule=f"goes with json and json_object, not with {kind}")
-    if found is None and not _is_installed():
+    if found is None and not is_installed():
         rule = "needs the package llguidance, which is not installed"
         found = Problem(key=key, rule=rule, fix='Install it with `pip install "megalite[grammar]"`.')
     return found
 
 
 @cache
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Whether there is llguidance, the package of the extra `grammar`."""
     return find_spec("llguidance") is not None
 
 

@@ -228,6 +228,9 @@ class Engine:
     def _add(self, request: Request, events: Events) -> None:
         """Take a request on. MegaliteError: it can't run; nothing has changed then."""
         sequences = self.scheduler.add(request)
+        for sequence in sequences:
+            if sequence.finish_reason is None and self.runner.sampler.matchers.is_complete(sequence):
+                self.scheduler.stop(sequence)
         self.prompt_tokens += len(request.prompt_token_ids)
         if not self.state.is_control:
             return

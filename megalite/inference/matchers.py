@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from megalite.config.structured import is_installed
 from megalite.inference import request
 from megalite.text.grammar import GrammarError, Grammars, grammars_of, shortened
 from megalite.text.tokenizer import Tokenizer
@@ -93,9 +94,20 @@ class Matchers:
         return LLExecutor(max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)))
 
     def prepare(self) -> None:
-        """Read the tokenizer now, which for a large one takes a second, and not with the first grammar."""
-        if self._tokenizer is not None:
+        """Begin to read the tokenizer, which for a large one takes a second, if there may be grammars."""
+        if self._tokenizer is not None and is_installed():
             self._thread.submit(self._grammars.prepare)
+
+    def is_complete(self, sequence: request.Sequence) -> bool:
+        """Whether nothing may follow the tokens that a sequence was given. Any rank may ask; it waits."""
+        given = sequence.token_ids[sequence.num_prompt :]
+        if not given or not sequence.request.grammar:
+            return False
+        try:
+            matcher = self._grammars.matcher(sequence.request.grammar)
+        except GrammarError:  # its mask will say so
+            return False
+        return matcher.consume_tokens(given) and matcher.is_stopped()
 
     def admit(self, row: int, sequence: request.Sequence) -> None:
         """A sequence begins, or goes on, in this row."""

@@ -152,6 +152,10 @@ class Scheduler:
             self._waiting.extend(queued)
         return sequences
 
+    def stop(self, seq: Sequence) -> None:
+        """End a sequence that has all its output, which the scheduler can't see."""
+        self._end(seq, "stop")
+
     def abort(self, request_id: str) -> list[Sequence]:
         """End what is left of a request and return the sequences that ended; what is in flight for them is dropped.
 

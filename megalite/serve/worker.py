@@ -63,6 +63,8 @@ def run(loaded: Loaded[ServeConfig], options: Options) -> int:
             engine = replica.engine()
             engine.outputs.replica = number
             engine.warm_up()
+            if replica.state.is_last_stage:
+                engine.runner.sampler.matchers.prepare()
             gc.freeze()  # what was imported and built stays; collections need not look at it
             worker = None
             if replica.state.is_control:
