@@ -20,7 +20,7 @@ from waiting import PATIENCE, wait_until
 
 from megalite.errors import ConfigError
 from megalite.serve.console import Console, Remote, ServerError
-from megalite.tools.chat import read_key, serve_command
+from megalite.tools.chat import read_key, serve_command, serve_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,3 +150,51 @@ def test_how_a_server_is_started():
     here = [sys.executable, "-u"]
     assert serve_command(["python", "launch/chat.py", "--url", "x"]) == [*here, str(Path("launch/serve.py").absolute())]
     assert serve_command(["python3", "/bin/megalite", "chat"]) == [*here, "/bin/megalite", "serve"]
+
+
+def test_the_config_of_an_inference_job_or_a_server(tmp_path):
+    model = f"model: {{path: {ROOT / 'checkpoints/demo'}}}\n"
+    file = tmp_path / "job.yaml"
+    file.write_text(model + "input: {prompts: [not used]}\nsampling: {temperature: 0.25}\n")
+    made = serve_config(str(file), ["parallel.pp=2"]).config
+    assert (made.sampling.temperature, made.parallel.pp) == (0.25, 2)
+    assert (made.server.host, made.server.port) == ("127.0.0.1", 0)
+    assert made.server.api_key == "env:MEGALITE_CHAT_KEY"
+    file.write_text(model + "server: {host: 0.0.0.0, max_samples: 3}\n")
+    made = serve_config(str(file), []).config
+    assert (made.server.max_samples, made.server.host) == (3, "127.0.0.1")
+    with pytest.raises(ConfigError, match="unknown key") as error:
+        serve_config(str(file), ["parallel.pp=99", "sampling.temperatur=1"])
+    assert {problem.key for problem in error.value.problems} == {"parallel.pp", "sampling.temperatur"}
+
+
+@pytest.mark.slow
+def test_a_server_of_its_own(tmp_path):
+    """A chat over a config: what is typed reaches the model, and at the end nothing is left."""
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        f"model: {{path: {ROOT / 'checkpoints/demo'}, dtype: float32}}\nengine: {{max_model_len: 64}}\n"
+        "sampling: {temperature: 0, max_tokens: 5}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/chat.py"), "--config", str(config)],
+        input="hello\ndef f(x):\n",
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "MEGALITE_CHAT_TEST": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    head, refused, hint, *answer = done.stdout.splitlines()
+    assert head.endswith("checkpoints/demo; /help lists the commands.")
+    assert "no chat template" in refused and hint.startswith("hint: ")
+    assert "".join(answer).strip(), "the demo goes on with a text"
+    assert "replica 0 is ready" in done.stderr and "GET " not in done.stderr
+    assert not [one for one in Path("/proc").glob("[0-9]*/environ") if str(tmp_path) in _environment(one)]
+
+
+def _environment(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""

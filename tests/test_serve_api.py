@@ -613,7 +613,9 @@ def test_request_ids_go_through(caplog):
         answer = ask(
             app, "POST", "/v1/completions", json={"prompt": SECRET, "max_tokens": 1}, headers={"x-request-id": "mine-1"}
         )
+        ask(app, "GET", "/health", headers={"x-request-id": "polled"})
     assert answer.headers["x-request-id"] == "mine-1" and answer.json()["id"] == "cmpl-mine-1"
+    assert "polled" not in caplog.text, "the page asks every second"
     assert "mine-1" in over.requests[-1].id and caplog.text.count("mine-1") >= 2 and SECRET not in caplog.text
     for bad in ("a b", "x" * 129, "a\u00e9".encode()):
         made = ask(app, "GET", "/health", headers={"x-request-id": bad}).headers["x-request-id"]

@@ -38,6 +38,9 @@ LARGE_BODY = 1 << 16
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
 """Need no key: the page holds nothing secret and asks for it, and who watches over processes has none."""
 
+POLLED_PATHS = frozenset({"/health", "/ready", "/metrics", "/stats"})
+"""Asked for every few seconds by machines and the page; the log tells of them only in detail."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -144,7 +147,8 @@ class Gate:
                 await answer.response()(scope, receive, sending)
         finally:
             path, seconds = printable(scope["path"]), time.monotonic() - begun
-            log.info("%s %s %d %.3f s, request %s", scope["method"], path, status, seconds, name.decode())
+            level = logging.DEBUG if path in POLLED_PATHS else logging.INFO
+            log.log(level, "%s %s %d %.3f s, request %s", scope["method"], path, status, seconds, name.decode())
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = scope["headers"]

@@ -35,7 +35,7 @@ from megalite.tools.toolkit import Parser
 
 KEY = "MEGALITE_CHAT_KEY"
 """Environment variable with the key of the server that a chat starts."""
-POLL = 0.1
+POLL = 0.25
 """Seconds between looks at a server that is starting."""
 END_WITHIN = 20.0
 """Seconds for the server to end."""
@@ -159,7 +159,7 @@ class _Told:
         self.url = ""
         """Where it listens, once it has said so."""
         self.quiet = False
-        """Pass on warnings and errors only."""
+        """Pass on warnings, errors and what happens to replicas only; its log of requests is never passed on."""
         self._process = process
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -169,7 +169,9 @@ class _Told:
             match = re.search(r"listening at (https?://\S+)", line)
             if match:
                 self.url = match[1]
-            elif not self.quiet or re.match("(error|warning|replica)", line):
+            elif not re.match(r"\d{4}-\d\d-\d\d ", line) and (
+                not self.quiet or re.match("error|warning|replica", line)
+            ):
                 sys.stderr.write(line)
                 sys.stderr.flush()
 
