@@ -148,7 +148,7 @@ class Fleet:
         self._servers: list[asyncio.Server] = []
         self._path = ""
         """Of the unix socket, where it was made here."""
-        self._leaving = False
+        self._leaving = asyncio.Event()
         self._was_whole = False
         """All replicas have been ready."""
 
@@ -214,7 +214,7 @@ class Fleet:
         """A replica that somebody else has started."""
         door = self._doors[replica] = _Door(replica, None)
         how = await door.gone
-        if not self._leaving:
+        if not self._leaving.is_set():
             self.say(f"replica {replica} was lost: {how}")
             self.router.fail_all(f"replica {replica} was lost")
             self._end(EXIT_RANK_LOST)
@@ -225,7 +225,7 @@ class Fleet:
         while True:
             door = self._doors[replica] = await self._begin(replica, start)
             how = await door.gone
-            if self._leaving:
+            if self._leaving.is_set():
                 await self._remove(door)
                 return
             while restarts and restarts[0] < time.monotonic() - HOUR:
@@ -234,7 +234,7 @@ class Fleet:
             moved = self.router.lost(replica, again=again)
             code = await self._remove(door)
             hopeless = code in HOPELESS and not self._was_whole
-            again = again and not hopeless and not self._leaving
+            again = again and not hopeless and not self._leaving.is_set()
             self.say(
                 f"replica {replica} was lost: {how}, exit code {code}"
                 + (f"; {format_count(moved, 'request')} will go on" if moved else "")
@@ -246,7 +246,10 @@ class Fleet:
                 self._end(code if hopeless else EXIT_RANK_LOST)
             if not again:
                 return
-            await asyncio.sleep(min(LONGEST_BACKOFF, self._backoff * (2 ** len(restarts) // 2)))
+            with suppress(TimeoutError):
+                pause = min(LONGEST_BACKOFF, self._backoff * (2 ** len(restarts) // 2))
+                await asyncio.wait_for(self._leaving.wait(), pause)
+                return
             restarts.append(time.monotonic())
             self.router.restarting(replica)
 
@@ -266,7 +269,7 @@ class Fleet:
         """Wait until all of a replica's processes have ended, after some time by force; its exit code."""
         if door.process is not None and not door.stalls:
             with suppress(TimeoutError):
-                await asyncio.wait_for(door.process.wait(), LEAVING if self._leaving else LEFTOVERS)
+                await asyncio.wait_for(door.process.wait(), LEAVING if self._leaving.is_set() else LEFTOVERS)
         if door.link is not None:
             door.link.close()
         end = time.monotonic() + KILLED
@@ -286,9 +289,9 @@ class Fleet:
 
     async def leave(self, *, at_once: bool = False) -> None:
         """End all replicas in order, by force after LEAVING seconds, or `at_once`."""
-        self._leaving = True
+        self._leaving.set()
         if at_once:
-            kill([process for door in self._doors.values() for process in door.processes()])
+            self.kill_all()
         for door in self._doors.values():
             if door.link is not None:
                 door.link.send([Leave()])
@@ -301,6 +304,9 @@ class Fleet:
             keeper.cancel()
         for server in self._servers:
             server.close()
+        self.kill_all()
+
+    def kill_all(self) -> None:
         kill([process for door in self._doors.values() for process in door.processes()])
 
 

@@ -91,8 +91,8 @@ class Server:
                 await self._fleet.listen(socket.socket(fileno=replicas.unix), tcp, replicas.token)
             else:
                 await self._fleet.listen(str(run_folder(this_process()) / "replicas"))
-            self._fleet.begin()
             listener = Listener(self._make_app(config, self._router, metrics), self._sock, patience=ANSWERED)
+            self._fleet.begin()
             gc.freeze()  # what was imported and built stays; collections need not look at it
             ticking = asyncio.create_task(self._tick(over))
             await over.wait()
@@ -101,6 +101,7 @@ class Server:
             await listener.stop()
             await self._fleet.leave(at_once=code != EXIT_DONE)
         finally:
+            self._fleet.kill_all()
             remove_run_folder(this_process())
             for signum, handler in before.items():
                 signal.signal(signum, handler)
