@@ -243,7 +243,7 @@ def _prepare(
         return None
     if isinstance(loaded.config, InferConfig) and loaded.config.output.file is None:
         terminal.require_stdout()
-    if place is not None:
+    if place is not None or options.replica:
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
     if options.hosts:
         return partial(start_hosts, loaded, options)

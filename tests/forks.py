@@ -8,6 +8,7 @@ The door's ranks are forks of the door; what it finds out from the environment t
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import ctypes
 import os
@@ -65,6 +66,11 @@ class Program:
         """What it has written to its standard output."""
         return (self._folder / "out").read_text()
 
+    @property
+    def err(self) -> str:
+        """What it has written to its standard error."""
+        return (self._folder / "err").read_text()
+
     def signal(self, signum: int) -> None:
         os.kill(self.pid, signum)
 
@@ -100,7 +106,8 @@ class Forks:
         **environment: str,
     ) -> Program:
         folder = Path(tempfile.mkdtemp(dir=self._folder))
-        (folder / "out").touch()
+        for name in ("out", "err"):
+            (folder / name).touch()
         environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
         link = Client(self._address)
         words = [str(script), *map(str, arguments)]
@@ -168,6 +175,8 @@ def _program(words: list[str], environment: dict[str, str], cwd: str, stdin: str
     from megalite.run import launcher
 
     launcher.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _ForkedRank})
+    if front := sys.modules.get("megalite.serve.front"):
+        front.asyncio = SimpleNamespace(**{**vars(asyncio), "create_subprocess_exec": _ForkedDoor.start})
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, file in enumerate((os.open(stdin, os.O_RDONLY), os.open(out, flags), os.open(err, flags))):
         os.dup2(file, number)
@@ -213,6 +222,27 @@ class _ForkedRank:
     def send_signal(self, signum: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, signum)
+
+
+class _ForkedDoor:
+    """What the server's fleet uses of a replica's asyncio.subprocess.Process."""
+
+    def __init__(self, process: _ForkedRank):
+        self._process = process
+        self.pid = process.pid
+
+    @classmethod
+    async def start(cls, *command: str, **options: Any) -> _ForkedDoor:
+        return cls(_ForkedRank([*command], preexec_fn=lambda: None, **options))
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    async def wait(self) -> int:
+        while (code := self._process.poll()) is None:
+            await asyncio.sleep(0.01)
+        return code
 
 
 def _run(words: list[str], environment: dict[str, str], descriptors: Sequence[int]) -> NoReturn:

@@ -295,8 +295,8 @@ class Fleet:
         for door in self._doors.values():
             if door.link is not None:
                 door.link.send([Leave()])
-            elif door.process is not None and door.process.returncode is None:
-                door.process.send_signal(signal.SIGTERM)
+            else:  # it has not begun
+                kill(door.processes())
         waiting = [keeper for keeper in self._keepers if not keeper.done()]
         if waiting:
             await asyncio.wait(waiting, timeout=LEAVING)
