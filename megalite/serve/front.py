@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from megalite.config.command_line import Options
 from megalite.config.load import Loaded
 from megalite.config.schema import ServeConfig
-from megalite.config.validate import layout_words
+from megalite.config.validate import layout_words, num_ranks
 from megalite.inference.io.inputs import PromptLimits
 from megalite.monitor.words import wrapped
 from megalite.preflight import as_sampled
@@ -83,11 +83,10 @@ def _log_requests() -> None:
 def starter(loaded: Loaded[ServeConfig], options: Options, stack: ExitStack) -> Start:
     """Starts replicas on this host, each a run of its own, with the resolved config in a file without a name."""
     file = nameless_file(loaded.given, stack)
-    parallel = loaded.config.parallel
     script, *words = options.program
     command = [sys.executable, "-u", os.path.abspath(script), *words, "--config", file]
     command += ["--resolved-sha256", loaded.sha256, *options.for_ranks]
-    cores = len(os.sched_getaffinity(0)) // (parallel.dp * parallel.tp * parallel.pp)
+    cores = len(os.sched_getaffinity(0)) // num_ranks(loaded.config)
     threads = {"OMP_NUM_THREADS": str(max(1, cores))}  # a door knows of its own ranks only
 
     async def start(replica: int, path: str) -> asyncio.subprocess.Process:

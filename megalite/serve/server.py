@@ -79,7 +79,7 @@ class Server:
         before = self._take_signals(lambda: loop.call_soon_threadsafe(over.set))
         name = config.server.model_names[0] if config.server.model_names else str(config.model.path)
         metrics = ServeMetrics(name)
-        count = config.parallel.dp
+        count = config.parallel.sizes[2]
         self._router = Router(config.server, self._limits, count, metrics, block_size=config.engine.block_size)
         start = None if isinstance(replicas, External) else replicas
         self._fleet = Fleet(self._router, count, start, restarts=config.server.restarts)
