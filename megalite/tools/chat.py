@@ -25,7 +25,7 @@ from typing import Any
 
 from megalite.config.load import COMMAND_LINE, Loaded, loaded_from, resolve
 from megalite.config.schema import ServeConfig
-from megalite.errors import ConfigError, MegaliteError, Problem
+from megalite.errors import EXIT_SIGINT, ConfigError, MegaliteError, Problem
 from megalite.files import read_whole
 from megalite.preflight import check
 from megalite.run.processes import die_with_parent
@@ -61,6 +61,14 @@ def run(args: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401 (input() edits lines with it)
     params = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    try:
+        _chat(args, params)
+    except KeyboardInterrupt:  # before the first question could be asked
+        return EXIT_SIGINT
+    return 0
+
+
+def _chat(args: argparse.Namespace, params: dict[str, Any]) -> None:
     with ExitStack() as stack:
         if args.url is not None:
             if args.overrides:
@@ -72,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
             loaded = serve_config(args.config, args.overrides)
             remote = stack.enter_context(served(loaded, serve_command(sys.orig_argv), params))
         Console(remote, system=args.system).run()
-    return 0
 
 
 def read_key(place: str | None) -> str | None:
