@@ -16,10 +16,10 @@ from megalite.kernels import training
 def learns_by_kernels(x: Tensor, *weights: Tensor) -> bool:
     """Whether our kernels take `x` and give its gradient: on CUDA, with gradients, where there is Triton.
 
-    `weights`: those of other modules that the kernel reads. One that DeepSpeed has spread over ranks (ZeRO stage 3) is
-    empty outside its module's call.
+    `weights`: those of other modules that the kernel reads. One that DeepSpeed has spread over ranks (ZeRO stage 3; it
+    then has a ds_id) may be empty outside its module's call, at the latest in the backward pass.
     """
-    return has_kernels(x) and torch.is_grad_enabled() and all(weight.numel() for weight in weights)
+    return has_kernels(x) and torch.is_grad_enabled() and not any(hasattr(weight, "ds_id") for weight in weights)
 
 
 def add_norm(

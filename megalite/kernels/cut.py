@@ -132,51 +132,60 @@ def _cut_kernel(
     spans,
     listed,
     vocab,
+    BY_LIST: tl.constexpr,
     SCALE: tl.constexpr,
     TOP: tl.constexpr,
     SPANS: tl.constexpr,
     SPAN: tl.constexpr,
+    EACH: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """One program a row: finds its last token, and adds to the first of `sums` what stays of the window."""
+    """One program a row: finds its last token, and adds to the first of `sums` what stays of the window. BY_LIST: from
+    what was listed; where that does not do, it leaves the row to a second launch without."""
     n = tl.program_id(0).to(tl.int64)
-    if tl.load(state + 6 * n) != 2:
+    kind: tl.constexpr = 2 if BY_LIST else 3
+    if tl.load(state + 6 * n) != kind:
         return
     top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
     peak = tl.load(stats + 3 * n)
     first_key = tl.load(state + 6 * n + 1)
     end_key = tl.load(state + 6 * n + 2)
-    found = tl.load(state + 6 * n + 3)
     span = tl.arange(0, SPANS)
     there = span < spans
-    above = tl.sum(tl.load(sums + n * spans + span, mask=there, other=0), 0)
     total = tl.sum(tl.load(sums + num_parts + n * spans + span, mask=there, other=0), 0)
-    i = tl.arange(0, LISTED)
-    entries = tl.load(listed + n * LISTED + i, mask=i < found, other=0)
-    ids = entries.to(tl.int32)
-    keys = tl.floor((entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    goal = _share(total, top_p)
-    straddles = (goal > above) & (goal <= above + tl.sum(_worth(keys, 1, False), 0))
-    enough = (found >= top_k) | (first_key == 0x3F800000)
-    if (found <= LISTED) & tl.where(top_k > 0, enough, straddles):
-        last_key, last_id = _last(
-            keys, ids, first_key, tl.minimum(end_key, TOP + 1), above, total, top_k, top_p, temperature, least,
-            edited, edited_stride, n, vocab, peak, True, SCALE, SPAN,
-        )  # fmt: skip
-        tl.store(state + 6 * n + 4, last_key)
-        tl.store(state + 6 * n + 5, last_id)
-        stays = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
-        weights = keys.to(tl.float32, bitcast=True).to(tl.int64)
-        tl.atomic_add(sums + n * spans + ids // SPAN, weights, mask=stays)
+    if BY_LIST:
+        found = tl.load(state + 6 * n + 3)
+        above = tl.sum(tl.load(sums + n * spans + span, mask=there, other=0), 0)
+        i = tl.arange(0, LISTED)
+        entries = tl.load(listed + n * LISTED + i, mask=i < found, other=0)
+        ids = entries.to(tl.int32)
+        keys = tl.floor((entries >> 32).to(tl.int32).to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+        goal = _share(total, top_p)
+        straddles = (goal > above) & (goal <= above + tl.sum(_worth(keys, 1, False), 0))
+        enough = (found >= top_k) | (first_key == 0x3F800000)
+        if (found <= LISTED) & tl.where(top_k > 0, enough, straddles):
+            last_key, last_id = _last(
+                keys, ids, first_key, tl.minimum(end_key, TOP + 1), above, total, top_k, top_p, temperature, least,
+                edited, edited_stride, n, vocab, peak, True, SCALE, EACH * SPAN,
+            )  # fmt: skip
+            tl.store(state + 6 * n + 4, last_key)
+            tl.store(state + 6 * n + 5, last_id)
+            stays = (keys > last_key) | ((keys == last_key) & (ids <= last_id))
+            weights = keys.to(tl.float32, bitcast=True).to(tl.int64)
+            tl.atomic_add(sums + n * spans + ids // SPAN, weights, mask=stays, sem="relaxed")
+        else:
+            tl.store(state + 6 * n, 3)
     else:
         last_key, last_id = _last(
-            keys, ids, first_key * 0 + 0x3F800000, first_key * 0 + (TOP + 1), above * 0, total, top_k, top_p,
-            temperature, least, edited, edited_stride, n, vocab, peak, False, SCALE, SPAN,
+            span, span, first_key * 0 + 0x3F800000, first_key * 0 + (TOP + 1), total * 0, total, top_k, top_p,
+            temperature, least, edited, edited_stride, n, vocab, peak, False, SCALE, EACH * SPAN,
         )  # fmt: skip
         tl.store(state + 6 * n + 4, last_key)
         tl.store(state + 6 * n + 5, last_id)
-        for start in range(0, vocab, SPAN):
+        for start in range(0, vocab, EACH * SPAN):
             part, _ = _keys(
-                start, last_key, last_id, edited, edited_stride, n, vocab, peak, temperature, least, SCALE, SPAN
+                start, last_key, last_id, edited, edited_stride, n, vocab, peak, temperature, least, SCALE, EACH * SPAN
             )
-            tl.store(sums + n * spans + start // SPAN, tl.sum(_worth(part, 1, False), 0))
+            of_spans = tl.sum(tl.reshape(_worth(part, 1, False), [EACH, SPAN]), 1)
+            behind = start // SPAN + tl.arange(0, EACH)
+            tl.store(sums + n * spans + behind, of_spans, mask=behind < spans)

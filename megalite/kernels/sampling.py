@@ -4,14 +4,15 @@ A row is greedy (temperature 0) or draws from integer weights, floor(exp((logit 
 sums are exact in any order: so the split of the vocabulary into chunks, and the order in which programs come to their
 turn, change no token. A float32 holds such a weight exactly, and its bits, the weight's key, order like the weight.
 
-Nothing is sorted. Five kernels, which greedy rows leave at once after the second:
+Nothing is sorted. Six launches, which greedy rows leave at once after the second:
 
 1. survey: peak, its id and the sum of exponentials of each chunk (one pass over the logits);
 2. merge: those of the row; a greedy row's token. For top_k and top_p, a histogram of a sample of the row's weights says
    between which two keys the last token that stays most probably is;
 3. window: the weight of each span above that window, and a list of what is inside it (another pass);
 4. cut: the key and, of equal ones, the id of the last token that stays, by bisection over the list in registers. Where
-   the sample misled, or the list is too short for all equals, over the whole row: slower, and as exact;
+   the sample misled, or the list is too short for all equals, in a second launch over the whole row: slower, and as
+   exact;
 5. draw: the span, then the token, at which the running sum exceeds the row's uniform number (Philox4x32-10, Salmon et
    al. 2011; the host has the same in inference/draws.py).
 
@@ -38,17 +39,22 @@ from megalite.kernels.weights import (
 
 CHUNK = 8192
 """Logits of one program that surveys."""
-SPAN = 2048
-"""Logits of one program that looks for the window, and of the one that draws."""
-SAMPLE = 4096
+SPAN = 256
+"""Logits whose weights are summed together: of a bfloat16 row what one warp reads at once."""
+SPANS_EACH = 8
+"""Spans of a program that looks for the window: one a warp."""
+SAMPLE = 8192
 """Logits of a row from which the window is estimated."""
 GROUP = 16
 """Neighbours that are sampled together: one sector of memory."""
-BINS = 1024
-"""Of the sample's histogram, 32 to each power of two: weights below the likeliest's by 2**32 share the first."""
+BINS = 2048
+"""Of the sample's histogram, 32 to each power of two: more powers than there are between the least weight and the most.
+"""
 LISTED = 8192
 """Tokens that a row's window may hold."""
-WINDOW_WARPS, CUT_WARPS = 8, 16
+CUT_WARPS = 16
+WINDOW_REGISTERS, CUT_REGISTERS = 64, 64
+"""Of a thread, at most: more programs then fit into a multiprocessor."""
 
 COLUMNS = SEED, INDEX, PROMPT, TOP_K, LEAST, TOP_P, TEMPERATURE, PENALTIES = tuple(range(8))
 """Of a row's parameters, int64: seed, sample index, prompt length, top_k (0: all), the least weight that min_p keeps;
@@ -151,7 +157,8 @@ def _merge_kernel(
     LISTED: tl.constexpr,
 ):
     """One program a row: `stats` float32 [n, 3] (peak; raw peak, logarithm of the sum) and `state` int32 [n, 6] (0
-    done, 1 draws from all, 2 from a part; window's lowest and first higher key; its tokens; last key and id)."""
+    done, 1 draws from all, 2 from a part, 3 from one that the list did not tell; window's lowest and first higher key;
+    its tokens; last key and id)."""
     n = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     there = split < splits
@@ -212,9 +219,11 @@ def _merge_kernel(
         tail = (1 - top_p).to(tl.float32) * total
         expected = top_k.to(tl.float32) / scale
         enough = tl.where(vocab > SAMPLE, expected + 4 * tl.sqrt(expected) + 4, expected)
-        # A list of a quarter of its room costs no more than a shorter one, and is right more often.
-        holds = tl.where(top_k > 0, number >= enough, mass + error <= tail) & (number * scale >= LISTED // 4)
+        holds = tl.where(top_k > 0, number >= enough, mass + error <= tail)
         low = tl.max(tl.where(holds, b, 0), 0)
+        # A list of a quarter of its room costs no more than a shorter one, and is right more often.
+        wide = tl.max(tl.where(holds & (number * scale >= LISTED // 4), b, 0), 0)
+        low = tl.where(tl.max(tl.where(b == wide, number, 0.0), 0) * scale <= LISTED * 0.75, wide, low)
         fits = tl.max(tl.where(b == low, number, 0.0), 0) * scale <= LISTED * 0.75
         high = tl.min(tl.where(mass - error > tail, b, BINS), 0)
         endless = (top_k > 0) | fits | (high == BINS)
@@ -235,39 +244,43 @@ def _window_kernel(
     state,
     sums,
     num_parts,
+    spans,
     listed,
     vocab,
     SCALE: tl.constexpr,
     SPAN: tl.constexpr,
+    EACH: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """One program a span of a row: `sums` int64 [2, n, spans] of the weights above the window and of all; `listed`
+    """One program EACH spans of a row: `sums` int64 [2, n, spans] of the weights above the window and of all; `listed`
     int64 [n, LISTED] what is inside it, in any order: the bits of a weight, not yet rounded down, above its id."""
     n = tl.program_id(1).to(tl.int64)
     kind = tl.load(state + 6 * n)
     if kind == 0:
         return
-    place = n * tl.num_programs(0) + tl.program_id(0)
+    span = tl.program_id(0) * EACH + tl.arange(0, EACH)
+    there = span < spans
+    place = n * spans + span
     top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
     low = tl.load(state + 6 * n + 1).to(tl.float32, bitcast=True)
     high = tl.load(state + 6 * n + 2).to(tl.float32, bitcast=True)  # both integers: rounding changes no comparison
     least_weight = _least(least)
-    ids = tl.program_id(0) * SPAN + tl.arange(0, SPAN)
+    ids = span[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     x = _load(edited, n, edited_stride, ids, vocab)
     weights = _fractions(x, tl.load(stats + 3 * n), _rate(temperature), SCALE)
     whole = tl.where(weights >= least_weight, weights, 0.0).to(tl.int64)
-    total = tl.sum(whole, 0)
-    tl.store(sums + num_parts + place, total)
+    total = tl.sum(whole, 1)
+    tl.store(sums + num_parts + place, total, mask=there)
     if kind == 1:
-        tl.store(sums + place, total)
+        tl.store(sums + place, total, mask=there)
     else:
-        tl.store(sums + place, tl.sum(tl.where(weights >= high, whole, 0), 0))
+        tl.store(sums + place, tl.sum(tl.where(weights >= high, whole, 0), 1), mask=there)
         inside = (weights >= tl.maximum(low, least_weight)) & (weights < high)
-        count = tl.sum(inside.to(tl.int32), 0)
-        if count > 0:
-            at = tl.atomic_add(state + 6 * n + 3, count) + tl.cumsum(inside.to(tl.int32), 0) - 1
-            entries = (weights.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
-            tl.store(listed + n * LISTED + at, entries, mask=inside & (at < LISTED))
+        count = tl.sum(inside.to(tl.int32), 1)
+        first = tl.atomic_add(state + 6 * n + 3 + span * 0, count, mask=count > 0, sem="relaxed")
+        at = first[:, None] + tl.cumsum(inside.to(tl.int32), 1) - 1
+        entries = (weights.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ids.to(tl.int64)
+        tl.store(listed + n * LISTED + at, entries, mask=inside & (at < LISTED))
 
 
 # ---- 5: the draw
@@ -375,24 +388,29 @@ def choose(
         num_warps=8,
         maxnreg=128,  # so that two programs fit into a multiprocessor, and below four
     )
-    _window_kernel[(spans, n)](
-        *(*edited_in, rows, table, stats, state, sums, n * spans, listed, vocab),
+    _window_kernel[(triton.cdiv(spans, SPANS_EACH), n)](
+        *(*edited_in, rows, table, stats, state, sums, n * spans, spans, listed, vocab),
         **scale,
         SPAN=SPAN,
+        EACH=SPANS_EACH,
         LISTED=LISTED,
-        num_warps=WINDOW_WARPS,
-        maxnreg=64,
+        num_warps=SPANS_EACH,
+        maxnreg=WINDOW_REGISTERS,
     )
-    _cut_kernel[(n,)](
-        *(*edited_in, rows, table, stats, state, sums, n * spans, spans, listed, vocab),
-        **(scale | top | lanes),
-        LISTED=LISTED,
-        num_warps=CUT_WARPS,
-    )
+    for by_list in (True, False):
+        _cut_kernel[(n,)](
+            *(*edited_in, rows, table, stats, state, sums, n * spans, spans, listed, vocab),
+            **(scale | top | lanes),
+            BY_LIST=by_list,
+            EACH=SPANS_EACH,
+            LISTED=LISTED,
+            num_warps=CUT_WARPS,
+            maxnreg=CUT_REGISTERS,
+        )
     _draw_kernel[(n,)](
         *(*raw_in, *edited_in, rows, positions, table, stats, state, sums, spans, vocab, ids, logprobs),
         **(kind | scale | lanes),
-        num_warps=8,
+        num_warps=4,
     )
     return ids, logprobs, stats
 
