@@ -120,19 +120,19 @@ class _Merged:
 
     def __init__(self, streams: list[Stream]):
         self.streams = streams
-        self.outputs: list[RequestOutput | None] = [None] * len(streams)
         self._ready: list[tuple[int, TokenDelta]] = []
         self._something = asyncio.Event()
         self._error: BaseException | None = None
         self._open = len(streams)
-        self._pumps = [asyncio.create_task(self._pump(place, stream)) for place, stream in enumerate(streams)]
+        self._pumps: list[asyncio.Task[None]] = []
+        if len(streams) > 1:
+            self._pumps = [asyncio.create_task(self._pump(place, stream)) for place, stream in enumerate(streams)]
 
     async def _pump(self, place: int, stream: Stream) -> None:
         try:
-            async for delta in stream:
-                self._ready.append((place, delta))
+            while ready := await stream.ready():
+                self._ready += [(place, delta) for delta in ready]
                 self._something.set()
-            self.outputs[place] = await stream.result()
         except BaseException as error:
             self._error = self._error or error
             raise
@@ -142,6 +142,8 @@ class _Merged:
 
     async def next(self) -> list[tuple[int, TokenDelta]]:
         """What has come since the last call; waits for the first of it. Empty: all streams have ended."""
+        if not self._pumps:
+            return [(0, delta) for delta in await self.streams[0].ready()]
         while not self._ready and self._open and self._error is None:
             self._something.clear()
             await self._something.wait()
@@ -150,8 +152,12 @@ class _Merged:
             raise self._error
         return ready
 
+    async def results(self) -> list[RequestOutput]:
+        """Of all streams, which have ended."""
+        return [await stream.result() for stream in self.streams]
+
     async def close(self) -> None:
-        """Give up what has not ended."""
+        """Read no more."""
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
@@ -182,8 +188,8 @@ class EventStream(Response):
             stack.push_async_callback(self._merged.close)
             async with until_gone(self._http):
                 self._first = await self._merged.next()
-            for output in self._merged.outputs:
-                if output is not None:
+            if not self._first:
+                for output in await self._merged.results():
                     check(output)
             self._stack = stack.pop_all()
         return self
@@ -217,11 +223,11 @@ class EventStream(Response):
             if chunk:
                 yield chunk
             ready = await self._merged.next()
-        outputs = []
-        for place, output in enumerate(self._merged.outputs):
-            assert output is not None, "a stream ends with its result"
+        outputs = await self._merged.results()
+        for place, output in enumerate(outputs):
             self._answer.finished(output, self._first_tokens.get(place))
-            outputs.append(check(output))
+        for output in outputs:
+            check(output)
         parts = [self._writer.missing(place, output) for place, output in enumerate(outputs)]
         if self._with_usage:
             parts.append(self._writer.usage(usage(outputs)))

@@ -38,15 +38,28 @@ class Stream:
 
     async def __anext__(self) -> TokenDelta:
         """RequestLost: see there."""
+        if await self._has_more():
+            return self._job.unread.popleft()
+        raise StopAsyncIteration
+
+    async def ready(self) -> list[TokenDelta]:
+        """All that is there, at least one; none at the end. Stands for the iteration where few writes count."""
+        await self._has_more()
+        found = list(self._job.unread)
+        self._job.unread.clear()
+        return found
+
+    async def _has_more(self) -> bool:
+        """Something is unread; waits for it. False: it has ended."""
         job = self._job
         while not job.unread:
             if job.done.done():
                 if not job.done.cancelled() and (error := job.done.exception()) is not None:
                     raise error
-                raise StopAsyncIteration
+                return False
             job.news.clear()
             await job.news.wait()
-        return job.unread.popleft()
+        return True
 
     async def result(self) -> RequestOutput:
         """The whole result, once it is there. Its `error` says why the request could not run, or not to the end.
