@@ -103,7 +103,7 @@ def start(kind: str, args: Sequence[str], *, config: str) -> tuple[int, list]:
     argv = ["--config", "job.yaml", *args] if config else [*args]
     looked_up = kind != "hybrid" or any(one.startswith(("data.", "hybrid.reward")) for one in args)
     with patch.object(cli, "job_problems", cli.job_problems if looked_up else lambda kind, config: []):
-        return with_work(lambda kind, loaded: ran.append(loaded) or 0, kind, argv), ran
+        return with_work(lambda kind, loaded, options: ran.append(loaded) or 0, kind, argv), ran
 
 
 def with_work(work: Callable[..., int], kind: str, argv: Sequence[str]) -> int:
@@ -457,7 +457,7 @@ def test_ranks_get_the_resolved_file(job, monkeypatch):
         seen.update(script=script, text=Path(resolved).read_text(), sha256=sha256, ranks=num_ranks, debug=debug)
         ran = []
         put_under_launcher(monkeypatch, 0, 4)
-        seen["rank"] = with_work(lambda kind, loaded: ran.append(loaded) or 0, "infer", command[1:5])
+        seen["rank"] = with_work(lambda kind, loaded, options: ran.append(loaded) or 0, "infer", command[1:5])
         seen["loaded"] = ran[0]
         return 7
 

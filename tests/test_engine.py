@@ -650,9 +650,14 @@ def test_a_replay_goes_on_with_the_same_tokens(layout, overlap, talking, ranks, 
 
     unstopped = run(REPLAYED[1:2], [((), frozenset())], "unstopped")[0][0].outputs
     stops = [unstopped[0].text[8:12], unstopped[2].text[3:5]]
-    asks = [*REPLAYED, (SHORT[1], replace(REPLAYED[1][1], stop=stops))]
+    spelt = {"regex": "[a-z]{5}"}  # which ends by itself
+    asks = [
+        *REPLAYED,
+        (SHORT[1], replace(REPLAYED[1][1], stop=stops)),
+        (SHORT[4], replace(_DRAWN, structured_outputs=spelt)),
+    ]
     outputs, deltas = run(asks, [((), frozenset())] * len(asks), "plain")
-    assert outputs[4].outputs[0].stop_reason in stops
+    assert outputs[4].outputs[0].stop_reason in stops and len(outputs[5].outputs[0].text) == 5
     begun, had = [], []
     for cut in range(16):
         for output in outputs:

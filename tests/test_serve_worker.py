@@ -337,6 +337,7 @@ _params = st.builds(
     logit_bias=st.none() | st.dictionaries(_ids, _numbers, max_size=2),
     allowed_token_ids=st.none() | st.lists(_ids, max_size=2),
     bad_words=st.none() | _words,
+    structured_outputs=st.none() | st.dictionaries(_texts, _words | st.dictionaries(_texts, _ids), max_size=1),
     best_of=st.none() | _ids,
     seed=st.none() | st.integers(0, 2**64 - 1),
 )
@@ -351,6 +352,7 @@ _requests = st.builds(
     max_tokens=_ids,
     stop_token_ids=st.frozensets(_ids, max_size=2),
     bad_words=st.lists(_tokens, max_size=2).map(tuple),
+    grammar=_texts,
     stream=st.booleans(),
     given=st.lists(_tokens, max_size=2).map(tuple),
     ended=st.frozensets(_ids, max_size=2),

@@ -281,6 +281,8 @@ class Engine:
                     token_id = NO_TOKEN
                 if sequence.finish_reason is not None:  # sampled in vain
                     pass
+                elif outcome.in_vain:
+                    stopped = True
                 elif token_id < 0:
                     self.outputs.fail(sequence, outcome.problem or FAILURES[token_id])
                 else:

@@ -50,6 +50,8 @@ class Outcome(NamedTuple):
 
     finished: bool = False
     """Nothing may follow."""
+    in_vain: bool = False
+    """Nothing might have followed what a replay was given."""
     problem: str | None = None
 
 
@@ -139,6 +141,8 @@ class Matchers:
                 continue
             if state.matcher is None or state.problem is not None:
                 outcomes[place] = Outcome(problem=state.problem)
+            elif state.matcher.is_stopped():
+                outcomes[place] = Outcome(finished=True, in_vain=True)
             elif token_id >= 0 and token_id not in row.sequence.request.stop_token_ids:
                 taking.append((place, state, state.matcher, token_id))
         if taking:
@@ -171,6 +175,8 @@ class Matchers:
             state.taken += len(new)
             if new and not state.matcher.consume_tokens(new):
                 self._failed(state)
+            elif state.matcher.is_stopped():  # what is sampled is in vain
+                bits[place] = -1
             else:
                 wanted.append((state.matcher, place))
         if wanted:
