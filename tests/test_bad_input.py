@@ -561,7 +561,7 @@ def test_help_comes_first(capfd):
 
 
 def run_and_raise(error: BaseException, *args: str) -> int:
-    def fail(kind, loaded):
+    def fail(kind, loaded, options):
         raise error
 
     Path("job.yaml").write_text(JOB)
@@ -647,3 +647,35 @@ def test_the_package_installs_no_command_of_another_project(monkeypatch):
     monkeypatch.setattr("setuptools.setup", given.update)
     runpy.run_path(str(ROOT / "setup.py"))
     assert [one.split(" = ")[0] for one in given["entry_points"]["console_scripts"]] == ["megalite", "megalite-eval"]
+
+
+# ---- the server
+
+SERVE = "model: {path: model}"
+
+
+def test_a_servers_key_is_told_by_its_place_and_never_shown(refusal, monkeypatch, capfd):
+    for config, *args in ((SERVE, "server.api_key=hunter22"), (f"{SERVE}\nserver: {{api_key: 4711}}",)):
+        said = refusal(args, kind="serve", config=config)
+        assert "server.api_key: must say where the key is, as env:NAME or file:PATH" in said
+        assert "hunter22" not in said and "4711" not in said
+    start("serve", ["server.api_key=hunter22", "--print-config"], config=SERVE)
+    assert "hunter22" not in "".join(capfd.readouterr())
+    assert "server.api_key: " in refusal(["server.api_key=env:NO_SUCH_KEY"], kind="serve", config=SERVE)
+    monkeypatch.setenv("NO_SUCH_KEY", "hunter22")
+    assert start("serve", ["server.api_key=env:NO_SUCH_KEY", "--check"], config=SERVE)[0] == 0
+    assert "hunter22" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False), ("localhost", False)]
+)
+def test_a_server_open_to_a_network_without_a_key_is_warned_of(host, warned, job, capfd):
+    assert start("serve", [f"server.host={host}", "--check"], config=SERVE)[0] == 0
+    assert ("is open to a network" in capfd.readouterr().err.replace("\n  ", " ")) == warned
+
+
+def test_a_server_says_what_has_to_be_installed(refusal):
+    with patch("megalite.serve.checks.find_spec", lambda name: None if name == "uvicorn" else name):
+        said = refusal([], kind="serve", config=SERVE)
+    assert "needs uvicorn, which is not installed. Type: pip install 'megalite[serve]'" in said
