@@ -391,5 +391,7 @@ def test_transformers_saves_what_the_names_say(tiny):
 
     for name in VARIANTS:
         folder: Path = tiny(name)
+        config = families.read(folder)
         stored = {tensor: info.shape for tensor, info in read_headers(folder).tensors.items()}
-        assert stored == hf_shapes(families.read(folder)), name
+        named = {tensor: shape for tensor, shape in stored.items() if not ignores(config, tensor)}
+        assert named == hf_shapes(config), name

@@ -134,6 +134,68 @@ VARIANTS: dict[str, Variant] = {
             "scale_attn_by_inverse_layer_idx": True,
         },
     ),
+    "gemma": Variant(model="Gemma", changes={"head_dim": 16}),
+    "gemma3": Variant(
+        model="Gemma3Text",
+        changes={
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "seed_oss": Variant(model="SeedOss", changes={"head_dim": 12, "attention_out_bias": True}),
+    "starcoder2": Variant(model="Starcoder2", changes={"sliding_window": 9}),
+    "stablelm": Variant(model="StableLm", changes={"use_qkv_bias": True, "partial_rotary_factor": 0.5}),
+    "stablelm_parallel": Variant(
+        model="StableLm", changes={"use_parallel_residual": True, "partial_rotary_factor": 0.5}
+    ),
+    "smollm3": Variant(model="SmolLM3", changes={"no_rope_layers": [1, 0, 1, 0]}),
+    "granite": Variant(
+        model="Granite",
+        changes={
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.3,
+        },
+    ),
+    "olmo2": Variant(model="Olmo2"),
+    "olmo3": Variant(
+        model="Olmo3", changes={"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    ),
+    "exaone4": Variant(
+        model="Exaone4", changes={"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    ),
+    "ernie4_5": Variant(model="Ernie4_5", changes={"head_dim": 12, "use_bias": True}),
+    "helium": Variant(model="Helium", changes={"head_dim": 8}),
+    "glm4": Variant(model="Glm4", changes={"head_dim": 16}),
+    "hunyuan_v1_dense": Variant(model="HunYuanDenseV1", changes={"head_dim": 12}),
+    "ministral3": Variant(
+        model="Ministral3",
+        changes={
+            "head_dim": 8,
+            "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 16},
+        },
+    ),
+    "arcee": Variant(model="Arcee"),
+    "nemotron": Variant(model="Nemotron", changes={"partial_rotary_factor": 0.5}),
+    "cohere": Variant(model="Cohere", changes={"logit_scale": 0.5}),
+    "cohere2": Variant(
+        model="Cohere2",
+        changes={
+            "logit_scale": 0.5,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "phi": Variant(model="Phi", changes={"num_key_value_heads": 6, "partial_rotary_factor": 0.5}, seed=1),
+    "gpt_neox": Variant(model="GPTNeoX", changes={"rotary_pct": 0.5}),
+    "apertus": Variant(model="Apertus"),
 }
 
 NOT_IN_GPT2 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -186,7 +248,7 @@ def _randomise(name: str, values, model: str, generator) -> None:
         values.normal_(1.0 if name.endswith("weight") else 0.0, 0.3, generator=generator)
         return
     if "embed_tokens" in name or "wte" in name or "wpe" in name:
-        values.normal_(0.0, 0.15 if model == "Gemma2" else 0.4, generator=generator)  # Gemma scales them up
+        values.normal_(0.0, 0.15 if model.startswith("Gemma") else 0.4, generator=generator)  # Gemma scales them up
         return
     fan_in = values.shape[0] if ".c_" in name else values.shape[-1]  # GPT-2 stores [in, out]
     gain = 3.0 if "lm_head" in name else 1.3

@@ -41,6 +41,11 @@ def leave_tp(x: Tensor, state: ParallelState) -> Tensor:
     return _apply(x, state.tp, *((_reduce_scatter, _all_gather) if state.sequence_parallel else (_sum, _identity)))
 
 
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """Sum over the axis of numbers that every rank goes on with: their gradients are summed too."""
+    return _apply(x, axis, _sum, _sum)
+
+
 def fusable_sum(x: Tensor, state: ParallelState) -> SymmetricSum | None:
     """What sums partial outputs x [T, D] over tp in one kernel with the addition and norm behind it, or by itself.
 

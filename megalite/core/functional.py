@@ -40,11 +40,20 @@ class Activation(NamedTuple):
         return self.function(x, **self.arguments)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2 (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS = {
     "silu": Activation(F.silu, torch.ops.aten.silu_backward, {}),
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "none"}),
     "gelu_tanh": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
 }
+"""Of gated MLPs, whose kernels know them."""
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu2": relu2}
+"""Of MLPs without a gate, with those that any may have."""
+PLAIN_ACTIVATIONS.update(ACTIVATIONS.items())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -107,18 +107,23 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / std * weight + bias over the last dimension (arXiv 1607.06450)."""
+    """(x - mean) / std * weight + bias over the last dimension (arXiv 1607.06450), or * (1 + weight) when
+    `zero_centred`."""
 
-    def __init__(self, dim: int, eps: float, *, partial_gradient: bool = False):
+    def __init__(
+        self, dim: int, eps: float, *, bias: bool = True, zero_centred: bool = False, partial_gradient: bool = False
+    ):
         super().__init__()
         self.eps = eps
+        self.zero_centred = zero_centred
         self.weight = replicated((dim,), partial_gradient=partial_gradient)
-        self.bias = replicated((dim,), partial_gradient=partial_gradient)
+        self.bias = replicated((dim,), partial_gradient=partial_gradient) if bias else None
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """`rows`, int64 [R]: only these of x [T, D] -> [R, D]."""
         x = x if rows is None else x[rows]
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        weight = 1.0 + self.weight if self.zero_centred else self.weight
+        return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
 
 
 class Residual:

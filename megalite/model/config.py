@@ -12,8 +12,8 @@ from typing import Literal
 from megalite.core.layout import Even, LayerCosts, Whole
 from megalite.model.kinds.base import Kind, Layer, Row
 
-ActivationName = Literal["silu", "gelu_tanh", "gelu"]
-NormName = Literal["rms", "rms_zero_centred", "layer"]
+ActivationName = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "xielu"]
+NormName = Literal["rms", "rms_zero_centred", "layer", "layer_zero_centred", "layer_without_bias"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,12 +42,14 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864), half-split as in Llama's Hugging Face form."""
+    """Rotary position embedding (arXiv 2104.09864)."""
 
     theta: float = 10000.0
     rotary_dim: int
     """Number of leading channels of a head that are rotated."""
     scaling: RopeScaling | None = None
+    interleaved: bool = False
+    """Neighbouring channels are a pair; else channels c and c + rotary_dim / 2."""
 
     def variant(self, length: int) -> int:
         """Which frequencies a sequence of at most `length` tokens has; 0 where they do not depend on it."""
@@ -84,12 +86,15 @@ class ModelConfig:
     """What each layer is made of."""
     tie_embeddings: bool
     norm: NormName = "rms"
-    """rms_zero_centred: the weight is stored as its difference from one."""
+    """zero_centred: the weight is stored as its difference from one."""
     norm_eps: float = 1e-6
     learned_positions: bool = False
     """Add a learned vector for each position to the embedding; max_position_embeddings of them."""
     embedding_scale: float | None = None
     """Multiplies the embedding, after rounding to the model's dtype; None: nothing does."""
+    head_bias: bool = False
+    logit_scale: float = 1.0
+    """Multiplies the logits, before any softcap."""
     final_softcap: float | None = None
     """Logits become softcap * tanh(logit / softcap)."""
     router_aux_loss_coef: float = 0.0
@@ -102,6 +107,11 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def zero_centred(self) -> bool:
+        """Norms' weights are stored as their difference from one."""
+        return self.norm.endswith("zero_centred")
 
     @property
     def num_heads(self) -> int:
@@ -127,11 +137,13 @@ class ModelConfig:
         """Rows after the last layer."""
         head = "embed" if self.tie_embeddings else "lm_head"
         matrix = Row(weight=head, param="head.weight", split=self.vocab, other=(self.hidden_size,), linear=True)
-        return [*self._norm_rows("final_norm", "norm"), matrix]
+        bias = [Row(weight="lm_head_bias", param="head.bias", split=self.vocab)] if self.head_bias else []
+        return [*self._norm_rows("final_norm", "norm"), matrix, *bias]
 
     def _norm_rows(self, weight: str, param: str) -> list[Row]:
         width = Whole(self.hidden_size)
-        bias = [Row(weight=f"{weight}_bias", param=f"{param}.bias", split=width)] if self.norm == "layer" else []
+        has_bias = self.norm in ("layer", "layer_zero_centred")
+        bias = [Row(weight=f"{weight}_bias", param=f"{param}.bias", split=width)] if has_bias else []
         return [Row(weight=weight, param=f"{param}.weight", split=width), *bias]
 
     @property

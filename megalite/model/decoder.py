@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megalite.core.functional import by_kernels
 from megalite.core.layers import Beside, LayerNorm, Residual, RMSNorm, VocabParallelEmbedding, replicated
-from megalite.core.layout import Even, width
+from megalite.core.layout import width
 from megalite.core.linear import ColumnParallelLinear
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
@@ -30,11 +30,11 @@ from megalite.model.rope import Rotary, Rotation
 
 def make_norm(config: ModelConfig, state: ParallelState) -> RMSNorm | LayerNorm:
     """The family's norm over the hidden dimension."""
-    partial_gradient = state.sequence_parallel
-    if config.norm == "layer":
-        return LayerNorm(config.hidden_size, config.norm_eps, partial_gradient=partial_gradient)
-    zero_centred = config.norm == "rms_zero_centred"
-    return RMSNorm(config.hidden_size, config.norm_eps, zero_centred=zero_centred, partial_gradient=partial_gradient)
+    size, marks = (config.hidden_size, config.norm_eps), {"partial_gradient": state.sequence_parallel}
+    if config.norm.startswith("layer"):
+        bias = config.norm != "layer_without_bias"
+        return LayerNorm(*size, bias=bias, zero_centred=config.zero_centred, **marks)
+    return RMSNorm(*size, zero_centred=config.zero_centred, **marks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(layer): Block(config, layer, state) for layer in self.layer_range})
         self.norm = make_norm(config, state) if state.is_last_stage else None
         self.head = (
-            ColumnParallelLinear(config.hidden_size, (Even(config.vocab_size),), state, bias=False)
+            ColumnParallelLinear(config.hidden_size, (config.vocab,), state, bias=config.head_bias)
             if state.is_last_stage
             else None
         )
@@ -183,6 +183,12 @@ class Decoder(nn.Module):
         """Whether this chunk of this stage is the model's last one, after which `logits` comes."""
         return self.head is not None and chunk == len(self._chunks) - 1
 
+    def normed(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Last stage: what the head is applied to, of all hidden states or of `rows`; `logit_scale` is in it."""
+        assert self.norm is not None
+        out: Tensor = self.norm(hidden, rows)
+        return out if self.config.logit_scale == 1.0 else out * self.config.logit_scale
+
     def logits(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
         """Last stage: hidden states [T, hidden] -> logits of this tp rank's part of the vocabulary, [R, vocab/tp].
 
@@ -190,14 +196,14 @@ class Decoder(nn.Module):
         """
         assert self.head is not None and self.norm is not None
         logits: Tensor
-        if rows is None:
+        if rows is None and self.config.logit_scale == 1.0:
             logits = self.head.read(Residual(hidden), self.norm)
         else:
-            logits = self.head(self.norm(hidden, rows))
+            logits = self.head(self.normed(hidden, rows))
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def vocab_widths(self) -> list[int]:
         """Columns of `logits` on each tp rank."""
-        return [width(Even(self.config.vocab_size), self.state.tp.size, rank) for rank in range(self.state.tp.size)]
+        return [width(self.config.vocab, self.state.tp.size, rank) for rank in range(self.state.tp.size)]

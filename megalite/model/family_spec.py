@@ -15,11 +15,11 @@ from typing import Any, Literal
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig, NormName, Rope
 from megalite.model.generation import GenerationConfig
-from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope
+from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope, rope_parameters
 from megalite.model.kinds.base import Layer, Row, transformer_layer
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import Experts
-from megalite.model.kinds.softmax import SoftmaxAttention
+from megalite.model.kinds.softmax import QKNorm, SoftmaxAttention
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -29,6 +29,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+PLAIN_ACTIVATIONS = {**ACTIVATIONS, "relu": "relu", "relu2": "relu2", "xielu": "xielu"}
+"""Of MLPs without a gate."""
 MAX_EXPERTS = 1 << 18
 """Most experts of all layers together: each has tensors of its own, which are listed before any is looked for."""
 
@@ -62,6 +64,7 @@ class WeightNames:
         return self.tensors["embed"].hf
 
 
+RopeRule = Callable[["Family", HFConfig, int, tuple[int | None, ...]], tuple[Rope | None, ...]]
 WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
 MoERule = Callable[[HFConfig, int], tuple[Experts | None, ...]]
 ScaleRule = Callable[[HFConfig, int, int], float]
@@ -84,6 +87,15 @@ def window_by_layer_types(config: HFConfig, layers: int) -> tuple[int | None, ..
     window = config.optional_size("sliding_window")
     kinds = config.raw("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def window_by_pattern(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`; without them on all layers but every `sliding_window_pattern`-th."""
+    window = config.optional_size("sliding_window")
+    if window is None or config.raw("layer_types"):
+        return no_windows(config, layers) if window is None else window_by_layer_types(config, layers)
+    step = config.size("sliding_window_pattern")
+    return tuple(window if (layer + 1) % step else None for layer in range(layers))
 
 
 def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
@@ -128,12 +140,60 @@ def _experts(config: HFConfig, layers: int, width: str, *, normalize: bool) -> E
     )
 
 
+def same_rope(
+    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[Rope | None, ...]:
+    return (family.rope(config, head_dim),) * len(windows)
+
+
+def no_rope(
+    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[Rope | None, ...]:
+    return (None,) * len(windows)
+
+
+def rope_by_layer_kind(
+    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[Rope | None, ...]:
+    """Windows have a rotary embedding of their own."""
+    full = family.rope(config, head_dim, rope_parameters(config, "full_attention"))
+    sliding = family.rope(config, head_dim, rope_parameters(config, "sliding_attention"))
+    return tuple(full if window is None else sliding for window in windows)
+
+
+def rope_on_windows(
+    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[Rope | None, ...]:
+    """Full attention has none, unless all layers have full attention."""
+    rope = family.rope(config, head_dim)
+    without = any(window is not None for window in windows) or family.rope_only_on_windows
+    return tuple(None if window is None and without else rope for window in windows)
+
+
+def rope_by_list(
+    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[Rope | None, ...]:
+    """`no_rope_layers` has 0 for a layer without; absent, every `no_rope_layer_interval`-th has none."""
+    rope, layers = family.rope(config, head_dim), len(windows)
+    listed = config.raw("no_rope_layers")
+    if not listed:
+        step = config.size("no_rope_layer_interval")
+        listed = [int((layer + 1) % step != 0) for layer in range(layers)]
+    if not isinstance(listed, list) or len(listed) != layers or any(one not in (0, 1) for one in listed):
+        raise config.problem("no_rope_layers", f"must be a list of {layers} entries, 0 or 1", listed)
+    return tuple(rope if has else None for has in listed)
+
+
 def scale_by_head_dim(config: HFConfig, head_dim: int, layer: int) -> float:
     return float(head_dim**-0.5)
 
 
 def scale_by_scalar(config: HFConfig, head_dim: int, layer: int) -> float:
     return float(config.number("query_pre_attn_scalar") ** -0.5)
+
+
+def scale_by_multiplier(config: HFConfig, head_dim: int, layer: int) -> float:
+    return config.number("attention_multiplier")
 
 
 def gpt2_scale(config: HFConfig, head_dim: int, layer: int) -> float:
@@ -154,8 +214,30 @@ class Switches:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     gated_mlp: bool = True
-    qk_norm: Literal["head"] | None = None
+    qk_norm: QKNorm | None = None
+    parallel: bool = False
+    """Attention and MLP read the same stream,"""
+    parallel_norms: Literal["one_norm", "two_norms"] = "one_norm"
+    """through one norm or each through its own."""
     learned_positions: bool = False
+    head_bias: bool = False
+    fused_by_head: bool = False
+    """See `SoftmaxAttention`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Multipliers:
+    """Keys of config.json with numbers that multiply; an absent key means 1."""
+
+    embedding: str | None = None
+    residual: str | None = None
+    """What attention and MLP add."""
+    logits: str | None = None
+    logits_divisor: str | None = None
+
+    @staticmethod
+    def read(config: HFConfig, key: str | None) -> float:
+        return 1.0 if key is None else config.number(key, config.defaults.get(key, 1.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,6 +258,22 @@ class Heads:
         if head_dim is None and hidden % heads:
             raise config.problem("hidden_size", f"must be a multiple of num_attention_heads ({heads})", hidden)
         return cls(heads=heads, kv_heads=kv_heads, head_dim=head_dim or hidden // heads)
+
+
+GrowthRule = Callable[[HFConfig], tuple[float, int] | None]
+
+
+def no_growth(config: HFConfig) -> tuple[float, int] | None:
+    return None
+
+
+def growth_by_rope(config: HFConfig) -> tuple[float, int] | None:
+    """`llama_4_scaling_beta` and the original length, both beside the rotary embedding's."""
+    given = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
+    inner = HFConfig(config.path, given if isinstance(given, dict) else {})
+    if inner.raw("llama_4_scaling_beta") is None:
+        return None
+    return inner.number("llama_4_scaling_beta"), inner.size("original_max_position_embeddings")
 
 
 LayerRule = Callable[["Family", HFConfig, Switches], tuple[Layer, ...]]
@@ -213,8 +311,17 @@ class Family:
     """Reads `attn_logit_softcapping` and `final_logit_softcapping`."""
     wide_mlp_by_default: bool = False
     """An absent intermediate size means four times the hidden size."""
-    rotary: bool = True
-    """Has rotary embeddings."""
+    multipliers: Multipliers = Multipliers()
+    reads: tuple[str, ...] = ()
+    """Keys that other families must not have."""
+    refused: tuple[str, ...] = ()
+    """Keys that must be false."""
+    ropes: RopeRule = same_rope
+    """Rotary embedding of each layer."""
+    rope_only_on_windows: bool = False
+    """See `rope_on_windows`."""
+    interleaved_rope: bool = False
+    """Neighbouring channels are rotated as a pair."""
     partial_rotary: bool = False
     """Reads `partial_rotary_factor`."""
     rope_kinds: Mapping[str, str] = field(default_factory=dict)
@@ -222,8 +329,20 @@ class Family:
     windows: WindowRule = no_windows
     moe: MoERule = dense
     scale: ScaleRule = scale_by_head_dim
+    query_growth: GrowthRule = no_growth
     layers: LayerRule = field(default_factory=lambda: transformer_layers)
     """What the layers are made of."""
+
+    def rope(self, config: HFConfig, head_dim: int, given: Mapping[str, Any] | None = None) -> Rope:
+        """The rotary embedding of config.json, or of `given` in place of its `rope_parameters`."""
+        return read_rope(
+            config,
+            head_dim,
+            partial=self.partial_rotary,
+            kinds=self.rope_kinds,
+            interleaved=self.interleaved_rope,
+            given=given,
+        )
 
 
 COMMON_DEFAULTS = {
@@ -248,10 +367,13 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
 
     End-of-sequence ids beyond the vocabulary are left out: they can't be generated.
     """
-    config.refuse_unsupported()
+    config.refuse_unsupported(family.reads, family.refused)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     switches = Switches(**{**family.fixed, **{name: config.flag(key) for name, key in family.flags.items()}})
     layers = family.layers(family, config, switches)
+    multipliers = family.multipliers
+    embedding_scale = Multipliers.read(config, multipliers.embedding)
+    logit_scale = Multipliers.read(config, multipliers.logits) / Multipliers.read(config, multipliers.logits_divisor)
     ropes = {kind.rope for layer in layers for kind in layer.kinds}
     begin = config.token_ids("bos_token_id") or generation.token_ids("bos_token_id") or ()
     aux_loss = config.optional_number("router_aux_loss_coef", or_zero=True) if family.moe is not dense else None
@@ -265,7 +387,9 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
         norm=switches.norm,
         norm_eps=config.number("norm_eps"),
         learned_positions=switches.learned_positions,
-        embedding_scale=hidden**0.5 if family.scaled_embedding else None,
+        embedding_scale=hidden**0.5 if family.scaled_embedding else embedding_scale if embedding_scale != 1 else None,
+        head_bias=switches.head_bias,
+        logit_scale=logit_scale,
         final_softcap=config.optional_number("final_logit_softcapping") if family.softcaps else None,
         router_aux_loss_coef=aux_loss or 0.0,
         dtype=config.dtype(),
@@ -277,14 +401,12 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
 def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> tuple[Layer, ...]:
     """Softmax attention and an MLP or a mixture of experts in every layer."""
     heads, count = Heads.of(config), config.size("num_hidden_layers")
-    rope: Rope | None = None
-    if family.rotary:
-        rope = read_rope(config, heads.head_dim, partial=family.partial_rotary, kinds=family.rope_kinds)
     windows, experts = _windows(family, config, count), family.moe(config, count)
+    ropes = family.ropes(family, config, heads.head_dim, windows)
     default = 4 * config.size("hidden_size") if family.wide_mlp_by_default else REQUIRED
     mlp = DenseMLP(
         intermediate_size=config.size("intermediate_size", default),
-        activation=config.choice("hidden_act", ACTIVATIONS),
+        activation=config.choice("hidden_act", ACTIVATIONS if switches.gated_mlp else PLAIN_ACTIVATIONS),
         gated=switches.gated_mlp,
         bias=switches.mlp_bias,
     )
@@ -298,7 +420,9 @@ def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> 
                 scale=family.scale(config, heads.head_dim, layer),
                 window=windows[layer],
                 softcap=softcap,
-                rope=rope,
+                rope=ropes[layer],
+                fused_by_head=switches.fused_by_head,
+                query_growth=family.query_growth(config),
                 qkv_bias=switches.qkv_bias,
                 out_bias=switches.attention_out_bias,
                 qk_norm=switches.qk_norm,
@@ -306,6 +430,8 @@ def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> 
             experts[layer] or mlp,
             pre_norms=switches.pre_norms,
             post_norms=switches.post_norms,
+            parallel=switches.parallel_norms if switches.parallel else None,
+            scale=Multipliers.read(config, family.multipliers.residual),
         )
         for layer in range(count)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,30 +194,45 @@ class HFConfig:
             raise self.problem(key, f"must be one of {', '.join(DTYPES)}", value)
         return name
 
-    def refuse_unsupported(self) -> None:
-        """CheckpointError for a key that would change what the model computes in a way that is not supported."""
+    def refuse_unsupported(self, reads: Collection[str] = (), harmless_only: Collection[str] = ()) -> None:
+        """CheckpointError for a key that would change what the model computes in a way that is not supported.
+
+        `reads`: keys that this family knows; `harmless_only`: keys of this family that must be false.
+        """
+        for key in harmless_only:
+            if self.raw(key) not in (None, False):
+                raise self.problem(key, "must be false: what it asks for is not supported", self.raw(key))
         for key, (harmless, reason) in UNSUPPORTED.items():
-            value = self.values.get(key)
+            value = None if key in reads else self.values.get(key)
             if not any(value is item or value == item for item in harmless):
                 raise CheckpointError(f"{self.path}: {key}: {reason}")
 
 
-def read_rope(config: HFConfig, head_dim: int, *, partial: bool, kinds: Mapping[str, str]) -> Rope:
+def read_rope(
+    config: HFConfig,
+    head_dim: int,
+    *,
+    partial: bool,
+    kinds: Mapping[str, str],
+    interleaved: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> Rope:
     """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
-    `partial`: the family reads `partial_rotary_factor`. `kinds`: the family's own names for a scaling.
+    `partial`: the family reads `partial_rotary_factor`. `kinds`: the family's own names for a scaling. `given`: stands
+    for the value of `rope_parameters`, of one kind of layer.
     """
-    key = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
-    given = config.values.get(key) or {}
+    key = "rope_scaling" if config.values.get("rope_scaling") and given is None else "rope_parameters"
+    given = (config.values.get(key) or {}) if given is None else given
     if not isinstance(given, dict):
         raise config.problem(key, "must be an object", given)
     if any(isinstance(value, dict) for value in given.values()):
         raise config.problem(key, "differs by layer type, which is not supported for this family")
-    inner = HFConfig(config.path, {**config.values, **given}, defaults=config.defaults)
+    inner = HFConfig(config.path, {**config.values, **given}, config.keys, config.defaults)
     theta = inner.number("rope_theta", config.defaults.get("rope_theta", 10000.0))
     if theta <= 1:
         raise inner.problem("rope_theta", "must be above 1", theta)
-    factor = inner.number("partial_rotary_factor", 1.0)
+    factor = inner.number("partial_rotary_factor", config.defaults.get("partial_rotary_factor", 1.0))
     if factor != 1.0 and not partial:
         raise inner.problem("partial_rotary_factor", "must be 1 for this family", factor)
     rotary_dim = int(head_dim * factor)
@@ -231,10 +246,11 @@ def read_rope(config: HFConfig, head_dim: int, *, partial: bool, kinds: Mapping[
     if kind == "default" and "factor" in given:
         raise config.problem(key, "has a factor but no rope_type")
     if kind == "default":
-        return Rope(theta=theta, rotary_dim=rotary_dim)
+        return Rope(theta=theta, rotary_dim=rotary_dim, interleaved=interleaved)
     if kind not in ROPE_KINDS:
         raise config.problem(key, f"has an unsupported rope_type (supported: default, {', '.join(ROPE_KINDS)})", kind)
-    return Rope(theta=theta, rotary_dim=rotary_dim, scaling=_scaling(config, inner, kind, rotary_dim))
+    scaling = _scaling(config, inner, kind, rotary_dim)
+    return Rope(theta=theta, rotary_dim=rotary_dim, scaling=scaling, interleaved=interleaved)
 
 
 def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> RopeScaling:
@@ -272,6 +288,27 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> R
     return RopeScaling(
         kind=kind, factor=factor, original_max_position=original, attention_factor=attention_factor, **more
     )
+
+
+def rope_parameters(config: HFConfig, kind: str) -> Mapping[str, Any]:
+    """`rope_parameters` of one kind of layer, where there may be others: full_attention or sliding_attention.
+
+    As older files have it: one scaling, of full attention alone, and perhaps a theta for the windows.
+    """
+    given = config.values.get("rope_parameters") or {}
+    if isinstance(given, dict) and any(isinstance(value, dict) for value in given.values()):
+        inner = given.get(kind) or {}
+        if not isinstance(inner, dict):
+            raise config.problem("rope_parameters", f"must be an object for {kind}", inner)
+        return inner
+    if kind == "sliding_attention":
+        local = config.raw("rope_local_base_freq")
+        theta = local if local is not None else config.raw("rope_theta")
+        return {} if theta is None else {"rope_theta": theta}
+    scaling = config.values.get("rope_scaling") or given
+    if not isinstance(scaling, dict):
+        raise config.problem("rope_scaling", "must be an object", scaling)
+    return scaling
 
 
 def longest_sequence(ropes: Iterable[Rope | None], stated: int) -> int:

@@ -45,13 +45,15 @@ class LanguageModel(nn.Module):
         hidden: Tensor = self.decoder(batch.ids if received is None else received, context, chunk)
         if not self.decoder.is_end(chunk):
             return hidden
-        assert self.decoder.head is not None and self.decoder.norm is not None
-        logprobs: Tensor = self.decoder.head(self.decoder.norm(hidden), partial(self._logprobs, batch))
+        assert self.decoder.head is not None
+        logprobs: Tensor = self.decoder.head(self.decoder.normed(hidden), partial(self._logprobs, batch))
         return logprobs
 
     def _logprobs(self, batch: MicroBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Takes the place of the head's product with its input: see `Product`."""
-        assert bias is None
+        if bias is not None:
+            weight = torch.cat([weight, bias[:, None]], 1)
+            hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], 1)
         return target_logprobs(
             hidden,
             weight,

@@ -161,7 +161,7 @@ def initialise(decoder: Decoder, seed: int, *, std: float = INIT_STD) -> None:
         view = filled.view(one)
         if not one.piece.other:
             is_norm = one.piece.param.endswith("norm.weight")
-            view.fill_(1.0 if is_norm and decoder.config.norm != "rms_zero_centred" else 0.0)
+            view.fill_(1.0 if is_norm and not decoder.config.zero_centred else 0.0)
             continue
         values = random_matrix(one.piece, seed, view.device, std=std)
         view.copy_(values.narrow(one.dim, one.lo - one.piece.hf_start, one.count))

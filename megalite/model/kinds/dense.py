@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseMLP(LayerKind):
-    """down(act(gate) * up), or down(act(up)), with the intermediate width cut over tp."""
+    """down(act(gate) * up), or down(act(up)), with the intermediate width cut over tp.
+
+    A gate's activation is one of `core.functional.ACTIVATIONS`. xielu (arXiv 2411.13010) has two learned numbers.
+    """
 
     intermediate_size: int
     activation: ActivationName = "silu"
@@ -40,6 +43,8 @@ class DenseMLP(LayerKind):
         rows.append(Row(weight="down", param="down.weight", split=self.inner, other=(hidden,), dim=1, linear=True))
         if self.bias:
             rows.append(Row(weight="down_bias", param="down.bias", split=Whole(hidden)))
+        if self.activation == "xielu":
+            rows += [Row(weight=name, param=name, split=Whole(1)) for name in ("alpha_p", "alpha_n")]
         return rows
 
     def parameters(self, hidden: int) -> int:

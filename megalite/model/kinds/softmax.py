@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megalite.core.layout import KVHeads, QueryHeads, Split, Whole, width
 from megalite.model.config import Rope
-from megalite.model.kinds.base import CacheSpec, LayerKind, Row
+from megalite.model.kinds.base import CacheSpec, LayerKind, Place, Row
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
     from megalite.model.config import ModelConfig
     from megalite.model.layers.base import LayerModule
+
+
+QKNorm = Literal["head", "head_after_rope", "width"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,8 +34,12 @@ class SoftmaxAttention(LayerKind):
     rope: Rope | None = None
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: Literal["head"] | None = None
-    """Normalise each head's query and key before the rotation."""
+    qk_norm: QKNorm | None = None
+    """RMSNorm of queries and keys: of each head, before or after the rotation, or over all heads together before it."""
+    query_growth: tuple[float, int] | None = None
+    """(beta, length): queries at position p are multiplied by 1 + beta * log(1 + p // length) (Llama 4)."""
+    fused_by_head: bool = False
+    """The checkpoint has query, key and value of each head one after the other in one tensor."""
 
     @property
     def query_heads(self) -> int:
@@ -48,20 +55,45 @@ class SoftmaxAttention(LayerKind):
         return KVHeads(self.kv_heads, self.head_dim)
 
     def rows(self, hidden: int) -> list[Row]:
-        rows: list[Row] = []
-        before: tuple[Split, ...] = ()
-        for name, split in (("q", self.queries), ("k", self.keys), ("v", self.keys)):
-            rows.append(Row(weight=name, param="qkv.weight", split=split, other=(hidden,), before=before, linear=True))
-            if self.qkv_bias:
-                rows.append(Row(weight=f"{name}_bias", param="qkv.bias", split=split, before=before))
-            before = (*before, split)
-        if self.qk_norm is not None:
+        rows = self._head_rows(hidden) if self.fused_by_head else self._stacked_rows(hidden)
+        if self.qk_norm == "width":
+            rows.append(Row(weight="q_norm", param="q_norm.weight", split=self.queries))
+            rows.append(Row(weight="k_norm", param="k_norm.weight", split=self.keys))
+        elif self.qk_norm is not None:
             for name in ("q_norm", "k_norm"):
                 rows.append(Row(weight=name, param=f"{name}.weight", split=Whole(self.head_dim)))
         rows.append(Row(weight="attn_out", param="out.weight", split=self.queries, other=(hidden,), dim=1, linear=True))
         if self.out_bias:
             rows.append(Row(weight="attn_out_bias", param="out.bias", split=Whole(hidden)))
         return rows
+
+    def _stacked_rows(self, hidden: int) -> list[Row]:
+        rows: list[Row] = []
+        before: tuple[Split, ...] = ()
+        for name, split in self._parts:
+            rows.append(Row(weight=name, param="qkv.weight", split=split, other=(hidden,), before=before, linear=True))
+            if self.qkv_bias:
+                rows.append(Row(weight=f"{name}_bias", param="qkv.bias", split=split, before=before))
+            before = (*before, split)
+        return rows
+
+    def _head_rows(self, hidden: int) -> list[Row]:
+        """Of as many KV heads as query heads, in the order of the checkpoint."""
+        rows: list[Row] = []
+        for head in range(self.heads):
+            before: tuple[Split, ...] = ()
+            for name, split in self._parts:
+                unit = Whole(self.head_dim)
+                more: dict[str, Any] = {"before": before, "place": Place(split, head, self.head_dim)}
+                rows.append(Row(weight=name, param="qkv.weight", split=unit, other=(hidden,), linear=True, **more))
+                if self.qkv_bias:
+                    rows.append(Row(weight=f"{name}_bias", param="qkv.bias", split=unit, **more))
+                before = (*before, split)
+        return rows
+
+    @property
+    def _parts(self) -> tuple[tuple[str, Split], ...]:
+        return ("q", self.queries), ("k", self.keys), ("v", self.keys)
 
     def parameters(self, hidden: int) -> int:
         return (2 * self.heads + 2 * self.kv_heads) * self.head_dim * hidden

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.core.functional import ACTIVATIONS
-from megalite.core.layers import Residual
+from megalite.core.functional import PLAIN_ACTIVATIONS
+from megalite.core.layers import Residual, replicated
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
@@ -15,6 +17,9 @@ from megalite.model.config import ModelConfig
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.layers.base import LayerModule
 from megalite.model.rope import Rotation
+
+XIELU_BETA = 0.5
+XIELU_EPS = -1e-6
 
 
 class MLP(LayerModule):
@@ -27,6 +32,14 @@ class MLP(LayerModule):
         splits = (kind.inner, kind.inner) if self.gated else (kind.inner,)
         self.up = ColumnParallelLinear(config.hidden_size, splits, state, bias=kind.bias)
         self.down = RowParallelLinear(kind.inner, config.hidden_size, state, bias=kind.bias)
+        self.plain: Callable[[Tensor], Tensor]
+        """The activation of an MLP without a gate."""
+        if kind.activation == "xielu":
+            self.alpha_p = replicated((1,), partial_gradient=state.tp.size > 1)
+            self.alpha_n = replicated((1,), partial_gradient=state.tp.size > 1)
+            self.plain = self._xielu
+        elif not self.gated:
+            self.plain = PLAIN_ACTIVATIONS[kind.activation]
 
     def update(
         self,
@@ -39,5 +52,11 @@ class MLP(LayerModule):
         if self.gated:
             hidden = self.up.read(x, norm, gate=self.activation)
         else:
-            hidden = ACTIVATIONS[self.activation](self.up.read(x, norm))
+            hidden = self.plain(self.up.read(x, norm))
         self.down.write(x, hidden, post)
+
+    def _xielu(self, x: Tensor) -> Tensor:
+        """An integral of ELU with a learned slope on either side of zero (arXiv 2411.13010)."""
+        positive, negative = F.softplus(self.alpha_p), XIELU_BETA + F.softplus(self.alpha_n)
+        below = negative * (torch.expm1(x.clamp(max=XIELU_EPS)) - x)
+        return torch.where(x > 0, positive * x * x, below) + XIELU_BETA * x

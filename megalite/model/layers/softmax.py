@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from megalite.core.layers import Residual, RMSNorm
+from megalite.core.collectives import sum_over
+from megalite.core.functional import rms_norm
+from megalite.core.layers import Residual, RMSNorm, sharded
+from megalite.core.layout import KVHeads, QueryHeads, width
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext, Heads
@@ -33,12 +37,26 @@ class Attention(LayerModule):
         num_q, num_k, num_v = (outputs // kind.head_dim for outputs in self.qkv.widths)
         self.heads = num_q, num_k, num_v
         """Of this rank: queries, keys, values."""
-        if kind.qk_norm is not None:
-            norm = partial(RMSNorm, kind.head_dim, config.norm_eps, partial_gradient=state.tp.size > 1)
-            self.q_norm, self.k_norm = norm(), norm()
-        self.qk_norm = kind.qk_norm is not None
+        self.norms: tuple[RMSNorm, RMSNorm] | None = None
+        """Of each head, where the context applies them."""
+        self.q_norm: nn.Module
+        self.k_norm: nn.Module
+        if kind.qk_norm == "width":
+            wide = partial(WidthNorm, eps=config.norm_eps, state=state)
+            self.q_norm, self.k_norm = wide(queries), wide(keys)
+        elif kind.qk_norm is not None:
+            marks = {"zero_centred": config.zero_centred, "partial_gradient": state.tp.size > 1}
+            norm = partial(RMSNorm, kind.head_dim, config.norm_eps, **marks)
+            self.norms = norm(), norm()
+            self.q_norm, self.k_norm = self.norms
+        self.qk_norm = kind.qk_norm
         self.rotary = config.ropes.index(kind.rope) if kind.rope is not None else None
         """Index of its rotation among the model's."""
+        self.interleaved = kind.rope.rotary_dim if kind.rope is not None and kind.rope.interleaved else 0
+        """Leading channels that are rotated as pairs of neighbours."""
+        self.query_growth = kind.query_growth
+        usual = kind.qk_norm in (None, "head") and not self.interleaved and kind.query_growth is None
+        self.attend = self._by_context if usual else self._step_by_step
 
     def update(
         self,
@@ -49,7 +67,57 @@ class Attention(LayerModule):
         rotations: Sequence[Rotation],
     ) -> None:
         qkv = self.qkv.read(x, norm).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
-        norms = (self.q_norm, self.k_norm) if self.qk_norm else None
-        rotation = None if self.rotary is None else rotations[self.rotary]
-        attended = ctx.attend_heads(self.spec, Heads(qkv, self.heads, norms, rotation))
+        attended = self.attend(qkv, ctx, None if self.rotary is None else rotations[self.rotary])
         self.out.write(x, attended.flatten(-2), post)
+
+    def _by_context(self, qkv: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
+        """What the context's kernels can do themselves."""
+        return ctx.attend_heads(self.spec, Heads(qkv, self.heads, self.norms, rotation))
+
+    def _step_by_step(self, qkv: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
+        """One operation after the other, where no kernel joins them."""
+        q, k, v = qkv.split(self.heads, 1)
+        if self.qk_norm in ("head", "width"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.interleaved:  # in both alike, so that products stay
+            q, k = (_pairs_apart(x, self.interleaved) for x in (q, k))
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
+        if self.qk_norm == "head_after_rope":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.query_growth is not None:
+            beta, length = self.query_growth
+            growth = 1 + beta * torch.log1p((ctx.positions // length).float())
+            q = q * growth.to(q.dtype)[:, None, None]
+        return ctx.attend(self.spec, q, k, v)
+
+
+def _pairs_apart(x: Tensor, count: int) -> Tensor:
+    """The first `count` channels of heads [T, H, D] with those of even index first."""
+    turned, rest = x[..., :count], x[..., count:]
+    return torch.cat([turned[..., 0::2], turned[..., 1::2], rest], -1)
+
+
+class WidthNorm(nn.Module):
+    """RMSNorm over all heads together, of which this tp rank has some: [T, heads, D] -> [T, heads, D]."""
+
+    def __init__(self, split: QueryHeads | KVHeads, *, eps: float, state: ParallelState):
+        super().__init__()
+        tp = state.tp
+        self.axis = tp
+        self.eps = eps
+        self.total = split.total
+        mine = split.range(tp.size, tp.rank)
+        replicated = sum(width(split, tp.size, rank) for rank in range(tp.size)) > split.total
+        self.holders = sum(split.range(tp.size, rank) == mine for rank in range(tp.size)) if replicated else 1
+        """Ranks that hold the same heads, each of which must count once."""
+        self.weight = sharded((mine[1] - mine[0],))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(-2)
+        if self.axis.size == 1:
+            return rms_norm(flat, self.weight, self.eps).view_as(x)
+        values = flat.float()
+        squares = sum_over(values.square().sum(-1, keepdim=True) / self.holders, self.axis)
+        normed = values * torch.rsqrt(squares / self.total + self.eps)
+        return (normed.type_as(x) * self.weight).view_as(x)
