@@ -70,6 +70,7 @@ TORCH_FREE = (
     "megalite/planner/__init__.py",
     "megalite/planner/choose.py",
     "megalite/planner/cost.py",
+    "megalite/planner/device_map.py",
     "megalite/planner/devices.py",
     "megalite/planner/generation.py",
     "megalite/planner/hybrid.py",

@@ -21,6 +21,12 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def memory_in_use() -> int:
+    """Bytes of the current CUDA device that are taken, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def device_memory(device: torch.device) -> int:
     """All memory of a CUDA device in bytes, whoever uses it."""
     return int(torch.cuda.get_device_properties(device).total_memory)

@@ -281,7 +281,9 @@ class StageCosts:
             found.add(_layer(layer, batch, config.hidden_size, item, read, matmul), count)
         layers = sum(kinds.values())
         kernels: float = layers * (KERNELS_OF_ONE if batch.tokens <= 1 else KERNELS) + END_KERNELS
-        found.kernels = kernels * device.kernel * max(1.0, crowd / device.cores if device.shared else 1.0)
+        turns = max(1.0, crowd / device.cores) if device.shared else 1.0
+        found.kernels = kernels * device.kernel * turns
+        found.attention += layers * batch.rows * device.row_layer * turns
         numbers = batch.tokens * config.hidden_size * item
         found.sums = layers * SUMS * self.cluster.all_reduce(numbers, self.layout.tp, self.tp_hosts) if layers else 0.0
         if stage == self.layout.pp - 1 and batch.sampled:

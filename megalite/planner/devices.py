@@ -51,6 +51,8 @@ class Device:
     """Seconds of the host for a step,"""
     row: float = 7e-6
     """and for each of its rows."""
+    row_layer: float = 0.0
+    """Seconds of each row in each layer: on a CPU sequences of different lengths are attended one by one."""
     overlaps: bool = True
     """The host prepares a step while the device runs the one before."""
     cores: int = 1
@@ -132,7 +134,7 @@ def visible_gpus() -> list[tuple[str, int]]:
     return [found[name] for name in names if name in found]
 
 
-MEASURED = ("matmul", "read", "link", "link_latency", "hop_latency", "kernel", "launch", "step", "row")
+MEASURED = ("matmul", "read", "link", "link_latency", "hop_latency", "kernel", "launch", "step", "row", "row_layer")
 """Fields that `--calibrate` measures."""
 
 
@@ -154,6 +156,7 @@ def processor() -> Device:
         launch=0.0,
         step=0.5e-3,
         row=20e-6,
+        row_layer=10e-6,
         overlaps=False,
         cores=cores,
         source="a guess for any processor; --calibrate measures this one",

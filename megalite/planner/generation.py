@@ -17,7 +17,7 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.planner.cost import Batch, Cluster, Round, StageCosts, Times
-from megalite.planner.memory import Footprint, RankMemory, blocks_for
+from megalite.planner.memory import PROCESS, Footprint, RankMemory, blocks_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +153,12 @@ def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> t
         captures = device.kind == "cuda" and not engine.enforce_eager
         longest_here = longest if device.kind == "cuda" else 0
         beside = rank.beside(engine, stage_weights=most, captures=captures, longest=longest_here)
-        left = room - weights
+        left = room - weights - (PROCESS if device.shared else 0)
         budget = left * engine.gpu_memory_utilization - beside.total
         block = rank.kv_block(engine.block_size)
         blocks = engine.num_kv_blocks or int(max(budget, 0) // block)
         tokens = min(tokens, blocks * engine.block_size)
-        reserve = int(left * (1 - engine.gpu_memory_utilization))
+        reserve = int(left * (1 - engine.gpu_memory_utilization)) + (PROCESS if device.shared else 0)
         found.append((replace(beside, weights=weights, reserve=max(reserve, 0)), block))
         if budget < block:
             short = max(short, int((block - budget) if left >= 0 else block + beside.total - left))

@@ -29,6 +29,10 @@ SAMPLED_ROW = 2**17
 """Bytes that sampling takes of a row beside its logits, at most (kernels/sampling.py: `workspace_bytes`)."""
 
 
+PROCESS = 28 << 20
+"""Bytes that torch, gloo and the allocator take of a process on a CPU once it works: 17 to 43 MiB, measured."""
+
+
 def scored_rows(config: ModelConfig, max_rows: int) -> int:
     """Rows of scored prompts that the head is applied to at a time; `max_rows` are sampled from at most."""
     return max(max_rows, SCORED_LOGITS // config.vocab_size, 1)
@@ -174,9 +178,9 @@ class RankMemory:
         widest = max(kind.widest(tp, place.tp) for kind in kinds)
         return max_tokens * (3 * self.config.hidden_size + widest) * self.itemsize
 
-    def logits(self, *, max_tokens: int, max_rows: int) -> int:
+    def logits(self, *, max_tokens: int, max_rows: int, scores: bool = True) -> int:
         """Upper estimate of what sampling takes on the last stage, in a step of `max_tokens` tokens of which `max_rows`
-        are sampled.
+        are sampled; `scores`: log-probabilities of prompts may be asked for.
 
         The logits of max_rows rows, or of a chunk of a scored prompt, whole and as this rank's slice on its way to the
         others, and what the sampler makes of a chunk of them.
@@ -184,7 +188,8 @@ class RankMemory:
         if self.layout.coord(self.rank).pp < self.layout.pp - 1:
             return 0
         vocab = self.config.vocab_size
-        numbers = max(max_rows, min(max_tokens, scored_rows(self.config, max_rows))) * vocab
+        scored = min(max_tokens, scored_rows(self.config, max_rows)) if scores else 0
+        numbers = max(max_rows, scored) * vocab
         return 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * SAMPLED_ROW
 
     def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:

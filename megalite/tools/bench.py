@@ -13,6 +13,7 @@ BENCHMARKS = {
     "host": "what the host does for a decode step",
     "load": "ranks that load a Hugging Face folder, and shards of it",
     "offline": "generation beside transformers",
+    "plan": "the planner's predictions beside what is measured here, or was published",
     "sync": "weights between two layouts in memory, beside gathering every tensor",
     "train": "a training step beside transformers, both under DeepSpeed",
 }

@@ -14,26 +14,35 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_args
 
 from megalite.config.schema import EngineSection
-from megalite.errors import ResourceError
+from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import format_bytes
 from megalite.planner.cost import Cluster
-from megalite.planner.devices import named
+from megalite.planner.device_map import compare
+from megalite.planner.devices import named, visible_gpus
 from megalite.planner.generation import Prediction, Workload, parse
+from megalite.planner.hybrid import search_pairs
 from megalite.planner.memory import Footprint
-from megalite.planner.search import Choice, Objective, search
+from megalite.planner.search import Choice, Objective, search, search_training
+from megalite.planner.training import TrainingPrediction, TrainingWork
+from megalite.planner.training import parse as parse_training
 from megalite.tools.toolkit import Parser, positive
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.hf import resolve
 
+SHOWN = 10
+"""Pairs of layouts of a hybrid job that are printed."""
+
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="a folder with config.json, or a hub id")
+    parser.add_argument("--model", metavar="MODEL", help="a folder with config.json, or a hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--devices", type=positive, default=1, metavar="N", help="all together (default: 1)")
     parser.add_argument("--hosts", type=positive, default=1, metavar="N", help="that they are on (default: 1)")
@@ -44,27 +53,131 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--dtype", choices=("auto", *SAFETENSORS), default="auto", help="default: the checkpoint's")
     text = "what the best layout is best at (default: throughput)"
     parser.add_argument("--objective", choices=get_args(Objective), default="throughput", help=text)
+    text = "a job that trains: --workload sequence=4096,batch=256,micro=1,zero=1 (the defaults)"
+    parser.add_argument("--train", action="store_true", help=text)
+    text = "a job that samples as --workload says (requests=N an iteration) and trains on what it sampled"
+    parser.add_argument("--hybrid", action="store_true", help=text)
+    text = 'beside what transformers\' device_map="auto" would do with the same devices'
+    parser.add_argument("--compare-device-map", action="store_true", help=text)
+    text = "measure this machine, in under a minute, and keep the result for --device cpu, or its GPUs"
+    parser.add_argument("--calibrate", action="store_true", help=text)
     parser.add_argument("--json", action="store_true", help="everything, for a program")
 
 
 def run(args: argparse.Namespace) -> int:
-    config = families.read(resolve(args.model, args.revision, weights=False))
-    workload = parse(args.workload) if args.workload else Workload()
+    if args.calibrate:
+        return _calibrate()
+    if args.model is None:
+        raise ConfigError(Problem(key="--model", rule="is needed", fix="Give a folder with config.json, or a hub id."))
+    folder = resolve(args.model, args.revision, weights=False)
+    config = families.read(folder)
     cluster = Cluster(named(args.device), args.devices, args.hosts)
     itemsize = DTYPE_BYTES[SAFETENSORS[args.dtype if args.dtype != "auto" else _usual(config, cluster)]]
-    engine = EngineSection(
-        max_model_len=workload.longest,
-        max_num_seqs=min(workload.concurrency, 1024),
-        max_num_batched_tokens=max(8192, workload.concurrency),
-    )
-    choices = search(config, cluster, workload, engine, itemsize=itemsize, objective=args.objective)
-    if args.json:
+    if args.hybrid:
+        return _hybrid(config, cluster, args, itemsize)
+    if args.train:
+        work = parse_training(args.workload)
+        what, choices = str(work), search_training(config, cluster, work, itemsize=itemsize)
+    else:
+        load = parse(args.workload) if args.workload else Workload()
+        what, engine = str(load), _engine(load)
+        choices = search(config, cluster, load, engine, itemsize=itemsize, objective=args.objective)
+    if args.compare_device_map and not args.train:
+        facts = _device_map(folder, config, cluster, load, choices, itemsize)
+        print(json.dumps(facts, indent=2) if args.json else "\n".join(table(facts)))
+    elif args.json:
         print(json.dumps([_facts(choice) for choice in choices], indent=2))
     else:
-        print("\n".join(_page(config, cluster, workload, choices)))
+        print("\n".join(_page(config, cluster, what, choices)))
     if all(choice.prediction.short for choice in choices):
         raise ResourceError(f"{config.family}: fits {cluster.devices} x {cluster.device.name} in no layout")
     return 0
+
+
+def _engine(load: Workload) -> EngineSection:
+    """One that takes as many requests as there are."""
+    return EngineSection(
+        max_model_len=load.longest,
+        max_num_seqs=min(load.concurrency, 1024),
+        max_num_batched_tokens=max(8192, min(load.concurrency, 1024)),
+    )
+
+
+def _calibrate() -> int:
+    from megalite.tools.benchmarks.calibrate import calibrate  # imports torch
+
+    name, found, file = calibrate()
+    print(f"{name}, kept in {file}")
+    for key, value in found.items():
+        unit = {"matmul": "operations a second", "read": "bytes a second", "link": "bytes a second"}.get(key, "seconds")
+        print(f"  {key:14}{value:.3g} {unit}")
+    return 0
+
+
+def _hybrid(config: ModelConfig, cluster: Cluster, args: argparse.Namespace, itemsize: int) -> int:
+    """Pairs of layouts. The samples of an iteration are what is trained on."""
+    load = parse(args.workload) if args.workload else Workload()
+    load = replace(load, requests=load.requests or load.concurrency)
+    assert load.requests is not None
+    length = load.longest
+    work = TrainingWork(sequence=length, batch=load.requests)
+    pairs, trained = search_pairs(config, cluster, work, load, _engine(load), itemsize=itemsize)
+    if not pairs:
+        best = trained[0] if trained else None
+        raise ResourceError(f"no two layouts fit together; to train: {best.reason if best else 'none can'}")
+    if args.json:
+        facts = [
+            {**asdict(pair), "train": _facts_of(pair.train), "infer": _facts_of(pair.infer), "seconds": pair.seconds}
+            for pair in pairs
+        ]
+        print(json.dumps(facts, indent=2))
+        return 0
+    print(f"{config.family} on {cluster.devices} x {cluster.device.name}: an iteration of {load}\n")
+    rows = [
+        {
+            "train": str(pair.train.layout),
+            "infer": str(pair.infer.layout),
+            "seconds": f"{pair.seconds:.3g}",
+            "sampling": f"{pair.sampling:.3g}",
+            "learning": f"{pair.learning:.3g}",
+            "weights": f"{pair.sync:.2g}",
+            "train GiB": f"{max(stage.total for stage in pair.train.memory) / 2**30:.1f}",
+            "recompute": "yes" if pair.train.recompute else "no",
+            "why": pair.reason,
+        }
+        for pair in pairs[:SHOWN]
+    ]
+    print("\n".join(table(rows)))
+    return 0
+
+
+def _device_map(
+    folder: Path, config: ModelConfig, cluster: Cluster, load: Workload, choices: Sequence[Choice], itemsize: int
+) -> list[dict[str, str]]:
+    """`device_map="auto"` beside the best layout, and measured where the devices and the weights are here."""
+    theirs, ours = compare(config, cluster, load, itemsize=itemsize), choices[0].prediction
+    stages = [len(ours.layout.layers(stage, config.layer_costs())) for stage in range(ours.layout.pp)]
+    rows = [
+        {
+            "": 'device_map="auto"',
+            "layers a device": " ".join(map(str, theirs.layers)),
+            "idle": " ".join(f"{share:.0%}" for share in theirs.idle),
+            "tokens/s predicted": f"{theirs.throughput:,.0f}",
+        },
+        {
+            "": str(ours.layout),
+            "layers a device": " ".join(map(str, stages)) + (" (each over tp)" if ours.layout.tp > 1 else ""),
+            "idle": " ".join(f"{share:.0%}" for share in ours.idle),
+            "tokens/s predicted": f"{ours.throughput:,.0f}",
+        },
+    ]
+    here = len(visible_gpus()) if cluster.device.kind == "cuda" else 1
+    if here == cluster.devices and any(folder.glob("*.safetensors")) and find_spec("transformers"):
+        from megalite.tools.benchmarks.device_map import measure
+
+        layers, speed, count = measure(folder, load, cuda=cluster.device.kind == "cuda")
+        rows[0]["measured"] = f"{speed:,.0f} ({count} at once, layers {' '.join(map(str, layers.values()))})"
+    return rows
 
 
 def _usual(config: ModelConfig, cluster: Cluster) -> str:
@@ -73,13 +186,16 @@ def _usual(config: ModelConfig, cluster: Cluster) -> str:
 
 
 def _facts(choice: Choice) -> dict[str, Any]:
-    one = choice.prediction
+    return {**_facts_of(choice.prediction), "reason": choice.reason}
+
+
+def _facts_of(one: Prediction) -> dict[str, Any]:
     layout = {"tp": one.layout.tp, "pp": one.layout.pp, "dp": one.layout.dp}
     memory = [{**asdict(stage), "total": stage.total} for stage in one.memory]
-    return {**asdict(one), "layout": layout, "memory": memory, "reason": choice.reason}
+    return {**asdict(one), "layout": layout, "memory": memory}
 
 
-def _page(config: ModelConfig, cluster: Cluster, workload: Workload, choices: Sequence[Choice]) -> list[str]:
+def _page(config: ModelConfig, cluster: Cluster, workload: str, choices: Sequence[Choice]) -> list[str]:
     """The ranking for people."""
     device = cluster.device
     hosts = f" on {cluster.hosts} hosts" if cluster.hosts > 1 else ""
@@ -97,6 +213,18 @@ def _cells(one: Prediction) -> dict[str, str]:
     shown["GiB a rank"] = f"{max(stage.total - stage.kv - stage.reserve for stage in one.memory) / 2**30:.1f}"
     if one.short:
         return {**shown, "fit": "no", "tokens/s": f"{format_bytes(one.short)} short"}
+    if isinstance(one, TrainingPrediction):
+        return {
+            **shown,
+            "fit": "recomputing" if one.recompute else "yes",
+            "tokens/s": f"{one.throughput:,.0f}",
+            "a step": f"{one.seconds:.3g} s",
+            "bubble": f"{one.bubble:.1%}",
+            "activations": format_bytes(one.kept),
+            "recomputed": format_bytes(one.recomputed),
+            "sent a token": format_bytes(int(one.sent)),
+            "idle": " ".join(f"{share:.0%}" for share in one.idle[:8]),
+        }
     idle = [f"{share:.0%}" for share in one.idle]
     return {
         **shown,

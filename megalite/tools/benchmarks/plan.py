@@ -1,0 +1,234 @@
+"""The planner's predictions beside what is measured here: memory and speed of every layout of some ranks.
+
+Models of random weights from a shape alone; requests of random token ids and lengths, all at the start. Speed: output
+tokens over the time of one `generate`, once everything has run before. Memory: on a GPU what the device has less than
+before the start, on a CPU the peak of the process's resident memory less what it had once everything was imported,
+both of the fullest rank. Run `megalite plan --calibrate` first: then rates are this machine's. `--published` needs no
+machine: predictions beside NVIDIA's published tables.
+
+Started as `python -m megalite.tools.benchmarks.plan TASK` it is one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.config.schema import EngineSection
+from megalite.core.layout import Layout
+from megalite.model import families
+from megalite.planner.cost import Cluster
+from megalite.planner.devices import Device, named, visible_gpus
+from megalite.planner.generation import Prediction, Span, Workload, predict
+from megalite.planner.memory import PROCESS, RankMemory
+from megalite.planner.search import layouts
+from megalite.run.launcher import run_ranks
+from megalite.run.processes import die_with_parent
+from megalite.tools.benchmarks import published
+from megalite.tools.benchmarks.shapes import SHAPES, save_config
+
+HEADER = (
+    "| model | layout | tokens/s predicted | measured | ratio | MiB predicted | measured | ratio | weights |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a rank is told."""
+
+    folder: str
+    tp: int
+    pp: int
+    dp: int
+    device: str
+    requests: int
+    input: tuple[int, int]
+    output: tuple[int, int]
+    batched_tokens: int
+    out: str
+    """File of which every rank writes one that ends in its number."""
+
+    def lengths(self) -> list[tuple[int, int]]:
+        """As the planner plays them."""
+        draw = random.Random(0)
+        return [(draw.randint(*self.input), draw.randint(*self.output)) for _ in range(self.requests)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["qwen3-10M", "llama-34M"], help="models")
+    parser.add_argument("--requests", type=int, default=32, help="of a job (default: %(default)s)")
+    parser.add_argument("--input", type=int, nargs=2, default=[16, 128], help="their shortest and longest prompt")
+    parser.add_argument("--output", type=int, nargs=2, default=[16, 128], help="and output")
+    parser.add_argument("--batched-tokens", type=int, default=512, help="max_num_batched_tokens")
+    parser.add_argument("--rounds", type=int, default=2, help="the best of so many counts (default: %(default)s)")
+    parser.add_argument("--published", action="store_true", help="published tables instead; runs nothing")
+    parser.add_argument("--json", help="write the figures here")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.published:
+        print("\n".join(published.lines()))
+        return 0
+    gpus = visible_gpus()
+    kind = args.device or ("cuda" if gpus else "cpu")
+    device = named(gpus[0][0]) if kind == "cuda" else named("cpu")
+    print(f"{device.name}: {device.source}\n\n{HEADER}", flush=True)
+    found: list[dict[str, Any]] = []
+    codes = [0]
+    with tempfile.TemporaryDirectory(prefix="megalite-plan-") as name:
+        for shape in args.shapes:
+            folder = save_config(shape, Path(name) / shape)
+            for ranks in args.ranks:
+                for layout in layouts(ranks, families.read(folder)):
+                    rows = [_one(args, folder, layout, kind, device, Path(name)) for _ in range(args.rounds)]
+                    well = [row for row in rows if row is not None]
+                    codes.append(int(not well))
+                    if well:
+                        best = max(well, key=lambda row: row["measured"])
+                        found.append({"shape": shape, "ranks": ranks, **best})
+                        print(_line(found[-1]), flush=True)
+                for line in _ranking([row for row in found if (row["shape"], row["ranks"]) == (shape, ranks)]):
+                    print(line, flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return max(codes)
+
+
+def _one(
+    args: argparse.Namespace, folder: str, layout: Layout, kind: str, device: Device, place: Path
+) -> dict[str, Any] | None:
+    """One start of one layout; None if it failed."""
+    out = place / f"found-{time.monotonic_ns()}"
+    task = Task(
+        folder=folder,
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=layout.dp,
+        device=kind,
+        requests=args.requests,
+        input=tuple(args.input),
+        output=tuple(args.output),
+        batched_tokens=args.batched_tokens,
+        out=str(out),
+    )
+    words = ["-m", __name__, json.dumps(asdict(task))]
+    code = (
+        run_ranks(words, layout.size, stopped_timeout=60.0)
+        if layout.size > 1
+        else subprocess.run([sys.executable, *words], preexec_fn=die_with_parent).returncode
+    )
+    if code:
+        return None
+    ranks = [json.loads(Path(f"{out}-{rank}").read_text()) for rank in layout.ranks]
+    predicted = foresee(task, device)
+    itemsize = 2 if kind == "cuda" else 4
+    config = families.read(folder)
+    exact = all(rank["weights"] == RankMemory(config, layout, rank["rank"], itemsize).weights for rank in ranks)
+    return {
+        "layout": str(layout),
+        "predicted": predicted.throughput,
+        "measured": sum(length for _, length in task.lengths()) / max(rank["seconds"] for rank in ranks),
+        "memory_predicted": max(_kept(task, predicted, layout, rank) for rank in ranks),
+        "memory_measured": max(rank["memory"] for rank in ranks),
+        "weights_exact": exact,
+    }
+
+
+def _kept(task: Task, predicted: Prediction, layout: Layout, rank: dict[str, Any]) -> int:
+    """Bytes that a rank is predicted to hold beside the cache that it made, which is as large as the work needs."""
+    stage = predicted.memory[layout.coord(rank["rank"]).pp]
+    if task.device == "cuda":
+        return stage.total - stage.kv - stage.reserve + int(rank["kv"])
+    memory = RankMemory(families.read(task.folder), layout, rank["rank"], 4)
+    logits = memory.logits(max_tokens=task.batched_tokens, max_rows=task.requests, scores=False)
+    activations = memory.activations(max_tokens=task.batched_tokens)
+    return memory.weights + activations + logits + PROCESS + int(rank["kv"])
+
+
+def foresee(task: Task, device: Device) -> Prediction:
+    config = families.read(task.folder)
+    spans = {"input": Span(*task.input), "output": Span(*task.output)}
+    load = Workload(**spans, concurrency=task.requests, requests=task.requests)
+    layout = Layout(task.tp, task.pp, task.dp)
+    engine = EngineSection(**engine_keys(task))
+    itemsize = 2 if task.device == "cuda" else 4
+    return predict(config, layout, Cluster(device, layout.size), load, engine, itemsize=itemsize)
+
+
+def engine_keys(task: Task) -> dict[str, Any]:
+    return {
+        "max_model_len": task.input[1] + task.output[1],
+        "max_num_seqs": task.requests,
+        "max_num_batched_tokens": task.batched_tokens,
+    }
+
+
+def _line(row: dict[str, Any]) -> str:
+    speeds = f"{row['predicted']:,.0f} | {row['measured']:,.0f} | {row['predicted'] / row['measured']:.2f}"
+    said, held = row["memory_predicted"] / 2**20, row["memory_measured"] / 2**20
+    memory = f"{said:,.0f} | {held:,.0f} | {said / held:.2f} | {'exact' if row['weights_exact'] else 'differ'}"
+    return f"| {row['shape']} | {row['layout']} | {speeds} | {memory} |"
+
+
+def _ranking(rows: list[dict[str, Any]]) -> list[str]:
+    """Where the layout that was measured fastest stands in the prediction."""
+    if len(rows) < 2:
+        return []
+    order = [row["layout"] for row in sorted(rows, key=lambda row: -row["predicted"])]
+    best = max(rows, key=lambda row: row["measured"])["layout"]
+    return [f"| {rows[0]['shape']} | fastest: {best}, number {order.index(best) + 1} of the prediction |{' |' * 7}"]
+
+
+def rank(task: Task) -> int:
+    """One rank: generate twice, and tell the second time and the memory."""
+    from megalite import LLM, SamplingParams
+    from megalite.kernels.device import memory_in_use, synchronize
+    from megalite.monitor.metrics import peak_memory, reset_peak_memory
+
+    cuda = task.device == "cuda"
+    before = memory_in_use() if cuda else reset_peak_memory()
+    dtype = "bfloat16" if cuda else "float32"
+    sizes = {"tensor_parallel_size": task.tp, "pipeline_parallel_size": task.pp, "data_parallel_size": task.dp}
+    with LLM(
+        task.folder, device=task.device, dtype=dtype, load_format="dummy", generation_config="vllm",
+        skip_tokenizer_init=True, **sizes, **engine_keys(task),
+    ) as llm:  # fmt: skip
+        draw, limit = random.Random(1), llm.replica.model.vocab_size - 1
+        seconds = 0.0
+        for _ in range(2):
+            prompts = [[draw.randint(0, limit) for _ in range(length)] for length, _ in task.lengths()]
+            params = [
+                SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+                for _, tokens in task.lengths()
+            ]
+            began = time.perf_counter()
+            llm.generate(prompts, params, use_tqdm=False)
+            seconds = time.perf_counter() - began
+        synchronize(llm.replica.device)
+        held = (memory_in_use() if cuda else peak_memory()) - before
+        replica = llm.replica
+        found = {
+            "rank": replica.state.rank,
+            "seconds": seconds,
+            "memory": held,
+            "weights": replica.weight_bytes,
+            "kv": replica.kv_bytes,
+        }
+        Path(f"{task.out}-{replica.state.rank}").write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    values = json.loads(sys.argv[1])
+    sys.exit(rank(Task(**{**values, "input": tuple(values["input"]), "output": tuple(values["output"])})))
