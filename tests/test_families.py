@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,6 +321,30 @@ def test_unknown_architectures_are_refused_by_name_with_what_is_supported(read):
         with pytest.raises(ConfigError, match="MambaForCausalLM is not supported") as caught:
             read(values)
         assert all(family.architecture in str(caught.value) for family in families.FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    "name, needed",
+    [
+        ("DeepseekV3ForCausalLM", "latent attention"),
+        ("GraniteMoeHybridForCausalLM", "a recurrent state"),
+        ("GraniteMoeForCausalLM", "its router"),
+        ("Llama4ForConditionalGeneration", "chunked attention"),
+        ("Gemma3ForConditionalGeneration", "the text part"),
+    ],
+)
+def test_an_unknown_architecture_is_told_what_it_would_need(read, name, needed):
+    with pytest.raises(ConfigError, match=f"{name} is not supported: it would need .*{needed}"):
+        read({**LLAMA, "architectures": [name]})
+
+
+def test_the_readme_has_the_families_of_today():
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / "tools"))
+    from draw_families import replaced
+
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert replaced(text) == text, "python tools/draw_families.py --out README.md"
 
 
 # ---- names, and families of one's own

@@ -6,6 +6,7 @@ built. A family of one's own is one `register("mine", Family(...))` away.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -85,9 +86,27 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
     raise ConfigError(
         Problem(
             key="model.path",
-            rule=f"architecture {unknown} is not supported",
+            rule=f"architecture {unknown} is not supported{_needed(str(unknown))}",
             fix=f"Supported: {', '.join(sorted(by_architecture))}; one of your own can be registered from "
             "a module named in model.family_module.",
             origin=str(path),
         )
     )
+
+
+NEEDED = {
+    r"^(Deepseek|Kimi|Longcat)": "latent attention (MLA)",
+    r"^(Qwen3Next|Qwen3_5|KimiLinear|OlmoHybrid)": "gated delta nets",
+    r"(Mamba|Hybrid|FalconH1|NemotronH|Jamba|Zamba|Bamba|Lfm2)": "layers with a recurrent state",
+    r"^GptOss": "attention sinks and clamped activations",
+    r"^Llama4": "chunked attention and shared experts",
+    r"ForConditionalGeneration$": "the text part of a multimodal checkpoint to be read by itself",
+    r"(Moe|MoE)": "its router and shared experts",
+    r"(For\w+Classification|ForMaskedLM|ForQuestionAnswering|Model)$": "a causal language model's head",
+}
+"""What architectures would need that are not supported, by their names; the first that fits counts."""
+
+
+def _needed(architecture: str) -> str:
+    needed = next((what for pattern, what in NEEDED.items() if re.search(pattern, architecture)), None)
+    return f": it would need {needed}" if needed else ""
