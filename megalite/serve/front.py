@@ -16,7 +16,6 @@ from megalite.config.validate import layout_words, num_ranks
 from megalite.inference.io.inputs import PromptLimits
 from megalite.monitor.words import wrapped
 from megalite.preflight import as_sampled
-from megalite.run.processes import die_with_parent
 from megalite.run.start import nameless_file
 from megalite.serve.app import create_app
 from megalite.serve.fleet import Start
@@ -34,8 +33,6 @@ def main(loaded: Loaded[ServeConfig], options: Options, external: External | Non
     `options`: how this process was started. Replicas are started as
     `options.program --config FILE --resolved-sha256 S --replica I --socket PATH`, unless they are there (`external`).
     """
-    if external is not None:
-        die_with_parent()
     config = as_sampled(loaded).config
     _log_requests()
     with open_socket(config.server) as sock, ExitStack() as stack:

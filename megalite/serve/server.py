@@ -34,6 +34,8 @@ TICK = 0.5
 """Seconds between two looks at moves and stalls."""
 ABORTED = 3.0
 """Seconds that replicas have to give up what still runs."""
+LAUNCHED_DRAIN = 20.0
+"""Seconds that running requests have at most where a launcher passed the signal on: torchrun kills ranks after 30."""
 ANSWERED = 3
 """Seconds that clients have to read the end of their answers."""
 HANGING = 5.0
@@ -96,7 +98,8 @@ class Server:
             gc.freeze()  # what was imported and built stays; collections need not look at it
             ticking = asyncio.create_task(self._tick(over))
             await over.wait()
-            code = await self._drain() if self._signals else self._lost()
+            longest = LAUNCHED_DRAIN if start is None else float("inf")
+            code = await self._drain(min(longest, config.server.drain_timeout)) if self._signals else self._lost()
             ticking.cancel()
             await listener.stop()
             await self._fleet.leave(at_once=code != EXIT_DONE)
@@ -119,9 +122,8 @@ class Server:
             traceback.print_exc()
         over.set()
 
-    async def _drain(self) -> int:
-        """A signal has come: finish what runs, as far as it can be finished in time."""
-        timeout = self._config.server.drain_timeout
+    async def _drain(self, timeout: float) -> int:
+        """A signal has come: finish what runs, as far as it can be finished in `timeout` seconds."""
         self._router.drain()
         running = sum(one.requests for one in self._router.replicas())
         name = signal.Signals(self._signals[0][0]).name
