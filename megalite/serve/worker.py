@@ -8,7 +8,6 @@ its next message. A signal is the HTTP process's affair, which ends its replicas
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import sys
 import time
@@ -28,8 +27,6 @@ from megalite.run.runtime import Runtime
 from megalite.serve.link import Link, LinkError, connect
 from megalite.serve.messages import Abort, Hello, Leave, Step, Submit
 from megalite.serve.start import HTTPProcess, replica_address
-
-log = logging.getLogger(__name__)
 
 IDLE = 1.0
 """Seconds between steps of a replica with nothing to do."""
