@@ -382,7 +382,7 @@ def leave_off(rank: int, folder: Path, setting: Setting, asks: Sequence[Ask], st
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, 1)], ids=str)
 def test_a_stopped_engine_goes_on_with_the_rest(layout, tiny, ranks, expected, tmp_path):
     setting = Setting(layout=layout, engine=SWAP)
-    answers = ranks(layout.size).run(leave_off, tiny(MODEL), setting, ASKS, str(tmp_path / "store"), 30)
+    answers = ranks(layout.size).run(leave_off, tiny(MODEL), setting, ASKS, str(tmp_path / "store"), 60)
     [before] = [before for before, _ in answers if before]
     assert 0 < len(before) < len(ASKS)
     for _, rest in answers:

@@ -60,8 +60,8 @@ class ParallelSection:
     dp: int | None = key(1, at_least=1)
     """Data parallel replicas: each holds the whole model and computes other prompts or training data."""
     dp_mode: Literal["sync", "async"] = "sync"
-    """sync: prompts are divided among replicas up front, by predicted tokens; async: replicas with room take prompts
-    from a shared queue."""
+    """Prompts are divided among replicas up front, by predicted tokens and common beginnings. sync: that is all; async:
+    a replica that has none left takes from those of the others."""
     interleave: int = key(1, at_least=1)
     """Chunks of layers on each pipeline stage, assigned round-robin: more chunks shorten the pipeline bubble; training
     only."""

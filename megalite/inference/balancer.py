@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import compress
 from math import inf
 from typing import Literal, NamedTuple, Protocol
 
@@ -20,8 +21,10 @@ PAGE = 4
 MEMORY = 16
 """Finished requests over which the share of their limit that they used is averaged, about."""
 IMBALANCE = 0.25
-"""What the load of a replica that has a prefix may exceed the least load by, beside the tokens that the prefix saves: a
-share of the mean load."""
+"""See LoadBalancer.imbalance."""
+
+
+_DIGITS = bytes(max(0, code - ord("0")) % 2 for code in range(256))
 
 
 class Work(Protocol):
@@ -82,10 +85,6 @@ class _Replica:
     slot: int
     tokens: int = 0
     """Outstanding ones of its requests."""
-    speed: float = 0.0
-    """Steps per second; 0: not measured."""
-    pace: float = 1.0
-    """Its speed over the mean of those measured."""
     jobs: dict[str, _Job] = field(default_factory=dict)
     """In the order in which they came."""
     queued: dict[str, _Job] = field(default_factory=dict)
@@ -113,17 +112,24 @@ class LoadBalancer:
         *,
         block_size: int = 16,
         num_blocks: int = 1 << 14,
+        imbalance: float = IMBALANCE,
     ):
-        """`num_blocks`: KV blocks of `block_size` tokens of a replica, for those of which `joined` does not say it."""
+        """`num_blocks`: KV blocks of `block_size` tokens of a replica, for those of which `joined` does not say it.
+
+        `imbalance`: what loads may differ by, without a reason to even them out, as a share of the mean load.
+        """
         self.policy = policy
         self.block_size = block_size
         self.num_blocks = num_blocks
+        self.imbalance = imbalance
         self.index = PrefixIndex()
         self._page = PAGE * block_size
         self._members: dict[int, _Replica] = {}
         self._slots: list[_Replica | None] = []
         self._loads: list[float] = []
-        """Of each slot; infinite where there is no replica."""
+        """Of each slot: outstanding tokens over the speed; infinite where there is no replica."""
+        self._speeds: list[float] = []
+        """Of each slot: steps per second; 0: not measured, or no replica."""
         self._jobs: dict[str, _Job] = {}
         self._tokens = 0
         """Outstanding, in all."""
@@ -141,7 +147,11 @@ class LoadBalancer:
             raise ValueError(f"replica {replica} has joined already")
         slot = self._slots.index(None) if None in self._slots else len(self._slots)
         member = self._members[replica] = _Replica(replica, slot)
-        self._slots[slot : slot + 1], self._loads[slot : slot + 1] = [member], [0.0]
+        self._slots[slot : slot + 1], self._loads[slot : slot + 1], self._speeds[slot : slot + 1] = (
+            [member],
+            [0.0],
+            [0.0],
+        )
         self.index.add(slot, (self.num_blocks if num_blocks is None else num_blocks) // PAGE)
 
     def lost(self, replica: int) -> list[str]:
@@ -151,7 +161,7 @@ class LoadBalancer:
         """
         gone = self._members.pop(replica)
         self._tokens -= gone.tokens
-        self._loads[gone.slot], self._slots[gone.slot] = inf, None
+        self._slots[gone.slot], self._loads[gone.slot], self._speeds[gone.slot] = None, inf, 0.0
         self.index.remove(gone.slot)
         for name in gone.jobs:
             del self._jobs[name]
@@ -163,12 +173,11 @@ class LoadBalancer:
         Steps and not tokens, as these would be the fewer, the fewer requests it is given.
         """
         member = self._members[replica]
-        member.speed += (steps_per_second - member.speed) / (MEMORY if member.speed else 1)
-        speeds = [one.speed for one in self._members.values() if one.speed]
-        mean = sum(speeds) / len(speeds)
-        for one in self._members.values():
-            one.pace = (one.speed or mean) / mean
-            self._loads[one.slot] = one.tokens / one.pace
+        before = self._speeds[member.slot]
+        self._speeds[member.slot] += (steps_per_second - before) / (MEMORY if before else 1)
+        self._weigh(member, 0)
+        for other in self._members.values() if self._speeds.count(0.0) else ():
+            self._weigh(other, 0)  # their speed is the mean of the measured ones
 
     def outstanding(self, replica: int) -> int:
         """Tokens: queued prefill, running KV and predicted output."""
@@ -225,7 +234,8 @@ class LoadBalancer:
         made: list[Move] = []
         if self.policy == "round_robin" or len(self._members) < 2:
             return made
-        slack = IMBALANCE * self._tokens / len(self._members)
+        mean = self._mean_speed()
+        slack = self.imbalance * self._tokens / len(self._members) / mean
         for source in sorted(self._members.values(), key=lambda member: -self._loads[member.slot]):
             for job in reversed(list(source.queued.values())):
                 least = self._loads.index(min(self._loads))
@@ -233,8 +243,8 @@ class LoadBalancer:
                 assert target is not None
                 known = self.index.known(least, job.keys)
                 cost = job.prompt - known * self._page + job.predicted
-                before = self._loads[source.slot] - job.tokens / source.pace
-                if before <= self._loads[least] + cost / target.pace + slack:
+                before = self._loads[source.slot] - job.tokens / (self._speeds[source.slot] or mean)
+                if before <= self._loads[least] + cost / (self._speeds[least] or mean) + slack:
                     break
                 self._leave(job)
                 self._enter(job, target, known)
@@ -254,9 +264,9 @@ class LoadBalancer:
         holders, known = self.index.match(keys)
         if not known or holders >> least & 1:
             return least, known
-        best = min(_bits(holders), key=self._loads.__getitem__)
-        slack = known * self._page + IMBALANCE * self._tokens / len(self._members)
-        if self._loads[best] - self._loads[least] > slack:
+        _, best = min(compress(zip(self._loads, range(len(self._loads)), strict=True), _bits(holders)))
+        slack = known * self._page + self.imbalance * self._tokens / len(self._members)
+        if self._loads[best] - self._loads[least] > slack / self._mean_speed():
             return least, self.index.known(least, keys)
         return best, known
 
@@ -264,7 +274,12 @@ class LoadBalancer:
         """A replica has so many outstanding tokens more."""
         replica.tokens += more
         self._tokens += more
-        self._loads[replica.slot] = replica.tokens / replica.pace
+        self._loads[replica.slot] = replica.tokens / (self._speeds[replica.slot] or self._mean_speed())
+
+    def _mean_speed(self) -> float:
+        """Of the measured ones; 1 if there is none."""
+        measured = len(self._speeds) - self._speeds.count(0.0)
+        return sum(self._speeds) / measured if measured else 1.0
 
     def _enter(self, job: _Job, replica: _Replica, known: int) -> None:
         """Put a request, which has not started, on the books of a replica."""
@@ -283,8 +298,6 @@ class LoadBalancer:
         self._weigh(replica, -job.tokens)
 
 
-def _bits(mask: int) -> Iterable[int]:
-    """The numbers of the bits that are set, ascending."""
-    while mask:
-        yield (mask & -mask).bit_length() - 1
-        mask &= mask - 1
+def _bits(mask: int) -> bytes:
+    """A byte for each bit up to the highest one, the lowest first: 0 or 1."""
+    return format(mask, "b").encode().translate(_DIGITS)[::-1]

@@ -1,13 +1,16 @@
-"""Where the requests of a replica come from: a share dealt out before the run, or a queue of all replicas."""
+"""Where the requests of a replica come from: a share dealt out before the run, and what others have left of theirs."""
 
 from __future__ import annotations
 
 import secrets
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Protocol
 
+from megalite.inference.balancer import PAGE, LoadBalancer, Policy
+from megalite.inference.prefix_index import page_keys
 from megalite.inference.request import Request
 
 BACKLOG = 1 << 12
@@ -59,30 +62,58 @@ class Store(Protocol):
 
 
 class SharedQueue(Feed):
-    """Asynchronous data parallelism: replicas take requests from one counter in the run's store as they have room.
+    """Asynchronous data parallelism: every replica has a share, and one that is done with its own takes from others'.
 
-    A claim is at most half of an even share of the sequences that are left, so that early claims are large, late ones
-    small, and the replicas end together (guided self-scheduling, Polychronopoulos and Kuck 1987).
+    The run's store has a key for each share, with the part of it that nobody has taken. Its replica takes from the
+    front, the others from the end of the share that has most left: small requests, least like what runs there. At most
+    half of what is left is taken at once, so that there is something to take to the end, and replicas end together
+    (work stealing, Blumofe and Leiserson 1999). There is no process to lose.
     """
 
-    def __init__(self, requests: Iterable[Request], store: Store, key: str, replicas: int):
-        super().__init__(requests)
-        self._store, self._key, self._replicas = store, key, replicas
+    def __init__(self, shares: Sequence[Sequence[Request]], own: int, store: Store, key: str):
+        super().__init__(request for share in shares for request in share)
+        self._store, self._key, self._own = store, key, own
         self._name = secrets.token_hex(8)
-        self._seen = ""
-        """What the store holds, as far as is known: the requests taken by all replicas and who took the last ones."""
+        ends = list(accumulate(map(len, shares), initial=0))
+        self._left = [(start, end) for start, end in pairwise(ends)]
+        """What is left of each share, as far as is known: never less than what is."""
+        self._seen = [""] * len(shares)
+        """What the store holds for each share, as far as is known."""
+        self._cost = list(accumulate(map(predicted_tokens, self.requests), initial=0))
 
     def take(self, room: int) -> tuple[int, int]:
-        # What fits is known only where the claim begins, so a claim fails if another replica was faster.
+        # A claim holds only if what it is made of is still so. Shares only shrink, so the fullest as far as is known is
+        # the fullest indeed if the claim holds.
         while room > 0 and not self.exhausted:
-            left = self.sequences(self.taken, len(self.requests))
-            start, end = self.taken, self._end(min(room, max(1, left // (2 * self._replicas))))
-            claim = f"{end} {self._name}"
-            self._seen = self._store.compare_set(self._key, self._seen, claim).decode()
-            self.taken = int(self._seen.split()[0])
-            if self._seen == claim:
-                return start, end
+            share, (start, end) = self._fullest()
+            most = max(1, min(room, self.sequences(start, end) // 2))
+            if share == self._own:
+                taken = start, max(start + 1, bisect_right(self._before, self._before[start] + most) - 1)
+                left = taken[1], end
+            else:
+                taken = min(end - 1, bisect_left(self._before, self._before[end] - most)), end
+                left = start, taken[0]
+            claim = f"{left[0]} {left[1]} {self._name}"
+            seen = self._store.compare_set(f"{self._key}/{share}", self._seen[share], claim).decode()
+            self._seen[share] = seen
+            first, last = seen.split()[:2]
+            self._left[share] = int(first), int(last)
+            if seen == claim:
+                return taken
         return 0, 0
+
+    @property
+    def exhausted(self) -> bool:
+        return all(start == end for start, end in self._left)
+
+    def _fullest(self) -> tuple[int, tuple[int, int]]:
+        """The share to take from, and what is left of it: the own one, then the one with the most predicted tokens."""
+        start, end = self._left[self._own]
+        if start < end:
+            return self._own, (start, end)
+        cost = [self._cost[end] - self._cost[start] for start, end in self._left]
+        share = cost.index(max(cost))  # a request costs something: it has a prompt
+        return share, self._left[share]
 
 
 def predicted_tokens(request: Request) -> int:
@@ -90,16 +121,40 @@ def predicted_tokens(request: Request) -> int:
     return len(request.prompt_token_ids) + request.num_samples * request.max_tokens
 
 
-def deal(requests: Sequence[Request], replicas: int) -> list[list[Request]]:
-    """Split requests over replicas by predicted tokens: longest first, each to the least loaded (Graham 1969).
+def deal(
+    requests: Sequence[Request], replicas: int, *, block_size: int = 16, sharing: bool = True
+) -> list[list[Request]]:
+    """Split requests over replicas by outstanding tokens: longest first, each to the least loaded (Graham 1969).
 
-    Within a share the input order is kept, so that results appear about in that order.
+    Each share is in the order in which it is to run. `sharing`: prompts with a common beginning rather go to one
+    replica, and run there one after another.
     """
+    policy: Policy = "prefix" if sharing else "least_tokens"
+    balancer = LoadBalancer(range(replicas), policy, block_size=block_size, imbalance=0.0)
     shares: list[list[int]] = [[] for _ in range(replicas)]
-    load = [0] * replicas
     costs = list(map(predicted_tokens, requests))
     for index in sorted(range(len(requests)), key=lambda index: -costs[index]):
-        target = load.index(min(load))
-        shares[target].append(index)
-        load[target] += costs[index]
-    return [[requests[index] for index in sorted(share)] for share in shares]
+        shares[balancer.assign(requests[index])].append(index)
+    place = _places(requests, PAGE * block_size if sharing else 0)
+    return [[requests[index] for index in sorted(share, key=place.__getitem__)] for share in shares]
+
+
+def _places(requests: Sequence[Request], page: int) -> list[int]:
+    """The place of each request in the order in which they best run; where all are alike, the order given.
+
+    Those with long outputs come first, by powers of two, so that short ones are left to even out the end. Among them, a
+    prompt that shares pages of so many tokens with another one follows the first of these, as in a walk through the
+    tree of prompts: then a cache has to hold the least (Zheng et al. 2024, SGLang, theorem 3.1). Page 0: nothing is
+    shared.
+    """
+    keys = [page_keys(request.prompt_token_ids, page) if page else [] for request in requests]
+    times = Counter(key for path in keys for key in path)
+    first: dict[int, int] = {}
+    order = []
+    for index, (request, path) in enumerate(zip(requests, keys, strict=True)):
+        shared = [first.setdefault(key, index) for key in path if times[key] > 1]
+        order.append((-request.max_tokens.bit_length(), *shared, index))
+    places = [0] * len(requests)
+    for place, (*_, index) in enumerate(sorted(order)):
+        places[index] = place
+    return places

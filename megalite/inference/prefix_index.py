@@ -97,6 +97,10 @@ class PrefixIndex:
         """Pages known, of all replicas together."""
         return sum(len(cache.pages) for cache in self._caches.values())
 
+    def tables(self) -> tuple[list[OrderedDict[int, int]], dict[int, int]]:
+        """What it is made of, to be measured: the pages of each replica, and the holders of each page."""
+        return [cache.pages for cache in self._caches.values()], self._holders
+
     def _forget(self, replica: int, keys: Iterable[int]) -> None:
         """Take the replica from the holders of pages that it had."""
         holders, bit = self._holders, 1 << replica

@@ -57,10 +57,11 @@ def prepare(replica: Replica, raw: list[RawRequest], limits: PromptLimits) -> li
 
 def make_feed(replica: Replica, requests: list[Request] | tuple[Request, ...], key: str) -> Feed:
     """Where this replica's work comes from; every rank calls it with the same requests."""
-    replicas = replica.layout.dp
+    settings, replicas, own = replica.settings, replica.layout.dp, replica.state.coord.dp
+    shares = deal(requests, replicas, block_size=settings.block_size, sharing=settings.enable_prefix_caching)
     if replica.dp_mode == "async" and replicas > 1:
-        return SharedQueue(requests, replica.runtime.store, key, replicas)
-    return Feed(deal(requests, replicas)[replica.state.coord.dp])
+        return SharedQueue(shares, own, replica.runtime.store, key)
+    return Feed(shares[own])
 
 
 def agree_on_end(replica: Replica, completed: bool) -> None:

@@ -8,6 +8,7 @@ import sys
 from megalite.tools import toolkit
 
 BENCHMARKS = {
+    "balance": "which replica gets which request: simulated on recorded arrivals",
     "convert": "convert, reshard, export and verify beside cp and transformers",
     "gpu": "generation on one GPU or several, beside what the device could do",
     "host": "what the host does for a decode step",
