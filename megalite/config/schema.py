@@ -272,9 +272,10 @@ class ServerSection:
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
     """What happens to a request with fields that are not known here."""
     special_tokens_in_chats: bool = False
-    """true: what a chat spells like a control token (`<|im_end|>`) becomes that token; false: it stays text, in all that
-    a client sends: contents, names, tools, template variables. Control tokens are those that tokenizer.json marks as
-    special, and the template's own are always read. Prompts of /v1/completions are not chats: there they are tokens."""
+    """true: what a chat spells like a control token (`<|im_end|>`) becomes that token; false: it stays text, in all
+    that a client sends: contents, names, tools, template variables. Control tokens are those that tokenizer.json marks
+    as special, and the template's own are always read. Prompts of /v1/completions are no chats: there they are tokens.
+    """
     drain_timeout: float = key(30.0, at_least=0, unit="seconds")
     """Seconds that running requests have to finish after SIGTERM; then they end with finish_reason abort."""
     stall_timeout: float = key(60.0, above=0, unit="seconds")
