@@ -159,7 +159,7 @@ class Times:
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, one.name) for one in fields(self))
+        return float(sum(getattr(self, one.name) for one in fields(self)))
 
     def add(self, other: Times, times: float = 1.0) -> None:
         for one in fields(self):

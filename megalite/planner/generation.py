@@ -221,7 +221,8 @@ class _Play:
         spent = Times()
         full = self.round(*self.batch(min(self.rows, requests), load.input.mean + load.output.mean / 2))
         while waiting or running:
-            chunk, begun = 0, []
+            chunk = 0
+            begun: list[list[int]] = []
             room = self.cohorts(self.rows) * self.engine.max_num_batched_tokens - len(running)
             while waiting and len(running) + len(begun) < self.rows and (chunk + waiting[-1][0] <= room or not begun):
                 prompt, output = waiting.pop()

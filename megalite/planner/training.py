@@ -8,6 +8,7 @@ over dp, each rank updates its part of the optimizer's state and gathers the wei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megalite.config.parallel_rules import zero_refusal
 from megalite.core.layout import Layout
@@ -48,7 +49,7 @@ class TrainingWork:
 def parse(text: str) -> TrainingWork:
     """`sequence=4096,batch=256,micro=1,zero=1`; ConfigError for anything else."""
     names = {"sequence": "sequence", "batch": "batch", "micro": "micro", "zero": "zero_stage"}
-    found: dict[str, int] = {}
+    found: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.strip().partition("=")
         good = name in names and value.isascii() and value.isdecimal() and 1 <= int(value) <= 1 << 24

@@ -199,7 +199,11 @@ def rank(task: Task) -> int:
     cuda = task.device == "cuda"
     before = memory_in_use() if cuda else reset_peak_memory()
     dtype = "bfloat16" if cuda else "float32"
-    sizes = {"tensor_parallel_size": task.tp, "pipeline_parallel_size": task.pp, "data_parallel_size": task.dp}
+    sizes: dict[str, Any] = {
+        "tensor_parallel_size": task.tp,
+        "pipeline_parallel_size": task.pp,
+        "data_parallel_size": task.dp,
+    }
     with LLM(
         task.folder, device=task.device, dtype=dtype, load_format="dummy", generation_config="vllm",
         skip_tokenizer_init=True, **sizes, **engine_keys(task),
