@@ -46,7 +46,7 @@ Columns = Callable[[ModelConfig, Layout, Iterable[int]], dict[str, list[str]]]
 
 def _table(model: ModelConfig, purpose: str, parallel: ParallelSection, sized: tuple[Columns, list[str]]) -> str:
     """One layout: where each rank is and what it holds, with a title and notes."""
-    layout = Layout(*parallel.sizes, parallel.first_rank, parallel.interleave)
+    layout = Layout(*parallel.sizes, parallel.first_rank, parallel.interleave, parallel.stages)
     columns, notes = sized
     shown = layout.ranks[: layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp]
     total = local_elements(model, Layout(), 0)

@@ -233,6 +233,9 @@ MISTAKES = {
         parallel.first_rank=1 -> is for hybrid jobs, which have two layouts
         parallel.dp_mode=async -> replicas of a training run go in step
         parallel.interleave=2 -> parallel.interleave: needs more than one pipeline stage
+        parallel.pp=2 parallel.layers=[4] -> parallel.layers: must be one number for each of the 2 pipeline stages
+        parallel.pp=2 parallel.layers=[3,2] -> parallel.layers: must add up to the model's 4 layers, and is 5
+        parallel.pp=2 parallel.layers=[4,0] -> parallel.layers[1]: must be >= 1
         parallel.pp=3 parallel.interleave=2 -> interleave: makes 6 chunks, and the model has 4 layers
         parallel.pp=2 train.zero_stage=3 -> train.zero_stage: 3 leaves norms and biases | Use stage 1
         model.config.tie_word_embeddings=true parallel.pp=2 train.zero_stage=2 -> zero_stage: 2 cuts gradients over dp

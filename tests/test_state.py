@@ -119,7 +119,7 @@ VALUES = {
         (Layout(tp=2, dp=2), 3),
     ],
     # a tied embedding: one copy, two, one
-    "llama_tied": [(Layout(pp=4), 1), (Layout(dp=4), 1), (Layout(tp=2, pp=2), 1)],
+    "llama_tied": [(Layout(pp=4), 1), (Layout(dp=4), 1), (Layout(tp=2, pp=2, stages=(3, 1)), 1)],
     "qwen3_moe": [(Layout(tp=4), 1), (Layout(pp=2, dp=2), 1)],
 }
 

@@ -53,7 +53,8 @@ def configs_and_layouts(draw) -> tuple[ModelConfig, Layout]:
     config = draw(configs())
     pp = draw(st.integers(1, config.num_layers))
     interleave = draw(st.integers(1, config.num_layers // pp)) if pp > 1 else 1
-    return config, Layout(draw(st.integers(1, 6)), pp, draw(st.integers(1, 2)), interleave=interleave)
+    stages = (config.num_layers - pp + 1, *(1,) * (pp - 1)) if interleave == 1 and draw(st.booleans()) else ()
+    return config, Layout(draw(st.integers(1, 6)), pp, draw(st.integers(1, 2)), interleave=interleave, stages=stages)
 
 
 def numbered(config: ModelConfig) -> dict[str, np.ndarray]:
@@ -185,6 +186,18 @@ def test_chunks_are_dealt_out_in_turn():
     assert str(layout) == "tp=1,pp=2,dp=1,interleave=2"
     with pytest.raises(ValueError, match="interleave=2 needs more than one pipeline stage"):
         Layout(interleave=2)
+
+
+def test_stages_by_hand():
+    costs = LayerCosts(layers=(1,) * 9, first=1, last=100)
+    layout = Layout(pp=3, stages=(4, 4, 1))
+    assert [layout.layers(stage, costs) for stage in range(3)] == [range(4), range(4, 8), range(8, 9)]
+    assert str(layout) == "tp=1,pp=3,dp=1,layers=[4,4,1]"
+    with pytest.raises(ValueError, match="are 9 layers, the model has 2"):
+        layout.layers(0, LayerCosts(layers=(1, 1)))
+    for wrong in ({"stages": (9,)}, {"stages": (5, 4, 0)}, {"stages": (3, 3, 3), "interleave": 3}):
+        with pytest.raises(ValueError, match="layers of 3 stages"):
+            Layout(pp=3, **wrong)
 
 
 def test_more_stages_than_layers_is_refused():

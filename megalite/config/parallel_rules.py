@@ -11,11 +11,25 @@ def layout_rules(rules: Rules, model: ModelFacts | None, *, first_rank: bool = F
     """Of any layout; `first_rank`: where it begins means something here."""
     parallel: ParallelSection = rules.section
     _, pp, _ = parallel.sizes
+    if parallel.layers is not None:
+        _layers_rules(rules, model)
     if model is not None:
         rule = f"the model has {model.num_layers} layers, and each pipeline stage needs at least one"
         rules.need("pp", pp <= model.num_layers, rule)
     if not first_rank:
         rules.need("first_rank", parallel.first_rank == 0, "is for hybrid jobs, which have two layouts", "Leave it 0.")
+
+
+def _layers_rules(rules: Rules, model: ModelFacts | None) -> None:
+    """Of stages by hand."""
+    parallel: ParallelSection = rules.section
+    _, pp, _ = parallel.sizes
+    counts = parallel.layers or []
+    rules.need("layers", len(counts) == pp, f"must be one number for each of the {pp} pipeline stages")
+    rules.need("layers", parallel.interleave == 1, "is for stages that are not interleaved", "Leave one of them out.")
+    if model is not None:
+        rule = f"must add up to the model's {model.num_layers} layers, and is {sum(counts)}"
+        rules.need("layers", sum(counts) == model.num_layers, rule)
 
 
 def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | None) -> None:

@@ -57,6 +57,8 @@ class ParallelSection:
     finds fastest on the GPUs that are there, or on the ranks that a launcher started."""
     pp: int | None = key(1, at_least=1)
     """Pipeline stages: each holds some of the layers."""
+    layers: list[int] | None = key(at_least=1)
+    """Layers on each pipeline stage, in order, e.g. [9, 9, 8, 6]; null: stages of about equal weights."""
     dp: int | None = key(1, at_least=1)
     """Data parallel replicas: each holds the whole model and computes other prompts or training data."""
     dp_mode: Literal["sync", "async"] = "sync"
@@ -79,6 +81,11 @@ class ParallelSection:
     def sizes(self) -> tuple[int, int, int]:
         """tp, pp and dp; one that is still open counts as 1."""
         return tuple(1 if size is None else size for size in (self.tp, self.pp, self.dp))  # type: ignore[return-value]
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """`layers` as `Layout.stages`."""
+        return tuple(self.layers or ())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,9 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
     for name, size in sizes.items():
         by_dtype[dtypes[name]] += size
     layout = source.layout
-    interleaved = {"interleave": layout.interleave} if layout.interleave > 1 else {}
+    interleaved: dict[str, Any] = {"interleave": layout.interleave} if layout.interleave > 1 else {}
+    if layout.stages:
+        interleaved["layers"] = list(layout.stages)
     training = source.manifest.training if source.manifest else {}
     return {
         "path": str(source.folder),

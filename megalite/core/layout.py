@@ -43,7 +43,8 @@ class Layout:
     Global rank = first_rank + (dp rank * pp + stage) * tp + tp rank: tp varies fastest, a replica is a block of
     tp * pp consecutive ranks. The layers are cut into pp * interleave chunks of consecutive layers; stage s has chunks
     s, s + pp, s + 2 pp, ... (arXiv 2104.04473, section 2.2: more chunks shorten the idle time of pipelined training).
-    ValueError for a size below 1, or interleave without pp.
+    `stages`: how many layers each stage has, in order; empty: as costs say. ValueError for a size below 1, interleave
+    without pp, or `stages` that are not one number a stage, or interleaved.
     """
 
     tp: int = 1
@@ -51,6 +52,7 @@ class Layout:
     dp: int = 1
     first_rank: int = 0
     interleave: int = 1
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "dp", "interleave"):
@@ -58,6 +60,8 @@ class Layout:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.interleave > 1 and self.pp == 1:
             raise ValueError(f"interleave={self.interleave} needs more than one pipeline stage")
+        if self.stages and (len(self.stages) != self.pp or min(self.stages) < 1 or self.interleave > 1):
+            raise ValueError(f"layers of {self.pp} stages that are not interleaved, at least 1 each: {self.stages}")
 
     @property
     def size(self) -> int:
@@ -105,9 +109,14 @@ class Layout:
     def chunks(self, stage: int, costs: LayerCosts) -> tuple[range, ...]:
         """Global layer indices of each chunk of `stage`.
 
-        Contiguous layers, at least one, such that the most expensive chunk is as cheap as possible. ValueError if there
-        are fewer layers than chunks.
+        Contiguous layers, at least one, as many as `stages` says or such that the most expensive chunk is as cheap as
+        possible. ValueError if there are fewer layers than chunks, or not as many as `stages` has.
         """
+        if self.stages:
+            ends = list(accumulate(self.stages, initial=0))
+            if ends[-1] != len(costs.layers):
+                raise ValueError(f"{self.stages} are {ends[-1]} layers, the model has {len(costs.layers)}")
+            return (range(ends[stage], ends[stage + 1]),)
         return _cut(costs, self.pp * self.interleave)[stage :: self.pp]
 
     def layers(self, stage: int, costs: LayerCosts) -> Sequence[int]:
@@ -118,7 +127,8 @@ class Layout:
     def __str__(self) -> str:
         shifted = f",first_rank={self.first_rank}" if self.first_rank else ""
         interleaved = f",interleave={self.interleave}" if self.interleave > 1 else ""
-        return f"tp={self.tp},pp={self.pp},dp={self.dp}{shifted}{interleaved}"
+        by_hand = f",layers={list(self.stages)}".replace(" ", "") if self.stages else ""
+        return f"tp={self.tp},pp={self.pp},dp={self.dp}{shifted}{interleaved}{by_hand}"
 
 
 @lru_cache(maxsize=256)

@@ -325,4 +325,4 @@ class Job:
 
 
 def _layout(parallel: ParallelSection) -> Layout:
-    return Layout(*parallel.sizes, parallel.first_rank, interleave=parallel.interleave)
+    return Layout(*parallel.sizes, parallel.first_rank, parallel.interleave, parallel.stages)

@@ -246,7 +246,7 @@ def load_replica(config: GeneratingConfig, runtime: Runtime) -> tuple[Replica, M
     Collective over the run. CheckpointError: a damaged folder; ResourceError: the memory is too small.
     """
     parallel, section = config.parallel, config.model
-    state = ParallelState(Layout(*parallel.sizes))
+    state = ParallelState(Layout(*parallel.sizes, stages=parallel.stages))
     folder = ModelFolder.open(_fetch(section, runtime), tokenizer=section.tokenizer)
     dtype = choose_dtype(section.dtype, folder.model, runtime.device)
     before, began = reset_peak_memory(), time.monotonic()

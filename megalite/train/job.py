@@ -60,7 +60,7 @@ class Job:
 
     def __init__(self, config: TrainConfig, runtime: distributed.Runtime, write_samples: WriteSamples):
         parallel = config.parallel
-        layout = Layout(*parallel.sizes, interleave=parallel.interleave)
+        layout = Layout(*parallel.sizes, interleave=parallel.interleave, stages=parallel.stages)
         self.config = config
         self.runtime = runtime
         self.device = runtime.device
@@ -295,7 +295,7 @@ class Job:
     def _exported_model(self) -> tuple[float, list[tuple[str, str]]]:
         """Held-out loss of the model in the folder, and what it makes of train.sample_prompts."""
         config, layout = self.config, self.state.layout
-        state = ParallelState(Layout(layout.tp, layout.pp, layout.dp))  # generation knows no interleaving
+        state = ParallelState(Layout(*layout.sizes, stages=layout.stages))  # generation knows no interleaving
         decoder = transfer.build(self.model, state, dtype=torch_dtype(config.model.dtype), device=self.device)
         transfer.load_folder(decoder, self.folder)
         loss = Scorer(decoder).mean_loss(self._until_stopped(self.reader.held_out(None)))

@@ -137,9 +137,11 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 def encode(manifest: Manifest) -> bytes:
     """The text of manifest.json: one line a range, so that two of them can be compared with diff."""
-    layout = {"tp": manifest.layout.tp, "pp": manifest.layout.pp}
+    layout: dict[str, Any] = {"tp": manifest.layout.tp, "pp": manifest.layout.pp}
     if manifest.layout.interleave > 1:
         layout["interleave"] = manifest.layout.interleave
+    if manifest.layout.stages:
+        layout["layers"] = list(manifest.layout.stages)
     values = {"format": FORMAT, "version": VERSION, **vars(manifest), "layout": layout}
     values["files"] = {name: asdict(file) for name, file in manifest.files.items()}
     body = "{\n" + ",\n".join(f"  {_json(key)}: {_lines(value, '  ')}" for key, value in values.items()) + ","
@@ -234,12 +236,18 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _layout(value: Any, where: str) -> Layout:
+    stages: tuple[int, ...] = ()
+    if isinstance(value, dict) and "layers" in value:
+        value = dict(value)
+        stages = _take(tuple[int, ...], value.pop("layers"), f"{where}.layers")
     sizes = _take(dict[str, Annotated[int, f"must be a whole number from 1 to {MAX_RANKS}", _ranks]], value, where)
     if not {"tp", "pp"} <= sizes.keys() <= {"tp", "pp", "interleave"} or sizes["tp"] * sizes["pp"] > MAX_RANKS:
         raise _Broken(f"{where} must be tp and pp, of at most {MAX_RANKS} ranks")
     if sizes.get("interleave", 1) > 1 and sizes["pp"] == 1:
         raise _Broken(f"{where}.interleave must be 1 where pp is 1")
-    return Layout(**sizes)
+    if stages and (len(stages) != sizes["pp"] or min(stages) < 1 or sizes.get("interleave", 1) > 1):
+        raise _Broken(f"{where}.layers must be one number of layers for each stage")
+    return Layout(**sizes, stages=stages)
 
 
 def _ranks(value: int) -> bool:

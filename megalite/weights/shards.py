@@ -74,7 +74,8 @@ def stored_layout(layout: Layout) -> Layout:
 def layout_words(layout: Layout) -> str:
     """As `--layout` takes it: `tp=4,pp=2`."""
     interleaved = f",interleave={layout.interleave}" if layout.interleave > 1 else ""
-    return f"tp={layout.tp},pp={layout.pp}{interleaved}"
+    by_hand = f",layers={list(layout.stages)}".replace(" ", "") if layout.stages else ""
+    return f"tp={layout.tp},pp={layout.pp}{interleaved}{by_hand}"
 
 
 def rank_header(
@@ -121,7 +122,7 @@ def file_extents(folder: Path, file: StoredFile, config: ModelConfig, layout: La
     Else CheckpointError.
     """
     manifest, path = folder / manifests.NAME, folder / file.name
-    if layout.pp * layout.interleave > config.num_layers:
+    if layout.pp * layout.interleave > config.num_layers or sum(layout.stages) not in (0, config.num_layers):
         raise CheckpointError(f"{manifest}: {layout_words(layout)} is not possible with {config.num_layers} layers")
     wanted = expected(config, layout, file.rank)
     if file.tensors.keys() != wanted.keys():
