@@ -7,7 +7,14 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.34", "pydantic>=2.10", "prometheus_client>=0.21"]
+SERVE = [
+    "fastapi>=0.115",
+    "uvicorn>=0.34",
+    "httptools>=0.6",
+    "uvloop>=0.21",
+    "pydantic>=2.10",
+    "prometheus_client>=0.21",
+]
 GRAMMAR = ["llguidance>=1,<2"]
 GGUF = ["gguf>=0.17"]
 

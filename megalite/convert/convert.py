@@ -62,7 +62,7 @@ def parse_layout(text: str) -> Layout:
         sizes[key] = int(value)
     if sizes["interleave"] > 1 and sizes["pp"] == 1:
         raise ConfigError(Problem(key="--layout", rule="has interleave only with pp", value=text, fix=fix))
-    return Layout(**sizes)
+    return Layout(sizes["tp"], sizes["pp"], interleave=sizes["interleave"])
 
 
 def convert(model: str | Path, layout: Layout, out: str | Path, *, revision: str | None = None, **how: Any) -> Written:

@@ -51,9 +51,9 @@ ACTIVATIONS = {
     "gelu_tanh": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
 }
 """Of gated MLPs, whose kernels know them."""
-PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu2": relu2}
-"""Of MLPs without a gate, with those that any may have."""
-PLAIN_ACTIVATIONS.update(ACTIVATIONS.items())
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: one.__call__ for name, one in ACTIVATIONS.items()}
+PLAIN_ACTIVATIONS |= {"relu": F.relu, "relu2": relu2}
+"""Of MLPs without a gate."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
