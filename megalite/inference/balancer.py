@@ -129,7 +129,7 @@ class LoadBalancer:
         self._loads: list[float] = []
         """Of each slot: outstanding tokens over the speed; infinite where there is no replica."""
         self._speeds: list[float] = []
-        """Of each slot: steps per second; 0: not measured, or no replica."""
+        """Of each slot; 0: not measured, or no replica."""
         self._jobs: dict[str, _Job] = {}
         self._tokens = 0
         """Outstanding, in all."""
@@ -167,14 +167,15 @@ class LoadBalancer:
             del self._jobs[name]
         return list(gone.jobs)
 
-    def speed(self, replica: int, steps_per_second: float) -> None:
-        """What a replica was measured to do while it had something to do; > 0. Averaged over some calls.
+    def speed(self, replica: int, rate: float) -> None:
+        """What a replica was measured to do, > 0; of the same kind for all. Averaged over some calls.
 
-        Steps and not tokens, as these would be the fewer, the fewer requests it is given.
+        Steps a second while it has something to do, or tokens a second at full load. Tokens at any load would mislead:
+        they are the fewer, the fewer requests it is given.
         """
         member = self._members[replica]
         before = self._speeds[member.slot]
-        self._speeds[member.slot] += (steps_per_second - before) / (MEMORY if before else 1)
+        self._speeds[member.slot] += (rate - before) / (MEMORY if before else 1)
         self._weigh(member, 0)
         for other in self._members.values() if self._speeds.count(0.0) else ():
             self._weigh(other, 0)  # their speed is the mean of the measured ones
