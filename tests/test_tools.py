@@ -193,7 +193,7 @@ def test_tools_start_without_torch():
 @pytest.mark.parametrize(
     ("name", "arguments", "code", "message"),
     [
-        ("convert", [], 2, "error: the following arguments are required: --model, --layout, --out"),
+        ("convert", [], 2, "error: the following arguments are required: --model, --out"),
         ("convert", ["--model", "M", "--layout", "tp=0", "--out", "O"], 2, "error: --layout: must be tp and pp, got"),
         ("convert", ["--model", "M", "--layout", "tp=2", "--out", "O", "--jobs", "0"], 2, "must be a whole number"),
         ("convert", ["--model", "M", "--layout", "tp=2", "--out", "O", "--dtype", "int8"], 2, "invalid choice: 'int8'"),

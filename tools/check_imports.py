@@ -48,6 +48,7 @@ PLACES = {
         "megalite/text/plain_chats.py",
         "megalite/text/tokenizer.py",
         "megalite/text/tokenizer_files.py",
+        "megalite/text/gguf_tokenizer.py",
         "megalite/text/detokenizer.py",
         "megalite/train/",
         "tests/",

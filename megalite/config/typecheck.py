@@ -6,7 +6,6 @@ No value is converted, except a whole number where a number is wanted: `"2"`, `2
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import os
 import re
@@ -117,17 +116,15 @@ def nearest_path(path: str | Path, *, folders: bool = False) -> str:
 
 
 def gguf_advice(folder: str | Path, name: str) -> str:
-    """What to do with a GGUF file, which is not read: `folder` is where it lies, a hub id too."""
-    source, file = json.dumps(str(folder)), json.dumps(name)
-    code = (
-        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
-        f"m = M.from_pretrained({source}, gguf_file={file}); m.hf_quantizer = None; "
-        f'm.config.__dict__.pop("quantization_config", None); m.save_pretrained("NEW_FOLDER"); '
-        f'T.from_pretrained({source}, gguf_file={file}).save_pretrained("NEW_FOLDER")'
-    )
+    """What to do with a GGUF file, which no job reads as it is: `folder` is where it lies, a hub id too."""
+    file = Path(folder) / name
+    command = f"python tools/convert.py --model {shlex.quote(str(file))} --dtype bfloat16 --out NEW_FOLDER"
+    if not file.exists():
+        download = f"hf download {shlex.quote(str(folder))} {shlex.quote(name)} --local-dir ."
+        command = f"{download} && {command.replace(shlex.quote(str(file)), shlex.quote(name))}"
     return (
-        "GGUF is not read. Give the folder or hub id of the model that it was made from; or, with transformers, gguf "
-        f"and accelerate installed, make one of it:\n  python -c {shlex.quote(code)}"
+        "GGUF is not read as it is. Give the folder or hub id of the model that it was made from, or make one of it:"
+        f"\n  {command}"
     )
 
 

@@ -31,7 +31,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _EXTRA, _ADDITIONAL, _OWN = "extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"
 """Keys of special tokens beside the usual ones: their present and older name, and that of those with names."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
-_QWEN2_WORDS = (
+QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Pieces that Qwen2's merges never cross."""
@@ -63,7 +63,7 @@ def _composed_byte_level(backend: tokenizers.Tokenizer, values: Mapping[str, Any
 
 
 def _qwen2(backend: tokenizers.Tokenizer, values: Mapping[str, Any]) -> None:
-    words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated", invert=False)
+    words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated", invert=False)
     prefix = bool(values.get("add_prefix_space"))
     letters = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
     backend.normalizer = normalizers.NFC()

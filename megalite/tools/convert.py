@@ -2,9 +2,13 @@
 digest of every range. megalite runs and trains from the result. Needs no GPU and little memory. If it is killed,
 the same command keeps the files that are finished and makes the others.
 
+A GGUF file (llama.cpp's format; needs `pip install 'megalite[gguf]'`) is dequantised, tokenizer and chat template
+included; without --layout into a folder in Hugging Face layout.
+
 example:
   megalite convert --model checkpoints/demo --layout tp=2,pp=2 --out /tmp/demo-tp2pp2
   megalite verify /tmp/demo-tp2pp2 --against checkpoints/demo
+  megalite convert --model model-q8_0.gguf --dtype bfloat16 --out checkpoints/model
 """
 
 from __future__ import annotations
@@ -12,19 +16,31 @@ from __future__ import annotations
 import argparse
 
 from megalite.convert.convert import convert, parse_layout
+from megalite.convert.from_gguf import from_gguf, is_gguf
+from megalite.errors import ConfigError, Problem
 from megalite.tools.toolkit import Parser, report, writing
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="folder in Hugging Face layout, or a hub id")
+    parser.add_argument(
+        "--model", required=True, metavar="MODEL", help="folder in Hugging Face layout, hub id or .gguf file"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
-    parser.add_argument("--layout", required=True, metavar="tp=T,pp=P", help="what to cut it for")
+    parser.add_argument("--layout", metavar="tp=T,pp=P", help="what to cut it for; required but for a .gguf file")
     parser.add_writing("where the rank files go")
 
 
 def run(args: argparse.Namespace) -> int:
-    layout = parse_layout(args.layout)
+    layout = None if args.layout is None else parse_layout(args.layout)
+    gguf = is_gguf(args.model)
+    if layout is None and not gguf:
+        raise ConfigError(Problem(key="--layout", rule="is required", fix="Write it as tp=4,pp=2."))
     with writing("convert", args) as (bar, options):
-        written = convert(args.model, layout, args.out, revision=args.revision, **options)
-    report(written, bar.seconds, f"tp={layout.tp},pp={layout.pp}, manifest.json")
+        if gguf:
+            written = from_gguf(args.model, layout, args.out, **options)
+        else:
+            assert layout is not None
+            written = convert(args.model, layout, args.out, revision=args.revision, **options)
+    made = "Hugging Face layout" if layout is None else f"tp={layout.tp},pp={layout.pp}, manifest.json"
+    report(written, bar.seconds, made)
     return 0
