@@ -261,20 +261,18 @@ def _settle_layout(loaded: Loaded[Any], place: LaunchEnv | None, hosts: tuple[st
 
     `hosts`: what deepspeed is told when the run is over several.
     """
-    sections = parallel_sections(loaded.config).values()
-    if not any(section.is_open for section in sections) or any(min(section.sizes) < 1 for section in sections):
+    if not any(section.is_open for section in parallel_sections(loaded.config).values()):
         return loaded
     from megalite.planner import choose
 
     where = choose.Place()
     if place is not None:
-        each = place.started_here or place.world_size
-        where = choose.Place(ranks=place.world_size, hosts=-(-place.world_size // each))
+        where = choose.Place.of(place)
     elif hosts:
         slots = host_slots(hosts[1])
         where = choose.Place(ranks=sum(slots), hosts=len(slots))
     loaded, said = choose.choose(loaded, lambda: read_shape(loaded.config), where)
-    if speaks:
+    if speaks and said:
         print("\n".join(said), file=sys.stderr, flush=True)
     return loaded
 

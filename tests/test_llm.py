@@ -420,6 +420,8 @@ def test_from_config(config, reference):
         wanted = [one.tokens for one in reference(MODEL, PROMPTS, 8)]
         assert ids(made.generate(PROMPTS)) == [tokens[:7] for tokens in wanted]
         assert ids(made.generate(PROMPTS, GREEDY)) == wanted
+    with LLM.from_config(config, ["parallel.tp=null", "parallel.dp=null"]) as made:
+        assert made.config.parallel.sizes == (1, 1, 1) and not made.config.parallel.is_open
     with pytest.raises(ConfigError, match="engine.blok_size: unknown key. Did you mean engine.block_size?"):
         LLM.from_config(config, ["engine.blok_size=4"])
 

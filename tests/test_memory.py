@@ -20,6 +20,7 @@ from megalite.kernels import sampling
 from megalite.model import families
 from megalite.monitor.metrics import peak_memory, reset_peak_memory
 from megalite.planner import memory
+from megalite.planner.devices import named
 from megalite.planner.memory import RankMemory
 
 SCORED = SamplingParams(max_tokens=0, prompt_logprobs=0)
@@ -121,9 +122,11 @@ def test_a_scored_prompt_takes_what_the_estimate_says(ranks, tmp_path):
 
 
 def test_a_model_too_small_for_its_tp_is_named():
-    small = tp_warning(tp=2, rank_weight_bytes=600 * 2**20, layers=28)
+    h100, l4 = named("NVIDIA H100 80GB HBM3"), named("l4")
+    small = tp_warning(h100, tp=2, rank_weight_bytes=600 * 2**20, layers=28)
     assert small is not None and "saves about 0.20 ms" in small and "0.45 ms on 56 sums" in small
-    assert tp_warning(tp=2, rank_weight_bytes=8 * 2**30, layers=32) is None
-    assert tp_warning(tp=1, rank_weight_bytes=2**20, layers=2) is None
-    assert tp_warning(tp=2, rank_weight_bytes=2 * 2**30, layers=32) is None
-    assert tp_warning(tp=2, rank_weight_bytes=2 * 2**30, layers=32, symmetric=False)
+    assert tp_warning(h100, tp=2, rank_weight_bytes=8 * 2**30, layers=32) is None
+    assert tp_warning(h100, tp=1, rank_weight_bytes=2**20, layers=2) is None
+    assert tp_warning(h100, tp=2, rank_weight_bytes=2 * 2**30, layers=32) is None
+    assert tp_warning(l4, tp=2, rank_weight_bytes=300 * 2**20, layers=32), "over PCIe"
+    assert tp_warning(l4, tp=2, rank_weight_bytes=2 * 2**30, layers=32) is None, "whose memory is slow, too"

@@ -9,7 +9,8 @@ import pytest
 from megalite.config.schema import NewModelSection, TrainConfig, TrainOutputSection
 from megalite.config.validate import validate
 from megalite.model import families
-from megalite.train.flops import active_parameters, peak_flops, training_flops
+from megalite.planner.devices import peak_flops
+from megalite.train.flops import active_parameters, training_flops
 from megalite.train.log import RunLog, Speed
 
 DENSE = {

@@ -25,9 +25,11 @@ from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.replica import Replica, as_sampled, load_replica
 from megalite.inference.run import Ranks, agree_on_end, make_feed, prompt_limits
 from megalite.inference.tp_gain import tp_warning
+from megalite.kernels.device import device_name
 from megalite.monitor.progress import ProgressBar
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
+from megalite.planner.devices import planned_as
 from megalite.run import runtime as distributed
 from megalite.run.runtime import Runtime
 from megalite.weights.folder import ModelFolder
@@ -131,7 +133,8 @@ def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica
         told.append(f"sampling: {values}, as the model's {folder.generation.path.name} says")
     if replica.device.type != "cpu":
         layers = len(replica.decoder.layer_range)
-        warning = tp_warning(tp=replica.layout.tp, rank_weight_bytes=replica.weight_bytes, layers=layers)
+        gpu = planned_as(device_name(replica.device))
+        warning = tp_warning(gpu, tp=replica.layout.tp, rank_weight_bytes=replica.weight_bytes, layers=layers)
         told += [f"warning: {warning}"] if warning else []
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 

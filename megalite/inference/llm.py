@@ -40,6 +40,8 @@ from megalite.inference.run import prepare, prompt_limits, run_everywhere
 from megalite.inference.streaming import Generation, StreamedRun
 from megalite.kernels.device import release_memory
 from megalite.monitor.words import format_count
+from megalite.planner import choose
+from megalite.preflight import read_shape
 from megalite.run import runtime as distributed
 from megalite.run.launch_env import LaunchEnv
 from megalite.text.tokenizer import Tokenizer
@@ -118,9 +120,17 @@ class LLM:
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> LLM:
-        """The model, layout, engine and default sampling of a config file; `overrides` as on the command line."""
+        """The model, layout, engine and default sampling of a config file; `overrides` as on the command line.
+
+        Sizes of the layout that are null are the planner's choice for the ranks of this run, and its reason is logged.
+        """
         llm = cls.__new__(cls)
         loaded = load_config("infer", path, overrides)
+        env = LaunchEnv.of(os.environ)
+        place = choose.Place.of(env) if env else choose.Place(ranks=1)
+        loaded, said = choose.choose(loaded, lambda: read_shape(loaded.config), place)
+        for line in said:
+            log.info(line)
         llm._start(loaded.config, loaded)
         return llm
 

@@ -6,25 +6,20 @@ they computed twice a layer.
 
 from __future__ import annotations
 
-READ_RATE = 3.1e12
-"""Bytes a second at which a GPU reads its memory: measured on an H100."""
-SUM_SECONDS = 8e-6
-"""Of a sum of one row over two GPUs that NVLink connects, in a CUDA graph: 7 to 8 us measured on two H100."""
-NCCL_SUM_SECONDS = 15e-6
-"""The same through NCCL."""
-SUMS_A_LAYER = 2
+from megalite.planner.cost import SUMS
+from megalite.planner.devices import Device
 
 
-def tp_warning(*, tp: int, rank_weight_bytes: int, layers: int, symmetric: bool = True) -> str | None:
+def tp_warning(device: Device, *, tp: int, rank_weight_bytes: int, layers: int) -> str | None:
     """Why generation with this tp is likely slower than on one GPU; None if it is not.
 
-    `rank_weight_bytes`: of one rank of a stage with `layers` layers. `symmetric`: the sums do without NCCL.
+    `rank_weight_bytes`: of one rank of a stage with `layers` layers.
     """
     if tp == 1:
         return None
-    saved = (tp - 1) * rank_weight_bytes / READ_RATE
-    sums = SUMS_A_LAYER * layers
-    spent = sums * (SUM_SECONDS if symmetric else NCCL_SUM_SECONDS)
+    saved = (tp - 1) * rank_weight_bytes / device.read
+    sums = SUMS * layers
+    spent = sums * (device.link_latency + device.kernel)
     if spent < saved:
         return None
     return (

@@ -26,6 +26,7 @@ from megalite.planner.generation import Span, Workload
 from megalite.planner.hybrid import search_pairs
 from megalite.planner.search import Choice, layouts, search, search_training
 from megalite.planner.training import TrainingWork
+from megalite.run.launch_env import LaunchEnv
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 
 ORIGIN = "the planner"
@@ -43,18 +44,28 @@ class Place:
     """That a launcher started, or a hostfile asks for; None: as many as are of use."""
     hosts: int = 1
 
+    @classmethod
+    def of(cls, env: LaunchEnv) -> Place:
+        """The ranks that a launcher started."""
+        each = env.started_here or env.world_size
+        return cls(ranks=env.world_size, hosts=-(-env.world_size // each))
+
 
 def choose(
     loaded: Loaded[Any], read_model: Callable[[], ModelConfig | None], place: Place
 ) -> tuple[Loaded[Any], list[str]]:
     """The config with every size of its layouts, and what to say of the choice. Every rank finds the same.
 
+    As it is where no size is open, or one is below 1, which the checks refuse.
     `read_model` gives the model's shape; it is not asked where one rank is all there can be. ConfigError: no layout has
     so many ranks; ResourceError: none fits.
     """
     config = loaded.config
-    cluster, why = _cluster(config, place)
     sections = parallel_sections(config)
+    each = sections.values()
+    if not any(one.is_open for one in each) or any(min(one.sizes) < 1 for one in each):
+        return loaded, []
+    cluster, why = _cluster(config, place)
     if cluster.devices == 1:
         return _with_sizes(loaded, dict.fromkeys(sections, Layout())), [f"parallel: 1 rank: {why}"]
     model = read_model()
@@ -90,14 +101,11 @@ def _cluster(config: Any, place: Place) -> tuple[Cluster, str]:
     if not gpus:
         device = devices.named("cpu")
         if place.ranks is not None:
-            return Cluster(device, place.ranks, place.hosts), f"{place.ranks} ranks were started, and no GPU is visible"
+            return Cluster(device, place.ranks, place.hosts), f"{_started(place.ranks)}, and no GPU is visible"
         why = "no GPU is visible, and ranks of a CPU only share its cores"
         return Cluster(device, given), why if given == 1 else f"{why}; the sizes that are given need {given}"
     name, memory = gpus[0]
-    try:
-        device = devices.named(name)
-    except ConfigError:
-        device = replace(devices.PROFILES["a100"], name=name, source="not known; planned as an A100")
+    device = devices.planned_as(name)
     device = replace(device, memory=min(device.memory, memory) or device.memory)
     if place.ranks is not None:
         return Cluster(device, place.ranks, place.hosts), f"as many ranks as are started ({device.source})"
@@ -106,6 +114,10 @@ def _cluster(config: Any, place: Place) -> tuple[Cluster, str]:
         rule = f"the sizes that are given need {given} ranks, and {len(gpus)} GPUs are visible"
         raise ConfigError(Problem(key=next(iter(parallel_sections(config))), rule=rule, fix="Lower them."))
     return Cluster(device, count), f"the GPUs that are visible ({device.source})"
+
+
+def _started(ranks: int) -> str:
+    return "1 rank was started" if ranks == 1 else f"{ranks} ranks were started"
 
 
 def _product(section: ParallelSection) -> int:

@@ -20,6 +20,20 @@ from megalite.planner.memory import host_memory
 READ_SHARE, MATMUL_SHARE, LINK_SHARE = 0.92, 0.71, 0.62
 """Of a data sheet's rates, measured on an H100: 3.07 of 3.35 TB/s, 707 of 989 TFLOP/s, 280 of 450 GB/s."""
 GB = 10**9
+PEAKS = {
+    **{"A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "A40": 150e12, "A6000": 155e12},
+    **{"H100": 989e12, "H100 PCIE": 756e12, "H100 NVL": 835e12, "H800": 989e12, "H200": 989e12, "GH200": 989e12},
+    **{"H20": 148e12, "B200": 2250e12, "L4": 121e12, "L40S": 362e12, "L40": 181e12},
+    **{"RTX 3090": 71e12, "RTX 4090": 165e12},
+}
+"""bfloat16 operations a second, dense, with sums in float32: the makers' data sheets, by what a device's name holds."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """bfloat16 operations a second of a device of that name; None if it is not known."""
+    words = device_name.upper().replace("-", " ").split()
+    found = [name for name in PEAKS if all(part in words for part in name.split())]
+    return PEAKS[max(found, key=len)] if found else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,13 +81,13 @@ class Device:
 
 
 def _from_sheet(
-    name: str, *, memory: float, tflops: float, read: float, link: float, network: float, source: str, **more: Any
+    name: str, *, memory: float, read: float, link: float, network: float, source: str, **more: Any
 ) -> Device:
-    """From a data sheet: GiB that are free of it, dense bfloat16 TFLOP/s, GB/s of memory, link and network, one way."""
+    """From a data sheet: GiB that are free of it, GB/s of memory, link and network, one way."""
     return Device(
         name=name,
         memory=int(memory * 2**30),
-        matmul=tflops * 1e12 * MATMUL_SHARE,
+        matmul=PEAKS[name] * MATMUL_SHARE,
         read=read * GB * READ_SHARE,
         link=link * GB * LINK_SHARE,
         network=network * GB * LINK_SHARE,
@@ -85,31 +99,31 @@ def _from_sheet(
 _PCIE: dict[str, Any] = {"link_latency": 20e-6, "hop_latency": 30e-6}
 """Devices that no NVLink connects: sums go through NCCL."""
 PROFILES = {
-    one.name.lower(): one
+    one.name.lower().replace(" ", ""): one
     for one in (
         _from_sheet(
-            "A100", memory=79.0, tflops=312, read=2039, link=300, network=25,
+            "A100", memory=79.0, read=2039, link=300, network=25,
             source="NVIDIA A100 80GB SXM data sheet; HDR InfiniBand a GPU, as in DGX A100",
         ),
         _from_sheet(
-            "H100", memory=79.0, tflops=989, read=3350, link=450, network=50,
+            "H100", memory=79.0, read=3350, link=450, network=50,
             source="NVIDIA H100 SXM data sheet (dense: half of the sheet's 1,979); NDR InfiniBand a GPU",
         ),
         _from_sheet(
-            "H200", memory=139.5, tflops=989, read=4800, link=450, network=50,
+            "H200", memory=139.5, read=4800, link=450, network=50,
             source="NVIDIA H200 SXM data sheet (dense: half of the sheet's 1,979); NDR InfiniBand a GPU",
         ),
         _from_sheet(
-            "B200", memory=178.0, tflops=2250, read=8000, link=900, network=50,
+            "B200", memory=178.0, read=8000, link=900, network=50,
             source="NVIDIA DGX B200 data sheet, an eighth of it (dense); NDR InfiniBand a GPU",
         ),
         _from_sheet(
-            "L4", memory=22.0, tflops=121, read=300, link=32, network=3,
+            "L4", memory=22.0, read=300, link=32, network=3,
             source="NVIDIA L4 data sheet (dense: half of the sheet's 242); PCIe 4.0 x16; a share of 100 Gb/s Ethernet",
             **_PCIE,
         ),
         _from_sheet(
-            "RTX4090", memory=23.5, tflops=165, read=1008, link=32, network=3,
+            "RTX 4090", memory=23.5, read=1008, link=32, network=3,
             source="NVIDIA Ada architecture white paper, appendix A (sums in float32); PCIe 4.0; a share of 100 Gb/s",
             **_PCIE,
         ),
@@ -178,6 +192,14 @@ def named(name: str) -> Device:
     measured: dict[str, Any] = dict(_calibrations().get(found.name, {}))
     source = f"{', '.join(measured)} measured on this machine ({calibration_file()}); else {found.source}"
     return replace(found, **measured, source=source) if measured else found
+
+
+def planned_as(name: str) -> Device:
+    """As `named`; a device that is not known counts as an A100, and its source says so."""
+    try:
+        return named(name)
+    except ConfigError:
+        return replace(PROFILES["a100"], name=name, source="not known; planned as an A100")
 
 
 def calibration_file() -> Path:

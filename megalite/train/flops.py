@@ -14,21 +14,7 @@ import torch
 
 from megalite.kernels.device import device_name, ranks_on_device
 from megalite.model.config import ModelConfig
-
-PEAKS = {
-    **{"A100": 312e12, "A800": 312e12, "A10G": 70e12, "A10": 125e12, "A30": 165e12, "A40": 150e12, "A6000": 155e12},
-    **{"H100": 989e12, "H100 PCIE": 756e12, "H100 NVL": 835e12, "H800": 989e12, "H200": 989e12, "GH200": 989e12},
-    **{"H20": 148e12, "B200": 2250e12, "L4": 121e12, "L40S": 362e12, "L40": 181e12},
-    **{"RTX 3090": 71e12, "RTX 4090": 165e12},
-}
-"""bfloat16 operations a second, dense, with sums in float32: the makers' data sheets, by what a device's name holds."""
-
-
-def peak_flops(device_name: str) -> float | None:
-    """bfloat16 operations a second of a device of that name; None if it is not known."""
-    words = device_name.upper().replace("-", " ").split()
-    found = [name for name in PEAKS if all(part in words for part in name.split())]
-    return PEAKS[max(found, key=len)] if found else None
+from megalite.planner.devices import peak_flops
 
 
 def peak_of_run(device: torch.device, dtype: str, *, ranks: int, local_ranks: int) -> float | None:

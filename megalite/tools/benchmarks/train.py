@@ -37,6 +37,7 @@ from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.kernels.device import device_name, release_memory
 from megalite.model import families
+from megalite.planner.devices import peak_flops
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 from megalite.run.runtime import prepare_deepspeed, start
@@ -44,7 +45,7 @@ from megalite.tools.benchmarks.floor import matmul_rate
 from megalite.tools.benchmarks.shapes import SHAPES, save_config, save_random
 from megalite.tools.toolkit import say_time_left
 from megalite.train.data.packing import pack
-from megalite.train.flops import peak_flops, training_flops
+from megalite.train.flops import training_flops
 from megalite.train.micro_batch import from_sequences, from_windows
 from megalite.train.optimizer import deepspeed_config, make_optimizer
 from megalite.train.trainer import Trainer
