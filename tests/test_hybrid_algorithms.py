@@ -27,6 +27,7 @@ from megalite.hybrid.learner import UpdateResult
 from megalite.hybrid.log import HybridLog
 from megalite.hybrid.rollout import Rollout, ScoredRollout, pack_groups, rollout_file, unpack_groups, write_rollouts
 from megalite.model import families
+from megalite.monitor.collector import Meter
 from megalite.train.micro_batch import from_sequences
 
 MODEL = families.read(Path(__file__).resolve().parent.parent / "checkpoints" / "demo")
@@ -232,7 +233,7 @@ def record(folder) -> HybridLog:
     config = HybridConfig(
         hybrid=HybridSection(steps=3, samples_per_prompt=2), supervised=SupervisedSection(steps=2, examples_per_step=1)
     )
-    return HybridLog(config, MODEL, folder, is_writer=True, peak=None)
+    return HybridLog(config, MODEL, folder, is_writer=True, meter=Meter(), peak=None)
 
 
 def iterate(job: HybridLog, number: int) -> None:
@@ -240,7 +241,7 @@ def iterate(job: HybridLog, number: int) -> None:
     rewards = (0.0, 1.0, 0.0, 0.0)
     scored = [ScoredRollout(reward=one, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for one in rewards]
     job.begin()
-    with job.timed("sampling"):
+    with job.meter.part("sampling"):
         pass
     metrics = {"loss": 1.0, "gradient_norm": 2.0}
     job.iteration(number, rollouts, UpdateResult(scored=scored, agreement=Agreement(), metrics=metrics))
@@ -299,7 +300,7 @@ def test_tensorboard_shows_the_iterations(tmp_path):
 
 
 def test_a_rank_that_does_not_speak_writes_nothing(tmp_path, capsys):
-    job = HybridLog(HybridConfig(), MODEL, tmp_path, is_writer=False, peak=None)
+    job = HybridLog(HybridConfig(), MODEL, tmp_path, is_writer=False, meter=Meter(), peak=None)
     job.resume(0, 0)
     iterate(job, 1)
     job.say("hello")

@@ -18,7 +18,7 @@ from megalite.inference.run import run_everywhere
 from megalite.inference.tp_gain import tp_warning
 from megalite.kernels import sampling
 from megalite.model import families
-from megalite.monitor.metrics import peak_memory, reset_peak_memory
+from megalite.monitor.memory import peak_memory, reset_peak_memory
 from megalite.planner import memory
 from megalite.planner.devices import named
 from megalite.planner.memory import RankMemory

@@ -9,6 +9,7 @@ import pytest
 from megalite.config.schema import NewModelSection, TrainConfig, TrainOutputSection
 from megalite.config.validate import validate
 from megalite.model import families
+from megalite.monitor.collector import Meter
 from megalite.planner.devices import peak_flops
 from megalite.train.flops import active_parameters, training_flops
 from megalite.train.log import RunLog, Speed
@@ -74,10 +75,11 @@ def test_peaks_by_the_name_of_the_device(name, peak):
 
 def test_speed_is_work_over_the_time_that_was_not_paused():
     now = 100.0
-    speed = Speed(clock=lambda: now)
+    meter = Meter(clock=lambda: now)
+    speed = Speed(meter)
     speed.count(10, 4.0)
     now += 2
-    with speed.paused():
+    with meter.part("evaluation"):
         now += 50
     speed.count(20, 6.0)
     now += 3

@@ -239,6 +239,11 @@ class MonitorSection:
     """Show a progress bar on a terminal."""
     status_file: str | None = None
     """JSON file of the run's state; null: beside the output file, or in a temporary folder."""
+    timeline: str | None = None
+    """File for a trace of every step of every rank (JSON, or gzip if its name ends in .gz), which ui.perfetto.dev shows
+    and tools/plot_timeline.py draws; each host writes its own, unless they share it. null: none."""
+    live: bool = False
+    """Show ranks, queues, tokens/s and GPU use on the terminal while the run goes on; needs the extra `live`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -247,6 +252,11 @@ class TrainMonitorSection:
 
     report: bool = True
     """Print each rank's memory, speed and share of time per activity at the end."""
+    timeline: str | None = None
+    """File for a trace of every step of every rank (JSON, or gzip if its name ends in .gz), which ui.perfetto.dev shows
+    and tools/plot_timeline.py draws; each host writes its own, unless they share it. null: none."""
+    live: bool = False
+    """Show ranks, tokens/s and GPU use on the terminal while the run goes on; needs the extra `live`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,6 +58,7 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     `model`: what the model folder says, where it is known. `world_size`: ranks started; None before there are any.
     """
     rules = Rules(config)
+    _writable_rule(rules.at("monitor"), "timeline")
     if isinstance(config, GeneratingConfig):
         _inference_rules(rules, model)
         _writable_rule(rules.at("monitor"), "status_file")

@@ -92,7 +92,7 @@ def gather_best(values: Tensor, ids: Tensor, sums: Tensor, axis: Axis) -> tuple[
 def gather(x: Tensor, axis: Axis) -> Tensor:
     """Every rank's x -> [ranks, *x.shape]. No gradient."""
     out = x.new_empty(axis.size, *x.shape)
-    with _communicating(out, axis):
+    with _communicating(out, axis, "all_gather"):
         _gather_into(out.view(-1), x.reshape(-1), group=axis.group)
     return out
 
@@ -100,7 +100,7 @@ def gather(x: Tensor, axis: Axis) -> Tensor:
 def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
     """Sum in place over the axis and return `x`. No gradient."""
     if axis.size > 1:
-        with _communicating(x, axis):
+        with _communicating(x, axis, "all_reduce"):
             dist.all_reduce(x, group=axis.group)
     return x
 
@@ -108,7 +108,7 @@ def all_reduce_sum(x: Tensor, axis: Axis) -> Tensor:
 def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
     """Maximum in place over the axis and return `x`. No gradient."""
     if axis.size > 1:
-        with _communicating(x, axis):
+        with _communicating(x, axis, "all_reduce"):
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=axis.group)
     return x
 
@@ -116,7 +116,7 @@ def all_reduce_max(x: Tensor, axis: Axis) -> Tensor:
 def broadcast_from_last(x: Tensor, axis: Axis) -> Tensor:
     """Overwrite `x` with the values of the axis' last rank, and return it. No gradient."""
     if axis.size > 1:
-        with _communicating(x, axis):
+        with _communicating(x, axis, "broadcast"):
             dist.broadcast(x, axis.ranks[-1], group=axis.group)
     return x
 
@@ -144,10 +144,9 @@ def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:
     return sums if sums is not None and sums.takes(x) else None
 
 
-def _communicating(x: Tensor, axis: Axis) -> AbstractContextManager[None]:
+def _communicating(x: Tensor, axis: Axis, name: str) -> AbstractContextManager[None]:
     """The phase of a collective, whose bytes are counted."""
-    axis.meter.count_bytes(axis.name, x.numel() * x.element_size())
-    return axis.meter.phase("communication")
+    return axis.meter.communication(axis.name, x.numel() * x.element_size(), name)
 
 
 def _apply(x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
@@ -165,7 +164,7 @@ def _sum_without_gradient(x: Tensor, axis: Axis) -> Tensor:
     sums = symmetric_sum(x, axis)
     if sums is None:
         return all_reduce_sum(x.contiguous(), axis)
-    with _communicating(x, axis):
+    with _communicating(x, axis, "all_reduce"):
         return sums(x)
 
 
@@ -198,7 +197,7 @@ def _reduce_scatter(x: Tensor, axis: Axis) -> Tensor:
     if x.shape[0] % axis.size:
         raise ValueError(f"sequence parallel cuts {x.shape[0]} tokens over {axis.size} ranks, which does not divide")
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    with _communicating(x, axis):
+    with _communicating(x, axis, "reduce_scatter"):
         dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
     return out
 

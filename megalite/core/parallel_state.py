@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megalite.core.layout import Layout
 from megalite.core.schedules import MessageKind
 from megalite.kernels.symmetric import SymmetricSum
-from megalite.monitor.metrics import Meter
+from megalite.monitor.collector import Meter
 
 _groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
 """By ranks and purpose: layouts that have a group in common share its communicator. The only global of this module."""
@@ -59,6 +59,9 @@ class Flow:
     receiver: int
     kind: MessageKind | Literal["hidden", "ids"]
     """`hidden`, `ids`: of inference, hidden states to the next stage and sampled ids from the last to the first."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.sender}>{self.receiver}"
 
 
 class ParallelState:

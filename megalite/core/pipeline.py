@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.core.parallel_state import ParallelState
+from megalite.core.parallel_state import Flow, ParallelState
 from megalite.core.schedules import Backward, Forward, Instruction, Receive, Send, receives_with_sends
-from megalite.monitor.metrics import Meter
+from megalite.monitor.collector import Meter
 
+Message = tuple[dist.Work, Tensor]
+"""On its way: what waits for it, and where it will be."""
 MAX_SENDS = 8
 """Sends in flight before a stage waits for the oldest: a bound on the memory that a slow receiver costs."""
 
@@ -29,10 +31,11 @@ def transport_device(group: dist.ProcessGroup | None, device: torch.device) -> t
 
 
 class Outbox:
-    """Sends in flight to one rank; `meter` counts their bytes."""
+    """Sends in flight along one flow; `meter` counts their bytes."""
 
-    def __init__(self, receiver: int, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
-        self.receiver = receiver
+    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
+        self.flow = str(flow)
+        self.receiver = flow.receiver
         self.meter = meter
         self.group = group
         self.transport = transport
@@ -46,6 +49,7 @@ class Outbox:
         work = dist.isend(buffer, self.receiver, group=self.group)
         assert work is not None, "this rank is in the group"
         self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
+        self.meter.message(self.flow, begins=True)
         self.sends.append((work, buffer))
 
     def drain(self) -> None:
@@ -55,19 +59,27 @@ class Outbox:
 
 
 class Inbox:
-    """Where messages of one rank come from."""
+    """Where messages of one flow come from."""
 
-    def __init__(self, sender: int, group: dist.ProcessGroup | None, transport: torch.device):
-        self.sender = sender
+    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
+        self.flow = str(flow)
+        self.sender = flow.sender
+        self.meter = meter
         self.group = group
         self.transport = transport
 
-    def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[dist.Work, Tensor]:
+    def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Message:
         """Begin to receive a tensor into memory of its transport; it is there after `wait`."""
         buffer = torch.empty(shape, dtype=dtype, device=self.transport)
         work = dist.irecv(buffer, self.sender, group=self.group)
         assert work is not None, "this rank is in the group"
         return work, buffer
+
+    def wait(self, message: Message) -> Tensor:
+        """The tensor of the earliest message that was begun and not waited for yet."""
+        message[0].wait()
+        self.meter.message(self.flow, begins=False)
+        return message[1]
 
 
 class StageLink:
@@ -90,10 +102,10 @@ class StageLink:
         for flow, group in state.inference_flows().items():
             transport = transport_device(group, device)
             if flow.receiver == state.rank:
-                self.inward[flow.kind] = Inbox(flow.sender, group, transport)
+                self.inward[flow.kind] = Inbox(flow, group, transport, state.meter)
             else:
-                self.outward[flow.kind] = Outbox(flow.receiver, group, transport, state.meter)
-        self.expected: deque[tuple[dist.Work, Tensor]] = deque()
+                self.outward[flow.kind] = Outbox(flow, group, transport, state.meter)
+        self.expected: deque[Message] = deque()
         """Ids on their way, in the order of the steps."""
 
     def send(self, hidden: Tensor) -> None:
@@ -102,7 +114,8 @@ class StageLink:
 
     def receive(self, num_tokens: int) -> Tensor:
         """[num_tokens, hidden] from the previous stage; over gloo it blocks until they are here."""
-        return self._arrived(self.inward["hidden"].begin((num_tokens, self.hidden_size), self.dtype))
+        inbox = self.inward["hidden"]
+        return inbox.wait(inbox.begin((num_tokens, self.hidden_size), self.dtype)).to(self.device)
 
     def return_ids(self, ids: Tensor) -> None:
         """The last stage begins to send a step's ids, int32 or int64 [n], to the first: every tp rank to its like."""
@@ -116,13 +129,9 @@ class StageLink:
         """Ids of the earliest step whose ids were not asked for yet, int32 [n] on this rank's device."""
         if not self.expected:
             self.expect_ids(n)
-        work, ids = self.expected.popleft()
-        assert ids.shape[0] == n, f"{n} ids wanted of a step that returns {ids.shape[0]}"
-        return self._arrived((work, ids))
-
-    def _arrived(self, message: tuple[dist.Work, Tensor]) -> Tensor:
-        message[0].wait()
-        return message[1].to(self.device)
+        message = self.expected.popleft()
+        assert len(message[1]) == n, f"{n} ids wanted of a step that returns {len(message[1])}"
+        return self.inward["ids"].wait(message).to(self.device)
 
     def drain(self) -> None:
         """Wait until every send has arrived."""
@@ -164,19 +173,19 @@ class Pipeline:
         for flow, group in state.pipeline_flows().items():
             transport = transport_device(group, device)
             if flow.receiver == state.rank:
-                self.inward[flow.kind] = inbox = Inbox(flow.sender, group, transport)
+                self.inward[flow.kind] = inbox = Inbox(flow, group, transport, state.meter)
             else:
-                self.outward[flow.kind] = outbox = Outbox(flow.receiver, group, transport, state.meter)
+                self.outward[flow.kind] = outbox = Outbox(flow, group, transport, state.meter)
             if transport.type != "cpu":  # NCCL connects two ranks at their first message, for which hosts wait
                 self.on_device = True
                 if flow.receiver == state.rank:
-                    inbox.begin((1,), dtype)[0].wait()
+                    inbox.wait(inbox.begin((1,), dtype))
                 else:
                     outbox.send(torch.zeros(1, dtype=dtype, device=device))
 
     def run(self, instructions: Sequence[Instruction], work: StageWork) -> None:
         """Execute a schedule's instructions; afterwards sends may still be on their way, see `drain`."""
-        arriving: dict[Receive, tuple[dist.Work, Tensor]] = {}
+        arriving: dict[Receive, Message] = {}
         leaving: dict[Send, Tensor | None] = {}
         for step in receives_with_sends(instructions) if self.on_device else instructions:
             match step:
@@ -185,16 +194,18 @@ class Pipeline:
                     arriving[step] = self.inward[step.kind].begin(shape, self.dtype)
                 case Forward(micro_batch, chunk):
                     received = self._arrived(arriving, Receive("activation", micro_batch, chunk))
-                    output = work.forward(micro_batch, chunk, received)
+                    with self.meter.phase("compute", f"forward {micro_batch}"):
+                        output = work.forward(micro_batch, chunk, received)
                     leaving[Send("activation", micro_batch, chunk)] = _contiguous(output)
                 case Backward(micro_batch, chunk):
                     received = self._arrived(arriving, Receive("gradient", micro_batch, chunk))
-                    output = work.backward(micro_batch, chunk, received)
+                    with self.meter.phase("compute", f"backward {micro_batch}"):
+                        output = work.backward(micro_batch, chunk, received)
                     leaving[Send("gradient", micro_batch, chunk)] = _contiguous(output)
                 case Send():
                     tensor = leaving.pop(step)
                     assert tensor is not None, step
-                    with self.meter.phase("communication"):
+                    with self.meter.phase("communication", "send", "pp"):
                         self.outward[step.kind].send(tensor)
 
     def drain(self) -> None:
@@ -202,14 +213,12 @@ class Pipeline:
         for outbox in self.outward.values():
             outbox.drain()
 
-    def _arrived(self, arriving: dict[Receive, tuple[dist.Work, Tensor]], message: Receive) -> Tensor | None:
+    def _arrived(self, arriving: dict[Receive, Message], message: Receive) -> Tensor | None:
         """The received input of a computation; None if it has none."""
         if message not in arriving:
             return None
-        work, buffer = arriving.pop(message)
-        with self.meter.phase("waiting"):
-            work.wait()
-        return buffer.to(self.device)
+        with self.meter.phase("waiting", message.kind, "pp"):
+            return self.inward[message.kind].wait(arriving.pop(message)).to(self.device)
 
 
 def _contiguous(output: Tensor | None) -> Tensor | None:

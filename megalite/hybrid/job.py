@@ -33,9 +33,10 @@ from megalite.hybrid.sync import Sync
 from megalite.inference.replica import Replica
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
-from megalite.monitor.metrics import Meter
+from megalite.monitor.collector import Meter
 from megalite.rewards.pool import RewardPool, Sample, Scored
 from megalite.run import runtime as distributed
+from megalite.run import tracing
 from megalite.train.data.order import TrainingOrder
 from megalite.train.flops import peak_of_run
 from megalite.train.log import print_report
@@ -71,7 +72,7 @@ class Job:
         self.progress = HybridProgress()
         self.files = JobFiles(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
         compare_ranks(sha256(repr(self.files.examples).encode()).digest(), "data.source")
-        meter = Meter()  # one for both sides, which take turns
+        self.meter = meter = Meter()  # one for both sides, which take turns
         sequence_parallel = config.train.parallel.sequence_parallel
         self.train_state = ParallelState.join(self.train_layout, sequence_parallel=sequence_parallel, meter=meter)
         self.infer_state = ParallelState.join(self.infer_layout, meter=meter)
@@ -86,7 +87,7 @@ class Job:
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
-        self.log = HybridLog(config, self.files.model, self.files.folder, self.files.is_writer, peak=peak)
+        self.log = HybridLog(config, self.files.model, self.files.folder, self.files.is_writer, meter=meter, peak=peak)
         self.pool: RewardPool | None = None
         """On the rank that rewards."""
         self.generates = False
@@ -123,11 +124,13 @@ class Job:
         before = self.progress.iterations
         measured = self.trainer.decoder if self.trainer else self.decoder
         assert measured is not None, "a rank is in one layout or in both"
+        tracing.begin(self.config.monitor.timeline, self.runtime, measured.state)
         measured.state.meter.start()
         while self.progress.iterations < self.config.hybrid.steps:
             self._iterate()
             self._stop_if_asked()
         measured.state.meter.stop()
+        tracing.end(self.runtime, self.meter)
         steps = self.progress.iterations - before
         if self.config.monitor.report and steps:
             tokens, writes = self.log.learnt_tokens, self.runtime.rank == self.home
@@ -154,21 +157,21 @@ class Job:
     def _iterate(self) -> None:
         config, iteration = self.config.hybrid, self.progress.iterations
         self.log.begin()
-        with self.log.timed("syncing"):
+        with self.meter.part("syncing"):
             if iteration % config.sync_every == 0 or not self.generates:
                 self.progress.weight_version = self.sync.push()
                 self.generator.renew()
                 self.generates = True
-        with self.log.timed("sampling"), self._room_for_generating():
+        with self.meter.part("sampling"), self._room_for_generating():
             first = iteration * config.prompts_per_step
             order = self.order.indices(first, config.prompts_per_step).tolist()
             places = [self.generator.places[number] for number in order]
             rollouts = self.generator.sample(places, first=first, weight_version=self.progress.weight_version)
         maybe_fault("hybrid.sampled", self.runtime.rank)
-        with self.log.timed("rewarding"):
+        with self.meter.part("rewarding"):
             scored = self._reward(rollouts)
         if self.learner is not None:
-            with self.log.timed("learning"):
+            with self.meter.part("learning"):
                 update = self.learner.learn(rollouts, scored)
             maybe_fault("hybrid.learnt", self.runtime.rank)
             self.log.iteration(iteration + 1, rollouts, update)

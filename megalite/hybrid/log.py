@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megalite.hybrid.algorithms import chunks
 from megalite.hybrid.learner import UpdateResult
 from megalite.hybrid.rollout import Rollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
+from megalite.monitor.collector import Meter
 from megalite.monitor.words import format_duration, format_rate, wrapped
 from megalite.train.flops import training_flops
 from megalite.train.log import Board, continued
@@ -24,8 +24,18 @@ from megalite.train.log import Board, continued
 class HybridLog:
     """Measures on every rank of the job, and prints and writes on one."""
 
-    def __init__(self, config: HybridConfig, model: ModelConfig, folder: Path, is_writer: bool, *, peak: float | None):
-        """`peak`: operations a second of the devices that train; None if it is not known."""
+    def __init__(
+        self,
+        config: HybridConfig,
+        model: ModelConfig,
+        folder: Path,
+        is_writer: bool,
+        *,
+        meter: Meter,
+        peak: float | None,
+    ):
+        """`meter`: its parts are those of an iteration. `peak`: operations a second of the devices that train; None if
+        it is not known."""
         self.config = config.hybrid
         self.tensorboard = config.output.tensorboard
         self.model = model
@@ -36,6 +46,7 @@ class HybridLog:
         self.is_writer = is_writer
         self.log: LineFile | None = None
         self.board: Board | None = None
+        self.meter = meter
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
         self.learnt_tokens = 0
@@ -51,15 +62,8 @@ class HybridLog:
 
     def begin(self) -> None:
         """Start the clock of an iteration."""
-        self.seconds = {}
+        self.meter.take_parts()
         self.began = time.monotonic()
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Measure a part of the iteration."""
-        began = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
 
     def supervised(self, step: int, values: dict[str, float]) -> None:
         """Write what came of a supervised step."""
@@ -72,6 +76,7 @@ class HybridLog:
         if not self.is_writer:
             return
         write_rollouts(rollout_file(self.rollouts, number), number, rollouts, update.scored)
+        self.seconds = self.meter.take_parts()
         values = self._values(rollouts, update)
         self.learnt_tokens += sum(len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts)
         self.durations.append(values["seconds"])

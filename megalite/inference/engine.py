@@ -29,7 +29,7 @@ from megalite.inference.outputs import OutputProcessor, RequestOutput, TokenDelt
 from megalite.inference.request import Request, Sampled, Sequence, StepPlan
 from megalite.inference.runner import Runner, StepResults
 from megalite.inference.scheduler import Scheduler
-from megalite.monitor.metrics import Meter
+from megalite.monitor.collector import Meter
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Engine:
                 self._end(stopped=heard.stop)
                 events.ended, events.stopped = True, heard.stop
                 return events
-        with self.meter.phase("scheduling"):
+        with self.meter.phase("scheduling", on_device=False):
             plan = self.scheduler.schedule(self._step % self.state.pp.size)
         started = _InFlight(plan, self.scheduler.state_hash() & _HASH_BITS if self.check_lockstep else 0, None)
         self._unfinished.append(started)
@@ -165,7 +165,12 @@ class Engine:
             self._send(events, news, known)
         self._step += 1
         decoded = sum(row.count for row in plan.rows if row.count == 1)
-        self.meter.step(prefill_tokens=plan.num_tokens - decoded, decode_tokens=decoded)
+        self.meter.step(
+            prefill_tokens=plan.num_tokens - decoded,
+            decode_tokens=decoded,
+            running=self.scheduler.num_running,
+            queued=self.scheduler.num_waiting,
+        )
         return events
 
     @property
@@ -208,7 +213,7 @@ class Engine:
     def _receive(self, events: Events, known: tuple[Request, ...]) -> News:
         """Take the next message: finish the plan that it answers, and add and give up requests."""
         answered = self._unfinished.popleft()
-        with self.meter.phase("waiting"):
+        with self.meter.phase("waiting", "news", "replica", on_device=False):
             message = self.channel.receive(len(answered.plan.sampled) if answered else 0)
         if answered is not None:
             self._finish(answered, message, events)
@@ -269,10 +274,10 @@ class Engine:
         """Take a plan's results from the device and record what was sampled; control rank only."""
         if answered.results is None:
             return ()
-        with self.meter.phase("compute"):
+        with self.meter.phase("compute", "results", on_device=False):
             sampled = answered.results.wait()
         results, now = [], time.monotonic()
-        with self.meter.phase("sampling"):
+        with self.meter.phase("sampling", "outputs", on_device=False):
             outcomes = self.runner.sampler.matchers.follow(answered.plan.sampled, sampled.token_ids)
             columns = (sampled.token_ids, sampled.logprobs, sampled.top_logprobs)
             for place, (row, token_id, logprob, top) in enumerate(zip(answered.plan.sampled, *columns, strict=True)):

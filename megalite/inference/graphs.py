@@ -19,6 +19,7 @@ from megalite.inference.choice import Choice
 from megalite.inference.request import StepPlan
 from megalite.inference.rows import FIELDS, Batch, Rows
 from megalite.kernels.fresh import PLANNED_LENGTHS, PLANNED_TOKENS
+from megalite.monitor.collector import Meter, Tally
 from megalite.planner.memory import PROMPT_SIZES, chunk_sizes, decode_sizes
 
 
@@ -67,19 +68,22 @@ class StepGraphs:
         hidden: int,
         dtype: torch.dtype,
         capture: bool,
+        meter: Meter,
     ):
         """`max_rows`, `max_tokens`: of a step. `weights`: of the stage. `hidden`: width of what the stage before sends;
-        0: there is none. `capture` False: `step` runs as it is, but padded alike, so that both give the same result."""
+        0: there is none. `capture` False: `step` runs as it is, but padded alike, so that both give the same result.
+        `meter`: is told what a replay moves between ranks."""
         self.step = step
         self.rows = rows
         self.max_rows = max_rows
         self.decode_sizes = decode_sizes(max_rows)
         self.chunk_sizes = chunk_sizes(max_tokens, weights)
         self.capture = capture
+        self.meter = meter
         tokens = max(max_rows, *PROMPT_SIZES, *self.chunk_sizes)
         self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=rows.device) if hidden else None
         self.inputs = torch.zeros(FIELDS * max_rows, dtype=torch.int32, device=rows.device)
-        self.captured: dict[Shape, tuple[torch.cuda.CUDAGraph, StepOutput]] = {}
+        self.captured: dict[Shape, tuple[torch.cuda.CUDAGraph, StepOutput, Tally]] = {}
         self.stream: torch.cuda.Stream | None = None
         """Where captures are warmed up: one for all, or the memory of each would be kept for itself."""
 
@@ -97,8 +101,9 @@ class StepGraphs:
             return self._run(shape)
         if shape not in self.captured:
             self._capture(shape)
-        graph, output = self.captured[shape]
+        graph, output, tally = self.captured[shape]
         graph.replay()
+        self.meter.replayed(tally)
         return output
 
     def capture_all(self, most: int) -> None:
@@ -137,12 +142,13 @@ class StepGraphs:
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):  # compile kernels and warm up libraries outside the capture
+        # compile kernels and warm up libraries outside the capture
+        with torch.cuda.stream(self.stream), self.meter.capturing():
             self._run(shape)
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         # They share their temporary memory, for none runs before another's result is used.
-        pool = next((other.pool() for other, _ in self.captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        pool = next((other.pool() for other, *_ in self.captured.values()), None)
+        with torch.cuda.graph(graph, pool=pool), self.meter.capturing() as tally:
             output = self._run(shape)
-        self.captured[shape] = graph, output
+        self.captured[shape] = graph, output, tally

@@ -29,7 +29,9 @@ from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import DeviceCache, HostCache
-from megalite.monitor.metrics import Meter, RankReport, peak_memory, reset_peak_memory
+from megalite.monitor.collector import Meter
+from megalite.monitor.memory import peak_memory, reset_peak_memory
+from megalite.monitor.metrics import RankReport
 from megalite.planner.memory import (
     GIB,
     RankMemory,

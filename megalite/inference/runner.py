@@ -19,7 +19,7 @@ from megalite.inference.rows import Batch, Rows
 from megalite.inference.sampler import Sampler
 from megalite.model.decoder import Decoder
 from megalite.model.kv_cache import DeviceCache, HostCache
-from megalite.monitor.metrics import Meter
+from megalite.monitor.collector import Meter
 
 PromptLogits = Callable[[int, Tensor], None]
 """Takes logits [C, vocab] of a plan's prompt rows from the given one on; all of them come, in order."""
@@ -92,6 +92,7 @@ class Runner:
                 hidden=0 if self.state.is_first_stage else width,
                 dtype=weight.dtype,
                 capture=use_graphs,
+                meter=meter,
             )
 
     @torch.inference_mode()
@@ -118,14 +119,14 @@ class Runner:
             masks = self.sampler.matchers.masks(plan.sampled)
         x = None
         if not self.state.is_first_stage:
-            with self.meter.phase("waiting"):
+            with self.meter.phase("waiting", "hidden", "pp"):
                 x = self.link.receive(plan.num_tokens)
         if self.graphs is not None:
-            with self.meter.phase("compute"):
+            with self.meter.phase("compute", "forward"):
                 output = self.graphs.run(plan, x)
             if output is not None:
                 return self._finished(plan, output, masks, padded=True)
-        with self.meter.phase("compute"):
+        with self.meter.phase("compute", "forward"):
             batch = self.rows.batch(plan)
             hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
         if self.state.is_last_stage:
@@ -137,7 +138,7 @@ class Runner:
         sequences = [row.sequence for row in plan.sampled]
         count, batch, choice = len(sequences), output.batch, output.choice
         if not self.state.is_last_stage:
-            with self.meter.phase("communication"):
+            with self.meter.phase("communication", "send", "pp"):
                 hidden = output.hidden[: plan.num_tokens]
                 self.link.send(hidden.clone() if padded else hidden)  # the next step may overwrite what is on its way
                 if self.return_ids and self.state.is_first_stage and count:
@@ -153,7 +154,7 @@ class Runner:
                 choice = self.sampler.sample(output.hidden[:count], rows, positions, needs, masks)
                 self.rows.write(rows, positions, choice.ids)
         if self.return_ids:
-            with self.meter.phase("communication"):
+            with self.meter.phase("communication", "send", "pp"):
                 self.link.return_ids(choice.ids[:count])
         return StepResults(choice[:count])
 
@@ -161,7 +162,7 @@ class Runner:
         """Put the ids that came back from steps up to this one where they stand."""
         while self._returning and self._returning[0][0] <= step:
             _, rows, positions = self._returning.popleft()
-            with self.meter.phase("waiting"):
+            with self.meter.phase("waiting", "ids", "pp"):
                 ids = self.link.returned(len(rows))
             self.rows.write(rows, positions, ids)
 
@@ -179,13 +180,13 @@ class Runner:
         """Of a step in which rows may have several tokens: the logits of the sampled rows."""
         if not self.state.is_last_stage or not len(batch.rows):
             return StepOutput(batch, hidden, None)
-        with self.meter.phase("compute"):
+        with self.meter.phase("compute", "head"):
             return StepOutput(batch, self._gathered(self.decoder.logits(hidden, batch.logit_rows)), None)
 
     def _score(self, batch: Batch, hidden: Tensor, on_prompt: PromptLogits) -> None:
         """Give `on_prompt` the logits of prompts that are scored."""
         for first in range(0, batch.prompt_rows.shape[0], self.scored_rows):
-            with self.meter.phase("compute"):
+            with self.meter.phase("compute", "head"):
                 logits = self.decoder.logits(hidden, batch.prompt_rows[first : first + self.scored_rows])
             on_prompt(first, self._gathered(logits))
 

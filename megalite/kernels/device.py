@@ -56,6 +56,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def timing_event() -> torch.cuda.Event:
+    """A mark in the stream, whose distance to others can be asked for."""
+    return torch.cuda.Event(enable_timing=True)
+
+
 def ranks_on_device(ranks_on_host: int) -> int:
     """Most ranks on one CUDA device when a host's ranks are spread over its devices."""
     return -(-ranks_on_host // torch.cuda.device_count())

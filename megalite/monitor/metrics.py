@@ -1,15 +1,8 @@
-"""Where a rank's time and memory went: a stopwatch by phase, counters, and the record that ranks exchange."""
+"""The record of where a rank's time and memory went, as ranks exchange it."""
 
 from __future__ import annotations
 
-import resource
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Phase = Literal["compute", "communication", "waiting", "sampling", "scheduling"]
@@ -17,8 +10,27 @@ Phase = Literal["compute", "communication", "waiting", "sampling", "scheduling"]
 PHASES: tuple[Phase, ...] = ("compute", "communication", "waiting", "sampling", "scheduling")
 """compute: forward passes; communication: collectives and sends; waiting: for another rank's hidden states or news."""
 
-_OF_STEPS = ("steps", "prefill_tokens", "decode_tokens", "prefill_seconds", "decode_seconds")
-"""Fields of RankReport that `Meter.step` counts up."""
+
+@dataclass(slots=True)
+class Traffic:
+    """What a rank put into or took out of the collectives and messages of one group."""
+
+    seconds: float = 0.0
+    """In which it did nothing else."""
+    bytes: int = 0
+    messages: int = 0
+    timed_bytes: int = 0
+    """Of these, of collectives that were waited for: what `seconds` are of. Not those inside captured graphs."""
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that collectives achieved; 0: not measured."""
+        return self.timed_bytes / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def message_bytes(self) -> int:
+        """Of a message, on average."""
+        return self.bytes // self.messages if self.messages else 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,10 +71,13 @@ class RankReport:
     decode_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    tp_bytes: int = 0
-    """That it put into or took out of collectives along the tp axis; likewise pp (messages included) and dp."""
-    pp_bytes: int = 0
-    dp_bytes: int = 0
+    running_seconds: float = 0.0
+    """Sequences that ran, summed over the time; likewise those that waited for a place."""
+    queued_seconds: float = 0.0
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    """By group: tp, pp (messages between stages included), dp, replica, world."""
+    device: dict[Phase, float] = field(default_factory=dict)
+    """Seconds of phases on the device, by its own events; empty where nothing runs beside the host."""
 
     # Of the replica; read from its control rank (tp rank 0 of the last stage), whatever the others say.
     prompts: int = 0
@@ -75,155 +90,21 @@ class RankReport:
     """Found there."""
     preemptions: int = 0
 
+    def spent(self, phase: Phase) -> float:
+        """Seconds in a phase: on the device where there is one, else on the host."""
+        seconds: float = self.device.get(phase, getattr(self, phase))
+        return seconds
+
     def share(self, phase: Phase) -> float:
         """Share of the rank's time in a phase, 0 to 1."""
-        return getattr(self, phase) / self.seconds if self.seconds > 0 else 0.0
+        return self.spent(phase) / self.seconds if self.seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Numbers, None and one list: fit for JSON."""
+        """Numbers, None, and lists and mappings of them: fit for JSON."""
         return {**asdict(self), "layers": list(self.layers)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RankReport:
         """The inverse of `as_dict`; TypeError for a key that is no field."""
-        return cls(**{**values, "layers": tuple(values["layers"])})
-
-
-class _Span:
-    """A phase as a context manager; one object serves every use."""
-
-    __slots__ = ("_meter", "_phase")
-
-    def __init__(self, meter: Meter, phase: Phase):
-        self._meter = meter
-        self._phase = phase
-
-    def __enter__(self) -> None:
-        self._meter._enter(self._phase)
-
-    def __exit__(self, *error: object) -> None:
-        self._meter._leave()
-
-
-class Meter:
-    """A rank's stopwatch. A phase within a phase stops the outer one's watch: every second counts once.
-
-    It sees the host's time: a GPU's work counts where the host waits for it. A phase costs under 1 us.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock = clock
-        self._open: list[Phase] = []
-        self._since = 0.0
-        self._spans: dict[Phase, _Span] = {phase: _Span(self, phase) for phase in PHASES}
-        self.bytes: Counter[str] = Counter()
-        """Of collectives and messages, by the name of their axis."""
-        self.start()
-
-    def start(self) -> None:
-        """The run starts now: forget what was measured before, e.g. while warming up. Not within a phase."""
-        assert not self._open
-        self._spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._began = self._step_began = self._clock()
-        self._lap: tuple[float, dict[str, float]] = (self._began, dict(self._spent))
-        self._ended: float | None = None
-        self._delayed = _run_delays()
-        self._steps: dict[str, float] = dict.fromkeys(_OF_STEPS, 0)
-        self.bytes.clear()
-
-    def stop(self) -> None:
-        """The run ended: `report` says how long it took up to now."""
-        self._ended = self._clock()
-
-    def lap(self) -> dict[str, float]:
-        """Share of the time in each phase since the last lap, or since `start`. Not within a phase."""
-        assert not self._open
-        now, spent = self._clock(), dict(self._spent)
-        began, before = self._lap
-        self._lap = (now, spent)
-        return {phase: (spent[phase] - before[phase]) / (now - began) for phase in PHASES} if now > began else {}
-
-    def phase(self, phase: Phase) -> _Span:
-        """`with meter.phase("compute"): ...`"""
-        return self._spans[phase]
-
-    def count_bytes(self, axis: str, num_bytes: int) -> None:
-        """A collective or message along an axis was begun. What a CUDA graph replays is to be counted by who does."""
-        self.bytes[axis] += num_bytes
-
-    def _enter(self, phase: Phase) -> None:
-        now = self._clock()
-        if self._open:
-            self._spent[self._open[-1]] += now - self._since
-        self._open.append(phase)
-        self._since = now
-
-    def _leave(self) -> None:
-        now = self._clock()
-        self._spent[self._open.pop()] += now - self._since
-        self._since = now
-
-    def step(self, *, prefill_tokens: int, decode_tokens: int) -> None:
-        """A step ended. The time since the last one is divided between prefill and decode by their tokens.
-
-        A step without tokens (the pipeline fills or drains) belongs to neither.
-        """
-        now = self._clock()
-        tokens = prefill_tokens + decode_tokens
-        if tokens:
-            share = (now - self._step_began) / tokens
-            counts = (1, prefill_tokens, decode_tokens, share * prefill_tokens, share * decode_tokens)
-            for name, count in zip(_OF_STEPS, counts, strict=True):
-                self._steps[name] += count
-        self._step_began = now
-
-    def report(self, **facts: Any) -> RankReport:
-        """What was measured from `start` to `stop` (or now), and the fields of RankReport that the caller knows."""
-        seconds = (self._clock() if self._ended is None else self._ended) - self._began
-        delays = [delay - self._delayed.get(thread, 0.0) for thread, delay in _run_delays().items()]
-        measured: dict[str, Any] = {**self._spent, **self._steps, "seconds": seconds, "peak_bytes": peak_memory()}
-        measured |= {f"{axis}_bytes": self.bytes[axis] for axis in ("tp", "pp", "dp")}
-        measured["starved"] = min(1.0, max(delays, default=0.0) / seconds) if seconds > 0 else 0.0
-        return RankReport(**measured, **facts)
-
-
-def peak_memory() -> int:
-    """Most bytes of memory this process held, file pages included, since it began or `reset_peak_memory`."""
-    status = _status()
-    if "VmHWM" in status:
-        return status["VmHWM"]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def reset_peak_memory() -> int:
-    """Begin a new peak; return what `peak_memory` starts from, so that the difference is what was taken since.
-
-    Where the system can't forget the old peak (proc(5), clear_refs), that is the old peak, and the difference a lower
-    bound.
-    """
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")
-    except OSError:
-        return peak_memory()
-    return _status()["VmRSS"]
-
-
-def _run_delays() -> dict[str, float]:
-    """Seconds that each thread of this process has been ready to run without a core; empty where nobody counts them."""
-    found = {}
-    for thread in Path("/proc/self/task").glob("*"):
-        with suppress(OSError, ValueError, IndexError):  # it has just ended
-            found[thread.name] = int((thread / "schedstat").read_text(encoding="ascii").split()[1]) / 1e9
-    return found
-
-
-def _status() -> dict[str, int]:
-    """The memory lines of /proc/self/status in bytes; empty on a system without it."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            lines = [line.split() for line in file if line.startswith("Vm")]
-    except FileNotFoundError:
-        return {}
-    return {name.rstrip(":"): int(kib) * 1024 for name, kib, *_ in lines}
+        traffic = {group: Traffic(**one) for group, one in values["traffic"].items()}
+        return cls(**{**values, "layers": tuple(values["layers"]), "traffic": traffic})

@@ -36,6 +36,11 @@ def format_rate(number: float, seconds: float) -> str:
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
+def format_percent(share: float) -> str:
+    """E.g. `31%` of a share of 0.31."""
+    return f"{100 * share:.0f}%"
+
+
 def format_duration(seconds: float) -> str:
     """About how long: `40 s`, `12 min`, `3 h 5 min`."""
     minutes = round(seconds / 60)

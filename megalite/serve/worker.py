@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 from megalite.config.command_line import Options
 from megalite.config.load import Loaded
@@ -23,6 +24,7 @@ from megalite.inference.engine import Engine, Events
 from megalite.inference.replica import Replica, load_replica
 from megalite.monitor.report import format_report
 from megalite.run import runtime as distributed
+from megalite.run import tracing
 from megalite.run.runtime import Runtime
 from megalite.serve.link import Link, LinkError, connect
 from megalite.serve.messages import Abort, Hello, Leave, Step, Submit
@@ -69,9 +71,11 @@ def run(loaded: Loaded[ServeConfig], options: Options) -> int:
                 connection = connect(address, token=token)
                 worker = Worker(engine, Link(connection, patience=config.server.stall_timeout))
                 worker.link.send(hello(replica, number))
+            tracing.begin(_timeline_of(config.monitor.timeline, number, options), runtime, replica.state)
             replica.meter.start()
             _serve(engine, worker, front, runtime)
             replica.meter.stop()
+            tracing.end(runtime, replica.meter)
             if worker is not None:
                 worker.link.close()
                 if options.socket and not worker.left:
@@ -82,6 +86,15 @@ def run(loaded: Loaded[ServeConfig], options: Options) -> int:
         if runtime.rank == 0 and config.monitor.report:
             print(format_report(reports), file=sys.stderr)
     return EXIT_DONE
+
+
+def _timeline_of(file: str | None, replica: int, options: Options) -> str | None:
+    """The timeline of a replica's run: each that is a run of its own has its own file, named by its number."""
+    if file is None or not options.replica:
+        return file
+    path = Path(file)
+    name, dot, ending = path.name.partition(".")
+    return str(path.with_name(f"{name}-{replica}{dot}{ending}"))
 
 
 def _serve(engine: Engine, worker: Worker | None, front: HTTPProcess | None, runtime: Runtime) -> None:

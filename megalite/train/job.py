@@ -22,6 +22,7 @@ from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteErr
 from megalite.files import write_durably
 from megalite.monitor.words import format_rate, wrapped
 from megalite.run import runtime as distributed
+from megalite.run import tracing
 from megalite.train import card
 from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
 from megalite.train.data.prepared import PREPARED, Corpus, prepare
@@ -98,9 +99,11 @@ class Job:
                 self.log = RunLog(self.folder / "training", step=self.trainer.steps_done, tensorboard=board)
             self._say(self.reader.describe())
             before, read = self.trainer.steps_done, self.history.tokens
+            tracing.begin(self.config.monitor.timeline, self.runtime, self.state)
             self.state.meter.start()
             reason = self._train()
             self.state.meter.stop()
+            tracing.end(self.runtime, self.state.meter)
             steps, tokens = self.trainer.steps_done - before, self.history.tokens - read
             if self.config.monitor.report and steps:
                 print_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens, writes=self.is_writer)
@@ -162,7 +165,7 @@ class Job:
     def _train(self) -> str:
         """Steps until there is a reason to stop; gives the reason."""
         train, trainer = self.config.train, self.trainer
-        speed = Speed()
+        speed = Speed(self.state.meter)
         reason = self._done()
         while reason is None:
             data = self.reader.step(self.history.sequences)
@@ -176,11 +179,11 @@ class Job:
             if step % train.log_every == 0 or reason is not None:
                 self._report(report, speed)
             if step % train.eval_every == 0 or (reason is not None and not self.stop_signal):
-                with speed.paused():
+                with self.state.meter.part("evaluation"):
                     self._evaluate()
                 reason = self._done() or reason
             if step % train.save_every == 0 or reason is not None:
-                with speed.paused():
+                with self.state.meter.part("checkpoint"):
                     self._require_finite(report)
                     training = {"data": self.corpus.digest, "progress": asdict(self.history)}
                     save_state(trainer, self.states, training, self.base, self.beside)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 from megalite.core.collectives import gather_reports
 from megalite.files import LineFile, write_durably
 from megalite.model.decoder import Decoder
+from megalite.monitor.collector import Meter
 from megalite.monitor.report import format_report
 
 
@@ -86,11 +85,12 @@ class RunLog:
 def print_report(decoder: Decoder, rank: int, *, steps: int, tokens: int, writes: bool) -> None:
     """Print memory, speed and times of all ranks since the start of `decoder`'s meter. Collective over the run.
 
-    `steps`: of the run, over `tokens` on all ranks together; `writes`: this rank prints. All that is neither
-    communication nor waiting counts as computing; so does what DeepSpeed sends by itself.
+    `steps`: of the run, over `tokens` on all ranks together; `writes`: this rank prints. What DeepSpeed sends by itself
+    counts as computing.
     """
     state, layers = decoder.state, decoder.layer_range
     measured = state.meter.report(
+        steps=steps,
         rank=rank,
         tp=state.coord.tp,
         pp=state.coord.pp,
@@ -99,18 +99,18 @@ def print_report(decoder: Decoder, rank: int, *, steps: int, tokens: int, writes
         weight_bytes=sum(param.nbytes for param in decoder.parameters()),
         learnt_tokens=tokens,
     )
-    rest = max(0.0, measured.seconds - measured.communication - measured.waiting)
-    reports = gather_reports(replace(measured, steps=steps, compute=rest, sampling=0.0, scheduling=0.0))
+    reports = gather_reports(measured)
     if writes:
         print(format_report(reports), file=sys.stderr, flush=True)
 
 
 class Speed:
-    """Measures work a second, less the time of what is not training."""
+    """Measures work a second, less the time of the parts of the job that are not training (`Meter.part`)."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._tokens, self._flops, self._since = 0, 0.0, clock()
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._tokens, self._flops, self._since = 0, 0.0, meter.clock()
+        meter.take_parts()
 
     def count(self, tokens: int, flops: float) -> None:
         """Work done by a step."""
@@ -119,14 +119,8 @@ class Speed:
 
     def read(self) -> tuple[float, float]:
         """Tokens and floating-point operations a second since the last reading, on all ranks together."""
-        now = self._clock()
-        seconds = max(now - self._since, 1e-9)
+        now = self._meter.clock()
+        seconds = max(now - self._since - sum(self._meter.take_parts().values()), 1e-9)
         found = self._tokens / seconds, self._flops / seconds
         self._tokens, self._flops, self._since = 0, 0.0, now
         return found
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        began = self._clock()
-        yield
-        self._since += self._clock() - began

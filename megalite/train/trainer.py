@@ -127,10 +127,12 @@ class Trainer:
         layout = self.state.layout
         self.pipeline.run(training(layout.pp, self.state.pp.rank, len(batches), layout.interleave), work)
         self.pipeline.drain()
-        self.partial.complete(self._accumulated)
-        self.tied.complete_gradient(self._accumulated)
-        self.engine.step()
+        with self.state.meter.phase("compute", "optimizer"):
+            self.partial.complete(self._accumulated)
+            self.tied.complete_gradient(self._accumulated)
+            self.engine.step()
         self.steps_done += 1
+        self.state.meter.step(learnt_tokens=sum(batch.num_tokens for batch in batches))
         return StepReport(sums=work.sums, weight=work.weight, names=work.names)
 
     def logprobs(self, batches: Sequence[MicroBatch]) -> list[Tensor]:

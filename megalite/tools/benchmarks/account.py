@@ -43,19 +43,16 @@ class StepClock:
         self.ends: list[float] = []
 
     def __enter__(self) -> StepClock:
-        step = self.meter.step
-
-        def timed(*, prefill_tokens: int, decode_tokens: int) -> None:
-            step(prefill_tokens=prefill_tokens, decode_tokens=decode_tokens)
-            if prefill_tokens + decode_tokens:
-                self.ends.append(time.perf_counter())
-                self.on_step(prefill_tokens, decode_tokens)
-
-        vars(self.meter)["step"] = timed
+        self.meter.on_step.append(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
-        del vars(self.meter)["step"]
+        self.meter.on_step.remove(self._note)
+
+    def _note(self, prefill: int, decode: int) -> None:
+        if prefill + decode:
+            self.ends.append(time.perf_counter())
+            self.on_step(prefill, decode)
 
     def seconds(self, steps: int = 1) -> list[float]:
         """From each step's end to that of the one `steps` later."""

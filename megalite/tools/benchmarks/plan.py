@@ -194,7 +194,7 @@ def rank(task: Task) -> int:
     """One rank: generate twice, and tell the second time and the memory."""
     from megalite import LLM, SamplingParams
     from megalite.kernels.device import memory_in_use, synchronize
-    from megalite.monitor.metrics import peak_memory, reset_peak_memory
+    from megalite.monitor.memory import peak_memory, reset_peak_memory
 
     cuda = task.device == "cuda"
     before = memory_in_use() if cuda else reset_peak_memory()
