@@ -46,10 +46,10 @@ class Outbox:
         while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
             self.sends.popleft()[0].wait()
         buffer = tensor.to(self.transport).contiguous()
-        work = dist.isend(buffer, self.receiver, group=self.group)
-        assert work is not None, "this rank is in the group"
         self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
         self.meter.message(self.flow, begins=True)
+        work = dist.isend(buffer, self.receiver, group=self.group)
+        assert work is not None, "this rank is in the group"
         self.sends.append((work, buffer))
 
     def drain(self) -> None:
