@@ -202,7 +202,7 @@ def test_a_resolved_file_loads_back_exactly(tmp_path_factory, prompts, stop, bia
 # ---- bounds and rules --------------------------------------------------------------------------------------------
 
 BOUNDS = """
-parallel: tp 0 | 1; pp 0 | 1; dp 0 | 1; interleave 0 | 1; first_rank -1 | 0
+parallel: tp 0 | 1; pp 0 | 1; layers [0] | [1] null; dp 0 | 1; interleave 0 | 1; first_rank -1 | 0
 engine: max_model_len 0 -1 | 1 null; gpu_memory_utilization 0 1.1 90 | 0.1 1; num_kv_blocks 0 | 1 null
 engine: swap_space -4 | 0; block_size 0 1025 | 1 1024; max_num_seqs 0 | 1; max_num_batched_tokens 0 | 1
 engine: seed -1 9223372036854775808 | 0 9223372036854775807

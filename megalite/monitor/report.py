@@ -47,10 +47,12 @@ def _range(lo: int, hi: int) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Right-aligned, with two spaces between columns where that fits a terminal."""
+    """Right-aligned, two spaces apart; one, from the right on, where a terminal has no room for two."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= COLUMNS else " "
-    return [gap.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    close = max(0, sum(widths) + 2 * (len(widths) - 1) - COLUMNS)
+    padded = [width + (2 if place < len(widths) - close else 1) for place, width in enumerate(widths)]
+    padded[0] = widths[0]
+    return ["".join(cell.rjust(width) for cell, width in zip(row, padded, strict=True)) for row in rows]
 
 
 def _mean(shares: Iterable[float]) -> float:
