@@ -16,6 +16,7 @@ from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
 from megalite.weights import shards
 from megalite.weights.hf import at_hand, read_headers, resolve
+from megalite.weights.table import check_cuts
 
 
 def check(
@@ -35,7 +36,7 @@ def check(
         damage = error
     except ConfigError as error:
         problems = [*problems, *error.problems]
-    rules = [*validate(loaded.config, model, None), *(more or [])]
+    rules = [*validate(loaded.config, model, None), *(more or []), *_cut_problems(config, model)]
     found = with_origins([*problems, *_unforeseen(rules, problems)], loaded.origins)
     if damage and found:
         found += [Problem(key="", rule=line) for line in str(damage).rstrip(".").splitlines()]
@@ -46,6 +47,17 @@ def check(
     if read_headers:
         _check_weights(config, model)
     return model
+
+
+def _cut_problems(config: Config, model: ModelConfig | None) -> list[Problem]:
+    """Where the format of the weights does not let tp ranks share them so."""
+    if model is None or model.quantization is None or not isinstance(config, GeneratingConfig):
+        return []
+    try:
+        check_cuts(model, config.parallel.sizes[0])
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:

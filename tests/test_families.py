@@ -219,7 +219,7 @@ DAMAGED = {
     "dtype": ({**LLAMA, "torch_dtype": "int8"}, "torch_dtype must be one of float32"),
     "token id": ({**LLAMA, "eos_token_id": "</s>"}, "eos_token_id must be a token id"),
     "negative token id": ({**LLAMA, "eos_token_id": [-1]}, "eos_token_id must be a token id"),
-    "quantized": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config: quantized weights"),
+    "quantized": ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config.bits must be 4"),
     "attention sinks": ({**LLAMA, "attention_sinks": 4}, "attention sinks are not supported"),
     "encoder": ({**LLAMA, "is_encoder_decoder": True}, "is_encoder_decoder: only decoders"),
     "cross attention": ({**GPT2, "add_cross_attention": True}, "add_cross_attention"),

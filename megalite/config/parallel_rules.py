@@ -37,6 +37,10 @@ def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | Non
     parallel: ParallelSection = rules.section
     tp, pp, _ = parallel.sizes
     rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
+    if model is not None and model.quantized_as is not None:
+        rule = f"holds weights stored as {model.quantized_as}, and codes have no gradients"
+        fix = "Train the unquantized model, and quantize the result with tools/convert.py --quantize."
+        rules.problems.append(Problem(key="model.path", rule=rule, fix=fix))
     if model is not None:
         rule = f"must be at most the model's {model.num_heads} attention heads in training"
         rules.need("tp", tp <= model.num_heads, rule)

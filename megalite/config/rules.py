@@ -105,6 +105,9 @@ class ModelFacts(Protocol):
     @property
     def tie_embeddings(self) -> bool: ...
 
+    @property
+    def quantized_as(self) -> str | None: ...
+
 
 class Rules:
     """Collects what is wrong with the values of a section, or of a config: their bounds first, then whatever rule

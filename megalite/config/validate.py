@@ -41,15 +41,13 @@ from megalite.files import open_regular
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _QUANTIZATIONS = {
     "squeezellm": "its kernels exist for CUDA only and are unmaintained, and vLLM removed it in 2024",
-    "awq": "there are no 4-bit kernels here",
-    "gptq": "there are no 4-bit kernels here",
-    "marlin": "there are no 4-bit kernels here",
+    "marlin": "it is a kernel of vLLM's; the formats that it runs are read by their own names",
     "bitsandbytes": "it needs a CUDA-only library and its own kernels",
     "gguf": "it is a file format of llama.cpp's; only safetensors are read",
-    "fp8": "there are no fp8 kernels here",
-    "int8": "there are no int8 kernels here",
-    "compressed-tensors": "compressed weights are not read",
+    "int8": "only fp8 is made while a model is loaded; tools/convert.py --quantize int8 writes a checkpoint",
 }
+_FORMATS = ("fp8", "gptq", "awq", "compressed-tensors")
+"""What checkpoints may be stored as, by `quant_method`; fp8 is also made from weights that are not quantized."""
 
 
 def validate(config: Config, model: ModelFacts | None, world_size: int | None) -> list[Problem]:
@@ -102,7 +100,7 @@ def _hybrid_rules(rules: Rules, model: ModelFacts | None) -> None:
 
 def _inference_rules(rules: Rules, model: ModelFacts | None) -> None:
     config: GeneratingConfig = rules.section
-    _model_rules(rules.at("model"))
+    _model_rules(rules.at("model"), model)
     layout_rules(rules.at("parallel"), model)
     generating_layout_rules(rules.at("parallel"))
     _engine_rules(rules.at("engine"), model)
@@ -174,7 +172,7 @@ def model_location(path: str) -> Literal["folder", "hub"] | None:
     return None if Path(path.partition("/")[0]).is_dir() else "hub"
 
 
-def _model_rules(rules: Rules) -> None:
+def _model_rules(rules: Rules, facts: ModelFacts | None) -> None:
     model: ModelSection = rules.section
     if model.path is not None:
         rules.note("path", _path_problem(model.path))
@@ -186,15 +184,26 @@ def _model_rules(rules: Rules) -> None:
         rules.need("tokenizer", folder.is_dir(), "no such folder", fix)
         rules.need("tokenizer", (folder / "tokenizer.json").is_file(), "has no tokenizer.json")
     if model.quantization is not None:
-        reason = _QUANTIZATIONS.get(model.quantization.lower().replace("_", "-"), "it is not a format known here")
-        fix = "Use the model's unquantized weights and leave quantization null."
-        rules.refuse("quantization", f"is not supported: {reason}", fix)
+        _quantization_rule(rules, model.quantization, facts)
     if model.trust_remote_code:
         fix = "Register a family of your own from your own Python module and name it in model.family_module."
         rules.refuse("trust_remote_code", "is refused: code from a model folder is never run", fix)
     named = all(name.isidentifier() for name in (model.family_module or "x").split("."))
     fix = "Write it as in an import statement, e.g. mypackage.families."
     rules.need("family_module", named, "must be the name of a module", fix)
+
+
+def _quantization_rule(rules: Rules, asked: str, facts: ModelFacts | None) -> None:
+    fix = "Leave quantization null: the checkpoint's own config.json says how it is stored."
+    if asked not in _FORMATS:
+        name = asked.lower().replace("_", "-")
+        meant = f"write it {name}" if name in _FORMATS else "it is not a format known here"
+        rules.refuse("quantization", f"is not supported: {_QUANTIZATIONS.get(name, meant)}", fix)
+    elif facts is not None and facts.quantized_as not in (asked, None):
+        rules.refuse("quantization", f"is not how the checkpoint is stored, which is {facts.quantized_as}", fix)
+    elif facts is not None and facts.quantized_as is None and asked != "fp8":
+        rule = "is not how the checkpoint is stored, which is not quantized; only fp8 is made while a model is loaded"
+        rules.refuse("quantization", rule, fix)
 
 
 def _path_problem(path: str) -> Problem | None:

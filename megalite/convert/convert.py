@@ -41,7 +41,7 @@ from megalite.weights.shards import (
     stored_file,
     stored_layout,
 )
-from megalite.weights.table import expected, hf_shapes
+from megalite.weights.table import check_cuts, expected, hf_shapes, pieces
 from megalite.weights.tensor_file import TensorInfo, new_header
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
@@ -159,7 +159,8 @@ def export(
         raise ConfigError(Problem(key="--from", rule=rule, fix="Give a folder of rank shards."))
     _check_places(source, out)
     prefix = families.weight_names(source.model).prefix if source.bare else ""
-    dtypes = {name: SAFETENSORS[dtype] if dtype else own for name, own in source.dtypes.items()}
+    kept = {piece.hf for piece in pieces(source.model) if piece.keeps_dtype}
+    dtypes = {name: SAFETENSORS[dtype] if dtype and name not in kept else own for name, own in source.dtypes.items()}
     files, tensors = hf_files(source.model, out, dtypes, max_shard_bytes, prefix)
     copies = side_files.chosen(source.folder, source.values, dtype)
     work = _fingerprint("export", source, files, copies, [])
@@ -191,6 +192,7 @@ def _check_layout(model: ModelConfig, layout: Layout) -> None:
         chunks = "pp" if layout.interleave == 1 else "pp x interleave"
         rule = f"{chunks} must be at most the model's {model.num_layers} layers"
         raise ConfigError(Problem(key="--layout", rule=rule, value=layout.pp * layout.interleave))
+    check_cuts(model, layout.tp)
 
 
 def _is_done(out: Path, work: str) -> bool:
@@ -250,7 +252,7 @@ def rank_files(
                 mine = {one.piece.hf: dtypes[one.piece.hf, kind] for one in ranges}
                 if kind != WEIGHT:
                     mine = dict.fromkeys(mine, "F32")
-                elif dtype:
+                elif dtype and not ranges[0].piece.keeps_dtype:
                     mine = dict.fromkeys(mine, SAFETENSORS[dtype])
                 if len(set(mine.values())) > 1:
                     listed = ", ".join(f"{hf} is {one}" for hf, one in mine.items())

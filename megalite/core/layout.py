@@ -191,6 +191,39 @@ class Even:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """As `Even`, of elements that are cut only in groups of `unit`, of which the last may be shorter."""
+
+    total: int
+    unit: int
+
+    def range(self, parts: int, index: int) -> tuple[int, int]:
+        lo, hi = share(-(-self.total // self.unit), parts, index)
+        return min(lo * self.unit, self.total), min(hi * self.unit, self.total)
+
+
+@dataclass(frozen=True)
+class InUnits:
+    """A split counted in units of so many elements, of which the last may be shorter; it is cut only between units."""
+
+    split: Split
+    unit: int
+
+    @property
+    def total(self) -> int:
+        return -(-self.split.total // self.unit)
+
+    def range(self, parts: int, index: int) -> tuple[int, int]:
+        lo, hi = self.split.range(parts, index)
+        return -(-lo // self.unit), -(-hi // self.unit)
+
+    def fits(self, parts: int) -> bool:
+        """Whether every cut lies between units."""
+        cuts = {cut for index in range(parts) for cut in self.split.range(parts, index)}
+        return all(cut % self.unit == 0 or cut == self.split.total for cut in cuts)
+
+
+@dataclass(frozen=True)
 class Whole:
     """Not cut: every tp rank holds all of it."""
 

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
+from megalite.core.formats import WeightFormat
 from megalite.core.functional import by_kernels, gated
 from megalite.core.layers import Residual, RMSNorm, VocabParallelEmbedding, replicated, sharded
 from megalite.core.layout import Split, width
 from megalite.core.parallel_state import ParallelState
+from megalite.core.quantized import dequantize, to_fp8
 from megalite.kernels.jit import launches_dependents
 from megalite.kernels.thin import MAX_ROWS, thin_linear
 
@@ -31,22 +35,49 @@ Norm = tuple[Tensor, float, bool]
 """Of an RMSNorm: its weight [K], eps, whether it is zero-centred."""
 
 
-class Dense:
-    """The matrix itself in the model's dtype: one tensor, `weight` [N, K]."""
-
-    units = (1, 1)
-    """Rows and columns that are cut only together."""
-
-    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """The stored tensors of a weight [rows, columns]."""
-        return {"weight": (rows, columns)}
-
-    def nbytes(self, rows: int, columns: int, itemsize: int) -> int:
-        """Of a weight [rows, columns] where the model's numbers take `itemsize` bytes."""
-        return rows * columns * itemsize
+class Format:
+    """How a weight is applied, from its stored tensors: here as the matrix that they make, made anew each time."""
 
     def matrix(self, stored: Stored) -> Tensor:
         """The weight [N, K], for a product that a caller makes himself."""
+        raise NotImplementedError
+
+    def takes_more(self, x: Tensor, stored: Stored) -> bool:
+        """Whether the kernel of this product takes in the norm before and the sum after it."""
+        return False
+
+    def adds(self, x: Tensor, stored: Stored, bias: Tensor | None) -> bool:
+        """Whether the kernel of this product adds it to what is there."""
+        return False
+
+    def product(
+        self,
+        x: Tensor,
+        stored: Stored,
+        bias: Tensor | None = None,
+        *,
+        gate: str | None = None,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x W^T + b: [T, K] -> [T, N].
+
+        `gate`: an activation; the outputs are [gate | up] and the result is act(gate) * up, [T, N / 2]. Where the
+        product `takes_more`: `norm` of x comes first. Where it `adds`: the result is added to `residual` [T, N], in
+        place.
+        """
+        assert norm is None and residual is None
+        y = F.linear(x, self.matrix(stored), bias)
+        return y if gate is None else gated(y, gate)
+
+    def suit_cpu(self, stored: Stored) -> None:
+        """Store the weight as a CPU reads it fastest."""
+
+
+class Dense(Format):
+    """The matrix itself in the model's dtype: one tensor, `weight` [N, K]."""
+
+    def matrix(self, stored: Stored) -> Tensor:
         weight = stored["weight"]
         assert weight is not None
         return weight
@@ -74,12 +105,6 @@ class Dense:
         norm: Norm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x W^T + b: [T, K] -> [T, N].
-
-        `gate`: an activation; the outputs are [gate | up] and the result is act(gate) * up, [T, N / 2]. Where the
-        product `takes_more`: `norm` of x comes first. Where it `adds`: the result is added to `residual` [T, N], in
-        place.
-        """
         weight = self.matrix(stored)
         if self.takes_more(x, stored):
             return thin_linear(
@@ -111,20 +136,90 @@ class Dense:
 DENSE = Dense()
 
 
-class Linear(nn.Module):
-    """This rank's part of a linear map: [T, in_features] -> [T, out_features], both of this rank."""
+class Quantized(Format):
+    """A weight in one of the formats of `core.formats`, as it is stored: what is loaded, and the reference."""
 
-    def __init__(self, in_features: int, out_features: int, state: ParallelState, format: Dense = DENSE):
+    def __init__(
+        self, format: WeightFormat, segments: Sequence[int], columns: int, dtype: torch.dtype, *, all_columns: int
+    ):
+        """Of a rank's matrices [rows, columns] of a model in `dtype`; the rest as `WeightFormat.shapes`."""
+        self.format = format
+        self.all_columns = all_columns
+        self.segments = segments
+        self.columns = columns
+        self.dtype = dtype
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The stored tensors, uninitialised: codes as they are in files, scales in float32."""
+        parts = {part.name: part for part in self.format.parts}
+        found = {}
+        for name, shape in self.format.shapes(self.segments, self.columns, self.all_columns).items():
+            dtype = torch.float32 if parts[name].is_float else _torch_dtype(parts[name].dtypes[0])
+            found[name] = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+        return found
+
+    def matrix(self, stored: Stored) -> Tensor:
+        tensors = {name: tensor.detach() for name, tensor in stored.items() if tensor is not None}
+        return dequantize(self.format, tensors, self.segments, self.columns).to(self.dtype)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}[name]
+
+
+def round_to_fp8(weight: Tensor, largest: Tensor | None = None) -> None:
+    """Make a matrix what its codes in fp8 stand for; see `to_fp8`."""
+    codes, scales = to_fp8(weight.detach(), largest)
+    weight.detach().copy_(codes.float().mul_(scales))
+
+
+class Linear(nn.Module):
+    """This rank's part of a linear map: [T, in_features] -> [T, out_features], both of this rank.
+
+    `segments`: the outputs of each of the matrices that are stacked. `format`: how they are stored; None: as numbers.
+    `all_features`: inputs of all ranks together; None: as many as here.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        segments: Sequence[int],
+        state: ParallelState,
+        format: WeightFormat | None = None,
+        *,
+        all_features: int | None = None,
+    ):
         super().__init__()
         self.state = state
-        self.format = format
-        for name, shape in format.shapes(out_features, in_features).items():
-            self.register_parameter(name, sharded(shape))
+        self.format: Format = DENSE
+        if format is None:
+            self.weight = sharded((sum(segments), in_features))
+            return
+        self.format = Quantized(
+            format, segments, in_features, torch.get_default_dtype(), all_columns=all_features or in_features
+        )
+        for name, tensor in self.format.parameters().items():
+            self.register_parameter(name, tensor)
 
     @property
     def stored(self) -> Stored:
         """The weight's tensors."""
         return self._parameters
+
+    @torch.no_grad()
+    def settle(self, quantization: str | None) -> None:
+        """Once the weight is loaded: keep it in the form in which it is applied on this device."""
+        if isinstance(self.format, Quantized):
+            weight = self.format.matrix(self.stored)
+            for part in self.format.format.parts:
+                del self._parameters[part.name]
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.format = DENSE
+        elif quantization == "fp8":
+            largest = self.weight.abs().amax(1, keepdim=True)
+            if isinstance(self, RowParallelLinear) and self.state.tp.size > 1:
+                dist.all_reduce(largest, dist.ReduceOp.MAX, self.state.tp.group)
+            round_to_fp8(self.weight, largest)
 
 
 class ColumnParallelLinear(Linear):
@@ -134,9 +229,17 @@ class ColumnParallelLinear(Linear):
     are this rank's outputs of each, in order. Under sequence parallelism x is [T/tp, D] and gathered first.
     """
 
-    def __init__(self, in_features: int, splits: Sequence[Split], state: ParallelState, *, bias: bool):
+    def __init__(
+        self,
+        in_features: int,
+        splits: Sequence[Split],
+        state: ParallelState,
+        *,
+        bias: bool,
+        format: WeightFormat | None = None,
+    ):
         widths = [width(split, state.tp.size, state.tp.rank) for split in splits]
-        super().__init__(in_features, sum(widths), state)
+        super().__init__(in_features, widths, state, format)
         self.widths = widths
         self.bias = sharded((sum(widths),)) if bias else None
 
@@ -167,8 +270,17 @@ class RowParallelLinear(Linear):
     every rank and added once, after the sum.
     """
 
-    def __init__(self, split: Split, out_features: int, state: ParallelState, *, bias: bool):
-        super().__init__(width(split, state.tp.size, state.tp.rank), out_features, state)
+    def __init__(
+        self,
+        split: Split,
+        out_features: int,
+        state: ParallelState,
+        *,
+        bias: bool,
+        format: WeightFormat | None = None,
+    ):
+        mine = width(split, state.tp.size, state.tp.rank)
+        super().__init__(mine, [out_features], state, format, all_features=split.total)
         self.bias = replicated((out_features,), partial_gradient=state.sequence_parallel) if bias else None
 
     def forward(self, x: Tensor, *, partial: bool = False) -> Tensor:
@@ -198,3 +310,14 @@ def store_by_input(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, Linear) and not any(id(tensor) in shared for tensor in part.stored.values()):
             part.format.suit_cpu(part.stored)
+
+
+def settle(module: nn.Module, quantization: str | None = None) -> None:
+    """Once weights are loaded: keep those in formats of their own in the form in which this device applies them.
+
+    `quantization`: `fp8` stores the layers' linear maps so, a scale a row; an embedding and a head stay. Collective
+    over tp.
+    """
+    for name, part in module.named_modules():
+        if hasattr(part, "settle") and name != "head":
+            part.settle(quantization)

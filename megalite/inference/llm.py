@@ -90,7 +90,8 @@ class LLM:
             dtype: data type of weights and activations; "auto": the checkpoint's, where the device is fast in it.
             device: "cuda", "cpu"...; None: an accelerator if there is one.
             load_format: "dummy" gives the model random weights.
-            quantization: None, as no quantized weights are supported. trust_remote_code: False, as no code is run.
+            quantization: as `model.quantization`; None: as the checkpoint says.
+            trust_remote_code: False, as no code is run.
             tensor_parallel_size, pipeline_parallel_size, data_parallel_size: their product is the number of ranks.
             engine: keys of the config's engine section: max_model_len, gpu_memory_utilization, block_size...
                 Arguments of vLLM's that mean nothing here are passed over, with a line on the log that names them.

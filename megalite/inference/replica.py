@@ -15,7 +15,7 @@ from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, GeneratingConfig, InferConfig, ModelSection
 from megalite.core.agreement import minimum
 from megalite.core.layout import Layout
-from megalite.core.linear import store_by_input
+from megalite.core.linear import settle, store_by_input
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.inference.engine import Engine
@@ -257,6 +257,7 @@ def load_replica(config: GeneratingConfig, runtime: Runtime) -> tuple[Replica, M
         initialise(decoder, config.engine.seed)
     else:
         load_folder(decoder, folder.path)
+    settle(decoder, section.quantization if folder.model.quantization is None else None)
     if runtime.device.type == "cpu":
         store_by_input(decoder)
     log.info("weights were loaded in %.1f s", time.monotonic() - began)

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
+from megalite.core.formats import Quantization, WeightFormat
 from megalite.core.layout import Even, LayerCosts, Whole
 from megalite.model.kinds.base import Kind, Layer, Row
 
@@ -101,6 +103,8 @@ class ModelConfig:
     """Weight of the experts' load-balancing loss in training."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the checkpoint by its config.json."""
+    quantization: Quantization | None = None
+    """Which matrices are stored in a format other than the numbers themselves; None: none."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -117,6 +121,15 @@ class ModelConfig:
     def num_heads(self) -> int:
         """Attention heads of the layer that has fewest: so many tp ranks have work in all."""
         return min((kind.query_heads for layer in self.layers for kind in layer.kinds if kind.query_heads), default=0)
+
+    def format(self, layer: int, weight: str) -> WeightFormat | None:
+        """How a matrix of a layer, by the family's name for it, is stored; None: as numbers."""
+        return None if self.quantization is None else _formats(self.quantization).get((layer, weight))
+
+    @property
+    def quantized_as(self) -> str | None:
+        """The checkpoint's `quant_method`; None: it holds numbers."""
+        return None if self.quantization is None else self.quantization.method
 
     def first_rows(self) -> list[Row]:
         """Rows of the weight table before the first layer."""
@@ -178,3 +191,8 @@ class ModelConfig:
         positions = self.max_position_embeddings * self.hidden_size if self.learned_positions else 0
         layers = tuple(layer.parameters(self.hidden_size) for layer in self.layers)
         return LayerCosts(layers=layers, first=vocab + positions, last=vocab)
+
+
+@lru_cache(maxsize=8)
+def _formats(quantization: Quantization) -> dict[tuple[int, str], WeightFormat]:
+    return {(layer, weight): format for layer, weight, format in quantization.formats}

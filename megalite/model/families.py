@@ -23,6 +23,7 @@ from megalite.model.family_spec import (
 )
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import HFConfig, read_json
+from megalite.model.quantization import quantized
 
 __all__ = [
     "FAMILIES",
@@ -60,7 +61,8 @@ def from_values(path: Path, values: Mapping[str, object], generation: Generation
     name = _family_of(path, values)
     family = FAMILIES[name]
     aside = generation or GenerationConfig.of_config(path, values)
-    return model_config(name, family, hf_config(family, path, values), aside)
+    model = model_config(name, family, hf_config(family, path, values), aside)
+    return quantized(path, values, model, weight_names(model))
 
 
 def weight_names(config: ModelConfig) -> WeightNames:

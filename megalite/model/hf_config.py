@@ -33,8 +33,6 @@ SIZE_LIMITS = {
 """Above these a number is a damaged file, not a model."""
 
 UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
-    "quantization_config": ((None,), "quantized weights are not supported; use the model's unquantized weights"),
-    "compression_config": ((None,), "compressed weights are not supported; use the model's unquantized weights"),
     "is_encoder_decoder": ((None, False), "only decoders are supported"),
     "add_cross_attention": ((None, False), "cross attention is not supported"),
     "use_bidirectional_attention": ((None, False), "only causal attention is supported"),

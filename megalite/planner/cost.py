@@ -78,11 +78,12 @@ def shard(config: ModelConfig, tp: int) -> ModelShard:
     head = 0
     for one in owned(config, Layout(tp, 1, 1), 0):
         stage = one.piece.stage
-        elements[stage] += one.elements
+        count = one.elements * one.piece.numbers
+        elements[stage] += count
         if one.piece.expert is not None:
-            experts[stage] += one.elements
+            experts[stage] += count
         elif one.piece.other and stage not in ("first", "last"):
-            matrices[stage] += one.elements
+            matrices[stage] += count
     head = width(config.vocab, tp, 0) * config.hidden_size
     if config.tie_embeddings:
         elements["last"] += head

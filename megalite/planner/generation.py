@@ -149,7 +149,7 @@ def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> t
     most = max(elements for _, elements in costs.stages)
     found, short, tokens = [], 0, math.inf
     for rank, (_, elements) in zip(_stage_ranks(costs), costs.stages, strict=True):
-        weights = elements * costs.itemsize
+        weights = elements * costs.itemsize if costs.config.quantization is None else rank.weights
         captures = device.kind == "cuda" and not engine.enforce_eager
         longest_here = longest if device.kind == "cuda" else 0
         beside = rank.beside(engine, stage_weights=most, captures=captures, longest=longest_here)

@@ -14,7 +14,7 @@ from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.base import CacheSpec
 from megalite.monitor.words import format_bytes
-from megalite.weights.table import local_elements
+from megalite.weights.table import local_bytes, local_elements
 
 GIB = 2**30
 SCORED_LOGITS = 2**24
@@ -138,7 +138,7 @@ class RankMemory:
 
     @property
     def weights(self) -> int:
-        return local_elements(self.config, self.layout, self.rank) * self.itemsize
+        return local_bytes(self.config, self.layout, self.rank, self.itemsize)
 
     @property
     def cache(self) -> list[CacheSpec]:

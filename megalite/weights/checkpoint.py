@@ -21,7 +21,7 @@ from megalite.weights.hf import HFWeights, check_names, read_headers, resolve
 from megalite.weights.manifest import WEIGHT, Manifest
 from megalite.weights.moves import Extent, hf_extents
 from megalite.weights.shards import file_extents, is_sharded, open_manifest, stored_layout
-from megalite.weights.table import hf_shapes, owned
+from megalite.weights.table import hf_shapes, owned, pieces
 from megalite.weights.tensor_file import TensorInfo
 
 
@@ -115,12 +115,11 @@ def _hf_weights(folder: Path, model: ModelConfig) -> HFWeights:
     """The weights of a Hugging Face folder, once they are known to be the model's."""
     weights = read_headers(folder, families.weight_names(model))
     check_names(model, weights.tensors, str(folder))
-    for name in hf_shapes(model):
-        info = weights.tensors[name]
-        if info.dtype not in WEIGHT_DTYPES:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.name} is {info.dtype}; weights must be {', '.join(WEIGHT_DTYPES)}"
-            )
+    parts = {piece.hf: piece.part for piece in pieces(model)}
+    for name, part in parts.items():
+        info, known = weights.tensors[name], part.dtypes if part else WEIGHT_DTYPES
+        if info.dtype not in known:
+            raise CheckpointError(f"{info.file}: tensor {info.name} is {info.dtype}; it must be {', '.join(known)}")
     return weights
 
 

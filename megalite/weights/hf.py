@@ -161,7 +161,7 @@ def check_names(config: ModelConfig, tensors: Mapping[str, TensorInfo | None], w
     wrong = [
         f"{name} is {list(info.shape)}, config.json implies {list(shape)}"
         for name, shape in expected.items()
-        if (info := tensors.get(name)) is not None and info.shape != shape
+        if (info := tensors.get(name)) is not None and (info.shape or (1,)) != shape
     ]
     problems = [
         f"{what}: {_some(names)}"

@@ -19,7 +19,7 @@ from megalite import json_text
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
 from megalite.files import read_whole, write_durably
-from megalite.weights.dtypes import WEIGHT_DTYPES
+from megalite.weights.dtypes import STORAGE
 from megalite.weights.tensor_file import is_plain_name
 
 NAME = "manifest.json"
@@ -45,7 +45,7 @@ FilePath = Annotated[str, "has a name that is not plain", lambda value: all(map(
 Digest = Annotated[str, "must be a digest, 32 hexadecimal digits", re.compile("[0-9a-f]{32}").fullmatch]
 Kind = Annotated[str, "is a damaged kind", re.compile("[a-z][a-z0-9_]{0,40}").fullmatch]
 Count = Annotated[int, "must be a whole number", lambda value: 0 <= value <= 1 << 56]
-Dtype = Annotated[str, f"must be one of {', '.join(WEIGHT_DTYPES)}", WEIGHT_DTYPES.__contains__]
+Dtype = Annotated[str, f"must be one of {', '.join(STORAGE)}", STORAGE.__contains__]
 """Type, rule in words, and the rule: see `_take`."""
 
 

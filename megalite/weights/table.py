@@ -3,7 +3,8 @@
 `owned(config, layout, rank)` is the only shard arithmetic in the project. Loading reads its ranges, export copies them
 back, resharding (on disk or between processes) intersects the ranges of two layouts. Ranges are in Hugging Face
 coordinates, along one dimension of the stored tensor, and values are never changed. Which weights a layer has its kinds
-say (`model/kinds`), how they are called its family. Importable without torch.
+say (`model/kinds`), how they are called its family, and which tensors a weight is made of its format (`core.formats`).
+Importable without torch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from megalite.core.layout import Layout, Split, width
+from megalite.core.formats import ALL, Part, WeightFormat
+from megalite.core.layout import Even, InUnits, Layout, Split, Whole, width
+from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.kinds.base import Place, Row
+from megalite.weights.dtypes import DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,22 @@ class Piece:
     place: Place | None = None
     """The unit it belongs to, where only the rank that holds that unit has it."""
     linear: bool = False
-    """The matrix of a linear map, in the format that linears have."""
+    """The matrix of a linear map."""
+    part: Part | None = None
+    """Which of the tensors of a weight in a format of its own it is; None: numbers as they are."""
+    numbers: int = 1
+    """Numbers of the weight that an element stands for; 0 of scales and the like."""
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """It is stored as its format says, whatever dtype the model's numbers have."""
+        return self.part is not None
+
+    def itemsize(self, itemsize: int) -> int:
+        """Bytes of an element in memory, where the model's numbers take `itemsize`."""
+        if self.part is None:
+            return itemsize
+        return 4 if self.part.is_float else DTYPE_BYTES[self.part.dtypes[0]]
 
     @property
     def hf_dim(self) -> int:
@@ -105,13 +124,15 @@ class Range:
 def pieces(config: ModelConfig) -> tuple[Piece, ...]:
     """Every weight of the model once for each place it is used in (a tied embedding: twice)."""
     names = weight_names(config)
-    found = _pieces(names, config.first_rows(), "first")
+    found = _pieces(config, names, config.first_rows(), "first")
     for layer in range(config.num_layers):
-        found += _pieces(names, config.layer_rows(layer), layer)
-    return tuple(found + _pieces(names, config.last_rows(), "last"))
+        found += _pieces(config, names, config.layer_rows(layer), layer)
+    return tuple(found + _pieces(config, names, config.last_rows(), "last"))
 
 
-def _pieces(names: WeightNames, rows: list[Row], stage: int | Literal["first", "last"]) -> list[Piece]:
+def _pieces(
+    config: ModelConfig, names: WeightNames, rows: list[Row], stage: int | Literal["first", "last"]
+) -> list[Piece]:
     """The rows of one stage with their places in the checkpoint: those of one tensor lie in it in their order."""
     prefix = f"layers.{stage}." if isinstance(stage, int) else ""
     ends: dict[str, int] = {}
@@ -135,12 +156,70 @@ def _pieces(names: WeightNames, rows: list[Row], stage: int | Literal["first", "
             place=row.place,
             linear=row.linear,
         )
-        found.append(piece)
+        format = config.format(stage, row.weight) if isinstance(stage, int) else None
+        found += [piece] if format is None else [_stored(piece, format, part) for part in format.parts]
     return found
+
+
+def param_of(param: str, part: Part) -> str:
+    """Name of the parameter that a part of a weight in a format of its own is in."""
+    return f"{param.removesuffix('weight')}{part.name}" if param.endswith(".weight") else f"{param}_{part.name}"
+
+
+def _stored(piece: Piece, format: WeightFormat, part: Part) -> Piece:
+    """One of the tensors that make the weight of a piece, cut where the weight is cut."""
+    is_codes = part == format.parts[0]
+    found = replace(
+        piece,
+        hf=f"{piece.hf.removesuffix('weight')}{part.name}",
+        param=param_of(piece.param, part),
+        hf_start=piece.hf_start // part.rows if part.rows else 0,
+        transpose=part.turned,
+        part=part,
+        numbers=(part.rows or 1) * (part.columns or 1) if is_codes else 0,
+    )
+    return _cut_by_columns(found, part) if piece.dim == 1 else _cut_by_rows(found, part)
+
+
+def _cut_by_rows(piece: Piece, part: Part) -> Piece:
+    """The tensor of a weight whose rows are cut, or belong to a unit that is on one rank."""
+    (columns,) = piece.other
+
+    def cut(split: Split) -> Split:
+        if part.rows is None:
+            return Whole(part.width(columns))
+        if part.rows == ALL:
+            return Whole(part.entries)
+        return split if part.rows == 1 else InUnits(split, part.rows)
+
+    place = piece.place
+    if place is not None:
+        assert isinstance(place.split, Even)
+        unit = place.unit // piece.split.total * cut(piece.split).total
+        place = Place(Even(place.split.units, unit), place.index, unit)
+    other = () if part.columns is None or part.rows is None else (part.width(columns),)
+    return replace(piece, split=cut(piece.split), before=tuple(map(cut, piece.before)), other=other, place=place)
+
+
+def _cut_by_columns(piece: Piece, part: Part) -> Piece:
+    """The tensor of a weight whose columns are cut."""
+    (rows,) = piece.other
+    if part.columns is None:
+        return replace(piece, dim=0, split=Whole(part.entries), other=())
+    split = piece.split
+    if part.whole or part.columns == ALL:
+        split = Whole(part.width(split.total))
+    elif part.columns > 1:
+        split = InUnits(split, part.columns)
+    if part.rows is None:
+        return replace(piece, dim=0, split=split, other=())
+    return replace(piece, split=split, other=(part.height(rows),))
 
 
 def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Range]:
     """The ranges that global `rank` of `layout` holds, in the order of `pieces`; empty ranges are left out."""
+    if config.quantization is not None:
+        check_cuts(config, layout.tp)
     place = layout.coord(rank)
     layers = layout.layers(place.pp, config.layer_costs())
     here = {*layers, *["first"] * (place.pp == 0), *["last"] * (place.pp == layout.pp - 1)}
@@ -153,6 +232,18 @@ def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Range]:
         lo, hi = piece.split.range(layout.tp, place.tp)
         if start is not None and lo < hi:
             yield Range(piece, piece.hf_start + lo, piece.hf_start + hi, start, piece.dim)
+
+
+@lru_cache(maxsize=32)
+def check_cuts(config: ModelConfig, tp: int) -> None:
+    """ConfigError where tp ranks would share what a weight's format keeps together."""
+    for piece in pieces(config):
+        for split in (piece.split, *piece.before):
+            if isinstance(split, InUnits) and not split.fits(tp):
+                kept = f"{split.unit} {'columns' if piece.dim else 'rows'}"
+                rule = f"cuts {piece.hf} within {kept} of its weight, which its format keeps together"
+                fix = "Use fewer tensor parallel ranks, so that heads and their groups stay whole, and more stages."
+                raise ConfigError(Problem(key="parallel.tp", rule=rule, value=tp, fix=fix))
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -192,5 +283,10 @@ def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[
 
 
 def local_elements(config: ModelConfig, layout: Layout, rank: int) -> int:
-    """Parameters that `rank` holds."""
-    return sum(part.elements for part in owned(config, layout, rank))
+    """Parameters that `rank` holds; a code counts as the numbers that it stands for, scales do not count."""
+    return sum(part.elements * part.piece.numbers for part in owned(config, layout, rank))
+
+
+def local_bytes(config: ModelConfig, layout: Layout, rank: int, itemsize: int) -> int:
+    """Bytes that the weights of `rank` take, where the model's numbers take `itemsize`."""
+    return sum(part.elements * part.piece.itemsize(itemsize) for part in owned(config, layout, rank))

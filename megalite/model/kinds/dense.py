@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megalite.core.layout import Even, Split, Whole, width
+from megalite.core.layout import Even, Groups, Split, Whole, width
 from megalite.model.config import ActivationName
 from megalite.model.kinds.base import LayerKind, Row
 
@@ -26,10 +26,12 @@ class DenseMLP(LayerKind):
     activation: ActivationName = "silu"
     gated: bool = True
     bias: bool = False
+    unit: int = 1
+    """Inner channels that are cut only together, as the format of the weights demands."""
 
     @property
-    def inner(self) -> Even:
-        return Even(self.intermediate_size)
+    def inner(self) -> Split:
+        return Even(self.intermediate_size) if self.unit == 1 else Groups(self.intermediate_size, self.unit)
 
     def rows(self, hidden: int) -> list[Row]:
         rows: list[Row] = []
@@ -59,4 +61,4 @@ class DenseMLP(LayerKind):
     def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
         from megalite.model.layers.dense import MLP
 
-        return MLP(self, config, state)
+        return MLP(self, config, layer, state)

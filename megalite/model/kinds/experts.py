@@ -79,4 +79,5 @@ class Experts(LayerKind):
     def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
         from megalite.model.layers.experts import MixtureOfExperts
 
-        return MixtureOfExperts(self, config.hidden_size, state)
+        formats = config.format(layer, "expert_up"), config.format(layer, "expert_down")
+        return MixtureOfExperts(self, config.hidden_size, state, formats)

@@ -25,13 +25,14 @@ XIELU_EPS = -1e-6
 class MLP(LayerModule):
     """down(act(gate) * up), or down(act(up)), with the intermediate width cut over tp."""
 
-    def __init__(self, kind: DenseMLP, config: ModelConfig, state: ParallelState):
+    def __init__(self, kind: DenseMLP, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
         self.gated = kind.gated
         self.activation = kind.activation
         splits = (kind.inner, kind.inner) if self.gated else (kind.inner,)
-        self.up = ColumnParallelLinear(config.hidden_size, splits, state, bias=kind.bias)
-        self.down = RowParallelLinear(kind.inner, config.hidden_size, state, bias=kind.bias)
+        up, down = config.format(layer, "up"), config.format(layer, "down")
+        self.up = ColumnParallelLinear(config.hidden_size, splits, state, bias=kind.bias, format=up)
+        self.down = RowParallelLinear(kind.inner, config.hidden_size, state, bias=kind.bias, format=down)
         self.plain: Callable[[Tensor], Tensor]
         """The activation of an MLP without a gate."""
         if kind.activation == "xielu":

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
+from megalite.core.formats import WeightFormat
 from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
-from megalite.core.linear import DENSE
+from megalite.core.linear import DENSE, Quantized, round_to_fp8
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
 from megalite.model.kinds.experts import Experts
@@ -64,11 +65,20 @@ class MixtureOfExperts(LayerModule):
     expert its gate rows, then its up rows; `down` [E * dim, intermediate].
     """
 
-    def __init__(self, kind: Experts, dim: int, state: ParallelState):
+    def __init__(
+        self,
+        kind: Experts,
+        dim: int,
+        state: ParallelState,
+        formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None),
+    ):
+        """`formats`: of `up` and `down`; None: as numbers."""
         super().__init__()
         self.state = state
         self.format = DENSE
         """Of each expert's two matrices."""
+        self._quantized: dict[str, Quantized] = {}
+        """Formats of parameters that are as they are stored, by name."""
         self.top_k = kind.top_k
         self.normalize_top_k = kind.normalize_top_k
         self.activation = kind.activation
@@ -77,8 +87,29 @@ class MixtureOfExperts(LayerModule):
         self.first, end = share(kind.num_experts, state.tp.size, state.tp.rank)
         self.num_local = end - self.first
         self.router = replicated((kind.num_experts, dim), partial_gradient=True)
-        self.up = sharded((self.num_local * 2 * kind.intermediate_size, dim))
-        self.down = sharded((self.num_local * dim, kind.intermediate_size))
+        inner = kind.intermediate_size
+        self._hold("up", [inner] * 2 * self.num_local, dim, formats[0])
+        self._hold("down", [dim] * self.num_local, inner, formats[1])
+
+    def _hold(self, name: str, segments: list[int], columns: int, format: WeightFormat | None) -> None:
+        """The parameter or, in a format of its own, the parameters of all of this rank's experts."""
+        if format is None:
+            self.register_parameter(name, sharded((sum(segments), columns)))
+            return
+        self._quantized[name] = Quantized(format, segments, columns, torch.get_default_dtype(), all_columns=columns)
+        for part, tensor in self._quantized[name].parameters().items():
+            self.register_parameter(f"{name}_{part}", tensor)
+
+    @torch.no_grad()
+    def settle(self, quantization: str | None) -> None:
+        """Once the weights are loaded: keep them in the form in which they are applied."""
+        for name, format in self._quantized.items():
+            stored = {part.name: self._parameters.pop(f"{name}_{part.name}") for part in format.format.parts}
+            self.register_parameter(name, nn.Parameter(format.matrix(stored), requires_grad=False))
+        if quantization == "fp8" and not self._quantized:
+            round_to_fp8(self.up)
+            round_to_fp8(self.down)
+        self._quantized.clear()
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top_k] and global expert ids [T, top_k] of each token; float32 softmax over all experts."""

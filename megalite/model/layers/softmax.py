@@ -32,8 +32,9 @@ class Attention(LayerModule):
         self.spec = AttentionSpec(layer=layer, scale=kind.scale, window=kind.window, softcap=kind.softcap)
         self.head_dim = kind.head_dim
         queries, keys = kind.queries, kind.keys
-        self.qkv = ColumnParallelLinear(config.hidden_size, (queries, keys, keys), state, bias=kind.qkv_bias)
-        self.out = RowParallelLinear(queries, config.hidden_size, state, bias=kind.out_bias)
+        splits, formats = (queries, keys, keys), (config.format(layer, "q"), config.format(layer, "attn_out"))
+        self.qkv = ColumnParallelLinear(config.hidden_size, splits, state, bias=kind.qkv_bias, format=formats[0])
+        self.out = RowParallelLinear(queries, config.hidden_size, state, bias=kind.out_bias, format=formats[1])
         num_q, num_k, num_v = (outputs // kind.head_dim for outputs in self.qkv.widths)
         self.heads = num_q, num_k, num_v
         """Of this rank: queries, keys, values."""

@@ -1,0 +1,247 @@
+"""Tiny checkpoints in quantized formats, written with numpy by the formats' documentation, and the same as numbers.
+
+Codes, scales and zero points are drawn at random, so that every code occurs; the dense twin holds (code - zero) * scale
+in float32. Intermediate widths are five groups, so that two tp ranks have unequal shares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+GROUP = 32
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD = 64, 5 * GROUP, 2, 4, 2, 32
+VOCAB = 96
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Column that each nibble of an int32 holds, from the lowest."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    config: dict[str, Any]
+    """quantization_config."""
+    make: Callable[[np.random.Generator, int, int], tuple[Tensors, np.ndarray]]
+    """(rng, rows, columns) -> stored tensors, dense weight float32."""
+
+
+def grouped(rng, rows, columns, group, bits, *, symmetric, act_order=False):
+    """codes [N, K], zeros [N, G], scales [N, G], g_idx [K], dense weight."""
+    group = columns if group == -1 else group
+    groups = columns // group
+    codes = rng.integers(0, 1 << bits, (rows, columns))
+    middle = 1 << (bits - 1)
+    zeros = np.full((rows, groups), middle) if symmetric else rng.integers(1, 1 << bits, (rows, groups))
+    scales = (rng.uniform(0.5, 1.5, (rows, groups)) * 2.5 / (1 << bits) / columns**0.5).astype(np.float16)
+    index = np.arange(columns) // group
+    if act_order:
+        index = rng.permutation(index)
+    dense = (codes - zeros[:, index]).astype(np.float32) * scales[:, index].astype(np.float32)
+    return codes, zeros, scales, index, dense
+
+
+def pack(values: np.ndarray, bits: int, axis: int, order=None) -> torch.Tensor:
+    """Codes along an axis into int32, the first in the lowest bits; `order`: which of them each place holds."""
+    per = 32 // bits
+    values = np.moveaxis(values, axis, -1).astype(np.uint64)
+    values = values.reshape(*values.shape[:-1], -1, per)[..., order or range(per)]
+    words = (values << (np.arange(per, dtype=np.uint64) * bits)).sum(-1).astype(np.uint32).view(np.int32)
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(words, -1, axis)))
+
+
+def tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+def gptq(bits=4, group=GROUP, *, symmetric=True, act_order=False, version=1) -> Kind:
+    def make(rng, rows, columns):
+        codes, zeros, scales, index, dense = grouped(
+            rng, rows, columns, group, bits, symmetric=symmetric, act_order=act_order
+        )
+        return {
+            "qweight": pack(codes.T, bits, 0),
+            "qzeros": pack((zeros - (version == 1)).T, bits, 1),
+            "scales": tensor(scales.T),
+            "g_idx": tensor(index.astype(np.int32)),
+        }, dense
+
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": symmetric}
+    return Kind(config | ({"checkpoint_format": "gptq_v2"} if version == 2 else {}), make)
+
+
+def awq() -> Kind:
+    def make(rng, rows, columns):
+        codes, zeros, scales, _, dense = grouped(rng, rows, columns, GROUP, 4, symmetric=False)
+        packed = {"qweight": pack(codes.T, 4, 1, AWQ_ORDER), "qzeros": pack(zeros.T, 4, 1, AWQ_ORDER)}
+        return {**packed, "scales": tensor(scales.T)}, dense
+
+    return Kind({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, make)
+
+
+def compressed(format: str, weights: dict[str, Any], make, inputs: dict[str, Any] | None = None) -> Kind:
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head", "re:.*block_sparse_moe.gate$", "re:.*mlp.gate$"],
+    }
+    return Kind(config, make)
+
+
+def packed(bits=4, group=GROUP, *, symmetric=True) -> Kind:
+    def make(rng, rows, columns):
+        codes, zeros, scales, _, dense = grouped(rng, rows, columns, group, bits, symmetric=symmetric)
+        stored = {
+            "weight_packed": pack(codes, bits, 1),
+            "weight_scale": tensor(scales.astype(np.float32)),
+            "weight_shape": torch.tensor([rows, columns]),
+        }
+        if not symmetric:
+            stored["weight_zero_point"] = pack(zeros, bits, 0)
+        return stored, dense
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
+    weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    return compressed("pack-quantized", weights, make)
+
+
+def element_codes(rng, rows, columns, dtype=torch.float8_e4m3fn):
+    if dtype == torch.int8:
+        return torch.from_numpy(rng.integers(-127, 128, (rows, columns)).astype(np.int8))
+    return torch.from_numpy((rng.standard_normal((rows, columns)) * 60).astype(np.float32)).to(dtype)
+
+
+def scale_of(rng, columns, shape, size=60):
+    return (rng.uniform(0.5, 1.5, shape) / size / columns**0.5).astype(np.float32)
+
+
+def by_row(dtype=torch.float8_e4m3fn) -> Kind:
+    def make(rng, rows, columns):
+        codes, scale = element_codes(rng, rows, columns, dtype), scale_of(rng, columns, (rows, 1))
+        return {"weight": codes, "weight_scale": tensor(scale)}, codes.float().numpy() * scale
+
+    number = "int" if dtype == torch.int8 else "float"
+    weights = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "channel"}
+    inputs = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}
+    return compressed(f"{number}-quantized", weights, make, inputs)
+
+
+def by_matrix() -> Kind:
+    def make(rng, rows, columns):
+        codes, scale = element_codes(rng, rows, columns), scale_of(rng, columns, (1,))
+        stored = {"weight": codes, "weight_scale": tensor(scale), "input_scale": torch.tensor([0.02])}
+        return stored, codes.float().numpy() * scale
+
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    return compressed("float-quantized", weights, make, inputs)
+
+
+def by_scalar() -> Kind:
+    """vLLM's fp8, whose scales have no dimension."""
+
+    def make(rng, rows, columns):
+        codes, scale = element_codes(rng, rows, columns), scale_of(rng, columns, ())
+        return {"weight": codes, "weight_scale": torch.tensor(float(scale))}, codes.float().numpy() * scale
+
+    return Kind({"quant_method": "fp8", "activation_scheme": "dynamic"}, make)
+
+
+def by_block() -> Kind:
+    def make(rng, rows, columns):
+        codes = element_codes(rng, rows, columns)
+        scale = scale_of(rng, columns, (-(-rows // GROUP), -(-columns // GROUP)))
+        wide = scale.repeat(GROUP, 0)[:rows].repeat(GROUP, 1)[:, :columns]
+        return {"weight": codes, "weight_scale_inv": tensor(scale)}, codes.float().numpy() * wide
+
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]}
+    return Kind({**config, "modules_to_not_convert": ["lm_head", "gate"]}, make)
+
+
+KINDS: dict[str, Kind] = {
+    "gptq": gptq(),
+    "gptq_8_bits_v2": gptq(8, version=2, symmetric=False),
+    "gptq_one_group": gptq(group=-1, symmetric=False),
+    "gptq_act_order": gptq(act_order=True, symmetric=False),
+    "awq": awq(),
+    "packed_4": packed(),
+    "packed_4_zeros": packed(symmetric=False),
+    "packed_8_rows": packed(8, -1),
+    "fp8_rows": by_row(),
+    "fp8_static": by_matrix(),
+    "fp8_scalar": by_scalar(),
+    "fp8_blocks": by_block(),
+    "int8_rows": by_row(torch.int8),
+}
+
+
+def write(kind: str, quantized: Path, dense: Path, *, family: str = "llama", dtype: str = "float32") -> None:
+    """Both folders of a model: with codes, and as numbers."""
+    rng = np.random.default_rng(7)
+    values: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if family == "mixtral":
+        values |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+        values |= {"num_local_experts": 3, "num_experts_per_tok": 2, "rope_parameters": {"rope_theta": 1e6}}
+    stored: Tensors = {}
+    numbers: Tensors = {}
+
+    def plain(name: str, made: np.ndarray) -> None:
+        stored[name] = numbers[name] = tensor(made.astype(np.float32)).to(getattr(torch, dtype))
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        made, weight = KINDS[kind].make(rng, rows, columns)
+        stored.update({f"{name}.{part}": values for part, values in made.items()})
+        numbers[f"{name}.weight"] = tensor(weight).to(getattr(torch, dtype))
+
+    plain("model.embed_tokens.weight", rng.standard_normal((VOCAB, HIDDEN)) * 0.4)
+    plain("lm_head.weight", rng.standard_normal((VOCAB, HIDDEN)) * 3 / HIDDEN**0.5)
+    plain("model.norm.weight", rng.normal(1, 0.3, HIDDEN))
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            plain(f"{at}.{norm}.weight", rng.normal(1, 0.3, HIDDEN))
+        for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS), ("v_proj", KV_HEADS)):
+            matrix(f"{at}.self_attn.{name}", heads * HEAD, HIDDEN)
+        matrix(f"{at}.self_attn.o_proj", HIDDEN, HEADS * HEAD)
+        if family == "mixtral":
+            plain(f"{at}.block_sparse_moe.gate.weight", rng.standard_normal((3, HIDDEN)) / HIDDEN**0.5)
+            for expert in range(3):
+                matrix(f"{at}.block_sparse_moe.experts.{expert}.w1", INNER, HIDDEN)
+                matrix(f"{at}.block_sparse_moe.experts.{expert}.w3", INNER, HIDDEN)
+                matrix(f"{at}.block_sparse_moe.experts.{expert}.w2", HIDDEN, INNER)
+        else:
+            matrix(f"{at}.mlp.gate_proj", INNER, HIDDEN)
+            matrix(f"{at}.mlp.up_proj", INNER, HIDDEN)
+            matrix(f"{at}.mlp.down_proj", HIDDEN, INNER)
+    for folder, tensors in ((quantized, stored), (dense, numbers)):
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        more = {"quantization_config": KINDS[kind].config} if folder is quantized else {}
+        (folder / "config.json").write_text(json.dumps({**values, **more}))

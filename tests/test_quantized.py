@@ -1,0 +1,175 @@
+"""Quantized checkpoints: every format becomes the numbers that its documentation says, in every layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from quantized_models import KINDS, write
+from safetensors.torch import load_file
+
+from megalite import LLM, SamplingParams
+from megalite.convert.convert import convert, export, reshard
+from megalite.convert.verify import verify
+from megalite.core.layout import Layout
+from megalite.core.linear import settle
+from megalite.core.parallel_state import ParallelState
+from megalite.errors import CheckpointError, ConfigError
+from megalite.model import families
+from megalite.weights.table import check_cuts, local_bytes, local_elements
+from megalite.weights.transfer import build, load_folder
+
+MIXTURES = ("awq", "fp8_blocks", "fp8_scalar", "packed_4_zeros")
+MODELS = [(kind, "llama") for kind in KINDS] + [(kind, "mixtral") for kind in MIXTURES]
+
+
+WHOLE = Layout()
+
+
+def loaded(folder, layout=WHOLE, *, model=None, quantization=None):
+    """The parameters of a rank's decoder as it computes with them; `model`: in place of what the folder says."""
+    model = model or families.read(folder)
+    decoder = build(model, ParallelState(layout), dtype=torch.float32, device=torch.device("cpu"))
+    load_folder(decoder, folder)
+    settle(decoder, quantization)
+    return dict(decoder.named_parameters())
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for name, values in left.items():
+        assert values.dtype == right[name].dtype and torch.equal(values, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Of a kind and family: the folder with codes, and the one with the numbers."""
+    made = {}
+
+    def folders(kind, family="llama"):
+        if (kind, family) not in made:
+            at = tmp_path_factory.mktemp(f"{kind}-{family}")
+            write(kind, at / "codes", at / "numbers", family=family)
+            made[kind, family] = at / "codes", at / "numbers"
+        return made[kind, family]
+
+    return folders
+
+
+@pytest.mark.parametrize(("kind", "family"), MODELS)
+def test_codes_become_the_numbers_that_they_stand_for(kind, family, models):
+    codes, numbers = models(kind, family)
+    same(loaded(codes), loaded(numbers))
+    model, plain = families.read(codes), families.read(numbers)
+    assert local_elements(model, Layout(), 0) == local_elements(plain, Layout(), 0)
+    assert local_bytes(model, Layout(), 0, 4) < 0.6 * local_bytes(plain, Layout(), 0, 4)
+
+
+def on_ranks(rank, folders, layout):
+    for codes, numbers in folders:
+        cut_alike = replace(families.read(codes), quantization=None)
+        same(loaded(codes, layout), loaded(numbers, layout, model=cut_alike))
+
+
+def test_ranks_hold_their_part(models, ranks):
+    """The widths are five groups, of which one rank has three."""
+    ranks(2).run(on_ranks, [models(kind, family) for kind, family in MODELS], Layout(2))
+
+
+CHAINED = ("gptq_act_order", "packed_4_zeros", "fp8_static", "fp8_scalar", "int8_rows")
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [*((kind, "llama") for kind in CHAINED), ("awq", "mixtral"), ("fp8_blocks", "mixtral")]
+)
+def test_a_chain_of_layouts_gives_the_checkpoint_back(kind, family, models, tmp_path):
+    codes, numbers = models(kind, family)
+    convert(codes, Layout(2), tmp_path / "tp2", dtype="float32")
+    reshard(tmp_path / "tp2", Layout(1, 2), tmp_path / "pp2")
+    assert verify(tmp_path / "pp2", codes).is_well
+    export(tmp_path / "pp2", tmp_path / "out")
+    before, after = load_file(codes / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        assert values.dtype == after[name].dtype, name
+        assert torch.equal(values.reshape(after[name].shape).view(torch.uint8), after[name].view(torch.uint8)), name
+    same(loaded(tmp_path / "pp2"), loaded(numbers))
+
+
+@pytest.mark.parametrize("kind", ["packed_4", "packed_8_rows", "fp8_rows", "fp8_blocks"])
+def test_tokens_are_those_of_transformers(kind, models):
+    """What transformers can run on a CPU: it turns codes into numbers as well."""
+    from reference import greedy
+
+    codes, _ = models(kind)
+    want = greedy(codes, [3, 14, 15, 9, 26], 8)
+    llm = LLM(str(codes), dtype="float32")
+    got = llm.generate(
+        [{"prompt_token_ids": want.prompt}], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    )
+    assert list(got[0].outputs[0].token_ids) == want.tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"quant_method": "squeezellm"}, "vLLM removed it"),
+        ({"quant_method": "mxfp4"}, "exponent"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "bits must be one of 4, 8, got 3"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 33}, "group_size must be -1 or a multiple of 8"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "lm_head": True}, "output head"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}, "version must be one of gemm"),
+        ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme must be one of dynamic, static"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size must be two whole numbers"),
+        ({"quant_method": "fp8", "modules_to_not_convert": ["self_attn.k_proj"]}, "computed as one matrix"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "nvfp4-pack-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 4}}},
+            },
+            "format of 4 bits",
+        ),
+    ],
+)
+def test_what_is_not_read_is_refused(changes, says, models):
+    folder, _ = models("packed_4")
+    values = json.loads((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=says):
+        families.from_values(folder / "config.json", {**values, "quantization_config": changes})
+
+
+def test_matrices_left_as_numbers(models):
+    """By name in one layer, by pattern in all."""
+    folder, _ = models("fp8_blocks")
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"]["modules_to_not_convert"] = ["lm_head", "model.layers.1.mlp", "o_proj"]
+    model = families.from_values(folder / "config.json", values)
+    found = {(layer, weight) for layer, weight, _ in model.quantization.formats}
+    assert found == {(0, "q"), (0, "k"), (0, "v"), (1, "q"), (1, "k"), (1, "v"), (0, "gate"), (0, "up"), (0, "down")}
+
+
+def test_a_cut_within_a_group_is_refused(models):
+    """Groups of 32 columns: heads of 32 can be parted, their halves can't."""
+    folder, _ = models("awq")
+    values = json.loads((folder / "config.json").read_text())
+    check_cuts(families.from_values(folder / "config.json", values), 4)
+    values["quantization_config"]["group_size"] = 64
+    with pytest.raises(ConfigError, match="o_proj.qzeros within 64 columns"):
+        check_cuts(families.from_values(folder / "config.json", values), 4)
+
+
+def test_fp8_made_while_loading(models):
+    """Rows of e4m3 with a scale each: within half a step of the last of three bits of the mantissa."""
+    _, numbers = models("packed_4")
+    plain, made = loaded(numbers), loaded(numbers, quantization="fp8")
+    for name, values in plain.items():
+        if "attn." in name or "mlp." in name:
+            error = (made[name] - values).abs()
+            assert (
+                0 < error.max() and (error <= values.abs() / 16 + values.abs().amax(1, keepdim=True) / 448 / 512).all()
+            )
+        else:
+            assert torch.equal(values, made[name])
