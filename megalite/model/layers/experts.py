@@ -65,6 +65,9 @@ class MixtureOfExperts(LayerModule):
     expert its gate rows, then its up rows; `down` [E * dim, intermediate].
     """
 
+    up: nn.Parameter
+    down: nn.Parameter
+
     def __init__(
         self,
         kind: Experts,
