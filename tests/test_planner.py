@@ -239,6 +239,23 @@ def test_one_device_of_a_device_map_works_at_a_time():
     assert ours.throughput > 2 * found.throughput
 
 
+def test_ranks_of_a_cpu_are_one_device_of_a_device_map():
+    cpu, load = replace(named("cpu"), cores=2), Workload(concurrency=8)
+    found = device_map.compare(shape("qwen3-10M"), Cluster(cpu, 4), load, itemsize=4)
+    assert found.layers == (8,) and found.idle == (0.0,)
+
+
+def test_ranks_beyond_the_cores_take_turns():
+    batch = Batch(rows=8, keys=512, sampled=8)
+
+    def step(cores: int) -> Times:
+        cluster = Cluster(replace(named("cpu"), cores=cores), 4)
+        return StageCosts(shape("qwen3-10M"), Layout(4, 1, 1), cluster, 4).step(0, batch)
+
+    for part in ("host", "kernels", "sums"):
+        assert getattr(step(2), part) == pytest.approx(2 * getattr(step(4), part))
+
+
 def test_published_throughput_is_near_where_the_batch_is_known():
     """Version 0.9.0 of TensorRT-LLM on A100: 13 of 16 within 30%."""
     known = [one for one in published.PUBLISHED if one.batch is not None]

@@ -256,13 +256,17 @@ class StageCosts:
             return 1.0
         return max(1.0, min(self.cluster.per_host, self.layout.size) * busy)
 
+    def turns(self, busy: float) -> float:
+        """How many times as long anything takes that needs a core, where ranks are more than cores."""
+        return max(1.0, self.crowd(busy) / self.cluster.device.cores) if self.cluster.device.shared else 1.0
+
     def step(self, stage: int, batch: Batch, *, busy: float = 1.0) -> Times:
         """Seconds of one step of one cohort on a stage that generates, the host's part included."""
         device, (kinds, elements) = self.cluster.device, self.stages[stage]
         found = self.forward(stage, batch, busy=busy)
         host = device.step + device.row * batch.sampled
         if not device.overlaps:
-            found.host = host
+            found.host = host * self.turns(busy)
             return found
         captured = 2.0 * elements * batch.tokens <= CAPTURED_WORK
         launched = 0.0 if captured else (sum(kinds.values()) * KERNELS + END_KERNELS) * device.launch
@@ -282,13 +286,14 @@ class StageCosts:
             found.add(_layer(layer, batch, config.hidden_size, item, read, matmul), count)
         layers = sum(kinds.values())
         kernels: float = layers * (KERNELS_OF_ONE if batch.tokens <= 1 else KERNELS) + END_KERNELS
-        turns = max(1.0, crowd / device.cores) if device.shared else 1.0
+        turns = self.turns(busy)
         found.kernels = kernels * device.kernel * turns
         found.attention += layers * batch.rows * device.row_layer * turns
         numbers = batch.tokens * config.hidden_size * item
         found.sums = layers * SUMS * self.cluster.all_reduce(numbers, self.layout.tp, self.tp_hosts) if layers else 0.0
         if stage == self.layout.pp - 1 and batch.sampled:
             found.add(self._sampling(batch.sampled, read, matmul))
+        found.sums *= turns  # every rank of a sum must get a core
         return found
 
     def _sampling(self, rows: float, read: float, matmul: float) -> Times:

@@ -3,7 +3,7 @@
 accelerate fills one device after the other with whole layers, each up to the model's share plus a quarter more than a
 layer; the first leaves room for one more (accelerate 1.x, `get_balanced_memory` and `infer_auto_device_map`). Then one
 device computes at a time, on all sequences, and hands its result to the next; a batch is done when its longest output
-is.
+is. Ranks of a CPU are one device to it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def spread(config: ModelConfig, devices: int, itemsize: int) -> tuple[int, ...]:
 
 def compare(config: ModelConfig, cluster: Cluster, load: Workload, *, itemsize: int) -> DeviceMap:
     """Predict a batch of all sequences at once, as one call of `generate` takes them."""
+    if cluster.device.shared:
+        cluster = Cluster(cluster.device, 1)
     layers = spread(config, cluster.devices, itemsize)
     costs = StageCosts(config, Layout(), cluster, itemsize)
     rows, prompt, output = load.concurrency, load.input.mean, load.output.mean

@@ -50,6 +50,11 @@ class Workload:
     def longest(self) -> int:
         return self.input.high + self.output.high
 
+    @property
+    def tokens(self) -> float:
+        """Of the prompts and outputs of all requests, or of those at work at once."""
+        return (self.input.mean + self.output.mean) * (self.requests or self.concurrency)
+
     def __str__(self) -> str:
         many = f"concurrency={self.concurrency}" if self.requests is None else f"requests={self.requests}"
         return f"input={self.input},output={self.output},{many}"

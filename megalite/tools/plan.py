@@ -39,6 +39,8 @@ from megalite.weights.hf import resolve
 
 SHOWN = 10
 """Pairs of layouts of a hybrid job that are printed."""
+MOST_TOKENS = 1 << 14
+"""Of prompts and outputs, that a CPU measures: with more it would take minutes."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -80,6 +82,9 @@ def run(args: argparse.Namespace) -> int:
         what, choices = str(work), search_training(config, cluster, work, itemsize=itemsize)
     else:
         load = parse(args.workload) if args.workload else Workload()
+        if args.compare_device_map:  # one call of `generate` takes a batch, so both get one
+            load = replace(load, requests=load.requests or load.concurrency)
+            load = replace(load, concurrency=load.requests or 0)
         what, engine = str(load), _engine(load)
         choices = search(config, cluster, load, engine, itemsize=itemsize, objective=args.objective)
     if args.compare_device_map and not args.train:
@@ -154,7 +159,7 @@ def _hybrid(config: ModelConfig, cluster: Cluster, args: argparse.Namespace, ite
 def _device_map(
     folder: Path, config: ModelConfig, cluster: Cluster, load: Workload, choices: Sequence[Choice], itemsize: int
 ) -> list[dict[str, str]]:
-    """`device_map="auto"` beside the best layout, and measured where the devices and the weights are here."""
+    """`device_map="auto"` beside the best layout, and both measured where the devices and the weights are here."""
     theirs, ours = compare(config, cluster, load, itemsize=itemsize), choices[0].prediction
     stages = [len(ours.layout.layers(stage, config.layer_costs())) for stage in range(ours.layout.pp)]
     rows = [
@@ -171,13 +176,22 @@ def _device_map(
             "tokens/s predicted": f"{ours.throughput:,.0f}",
         },
     ]
-    here = len(visible_gpus()) if cluster.device.kind == "cuda" else 1
-    if here == cluster.devices and any(folder.glob("*.safetensors")) and find_spec("transformers"):
-        from megalite.tools.benchmarks.device_map import measure
-
-        layers, speed, count = measure(folder, load, cuda=cluster.device.kind == "cuda")
-        rows[0]["measured"] = f"{speed:,.0f} ({count} at once, layers {' '.join(map(str, layers.values()))})"
+    if cluster.device.shared:
+        rows[0]["layers a device"] += " (a CPU is one device)"
+    for row, speed in zip(rows, _measured(folder, cluster, load, ours), strict=False):
+        row["measured"] = f"{speed:,.0f}"
     return rows
+
+
+def _measured(folder: Path, cluster: Cluster, load: Workload, ours: Prediction) -> list[float]:
+    """Tokens a second of both; none where the devices, the weights or the time for it are lacking."""
+    cuda = not cluster.device.shared
+    here = len(visible_gpus()) == cluster.devices if cuda else load.tokens <= MOST_TOKENS
+    if not (here and any(folder.glob("*.safetensors")) and find_spec("transformers") and find_spec("accelerate")):
+        return []
+    from megalite.tools.benchmarks import device_map
+
+    return [device_map.theirs(folder, load, cuda=cuda), device_map.ours(folder, load, ours.layout, cuda=cuda)]
 
 
 def _usual(config: ModelConfig, cluster: Cluster) -> str:

@@ -1,36 +1,67 @@
-"""Generation by transformers with `device_map="auto"`, for `megalite plan --compare-device-map`."""
+"""A batch of requests through transformers with `device_map="auto"`, and through a layout of ours.
+
+For `megalite plan --compare-device-map`; both give output tokens a second, of a second time.
+"""
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megalite.core.layout import Layout
+from megalite.errors import MegaliteError
+from megalite.kernels.device import release_memory
 from megalite.planner.generation import Workload
-
-MOST_SEQUENCES = 8
-"""Of a batch on a CPU, where it would take long."""
+from megalite.tools.benchmarks import plan
 
 
-def measure(folder: Path, load: Workload, *, cuda: bool) -> tuple[dict[str, int], float, int]:
-    """Layers on each device, output tokens a second of a batch of random prompts, and how many they were."""
+def theirs(folder: Path, load: Workload, *, cuda: bool) -> float:
+    """Random prompts of one length; a batch of transformers' ends with its longest output."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     load_model: Any = AutoModelForCausalLM.from_pretrained  # untyped
     model = load_model(folder, device_map="auto", dtype="auto" if cuda else torch.float32)
-    placed = getattr(model, "hf_device_map", None) or {"": str(model.device)}
-    layers: Counter[str] = Counter()
-    for name, device in placed.items():
-        whole = name == ""
-        layers[str(device)] += model.config.num_hidden_layers if whole else int(".layers." in f".{name}")
-    rows = load.concurrency if cuda else min(load.concurrency, MOST_SEQUENCES)
-    length, tokens = int(load.input.mean), load.output.high
+    rows, length = load.concurrency, int(load.input.mean)
     ids = torch.randint(0, model.config.vocab_size, (rows, length), device=model.device)
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
-    began = time.perf_counter()
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-    return dict(layers), rows * tokens / (time.perf_counter() - began), rows
+
+    def generate(tokens: int) -> float:
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+        began = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+        return time.perf_counter() - began
+
+    generate(min(4, load.output.high))
+    seconds = generate(load.output.high)
+    device = model.device
+    del model
+    release_memory(device)  # the ranks that come next need it
+    return rows * load.output.mean / seconds
+
+
+def ours(folder: Path, load: Workload, layout: Layout, *, cuda: bool) -> float:
+    """The ranks of the layout are started for it. MegaliteError: they failed."""
+    with tempfile.TemporaryDirectory(prefix="megalite-plan-") as place:
+        task = plan.Task(
+            folder=str(folder),
+            tp=layout.tp,
+            pp=layout.pp,
+            dp=layout.dp,
+            device="cuda" if cuda else "cpu",
+            requests=load.concurrency,
+            input=(load.input.low, load.input.high),
+            output=(load.output.low, load.output.high),
+            batched_tokens=8192,
+            out=f"{place}/found",
+        )
+        ranks = plan.start(task)
+        if ranks is None:
+            raise MegaliteError(f"--compare-device-map: the ranks of {layout} failed; see above")
+        return plan.speed(task, ranks)

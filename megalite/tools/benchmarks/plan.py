@@ -109,7 +109,6 @@ def _one(
     args: argparse.Namespace, folder: str, layout: Layout, kind: str, device: Device, place: Path
 ) -> dict[str, Any] | None:
     """One start of one layout; None if it failed."""
-    out = place / f"found-{time.monotonic_ns()}"
     task = Task(
         folder=folder,
         tp=layout.tp,
@@ -120,17 +119,11 @@ def _one(
         input=tuple(args.input),
         output=tuple(args.output),
         batched_tokens=args.batched_tokens,
-        out=str(out),
+        out=str(place / f"found-{time.monotonic_ns()}"),
     )
-    words = ["-m", __name__, json.dumps(asdict(task))]
-    code = (
-        run_ranks(words, layout.size, stopped_timeout=60.0)
-        if layout.size > 1
-        else subprocess.run([sys.executable, *words], preexec_fn=die_with_parent).returncode
-    )
-    if code:
+    ranks = start(task)
+    if ranks is None:
         return None
-    ranks = [json.loads(Path(f"{out}-{rank}").read_text()) for rank in layout.ranks]
     predicted = foresee(task, device)
     itemsize = 2 if kind == "cuda" else 4
     config = families.read(folder)
@@ -138,11 +131,27 @@ def _one(
     return {
         "layout": str(layout),
         "predicted": predicted.throughput,
-        "measured": sum(length for _, length in task.lengths()) / max(rank["seconds"] for rank in ranks),
+        "measured": speed(task, ranks),
         "memory_predicted": max(_kept(task, predicted, layout, rank) for rank in ranks),
         "memory_measured": max(rank["memory"] for rank in ranks),
         "weights_exact": exact,
     }
+
+
+def start(task: Task) -> list[dict[str, Any]] | None:
+    """Run the task's layout; what each rank found, or None if the run failed."""
+    words, size = ["-m", __name__, json.dumps(asdict(task))], task.tp * task.pp * task.dp
+    code = (
+        run_ranks(words, size, stopped_timeout=60.0)
+        if size > 1
+        else subprocess.run([sys.executable, *words], preexec_fn=die_with_parent).returncode
+    )
+    return None if code else [json.loads(Path(f"{task.out}-{rank}").read_text()) for rank in range(size)]
+
+
+def speed(task: Task, ranks: list[dict[str, Any]]) -> float:
+    """Output tokens a second, of all replicas."""
+    return sum(length for _, length in task.lengths()) / max(rank["seconds"] for rank in ranks)
 
 
 def _kept(task: Task, predicted: Prediction, layout: Layout, rank: dict[str, Any]) -> int:
