@@ -17,7 +17,7 @@ from megalite.errors import ConfigError, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.planner import choose, device_map, devices
-from megalite.planner.cost import Cluster, StageCosts
+from megalite.planner.cost import Batch, Cluster, StageCosts, Times
 from megalite.planner.devices import named
 from megalite.planner.generation import Workload, parse, predict
 from megalite.planner.search import layouts, search, search_training
