@@ -30,20 +30,21 @@ def theirs(folder: Path, load: Workload, *, cuda: bool) -> float:
     model = load_model(folder, device_map="auto", dtype="auto" if cuda else torch.float32)
     rows, length = load.concurrency, int(load.input.mean)
     ids = torch.randint(0, model.config.vocab_size, (rows, length), device=model.device)
-
-    def generate(tokens: int) -> float:
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
-        began = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-        return time.perf_counter() - began
-
-    generate(min(4, load.output.high))
-    seconds = generate(load.output.high)
+    _generate(model, ids, min(4, load.output.high))
+    seconds = _generate(model, ids, load.output.high)
     device = model.device
     del model
     release_memory(device)  # the ranks that come next need it
     return rows * load.output.mean / seconds
+
+
+def _generate(model: Any, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds for a batch of greedy outputs."""
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "min_new_tokens": tokens}
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    return time.perf_counter() - began
 
 
 def ours(folder: Path, load: Workload, layout: Layout, *, cuda: bool) -> float:
