@@ -60,6 +60,7 @@ COMMANDS = {
     "verify": "prove that weights are whole",
     "describe": "what a checkpoint is",
     "plan": "which layout a model should have on some devices, and why",
+    "plot_timeline": "a picture of who computes and who waits, from a run's timeline",
     "bench": "measure megalite beside what it replaces",
 }
 """What `megalite` can be told to do; the first four are jobs (launch/), the others tools (tools/)."""

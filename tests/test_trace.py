@@ -60,7 +60,7 @@ class Spans:
     def __init__(self):
         self.spans, self.flows, self.ticks = [], [], 0
 
-    def span(self, lane, name, begin, end, values=None):
+    def span(self, lane, name, begin, end, phase="", values=None):
         self.spans.append((lane, name, begin, end))
 
     def flow(self, name, number, at, *, begins):

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from svg import COLOURS, page, text
-
 from megalite.errors import ConfigError, Problem
 from megalite.files import open_regular, write_durably
+from megalite.tools.svg import COLOURS, page, text
 from megalite.tools.toolkit import Parser, main
 
 POLICIES = ("round_robin", "least_tokens", "prefix")

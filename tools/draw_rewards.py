@@ -13,10 +13,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from svg import COLOURS, page, text
-
 from megalite.errors import ConfigError, Problem
 from megalite.files import open_regular, write_durably
+from megalite.tools.svg import COLOURS, page, text
 from megalite.tools.toolkit import Parser, main
 
 EPILOG = """\

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from check_imports import LEVELS, imports_of, room_of
-from svg import page, text
 
 from megalite.files import write_durably
+from megalite.tools.svg import page, text
 from megalite.tools.toolkit import Parser, main
 
 ROOT = Path(__file__).resolve().parent.parent

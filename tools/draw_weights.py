@@ -10,12 +10,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from svg import COLOURS, page, text
-
 from megalite.convert.convert import parse_layout, rank_files
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.files import write_durably
+from megalite.tools.svg import COLOURS, page, text
 from megalite.tools.toolkit import Parser, main
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.manifest import file_name

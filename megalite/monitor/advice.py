@@ -147,7 +147,7 @@ def _uneven_stages(replica: int, stages: list[list[RankReport]], waits: list[flo
     told = ", ".join(f"{pp} ({format_percent(waits[pp])})" for pp in idle)
     many = "s" if len(idle) > 1 else ""
     begin = f"replica {replica}: stage{many} {told} waited for stage {slow}"
-    if slow == len(stages) - 1 and costs.head > 0.5 * costs.each[-1]:
+    if slow == len(stages) - 1 and costs.head > costs.each[-1]:
         why = f"the head and sampling cost as much as {costs.head / max(costs.each[-1], 1e-12):.1f} of its layers"
     elif costs.each[slow] > 1.25 * median(costs.each):
         why = f"a layer takes {costs.each[slow] / median(costs.each):.1f} times as long there as on other stages"

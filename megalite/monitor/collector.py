@@ -38,7 +38,9 @@ class Event(Protocol):
 class Sink(Protocol):
     """What takes spans; times are of the meter's clock, in seconds."""
 
-    def span(self, lane: Lane, name: str, begin: float, end: float, values: dict[str, Any] | None = None) -> None: ...
+    def span(
+        self, lane: Lane, name: str, begin: float, end: float, *, phase: str = "", values: dict[str, Any] | None = None
+    ) -> None: ...
 
     def flow(self, name: str, number: int, at: float, *, begins: bool) -> None: ...
 
@@ -262,7 +264,7 @@ class Meter:
         self._charge(span, now - self._since)
         self._since = now
         if self.sink is not None:
-            self.sink.span(span.group or "host", span.name, began, now)
+            self.sink.span(span.group or "host", span.name, began, now, phase=span.phase)
         if self._device is not None and span.on_device:
             outer = (one for one, _ in reversed(self._open) if one.on_device)
             self._device.mark(next(outer, None), now)
@@ -282,7 +284,7 @@ class Meter:
         if span.phase == "communication":
             self.traffic.setdefault(span.group, Traffic()).seconds += ended - began
         if self.sink is not None:
-            self.sink.span("device", span.name, began, ended)
+            self.sink.span("device", span.name, began, ended, phase=span.phase)
 
     # ---- steps
 
@@ -316,7 +318,8 @@ class Meter:
         if self.sink is not None:
             if tokens or learnt_tokens:
                 values = {"prefill": prefill_tokens, "decode": decode_tokens, "learnt": learnt_tokens}
-                self.sink.span("steps", "step", self._step_began, now, {k: v for k, v in values.items() if v})
+                values = {kind: count for kind, count in values.items() if count}
+                self.sink.span("steps", "step", self._step_began, now, values=values)
             if tokens:
                 self.sink.values("queue", now, {"running": running, "queued": queued})
             self.sink.tick(now)

@@ -68,13 +68,15 @@ class Timeline:
 
     # ---- what a collector gives
 
-    def span(self, lane: str, name: str, begin: float, end: float, values: dict[str, Any] | None = None) -> None:
+    def span(
+        self, lane: str, name: str, begin: float, end: float, *, phase: str = "", values: dict[str, Any] | None = None
+    ) -> None:
         start = self._us(begin)
         args = f',"args":{json.dumps(values)}' if values else ""
         took = max(0.0, self._us(end) - start)
         self._lines.append(
             f'{{"ph":"X","pid":{self.rank},"tid":{self._track(lane)},"ts":{start},"dur":{took:.1f},'
-            f'"name":"{name}"{args}}},\n'
+            f'"cat":"{phase}","name":"{name}"{args}}},\n'
         )
 
     def flow(self, name: str, number: int, at: float, *, begins: bool) -> None:
