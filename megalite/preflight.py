@@ -16,6 +16,7 @@ from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
 from megalite.weights import shards
 from megalite.weights.hf import at_hand, read_headers, resolve
+from megalite.weights.lora import read_adapter
 from megalite.weights.table import check_cuts
 
 
@@ -137,3 +138,5 @@ def _check_weights(config: Config, model: ModelConfig | None) -> None:
         shards.open_manifest(config.model.path)
     else:
         read_headers(resolve(config.model.path), families.weight_names(model))
+    for folder in config.lora.values() if isinstance(config, GeneratingConfig) else ():
+        read_adapter(folder, model)

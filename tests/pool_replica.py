@@ -11,6 +11,7 @@ from pool_runtime import PoolRuntime
 
 from megalite.config.schema import EngineSection, InferConfig, ModelSection, ParallelSection, SamplingParams
 from megalite.core.layout import Layout
+from megalite.inference.engine import Engine
 from megalite.inference.outputs import RequestOutput
 from megalite.inference.replica import Replica, load_replica
 from megalite.inference.request import Request
@@ -25,6 +26,7 @@ def make_replica(
     store: str | None = None,
     dp_mode: str = "sync",
     load_format: str = "auto",
+    lora: dict[str, str] | None = None,
     **engine,
 ) -> Replica:
     """This rank's part of a replica of the model in `folder`, in float32; `engine`: keys of the engine section."""
@@ -32,17 +34,24 @@ def make_replica(
         model=ModelSection(path=str(folder), dtype="float32", load_format=load_format),
         parallel=ParallelSection(tp=layout.tp, pp=layout.pp, dp=layout.dp, dp_mode=dp_mode),
         engine=EngineSection(**engine),
+        lora=lora or {},
     )
     shared = dist.FileStore(store, layout.size) if store is not None else None
     return load_replica(config, PoolRuntime(rank, layout.size, shared))[0]
 
 
-def make_requests(replica: Replica, asked: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[Request]:
-    """A request for each prompt and its parameters, named by its place."""
+Asked = Iterable[tuple[Sequence[int], SamplingParams]]
+
+
+def make_requests(replica: Replica, asked: Asked, lora: Sequence[str] = ()) -> list[Request]:
+    """A request for each prompt and its parameters, named by its place; `lora`: the adapter of each."""
     limits = prompt_limits(replica)
-    return [make_request(*one, limits, place) for place, one in enumerate(asked)]
+    return [make_request(*one, limits, place, lora=lora[place] if lora else "") for place, one in enumerate(asked)]
 
 
-def generate(replica: Replica, asked: Iterable[tuple[Sequence[int], SamplingParams]]) -> list[RequestOutput]:
-    """The outputs, in the order of the prompts, from a new engine."""
-    return run_everywhere(replica, replica.engine(), make_requests(replica, asked), key="once")
+def generate(
+    replica: Replica, asked: Asked, lora: Sequence[str] = (), *, engine: Engine | None = None, key: str = "once"
+) -> list[RequestOutput]:
+    """The outputs, in the order of the prompts; None: from a new engine."""
+    requests = make_requests(replica, asked, lora)
+    return run_everywhere(replica, engine or replica.engine(), requests, key=key)

@@ -138,12 +138,14 @@ class _Current:
 _APPS: dict[str, tuple[Any, _Current]] = {}
 
 
-def app_over(router: ScriptedRouter, *, sampling: SamplingParams | None = None, **server: Any) -> Any:
+def app_over(
+    router: ScriptedRouter, *, sampling: SamplingParams | None = None, lora: dict[str, str] | None = None, **server: Any
+) -> Any:
     """The application over `router`, until it is called again with the same keys."""
-    name = repr((sampling, sorted(server.items())))
+    name = repr((sampling, lora, sorted(server.items())))
     if name not in _APPS:
         model, section = ModelSection(path="tiny"), ServerSection(**server)
-        config = ServeConfig(model=model, sampling=sampling or SamplingParams(), server=section)
+        config = ServeConfig(model=model, sampling=sampling or SamplingParams(), server=section, lora=lora or {})
         current = _Current()
         _APPS[name] = create_app(config, current, ServeMetrics("tiny")), current  # type: ignore[arg-type]
     app, current = _APPS[name]

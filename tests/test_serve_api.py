@@ -7,6 +7,7 @@ import json
 import logging
 import socket
 import time
+from dataclasses import replace
 from functools import cache
 from threading import Thread
 from typing import Any
@@ -542,6 +543,18 @@ def test_a_bug_is_a_500_that_says_nothing_of_it(caplog):
     with caplog.at_level(logging.CRITICAL):
         said = error(post("/v1/completions", {"prompt": SECRET}, Broken(known())), 500)
     assert said["code"] == "internal_error" and said["param"] is None
+
+
+def test_an_adapter_is_a_model_of_its_name():
+    scripted = router()
+    scripted.limits = replace(scripted.limits, adapters=("poet",))
+    app = app_over(scripted, lora={"poet": "folder"})
+    cards = ask(app, "GET", "/v1/models").json()["data"]
+    assert [(card["id"], card["parent"]) for card in cards] == [("tiny", None), ("poet", "tiny")]
+    for model, adapter in (("poet", "poet"), ("tiny", ""), (None, "")):
+        body = {"prompt": "hello", "max_tokens": 2} | ({"model": model} if model else {})
+        assert ask(app, "POST", "/v1/completions", json=body).json()["model"] == (model or "tiny")
+        assert scripted.requests[-1].lora == adapter
 
 
 def test_paths_and_methods_have_envelopes():

@@ -325,6 +325,8 @@ class InferConfig:
 
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    lora: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters by name: folders as PEFT saves them. A prompt uses one where its input line says `"lora": NAME`."""
     engine: EngineSection = field(default_factory=EngineSection)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     input: InputSection = field(default_factory=InputSection)
@@ -339,6 +341,8 @@ class ServeConfig:
 
     model: ModelSection = field(default_factory=ModelSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    lora: dict[str, str] = field(default_factory=dict)
+    """LoRA adapters by name: folders as PEFT saves them. Each is a model of its name to clients."""
     engine: EngineSection = field(default_factory=EngineSection)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Of requests that do not say otherwise."""

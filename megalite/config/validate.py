@@ -31,6 +31,7 @@ from megalite.config.schema import (
     ModelSection,
     OutputSection,
     ParallelSection,
+    ServeConfig,
     TrainConfig,
 )
 from megalite.config.train_rules import learning_rules, train_rules
@@ -60,6 +61,7 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     if isinstance(config, GeneratingConfig):
         _inference_rules(rules, model)
         _writable_rule(rules.at("monitor"), "status_file")
+        _lora_rules(rules, config)
         if isinstance(config, InferConfig):
             _input_rules(rules.at("input"), model)
             _output_rules(rules.at("output"), config.input)
@@ -81,6 +83,17 @@ def engine_problems(config: GeneratingConfig, model: ModelFacts | None) -> list[
     rules = Rules(config)
     _inference_rules(rules, model)
     return rules.problems
+
+
+def _lora_rules(rules: Rules, config: GeneratingConfig) -> None:
+    own = [*(config.server.model_names or []), config.model.path] if isinstance(config, ServeConfig) else []
+    for name, folder in config.lora.items():
+        if not name or not name.isprintable() or name in own:
+            rule = "must name adapters by printable words that are not the model's"
+            rules.problems.append(problem("lora", rule, name))
+        elif not Path(folder).is_dir():
+            rule = f"{name} must be a folder as PEFT saves adapters"
+            rules.problems.append(problem("lora", rule, folder, nearest_path(folder)))
 
 
 def _hybrid_rules(rules: Rules, model: ModelFacts | None) -> None:

@@ -67,6 +67,7 @@ _LLM_WITHOUT_EFFECT = frozenset(
     distributed_executor_backend enable_chunked_prefill enable_dbo enable_expert_parallel
     enable_flashinfer_autotune enable_layerwise_nvtx_tracing enable_log_requests enable_mfu_metrics
     enable_prompt_tokens_details guided_decoding_backend kv_cache_metrics limit_mm_per_prompt
+    enable_lora fully_sharded_loras lora_dtype lora_extra_vocab_size max_cpu_loras max_lora_rank max_loras
     long_prefill_token_threshold max_long_partial_prefills max_num_partial_prefills max_parallel_loading_workers
     max_seq_len_to_capture model_impl multi_step_stream_outputs nccl_communicator num_lookahead_slots
     num_scheduler_steps optimization_level preemption_mode prefix_caching_hash_algo ray_workers_use_nsight
@@ -97,7 +98,6 @@ _LLM_REFUSED = _refused(
     ),
     ("disable_sliding_window", "a window of the model's is always obeyed"),
     ("download_dir", "the hub's cache is set by the environment variable HF_HOME", (None,)),
-    ("enable_lora fully_sharded_loras", "adapters are not read; merge them into the weights"),
     ("enable_sleep_mode", "an LLM keeps its memory until it is closed"),
     ("hf_config_path", "config.json is read from the model's folder", (None,)),
     ("hf_overrides rope_scaling", "config.json is obeyed; change a copy of it", (None, {})),
@@ -140,7 +140,7 @@ _SAMPLING_REFUSED = _refused(
 
 _CALL_REFUSED = _refused(
     ("chat_template_content_format", "contents reach the template as they are", (None, "auto", "string")),
-    ("lora_request prompt_adapter_request", "adapters are not read; merge them into the weights"),
+    ("prompt_adapter_request", "of adapters only LoRA is read"),
     ("mm_processor_kwargs", "only text goes in here", (None, False, {}, "")),
     ("priority", "requests are served in their order", (None, "fcfs")),
     ("tokenization_kwargs", "give token ids instead", (None, {})),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -74,6 +74,7 @@ class LLM:
         load_format: Literal["auto", "dummy"] = "auto",
         quantization: str | None = None,
         trust_remote_code: bool = False,
+        lora: Mapping[str, str] | None = None,
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
@@ -92,6 +93,7 @@ class LLM:
             load_format: "dummy" gives the model random weights.
             quantization: as `model.quantization`; None: as the checkpoint says.
             trust_remote_code: False, as no code is run.
+            lora: LoRA adapters by name, folders as PEFT saves them; see `lora_request` of `generate`.
             tensor_parallel_size, pipeline_parallel_size, data_parallel_size: their product is the number of ranks.
             engine: keys of the config's engine section: max_model_len, gpu_memory_utilization, block_size...
                 Arguments of vLLM's that mean nothing here are passed over, with a line on the log that names them.
@@ -113,6 +115,7 @@ class LLM:
                 quantization=quantization,
                 trust_remote_code=trust_remote_code,
             ),
+            lora=dict(lora or {}),
             parallel=ParallelSection(tp=tensor_parallel_size, pp=pipeline_parallel_size, dp=data_parallel_size),
             engine=engine_section(engine, signature(LLM).parameters),
             distributed=DistributedSection(device=device_type),
@@ -230,6 +233,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         *,
         prompt_token_ids: Any = None,
+        lora_request: Any = None,
         stream: bool = False,
         **others: Any,
     ) -> list[RequestOutput] | Generation:
@@ -243,6 +247,8 @@ class LLM:
                 second call gives other samples, and the same calls in another LLM the same.
             use_tqdm: show a progress bar on a terminal; a callable is called as tqdm is, for a bar of one's own.
             prompt_token_ids: in place of `prompts`, as older versions of vLLM take token ids.
+            lora_request: the name of a LoRA adapter, one for all prompts or a list with one for each (None: none); or,
+                as in vLLM, an object with `lora_name` and `lora_path`, which is read where it is new.
             stream: give a `Generation` at once, an iterator of what each sample gains (`TokenDelta`), also for
                 `async for`; it has the results when it has ended. No bar is shown, and best_of may not exceed n.
 
@@ -254,7 +260,8 @@ class LLM:
         if prompts is not None and prompt_token_ids is not None:
             raise ConfigError("generate: give either prompts or prompt_token_ids")
         given = as_prompts(prompts if prompt_token_ids is None else prompt_token_ids)
-        requests = self._requests(given, self._checked(sampling_params, len(given), stream=stream))
+        params = self._checked(sampling_params, len(given), stream=stream)
+        requests = self._requests(given, params, lora=self._adapters(lora_request, len(given)))
         return self._stream(requests) if stream else self._run(requests, use_tqdm)
 
     @overload
@@ -291,6 +298,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        lora_request: Any = None,
         **chat_variables: Any,
     ) -> list[RequestOutput] | Generation:
         """Answer a conversation, a list of {role, content}, or several; else as `generate`.
@@ -312,7 +320,8 @@ class LLM:
         variables |= {} if chat_template is None else {"chat_template": chat_template}
         variables |= {} if tools is None else {"tools": tools}
         params = self._checked(sampling_params, len(chats), stream=stream)
-        requests = self._requests([(chat, None) for chat in chats], params, variables)
+        lora = self._adapters(lora_request, len(chats))
+        requests = self._requests([(chat, None) for chat in chats], params, variables, lora)
         return self._stream(requests) if stream else self._run(requests, use_tqdm)
 
     def logprobs(self, prompts: Any, use_tqdm: bool | Callable[..., Any] = False) -> list[list[TokenLogprob]]:
@@ -377,8 +386,10 @@ class LLM:
         prompts: list[tuple[Any, str | None]],
         params: list[SamplingParams],
         chat_variables: dict[str, Any] | None = None,
+        lora: list[str] | None = None,
     ) -> list[Request]:
-        """`prompts`: each with its text, where it is token ids that came with one. They will be run."""
+        """`prompts`: each with its text, where it is token ids that came with one; `lora`: the name of each one's
+        adapter. They will be run."""
         self._require_rest()
         raw = [
             RawRequest(
@@ -389,6 +400,7 @@ class LLM:
                 index=self._asked + index,
                 where=f"prompts[{index}]",
                 chat_variables=chat_variables or {},
+                lora=lora[index] if lora else "",
             )
             for index, ((prompt, text), sampling) in enumerate(zip(prompts, params, strict=True))
         ]
@@ -400,6 +412,24 @@ class LLM:
         self._calls += 1
         self._asked += len(requests)
         return requests
+
+    def _adapters(self, asked: Any, count: int) -> list[str]:
+        """The name of each prompt's LoRA adapter, empty for none; what is new is read. ConfigError: it can't be."""
+        each = list(asked) if isinstance(asked, list | tuple) else [asked] * count
+        if len(each) != count:
+            raise ConfigError(f"lora_request: {len(each)} were given for {count} prompts; give one, or one for each")
+        names = []
+        for one in each:
+            name = one if isinstance(one, str) else getattr(one, "lora_name", "" if one is None else one)
+            if not isinstance(name, str):
+                raise ConfigError(problem("lora_request", "must be an adapter's name or have lora_name", name))
+            path = getattr(one, "lora_path", None)
+            if path:
+                self._require_rest()
+                self.replica.add_adapter(name, str(path))
+                self._limits = prompt_limits(self.replica)
+            names.append(name)
+        return names
 
     def _ready_engine(self) -> Engine:
         if self._engine is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ from megalite.text.tokenizer import Tokenizer
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import ModelFolder
 from megalite.weights.hf import resolve
+from megalite.weights.lora_loading import load_adapters
 from megalite.weights.table import owned
 from megalite.weights.transfer import build, initialise, load_folder
 
@@ -67,13 +69,17 @@ class Replica:
         dp_mode: Literal["sync", "async"] = "sync",
         meter: Meter | None = None,
         load_peak_bytes: int = 0,
+        lora: Mapping[str, str] | None = None,
     ):
-        """`decoder`: filled with weights, or about to be; it may be in training as well."""
+        """`decoder`: filled with weights, or about to be; it may be in training as well. `lora`: folders by name."""
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.settings = engine
         self.dp_mode = dp_mode
+        self._lora = dict(lora or {})
+        self.adapters = load_adapters(decoder, self._lora) if self._lora else None
+        """LoRA beside the decoder's linears."""
         self.meter = meter or decoder.state.meter
         self.load_peak_bytes = load_peak_bytes
         """Memory that loading took at its peak."""
@@ -86,6 +92,23 @@ class Replica:
         self._runner: Runner | None = None
         runtime.before_groups_go.append(self._drop_graphs)
         self._fit()
+
+    def add_adapter(self, name: str, folder: str) -> None:
+        """Read one more LoRA adapter, for runs from now on; one that is there already stays.
+
+        Collective over the layout. CheckpointError: it can't be used; ConfigError: another has its name.
+        """
+        if self._lora.setdefault(name, folder) != folder:
+            raise ConfigError(f"the LoRA adapter {name!r} is {self._lora[name]} already, not {folder}")
+        if self.adapters is not None and name in self.adapters.names:
+            return
+        try:
+            self.adapters = load_adapters(self.decoder, self._lora)
+        except BaseException:
+            del self._lora[name]
+            raise
+        if self._runner is not None:
+            self._runner.use_adapters(self.adapters)
 
     def _drop_graphs(self) -> None:
         if self._runner is not None:
@@ -184,6 +207,7 @@ class Replica:
             use_graphs=self._captures(),
             return_ids=self._overlaps(),
             scored_rows=scored_rows(self.model, settings.max_num_seqs),
+            adapters=self.adapters,
         )
         return Engine(
             self.state,
@@ -268,6 +292,7 @@ def load_replica(config: GeneratingConfig, runtime: Runtime) -> tuple[Replica, M
         engine=config.engine,
         dp_mode=parallel.dp_mode,
         load_peak_bytes=peak_memory() - before,
+        lora=config.lora,
     )
     return replica, folder
 

@@ -32,6 +32,8 @@ class Request:
     """Resolved: the spellings of params.bad_words in tokens; the last token of one never follows its others."""
     grammar: str = ""
     """Resolved: what params.structured_outputs ask for, as text/grammar.py compiles it; empty: nothing."""
+    lora: str = ""
+    """Name of the adapter that it runs with; empty: none."""
     stream: bool = False
     """What it gains is given out step by step (`engine.Events.deltas`), not only its result."""
     given: tuple[tuple[int, ...], ...] = ()

@@ -43,6 +43,8 @@ class Batch:
     """int64 [R]: row numbers of the sampled rows."""
     positions: Tensor
     """int64 [R]: where their new tokens will stand."""
+    token_rows: Tensor
+    """int64 [T]: row number of each token."""
 
 
 class Rows:
@@ -134,7 +136,7 @@ class Rows:
             table_rows=inputs[0],
             max_query_len=1,
         )
-        return Batch(step.token_ids, context, None, step.rows[:0], step.rows, step.next_positions)
+        return Batch(step.token_ids, context, None, step.rows[:0], step.rows, step.next_positions, step.rows)
 
     def chunk_batch(self, inputs: Tensor, size: int) -> Batch:
         """The batch of rows with any numbers of tokens, padded to `size`, from the rows' numbers on an accelerator;
@@ -166,7 +168,7 @@ class Rows:
         logit_rows = torch.where(sampled, ends[chosen] - 1, 0)
         rows = torch.where(sampled, row[chosen], self.padding_row)
         new = torch.where(sampled, (first + count)[chosen], 0)
-        return Batch(self.tokens[row[of], position].long(), context, logit_rows, index[:0], rows, new)
+        return Batch(self.tokens[row[of], position].long(), context, logit_rows, index[:0], rows, new, row[of])
 
     # ---- any step
 
@@ -192,7 +194,7 @@ class Rows:
             ids = torch.from_numpy(tokens[rows, positions].astype(np.int64))
             places = map(torch.from_numpy, (positions, lengths, slots))
             context = HostAttention(self.cache, _cache_rows(plan, size), *places)
-            return Batch(ids, context, *map(torch.from_numpy, wanted))
+            return Batch(ids, context, *map(torch.from_numpy, (*wanted, rows)))
         arrays = (rows, positions, lengths, slots, *wanted, numbers, ends - counts, starts + counts)
         changes = (numbers[grown], starts[grown] // size, blocks[grown], numbers[told], starts[told], known[told])
         parts = (*arrays, ends[-1:], *changes)
@@ -213,7 +215,7 @@ class Rows:
             max_query_len=int(counts.max()),
             fresh=not starts.any(),
         )
-        return Batch(self.tokens[row, position].long(), context, *chosen)
+        return Batch(self.tokens[row, position].long(), context, *chosen, row)
 
 
 def _logit_rows(plan: StepPlan, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,7 @@ def prompt_limits(replica: Replica) -> PromptLimits:
         max_model_len=replica.max_model_len,
         eos_token_ids=replica.model.eos_token_ids,
         seed=replica.settings.seed,
+        adapters=replica.adapters.names if replica.adapters is not None else (),
     )
 
 

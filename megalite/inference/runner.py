@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megalite.core.adapters import Adapters
 from megalite.core.collectives import gather_columns, prepare_sums
 from megalite.core.pipeline import StageLink
 from megalite.errors import maybe_fault
+from megalite.inference.adapter_rows import AdapterRows
 from megalite.inference.choice import PLAIN, Choice, SampledRows
 from megalite.inference.graphs import StepGraphs, StepOutput
 from megalite.inference.matchers import Masks
@@ -59,6 +61,7 @@ class Runner:
         use_graphs: bool,
         return_ids: bool,
         scored_rows: int,
+        adapters: Adapters | None = None,
     ):
         """`max_rows`, `max_tokens`: of a step. `weights`: of a stage, one number for every rank.
 
@@ -78,6 +81,7 @@ class Runner:
         width = decoder.config.hidden_size
         self.link = StageLink(self.state, hidden_size=width, dtype=weight.dtype, device=weight.device)
         prepare_sums(self.state.tp, width=width, dtype=weight.dtype, device=weight.device)
+        self.adapters = AdapterRows(adapters, rows) if adapters is not None else None
         self.return_ids = return_ids and self.state.pp.size > 1
         self._returning: deque[tuple[int, Tensor, Tensor]] = deque()
         """First stage: step, rows and positions of ids that will come back."""
@@ -113,6 +117,8 @@ class Runner:
         maybe_fault("decode.step", self.state.rank)
         self._take_returned(plan.step - self.state.pp.size)
         self.rows.admit(plan.admitted)
+        if self.adapters is not None:
+            self.adapters.admit(plan)
         masks = None
         if self.state.is_last_stage:
             self.sampler.admit(plan.admitted)
@@ -128,6 +134,8 @@ class Runner:
                 return self._finished(plan, output, masks, padded=True)
         with self.meter.phase("compute", "forward"):
             batch = self.rows.batch(plan)
+            if self.adapters is not None:
+                self.adapters.choose(batch)
             hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
         if self.state.is_last_stage:
             self._score(batch, hidden, on_prompt)
@@ -168,6 +176,8 @@ class Runner:
 
     def _whole_step(self, batch: Batch, x: Tensor | None) -> StepOutput:
         """A step of a padded size, on the last stage to the next tokens, as rows without special needs get them."""
+        if self.adapters is not None:
+            self.adapters.choose(batch)
         hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
         if not self.state.is_last_stage:
             return StepOutput(batch, hidden, None)
@@ -216,6 +226,11 @@ class Runner:
         if self.host is not None:
             self.host.free()
         self.drop_graphs()
+
+    def use_adapters(self, adapters: Adapters) -> None:
+        """Other adapters than those so far; between runs."""
+        self.drop_graphs()
+        self.adapters = AdapterRows(adapters, self.rows)
 
     def drop_graphs(self) -> None:
         """Forget captured graphs. NCCL never destroys a communicator that a graph still uses."""

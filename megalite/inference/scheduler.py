@@ -295,7 +295,8 @@ class Scheduler:
     def _salt(self, first_arrival: int, request: Request) -> bytes:
         """Start of a request's chain of content keys; `first_arrival` is its first sample's, so unlike any other's."""
         owner = -1 if self._prefix_caching else first_arrival
-        return array("q", (self._cache_age, owner, self._key_variant(request.longest))).tobytes()
+        salt = array("q", (self._cache_age, owner, self._key_variant(request.longest))).tobytes()
+        return salt + request.lora.encode()  # keys and values are the adapter's as well
 
     def _row(self, seq: Sequence, count: int, *, block: int = -1) -> Row:
         """Schedule the next `count` tokens of a sequence that has the blocks for them."""

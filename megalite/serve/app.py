@@ -168,7 +168,7 @@ def _describing(preparer: Preparer, router: Router) -> APIRouter:
             created=created,
             owned_by="megalite",
             root=preparer.names[0],
-            parent=None,
+            parent=preparer.names[0] if name not in preparer.own_names else None,
             max_model_len=preparer.limits.max_model_len,
         )
 

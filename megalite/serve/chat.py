@@ -31,7 +31,8 @@ async def chat_completions(
     prompts = chat_prompts(body, {"reasoning_effort": body.reasoning_effort})
     if body.tool_choice == "none":
         prompts.variables.pop("tools", None)
-    requests = await preparer.requests(prompts, params, name=answer.id, stream=bool(body.stream))
+    how = {"name": answer.id, "model": answer.model}
+    requests = await preparer.requests(prompts, params, stream=bool(body.stream), **how)
     writer = _Writer(body, answer, preparer.texts, requests[0])
     if body.stream:
         return await EventStream(http, writer, answer, body.stream_options).begin(router, requests)

@@ -28,7 +28,8 @@ async def completions(
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = preparer.params(body, given, {})
     prompts = Prompts(values=several(body.prompt), where="prompt")
-    requests = await preparer.requests(prompts, params, name=answer.id, stream=bool(body.stream))
+    how = {"name": answer.id, "model": answer.model}
+    requests = await preparer.requests(prompts, params, stream=bool(body.stream), **how)
     texts = preparer.texts
     parts: list[tuple[str, list[int]]] = [("", [])] * len(requests)
     if body.echo:

@@ -43,6 +43,7 @@ def main(loaded: Loaded[ServeConfig], options: Options, external: External | Non
             max_model_len=config.engine.max_model_len or folder.model.max_position_embeddings,
             eos_token_ids=folder.model.eos_token_ids,
             seed=config.engine.seed,
+            adapters=tuple(config.lora),
         )
         _announce(config, folder, sock)
         replicas = external or starter(loaded, options, stack)

@@ -57,7 +57,9 @@ class Prompts:
     variables: dict[str, Any] = field(default_factory=dict)
     """Reach the chat template."""
 
-    def raw(self, params: SamplingParams, name: str, first: int, special_tokens: bool) -> list[RawRequest]:
+    def raw(
+        self, params: SamplingParams, name: str, first: int, special_tokens: bool, lora: str = ""
+    ) -> list[RawRequest]:
         several = len(self.values) > 1
         return [
             RawRequest(
@@ -68,6 +70,7 @@ class Prompts:
                 where=f"{self.where}[{place}]" if several else self.where,
                 chat_variables=self.variables,
                 special_tokens=special_tokens,
+                lora=lora,
             )
             for place, prompt in enumerate(self.values)
         ]
@@ -85,7 +88,10 @@ class Preparer:
         self._waiting = 0
         self._count = 0
         """Prompts so far: what makes their ids unique, and their seeds differ."""
-        self.names = config.server.model_names or [config.model.path or "model"]
+        self.own_names = config.server.model_names or [config.model.path or "model"]
+        """Of the model itself."""
+        self.names = [*self.own_names, *config.lora]
+        """With those of its adapters."""
 
     @property
     def limits(self) -> PromptLimits:
@@ -150,8 +156,10 @@ class Preparer:
             raise problem_error(problems[0], names)
         return replace(params, max_tokens=0, min_tokens=0) if only_scores else params
 
-    async def requests(self, prompts: Prompts, params: SamplingParams, *, name: str, stream: bool) -> list[Request]:
-        """The engine's requests for all prompts. ApiError, Overloaded, Draining, NoReplica."""
+    async def requests(
+        self, prompts: Prompts, params: SamplingParams, *, name: str, stream: bool, model: str
+    ) -> list[Request]:
+        """The engine's requests for all prompts; `model`: one of `names`. ApiError, Overloaded, Draining, NoReplica."""
         samples = params.best_of or params.n
         count = len(prompts.values) * samples
         if count > self._section.max_samples:
@@ -160,7 +168,8 @@ class Preparer:
             raise ApiError(400, most, param="n" if samples > 1 else prompts.where)
         least = sum(len(prompt) if isinstance(prompt, list) else 1 for prompt in prompts.values)
         self._router.admit(len(prompts.values), samples * (least + len(prompts.values) * (params.max_tokens or 1)))
-        raw = prompts.raw(params, name, self._count, self._section.special_tokens_in_chats)
+        lora = "" if model in self.own_names else model
+        raw = prompts.raw(params, name, self._count, self._section.special_tokens_in_chats, lora)
         self._count += len(raw)
         made = []
         for one in await self.in_thread(make_requests, raw, self.limits):

@@ -24,7 +24,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.files import open_regular
 from megalite.json_text import JsonLine
 
-_KEYS = ("prompt", *CHAT_KEYS, "id", "sampling")
+_KEYS = ("prompt", *CHAT_KEYS, "id", "sampling", "lora")
 _NO_OBJECT = 'must be a JSON object such as {"prompt": "..."}'
 _LEADING_ID = re.compile(r'\s*\{\s*"id"\s*:\s*("(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*"|[0-9]{1,18})\s*[,}]')
 """The id of a line that breaks off later."""
@@ -40,6 +40,8 @@ class Entry:
     sampling: Any = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     """What the chat template sees beside the messages."""
+    lora: str | None = None
+    """Name of its LoRA adapter."""
     error: str | None = None
 
 
@@ -93,7 +95,7 @@ def _entry(line: JsonLine, where: str) -> Entry:
     if problem:
         return Entry(where, id=own_id, error=f"{where}: {problem}.")
     prompt = value.get("prompt", value.get("messages"))
-    return Entry(where, prompt, own_id, value.get("sampling"), chat_variables(value))
+    return Entry(where, prompt, own_id, value.get("sampling"), chat_variables(value), value.get("lora"))
 
 
 def _shape_problem(value: dict[str, Any]) -> str | None:
@@ -108,6 +110,8 @@ def _shape_problem(value: dict[str, Any]) -> str | None:
     prompt = value.get("prompt", value.get("messages"))
     if "messages" in value and not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) for m in prompt)):
         return "messages must be a list of {role, content}, at least one"
+    if not isinstance(value.get("lora"), str | None):
+        return f"lora must be the name of an adapter, got {shown(value['lora'])}"
     wrong = variables_problem(value)
     if wrong is not None:
         return str(wrong).rstrip(".")

@@ -44,6 +44,8 @@ class PromptLimits:
     """Of the model's configuration; the tokenizer's own counts too."""
     seed: int = 0
     """engine.seed."""
+    adapters: tuple[str, ...] = ()
+    """Names of the LoRA adapters that are loaded."""
 
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Token ids that end the output."""
@@ -72,6 +74,8 @@ class RawRequest:
     """Reach the chat template."""
     text: str | None = None
     """The text of a prompt of token ids, where it is known."""
+    lora: str | None = None
+    """Name of the adapter to run with; None or empty: none."""
     special_tokens: bool = True
     """Of a chat: what its contents spell like a special token becomes one."""
 
@@ -121,7 +125,7 @@ def make_requests(
     not given the same, or do not make the same requests of it.
     """
     if ranks is not None:
-        ranks.compare(_digest((one.id, one.prompt, dict(one.chat_variables), one.params) for one in raw))
+        ranks.compare(_digest((one.id, one.prompt, dict(one.chat_variables), one.params, one.lora) for one in raw))
     refused = [_refusal(one, limits) for one in raw]
     written = [one for one, error in zip(raw, refused, strict=True) if error is None and one.ids is None]
     if ranks is None or not written:
@@ -154,6 +158,9 @@ def _refusal(one: RawRequest, limits: PromptLimits) -> ConfigError | None:
     problem = prompt_problem(one.prompt, key=one.where, vocab_size=limits.vocab_size)
     if problem is not None:
         return ConfigError(problem)
+    if one.lora and one.lora not in limits.adapters:
+        fix = f"There are: {', '.join(limits.adapters)}." if limits.adapters else "Name it in the section lora."
+        return _refused(one.where, f"there is no LoRA adapter {one.lora[:80]!r}", fix)
     if limits.tokenizer is not None:
         return None
     if one.params.stop:
@@ -201,6 +208,7 @@ def _request(one: RawRequest, limits: PromptLimits, ids: Iterable[int], text: st
         stop_token_ids=stops,
         bad_words=bad_words,
         grammar=grammar,
+        lora=one.lora or "",
     )
 
 
@@ -402,6 +410,7 @@ def _read(
                 index=index,
                 where=entry.where,
                 chat_variables={**variables, **entry.variables},
+                lora=entry.lora,
             )
         except ConfigError as error:
             found[name] = _failure(name, entry.prompt, error)
