@@ -16,6 +16,7 @@ from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
+from megalite.core.quantized import coded
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
 from megalite.weights.table import check_cuts, local_bytes, local_elements
@@ -173,3 +174,32 @@ def test_fp8_made_while_loading(models):
             )
         else:
             assert torch.equal(values, made[name])
+
+
+def decoded(kind: str, tensors: dict) -> torch.Tensor:
+    """The weight that codes as kernels take them stand for."""
+    codes, scales = tensors["codes"], tensors["scales"].float()
+    if kind == "int4":
+        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+    values = codes.view(torch.float8_e4m3fn).float() if kind == "fp8" else codes.float()
+    width = values.shape[1] // scales.shape[1]
+    if kind != "fp8":
+        values = values - tensors["zeros"].float().repeat_interleave(width, 1)
+    weight = values * scales.repeat_interleave(width, 1)
+    return weight[:, torch.argsort(tensors["order"])] if "order" in tensors else weight
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_for_kernels(kind, models):
+    """Every format as codes of 4 or 8 bits with scales of groups, but for mixed orders in one parameter."""
+    codes, _ = models(kind)
+    decoder = build(families.read(codes), ParallelState(WHOLE), dtype=torch.float32, device=torch.device("cpu"))
+    load_folder(decoder, codes)
+    layer = decoder.layers["0"]
+    for linear in (layer.attn.qkv, layer.attn.out, layer.mlp.up, layer.mlp.down):
+        format = linear.format
+        found = coded(format.format, dict(linear.stored), format.segments, format.columns)
+        if found is None:
+            assert kind == "gptq_act_order" and linear in (layer.attn.qkv, layer.mlp.up)
+        else:
+            assert torch.equal(decoded(*found), format.matrix(linear.stored))

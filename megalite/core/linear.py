@@ -23,8 +23,10 @@ from megalite.core.functional import by_kernels, gated
 from megalite.core.layers import Residual, RMSNorm, VocabParallelEmbedding, replicated, sharded
 from megalite.core.layout import Split, width
 from megalite.core.parallel_state import ParallelState
-from megalite.core.quantized import dequantize, to_fp8
-from megalite.kernels.jit import launches_dependents
+from megalite.core.quantized import coded, dequantize, to_fp8
+from megalite.kernels import codes as codes_kernels
+from megalite.kernels.codes import LEAST_BLOCK, block_of
+from megalite.kernels.jit import launches_dependents, triton
 from megalite.kernels.thin import MAX_ROWS, thin_linear
 
 Stored = Mapping[str, Tensor | None]
@@ -159,8 +161,84 @@ class Quantized(Format):
         return found
 
     def matrix(self, stored: Stored) -> Tensor:
-        tensors = {name: tensor.detach() for name, tensor in stored.items() if tensor is not None}
-        return dequantize(self.format, tensors, self.segments, self.columns).to(self.dtype)
+        return dequantize(self.format, _present(stored), self.segments, self.columns).to(self.dtype)
+
+    def coded(self, stored: Stored) -> tuple[str, dict[str, Tensor]] | None:
+        """See `quantized.coded`; None also where this device has no kernels for codes."""
+        tensors = _present(stored)
+        if not _keeps_codes(next(iter(tensors.values())), self.dtype):
+            return None
+        return coded(self.format, tensors, self.segments, self.columns)
+
+
+def _present(stored: Stored) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in stored.items() if tensor is not None}
+
+
+class Coded(Format):
+    """A weight as the kernels of `kernels.codes` take it: `codes`, `scales`, perhaps `zeros` and `order`.
+
+    Up to MAX_ROWS rows codes are multiplied as they are read. More rows are multiplied by the numbers written out, or,
+    in fp8 with a scale a row, as fp8 with a scale a token.
+    """
+
+    def __init__(self, kind: str, dtype: torch.dtype):
+        self.kind = kind
+        self.dtype = dtype
+
+    def matrix(self, stored: Stored) -> Tensor:
+        codes, scales, zeros = (stored.get(name) for name in ("codes", "scales", "zeros"))
+        assert codes is not None and scales is not None
+        weight = codes_kernels.expand(codes, scales, zeros, kind=self.kind, dtype=self.dtype)
+        order = stored.get("order")
+        return weight if order is None else weight[:, torch.argsort(order)]
+
+    def product(
+        self,
+        x: Tensor,
+        stored: Stored,
+        bias: Tensor | None = None,
+        *,
+        gate: str | None = None,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        assert norm is None and residual is None
+        codes, scales, zeros = (stored.get(name) for name in ("codes", "scales", "zeros"))
+        order = stored.get("order")
+        assert codes is not None and scales is not None
+        x = x if order is None else x[:, order]
+        if x.shape[0] <= codes_kernels.MAX_ROWS and x.dtype.itemsize == 2:
+            y = codes_kernels.codes_linear(x, codes, scales, zeros, bias, kind=self.kind)
+        elif self.kind == "fp8" and scales.shape[1] == 1 and x.dtype == torch.bfloat16 and _suits_scaled_mm(codes):
+            y = _scaled_product(x, codes.view(torch.float8_e4m3fn), scales, bias)
+        else:
+            y = F.linear(x, codes_kernels.expand(codes, scales, zeros, kind=self.kind, dtype=x.dtype), bias)
+        return y if gate is None else gated(y, gate)
+
+
+def _suits_scaled_mm(codes: Tensor) -> bool:
+    """Whether cuBLAS multiplies fp8 of this shape."""
+    return codes.is_cuda and codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0
+
+
+def _scaled_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [T, K] times codes [N, K] with scales [N, 1] -> [T, N], with x in fp8 too, a scale a row."""
+    inputs, mine = to_fp8(x)
+    found: Tensor = torch._scaled_mm(
+        inputs, codes.t(), scale_a=mine, scale_b=scales.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True
+    )
+    return found
+
+
+def _keeps_codes(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels multiply codes on this device: of e4m3 from compute capability 8.9 on, so all from there on."""
+    return (
+        tensor.is_cuda
+        and triton is not None
+        and dtype.itemsize == 2
+        and torch.cuda.get_device_capability(tensor.device) >= (8, 9)
+    )
 
 
 def _torch_dtype(name: str) -> torch.dtype:
@@ -210,16 +288,28 @@ class Linear(nn.Module):
     def settle(self, quantization: str | None) -> None:
         """Once the weight is loaded: keep it in the form in which it is applied on this device."""
         if isinstance(self.format, Quantized):
-            weight = self.format.matrix(self.stored)
-            for part in self.format.format.parts:
-                del self._parameters[part.name]
-            self.weight = nn.Parameter(weight, requires_grad=False)
-            self.format = DENSE
+            found = self.format.coded(self.stored)
+            if found is None:
+                self._keep(DENSE, {"weight": self.format.matrix(self.stored)})
+            else:
+                self._keep(Coded(found[0], self.format.dtype), found[1])
         elif quantization == "fp8":
             largest = self.weight.abs().amax(1, keepdim=True)
             if isinstance(self, RowParallelLinear) and self.state.tp.size > 1:
                 dist.all_reduce(largest, dist.ReduceOp.MAX, self.state.tp.group)
-            round_to_fp8(self.weight, largest)
+            if not _keeps_codes(self.weight, self.weight.dtype) or block_of(self.weight.shape[1]) < LEAST_BLOCK:
+                round_to_fp8(self.weight, largest)
+                return
+            codes, scales = to_fp8(self.weight, largest)
+            self._keep(Coded("fp8", self.weight.dtype), {"codes": codes.view(torch.uint8), "scales": scales})
+
+    def _keep(self, format: Format, tensors: Mapping[str, Tensor]) -> None:
+        """Put tensors of another format in place of those that there are."""
+        for name in [name for name in self._parameters if name != "bias"]:
+            del self._parameters[name]
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.format = format
 
 
 class ColumnParallelLinear(Linear):

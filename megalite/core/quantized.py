@@ -6,12 +6,13 @@ A stacked parameter holds several matrices, `segments` rows of each, whose codes
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Packed, WeightFormat
+from megalite.kernels.codes import LEAST_BLOCK, block_of
 
 FP8_MAX = 448.0
 """The largest number of float8 e4m3."""
@@ -99,6 +100,64 @@ def _codes(
     if groups is None:
         groups = torch.arange(columns, device=codes.device) // (group or columns)
     return Codes(codes[:rows, :columns], zeros[:rows].float(), scales.float(), groups)
+
+
+def coded(
+    format: WeightFormat, stored: Mapping[str, Tensor], segments: Sequence[int], columns: int
+) -> tuple[str, dict[str, Tensor]] | None:
+    """A weight's codes as the kernels of `kernels.codes` take them: their kind; codes, scales and zeros, and `order`,
+    the columns in the order of their groups, where it is not their own.
+
+    None where groups are not as long as each other, or too short.
+    """
+    mine = list(_segments(format, stored, segments, columns))
+    if isinstance(format, Elementwise):
+        return _coded_elements(format, mine, columns)
+    made = [codes_of(format, tensors, rows, columns) for rows, tensors in mine]
+    groups = made[0].groups
+    order = torch.argsort(groups, stable=True)
+    scales, zeros = torch.cat([one.scales for one in made]), torch.cat([one.zeros for one in made])
+    count = scales.shape[1]
+    even = columns % count == 0 and block_of(columns // count) >= LEAST_BLOCK
+    there = torch.arange(columns, device=order.device)
+    if not even or not torch.equal(groups[order], there // (columns // count)):
+        return None
+    if any(not torch.equal(one.groups, groups) for one in made):
+        return None
+    found = {"scales": _shortest(scales), "zeros": zeros.to(torch.int16)}
+    if not torch.equal(order, there):
+        found["order"] = order
+    codes = torch.cat([one.codes[:, order] for one in made])
+    if format.bits == 8:
+        return "int8", {"codes": codes, **found}
+    return "int4", {"codes": codes[:, 0::2] | (codes[:, 1::2] << 4), **found}
+
+
+def _coded_elements(
+    format: Elementwise, segments: Sequence[tuple[int, dict[str, Tensor]]], columns: int
+) -> tuple[str, dict[str, Tensor]] | None:
+    width = format.block[1] if format.block is not None else ALL
+    if columns % (width or columns) or block_of(width or columns) < LEAST_BLOCK:
+        return None
+    tall = None if format.block is None else replace(format, block=(format.block[0], ALL))
+    scales = []
+    for rows, mine in segments:
+        own = mine[format.scale_name]
+        scales.append(own.expand(rows, 1) if tall is None else element_scales(tall, own, rows, columns))
+    found = {"scales": torch.cat(scales).float().contiguous()}
+    codes = torch.cat([mine["weight"] for _, mine in segments])
+    if format.dtype == "F8_E4M3":
+        return "fp8", {"codes": codes.view(torch.uint8), **found}
+    zeros = torch.full_like(found["scales"], 128, dtype=torch.int16)
+    return "int8", {"codes": (codes.to(torch.int16) + 128).to(torch.uint8), "zeros": zeros, **found}
+
+
+def _shortest(scales: Tensor) -> Tensor:
+    """In float16 or bfloat16, where that changes nothing."""
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(scales.to(dtype).float(), scales):
+            return scales.to(dtype)
+    return scales
 
 
 def _unpack(packed: Tensor, bits: int, dim: int, places: Sequence[int] = _STRAIGHT) -> Tensor:

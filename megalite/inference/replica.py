@@ -86,7 +86,7 @@ class Replica:
         self.state = decoder.state
         self.layout = decoder.state.layout
         self.model = decoder.config
-        weight = next(decoder.parameters())
+        weight = next(param for param in decoder.parameters() if hasattr(param, "tensor_model_parallel"))
         self.dtype, self.device = weight.dtype, weight.device
         self.memory = RankMemory(self.model, self.layout, self.state.rank, self.dtype.itemsize)
         self._runner: Runner | None = None

@@ -77,7 +77,7 @@ class Runner:
         self.sampler = sampler
         self.meter = meter
         self.scored_rows = scored_rows
-        weight = next(decoder.parameters())
+        weight = next(param for param in decoder.parameters() if hasattr(param, "tensor_model_parallel"))
         width = decoder.config.hidden_size
         self.link = StageLink(self.state, hidden_size=width, dtype=weight.dtype, device=weight.device)
         prepare_sums(self.state.tp, width=width, dtype=weight.dtype, device=weight.device)
