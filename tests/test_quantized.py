@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from quantized_models import KINDS, write
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from megalite import LLM, SamplingParams
 from megalite.convert.convert import convert, export, reshard
+from megalite.convert.quantize import quantize, to_e4m3
 from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.core.linear import settle
@@ -106,11 +108,7 @@ def test_tokens_are_those_of_transformers(kind, models):
 
     codes, _ = models(kind)
     want = greedy(codes, [3, 14, 15, 9, 26], 8)
-    llm = LLM(str(codes), dtype="float32")
-    got = llm.generate(
-        [{"prompt_token_ids": want.prompt}], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    )
-    assert list(got[0].outputs[0].token_ids) == want.tokens
+    assert tokens_of(codes, want.prompt, 8) == want.tokens
 
 
 @pytest.mark.parametrize(
@@ -203,3 +201,58 @@ def test_codes_for_kernels(kind, models):
             assert kind == "gptq_act_order" and linear in (layer.attn.qkv, layer.mlp.up)
         else:
             assert torch.equal(decoded(*found), format.matrix(linear.stored))
+
+
+# ---- written by tools/convert.py --quantize ----------------------------------------------------------------------
+
+
+def tokens_of(folder, prompt, count):
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    return list(
+        LLM(str(folder), dtype="float32").generate([{"prompt_token_ids": prompt}], params)[0].outputs[0].token_ids
+    )
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 32), ("int8", None), ("fp8", None)])
+def test_what_is_written(kind, group, models, tmp_path):
+    """Each number within half a step; read by transformers with the same tokens; in shards the same bits."""
+    from reference import greedy
+
+    _, numbers = models("packed_8_rows")
+    quantize(numbers, None, tmp_path / "whole", kind, group=group)
+    plain, made = loaded(numbers), loaded(tmp_path / "whole")
+    for name, values in plain.items():
+        if ".attn." in name or ".mlp." in name:
+            blocks, errors = (x.unflatten(1, (-1, group or x.shape[1])) for x in (values, made[name] - values))
+            largest = blocks.abs().amax(2, keepdim=True)
+            steps = largest / (7.5 if group else 127.5)
+            if kind == "fp8":  # three bits of mantissa, and no exponent below 2^-6
+                steps = torch.maximum(blocks.abs(), largest / 448 / 64) / 8
+            assert errors.abs().max() > 0 and (errors.abs() <= steps * 0.5001).all(), name
+        else:
+            assert torch.equal(values, made[name])
+    want = greedy(tmp_path / "whole", [3, 14, 15, 9, 26], 6)
+    assert tokens_of(tmp_path / "whole", want.prompt, 6) == want.tokens
+    quantize(numbers, Layout(2), tmp_path / "cut", kind, group=group, dtype="float32")
+    report = verify(tmp_path / "cut", tmp_path / "whole")
+    assert report.is_well, report.findings
+    report = verify(tmp_path / "cut", numbers)
+    assert report.is_well and sum("rounding error" in note for note in report.notes) == 14
+
+
+def test_e4m3_rounds_as_torch_does():
+    values = np.random.default_rng(0).standard_normal((5, 20000)).astype(np.float32)
+    values = (values * np.array([[1e-3], [0.1], [1], [60], [200]], np.float32)).clip(-448, 448)
+    values[:, :2] = 0.0, -0.0
+    want = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(torch.from_numpy(to_e4m3(values)), want)
+
+
+def test_what_can_not_be_quantized(models, tmp_path):
+    codes, numbers = models("packed_8_rows")
+    with pytest.raises(ConfigError, match="is quantized already: packed int8, one group a row"):
+        quantize(codes, None, tmp_path / "out", "fp8")
+    with pytest.raises(ConfigError, match="64 columns, which are no whole groups of 128"):
+        quantize(numbers, None, tmp_path / "out", "int4")
+    with pytest.raises(ConfigError, match="fp8 has a scale a row"):
+        quantize(numbers, None, tmp_path / "out", "fp8", group=32)

@@ -53,6 +53,8 @@ class Piece:
     """The matrix of a linear map."""
     part: Part | None = None
     """Which of the tensors of a weight in a format of its own it is; None: numbers as they are."""
+    format: WeightFormat | None = None
+    """Of that weight."""
     numbers: int = 1
     """Numbers of the weight that an element stands for; 0 of scales and the like."""
 
@@ -176,6 +178,7 @@ def _stored(piece: Piece, format: WeightFormat, part: Part) -> Piece:
         hf_start=piece.hf_start // part.rows if part.rows else 0,
         transpose=part.turned,
         part=part,
+        format=format,
         numbers=(part.rows or 1) * (part.columns or 1) if is_codes else 0,
     )
     return _cut_by_columns(found, part) if piece.dim == 1 else _cut_by_rows(found, part)

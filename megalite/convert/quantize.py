@@ -1,0 +1,284 @@
+"""Checkpoints of numbers into quantized ones, rounded to nearest: compressed-tensors' formats, which transformers and
+vLLM read.
+
+    fp8    float8 e4m3, a scale a row (float-quantized)
+    int8   a scale a row, or a group of a row (pack-quantized)
+    int4   a scale a group of a row (pack-quantized)
+
+Embedding, head, routers, norms and biases stay as they are. Torch-free.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, index_of, write_shards
+from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
+from megalite.core.formats import ALL, Elementwise, Packed, WeightFormat
+from megalite.core.layout import Layout
+from megalite.errors import ConfigError, Problem
+from megalite.files import as_json
+from megalite.model import families
+from megalite.model.config import ModelConfig
+from megalite.weights import side_files
+from megalite.weights.checkpoint import Checkpoint, open_checkpoint
+from megalite.weights.copying import OpenFiles, matrices
+from megalite.weights.dtypes import SAFETENSORS
+from megalite.weights.folder import CONFIG
+from megalite.weights.manifest import WEIGHT, digest_of
+from megalite.weights.moves import move_of
+from megalite.weights.rounding import Elements, convert, to_float
+from megalite.weights.table import hf_shapes, pieces
+
+KINDS = ("fp8", "int8", "int4")
+FP8_MAX = 448.0
+DEFAULT_GROUP = 128
+"""Columns that share a scale in int4."""
+
+
+def quantize(
+    model: str | Path,
+    layout: Layout | None,
+    out: str | Path,
+    kind: str,
+    *,
+    group: int | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    **how: Any,
+) -> Written:
+    """A checkpoint into a quantized one: one file a rank of `layout`, None: a folder in Hugging Face layout.
+
+    Args:
+        kind: one of KINDS.
+        group: columns that share a scale, -1 for all; None: all, in int4 DEFAULT_GROUP.
+        dtype: of what is not quantized, and of the scales of integers; None: the checkpoint's own.
+        how: as in `convert.write_shards`.
+
+    ConfigError if a matrix has no whole groups, or the checkpoint is quantized already.
+    """
+    source, out = open_checkpoint(model, revision), Path(out)
+    if source.model.quantization is not None:
+        rule = f"{source.folder} is quantized already: {source.model.quantization.words}"
+        raise ConfigError(Problem(key="--quantize", rule=rule, fix="Give the unquantized model."))
+    values = side_files.with_dtype(source.values, dtype)
+    values["quantization_config"] = _quantization_config(source.model, kind, group)
+    target = families.from_values(source.folder / CONFIG, values, source.beside.generation)
+    _check_groups(target, source.model, kind)
+    if layout is None:
+        more = (how.get("overwrite", False), how.get("progress", SILENT))
+        return _write_folder(source, target, values, out, dtype, *more)
+    whole = out.with_name(f".{out.name}.quantized")
+    _write_folder(source, target, values, whole, dtype, True, ByteProgress())
+    try:
+        return write_shards(open_checkpoint(whole), layout, out, **how)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+def _quantization_config(model: ModelConfig, kind: str, group: int | None) -> dict[str, Any]:
+    group = group if group is not None else DEFAULT_GROUP if kind == "int4" else -1
+    number, bits = ("float", 8) if kind == "fp8" else ("int", int(kind.removeprefix("int")))
+    weights: dict[str, Any] = {"num_bits": bits, "type": number, "symmetric": True, "dynamic": False}
+    if kind == "fp8" and group != -1:
+        raise ConfigError(Problem(key="--group", rule="is for int4 and int8; fp8 has a scale a row", value=group))
+    weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if kind == "fp8" else None}
+    routers = [piece.hf.removesuffix(".weight") for piece in pieces(model) if piece.param.endswith(".router")]
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized" if kind == "fp8" else "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ["lm_head", *routers],
+    }
+
+
+def _check_groups(target: ModelConfig, source: ModelConfig, kind: str) -> None:
+    """ConfigError where columns are no whole groups."""
+    quantized = {piece.hf.removesuffix("weight_packed") for piece in pieces(target) if piece.part}
+    for piece in pieces(source):
+        format = next((format for _, _, format in target.quantization.formats), None) if target.quantization else None
+        group = format.group if isinstance(format, Packed) else ALL
+        if not group or piece.hf.removesuffix("weight") not in quantized:
+            continue
+        columns = piece.split.total if piece.dim == 1 else piece.other[0]
+        if columns % group:
+            rule = f"{piece.hf} has {columns} columns, which are no whole groups of {group}"
+            raise ConfigError(Problem(key="--group", rule=rule, fix="Choose a group that divides all of them, or -1."))
+
+
+def _write_folder(
+    source: Checkpoint,
+    target: ModelConfig,
+    values: Mapping[str, Any],
+    out: Path,
+    dtype: str | None,
+    overwrite: bool,
+    progress: ByteProgress,
+) -> Written:
+    dtypes, formats = _dtypes(source, target, dtype)
+    prefix = families.weight_names(source.model).prefix if source.bare else ""
+    files, infos = hf_files(target, out, dtypes, DEFAULT_SHARD_BYTES, prefix)
+    copies = {**side_files.chosen(source.folder, source.values, dtype), CONFIG: as_json(values).encode()}
+    work = digest_of(json.dumps(["quantize", source.identity, values]).encode() + b"".join(one.header for one in files))
+    made = _Made(source, formats, dtypes)
+
+    def converted(file: NewFile) -> Iterator[memoryview]:
+        mine = {name: info for name, info in infos.items() if info.file == out / file.name}
+        for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
+            yield np.ascontiguousarray(made.tensor(name)).reshape(-1).view(np.uint8).data
+            progress.advance(info.nbytes)
+
+    progress.begin(sum(info.nbytes for info in infos.values()))
+    with Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies)) as output, made:
+        for file in files:
+            output.fill(file.name, converted(file))
+        side_files.write(copies, out)
+        output.finish(lambda: side_files.write(index_of(infos) if len(files) > 1 else {}, out))
+    output.written.notes = tuple(source.notes)
+    return output.written
+
+
+def _dtypes(
+    source: Checkpoint, target: ModelConfig, dtype: str | None
+) -> tuple[dict[str, str], dict[str, tuple[str, str, WeightFormat]]]:
+    """Of each tensor of the target its dtype; of each that makes a quantized weight that weight, the tensor's part of
+    it, and the format."""
+    own = source.dtypes
+    usual = SAFETENSORS[dtype] if dtype else None
+    dtypes, formats = {}, {}
+    assert target.quantization is not None
+    format = target.quantization.formats[0][2]
+    for piece in pieces(target):
+        if piece.part is None:
+            dtypes[piece.hf] = usual or own[piece.hf]
+            continue
+        weight = f"{piece.hf.removesuffix(piece.part.name)}weight"
+        formats[piece.hf] = weight, piece.part.name, format
+        scales = "F32" if isinstance(format, Elementwise) else usual or own[weight]
+        wide = "I64" if piece.part.name == "weight_shape" else piece.part.dtypes[0]
+        dtypes[piece.hf] = scales if piece.part.is_float else wide
+    return dtypes, formats
+
+
+class _Made:
+    """Makes the tensors of the target, each weight once for its tensors where they follow one another."""
+
+    def __init__(
+        self, source: Checkpoint, formats: Mapping[str, tuple[str, str, WeightFormat]], dtypes: Mapping[str, str]
+    ):
+        self.source = source
+        self.formats = formats
+        self.dtypes = dtypes
+        self.files = OpenFiles()
+        self.shapes = hf_shapes(source.model)
+        self._small: dict[str, Elements] = {}
+        """Scales of weights whose codes have been made."""
+        self._last: tuple[str, dict[str, Elements]] = ("", {})
+
+    def __enter__(self) -> _Made:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.files.__exit__(*error)
+
+    def tensor(self, name: str) -> Elements:
+        """One tensor, as it is to be stored."""
+        if name not in self.formats:
+            values, dtype = self._read(name)
+            return convert(values, dtype, self.dtypes[name], name)
+        weight, part, format = self.formats[name]
+        if part == "weight_shape":
+            return np.array(self.shapes[weight], np.int64)
+        if name not in self._small and self._last[0] != weight:
+            values, dtype = self._read(weight)
+            made = codes_of(to_float(values, dtype), format, self.dtypes[f"{weight}_scale"])
+            self._last = weight, made
+            self._small[f"{weight}_scale"] = made["weight_scale"]
+        return self._small.pop(name) if name in self._small else self._last[1][part]
+
+    def _read(self, name: str) -> tuple[Elements, str]:
+        return whole_tensor(self.source, self.files, name)
+
+
+def whole_tensor(source: Checkpoint, files: OpenFiles, name: str) -> tuple[Elements, str]:
+    """A tensor of a checkpoint by its Hugging Face name, as it is stored, and its dtype."""
+    mine = [extent for extent in source.extents if extent.part[0] == name and extent.kind == WEIGHT]
+    found = []
+    for part in sorted({extent.part for extent in mine}):
+        move = move_of(extent for extent in mine if extent.part == part)
+        bands = [band.copy() for _, _, band in matrices(files, move, move.sources[0].range.piece.hf_dim)]
+        found.append(np.concatenate(bands))
+    values: Elements = np.concatenate(found, mine[0].range.piece.hf_dim)
+    return values.reshape(hf_shapes(source.model)[name]), mine[0].info.dtype
+
+
+def rounding_errors(codes: Checkpoint, numbers: Checkpoint) -> Iterator[tuple[str, float, float]]:
+    """Of each quantized weight: its name; its distance from the numbers, relative to their norm; the largest one."""
+    import torch
+
+    from megalite.core.quantized import dequantize
+
+    shapes = hf_shapes(numbers.model)
+    formats = {}
+    for piece in pieces(codes.model):
+        if piece.part is not None and piece.format is not None:
+            weight = f"{piece.hf.removesuffix(piece.part.name)}weight"
+            formats.setdefault(weight, (piece.format, {}))[1][piece.hf] = piece.part
+    with OpenFiles() as files:
+        for weight, (format, parts) in formats.items():
+            stored = {}
+            for name, part in parts.items():
+                values, dtype = whole_tensor(codes, files, name)
+                made = torch.from_numpy(values.view(np.uint8) if dtype.startswith("F8") else to_float(values, dtype))
+                made = made.view(torch.float8_e4m3fn) if dtype == "F8_E4M3" else made
+                stored[part.name] = (made.t() if part.turned else made).contiguous()
+            rows, columns = shapes[weight]
+            exact = torch.from_numpy(to_float(*whole_tensor(numbers, files, weight)))
+            wrong = dequantize(format, stored, [rows], columns) - exact
+            yield weight, float(wrong.norm() / exact.norm()), float(wrong.abs().max())
+
+
+def codes_of(weight: Elements, format: WeightFormat, scale_dtype: str) -> dict[str, Elements]:
+    """A matrix float32 [N, K] as the tensors of a format, scales in a dtype of their own."""
+    if isinstance(format, Elementwise):
+        scales = np.maximum(np.abs(weight).max(1, keepdims=True) / FP8_MAX, np.finfo(np.float32).tiny)
+        scales = scales.astype(np.float32)
+        return {"weight": to_e4m3(weight / scales), "weight_scale": scales}
+    assert isinstance(format, Packed)
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, -1, format.group or columns)
+    middle = 1 << (format.bits - 1)
+    scales = np.abs(grouped).max(2) / (middle - 0.5)
+    stored = convert(np.where(scales == 0, 1, scales).astype(np.float32), "F32", scale_dtype, "a scale")
+    codes = np.rint(grouped / to_float(stored, scale_dtype)[:, :, None]).clip(-middle, middle - 1) + middle
+    return {
+        "weight_packed": pack(codes.reshape(rows, columns).astype(np.uint32), format.bits),
+        "weight_scale": stored,
+    }
+
+
+def pack(codes: Elements, bits: int) -> Elements:
+    """Codes uint32 [N, K] in int32 [N, K * bits / 32], the first in the lowest bits."""
+    per = 32 // bits
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % per))).reshape(len(codes), -1, per)
+    words: Elements = np.bitwise_or.reduce(codes << (np.arange(per, dtype=np.uint32) * bits), axis=2)
+    return words.view(np.int32)
+
+
+def to_e4m3(values: Elements) -> Elements:
+    """Float32 within +-448 as the bits of float8 e4m3, rounded to nearest even (arXiv 2209.05433, table 1)."""
+    size = np.minimum(np.abs(values), np.float32(FP8_MAX))
+    exponent = np.where(size > 0, np.maximum(np.frexp(size)[1] - 1, -6), -6)
+    steps = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)  # 8..16 steps of 2^(exponent - 3); fewer: subnormal
+    bits = steps + 8 * (exponent + 6)
+    codes: Elements = (bits | (np.signbit(values) << 7)).astype(np.uint8)
+    return codes
