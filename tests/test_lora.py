@@ -13,6 +13,8 @@ from tiny_models import VOCAB
 
 from megalite.config.schema import InputSection, ModelSection, SamplingParams, ServeConfig
 from megalite.config.validate import validate
+from megalite.convert.convert import convert
+from megalite.convert.merge import merge
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError
 from megalite.inference.io.inputs import PromptLimits, read_inputs
@@ -186,6 +188,26 @@ def test_targets_are_those_of_peft(tiny):
         mine = {f"base_model.model.{name}" for name in chosen_modules(targets, read(tiny("llama3")))}
         adapted.unload()
         assert mine == names
+
+
+@pytest.mark.parametrize("name", ["llama3", "phi3", "gpt2"])
+@pytest.mark.parametrize("cut", [False, True], ids=["folder", "shards"])
+def test_merged_models_are_those_of_peft(name, cut, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = make_adapter(tiny(name), tmp_path / "own", 3, r=4, lora_alpha=8, target_modules="all-linear")
+    source = tiny(name)
+    if cut:
+        convert(source, Layout(tp=2, pp=2), tmp_path / "shards")
+        source = tmp_path / "shards"
+    merge(source, tmp_path / "own", tmp_path / "merged", max_shard_bytes=30_000)
+    ids = torch.tensor([PROMPTS[1]])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-5)
+        expected = model.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0)
 
 
 def test_from_python(tiny, adapters):

@@ -105,7 +105,7 @@ def write_shards(
     ResourceError when the disk is too small. Interrupted, the same call goes on with the files that are not finished.
     """
     layout = stored_layout(layout)
-    _check_places(source, out)
+    check_places(source, out)
     _check_layout(source.model, layout)
     made = rank_files(source, layout, out, dtype)
     files = [file for file, _ in made.values()]
@@ -157,7 +157,7 @@ def export(
     if not source.manifest:
         rule = f"{source.folder} is in Hugging Face layout already"
         raise ConfigError(Problem(key="--from", rule=rule, fix="Give a folder of rank shards."))
-    _check_places(source, out)
+    check_places(source, out)
     prefix = families.weight_names(source.model).prefix if source.bare else ""
     kept = {piece.hf for piece in pieces(source.model) if piece.keeps_dtype}
     dtypes = {name: SAFETENSORS[dtype] if dtype and name not in kept else own for name, own in source.dtypes.items()}
@@ -180,7 +180,8 @@ def export(
 # ---- checks before anything is written ---------------------------------------------------------------------------
 
 
-def _check_places(source: Checkpoint, out: Path) -> None:
+def check_places(source: Checkpoint, out: Path) -> None:
+    """ConfigError: `out` is no place to write to."""
     if out.exists() and out.resolve() == source.folder.resolve():
         raise ConfigError(Problem(key="--out", rule="is the folder that is read", fix="Choose another folder."))
     if out.exists() and not out.is_dir():

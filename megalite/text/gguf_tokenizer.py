@@ -135,8 +135,10 @@ def _surround(backend: tokenizers.Tokenizer, given: Mapping[str, Any], tokens: S
     """The tokens that every text begins and ends with."""
     by_default = given["model"] == "llama" or given.get("pre") in _WHOLE_WORDS
     wanted = {"bos": given.get("add_bos_token", by_default), "eos": given.get("add_eos_token", False)}
-    ids = {name: given.get(f"{name}_token_id") for name in wanted if wanted[name]}
-    ids = {name: index for name, index in ids.items() if index is not None}
+    ids: dict[str, int] = {}
+    for name, is_wanted in wanted.items():
+        if is_wanted and given.get(f"{name}_token_id") is not None:
+            ids[name] = given[f"{name}_token_id"]
     if not ids:
         return
     named = {name: tokens[index] for name, index in ids.items()}
