@@ -9,6 +9,7 @@ from megalite.tools import toolkit
 
 BENCHMARKS = {
     "balance": "which replica gets which request: simulated on recorded arrivals",
+    "collectives": "all_gather beside all_reduce, in column- and row-parallel layers",
     "convert": "convert, reshard, export and verify beside cp and transformers",
     "gpu": "generation on one GPU or several, beside what the device could do",
     "host": "what the host does for a decode step",
@@ -16,6 +17,7 @@ BENCHMARKS = {
     "offline": "generation beside transformers",
     "plan": "the planner's predictions beside what is measured here, or was published",
     "sync": "weights between two layouts in memory, beside gathering every tensor",
+    "trace": "what measuring every step costs",
     "train": "a training step beside transformers, both under DeepSpeed",
 }
 
@@ -31,7 +33,7 @@ def main() -> int:
 
 def add_arguments(parser: toolkit.Parser) -> None:
     assert parser.description is not None
-    parser.description += "\n\nbenchmarks:\n" + "\n".join(f"  {name:10} {text}" for name, text in BENCHMARKS.items())
+    parser.description += "\n\nbenchmarks:\n" + "\n".join(f"  {name:11} {text}" for name, text in BENCHMARKS.items())
     parser.add_argument("benchmark", choices=BENCHMARKS, help="each has a --help of its own")
 
 
