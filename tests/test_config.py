@@ -212,7 +212,7 @@ sampling: seed -1 9223372036854775808 | 0 null; max_tokens 0 | 1 null; min_token
 server: port -1 65536 | 0 65535; max_queued_requests 0 | 1; max_queued_tokens 0 | 1; max_samples 0 16385 | 1 16384
 server: max_logprobs -1 | 0; max_body 0 | 0.1; body_timeout 0 | 0.1; drain_timeout -1 | 0; stall_timeout 0 | 0.1
 server: restarts -1 | 0
-distributed: start_timeout 0 | 0.1; peer_timeout 0 | 0.1
+distributed: start_timeout 0 | 0.1; peer_timeout 0 | 0.1; step_timeout 0 | 0.1
 model: router_aux_loss_coef -1 | 0 null
 data: held_out 0 1 | 0.1; sequence_length 1 | 2; seed -1 9223372036854775808 | 0
 optimizer: learning_rate 0 | 0.1; min_learning_rate -1 | 0; warmup_steps -1 | 0; weight_decay -1 | 0

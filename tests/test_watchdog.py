@@ -21,9 +21,11 @@ import pytest
 from started import Started
 from waiting import PATIENCE, wait_until
 
+from megalite.core.progress import Progress
 from megalite.run import wire
 from megalite.run.processes import Process, ancestors, descendants, launcher_name, launchers
 from megalite.run.referee import End, Peer, Referee
+from megalite.run.stall import Account, Place, account, blame, read_account
 from megalite.run.watchdog import Watchdog, listen
 
 SCRIPT = Path(__file__).with_name("watched_rank.py")
@@ -118,6 +120,28 @@ CASES = {
         (130, 0, []),
         "rank 0 speaks: work",
     ),
+    "a rank that does not come": (
+        ["in:812", "in:812", "before:812"],
+        None,
+        [70] * 3,
+        (70, None, [2]),
+        r"rank 2 \(pid \d+ on here\) has not entered all_reduce #812 of tp group \[0, 1, 2\], for which rank 0 has "
+        r"waited \d+ s; it is in layer 5 of step 130, for \d+ s\. The run was stopped\.$",
+    ),
+    "one that holds Python's lock": (
+        ["in:7", "before:7,3600"],
+        None,
+        [70, -9],
+        (70, None, [1]),
+        r"rank 1 .* has not entered all_reduce #7 of tp group .*was last heard \d+ s ago: a native call holds",
+    ),
+    "a hub that holds Python's lock": (
+        ["before:7,3600", "in:7"],
+        None,
+        [-9, 70],
+        (70, None, [0]),
+        r"rank 0 .* has not entered all_reduce #7 of tp group .*was last heard \d+ s ago: a native call holds",
+    ),
     "a job that was suspended": (["work", "work", 4], suspend, [0, 0], (0, None, []), ""),
 }
 """How the ranks behave (and their time-out, 30 s if none), what is done to them, their exit codes, the end that is
@@ -126,7 +150,7 @@ decided (code, speaker, lost), and the one line that is said."""
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The runs by name, each once it has ended, four at a time."""
+    """The runs by name, each once it has ended, six at a time."""
     folder, runs = tmp_path_factory.mktemp("watched"), []
 
     def whole(place: int, name: str) -> Started:
@@ -139,7 +163,7 @@ def ended(tmp_path_factory):
         run.ended()
         return run
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(6) as pool:
         yield {name: pool.submit(whole, place, name) for place, name in enumerate(CASES)}
     for run in runs:
         run.kill()
@@ -148,7 +172,11 @@ def ended(tmp_path_factory):
 @pytest.mark.parametrize("name", CASES)
 def test_how_a_run_ends(ended, name):
     run, (_, _, codes, end, line) = ended[name].result(), CASES[name]
-    assert len(run.err) == bool(line) and all(re.search(line, one) for one in run.err), run.err
+    said, *stack = run.err or [""]
+    assert bool(said) == bool(line) and re.search(line, said), run.err
+    if stack:  # of who did not come
+        assert name == "a rank that does not come" and stack[0].startswith("Python stack of rank 2")
+        assert any("in stand_still" in call for call in stack), stack
     ends = [tuple(json.loads(path.read_text())) for path in run.folder.glob("end-*")]
     assert len(ends) == 1 and end in (ends[0], None)
     if codes is not None:  # the launcher lived to tell
@@ -242,6 +270,8 @@ UNDRAINED = End(
         ([("failed", 0, 1, True, "", 10.0), ("failed", 1, 3, False, "", 10.5)], {10.5: End(code=3, speaker=1)}),
         ([("failed", 0, 1, True, "", 10.0), ("lost", 2, "it went", 10.9)], {11.1: None, 11.3: LOST_2}),
         ([("failed", 0, 1, False, "x", 1.0), ("failed", 1, 2, False, "", 1.0)], {1.0: End(code=1, line="x")}),
+        ([("standing", [2], "x"), ("lost", 2, "killed", 1.0)], {1.0: End(code=70, line="x", lost=(2,))}),
+        ([("lost", 2, "it went", 1.0), ("standing", [2], "x")], {1.1: None, 1.4: LOST_2}),
         ([("lost", 2, "other", 1.0), ("stopped", 2, "it went", 1.1), ("lost", 2, "other", 1.2)], {1.4: LOST_2}),
         ([("finished", 0, 130, 10.0), ("finished", 2, 130, 12.0)], {129.9: None, 130.0: UNDRAINED}),
         (
@@ -382,3 +412,109 @@ time.sleep(60)
         parent.kill()
         parent.wait()
         wait_until(lambda: not child.alive(), "the child is gone")
+
+
+# ---- who keeps the others waiting
+
+
+def an_account(still, *places, finished=False, layer=None):
+    """places: (name, ranks, entered, inside)."""
+    made = tuple(
+        Place(name=name, ranks=ranks, flow=name == "hidden", entered=entered, operation="all_reduce", inside=inside)
+        for name, ranks, entered, inside in places
+    )
+    stack = ("model.py:7 in forward",)
+    return Account(still=still, finished=finished, step=("step", 130), layer=layer, places=made, stack=stack)
+
+
+TP01, TP23, FLOW = ("tp", (0, 1)), ("tp", (2, 3)), ("hidden", (1, 3))
+FOUR = [Peer(rank, "ab"[rank // 2], 10 + rank) for rank in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("accounts", "guilty", "says"),
+    [
+        pytest.param(
+            [an_account(20.0, (*TP23, 5, False)) for _ in range(4)], None, "", id="all stand, and nobody waits"
+        ),
+        pytest.param(
+            [
+                an_account(20.0, (*TP01, 3, True)),
+                an_account(20.0, (*TP01, 3, False), (*FLOW, 9, True)),  # sends, and waits for 3 to receive
+                an_account(12.0, (*TP23, 811, False), layer=5),
+                an_account(12.0, (*TP23, 812, True), (*FLOW, 7, False)),
+            ],
+            [2],
+            r"rank 2 \(pid 12 on b\) has not entered all_reduce #812 of tp group \[2, 3\], for which rank 3 has waited "
+            r"12 s; it is in layer 5 of step 130, for 12 s\. The run was stopped\.\nPython stack of rank 2.*\n  model",
+            id="the end of a chain",
+        ),
+        pytest.param(
+            [
+                an_account(12.0, (*TP01, 3, False)),
+                an_account(20.0, (*TP01, 4, True)),
+                an_account(0.1, (*TP23, 811, False)),
+                an_account(0.1, (*TP23, 812, True)),
+            ],
+            [0],
+            "rank 0 .*#4 of tp group",
+            id="while others go on",
+        ),
+        pytest.param(
+            [an_account(3.0, (*TP01, 3, False)), an_account(12.0, (*TP01, 4, True))], None, "", id="who is on its way"
+        ),
+        pytest.param(
+            [11.0, an_account(12.0, (*TP01, 4, True))], [0], "rank 0 .*holds Python's lock", id="who does not answer"
+        ),
+        pytest.param([2.0, an_account(12.0, (*TP01, 4, True))], None, "", id="who did answer a moment ago"),
+        pytest.param(
+            [an_account(12.0, (*TP01, 4, False)), an_account(12.0, (*TP01, 9, False))],
+            [0],
+            "rank 0 .*has not entered collective #5",
+            id="a host ahead of its device",
+        ),
+        pytest.param(
+            [an_account(12.0, (*TP01, 4, True)), an_account(12.0, (*TP01, 4, True))],
+            [0, 1],
+            r"all have entered all_reduce #4 of tp group \[0, 1\], and none has left it",
+            id="a network that does not deliver",
+        ),
+        pytest.param(
+            [
+                an_account(12.0, (*TP01, 4, True), ("dp", (0, 1), 1, False)),
+                an_account(12.0, (*TP01, 3, False), ("dp", (0, 1), 2, True)),
+            ],
+            [0, 1],
+            r"rank 0 .*has not entered all_reduce #2 of dp.*; rank 1 .*has not entered all_reduce #4 of tp",
+            id="collectives in different orders",
+        ),
+        pytest.param(
+            [an_account(0.0, finished=True), an_account(12.0, ("tp", (0, 1), 1, True))], None, "", id="one has finished"
+        ),
+        pytest.param(
+            [0.0, an_account(12.0, ("hidden", (0, 1), 1, True))], None, "", id="a message from who has just been heard"
+        ),
+        pytest.param(
+            [an_account(12.0), an_account(12.0, ("hidden", (0, 1), 1, True))],
+            [0],
+            r"rank 0 .*has not sent message #1 \(hidden\) to 1",
+            id="a message that is not sent",
+        ),
+    ],
+)
+def test_who_keeps_the_others_waiting(accounts, guilty, says):
+    found = blame(dict(enumerate(accounts)), FOUR, 10.0)
+    assert (found and found[0]) == guilty
+    assert not found or re.match(f"error: .*{says}", found[1]), found
+
+
+def test_what_an_account_is_made_of():
+    progress = Progress()
+    track = progress.track("tp", (0, 1))
+    with track.entering("all_reduce"):
+        told = read_account(account(progress, 2.5, False))
+    assert told.places == (Place(name="tp", ranks=(0, 1), flow=False, entered=1, operation="all_reduce", inside=True),)
+    assert "test_what_an_account_is_made_of" in told.stack[-2] and not track.inside
+    for wrong in ("", "[]", "{}", '[1, false, ["x", 1], null, [[]], []]'):
+        with pytest.raises(ValueError):
+            read_account(wrong)

@@ -17,12 +17,14 @@ import threading
 import time
 from pathlib import Path
 
+from megalite.core.progress import Progress
 from megalite.run.launch_env import door_of
 from megalite.run.processes import Process, die_with_parent, launchers
 from megalite.run.referee import Peer
 from megalite.run.status import StatusFile
 from megalite.run.watchdog import ORPHAN_WAIT, Watchdog, listen
 
+STEP_TIMEOUT = 3.0
 PATIENCE = 300.0
 """Seconds for the ranks to meet."""
 
@@ -49,6 +51,19 @@ def meet(folder: Path, rank: int, world: int, port: int) -> list[dict]:
     return [json.loads(path.read_text()) for path in cards]
 
 
+def stand_still(progress: Progress, what: str, world: int, number: int, seconds: int = 0) -> None:
+    """Wait in an all_reduce `number` over all ranks; or never come to it, `seconds` of that holding Python's lock."""
+    track = progress.track("tp", tuple(range(world)))
+    for _ in range(number - 1):
+        track.begun("all_reduce")
+    progress.step, progress.layer = ("step", 130), 5
+    if what == "in":
+        with track.entering("all_reduce"):
+            threading.Event().wait()
+    ctypes.PyDLL(None).sleep(seconds)
+    threading.Event().wait()
+
+
 def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) -> int:
     if behaviour == "late":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -73,6 +88,7 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         (folder / f"end-{rank}").write_text(json.dumps([end.code, end.speaker, end.lost]))
         status.ended(end)
 
+    progress = Progress()
     watchdog = Watchdog(
         rank=rank,
         peers=status.peers,
@@ -85,6 +101,8 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         on_end=on_end,
         claim=claim,
         visible=range(world),
+        progress=progress,
+        step_timeout=STEP_TIMEOUT,
     )
     watchdog.start(PATIENCE)
     die_with_parent(0)
@@ -94,6 +112,8 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         status.running()
     (folder / f"ready-{rank}").touch()
     what, _, detail = behaviour.partition(":")
+    if what in ("in", "before"):
+        stand_still(progress, what, world, *map(int, detail.split(",")))
     if what == "hog":
         ctypes.PyDLL(None).sleep(int(detail))  # holds the interpreter's lock, as one long json.dumps does
     if what == "stuck":

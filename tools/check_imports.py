@@ -64,6 +64,7 @@ TORCH_FREE = (
     "megalite/cli.py",
     "megalite/config/",
     "megalite/core/layout.py",
+    "megalite/core/progress.py",
     "megalite/errors.py",
     "megalite/files.py",
     "megalite/json_text.py",

@@ -311,6 +311,9 @@ class DistributedSection:
     peer_timeout: float = key(15.0, above=0, unit="seconds")
     """Seconds after which a rank counts as lost whose process is stopped or whose host does not answer. One that died
     does at once; one that is busy, for however long, never does."""
+    step_timeout: float = key(1800.0, above=0, unit="seconds")
+    """Seconds that a rank may keep others waiting in a collective or message; then the run ends, and says who it was
+    and where. What a run does between them counts: reading weights, scoring samples, saving."""
     backend: Literal["nccl", "gloo"] | None = None
     """null: nccl where each rank has a GPU of its own, else gloo."""
     device: Literal["cpu", "cuda"] | None = None

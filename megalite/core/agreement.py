@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from megalite.core.parallel_state import Axis
+from megalite.core.parallel_state import Axis, run_track
 from megalite.errors import ConfigError, Problem
 
 
@@ -21,14 +21,16 @@ def broadcast_bytes(data: bytes | None, source: int, axis: Axis | None = None) -
     if _alone(axis):
         assert data is not None
         return data
-    group = axis.group if axis is not None else None
+    group, track = (axis.group, axis.track) if axis is not None else (None, run_track())
     size = torch.tensor([0 if data is None else len(data)])
-    dist.broadcast(size, source, group=group)
+    with track.entering("broadcast"):
+        dist.broadcast(size, source, group=group)
     buffer = torch.empty(int(size), dtype=torch.uint8)
     if data:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if buffer.numel():
-        dist.broadcast(buffer, source, group=group)
+        with track.entering("broadcast"):
+            dist.broadcast(buffer, source, group=group)
     return buffer.numpy().tobytes()
 
 
@@ -42,7 +44,8 @@ def compare_ranks(digest: bytes, what: str, axis: Axis | None = None) -> None:
     ranks = axis.ranks if axis is not None else range(dist.get_world_size())
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     each = [torch.empty_like(mine) for _ in ranks]
-    dist.all_gather(each, mine, group=axis.group if axis is not None else None)
+    with (axis.track if axis is not None else run_track()).entering("all_gather"):
+        dist.all_gather(each, mine, group=axis.group if axis is not None else None)
     different = [rank for rank, other in zip(ranks, each, strict=True) if not torch.equal(other, each[0])]
     if different:
         names = ", ".join(map(str, different))
@@ -53,8 +56,19 @@ def compare_ranks(digest: bytes, what: str, axis: Axis | None = None) -> None:
 
 def minimum(value: int, axis: Axis) -> int:
     """The least of the ranks' values."""
-    if axis.size == 1:
-        return value
-    least = torch.tensor([value])
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=axis.group)
-    return int(least)
+    return int(reduce(torch.tensor([value]), dist.ReduceOp.MIN, axis))
+
+
+def reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, axis: Axis | None = None) -> torch.Tensor:
+    """`values`, in host memory, reduced in place over the ranks."""
+    if not _alone(axis):
+        with (axis.track if axis is not None else run_track()).entering("all_reduce"):
+            dist.all_reduce(values, op=op, group=axis.group if axis is not None else None)
+    return values
+
+
+def wait_for_all(axis: Axis | None = None) -> None:
+    """Return once every rank has called it."""
+    if not _alone(axis):
+        with (axis.track if axis is not None else run_track()).entering("barrier"):
+            dist.barrier(axis.group if axis is not None else None)

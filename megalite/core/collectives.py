@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.core.parallel_state import Axis, ParallelState
+from megalite.core.parallel_state import Axis, ParallelState, run_track
 from megalite.kernels.symmetric import SymmetricSum, Unavailable
 from megalite.monitor.metrics import RankReport
 
@@ -57,6 +57,7 @@ def fusable_sum(x: Tensor, state: ParallelState) -> SymmetricSum | None:
     if sums is None or not sums.fuses(x):
         return None
     state.meter.count_bytes("tp", x.numel() * x.element_size())
+    state.tp.track.begun("all_reduce")
     return sums
 
 
@@ -145,8 +146,8 @@ def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:
 
 
 def _communicating(x: Tensor, axis: Axis, name: str) -> AbstractContextManager[None]:
-    """The phase of a collective, whose bytes are counted."""
-    return axis.meter.communication(axis.name, x.numel() * x.element_size(), name)
+    """The phase of a collective, whose bytes are counted; the watch sees that this rank is in it."""
+    return axis.track.entering(name, axis.meter.communication(axis.name, x.numel() * x.element_size(), name))
 
 
 def _apply(x: Tensor, axis: Axis, forward: Collective, backward: Collective) -> Tensor:
@@ -208,9 +209,11 @@ def gather_reports(own: RankReport) -> list[RankReport]:
         return [own]
     mine = torch.frombuffer(bytearray(json.dumps(own.as_dict()).encode()), dtype=torch.uint8)
     sizes = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(mine)]))
+    with run_track().entering("all_gather"):
+        dist.all_gather(sizes, torch.tensor([len(mine)]))
     longest = int(max(sizes))
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
-    dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
+    with run_track().entering("all_gather"):
+        dist.all_gather(texts, torch.nn.functional.pad(mine, (0, longest - len(mine))))
     pairs = zip(texts, sizes, strict=True)
     return [RankReport.from_dict(json.loads(text[: int(size)].numpy().tobytes())) for text, size in pairs]

@@ -6,6 +6,7 @@ A state is an argument, never a global: a job that trains in one layout and gene
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Literal
 
@@ -13,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 from megalite.core.layout import Layout
+from megalite.core.progress import Track, here
 from megalite.core.schedules import MessageKind
 from megalite.kernels.symmetric import SymmetricSum
 from megalite.monitor.collector import Meter
+
+COLLECTIVE_TIMEOUT = timedelta(days=7)
+"""Longest wait inside one collective; how long is too long is the watch's affair (distributed.step_timeout)."""
 
 _groups: dict[tuple[tuple[int, ...], str], dist.ProcessGroup] = {}
 """By ranks and purpose: layouts that have a group in common share its communicator. The only global of this module."""
@@ -35,6 +40,8 @@ class Axis:
     """Collectives along the axis count as its phase `communication`."""
     name: str = ""
     """Under which `meter` counts the bytes of collectives along the axis."""
+    track: Track = field(default_factory=lambda: Track("", ()), repr=False, compare=False)
+    """Counts the collectives along the axis, for the watch."""
     sums: dict[tuple[int, torch.dtype], SymmetricSum | None] = field(default_factory=dict, repr=False, compare=False)
     """By width and dtype of rows, how they are summed without NCCL; None: not at all. See `prepare_sums`."""
 
@@ -63,6 +70,11 @@ class Flow:
     def __str__(self) -> str:
         return f"{self.kind} {self.sender}>{self.receiver}"
 
+    @property
+    def track(self) -> Track:
+        """Counts its messages, for the watch."""
+        return here.track(self.kind, (self.sender, self.receiver), flow=True)
+
 
 class ParallelState:
     """Where this rank is in a layout, and with whom it communicates along each axis.
@@ -86,7 +98,8 @@ class ParallelState:
         self.pp = self._axis(layout.groups("pp"), "pp")
         self.dp = self._axis(layout.groups("dp"), "dp")
         self.replica = self._axis(layout.replicas(), "replica")
-        self.world = Axis(tuple(layout.ranks), self.rank - layout.first_rank, _world_group(layout), self.meter, "world")
+        ranks, track = tuple(layout.ranks), here.track("world", tuple(layout.ranks))
+        self.world = Axis(ranks, self.rank - layout.first_rank, _world_group(layout), self.meter, "world", track)
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
 
     @classmethod
@@ -116,7 +129,7 @@ class ParallelState:
 
     def _axis(self, groups: list[tuple[int, ...]], name: str) -> Axis:
         ranks = next(ranks for ranks in groups if self.rank in ranks)
-        return Axis(ranks, ranks.index(self.rank), _axis_group(ranks), self.meter, name)
+        return Axis(ranks, ranks.index(self.rank), _axis_group(ranks), self.meter, name, here.track(name, ranks))
 
     @property
     def is_first_stage(self) -> bool:
@@ -139,7 +152,8 @@ class ParallelState:
         """`world` with a gloo group of its own, on which nothing else is on its way. Collective over the run."""
         if self.world.size == 1:
             return self.world
-        return replace(self.world, group=_group(self.world.ranks, "aside", backend="gloo"))
+        track = here.track("aside", self.world.ranks)
+        return replace(self.world, group=_group(self.world.ranks, "aside", backend="gloo"), track=track)
 
     def axes_with_groups(self) -> SimpleNamespace:
         """tp, pp, dp and replica, with a process group also where an axis other than pp has one rank.
@@ -246,8 +260,13 @@ def _axis_group(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
 def _group(ranks: tuple[int, ...], purpose: str = "", *, backend: str | None = None) -> dist.ProcessGroup:
     """The group of `ranks`, made once for each purpose. All ranks of the run call alike. `backend`: None: the run's."""
     if (ranks, purpose) not in _groups:
-        _groups[ranks, purpose] = dist.new_group(list(ranks), backend=backend)
+        _groups[ranks, purpose] = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT, backend=backend)
     return _groups[ranks, purpose]
+
+
+def run_track() -> Track:
+    """Counts the collectives over all ranks of the run."""
+    return here.track("run", tuple(range(dist.get_world_size())))
 
 
 def forget_groups() -> None:

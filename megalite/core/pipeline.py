@@ -34,7 +34,7 @@ class Outbox:
     """Sends in flight along one flow; `meter` counts their bytes."""
 
     def __init__(self, flow: Flow, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
-        self.flow = str(flow)
+        self.flow, self.track = str(flow), flow.track
         self.receiver = flow.receiver
         self.meter = meter
         self.group = group
@@ -43,26 +43,28 @@ class Outbox:
 
     def send(self, tensor: Tensor) -> None:
         """Begin to send a tensor and return at once, unless MAX_SENDS are still on their way."""
-        while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
-            self.sends.popleft()[0].wait()
         buffer = tensor.to(self.transport).contiguous()
-        self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
-        self.meter.message(self.flow, begins=True)
-        work = dist.isend(buffer, self.receiver, group=self.group)
+        with self.track.entering("send"):
+            while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
+                self.sends.popleft()[0].wait()
+            self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
+            self.meter.message(self.flow, begins=True)
+            work = dist.isend(buffer, self.receiver, group=self.group)
         assert work is not None, "this rank is in the group"
         self.sends.append((work, buffer))
 
     def drain(self) -> None:
         """Wait until every send has arrived. Over NCCL the host does not wait, but what it gives the device next."""
-        while self.sends:
-            self.sends.popleft()[0].wait()
+        with self.track.waiting("send"):
+            while self.sends:
+                self.sends.popleft()[0].wait()
 
 
 class Inbox:
     """Where messages of one flow come from."""
 
     def __init__(self, flow: Flow, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
-        self.flow = str(flow)
+        self.flow, self.track = str(flow), flow.track
         self.sender = flow.sender
         self.meter = meter
         self.group = group
@@ -77,7 +79,8 @@ class Inbox:
 
     def wait(self, message: Message) -> Tensor:
         """The tensor of the earliest message that was begun and not waited for yet."""
-        message[0].wait()
+        with self.track.entering("receive"):
+            message[0].wait()
         self.meter.message(self.flow, begins=False)
         return message[1]
 

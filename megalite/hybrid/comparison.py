@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.core.agreement import reduce
+from megalite.core.parallel_state import run_track
 from megalite.errors import MegaliteError
 from megalite.hybrid.fingerprint import BITS, Covered, Fingerprinter
 from megalite.monitor.words import format_count
@@ -82,7 +84,8 @@ class Comparison:
         ranks = [named]
         if _several_ranks():
             ranks = [torch.empty_like(named) for _ in range(dist.get_world_size())]
-            dist.all_gather(ranks, named)
+            with run_track().entering("all_gather"):
+                dist.all_gather(ranks, named)
         values = torch.stack(ranks, 1).tolist()  # [named, rank, side]
         tensors = len({self.atoms[number].range.piece.hf for number in different})
         lines = [
@@ -119,9 +122,7 @@ def _listed(names: Sequence[str]) -> str:
 def lowest(values: Tensor) -> Tensor:
     """The minimum over all ranks of the run, element by element, in place. On the CPU: ranks without a decoder take
     part, and every run has gloo."""
-    if _several_ranks():
-        dist.all_reduce(values, dist.ReduceOp.MIN)
-    return values
+    return reduce(values, dist.ReduceOp.MIN)
 
 
 def _several_ranks() -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megalite.config.load import Loaded
 from megalite.config.schema import HybridConfig, ParallelSection
-from megalite.core.agreement import broadcast_bytes, compare_ranks
+from megalite.core.agreement import broadcast_bytes, compare_ranks, reduce, wait_for_all
 from megalite.core.layout import Layout
 from megalite.core.linear import store_by_input
 from megalite.core.parallel_state import ParallelState
@@ -216,9 +216,7 @@ class Job:
     def _stop_if_asked(self) -> None:
         """Raise Stopped on every rank when a signal has reached one."""
         asked = torch.tensor([self.runtime.signal_received() or 0], dtype=torch.int32)
-        if dist.is_initialized() and self.runtime.world_size > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if asked:
+        if reduce(asked, dist.ReduceOp.MAX):
             raise Stopped(int(asked))
 
     # ---- putting it together -------------------------------------------------------------------------------------
@@ -323,8 +321,7 @@ class Job:
             self.files.save_state(self.trainer, self.progress)
 
     def _wait_for_all(self) -> None:
-        if dist.is_initialized() and self.runtime.world_size > 1:
-            dist.barrier()
+        wait_for_all()
 
 
 def _layout(parallel: ParallelSection) -> Layout:

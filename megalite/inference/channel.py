@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.core.parallel_state import ParallelState
+from megalite.core.progress import here
 from megalite.inference.request import Request, Sampled
 
 _STOP, _EXHAUSTED = 1, 2
@@ -70,11 +71,13 @@ class ReplicaChannel:
 
     def __init__(self, state: ParallelState):
         self.state = state
+        others = [rank for rank in state.replica.ranks if rank != state.control_rank]
+        self.track = here.track("a step's news", (state.control_rank, *others), flow=True)
         self.sent: deque[tuple[StepMessage, list[tuple[dist.Work | None, torch.Tensor]]]] = deque()
 
     def send(self, message: StepMessage) -> None:
         """Control rank only."""
-        parts = []
+        parts: list[tuple[dist.Work | None, torch.Tensor]] = []
         if self.state.replica.size > 1:
             news, payload = message.news, message.news.payload()
             flags = _STOP * news.stop | _EXHAUSTED * news.exhausted
@@ -83,7 +86,9 @@ class ReplicaChannel:
             header = torch.tensor([flags, *news.arrivals, message.state_hash, len(payload), *tokens])
             buffers = [header, torch.frombuffer(bytearray(payload), dtype=torch.uint8)] if payload else [header]
             group, rank = self.state.replica.group, self.state.rank
-            parts = [(dist.broadcast(buffer, rank, group=group, async_op=True), buffer) for buffer in buffers]
+            for buffer in buffers:
+                parts.append((dist.broadcast(buffer, rank, group=group, async_op=True), buffer))
+                self.track.begun("send")
         self.sent.append((message, parts))
 
     @property
@@ -95,9 +100,10 @@ class ReplicaChannel:
         """The next message; `num_results` is the number of sampled rows in the plan it answers."""
         if self.state.is_control:
             message, parts = self.sent.popleft()
-            for work, _ in parts:
-                if work is not None:
-                    work.wait()
+            with self.track.waiting("send"):
+                for work, _ in parts:
+                    if work is not None:
+                        work.wait()
             return message
         flags, lo, hi, state_hash, size, *tokens = self._received(torch.empty(5 + num_results, dtype=torch.int64))
         payload = bytes(self._received(torch.empty(size, dtype=torch.uint8))) if size else b""
@@ -113,6 +119,7 @@ class ReplicaChannel:
         return StepMessage(results, news, state_hash=state_hash)
 
     def _received(self, buffer: torch.Tensor) -> list[int]:
-        dist.broadcast(buffer, self.state.control_rank, group=self.state.replica.group)
+        with self.track.entering("receive"):
+            dist.broadcast(buffer, self.state.control_rank, group=self.state.replica.group)
         numbers: list[int] = buffer.tolist()
         return numbers

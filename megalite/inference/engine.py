@@ -20,6 +20,7 @@ from operator import itemgetter
 from torch import Tensor
 
 from megalite.core.parallel_state import ParallelState
+from megalite.core.progress import here
 from megalite.errors import MegaliteError
 from megalite.inference.channel import News, ReplicaChannel, StepMessage
 from megalite.inference.choice import FAILURES, NO_TOKEN, TokenLogprobs
@@ -147,6 +148,7 @@ class Engine:
         `News.arrivals` names a range. After `Events.ended` the next step begins anew.
         """
         events = Events()
+        here.step = ("step", self._step)
         if self._step >= self.state.pp.size:
             heard = self._receive(events, known)
             if heard.stop or (heard.exhausted and not self.scheduler.has_work()):

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from megalite.config.load import Loaded, with_origins
 from megalite.config.sampling import sampling_problems
 from megalite.config.schema import EngineSection, GeneratingConfig, InferConfig, ModelSection
-from megalite.core.agreement import minimum
+from megalite.core.agreement import minimum, wait_for_all
 from megalite.core.layout import Layout
 from megalite.core.linear import settle, store_by_input
 from megalite.core.parallel_state import ParallelState
@@ -117,8 +116,7 @@ class Replica:
     def _fit(self) -> None:
         """Measure what memory is left for KV blocks, now that every rank has its weights, and settle max_model_len."""
         engine, state, began = self.settings, self.state, time.monotonic()
-        if state.world.size > 1:
-            dist.barrier(state.world.group)
+        wait_for_all(state.world)
         block_bytes = self.memory.kv_block(engine.block_size)
         # Ranks that sum over tp must pad alike, so they go by one number.
         self.stage_weights = -minimum(-sum(param.numel() for param in self.decoder.parameters()), state.replica)
@@ -314,7 +312,7 @@ def _fetch(section: ModelSection, runtime: Runtime) -> Path:
     if not Path(section.path).is_dir() and runtime.world_size > 1:
         if runtime.local_rank == 0:
             resolve(section.path, section.revision, weights=weights)
-        dist.barrier()
+        wait_for_all()
     return resolve(section.path, section.revision, weights=weights)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from megalite.core.agreement import broadcast_bytes, compare_ranks
+from megalite.core.agreement import broadcast_bytes, compare_ranks, reduce
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Stopped
 from megalite.inference.engine import Engine, Hooks
@@ -71,9 +71,7 @@ def agree_on_end(replica: Replica, completed: bool) -> None:
     A rank may not have heard of the signal yet that another's control rank acted on.
     """
     signum = torch.tensor([0 if completed else replica.runtime.signal_received() or 0])
-    if replica.state.world.size > 1:
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX, group=replica.state.world.group)
-    if signum:
+    if reduce(signum, dist.ReduceOp.MAX, replica.state.world):
         raise Stopped(int(signum))
 
 

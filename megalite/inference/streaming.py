@@ -13,7 +13,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from megalite.core.agreement import broadcast_bytes
+from megalite.core.agreement import broadcast_bytes, reduce
 from megalite.core.parallel_state import Axis
 from megalite.inference.channel import News
 from megalite.inference.engine import Engine, Events
@@ -186,8 +186,7 @@ def _shared(
         return leaving, running, deltas
     packed = _encode(deltas) if deltas else b""
     flags = torch.tensor([leaving, running, bool(packed)], dtype=torch.int64)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=axis.group)
-    left, runs, gained = map(bool, flags.tolist())
+    left, runs, gained = map(bool, reduce(flags, dist.ReduceOp.MAX, axis).tolist())
     everything: list[TokenDelta] = []
     for source in replica.layout.control_ranks if gained else ():
         data = broadcast_bytes(packed if replica.state.rank == source else None, source, axis)

@@ -22,6 +22,7 @@ from megalite.core.layers import Beside, LayerNorm, Residual, RMSNorm, VocabPara
 from megalite.core.layout import width
 from megalite.core.linear import ColumnParallelLinear
 from megalite.core.parallel_state import ParallelState
+from megalite.core.progress import here
 from megalite.model.attention import AttentionContext
 from megalite.model.config import ModelConfig
 from megalite.model.layers.base import LayerModule
@@ -154,10 +155,10 @@ class Decoder(nn.Module):
         if config.tie_embeddings and self.embed is not None and self.head is not None:
             self.head.weight = self.embed.tokens.weight
         self._blocks = [
-            [cast(Block, self.layers[str(layer)]) for layer in chunk]
+            [(layer, cast(Block, self.layers[str(layer)])) for layer in chunk]
             for chunk in state.layout.chunks(state.pp.rank, costs)
         ]
-        self._chunks: list[list[StreamCall]] = [list(blocks) for blocks in self._blocks]
+        self._chunks: list[list[tuple[int, StreamCall]]] = [list(blocks) for blocks in self._blocks]
         self._rotaries = [Rotary(rope, config.max_position_embeddings) for rope in config.ropes]
 
     def forward(self, x: Tensor, ctx: AttentionContext, chunk: int = 0) -> Tensor:
@@ -171,13 +172,15 @@ class Decoder(nn.Module):
             x = x.clone()  # they add to the stream in place
         rotations = [rotary(ctx.positions, ctx.lengths, x.dtype) for rotary in self._rotaries]
         stream = Residual(x)
-        for block in self._chunks[chunk]:
+        for layer, block in self._chunks[chunk]:
+            here.layer = layer
             block(stream, ctx, rotations)
+        here.layer = None
         return stream.total()
 
     def wrap_blocks(self, wrap: Callable[[BlockCall], BlockCall]) -> None:
         """Replace the call of each block by `wrap` of it; parameters and their names stay."""
-        self._chunks = [[_on_stream(wrap(block.whole)) for block in chunk] for chunk in self._blocks]
+        self._chunks = [[(layer, _on_stream(wrap(block.whole))) for layer, block in chunk] for chunk in self._blocks]
 
     def is_end(self, chunk: int) -> bool:
         """Whether this chunk of this stage is the model's last one, after which `logits` comes."""

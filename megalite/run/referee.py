@@ -92,6 +92,11 @@ class Referee:
         self.lost(rank, why, now)
         self._lost[rank] = why
 
+    def standing(self, ranks: Sequence[int], line: str) -> None:
+        """These ranks live, and keep the others waiting for ever. That they are killed for it is no news."""
+        if not self._lost:
+            self._final = self._final or End(code=LOST, line=line, lost=tuple(ranks))
+
     def verdict(self, now: float) -> End | None:
         if self._final is None:
             self._final = self._decide(now)

@@ -26,7 +26,6 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +33,8 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.schema import DistributedSection
-from megalite.core.parallel_state import forget_groups
+from megalite.core.parallel_state import COLLECTIVE_TIMEOUT, forget_groups
+from megalite.core.progress import here
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_SIGINT,
@@ -54,8 +54,6 @@ from megalite.run.rendezvous import Deadline, RankInfo, meet, open_store
 from megalite.run.status import StatusFile
 from megalite.run.watchdog import ORPHAN_WAIT, Watchdog, listen
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""Longest wait inside one collective. Lost ranks are noticed in seconds by the watch; this bounds a deadlock."""
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 """What torch.distributed is asked for: with NCCL on the devices, CPU tensors go over gloo."""
 _GOODBYE = 30.0
@@ -159,7 +157,7 @@ class Runtime:
                 store=dist.PrefixStore("torch", self._common_store),
                 rank=self.rank,
                 world_size=self.world_size,
-                timeout=_COLLECTIVE_TIMEOUT,
+                timeout=COLLECTIVE_TIMEOUT,
                 device_id=self.device if self.backend == "nccl" else None,
             )
 
@@ -241,6 +239,8 @@ def start(
         on_end=status.ended if runtime.info.machine == hub.machine else lambda end: None,
         claim=lambda: runtime.folder is None or claim(runtime.folder),
         visible=[info.rank for info in ranks if info.pids == runtime.info.pids],
+        progress=here,
+        step_timeout=section.step_timeout,
     )
     runtime.watch(watchdog, deadline.left())
     try:

@@ -8,12 +8,13 @@ that is stuck inside a collective still leaves. What ends a run:
 - a connection closes without a word, or its host does not answer for `timeout` seconds: the rank is lost, code 70;
 - a rank has been stopped (SIGSTOP) for as long, which the previous rank of its host sees: it is killed and lost;
 - a process above a rank (its launcher, see `processes.launchers`) is gone: code 70;
+- others have waited for a rank in a collective or message for `step_timeout` seconds (`standstill`): code 70;
 - a second SIGINT or SIGTERM: code 130/143 at once.
 The hub decides (`referee`), tells the user in one line and tells the ranks; they leave quietly. When the hub itself is
 lost, the ranks of each host leave and the first of them tells the user.
 
-A rank that lives but never finishes is not seen here, nor one call that holds Python's interpreter lock for long; the
-timeout of the collectives bounds that.
+A native call that holds Python's lock for long, and with it this thread, is no sign of death: the kernels go on
+answering. Only when others have waited for that rank for `step_timeout` is it ended, and the user told that.
 
 What is received is data (`wire`): lines of known kinds, from peers that proved to know the run's token (HMAC-SHA256
 over a nonce); nothing in it is run, or opened as a file. It is not encrypted: as with gloo and NCCL themselves, a
@@ -23,6 +24,7 @@ network between hosts has to be trusted.
 from __future__ import annotations
 
 import hmac
+import math
 import os
 import queue
 import secrets
@@ -38,8 +40,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from megalite.core.progress import Progress
 from megalite.run.processes import Process, is_stopped
 from megalite.run.referee import LOST, End, Peer, Referee, lost_line
+from megalite.run.standstill import Standstill
 from megalite.run.wire import Connection, no_sign_of_life, proof
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -89,11 +93,14 @@ class Watchdog:
         on_end: Callable[[End], None],
         claim: Callable[[], bool],
         visible: Sequence[int] = (),
+        progress: Progress | None = None,
+        step_timeout: float = math.inf,
     ):
         """`peers`: all ranks in order. `hub`: on rank 0 the socket of `listen`, elsewhere its [address, port], or None.
         `on_end`: called in the thread by the rank that decides the end, before anyone leaves; must not raise.
         `claim`: True for one rank of this host, the first that asks; that one tells the user.
-        `visible`: the ranks whose processes this one sees, itself included, in order."""
+        `visible`: the ranks whose processes this one sees, itself included, in order.
+        `progress`: of this process; the run ends when a rank has kept others waiting for `step_timeout` seconds."""
         self._rank, self._peers, self._token, self._timeout = rank, tuple(peers), token, timeout
         self._launchers = [(process, str(process)) for process in launchers]
         self._orphan_wait = orphan_wait
@@ -109,6 +116,9 @@ class Watchdog:
             self._next = number, Process.of(self._peers[number].pid)
         self._moving = self._looked = time.monotonic()
         """When that rank was last seen in another state than stopped, and when this one last looked."""
+        self._visible, self._standstill = tuple(visible), None
+        if progress is not None and len(self._peers) > 1:
+            self._standstill = Standstill(rank, self._peers, progress, step_timeout, self._say, time.monotonic())
         self._referee = Referee(self._peers)
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = socket.socketpair()
@@ -215,6 +225,7 @@ class Watchdog:
             now = time.monotonic()
             self._look_up(now)
             self._look_beside(now)
+            self._look_inside(now)
             self._drop_broken(now)
             if self.end is None and self._is_hub:
                 self.end = self._referee.verdict(now)
@@ -286,6 +297,26 @@ class Watchdog:
                 self._say("stopped", rank)
             process.kill()
 
+    def _look_inside(self, now: float) -> None:
+        """End the run if a rank does not come where others wait for it."""
+        if self._standstill is None or not self.together.is_set():
+            return
+        self._standstill.look(now, self._main_waits)
+        if self.end is None and (found := self._standstill.verdict(now)):
+            if self._is_hub:
+                self._referee.standing(found.ranks, found.line)
+            else:
+                self._decide_alone(End(code=LOST, line=found.line, lost=tuple(found.ranks)))
+            for rank in found.silent:  # its own thread can't end it
+                self._kill(rank)
+                if self._is_hub:
+                    self._say("kill", rank)
+
+    def _kill(self, rank: int) -> None:
+        """End the process of a rank, if this one sees it."""
+        if rank in self._visible and (process := Process.of(self._peers[rank].pid)):
+            process.kill()
+
     def _drop_broken(self, now: float) -> None:
         for connection in list(self._connections):
             if connection.broken or (connection.rank is None and now - connection.since > _HANDSHAKE):
@@ -320,6 +351,8 @@ class Watchdog:
     def _on_readable(self, connection: Connection) -> None:
         now = time.monotonic()
         for kind, values in connection.receive():
+            if self._standstill is not None and connection.rank is not None:
+                self._standstill.heard(connection.rank, now)
             if self.end is None:
                 (self._hear_rank if self._is_hub else self._hear_hub)(connection, kind, values, now)
 
@@ -330,6 +363,10 @@ class Watchdog:
             self.together.set()
         elif kind == "signal" and values[0] in _STOP_SIGNALS:
             self._drain_for(values[0], now)
+        elif kind == "ask" and self._standstill is not None:
+            self._standstill.answer(now, self._main_waits)
+        elif kind == "kill" and values[0] != self._rank:
+            self._kill(values[0])
         elif kind == "end":
             self.end = End(code=values[0], speaker=values[1])
 
@@ -345,6 +382,10 @@ class Watchdog:
         elif kind == "fail":
             code, crash, line = values
             self._referee.failed(rank, code, crash, line, now)
+        elif kind == "still" and self._standstill is not None:
+            self._standstill.ask(now, self._main_waits)
+        elif kind == "account" and self._standstill is not None:
+            self._standstill.hear(rank, values[0])
         elif kind == "stopped" and values[0] < len(self._peers):
             self._referee.stopped(values[0], no_sign_of_life(self._timeout), now)
 

@@ -10,7 +10,7 @@ import socket
 from contextlib import suppress
 from typing import Any
 
-_LONGEST = 4096
+_LONGEST = 1 << 16
 """Bytes of one line; who sends more is not one of us."""
 
 _UNREACHED = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN)
@@ -24,13 +24,20 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "finish": (int,),
     "fail": (int, bool, str),
     "stopped": (int,),
+    "here": (),
+    "still": (),
+    "ask": (),
+    "account": (str,),
+    "kill": (int,),
     "end": (int, int | None),
 }
 """The kinds of lines and the types of their values.
 
 On arrival the hub sends a `nonce`, a rank answers `hello` (rank, proof); when all are here it sends `together`, and at
 last the `end` (exit code, speaker). Ranks report that they `finish` (exit code), that they `fail` (exit code, whether
-by a crash, a line for the user or ''), that another rank is `stopped`. Both pass on a `signal` (number).
+by a crash, a line for the user or ''), that another rank is `stopped`. Both pass on a `signal` (number). Both say now
+and then that their watch is `here`. A rank that has stood `still` says so; then the hub may `ask` all for their
+`account` (see `stall`), and have a rank that does not answer `kill`ed by those who see its process.
 """
 
 
@@ -46,8 +53,13 @@ def parse(line: bytes) -> tuple[str, list[Any]]:
         if isinstance(value, int) and not 0 <= value < 1 << 31:
             raise ValueError(f"{kind}: out of range")
         if isinstance(value, str):  # may end on a terminal, which must not take orders from it
-            values[place] = "".join(c if c.isprintable() else "?" for c in value)
+            values[place] = printable(value)
     return kind, values
+
+
+def printable(text: str) -> str:
+    """Without what drives a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def proof(token: bytes, nonce: str, rank: int) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Layout
+from megalite.core.progress import here
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, as_json, sync_folder
 from megalite.train.export import as_bytes
@@ -83,7 +84,8 @@ def save_state(
                 _remove(other)
     else:
         for mine in digests.values():  # this says at the same time that the file is on the disk
-            dist.send(torch.frombuffer(mine, dtype=torch.uint8), state.layout.first_rank, group=state.world.group)
+            with here.track("digests", (state.rank, state.layout.first_rank), flow=True).entering("send"):
+                dist.send(torch.frombuffer(mine, dtype=torch.uint8), state.layout.first_rank, group=state.world.group)
     all_reduce_sum(torch.zeros(1), state.world)  # everybody waits for the first rank
 
 
@@ -164,7 +166,8 @@ def _collect_files(trainer: Trainer, layout: Layout, digests: Mapping[str, bytea
             found = digests.get(kind) if writer == state.rank else None
             if found is None:
                 found = bytearray(DIGEST_BYTES * len(extents))
-                dist.recv(torch.frombuffer(found, dtype=torch.uint8), writer, group=state.world.group)
+                with here.track("digests", (writer, state.rank), flow=True).entering("receive"):
+                    dist.recv(torch.frombuffer(found, dtype=torch.uint8), writer, group=state.world.group)
             digests_of = (found[at : at + DIGEST_BYTES].hex() for at in range(0, len(found), DIGEST_BYTES))
             told = [replace(extent, digest=digest) for extent, digest in zip(extents, digests_of, strict=True)]
             files[file_name(rank, kind)] = stored_file(header, rank, kind, told)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.core.progress import here
 from megalite.errors import maybe_fault
 from megalite.files import DurableFile, as_json
 from megalite.model.config import ModelConfig
@@ -77,7 +78,8 @@ def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[Tensor]:
             continue
         if not replica.is_first:
             if mine:
-                dist.send(local.contiguous(), replica.ranks[0], group=replica.group)
+                with here.track("weights", (replica.ranks[replica.rank], replica.ranks[0]), flow=True).entering("send"):
+                    dist.send(local.contiguous(), replica.ranks[0], group=replica.group)
             continue
         whole = {hf: torch.empty(shapes[hf], dtype=dtype) for hf in tensors}
         for rank, ranges in zip(replica.ranks, held, strict=True):
@@ -85,7 +87,8 @@ def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[Tensor]:
                 shape, parts = ranges[name]
                 if rank != decoder.state.rank:
                     local = torch.empty(shape, dtype=dtype)
-                    dist.recv(local, rank, group=replica.group)
+                    with here.track("weights", (rank, replica.ranks[0]), flow=True).entering("receive"):
+                        dist.recv(local, rank, group=replica.group)
                 _place(local, parts, whole)
         yield from whole.values()
 

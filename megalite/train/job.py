@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megalite.config.chat import section_variables
 from megalite.config.load import Loaded
 from megalite.config.schema import SamplingParams, TrainConfig
+from megalite.core.agreement import reduce, wait_for_all
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
@@ -131,8 +132,7 @@ class Job:
                 ends=named,
                 model=config_of(config.model),
             )
-        if self.state.layout.size > 1:
-            dist.barrier()
+        wait_for_all(self.state.world)
         return Corpus.open(folder)
 
     def _open_base(self) -> ModelFolder:
@@ -204,9 +204,7 @@ class Job:
         late = limit is not None and time.monotonic() - self.began > limit
         # Not on the device: that would wait for it.
         asked = torch.tensor([self.runtime.signal_received() or 0, int(late)], dtype=torch.int32)
-        if self.state.layout.size > 1:
-            dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.stop_signal, late = asked.tolist()
+        self.stop_signal, late = reduce(asked, dist.ReduceOp.MAX, self.state.world).tolist()
         if self.stop_signal:
             return f"stopped by {signal.Signals(self.stop_signal).name}"
         return f"train.max_seconds={limit:g} are over" if late else None
@@ -264,8 +262,7 @@ class Job:
         A signal ends it without the card; what was trained is in the folder already. Raises Stopped for a SIGINT.
         """
         history = self.history
-        if self.state.layout.size > 1:
-            dist.barrier()
+        wait_for_all(self.state.world)
         try:
             loss, samples = self._exported_model()
         except Stopped as stop:

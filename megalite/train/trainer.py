@@ -19,6 +19,7 @@ from megalite.config.schema import OptimizerSection
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.megatron import as_mpu
 from megalite.core.parallel_state import ParallelState
+from megalite.core.progress import here
 from megalite.core.schedules import training
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
@@ -120,6 +121,7 @@ class Trainer:
         minimised is the mean of `loss` over the tokens of all replicas, weighted by `batch.weights`, and with experts
         the load-balancing loss of the micro batches, weighted by their tokens. `read` gives the means.
         """
+        here.step = ("training step", self.steps_done + 1)
         rate = learning_rate(self.section, self.steps_done, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

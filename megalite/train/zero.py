@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalite.core.functional import has_kernels
+from megalite.core.progress import here
 from megalite.kernels.training import accumulate_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -107,7 +108,8 @@ def _gradient_norm(zero: Any, norm_type: int = 2) -> Tensor:
         ]
     norms = torch._foreach_norm(counted, dtype=torch.float64) if counted else [torch.zeros((), device=zero.device)]
     total = torch.stack(norms).square().sum().float()
-    dist.all_reduce(total, group=zero.dp_process_group)
+    with here.track("dp", tuple(dist.get_process_group_ranks(zero.dp_process_group))).entering("all_reduce"):
+        dist.all_reduce(total, group=zero.dp_process_group)
     zero._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
     return torch.where(total.isfinite(), total.sqrt(), torch.inf)
 
@@ -180,7 +182,8 @@ class FlatGradients:
             size, rank = dist.get_world_size(group), dist.get_rank(group)
             mine = flat if size == 1 else flat.new_empty(len(flat) // size)
             if size > 1:
-                dist.reduce_scatter_tensor(mine, flat, group=group)
+                with here.track("dp", tuple(dist.get_process_group_ranks(group))).entering("reduce_scatter"):
+                    dist.reduce_scatter_tensor(mine, flat, group=group)
                 mine.div_(size)
             owned = _Partition(mine, self, number)
             for param in self.zero.params_in_partition[number]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.core.progress import here
 from megalite.errors import maybe_fault
 from megalite.weights.reshard_plan import Transfer
 from megalite.weights.table import Range
@@ -132,6 +133,8 @@ class Executor:
         self.dtype = dtype
         self.device = device
         self.transport = transport
+        self.track = here.track("weights", tuple(range(dist.get_world_size() if dist.is_initialized() else 1)))
+        """Counts the rounds, which all ranks of the run go through, for the watch."""
 
     def copy(self, gathers: Iterable[Gather]) -> None:
         """From parameter to parameter, whatever the order in which either lies in memory."""
@@ -165,8 +168,9 @@ class Executor:
     def _send(self, one: Round, wire: Tensor) -> None:
         work = [dist.P2POp(dist.irecv, *message) for message in _messages(one.incoming, wire, lambda it: it.sender)]
         work += [dist.P2POp(dist.isend, *message) for message in _messages(one.outgoing, wire, lambda it: it.receiver)]
-        for request in dist.batch_isend_irecv(work) if work else ():
-            request.wait()
+        with self.track.entering("exchange"):
+            for request in dist.batch_isend_irecv(work) if work else ():
+                request.wait()
 
     def _unpack(self, one: Round, buffer: Tensor) -> None:
         if not one.incoming:
