@@ -22,7 +22,7 @@ from megalite.weights.folder import ModelFolder
 from megalite.weights.manifest import WEIGHT
 from megalite.weights.moves import Extent, Move, move_of
 from megalite.weights.rounding import Elements, to_float
-from megalite.weights.table import hf_shapes
+from megalite.weights.table import Piece, hf_shapes, pieces
 
 
 def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
         "form": _form(source),
         "family": source.model.family,
         "architecture": families.FAMILIES[source.model.family].architecture,
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "parameters": sum(piece.split.total * piece.row * piece.numbers for piece in _once(source.model)),
+        "quantization": source.model.quantization.words if source.model.quantization else None,
         "layers": source.model.num_layers,
         **_model(source.model),
         **_beside(source.beside),
@@ -62,6 +63,11 @@ def describe(path: str | Path, revision: str | None = None) -> dict[str, Any]:
         },
         "notes": source.notes,
     }
+
+
+def _once(model: ModelConfig) -> list[Piece]:
+    """The weights, a tied embedding once."""
+    return list({(piece.hf, piece.hf_start): piece for piece in pieces(model)}.values())
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:

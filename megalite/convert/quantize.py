@@ -20,7 +20,7 @@ import numpy as np
 
 from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, index_of, write_shards
 from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
-from megalite.core.formats import ALL, Elementwise, Packed, WeightFormat
+from megalite.core.formats import ALL, Elementwise, Packed, Part, WeightFormat
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.files import as_json
@@ -228,7 +228,7 @@ def rounding_errors(codes: Checkpoint, numbers: Checkpoint) -> Iterator[tuple[st
     from megalite.core.quantized import dequantize
 
     shapes = hf_shapes(numbers.model)
-    formats = {}
+    formats: dict[str, tuple[WeightFormat, dict[str, Part]]] = {}
     for piece in pieces(codes.model):
         if piece.part is not None and piece.format is not None:
             weight = f"{piece.hf.removesuffix(piece.part.name)}weight"

@@ -23,7 +23,7 @@ from megalite.core.functional import by_kernels, gated
 from megalite.core.layers import Residual, RMSNorm, VocabParallelEmbedding, replicated, sharded
 from megalite.core.layout import Split, width
 from megalite.core.parallel_state import ParallelState
-from megalite.core.quantized import coded, dequantize, to_fp8
+from megalite.core.quantized import coded, dequantize, largest_of, to_fp8
 from megalite.kernels import codes as codes_kernels
 from megalite.kernels.codes import LEAST_BLOCK, block_of
 from megalite.kernels.jit import launches_dependents, triton
@@ -163,12 +163,14 @@ class Quantized(Format):
     def matrix(self, stored: Stored) -> Tensor:
         return dequantize(self.format, _present(stored), self.segments, self.columns).to(self.dtype)
 
-    def coded(self, stored: Stored) -> tuple[str, dict[str, Tensor]] | None:
-        """See `quantized.coded`; None also where this device has no kernels for codes."""
+    def applied(self, stored: Stored) -> tuple[Format, dict[str, Tensor]]:
+        """The weight as this device applies it: codes for its kernels, or numbers."""
         tensors = _present(stored)
-        if not _keeps_codes(next(iter(tensors.values())), self.dtype):
-            return None
-        return coded(self.format, tensors, self.segments, self.columns)
+        if _keeps_codes(next(iter(tensors.values())), self.dtype):
+            found = coded(self.format, tensors, self.segments, self.columns)
+            if found is not None:
+                return Coded(found[0], self.dtype), found[1]
+        return DENSE, {"weight": self.matrix(stored)}
 
 
 def _present(stored: Stored) -> dict[str, Tensor]:
@@ -245,10 +247,12 @@ def _torch_dtype(name: str) -> torch.dtype:
     return {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}[name]
 
 
-def round_to_fp8(weight: Tensor, largest: Tensor | None = None) -> None:
-    """Make a matrix what its codes in fp8 stand for; see `to_fp8`."""
-    codes, scales = to_fp8(weight.detach(), largest)
-    weight.detach().copy_(codes.float().mul_(scales))
+def in_fp8(weight: Tensor, largest: Tensor | None = None) -> tuple[Format, dict[str, Tensor]]:
+    """A matrix of numbers in fp8, see `to_fp8`, as this device applies it: without kernels as numbers again."""
+    codes, scales = to_fp8(weight, largest)
+    if _keeps_codes(weight, weight.dtype) and weight.numel() and block_of(weight.shape[1]) >= LEAST_BLOCK:
+        return Coded("fp8", weight.dtype), {"codes": codes.view(torch.uint8), "scales": scales}
+    return DENSE, {"weight": codes.float().mul_(scales).to(weight.dtype)}
 
 
 class Linear(nn.Module):
@@ -288,20 +292,12 @@ class Linear(nn.Module):
     def settle(self, quantization: str | None) -> None:
         """Once the weight is loaded: keep it in the form in which it is applied on this device."""
         if isinstance(self.format, Quantized):
-            found = self.format.coded(self.stored)
-            if found is None:
-                self._keep(DENSE, {"weight": self.format.matrix(self.stored)})
-            else:
-                self._keep(Coded(found[0], self.format.dtype), found[1])
+            self._keep(*self.format.applied(self.stored))
         elif quantization == "fp8":
-            largest = self.weight.abs().amax(1, keepdim=True)
+            largest = largest_of(self.weight)
             if isinstance(self, RowParallelLinear) and self.state.tp.size > 1:
                 dist.all_reduce(largest, dist.ReduceOp.MAX, self.state.tp.group)
-            if not _keeps_codes(self.weight, self.weight.dtype) or block_of(self.weight.shape[1]) < LEAST_BLOCK:
-                round_to_fp8(self.weight, largest)
-                return
-            codes, scales = to_fp8(self.weight, largest)
-            self._keep(Coded("fp8", self.weight.dtype), {"codes": codes.view(torch.uint8), "scales": scales})
+            self._keep(*in_fp8(self.weight.detach(), largest))
 
     def _keep(self, format: Format, tensors: Mapping[str, Tensor]) -> None:
         """Put tensors of another format in place of those that there are."""

@@ -47,6 +47,8 @@ def dequantize(format: WeightFormat, stored: Mapping[str, Tensor], segments: Seq
             made.append(mine["weight"].float() * element_scales(format, mine[format.scale_name], rows, columns))
         else:
             made.append(codes_of(format, mine, rows, columns).matrix())
+    if not made:  # of a rank without experts
+        return torch.empty(0, columns, device=stored[format.parts[0].name].device)
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
@@ -108,8 +110,10 @@ def coded(
     """A weight's codes as the kernels of `kernels.codes` take them: their kind; codes, scales and zeros, and `order`,
     the columns in the order of their groups, where it is not their own.
 
-    None where groups are not as long as each other, or too short.
+    None where groups are not as long as each other, or too short; and of nothing.
     """
+    if not sum(segments) or not columns:
+        return None
     mine = list(_segments(format, stored, segments, columns))
     if isinstance(format, Elementwise):
         return _coded_elements(format, mine, columns)
@@ -166,9 +170,14 @@ def _unpack(packed: Tensor, bits: int, dim: int, places: Sequence[int] = _STRAIG
     shifts = torch.tensor(places[:per], dtype=torch.int32, device=packed.device) * bits
     if dim == 0:
         wide = packed[:, None, :] >> shifts[None, :, None]
-        return (wide & ((1 << bits) - 1)).to(torch.uint8).reshape(-1, packed.shape[1])
+        return (wide & ((1 << bits) - 1)).to(torch.uint8).flatten(0, 1)
     wide = packed[:, :, None] >> shifts
-    return (wide & ((1 << bits) - 1)).to(torch.uint8).reshape(packed.shape[0], -1)
+    return (wide & ((1 << bits) - 1)).to(torch.uint8).flatten(1, 2)
+
+
+def largest_of(weight: Tensor) -> Tensor:
+    """The greatest magnitude of each row, [N, 1]; 0 of rows without columns."""
+    return weight.abs().amax(1, keepdim=True) if weight.shape[1] else weight.new_zeros(weight.shape[0], 1)
 
 
 def to_fp8(weight: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -176,8 +185,7 @@ def to_fp8(weight: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tenso
 
     `largest` [N, 1]: the greatest magnitude of each row, if rows are longer than they are here.
     """
-    if largest is None:
-        largest = weight.abs().amax(1, keepdim=True)
+    largest = largest_of(weight) if largest is None else largest
     scales = (largest.float() / FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
     codes = (weight.float() / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return codes, scales

@@ -32,6 +32,8 @@ def lines(facts: dict[str, Any], shown: int) -> Iterator[str]:
     yield f"{facts['path']}: {facts['form']}"
     yield f"  family      {facts['family']} ({facts['architecture']}), {facts['layers']} layers"
     yield f"  parameters  {facts['parameters']:,}"
+    if facts["quantization"]:
+        yield f"  quantized   {facts['quantization']}"
     heads, experts = facts["heads"], facts["experts"]
     some = f"; {experts['per_token']} of {experts['count']} experts a token" if experts else ""
     wide = f"{heads['size']} wide, hidden size {facts['hidden_size']}"

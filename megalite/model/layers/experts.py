@@ -16,7 +16,7 @@ from megalite.core.collectives import enter_tp, leave_tp
 from megalite.core.formats import WeightFormat
 from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
-from megalite.core.linear import DENSE, Quantized, round_to_fp8
+from megalite.core.linear import DENSE, Format, Quantized, in_fp8
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
 from megalite.model.kinds.experts import Experts
@@ -65,9 +65,6 @@ class MixtureOfExperts(LayerModule):
     expert its gate rows, then its up rows; `down` [E * dim, intermediate].
     """
 
-    up: nn.Parameter
-    down: nn.Parameter
-
     def __init__(
         self,
         kind: Experts,
@@ -78,10 +75,7 @@ class MixtureOfExperts(LayerModule):
         """`formats`: of `up` and `down`; None: as numbers."""
         super().__init__()
         self.state = state
-        self.format = DENSE
-        """Of each expert's two matrices."""
-        self._quantized: dict[str, Quantized] = {}
-        """Formats of parameters that are as they are stored, by name."""
+        self._formats: dict[str, Format] = {"up": DENSE, "down": DENSE}
         self.top_k = kind.top_k
         self.normalize_top_k = kind.normalize_top_k
         self.activation = kind.activation
@@ -99,20 +93,39 @@ class MixtureOfExperts(LayerModule):
         if format is None:
             self.register_parameter(name, sharded((sum(segments), columns)))
             return
-        self._quantized[name] = Quantized(format, segments, columns, torch.get_default_dtype(), all_columns=columns)
-        for part, tensor in self._quantized[name].parameters().items():
+        made = Quantized(format, segments, columns, torch.get_default_dtype(), all_columns=columns)
+        self._formats[name] = made
+        for part, tensor in made.parameters().items():
             self.register_parameter(f"{name}_{part}", tensor)
 
     @torch.no_grad()
     def settle(self, quantization: str | None) -> None:
         """Once the weights are loaded: keep them in the form in which they are applied."""
-        for name, format in self._quantized.items():
-            stored = {part.name: self._parameters.pop(f"{name}_{part.name}") for part in format.format.parts}
-            self.register_parameter(name, nn.Parameter(format.matrix(stored), requires_grad=False))
-        if quantization == "fp8" and not self._quantized:
-            round_to_fp8(self.up)
-            round_to_fp8(self.down)
-        self._quantized.clear()
+        for name, format in list(self._formats.items()):
+            if isinstance(format, Quantized):
+                stored = {part.name: self._parameters.pop(f"{name}_{part.name}") for part in format.format.parts}
+                self._formats[name], tensors = format.applied(stored)
+            elif quantization == "fp8":
+                weight = self._parameters.pop(name)
+                assert weight is not None
+                self._formats[name], tensors = in_fp8(weight.detach())
+            else:
+                continue
+            for part, tensor in tensors.items():
+                held = name if part == "weight" else f"{name}_{part}"
+                self.register_parameter(held, nn.Parameter(tensor, requires_grad=False))
+
+    def _stored(self, name: str, local: int) -> dict[str, Tensor | None]:
+        """The tensors of one expert's matrix."""
+        if self._formats[name] is DENSE:
+            weight = self._parameters[name]
+            assert weight is not None
+            return {"weight": weight.view(self.num_local, -1, weight.shape[-1])[local]}
+        found: dict[str, Tensor | None] = {"order": self._parameters.get(f"{name}_order")}
+        for part in ("codes", "scales", "zeros"):
+            tensor = self._parameters.get(f"{name}_{part}")
+            found[part] = None if tensor is None else tensor.view(self.num_local, -1, tensor.shape[-1])[local]
+        return found
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top_k] and global expert ids [T, top_k] of each token; float32 softmax over all experts."""
@@ -153,7 +166,5 @@ class MixtureOfExperts(LayerModule):
 
     def _expert(self, local: int, x: Tensor) -> Tensor:
         """The gated MLP of one of this rank's experts: [T, dim] -> [T, dim]."""
-        up = self.up.view(self.num_local, -1, x.shape[-1])[local]  # [2F, D]
-        down = self.down.view(self.num_local, x.shape[-1], -1)[local]  # [D, F]
-        hidden = self.format.product(x, {"weight": up}, gate=self.activation)
-        return self.format.product(hidden, {"weight": down})
+        hidden = self._formats["up"].product(x, self._stored("up", local), gate=self.activation)
+        return self._formats["down"].product(hidden, self._stored("down", local))
