@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -14,6 +15,7 @@ from slow_generation import Ask, Expected, Slow
 from test_engine import OVERLAP, TIGHT, Setting, assert_as_expected, generate, replica_of, requests_for, tokens
 from tiny_models import VOCAB
 from tiny_tokenizer import with_tokenizer
+from tokenizer_family import FAMILY
 from tokenizers import decoders
 
 from megalite.config.schema import SamplingParams
@@ -23,7 +25,7 @@ from megalite.inference.io.inputs import PromptLimits
 from megalite.inference.matchers import Matchers, Outcome
 from megalite.inference.request import Request, Row, Sequence
 from megalite.inference.run import run_everywhere
-from megalite.text.grammar import GrammarError, grammar_text, grammars_of
+from megalite.text.grammar import GrammarError, Grammars, grammar_text, grammars_of
 from megalite.text.tokenizer import Tokenizer
 
 PET = {
@@ -239,6 +241,23 @@ def test_a_token_that_does_not_fit_and_work_beyond_the_limits_are_problems_of_th
             break
         assert token_id in allowed
     assert "too many states" in outcome.problem and row.allowed() == set()
+
+
+@pytest.mark.parametrize("name", ["byte level", "metaspace first"])
+def test_any_tokenizer_has_a_token_for_the_end(name, tmp_path):
+    """Without special tokens, with ids left out, with an end beyond all that are known."""
+    whole = json.loads(FAMILY[name]().to_str())
+    for special, gap, eos in itertools.product((True, False), (0, 40), (None, "</s>", "hello", "new")):
+        values = json.loads(json.dumps(whole))
+        vocabulary = values["model"]["vocab"]
+        vocabulary["hello"] += gap
+        if not special:
+            values["added_tokens"] = []
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({} if eos is None else {"eos_token": eos}))
+        tokenizer = Tokenizer.load(tmp_path)
+        matcher = Grammars(tokenizer, len(tokenizer)).matcher(grammar_text({"regex": " ?the"}))
+        assert matcher.consume_tokens(tokenizer.encode("the", add_special_tokens=False)) and matcher.is_accepting()
 
 
 def test_a_tokenizer_that_can_not_be_read_is_the_grammar_s_problem(talking, monkeypatch):

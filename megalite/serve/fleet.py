@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from hmac import compare_digest
+from typing import cast
 
 import msgspec
 
@@ -60,10 +61,9 @@ class Link(asyncio.Protocol):
         """Whose it is, once it has said so."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is none by its type
         if self._token is not None:
-            transport.write(self._nonce)
+            self._transport.write(self._nonce)
         asyncio.get_running_loop().call_later(SAY_HELLO, lambda: None if self.door else self.close())
 
     def data_received(self, data: bytes) -> None:

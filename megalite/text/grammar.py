@@ -78,8 +78,10 @@ class Grammars:
         self.tokenizer = tokenizer
         known = tokenizer.get_vocab().values()
         eos = tokenizer.eos_token_id
-        self.end = min(tokenizer.special_ids, default=max(known)) if eos is None else eos
-        """The token that llguidance, which needs one, takes for the end; the request says which ones end its output."""
+        found = [*([] if eos is None else [eos]), *sorted(tokenizer.special_ids), *sorted(known, reverse=True)]
+        self.end = next(one for one in found if one < len(tokenizer))
+        """The token that llguidance, which needs one, takes for the end; the request says which ones end its output.
+        Where ids are left out it knows those below the number of tokens only, and the others are never chosen."""
         self._size = max(vocab_size, max(known) + 1)
         self.words = -(-self._size // 32)
         """int32 numbers of a mask: bit i of number j is set if token 32 * j + i may come next."""

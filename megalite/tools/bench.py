@@ -16,6 +16,7 @@ BENCHMARKS = {
     "load": "ranks that load a Hugging Face folder, and shards of it",
     "offline": "generation beside transformers",
     "plan": "the planner's predictions beside what is measured here, or was published",
+    "serve": "a server's throughput beside the offline engine's, and how long its clients wait",
     "sync": "weights between two layouts in memory, beside gathering every tensor",
     "trace": "what measuring every step costs",
     "train": "a training step beside transformers, both under DeepSpeed",
