@@ -64,6 +64,23 @@ SHAPES: dict[str, dict[str, Any]] = {
 """What config.json says of each."""
 
 
+def _compressed(format: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """A quantization_config of compressed-tensors."""
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+_INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+_FP8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+_BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+for _name, _config in {
+    "int4": _compressed("pack-quantized", _INT4),
+    "fp8": _compressed("float-quantized", _FP8),
+    "fp8-blocks": _BLOCKS,
+}.items():
+    SHAPES[f"llama-8B-{_name}"] = {**SHAPES["llama-8B"], "quantization_config": _config}
+
+
 def save_config(name: str, folder: Path) -> str:
     """Save a shape without weights, for `load_format="dummy"`, and a tokenizer of its size; gives the folder.
 
