@@ -15,6 +15,7 @@ FLAGS = {
     "--print-config": "print every value and where it came from, then stop",
     "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",
     "--no_ssh": "with --hostfile and --node_rank N: start this host's ranks only",
+    "--live": "as monitor.live=true: ranks, queues, tokens/s and GPUs on the terminal while it runs",
     "--debug": "show tracebacks for errors of all kinds",
     "--help": "show this",
 }
@@ -91,6 +92,8 @@ def read_arguments(argv: Sequence[str]) -> Options:
             problems.append(usage_problem(name, "needs a value", f"Write {name} VALUE."))
         elif values.setdefault(name, text := value if equals else rest.pop(0)) != text:
             problems.append(usage_problem(name, "is given twice", "Keep one."))
+    if "--live" in flags:
+        overrides.append("monitor.live=true")
     if "--help" in flags:
         return Options(flags=frozenset(flags))
     hosts = [word for name in HOSTS if name in values for word in (name, values[name])]

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,10 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     """
     rules = Rules(config)
     _writable_rule(rules.at("monitor"), "timeline")
+    rule, fix = "needs rich", "pip install 'megalite[live]'"
+    rules.at("monitor").need("live", not config.monitor.live or find_spec("rich") is not None, rule, fix)
+    serves = isinstance(config, ServeConfig) and config.monitor.live
+    rules.at("monitor").need("live", not serves, "is for jobs; a server shows this on its page", "Leave it false.")
     if isinstance(config, GeneratingConfig):
         _inference_rules(rules, model)
         _writable_rule(rules.at("monitor"), "status_file")

@@ -126,9 +126,11 @@ class Job:
         assert measured is not None, "a rank is in one layout or in both"
         tracing.begin(self.config.monitor.timeline, self.runtime, measured.state)
         measured.state.meter.start()
-        while self.progress.iterations < self.config.hybrid.steps:
-            self._iterate()
-            self._stop_if_asked()
+        shows = self.runtime.rank == self.home
+        with tracing.live(self.config.monitor.live, self.runtime, measured.state, shows=shows):
+            while self.progress.iterations < self.config.hybrid.steps:
+                self._iterate()
+                self._stop_if_asked()
         measured.state.meter.stop()
         tracing.end(self.runtime, self.meter)
         steps = self.progress.iterations - before

@@ -94,7 +94,8 @@ def _generate(loaded: Loaded[InferConfig], runtime: Runtime) -> int:
         replica.meter.start()
         # Only the control rank, which is the writer's, asks which requests are streamed.
         requests = [replace(one, stream=True) for one in left.requests] if writer and writer.streams else left.requests
-        completed = engine.run(make_feed(replica, requests, _MAIL + "/next"), hooks)
+        with tracing.live(config.monitor.live, runtime, replica.state, shows=writer is not None):
+            completed = engine.run(make_feed(replica, requests, _MAIL + "/next"), hooks)
         replica.meter.stop()
         tracing.end(runtime, replica.meter)
         mail.finish(writer)
@@ -161,7 +162,7 @@ class Writer:
         self.printer: Printer | StreamPrinter | None = None
         self.streams = self.file is None and sys.stdout.isatty() and _is_one(batch)
         """The completion is shown as it grows, and no bar is in its way."""
-        shown = config.monitor.progress and not self.streams
+        shown = config.monitor.progress and not self.streams and not config.monitor.live
         self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=shown)
         if self.streams:
             self.printer = StreamPrinter(batch.requests[0])

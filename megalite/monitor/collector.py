@@ -146,11 +146,13 @@ class Meter:
         self._parts: dict[str, float] = {}
         """Seconds, by name, until somebody takes them."""
         self._began = self._step_began = self.clock()
-        self._lap: tuple[float, dict[Phase, float]] = (self._began, self._totals())
+        self._lap: tuple[float, dict[Phase, float]] = (self._began, self.spent)
         self._ended: float | None = None
         self._delayed = run_delays()
         self._steps: dict[str, float] = dict.fromkeys(_OF_STEPS, 0)
         self._queue = {"running": 0.0, "queued": 0.0}
+        self.queue = 0, 0
+        """Sequences that ran and that waited in the last step."""
         if self._device is not None:
             self._device.forget()
 
@@ -163,7 +165,7 @@ class Meter:
         """Share of the time in each phase since the last lap, or since `start`. Not within a phase."""
         assert not self._open
         self._read_device()
-        now, spent = self.clock(), self._totals()
+        now, spent = self.clock(), self.spent
         began, before = self._lap
         self._lap = (now, spent)
         return {phase: (spent[phase] - before[phase]) / (now - began) for phase in PHASES} if now > began else {}
@@ -312,6 +314,7 @@ class Meter:
                 self._steps[name] += count
         elif learnt_tokens:
             self._steps["steps"] += 1
+        self.queue = running, queued
         self._queue["running"] += seconds * running
         self._queue["queued"] += seconds * queued
         self._read_device()
@@ -329,7 +332,8 @@ class Meter:
 
     # ---- what came of it
 
-    def _totals(self) -> dict[Phase, float]:
+    @property
+    def spent(self) -> dict[Phase, float]:
         """Seconds of each phase: on the device where it was measured there, else on the host."""
         return {**self._spent, **self._on_device}
 

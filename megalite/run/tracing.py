@@ -1,11 +1,13 @@
-"""The timeline of a run: its file, made once a host, and the clocks of all ranks, brought together at the start."""
+"""What a run shows of its steps: the timeline, whose clocks are brought together at the start, and the live table."""
 
 from __future__ import annotations
 
 import logging
 import secrets
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.kernels.device import timing_event
 from megalite.monitor.collector import Meter
+from megalite.monitor.live import LiveBoard, LiveFeed
 from megalite.monitor.timeline import Timeline
 from megalite.run.runtime import Runtime
 
@@ -79,6 +82,31 @@ def end(runtime: Runtime, meter: Meter) -> None:
         _meet(runtime.store, "closed", runtime.world_size)
     if timeline.ends:
         timeline.finish()
+
+
+@contextmanager
+def live(wanted: bool, runtime: Runtime, state: ParallelState, *, shows: bool) -> Iterator[None]:
+    """While it lasts, this rank tells how it is doing, and the one that `shows` draws it all, if it has a terminal.
+
+    Every rank of the run calls it; none waits for another.
+    """
+    if not wanted:
+        yield
+        return
+    store, place, device = runtime.store, state.coord, runtime.device
+    index = -1 if device.type != "cuda" else device.index or 0
+    key = f"live/{runtime.rank}"
+    feed = LiveFeed(state.meter, lambda text: store.set(key, text), tp=place.tp, pp=place.pp, dp=place.dp, device=index)
+
+    def read() -> dict[int, str]:
+        keys = {rank: f"live/{rank}" for rank in range(runtime.world_size)}
+        return {rank: store.get(one).decode() for rank, one in keys.items() if store.check([one])}
+
+    with LiveBoard(read) if shows and sys.stderr.isatty() else nullcontext():
+        try:
+            yield
+        finally:
+            feed.close()
 
 
 def clock_offset(store: dist.Store, rank: int, far: Sequence[int], clock: Callable[[], float]) -> float:

@@ -102,7 +102,8 @@ class Job:
             before, read = self.trainer.steps_done, self.history.tokens
             tracing.begin(self.config.monitor.timeline, self.runtime, self.state)
             self.state.meter.start()
-            reason = self._train()
+            with tracing.live(self.config.monitor.live, self.runtime, self.state, shows=self.is_writer):
+                reason = self._train()
             self.state.meter.stop()
             tracing.end(self.runtime, self.state.meter)
             steps, tokens = self.trainer.steps_done - before, self.history.tokens - read
