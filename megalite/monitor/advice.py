@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from megalite.monitor.metrics import RankReport
+from megalite.monitor.metrics import Phase, RankReport
 from megalite.monitor.words import format_bytes, format_count, format_percent
 
 SHORT_RUN = 10.0
@@ -132,7 +132,7 @@ def _waiting(ranks: list[RankReport]) -> list[str]:
 
 def _uneven_stages(replica: int, stages: list[list[RankReport]], waits: list[float]) -> list[str]:
     """Stages that wait for another, which has more to do than they."""
-    work = ("compute", "communication", "sampling")
+    work: tuple[Phase, ...] = ("compute", "communication", "sampling")
     seconds = [_mean(sum(report.spent(phase) for phase in work) for report in stage) for stage in stages]
     layers = [stage[0].layers[1] - stage[0].layers[0] for stage in stages]
     slow = seconds.index(max(seconds))

@@ -342,7 +342,8 @@ class Meter:
         self._read_device()
         seconds = (self.clock() if self._ended is None else self._ended) - self._began
         delays = [delay - self._delayed.get(thread, 0.0) for thread, delay in run_delays().items()]
-        measured: dict[str, Any] = {**self._spent, **self._steps, "seconds": seconds, "peak_bytes": peak_memory()}
+        measured: dict[str, Any] = {**self._steps, "seconds": seconds, "peak_bytes": peak_memory()}
+        measured |= {phase: spent for phase, spent in self._spent.items()}
         measured |= {f"{name}_seconds": value for name, value in self._queue.items()}
         measured["traffic"] = dict(self.traffic)
         measured["device"] = dict(self._on_device)

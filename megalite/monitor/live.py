@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, TextIO
 
 from megalite.monitor.collector import Meter
@@ -42,7 +43,7 @@ class LiveFeed:
         seconds = now - self._told
         if seconds < EVERY:
             return
-        spent = dict(self._meter.spent)
+        spent: dict[str, float] = {**self._meter.spent}
         busy = {phase: (value - self._spent.get(phase, 0.0)) / seconds for phase, value in spent.items()}
         running, queued = self._meter.queue
         told = {
@@ -124,7 +125,7 @@ class Gpu:
         if device < 0:
             return None
         try:
-            import pynvml
+            pynvml: Any = import_module("pynvml")  # not there without the extra
 
             pynvml.nvmlInit()
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(device))

@@ -42,7 +42,7 @@ class Timeline:
         """Events for which there was no room."""
         self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        self._us = lambda at: round(to_origin(at) * 1e6, 1)
+        self._to_origin = to_origin
         self._tracks: dict[str, int] = {}
         self._lines: list[str] = []
         self._flushed = 0.0
@@ -129,6 +129,9 @@ class Timeline:
         """End the list of events, once every rank that writes to this file has closed it."""
         with self._path.open("ab") as file:
             file.write(_packed(self._path, '{"ph":"M","pid":0,"name":"end"}\n]\n'))
+
+    def _us(self, at: float) -> float:
+        return round(self._to_origin(at) * 1e6, 1)
 
     def _track(self, name: str) -> int:
         number = self._tracks.get(name)
