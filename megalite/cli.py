@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, get_args
 
 from megalite import __version__, terminal
-from megalite.config.command_line import Options, read_arguments, usage, usage_problem
+from megalite.config.command_line import RESTARTS, Options, read_arguments, usage, usage_problem
 from megalite.config.explain import table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, loaded_from, resolve
 from megalite.config.schema import Config, InferConfig, SamplingParams, ServeConfig
@@ -42,6 +42,7 @@ from megalite.files import read_whole
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import wrapped
 from megalite.preflight import as_sampled, check, read_shape
+from megalite.run import restarts
 from megalite.run.hosts import host_slots, tell_the_door, unpack_config
 from megalite.run.launch_env import LaunchEnv, door_of
 from megalite.run.processes import die_with_parent
@@ -171,6 +172,16 @@ def _grammar_problems(sampling: SamplingParams) -> list[Problem]:
     return []
 
 
+def _restart_problems(kind: Kind, config: Any, place: LaunchEnv | None) -> list[Problem]:
+    """Why this process can't start the run again when it is lost."""
+    if place is not None:
+        fix = "Start with plain python, or use what the launcher has for that (torchrun --max-restarts)."
+        return [usage_problem(RESTARTS, "can't be used by a rank", fix)]
+    if kind == "serve":
+        return [usage_problem(RESTARTS, "is not an option of the server", "Set server.restarts.")]
+    return restarts.problems(config)
+
+
 def run_job(kind: Kind, loaded: Loaded[Any], options: Options) -> int:
     """The work of a rank, or of a job of one rank; gives its exit code. Imports torch."""
     if kind == "serve":
@@ -227,6 +238,8 @@ def _prepare(
     more = misplaced(loaded, place, argv, options)
     if not options.sha256:
         more += job_problems(kind, loaded.config)
+    if options.restarts:
+        more += _restart_problems(kind, loaded.config, place)
     model = check(loaded, problems, more, read_headers=place is None)
     if isinstance(loaded.config, ServeConfig) and speaks and not options.sha256:
         from megalite.serve.checks import warnings
@@ -246,6 +259,9 @@ def _prepare(
         terminal.require_stdout()
     if place is not None or options.replica:
         die_with_parent()  # the watch over launcher and peers begins only once torch is imported
+    if options.restarts and kind != "serve":
+        start = start_hosts if options.hosts else start_ranks
+        return partial(restarts.run, loaded, lambda again: start(again, options), options.restarts)
     if options.hosts:
         return partial(start_hosts, loaded, options)
     if isinstance(loaded.config, ServeConfig) and place is None:

@@ -111,6 +111,13 @@ def killed(jobs: Jobs) -> list[Run]:
     return [*runs, jobs.run("killed")]
 
 
+def restarted(jobs: Jobs) -> list[Run]:
+    """One rank of two is killed, and the run starts again by itself, over what an earlier one has left."""
+    (jobs.folder / "restarted.jsonl").write_text("not ours\n")
+    again = ("--max-restarts", "2", "output.overwrite=true", "parallel.dp=2", "engine.max_num_seqs=3")
+    return [jobs.run("restarted", *again, fault="decode.step@1#500=kill")]
+
+
 def stopped(jobs: Jobs) -> list[Run]:
     """SIGTERM, SIGINT, a refusal of other sampling, and the rest."""
     runs = [jobs.stop("stopped", signal.SIGTERM, len(BAD) + 2, "parallel.dp=2", "parallel.dp_mode=async")]
@@ -153,6 +160,7 @@ def owners_sampling(jobs: Jobs) -> list[Run]:
 CHAINS: dict[str, Callable[[Jobs], list[Run]]] = {
     "undisturbed": lambda jobs: [jobs.run("undisturbed")],
     "killed": killed,
+    "restarted": restarted,
     "stopped": stopped,
     "the owner's sampling": owners_sampling,
     "stdin through the door": lambda jobs: [jobs.run("stdin", "parallel.tp=2", stdin=True)],
@@ -220,7 +228,7 @@ def test_bad_lines_are_named(undisturbed):
     assert "\r" not in undisturbed.err, "no progress bar in a file"
 
 
-@pytest.mark.parametrize("chain", ["killed", "stopped", "stdin through the door", "stdin under deepspeed"])
+@pytest.mark.parametrize("chain", ["killed", "restarted", "stopped", "stdin through the door", "stdin under deepspeed"])
 def test_the_end_is_the_same(chain, runs, undisturbed):
     last = runs[chain].result()[-1]
     assert (last.code, last.out if "deepspeed" not in chain else "") == (5, "")
@@ -238,6 +246,13 @@ def test_a_killed_rank_keeps_what_was_finished(runs):
     names = [result["id"] for result in second.results]
     assert sorted(names) == sorted(ids()) != ids() and names != ids(), "all there, not in order yet"
     assert second.results[: len(first.results)] == first.results, "nothing ran twice"
+
+
+def test_a_lost_run_starts_again_by_itself(runs):
+    [run] = runs["restarted"].result()
+    lines = [line for line in run.err.splitlines() if "was lost" in line or "; restart " in line]
+    assert len(lines) == 2 and "rank 1 (pid" in lines[0]
+    assert lines[1] == "the run ended with code 70; restart 1 of 2 in 1 s, from what is on disk."
 
 
 def test_stops_drain_and_leave_the_output_whole(runs):
@@ -284,3 +299,16 @@ def test_the_report_and_the_dry_run_agree(jobs, runs):
     table = [line.split("  ") for line in dry.out.splitlines()[2:5]]
     names, *ranks = [[cell.strip() for cell in row if cell.strip()] for row in table]
     assert [row[names.index("weights")] for row in ranks] == [row[3] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ((), "output.file: is needed with --max-restarts, which goes on from it"),
+        (("output.file=x", "input.file=-"), "input.file: can't be standard input with --max-restarts"),
+        (("--max-restarts=x",), "--max-restarts: is given twice"),
+    ],
+)
+def test_what_can_not_start_again(more, says, jobs):
+    run = jobs.forks.run(INFER, "--config", jobs.config, "--max-restarts", 2, "input.prompts=[x]", *more)
+    assert run.code == 2 and says in run.err

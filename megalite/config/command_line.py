@@ -19,10 +19,15 @@ FLAGS = {
     "--debug": "show tracebacks for errors of all kinds",
     "--help": "show this",
 }
+_TAKEN = {
+    "--config FILE": "the config, YAML",
+    "--max-restarts N": "start a run again, up to N times, that was lost or crashed; it goes on from what is on disk",
+}
 HOSTS = ("--hostfile", "--include", "--exclude", "--master_addr", "--master_port", "--ssh_port", "--node_rank")
 """Options with a value that go to deepspeed; the last with its flag --no_ssh, once on each host."""
 _FROM_US = ("--resolved-config", "--resolved-sha256", "--replica", "--socket", "--external")
-VALUED = ("--config", *HOSTS, *_FROM_US, "--local_rank", "--local-rank")
+RESTARTS = "--max-restarts"
+VALUED = ("--config", RESTARTS, *HOSTS, *_FROM_US, "--local_rank", "--local-rank")
 """Options with a value; those after the hosts' are for the processes of a run, from its launcher or one another."""
 _DEEPSPEED = (
     "DeepSpeed's keys go into a training config's section `deepspeed`; batch size, ZeRO stage, clipping, optimizer and "
@@ -45,6 +50,8 @@ class Options:
     """The resolved config, packed, when the door on another host started this rank."""
     sha256: str = ""
     """Of the resolved config, when the door started this rank."""
+    restarts: int = 0
+    """How often a run that is lost is started again."""
     program: tuple[str, ...] = ()
     """The script that was started, and the words before its options."""
     replica: str = ""
@@ -105,9 +112,13 @@ def read_arguments(argv: Sequence[str]) -> Options:
         overrides = [one for one in overrides if one != stray]
         fix = f"Write --config {stray or 'configs/infer/demo.yaml'}."
         problems.append(usage_problem("--config", "is needed: the config file", fix))
+    restarts = values.get(RESTARTS, "0")
+    if not (restarts.isascii() and restarts.isdecimal()):
+        problems.append(usage_problem(RESTARTS, f"must be a whole number, got {restarts!r}", "Write --max-restarts 3."))
     if problems:
         raise ConfigError(*problems)
     return Options(
+        restarts=int(restarts),
         config=values.get("--config", ""),
         overrides=tuple(overrides),
         flags=frozenset(flags),
@@ -140,7 +151,7 @@ def usage(kind: Kind, installed: bool) -> str:
         "--include, --exclude, --master_addr, --master_port, --ssh_port and --node_rank.",
         "",
         "options:",
-        *(f"  {name:16}{meaning}" for name, meaning in {"--config FILE": "the config, YAML", **FLAGS}.items()),
+        *(f"  {name:18}{meaning}" for name, meaning in (_TAKEN | FLAGS).items()),
         "",
         "keys of the config, by section; each can be overridden as section.key=value:",
         "",

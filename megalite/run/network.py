@@ -39,6 +39,12 @@ def route_to(host: str, port: int) -> str:
         raise ConfigError(Problem(key="MASTER_ADDR", rule=rule, value=host, fix=fix)) from error
 
 
+def way_to(host: str, port: int) -> str:
+    """From where and over which interface this process reaches `host`, for messages."""
+    address = route_to(host, port)
+    return f"{address} ({interface_of(address) or 'unknown interface'}) on {socket.gethostname()}"
+
+
 def interface_of(address: str) -> str | None:
     """Name of the network interface that has `address`."""
     for name, addresses in psutil.net_if_addrs().items():

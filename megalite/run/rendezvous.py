@@ -24,7 +24,7 @@ from torch.distributed import DistError, FileStore, HashStore, PrefixStore, Stor
 
 from megalite.errors import EXIT_CONFIG, ConfigError, MegaliteError, Problem, RankLost
 from megalite.run.launch_env import LaunchEnv
-from megalite.run.network import pid_namespace, route_to
+from megalite.run.network import pid_namespace, route_to, way_to
 from megalite.run.processes import Process
 
 _POLL = 0.02
@@ -131,7 +131,7 @@ def _wait_for_port(env: LaunchEnv, deadline: Deadline) -> None:
             if deadline.over():
                 raise RankLost(
                     f"rank 0 of {env.world_size} never came within {deadline.seconds:g} s: nothing answers at "
-                    f"{host}:{port}, asked from {socket.gethostname()} ({error.strerror or error}). "
+                    f"{host}:{port}, asked from {way_to(host, port)}: {error.strerror or error}. "
                     "Look for its own message or at its host, or raise distributed.start_timeout."
                 ) from error
         time.sleep(5 * _POLL)

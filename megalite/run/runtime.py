@@ -47,7 +47,7 @@ from megalite.errors import (
 )
 from megalite.run.launch_env import LaunchEnv, door_of
 from megalite.run.meeting_folder import claim, run_folder
-from megalite.run.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
+from megalite.run.network import interface_of, machine_id, network_namespace, pid_namespace, route_to, way_to
 from megalite.run.processes import Process, die_with_parent, launcher_name, launchers, this_process
 from megalite.run.referee import End, Peer
 from megalite.run.rendezvous import Deadline, RankInfo, meet, open_store
@@ -132,8 +132,10 @@ class Runtime:
         try:
             watchdog.start(seconds)
         except OSError as error:
+            address, port = self.ranks[0].hub or (_LOOPBACK, 0)
             raise RankLost(
-                f"{self.info}: no connection to rank 0's watch at {self.ranks[0].hub} ({error.strerror or error}). "
+                f"{self.info}: no connection to rank 0's watch at {address}:{port} from {way_to(address, port)}: "
+                f"{error.strerror or error}. "
                 "A firewall between the hosts must let their ranks connect to each other on any port."
             ) from error
         if self._launched:
