@@ -43,7 +43,7 @@ class LiveFeed:
         seconds = now - self._told
         if seconds < EVERY:
             return
-        spent: dict[str, float] = {**self._meter.spent}
+        spent: dict[str, float] = {phase: value for phase, value in self._meter.spent.items()}
         busy = {phase: (value - self._spent.get(phase, 0.0)) / seconds for phase, value in spent.items()}
         running, queued = self._meter.queue
         told = {
