@@ -215,7 +215,7 @@ class Rows:
             max_query_len=int(counts.max()),
             fresh=not starts.any(),
         )
-        return Batch(self.tokens[row, position].long(), context, *chosen, row)
+        return Batch(self.tokens[row, position].long(), context, *[*chosen, row])
 
 
 def _logit_rows(plan: StepPlan, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
