@@ -44,8 +44,8 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
     few, many = (step_bytes(one, max_tokens=8192, max_rows=rows) for rows in (1, 256))
     hidden = 8192 * 2 * 1000  # the layers' part is below
     chunk = memory.SCORED_LOGITS * 12 + memory.SAMPLING_CHUNK * 25
-    assert chunk - 152_000 * 12 <= few <= chunk + hidden + memory.SAMPLED_ROW
-    whole = 256 * (152_000 * 12 + memory.SAMPLED_ROW)
+    assert chunk - 152_000 * 12 <= few <= chunk + hidden + memory.sampled_row(152_000)
+    whole = 256 * (152_000 * 12 + memory.sampled_row(152_000))
     assert whole <= many <= whole + memory.SAMPLING_CHUNK * 25 + hidden
     assert memory.scored_rows(config, 1) * 152_000 <= memory.SCORED_LOGITS
     assert memory.scored_rows(config, 256) == 256, "no more than are sampled from in any case"
@@ -61,7 +61,8 @@ def test_logits_of_scored_prompts_and_graphs_are_counted():
 
 
 def test_sampling_takes_no_more_than_is_counted():
-    assert sampling.workspace_bytes(256, 2**22) <= 256 * memory.SAMPLED_ROW
+    for vocab in (100, 152_000, 2**22):
+        assert sampling.workspace_bytes(256, vocab) <= 256 * memory.sampled_row(vocab)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 250, 256, 1000, 5000])

@@ -25,9 +25,6 @@ GRAPH_OVERHEAD = 12 << 20
 """Bytes left for what the driver keeps of a captured graph."""
 ROW_OVERHEAD = 256
 """Bytes of a row's sampling parameters."""
-SAMPLED_ROW = 2**17
-"""Bytes that sampling takes of a row beside its logits, at most (kernels/sampling.py: `workspace_bytes`)."""
-
 
 PROCESS = 28 << 20
 """Bytes that torch, gloo and the allocator take of a process on a CPU once it works: 17 to 43 MiB, measured."""
@@ -36,6 +33,11 @@ PROCESS = 28 << 20
 def scored_rows(config: ModelConfig, max_rows: int) -> int:
     """Rows of scored prompts that the head is applied to at a time; `max_rows` are sampled from at most."""
     return max(max_rows, SCORED_LOGITS // config.vocab_size, 1)
+
+
+def sampled_row(vocab_size: int) -> int:
+    """Bytes that sampling takes of a row beside its logits, at most (kernels/sampling.py: `workspace_bytes`)."""
+    return 2**17 + vocab_size // 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,7 +192,7 @@ class RankMemory:
         vocab = self.config.vocab_size
         scored = min(max_tokens, scored_rows(self.config, max_rows)) if scores else 0
         numbers = max(max_rows, scored) * vocab
-        return 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * SAMPLED_ROW
+        return 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * sampled_row(vocab)
 
     def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:
         """Buffers of the running sequences: tokens, block tables (see `Rows`), what the sampler keeps of each, with how
