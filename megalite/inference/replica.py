@@ -247,7 +247,7 @@ class Replica:
             prompts=engine.finished + failed,
             failed_prompts=failed,
             output_tokens=engine.output_tokens,
-            prompt_tokens=engine.prompt_tokens,
+            prompt_tokens=stats.prefix_query_tokens,
             cached_tokens=stats.prefix_hit_tokens,
             preemptions=stats.preemptions,
         )

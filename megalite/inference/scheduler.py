@@ -37,6 +37,8 @@ class SchedulerStats:
     """Blocks copied to host memory."""
     prefix_hit_tokens: int = 0
     """Tokens whose keys and values were found in the cache instead of being computed."""
+    prefix_query_tokens: int = 0
+    """Tokens that were looked up there: prompts, of every sample, and after a preemption what had been written too."""
 
 
 class Scheduler:
@@ -436,6 +438,7 @@ class Scheduler:
         else:
             seq.num_computed, seq.registered = hits * size, hits
             self.stats.prefix_hit_tokens += hits * size
+            self.stats.prefix_query_tokens += known
         return True
 
     def _take(self, seq: Sequence, result: Sampled) -> FinishReason | None:
