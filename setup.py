@@ -17,6 +17,7 @@ SERVE = [
 ]
 GRAMMAR = ["llguidance>=1,<2"]
 GGUF = ["gguf>=0.17"]
+LIVE = ["rich>=13", "nvidia-ml-py>=12"]
 
 setup(
     name="megalite",
@@ -53,6 +54,7 @@ setup(
         "serve": SERVE,
         "grammar": GRAMMAR,
         "gguf": GGUF,
+        "live": LIVE,
         "eval": ["lm_eval>=0.4.13,<0.5"],
         "test": [
             "pytest>=8",
@@ -70,6 +72,8 @@ setup(
             *SERVE,
             *GRAMMAR,
             *GGUF,
+            *LIVE,
+            "compressed-tensors>=0.12",
         ],
     },
 )
