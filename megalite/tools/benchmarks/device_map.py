@@ -24,8 +24,8 @@ def theirs(folder: Path, load: Workload, *, cuda: bool) -> float:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-
+    untyped: Any = logging
+    untyped.disable_progress_bar()
     load_model: Any = AutoModelForCausalLM.from_pretrained  # untyped
     model = load_model(folder, device_map="auto", dtype="auto" if cuda else torch.float32)
     rows, length = load.concurrency, int(load.input.mean)

@@ -151,7 +151,8 @@ def start(task: Task) -> list[dict[str, Any]] | None:
 
 def speed(task: Task, ranks: list[dict[str, Any]]) -> float:
     """Output tokens a second, of all replicas."""
-    return sum(length for _, length in task.lengths()) / max(rank["seconds"] for rank in ranks)
+    seconds: float = max(rank["seconds"] for rank in ranks)
+    return sum(length for _, length in task.lengths()) / seconds
 
 
 def _kept(task: Task, predicted: Prediction, layout: Layout, rank: dict[str, Any]) -> int:
