@@ -78,7 +78,9 @@ def load(folder: Path):
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    text_only = "text_config" not in json.loads((folder / "config.json").read_text())
+    kind = transformers.AutoModelForCausalLM if text_only else transformers.AutoModelForImageTextToText
+    model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
 
 

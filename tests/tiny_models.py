@@ -47,6 +47,15 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -57,6 +66,8 @@ class Variant:
     changes: dict = field(default_factory=dict)
     """Over BASE."""
     max_shard_size: str = "1GB"
+    vision: dict | None = None
+    """A multimodal checkpoint with this vision tower; `changes` are of its text part."""
     seed: int = 0
     """Chosen so that greedy choices have a margin."""
 
@@ -196,6 +207,26 @@ VARIANTS: dict[str, Variant] = {
     "phi": Variant(model="Phi", changes={"num_key_value_heads": 6, "partial_rotary_factor": 0.5}, seed=1),
     "gpt_neox": Variant(model="GPTNeoX", changes={"rotary_pct": 0.5}),
     "apertus": Variant(model="Apertus"),
+    "gemma3_vision": Variant(
+        model="Gemma3",
+        changes={
+            "head_dim": 16,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        vision=VISION,
+    ),
+    "mistral3": Variant(
+        model="Mistral3",
+        changes={"model_type": "mistral", "head_dim": 12, "sliding_window": 8},
+        vision={**VISION, "model_type": "pixtral", "head_dim": 8},
+    ),
+    "mistral3_ministral3": Variant(
+        model="Mistral3",
+        changes={"model_type": "ministral3", "head_dim": 8, "tie_word_embeddings": False},
+        vision={**VISION, "model_type": "pixtral", "head_dim": 8},
+    ),
 }
 
 NOT_IN_GPT2 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -234,8 +265,12 @@ def _write(variant: Variant, folder: Path) -> None:
     values = {**BASE, **variant.changes}
     if variant.model == "GPT2":
         values = {key: value for key, value in values.items() if key not in NOT_IN_GPT2}
+    if variant.vision is not None:
+        tied = {"tie_word_embeddings": values.pop("tie_word_embeddings", True)}
+        values = {"text_config": values, "vision_config": variant.vision, **tied}
     config = getattr(transformers, f"{variant.model}Config")(**values)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = transformers.AutoModelForCausalLM if variant.vision is None else transformers.AutoModelForImageTextToText
+    model = kind.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(variant.seed)
     for name, param in model.named_parameters():
         _randomise(name, param.data, variant.model, generator)

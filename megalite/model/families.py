@@ -20,6 +20,7 @@ from megalite.model.family_spec import (
     hf_config,
     model_config,
     names_of,
+    text_values,
 )
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import HFConfig, read_json
@@ -40,10 +41,14 @@ __all__ = [
 
 def register(name: str, family: Family) -> None:
     """Add a family of one's own; ConfigError if the name or the architecture is taken."""
-    taken = [key for key, other in FAMILIES.items() if key == name or other.architecture == family.architecture]
+    taken = [key for key, other in FAMILIES.items() if key == name or _stands_for(other) == _stands_for(family)]
     if taken:
         raise ConfigError(Problem(key=f"family {name}", rule=f"is already registered, as {taken[0]}"))
     FAMILIES[name] = family
+
+
+def _stands_for(family: Family) -> tuple[str, str | None]:
+    return family.architecture, family.text_model_type
 
 
 def read(folder: str | Path) -> ModelConfig:
@@ -60,6 +65,7 @@ def from_values(path: Path, values: Mapping[str, object], generation: Generation
     """As `read`, of files already parsed; `path` is config.json's, for messages. None: it is all there is."""
     name = _family_of(path, values)
     family = FAMILIES[name]
+    values = values if family.text_model_type is None else text_values(values)
     aside = generation or GenerationConfig.of_config(path, values)
     model = model_config(name, family, hf_config(family, path, values), aside)
     return quantized(path, values, model, weight_names(model))
@@ -75,21 +81,24 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise HFConfig(path, values).problem("architectures", "must be a list of names", architectures)
-    by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
-    found = [by_architecture[name] for name in architectures if name in by_architecture]
-    if found:
-        return found[0]
+    text = values.get("text_config")
+    text_type = text.get("model_type") if isinstance(text, dict) else None
+    for architecture in architectures:
+        for name, family in FAMILIES.items():
+            if family.architecture == architecture and family.text_model_type in (None, text_type):
+                return name
     model_type = values.get("model_type")
     if not architectures and isinstance(model_type, str) and model_type in FAMILIES:
         return model_type
     if not architectures and model_type is None:
         raise HFConfig(path, values).problem("architectures", "is missing")
     unknown = architectures[0] if architectures else model_type
+    supported = {family.architecture for family in FAMILIES.values()}
     raise ConfigError(
         Problem(
             key="model.path",
-            rule=f"architecture {unknown} is not supported{_needed(str(unknown))}",
-            fix=f"Supported: {', '.join(sorted(by_architecture))}; one of your own can be registered from "
+            rule=f"architecture {unknown}{_of(text_type)} is not supported{_needed(str(unknown), text_type)}",
+            fix=f"Supported: {', '.join(sorted(supported))}; one of your own can be registered from "
             "a module named in model.family_module.",
             origin=str(path),
         )
@@ -109,6 +118,10 @@ NEEDED = {
 """What architectures would need that are not supported, by their names; the first that fits counts."""
 
 
-def _needed(architecture: str) -> str:
+def _of(text_type: object) -> str:
+    return f" over a text model of type {text_type}" if isinstance(text_type, str) else ""
+
+
+def _needed(architecture: str, text_type: object = None) -> str:
     needed = next((what for pattern, what in NEEDED.items() if re.search(pattern, architecture)), None)
     return f": it would need {needed}" if needed else ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from megalite.model.family_spec import (
     Family,
     Multipliers,
@@ -539,4 +542,29 @@ FAMILIES: dict[str, Family] = {
         fixed={"gated_mlp": False, "qk_norm": "head"},
         flags=ATTENTION_BIAS,
     ),
+}
+
+
+def text_of(family: Family, architecture: str, text_model_type: str, **changes: Any) -> Family:
+    """A multimodal architecture around a family, of which only the text part is run."""
+    weights = {key: f"language_model.{name}" for key, name in family.weights.items()}
+    return replace(
+        family,
+        architecture=architecture,
+        text_model_type=text_model_type,
+        weights=weights,
+        prefix="language_model.",
+        renamed={"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+        ignored=(*family.ignored, *BESIDE_TEXT),
+        **changes,
+    )
+
+
+BESIDE_TEXT = (r"^(model\.)?vision_tower\.", r"^(model\.)?multi_modal_projector\.")
+"""The tensors of a multimodal checkpoint that its text part does without."""
+
+FAMILIES |= {
+    "gemma3": text_of(FAMILIES["gemma3_text"], "Gemma3ForConditionalGeneration", "gemma3_text"),
+    "mistral3": text_of(FAMILIES["mistral"], "Mistral3ForConditionalGeneration", "mistral"),
+    "mistral3_ministral3": text_of(FAMILIES["ministral3"], "Mistral3ForConditionalGeneration", "ministral3"),
 }

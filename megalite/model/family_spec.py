@@ -55,6 +55,8 @@ class WeightNames:
     """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
     tied_head: str | None
     """What the head would be called, where it is the embedding."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Other beginnings that a checkpoint's names may have, where none has `prefix` -> theirs here."""
     tensors: Mapping[str, TensorRef]
     """Every weight of the model's rows -> its tensor. Weights of one tensor lie in it in the order of the rows."""
 
@@ -293,6 +295,10 @@ class Family:
     `.bias`. Weights of one name are fused in one tensor, in the order of the rows."""
     prefix: str = "model."
     """See WeightNames."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """See WeightNames."""
+    text_model_type: str | None = None
+    """It is the text part of a multimodal checkpoint: `text_config` describes it, and has this `model_type`."""
     ignored: tuple[str, ...] = ()
     """See WeightNames; besides those that any family may have."""
     transposed: bool = False
@@ -352,6 +358,7 @@ COMMON_DEFAULTS = {
     "tie_word_embeddings": False,
     "sliding_window": None,
 }
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMMON_KEYS = {"norm_eps": ("rms_norm_eps",)}
 COMMON_IGNORED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", r"^model\.rotary_emb\.inv_freq$")
 """Tables that older transformers saved along with the weights."""
@@ -360,6 +367,20 @@ COMMON_IGNORED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", r"^m
 def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFConfig:
     """The values of a config.json under this family's names and defaults."""
     return HFConfig(path, values, {**COMMON_KEYS, **family.keys}, {**COMMON_DEFAULTS, **family.defaults})
+
+
+OF_WRAPPER = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "compression_config")
+"""Keys of a multimodal config.json that go before those of its text part."""
+
+
+def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Those of the text part, where a config.json has one; token ids may stand on either level."""
+    inner = values.get("text_config")
+    if not isinstance(inner, dict):
+        return values
+    given = {key: values[key] for key in (*OF_WRAPPER, *TOKEN_IDS) if values.get(key) is not None}
+    ids = {key: inner[key] for key in TOKEN_IDS if inner.get(key) is not None}
+    return {**inner, **given, **ids}
 
 
 def model_config(name: str, family: Family, config: HFConfig, generation: GenerationConfig) -> ModelConfig:
@@ -460,7 +481,7 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
     head = family.weights["lm_head"] if config.tie_embeddings else None
     tied = (f"^{re.escape(head)}$",) if head else ()
     ignored = (*COMMON_IGNORED, *family.ignored, *tied)
-    return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, tensors=tensors)
+    return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, renamed=family.renamed, tensors=tensors)
 
 
 def _tensor(name: str, family: Family, row: Row, *, in_layer: bool) -> TensorRef:

@@ -64,7 +64,10 @@ class GenerationConfig:
     def eos_token_ids(self) -> tuple[int, ...]:
         """End-of-sequence tokens as listed, those beyond the vocabulary too. CheckpointError if they are no ids."""
         of_config = HFConfig(self.path.with_name("config.json"), self.config)
-        return self.token_ids("eos_token_id") or of_config.token_ids("eos_token_id") or ()
+        inner = self.config.get("text_config")
+        of_text = HFConfig(of_config.path, inner if isinstance(inner, dict) else {})
+        key = "eos_token_id"
+        return self.token_ids(key) or of_config.token_ids(key) or of_text.token_ids(key) or ()
 
     def token_ids(self, key: str) -> tuple[int, ...] | None:
         """One token id or a list of them among the values; None when absent or null."""

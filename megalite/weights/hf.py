@@ -77,6 +77,8 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
         return HFWeights(_read_files(folder, None))
     embedding, head = names.embedding, names.tied_head
     tensors = _read_files(folder, may_be_absent=head)
+    if names.renamed and not any(name.startswith(names.prefix) for name in tensors):
+        tensors = {_renamed(name, names.renamed): info for name, info in tensors.items()}
     bare = not any(name.startswith(names.prefix) for name in tensors)
     if bare:
         tensors = {name if name.startswith("lm_head.") else names.prefix + name: info for name, info in tensors.items()}
@@ -86,6 +88,11 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
         else:
             tensors[embedding] = tensors.pop(head)
     return HFWeights(tensors, bare)
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    begins = next((begin for begin in beginnings if name.startswith(begin)), None)
+    return name if begins is None else beginnings[begins] + name.removeprefix(begins)
 
 
 def _check_tied(embedding: TensorInfo, head: TensorInfo) -> None:

@@ -115,7 +115,9 @@ def with_dtype(values: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
     if dtype is None:
         return dict(values)
     key = "torch_dtype" if "torch_dtype" in values and "dtype" not in values else "dtype"
-    return {**values, key: dtype}
+    inner = values.get("text_config")
+    text = {"text_config": with_dtype(inner, dtype)} if isinstance(inner, dict) else {}
+    return {**values, **text, key: dtype}
 
 
 def chosen(folder: Path, values: Mapping[str, Any], dtype: str | None) -> SideFiles:
