@@ -100,9 +100,9 @@ def greedy(folder: Path, prompt: list[int], max_tokens: int) -> Generated:
     return Generated(prompt=prompt, tokens=ids[len(prompt) :], logprobs=logprobs)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec) -> torch.Tensor:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec, sinks=None) -> torch.Tensor:
     """Causal attention by an `AttentionSpec`, in float64: q [count, H, D], the last positions of k and v [length, K, D]
-    -> [count, H, D]."""
+    -> [count, H, D]. `sinks` [H]: scores of a key whose value is zero."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(group, 1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * spec.scale
@@ -113,4 +113,9 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec) -> torch.
     seen = key <= query
     if spec.window is not None:
         seen &= key > query - spec.window
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+    if spec.chunk is not None:
+        seen &= key >= query // spec.chunk * spec.chunk
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(*scores.shape[:2], 1)], -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : len(key)], v)

@@ -19,6 +19,7 @@ SPECS = [
     AttentionSpec(layer=3, scale=0.3, window=window, softcap=softcap)
     for window, softcap in ((None, None), (5, None), (None, 2.0), (5, 2.0), (100, None))
 ]
+SPECS.append(AttentionSpec(layer=3, scale=0.3, chunk=4))
 
 LAYOUTS = {
     # (start, count, blocks) of each row; blocks that ascend by one are one run
@@ -31,13 +32,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_host_attention(spec, name):
+def test_host_attention(spec, name, sinks):
     generator = torch.Generator().manual_seed(0)
     cache = HostCache({3: CacheSpec.keys_and_values(KV_HEADS, DIM)}, 16, block_size=BLOCK, dtype=torch.float32)
     cache.stacks[3][0].normal_(generator=generator)  # other sequences' old keys
     rows, slots, positions, expected, packs = [], [], [], [], []
+    of_heads = torch.randn(HEADS, generator=generator) if sinks else None
     for start, count, blocks in LAYOUTS[name]:
         q, k, v = (torch.randn(start + count, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
         mine = [blocks[place // BLOCK] * BLOCK + place % BLOCK for place in range(start + count)]
@@ -47,11 +50,12 @@ def test_host_attention(spec, name):
         rows.append(CacheRow(len(slots), start, count, mine[0] if run else None, None if run else torch.tensor(blocks)))
         slots += mine[start:]
         positions += range(start, start + count)
-        expected.append(formula(q[start:], k, v, spec))
+        expected.append(formula(q[start:], k, v, spec, of_heads))
         packs.append((q[start:], k[start:], v[start:]))
     q, k, v = (torch.cat(parts) for parts in zip(*packs, strict=True))
     context = HostAttention(cache, rows, torch.tensor(positions), torch.tensor(positions), torch.tensor(slots))
-    torch.testing.assert_close(context.attend(spec, q, k, v).double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+    out = context.attend(spec, q, k, v, sinks=of_heads)
+    torch.testing.assert_close(out.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
 
 
 def packed_case(lengths, heads, kv_heads, dim, dtype=torch.float32):

@@ -48,7 +48,7 @@ def make_spec(dim: int, window: int | None = None, softcap: float | None = None)
 
 def scaled(spec: AttentionSpec) -> dict[str, float | int | None]:
     """What the kernel is told of a layer."""
-    return {"scale": spec.scale, "window": spec.window, "softcap": spec.softcap}
+    return {"scale": spec.scale, "window": spec.window, "chunk": spec.chunk, "softcap": spec.softcap}
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Step:
     dtype: torch.dtype = torch.float32
     spec: AttentionSpec | None = None
     table_width: int | None = None
+    has_sinks: bool = False
 
     def __post_init__(self):
         torch.manual_seed(sum(context for context, _ in self.rows) + self.heads + self.dim)
@@ -78,7 +79,7 @@ class Step:
         self.k, self.v = [], []
         for b, ((context, count), blocks) in enumerate(zip(self.rows, free.split(counts), strict=True)):
             kv = torch.randn(context, 2, self.kv_heads, self.dim, device=DEVICE).to(self.dtype)
-            first_seen = 0 if self.spec.window is None else max(0, context - count - self.spec.window + 1)
+            first_seen = self.spec.first_key(max(0, context - count))
             seen = torch.arange(first_seen, context)
             self.block_table[b, seen // self.block_size] = blocks[seen // self.block_size]
             slots = blocks[seen // self.block_size].long() * self.block_size + seen % self.block_size
@@ -91,6 +92,13 @@ class Step:
         self.block_table = self.block_table.to(DEVICE)
         fused = torch.randn(starts[-1], self.heads + 2 * self.kv_heads, self.dim, device=DEVICE).to(self.dtype)
         self.q = fused[:, : self.heads]
+        self.sinks = torch.randn(self.heads, device=DEVICE) if self.has_sinks else None
+
+    @property
+    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.spec.values is None:
+            return self.cache[0], self.cache[1]
+        return self.cache[0], self.cache[0, ..., : self.spec.values]
 
     def run(self, **overrides) -> torch.Tensor:
         arguments = {
@@ -99,15 +107,18 @@ class Step:
             "block_table": self.block_table,
             "block_size": self.block_size,
             **scaled(self.spec),
+            "sinks": self.sinks,
             "max_query_len": max(count for _, count in self.rows),
         }
-        return kernels.paged_attention(self.q, *self.cache, **(arguments | overrides))
+        return kernels.paged_attention(self.q, *self.caches, **(arguments | overrides))
 
     def expected(self) -> torch.Tensor:
         parts = []
         for b, (context, _) in enumerate(self.rows):
             q = self.q[self.starts[b] : self.starts[b + 1]]
-            parts.append(reference(q, self.k[b], self.v[b], self.spec) if context else torch.zeros_like(q).double())
+            v = self.v[b] if self.spec.values is None else self.k[b][..., : self.spec.values]
+            nothing = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float64, device=DEVICE)
+            parts.append(reference(q, self.k[b], v, self.spec, self.sinks) if context else nothing)
         return torch.cat(parts)
 
     def part(self, row: int, first: int, last: int, context_len: int) -> torch.Tensor:
@@ -141,6 +152,18 @@ SHAPES = {
     **{f"head dim {dim}": {"dim": dim} for dim in (8, 64, 80, 96, 128, 256)},
     **{f"block size {size}": {"block_size": size} for size in (8, 12, 64)},
     **{f"window {window}": {"spec": make_spec(16, window=window)} for window in (1, 7, 16, 33, 500)},
+    **{f"chunks of {size}": {"spec": AttentionSpec(layer=0, scale=0.3, chunk=size)} for size in (1, 16, 20, 500)},
+    "sinks": {"has_sinks": True},
+    "sinks and a window": {"has_sinks": True, "spec": make_spec(16, window=7)},
+    **{
+        f"{values} of {dim} channels are values, {heads} heads": {
+            "heads": heads,
+            "kv_heads": 1,
+            "dim": dim,
+            "spec": AttentionSpec(layer=0, scale=0.2, values=values),
+        }
+        for heads, values, dim in ((3, 24, 28), (32, 64, 80))
+    },
     "float16": {"dim": 64, "dtype": torch.float16},
     "bfloat16": {"dim": 64, "dtype": torch.bfloat16},
 }
@@ -155,7 +178,7 @@ def test_equals_the_formula(shape, rows):
         pytest.skip("Triton's interpreter multiplies bfloat16 tiles wrongly")
     step = Step(rows, **{**BASE, **shape})
     step.check()
-    if rows == DECODE and step.spec.window:
+    if rows == DECODE and (step.spec.window or step.has_sinks or step.spec.values or step.spec.chunk):
         step.check(num_splits=4)
 
 
@@ -249,6 +272,16 @@ def test_what_computes_fresh_rows():
 
 
 @needs_triton
+@pytest.mark.parametrize("name", ["sinks", "chunks of 20", "64 of 80 channels are values, 32 heads"])
+def test_fresh_rows_with_sinks_chunks_or_latents(name):
+    step = Step([(70, 70), (1, 1), (33, 33)], **{**BASE, **SHAPES[name]})
+    k, v = torch.cat(step.k), torch.cat(step.v)
+    values = v if step.spec.values is None else k[..., : step.spec.values]
+    place = {"query_start": step.query_start, "max_query_len": 70, "sinks": step.sinks}
+    assert torch.equal(fresh_attention(step.q, k, values, **place, **scaled(step.spec)), step.check())
+
+
+@needs_triton
 def test_a_wider_block_table_changes_nothing():
     narrow = Step(DECODE, heads=4, kv_heads=2, dim=32)
     wide = Step(DECODE, heads=4, kv_heads=2, dim=32, table_width=40)
@@ -318,6 +351,14 @@ def test_long_prompts_in_chunks_and_fresh_give_the_same_bits_on_cuda(dim, window
     assert torch.equal(torch.cat([step.part(0, first, last, last) for first, last in pairwise(cuts)]), whole)
     place = {"query_start": step.query_start, "max_query_len": 1700}
     assert torch.equal(fresh_attention(step.q, step.k[0], step.v[0], **place, **scaled(spec)), whole)
+
+
+@needs_cuda
+@pytest.mark.parametrize("rows", [[(1700, 1), (300, 1)], [(1700, 1700), (300, 40)]], ids=["decode", "prompts"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_latents_of_the_usual_size_on_cuda(heads, rows):
+    spec = AttentionSpec(layer=0, scale=0.05, values=512)
+    Step(rows, heads, 1, 576, dtype=torch.bfloat16, spec=spec).check()
 
 
 @needs_cuda

@@ -13,7 +13,7 @@ from megalite.core.layout import Layout
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.base import transformer_layer
 from megalite.model.kinds.dense import DenseMLP
-from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.experts import Experts, Router
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.weights.reshard import RoundBuilder
 from megalite.weights.reshard_plan import atoms, buckets, least_received, plan
@@ -163,7 +163,7 @@ def sized(layers: int, hidden: int, heads: int, kv_heads: int, inner: int, vocab
 SMALL = sized(28, 1024, 16, 8, 3072, 151936, tied=True)
 LARGE = sized(80, 8192, 64, 8, 28672, 128256)
 EXPERTS = sized(
-    8, 2048, 32, 4, 6144, 32000, Experts(num_experts=64, top_k=8, intermediate_size=768, normalize_top_k=True)
+    8, 2048, 32, 4, 6144, 32000, Experts(num_experts=64, intermediate_size=768, router=Router(top_k=8, normalize=True))
 )
 PAIRS = [
     (SMALL, Layout(2, 2, 1), Layout(4, 1, 1)),

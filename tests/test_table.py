@@ -11,7 +11,7 @@ from megalite.core.layout import KVHeads, LayerCosts, Layout, QueryHeads, share
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.base import transformer_layer
 from megalite.model.kinds.dense import DenseMLP
-from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.experts import Experts, Router
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.weights.table import hf_shapes, owned
 
@@ -35,7 +35,7 @@ def configs(draw) -> ModelConfig:
     )
     mlp = DenseMLP(intermediate_size=draw(st.integers(1, 13)), gated=not gpt2, bias=gpt2)
     if family == "mixtral":
-        mlp = Experts(num_experts=draw(st.integers(1, 5)), top_k=1, intermediate_size=3, normalize_top_k=True)
+        mlp = Experts(num_experts=draw(st.integers(1, 5)), intermediate_size=3, router=Router(top_k=1, normalize=True))
     return ModelConfig(
         family=family,
         vocab_size=draw(st.integers(2, 23)),

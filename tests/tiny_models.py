@@ -47,6 +47,24 @@ LONGROPE = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 20}
+GRANITE_MOE = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "embedding_multiplier": 2.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+}
+LATENT = {
+    **EXPERTS,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -207,6 +225,81 @@ VARIANTS: dict[str, Variant] = {
     "phi": Variant(model="Phi", changes={"num_key_value_heads": 6, "partial_rotary_factor": 0.5}, seed=1),
     "gpt_neox": Variant(model="GPTNeoX", changes={"rotary_pct": 0.5}),
     "apertus": Variant(model="Apertus"),
+    "qwen2_moe": Variant(
+        model="Qwen2Moe",
+        changes={**EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 28, "mlp_only_layers": [1]},
+    ),
+    "olmoe": Variant(model="Olmoe", changes={"num_experts": 6, "num_experts_per_tok": 3}),
+    "granitemoe": Variant(model="GraniteMoe", changes={**GRANITE_MOE, "attention_bias": True}),
+    "granitemoeshared": Variant(model="GraniteMoeShared", changes={**GRANITE_MOE, "shared_intermediate_size": 28}),
+    "glm4_moe": Variant(
+        model="Glm4Moe",
+        changes={
+            **EXPERTS,
+            "n_routed_experts": 6,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "n_group": 3,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "head_dim": 16,
+            "use_qk_norm": True,
+        },
+    ),
+    "ernie4_5_moe": Variant(
+        model="Ernie4_5_Moe",
+        changes={"moe_num_experts": 6, "moe_k": 3, "moe_intermediate_size": 20, "moe_layer_start_index": 1},
+    ),
+    "hunyuan_v1_moe": Variant(model="HunYuanMoEV1", changes={"num_experts": 6, "moe_topk": 2, "head_dim": 12}),
+    "gpt_oss": Variant(
+        model="GptOss",
+        changes={
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "sliding_window": 6,
+            "swiglu_limit": 1.0,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
+    "llama4_text": Variant(
+        model="Llama4Text",
+        changes={
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+            "intermediate_size_mlp": 36,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 0, 1, 1],
+            "attention_chunk_size": 8,
+            "floor_scale": 4,
+        },
+    ),
+    "deepseek_v2": Variant(
+        model="DeepseekV2",
+        changes={
+            **LATENT,
+            "q_lora_rank": None,
+            "n_routed_experts": 6,
+            "first_k_dense_replace": 1,
+            "n_group": 3,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 2.0,
+        },
+    ),
+    "deepseek_v3": Variant(
+        model="DeepseekV3",
+        changes={
+            **LATENT,
+            "n_routed_experts": 8,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+        },
+    ),
     "gemma3_vision": Variant(
         model="Gemma3",
         changes={
@@ -272,20 +365,25 @@ def _write(variant: Variant, folder: Path) -> None:
     kind = transformers.AutoModelForCausalLM if variant.vision is None else transformers.AutoModelForImageTextToText
     model = kind.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(variant.seed)
-    for name, param in model.named_parameters():
+    corrections = [(name, values) for name, values in model.named_buffers() if "correction_bias" in name]
+    for name, param in (*model.named_parameters(), *corrections):
         _randomise(name, param.data, variant.model, generator)
     model.save_pretrained(folder, max_shard_size=variant.max_shard_size)
 
 
 def _randomise(name: str, values, model: str, generator) -> None:
     """Matrices keep the scale of their input; logits come out with a standard deviation of about 3."""
+    if "correction_bias" in name:
+        values.normal_(0.0, 0.2, generator=generator)
+        return
     if values.dim() == 1:
         values.normal_(1.0 if name.endswith("weight") else 0.0, 0.3, generator=generator)
         return
     if "embed_tokens" in name or "wte" in name or "wpe" in name:
         values.normal_(0.0, 0.15 if model.startswith("Gemma") else 0.4, generator=generator)  # Gemma scales them up
         return
-    fan_in = values.shape[0] if ".c_" in name else values.shape[-1]  # GPT-2 stores [in, out]
+    turned = ".c_" in name or (model in ("GptOss", "Llama4Text") and values.dim() == 3)  # stored [in, out]
+    fan_in = values.shape[-2] if turned else values.shape[-1]
     gain = 3.0 if "lm_head" in name else 1.3
     values.normal_(0.0, gain * fan_in**-0.5, generator=generator)
 

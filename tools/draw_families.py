@@ -13,7 +13,9 @@ from megalite.files import write_durably
 from megalite.model.families import FAMILIES
 from megalite.model.family_spec import (
     Family,
+    chunked_with_rope,
     dense,
+    latent_layers,
     no_growth,
     no_rope,
     no_windows,
@@ -42,12 +44,15 @@ ROPES = {
 
 def _attention(family: Family) -> str:
     said = [
+        "latent" if family.layers is latent_layers else "",
         "interleaved rope" if family.interleaved_rope else "",
         "partial rope" if family.partial_rotary else "",
         ROPES.get(family.ropes, ""),
         QK_NORMS.get(family.fixed.get("qk_norm"), ""),
         "windows" if family.windows is not no_windows else "",
         "softcap" if family.softcaps else "",
+        "chunks, q/k norm without weights" if family.attention is chunked_with_rope else "",
+        "sinks" if family.fixed.get("sinks") else "",
         "queries grow with position" if family.query_growth is not no_growth else "",
     ]
     return ", ".join(filter(None, said)) or "rope"
@@ -68,6 +73,7 @@ def _block(family: Family) -> str:
 def _by_kernels(family: Family) -> bool:
     """Whether norms, rotation and cache of attention are one kernel on a GPU; see `layers.softmax.Attention`."""
     usual = family.fixed.get("qk_norm") in (None, "head") and not family.interleaved_rope
+    usual = usual and family.layers is not latent_layers
     return usual and family.query_growth is no_growth and family.ropes is not no_rope
 
 
@@ -75,7 +81,7 @@ def table() -> str:
     """The families, in Markdown."""
     rows = [
         (
-            f"`{family.architecture}`",
+            f"`{family.architecture}`" + (f" ({family.text_model_type})" if family.text_model_type else ""),
             _block(family),
             _attention(family),
             "experts" if family.moe is not dense else "gated" if family.fixed.get("gated_mlp", True) else "plain",

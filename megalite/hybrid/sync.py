@@ -9,6 +9,7 @@ holds more than its own parameters and one bucket; with ZeRO stage 3, one bucket
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Sync:
         """The target's dtype, and whether its parameters are the source's, on every rank."""
         source, target = self._source, self._target
         dtypes = {param.dtype for param in target.values()}
+        if len(dtypes) > 1:
+            dtypes.discard(torch.float32)  # routers keep a vector in it
         assert len(dtypes) <= 1, f"the parameters of one decoder have the dtypes {dtypes}"
         known = [torch_dtype(name) for name in WEIGHT_DTYPES]
         code = known.index(dtypes.pop()) if dtypes else len(known)
@@ -130,7 +133,7 @@ class Sync:
             Side(self._source, source, batches, self._gathered),
             Side(self._target, target, [[one.param] for one in target], lambda names: nullcontext()),
         )
-        largest = max(max(shape) for shape in hf_shapes(model).values())
+        largest = max(max(math.prod(shape[:-1]), shape[-1]) for shape in hf_shapes(model).values())
         make = Fingerprinter(self.device, self.dtype, largest=largest, limit_bytes=bucket_bytes)
         return Comparison(cut, *sides, make)
 

@@ -73,6 +73,32 @@ def _load_tile(
 
 
 @jit
+def _score(
+    q_tile,
+    q_rest,
+    data,
+    blocks,
+    start,
+    begin,
+    end,
+    dim,
+    rest,
+    slot_stride,
+    DIM: tl.constexpr,
+    REST: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+):
+    """q k^T for the keys of a tile, of DIM channels and REST behind them."""
+    k_tile = _load_tile(data, blocks, start, begin, end, dim, slot_stride, DIM, PAGE, TILE_KEYS, True)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+    if REST > 0:
+        k_rest = _load_tile(data + DIM, blocks, start, begin, end, rest, slot_stride, REST, PAGE, TILE_KEYS, True)
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
+    return scores
+
+
+@jit
 def _weigh(
     scores,
     v_tile,
@@ -85,6 +111,7 @@ def _weigh(
     score_factor,
     cap_factor,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -99,6 +126,8 @@ def _weigh(
         seen = (key < end)[None, :] & (key[None, :] <= position[:, None])
         if WINDOW is not None:
             seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        if CHUNK is not None:
+            seen = seen & (key[None, :] >= (position // CHUNK * CHUNK)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, 1) * factor)
     shift = new_highest
@@ -123,6 +152,7 @@ def _attention_kernel(
     context_len,
     block_table,
     table_rows,
+    sinks,
     num_rows,
     table_stride,
     score_factor,
@@ -137,11 +167,15 @@ def _attention_kernel(
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
     CAPPED: tl.constexpr,
     ONE_QUERY: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
@@ -150,7 +184,7 @@ def _attention_kernel(
     """One program: a tile of a row's queries, all query heads of one KV head, one part of the keys.
 
     Scores are kept as exponents of two: `score_factor` holds log2(e) (`cap_factor` does when CAPPED). PAGE is 0 where
-    the keys are not in a paged cache but those of the step's own tokens.
+    the keys are not in a paged cache but those of the step's own tokens. Keys may have REST channels more than values.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -195,12 +229,20 @@ def _attention_kernel(
     dim = tl.arange(0, BLOCK_DIM)
     q_offset = token[:, None] * q_token_stride + head[:, None] * q_head_stride + dim[None, :]
     q_tile = tl.load(q + q_offset, mask=used[:, None] & (dim[None, :] < DIM), other=0.0)
+    rest = dim
+    q_rest = q_tile
+    if REST > 0:
+        rest = tl.arange(0, BLOCK_REST)
+        rest_offset = token[:, None] * q_token_stride + head[:, None] * q_head_stride + DIM + rest[None, :]
+        q_rest = tl.load(q + rest_offset, mask=used[:, None] & (rest[None, :] < REST), other=0.0)
 
     # Tiles of keys start at multiples of TILE_KEYS, so a query's sums do not depend on where its chunk begins.
     end = start_position + tl.minimum(first + TILE_QUERIES, num_queries)
     begin = 0
     if WINDOW is not None:
         begin = tl.maximum(start_position + first - WINDOW + 1, 0)
+    if CHUNK is not None:
+        begin = tl.maximum(begin, (start_position + first) // CHUNK * CHUNK)
     low = begin // TILE_KEYS * TILE_KEYS
     high = end
     if SPLITS > 1:
@@ -211,37 +253,44 @@ def _attention_kernel(
     highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     mixed = tl.zeros([TILE_ROWS, BLOCK_DIM], tl.float32)
+    if HAS_SINKS:  # a key without a value, in the first part
+        sink = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) * 1.4426950408889634
+        highest = tl.where(split == 0, sink, float("-inf"))
+        total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([TILE_ROWS], tl.float32)
     masked = low
     if not ONE_QUERY:
         # Every line sees all keys of the tiles before `masked`, but for a window. The scores of the next tile are
         # multiplied while the weights of this one are computed (FlashAttention-3, arXiv 2407.08608, section 3.2).
         masked = tl.maximum(low, (start_position + first + 1) // TILE_KEYS * TILE_KEYS)
-        k_tile = _load_tile(k_head, blocks, low, begin, end, dim, k_slot_stride, DIM, PAGE, TILE_KEYS, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        EDGES: tl.constexpr = WINDOW is not None
+        scores = _score(
+            q_tile, q_rest, k_head, blocks, low, begin, end, dim, rest, k_slot_stride, DIM, REST, PAGE, TILE_KEYS
+        )
+        EDGES: tl.constexpr = WINDOW is not None or CHUNK is not None
         for start in range(low, masked, TILE_KEYS):
             after = start + TILE_KEYS
-            k_tile = _load_tile(k_head, blocks, after, begin, end, dim, k_slot_stride, DIM, PAGE, TILE_KEYS, True)
-            next_scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            next_scores = _score(
+                q_tile, q_rest, k_head, blocks, after, begin, end, dim, rest, k_slot_stride, DIM, REST, PAGE, TILE_KEYS
+            )
             v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, EDGES)
             highest, total, mixed = _weigh(
                 scores, v_tile, highest, total, mixed, start, end, position,
-                score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, EDGES,
+                score_factor, cap_factor, WINDOW, CHUNK, CAPPED, TILE_KEYS, EDGES,
             )  # fmt: skip
             scores = next_scores
         v_tile = _load_tile(v_head, blocks, masked, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True)
         highest, total, mixed = _weigh(
             scores, v_tile, highest, total, mixed, masked, end, position,
-            score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, True,
+            score_factor, cap_factor, WINDOW, CHUNK, CAPPED, TILE_KEYS, True,
         )  # fmt: skip
         masked += TILE_KEYS
     for start in range(masked, high, TILE_KEYS):
-        k_tile = _load_tile(k_head, blocks, start, begin, end, dim, k_slot_stride, DIM, PAGE, TILE_KEYS, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        scores = _score(
+            q_tile, q_rest, k_head, blocks, start, begin, end, dim, rest, k_slot_stride, DIM, REST, PAGE, TILE_KEYS
+        )
         v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True)
         highest, total, mixed = _weigh(
             scores, v_tile, highest, total, mixed, start, end, position,
-            score_factor, cap_factor, WINDOW, CAPPED, TILE_KEYS, True,
+            score_factor, cap_factor, WINDOW, CHUNK, CAPPED, TILE_KEYS, True,
         )  # fmt: skip
 
     divisor = tl.where(total == 0, 1.0, total)  # 0: no key seen
@@ -298,6 +347,8 @@ def paged_attention(
     window: int | None,
     softcap: float | None,
     max_query_len: int,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
     num_splits: int | None = None,
     pdl: bool = False,
     tile: Tile | None = None,
@@ -316,7 +367,12 @@ def paged_attention(
     row only. Where it is more, a query's result does not depend on how its row is cut into steps. `pdl`: launched as
     dependent on the kernel before it (compute capability 9.0 on), which must have waited for those before. `tile`: for
     measurements.
+
+    A query sees keys of its own `chunk` of positions only. `sinks` [H]: of each query head a further score, of a key
+    whose value is zero. Values may be narrower than keys; where there is one KV head then, groups of its query heads
+    are programs of their own.
     """
+    k_cache, v_cache = _apart(q, k_cache, v_cache)
     splits = num_splits or _num_splits(context_len.shape[0], k_cache.shape[0], multiprocessors(q.device))
     return _launch(
         q,
@@ -324,7 +380,8 @@ def paged_attention(
         v_cache,
         (query_start, context_len, block_table, table_rows),
         block_size,
-        (scale, window, softcap),
+        (scale, window, chunk, softcap),
+        sinks,
         one_query=max_query_len == 1,
         splits=splits if max_query_len == 1 else 1,
         pdl=pdl,
@@ -341,6 +398,8 @@ def attend_own_tokens(
     scale: float,
     window: int | None,
     softcap: float | None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
     pdl: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -348,10 +407,22 @@ def attend_own_tokens(
 
     Use `fresh.fresh_attention`, which also knows other kernels.
     """
-    formula = (scale, window, softcap)
+    formula = (scale, window, chunk, softcap)
     rows = (query_start, None, None, None)
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)
-    return _launch(q, keys, values, rows, 0, formula, one_query=False, splits=1, pdl=pdl, tile=tile)
+    keys, values = _apart(q, k.transpose(0, 1), v.transpose(0, 1))
+    return _launch(q, keys, values, rows, 0, formula, sinks, one_query=False, splits=1, pdl=pdl, tile=tile)
+
+
+HEADS_TOGETHER = 16
+"""Query heads of one program where keys are wider than values: such heads have several hundred channels."""
+
+
+def _apart(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """One KV head [1, slots, D] that many query heads share, as several that are the same memory."""
+    count = q.shape[1] // HEADS_TOGETHER
+    if k.shape[0] != 1 or k.shape[-1] == v.shape[-1] or count < 2 or q.shape[1] % HEADS_TOGETHER:
+        return k, v
+    return k.expand(count, -1, -1), v.expand(count, -1, -1)
 
 
 def _launch(
@@ -360,7 +431,8 @@ def _launch(
     v: Tensor,
     rows: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
     page: int,
-    formula: tuple[float, int | None, float | None],
+    formula: tuple[float, int | None, int | None, float | None],
+    sinks: Tensor | None,
     *,
     one_query: bool,
     splits: int,
@@ -368,7 +440,9 @@ def _launch(
     tile: Tile | None,
 ) -> Tensor:
     """Run the kernels over keys and values [K, slots, D]: cache slots, or (page 0) the step's own tokens."""
-    tokens, heads, dim = q.shape
+    tokens, heads, _ = q.shape
+    dim = v.shape[-1]
+    rest = k.shape[-1] - dim
     num_rows, kv_heads = rows[0].shape[0] - 1, k.shape[0]
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens == 0 or heads == 0:
@@ -378,19 +452,20 @@ def _launch(
     require_triton()
     group = heads // kv_heads
     tile = tile or _tile(group, dim, q.dtype, one_query, shared_memory(q.device))
+    block_rest = max(16, triton.next_power_of_2(rest)) if rest else 0
     tiles = num_rows if one_query else tokens // (tile.rows // group) + num_rows  # at least as many as the rows need
     partial, lse = out, out  # not used
     if splits > 1:
         partial = torch.empty((tokens, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((tokens, heads, splits), dtype=torch.float32, device=q.device)
     # Scores are exponents of two, see the kernel.
-    scale, window, softcap = formula
+    scale, window, chunk, softcap = formula
     score_factor, cap_factor = scale * math.log2(math.e), 1.0
     if softcap is not None:
         score_factor, cap_factor = scale / softcap, softcap * math.log2(math.e)
     dims = {"DIM": dim, "BLOCK_DIM": max(16, triton.next_power_of_2(dim)), "SPLITS": splits, "PDL": pdl}
     launch = {"launch_pdl": True} if pdl else {}
-    tensors = (q, k, v, out, partial, lse, *(rows[0] if tensor is None else tensor for tensor in rows))
+    tensors = (q, k, v, out, partial, lse, *(rows[0] if tensor is None else tensor for tensor in (*rows, sinks)))
     table_stride = 0 if rows[2] is None else rows[2].stride(0)
     _attention_kernel[(tiles, kv_heads, splits)](
         *tensors,
@@ -404,10 +479,14 @@ def _launch(
         HEADS=heads,
         GROUP=group,
         PAGE=page,
+        REST=rest,
+        BLOCK_REST=block_rest,
         WINDOW=window,
+        CHUNK=chunk,
         CAPPED=softcap is not None,
         ONE_QUERY=one_query,
         HAS_TABLE_ROWS=rows[3] is not None,
+        HAS_SINKS=sinks is not None,
         TILE_ROWS=tile.rows,
         TILE_KEYS=tile.keys,
         num_warps=tile.num_warps,
@@ -436,6 +515,8 @@ def _tile(group: int, dim: int, dtype: torch.dtype, one_query: bool, shared: int
     if dtype == torch.float32:
         return Tile(fewest, 32 if dim <= 128 else 16, 4, 1)
     keys = 64 if dim <= 128 else 32
+    if dim > 256:
+        return Tile(fewest if one_query else max(32, fewest), keys, 4 if one_query else 8, 2)
     if one_query:
         return Tile(fewest, keys, 4, 3)
     if shared < LARGE_SHARED_MEMORY:

@@ -48,6 +48,8 @@ def fresh_attention(
     window: int | None,
     softcap: float | None,
     max_query_len: int,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
     pdl: bool = False,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -63,7 +65,8 @@ def fresh_attention(
     """
     tokens, heads, dim = q.shape
     rows = query_start.shape[0] - 1
-    if q.is_cuda and tokens and heads and tile is None:
+    plain = sinks is None and k.shape[-1] == v.shape[-1] and (chunk is None or chunk >= max_query_len)
+    if q.is_cuda and tokens and heads and tile is None and plain:
         capability = torch.cuda.get_device_capability(q.device)
         if which(tokens, rows, max_query_len, dim, q.dtype, window, softcap, capability) == "cudnn":
             batched_q, batched_k, batched_v = (x.unflatten(0, (rows, max_query_len)).transpose(1, 2) for x in (q, k, v))
@@ -76,4 +79,16 @@ def fresh_attention(
                         batched_q, batched_k, batched_v, is_causal=True, scale=scale, enable_gqa=grouped
                     )
                 return out.transpose(1, 2).reshape(tokens, heads, dim)
-    return attend_own_tokens(q, k, v, query_start, scale=scale, window=window, softcap=softcap, pdl=pdl, tile=tile)
+    return attend_own_tokens(
+        q,
+        k,
+        v,
+        query_start,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        chunk=chunk,
+        sinks=sinks,
+        pdl=pdl,
+        tile=tile,
+    )

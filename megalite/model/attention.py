@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature
 from itertools import accumulate, groupby
@@ -56,6 +56,8 @@ def choose_kernel(
     if capability is None or capability < (8, 0) or not half or spec.softcap is not None or head_dim % 8:
         return "batched"
     longest = max(length for _, length in runs)
+    if spec.chunk is not None and spec.chunk < longest:
+        return "batched"
     windowed = spec.window is not None and spec.window < longest
     if len(runs) == 1 and not windowed:
         planned = capability in ((9, 0), (10, 0)) and head_dim <= 128 and longest % CUDNN_MULTIPLE == 0
@@ -75,6 +77,8 @@ class Heads:
     """Of each query and each key head."""
     rotation: Rotation | None
     """Of queries and keys, after the norms."""
+    sinks: Tensor | None = None
+    """See `AttentionContext.attend`."""
 
     def treated(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, H, D] and keys [T, K, D] after norms and rotation, and values [T, K, D]."""
@@ -98,6 +102,19 @@ class Heads:
         return q, k, v
 
 
+class Latents(Protocol):
+    """Queries and latent keys of one layer, from which a context makes what it attends with; see `layers.latent`."""
+
+    def expanded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys [T, H, D] and values [T, H, V] of every head."""
+
+    def absorbed(self) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, R + P] over latent keys [T, 1, R + P], whose first R channels are their values."""
+
+    def valued(self, mixed: Tensor) -> Tensor:
+        """Attended latent vectors [T, H, R] -> values [T, H, V]."""
+
+
 class AttentionContext(Protocol):
     """The sequences that the T tokens of a forward pass belong to, and how they attend to each other."""
 
@@ -109,8 +126,14 @@ class AttentionContext(Protocol):
     def lengths(self) -> Tensor:
         """Longest length that each token's sequence may get, on which its rotary frequencies may depend: int64 [T]."""
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of layer `spec.layer`: q [T, H, D], k and v [T, K, D] -> [T, H, D]."""
+    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
+        """Causal attention of layer `spec.layer`: q [T, H, D], k and v [T, K, D] -> [T, H, D].
+
+        `sinks` [H]: of each head a further score, of a key whose value is zero.
+        """
+
+    def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
+        """Causal attention over latent vectors -> [T, H, `heads.value_width`]."""
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         """`attend` with the heads' treatment before it, for which `heads.qkv` may be overwritten -> [T, H, D]."""
@@ -136,27 +159,35 @@ class PackedAttention:
         self.capability = torch.cuda.get_device_capability(self.positions.device) if on_gpu else None
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        return self.attend(spec, *heads.treated())
+        return self.attend(spec, *heads.treated(), sinks=heads.sinks)
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
+        return self.attend(replace(spec, values=None), *heads.expanded())
+
+    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         if q.shape[1] == 0:
-            return torch.empty_like(q)
+            return q.new_empty(*q.shape[:2], v.shape[2])
+        if sinks is not None:
+            return self._attend_runs(spec, q, k, v, sinks)
         kernel = choose_kernel(spec, self.runs, head_dim=q.shape[2], dtype=q.dtype, capability=self.capability)
+        if v.shape[2] != k.shape[2]:
+            kernel = "batched"
         if kernel == "varlen" and (varlen := _varlen_attention()) is not None:
             left = -1 if spec.window is None else spec.window - 1
             place = (self.cu_lengths, self.cu_lengths, self.longest, self.longest)
             out: Tensor = varlen(q, k, v, *place, scale=spec.scale, window_size=(left, 0))
             return out
         with sdpa_kernel(PREFERRED, set_priority=True) if kernel == "cudnn" else nullcontext():
-            return self._attend_runs(spec, q, k, v)
+            return self._attend_runs(spec, q, k, v, None)
 
-    def _attend_runs(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_runs(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         sizes = [count * length for count, length in self.runs]
         whole = len(sizes) == 1  # the gradient of a split is a copy, even of one into one part
         attended = []
         for run, *parts in zip(self.runs, *([x] if whole else x.split(sizes) for x in (q, k, v)), strict=True):
             batched_q, batched_k, batched_v = (x.unflatten(0, run).transpose(1, 2) for x in parts)  # [B, H or K, L, D]
-            attended.append(_attend_batch(batched_q, batched_k, batched_v, spec).transpose(1, 2).flatten(0, 1))
+            done = _attend_batch(batched_q, batched_k, batched_v, spec, sinks)
+            attended.append(done.transpose(1, 2).flatten(0, 1))
         return attended[0] if whole else torch.cat(attended)
 
 
@@ -175,50 +206,66 @@ def _varlen_attention() -> Callable[..., Any] | None:
     return varlen_attn
 
 
-def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
     """Sequences of one length, q [B, H, L, D], k and v [B, K, L, D] -> [B, H, L, D]. What runs:
 
     - no softcap, no window below L: torch's fused causal attention, FlashAttention (or what its caller prefers) but for
       float32 on CUDA, where it is the memory-efficient kernel;
-    - a window: the memory-efficient kernel with a mask [L, L];
-    - a softcap: the scores are written out, `CHUNK` queries at a time, and made again in the backward pass.
+    - a window or chunks: the memory-efficient kernel with a mask [L, L];
+    - a softcap or sinks: the scores are written out, `CHUNK` queries at a time, and made again in the backward pass.
     """
     length, group = q.shape[2], q.shape[1] // k.shape[1]
-    window = spec.window if spec.window is not None and spec.window < length else None
-    if spec.softcap is None and window is None and not (q.is_cuda and q.dtype == torch.float32):
+    plain, whole = spec.softcap is None and sinks is None, spec.first_key(length - 1) == 0
+    if plain and whole and not (q.is_cuda and q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=group > 1)
     if group > 1:  # only flash attention knows groups; without this the others would fall back to written-out scores
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    if spec.softcap is None and window is None:
+    if plain and whole:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale)
-    if spec.softcap is None:
-        mask = causal_mask(range(length), range(length), window, q.device)
+    if plain:
+        mask = causal_mask(range(length), range(length), spec, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
     chunks = []
     for first in range(0, length, CHUNK):
         last = min(first + CHUNK, length)
-        low = 0 if window is None else max(0, first - window + 1)
-        mask = causal_mask(range(first, last), range(low, last), window, q.device)
-        parts = q[:, :, first:last], k[:, :, low:last], v[:, :, low:last]
-        chunks.append(checkpoint(attend_capped, *parts, spec, mask, use_reentrant=False, preserve_rng_state=False))
+        low = spec.first_key(first)
+        mask = causal_mask(range(first, last), range(low, last), spec, q.device)
+        parts = q[:, :, first:last], k[:, :, low:last], v[:, :, low:last], spec, mask
+        of_heads = None if sinks is None else sinks[:, None, None]
+        chunks.append(checkpoint(attend_written, *parts, of_heads, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(chunks, 2)
 
 
-def causal_mask(queries: range, keys: range, window: int | None, device: torch.device) -> Tensor:
-    """bool [queries, keys], by position: a query sees itself and earlier keys, at most `window` in all."""
+def causal_mask(queries: range, keys: range, spec: AttentionSpec, device: torch.device) -> Tensor:
+    """bool [queries, keys], by position: a query sees itself and earlier keys, in its window and its chunk."""
     query = torch.arange(queries.start, queries.stop, device=device)[:, None]
     key = torch.arange(keys.start, keys.stop, device=device)[None]
     seen = key <= query
-    return seen if window is None else seen & (key > query - window)
+    if spec.window is not None:
+        seen = seen & (key > query - spec.window)
+    return seen if spec.chunk is None else seen & (key >= query // spec.chunk * spec.chunk)
 
 
-def attend_capped(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, mask: Tensor | None = None) -> Tensor:
-    """Attention with a softcap, its scores written out in float32: [..., L, D] and [..., M, D] -> [..., L, D].
+def attend_written(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: AttentionSpec,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention with its scores written out in float32: [..., L, D] and [..., M, D] -> [..., L, D].
 
-    `mask`: as F.scaled_dot_product_attention's: bool, the keys that each query sees, or added to the scores.
+    `mask`: as F.scaled_dot_product_attention's: bool, the keys that each query sees, or added to the scores. `sinks`,
+    like the scores of one key: see `AttentionContext.attend`.
     """
-    assert spec.softcap is not None
-    scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
+    if spec.softcap is None:
+        scores = q.float() @ k.float().mT * spec.scale
+    else:
+        scores = spec.softcap * torch.tanh(q.float() @ k.float().mT * (spec.scale / spec.softcap))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1).type_as(v) @ v
+    if sinks is None:
+        return scores.softmax(-1).type_as(v) @ v
+    scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
+    return scores.softmax(-1)[..., :-1].type_as(v) @ v

@@ -34,6 +34,8 @@ class RopeScaling:
     """yarn (arXiv 2309.00071): rotations above which a frequency is kept."""
     beta_slow: float = 1.0
     """yarn: rotations below which a frequency is divided by `factor`."""
+    truncate: bool = True
+    """yarn: the borders between kept and divided frequencies are whole channels."""
     attention_factor: float = 1.0
     """yarn, longrope: multiplies cos and sin."""
     short_factor: tuple[float, ...] = ()
@@ -72,6 +74,15 @@ class AttentionSpec:
     """Sliding window: number of keys a query sees, its own included; None: all earlier ones."""
     softcap: float | None = None
     """Scores become softcap * tanh(score / softcap); None: they stay."""
+    chunk: int | None = None
+    """A query sees only keys of its own chunk of so many positions; None: all earlier ones."""
+    values: int | None = None
+    """Leading channels of a key that are its value; None: values are given."""
+
+    def first_key(self, position: int) -> int:
+        """The first position that the query at `position` sees."""
+        low = 0 if self.window is None else max(0, position - self.window + 1)
+        return low if self.chunk is None else max(low, position // self.chunk * self.chunk)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

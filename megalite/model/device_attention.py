@@ -12,7 +12,7 @@ from megalite.kernels.fresh import fresh_attention
 from megalite.kernels.jit import launches_dependents
 from megalite.kernels.rope import rotate_and_store
 from megalite.kernels.store import store_kv
-from megalite.model.attention import Heads
+from megalite.model.attention import Heads, Latents
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import DeviceCache
 
@@ -50,14 +50,21 @@ class DeviceAttention:
         """Kernels are launched as dependent on the kernel before, where the device can; see `paged_attention`."""
         return launches_dependents(self.positions.device)
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
         store_kv(k, v, keys, values, self.slots)
-        return self._attend_stored(spec, q, k, v)
+        return self._attend_stored(spec, q, k, v, sinks)
+
+    def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
+        """With the projections of keys and values absorbed into queries and output, prompts' too."""
+        q, latent = heads.absorbed()
+        (keys,) = self.cache.layers[spec.layer]
+        store_kv(latent, latent, keys, keys, self.slots)
+        return heads.valued(self._attend_stored(spec, q, latent, latent[..., : spec.values], None))
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         if heads.rotation is None or not by_kernels(heads.qkv):
-            return self.attend(spec, *heads.treated())
+            return self.attend(spec, *heads.treated(), sinks=heads.sinks)
         keys, values = self.cache.layers[spec.layer]
         table, positions = heads.rotation.table
         norms = heads.norms
@@ -74,9 +81,11 @@ class DeviceAttention:
             pdl=self.pdl,
         )
         q, k, v = heads.qkv.split(heads.counts, 1)
-        return self._attend_stored(spec, q, k, v)
+        return self._attend_stored(spec, q, k, v, heads.sinks)
 
-    def _attend_stored(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend_stored(
+        self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+    ) -> Tensor:
         """As `attend`, with keys and values in the cache already; k and v are read where no earlier ones are there."""
         if self.fresh:
             return fresh_attention(
@@ -86,15 +95,17 @@ class DeviceAttention:
                 query_start=self.query_start,
                 scale=spec.scale,
                 window=spec.window,
+                chunk=spec.chunk,
                 softcap=spec.softcap,
+                sinks=sinks,
                 max_query_len=self.max_query_len,
                 pdl=self.pdl,
             )
-        keys, values = self.cache.layers[spec.layer]
+        keys, *values = self.cache.layers[spec.layer]
         return paged_attention(
             q,
             keys,
-            values,
+            values[0] if values else keys[..., : spec.values],
             query_start=self.query_start,
             context_len=self.context_len,
             block_table=self.block_table,
@@ -102,7 +113,9 @@ class DeviceAttention:
             block_size=self.cache.block_size,
             scale=spec.scale,
             window=spec.window,
+            chunk=spec.chunk,
             softcap=spec.softcap,
+            sinks=sinks,
             max_query_len=self.max_query_len,
             pdl=self.pdl,
         )

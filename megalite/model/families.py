@@ -106,11 +106,10 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
 
 
 NEEDED = {
-    r"^(Deepseek|Kimi|Longcat)": "latent attention (MLA)",
+    r"^DeepseekV": "sparse attention over latent vectors",
+    r"^Longcat": "two attentions in a layer",
     r"^(Qwen3Next|Qwen3_5|KimiLinear|OlmoHybrid)": "gated delta nets",
     r"(Mamba|Hybrid|FalconH1|NemotronH|Jamba|Zamba|Bamba|Lfm2)": "layers with a recurrent state",
-    r"^GptOss": "attention sinks and clamped activations",
-    r"^Llama4": "chunked attention and shared experts",
     r"ForConditionalGeneration$": "the text part of a multimodal checkpoint to be read by itself",
     r"(Moe|MoE)": "its router and shared experts",
     r"(For\w+Classification|ForMaskedLM|ForQuestionAnswering|Model)$": "a causal language model's head",

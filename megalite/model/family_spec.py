@@ -6,9 +6,10 @@ families themselves are in families.py.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,8 @@ from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope, rope_parameters
 from megalite.model.kinds.base import Layer, Row, transformer_layer
 from megalite.model.kinds.dense import DenseMLP
-from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.experts import ClampedGate, Experts, Router
+from megalite.model.kinds.latent import LatentAttention
 from megalite.model.kinds.softmax import QKNorm, SoftmaxAttention
 
 ACTIVATIONS = {
@@ -31,6 +33,8 @@ ACTIVATIONS = {
 }
 PLAIN_ACTIVATIONS = {**ACTIVATIONS, "relu": "relu", "relu2": "relu2", "xielu": "xielu"}
 """Of MLPs without a gate."""
+MOST_NEXT_LAYERS = 8
+"""See `Family.next_token_layers`."""
 MAX_EXPERTS = 1 << 18
 """Most experts of all layers together: each has tensors of its own, which are listed before any is looked for."""
 
@@ -118,27 +122,132 @@ def experts_everywhere(config: HFConfig, layers: int) -> tuple[Experts | None, .
     return (_experts(config, layers, "intermediate_size", normalize=True),) * layers
 
 
+def experts_as_stated(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """Everywhere, their probabilities divided by their sum if `norm_topk_prob` says so."""
+    return (_experts(config, layers, "intermediate_size", normalize=config.flag("norm_topk_prob")),) * layers
+
+
 def experts_by_step(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
     """Every `decoder_sparse_step`-th layer, `mlp_only_layers` excepted."""
     if config.size("num_experts", low=0) == 0:
         return dense(config, layers)
-    spec = _experts(config, layers, "moe_intermediate_size", normalize=config.flag("norm_topk_prob"))
+    more: dict[str, Any] = {}
+    if config.raw("shared_expert_intermediate_size"):
+        more = {"shared_size": config.size("shared_expert_intermediate_size"), "shared_gate": True}
+    spec = _experts(config, layers, "moe_intermediate_size", normalize=config.flag("norm_topk_prob"), **more)
     step, dense_layers = config.size("decoder_sparse_step"), config.indices("mlp_only_layers", layers)
     return tuple(spec if (i + 1) % step == 0 and i not in dense_layers else None for i in range(layers))
 
 
-def _experts(config: HFConfig, layers: int, width: str, *, normalize: bool) -> Experts:
+def experts_stacked(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """Everywhere, stored as one tensor, with a shared expert if `shared_intermediate_size` says so."""
+    shared = config.size("shared_intermediate_size", 0, low=0)
+    return (
+        _experts(config, layers, "intermediate_size", normalize=True, stored="stacked", shared_size=shared),
+    ) * layers
+
+
+def experts_beside_shared(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """Everywhere, with a shared expert as wide as they are."""
+    shared = config.size("intermediate_size")
+    return (_experts(config, layers, "intermediate_size", normalize=True, shared_size=shared),) * layers
+
+
+def experts_by_range(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """From `moe_layer_start_index` to `moe_layer_end_index`, of which -1 is the last; chosen by corrected scores."""
+    router = {"normalize": True, "least_sum": config.number("moe_norm_min"), "correction": True, "precise": True}
+    spec = _experts(
+        config,
+        layers,
+        "moe_intermediate_size",
+        shared_size=config.size("moe_num_shared_experts", low=0) * config.size("moe_intermediate_size"),
+        correction_is_row=True,
+        **router,
+    )
+    first, step = config.size("moe_layer_start_index", low=0), config.size("moe_layer_interval")
+    end = config.raw("moe_layer_end_index")
+    last = layers - 1 if end in (None, -1) else config.size("moe_layer_end_index", low=0)
+    return tuple(spec if first <= i <= last and (i + 1) % step == 0 else None for i in range(layers))
+
+
+def experts_in_groups(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """From layer `first_k_dense_replace` on; sigmoid scores, corrected where experts are chosen (DeepSeek V3)."""
+    router = _groups(config) | {"score": "sigmoid", "correction": True, "group_score": "two_best"}
+    return _upper_experts(config, layers, normalize=config.flag("norm_topk_prob"), least_sum=1e-20, **router)
+
+
+def experts_in_best_groups(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """From layer `first_k_dense_replace` on; softmax scores (DeepSeek V2)."""
+    methods = {"greedy": "greedy", "group_limited_greedy": "group_limited_greedy"}
+    limited = config.choice("topk_method", methods) == "group_limited_greedy"
+    if config.flag("norm_topk_prob"):
+        raise config.problem("norm_topk_prob", "must be false for this family", True)
+    return _upper_experts(config, layers, normalize=False, **(_groups(config) if limited else {}))
+
+
+def experts_clamped(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """Everywhere, with biases and a clamped gate (gpt-oss)."""
+    spec = _experts(
+        config,
+        layers,
+        "intermediate_size",
+        normalize=True,
+        bias=True,
+        biases=True,
+        stored="stacked_turned",
+        clamped=ClampedGate(alpha=config.number("swiglu_alpha"), limit=config.number("swiglu_limit")),
+    )
+    return (spec,) * layers
+
+
+def experts_by_interval(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """On `moe_layers`, or else every `interleave_moe_layer_step`-th layer, beside a shared expert (Llama 4)."""
+    size = config.size("moe_intermediate_size")
+    router = {"score": "sigmoid", "normalize": False, "weighs_input": True}
+    more: dict[str, Any] = {**router, "stored": "stacked_turned", "shared_size": size}
+    spec = _experts(config, layers, "moe_intermediate_size", **more)
+    step = config.size("interleave_moe_layer_step")
+    listed = config.indices("moe_layers", layers)
+    chosen = listed if config.raw("moe_layers") is not None else range(step - 1, layers, step)
+    return tuple(spec if layer in chosen else None for layer in range(layers))
+
+
+def _groups(config: HFConfig) -> dict[str, Any]:
+    experts, groups, top = config.size("num_experts"), config.size("n_group", 1), config.size("topk_group", 1)
+    if experts % groups:
+        raise config.problem("n_group", f"must divide the number of experts ({experts})", groups)
+    if top > groups or config.size("num_experts_per_tok") > experts // groups * top:
+        raise config.problem("topk_group", "must leave as many experts as a token has, of groups that there are", top)
+    return {"groups": groups, "top_groups": top}
+
+
+def _upper_experts(config: HFConfig, layers: int, **router: Any) -> tuple[Experts | None, ...]:
+    first = config.size("first_k_dense_replace", low=0)
+    if first >= layers:
+        return dense(config, layers)
+    shared = config.size("n_shared_experts", 0, low=0) * config.size("moe_intermediate_size")
+    scale = config.number("routed_scaling_factor", 1.0)
+    spec = _experts(config, layers, "moe_intermediate_size", shared_size=shared, scale=scale, precise=True, **router)
+    return tuple(spec if layer >= first else None for layer in range(layers))
+
+
+ROUTER_FIELDS = {one.name for one in fields(Router)}
+
+
+def _experts(config: HFConfig, layers: int, width: str, **more: Any) -> Experts:
+    """`more`: fields of `Router` and `Experts`."""
     experts, top_k = config.size("num_experts"), config.size("num_experts_per_tok")
     if top_k > experts:
         raise config.problem("num_experts_per_tok", f"must be at most the number of experts ({experts})", top_k)
     if experts * layers > MAX_EXPERTS:
         raise config.problem("num_experts", f"of {layers} layers must be at most {MAX_EXPERTS} together", experts)
+    router = {name: more.pop(name) for name in ROUTER_FIELDS & more.keys()}
     return Experts(
         num_experts=experts,
-        top_k=top_k,
+        router=Router(top_k=top_k, **router),
         intermediate_size=config.size(width),
         activation=config.choice("hidden_act", ACTIVATIONS),
-        normalize_top_k=normalize,
+        **more,
     )
 
 
@@ -225,6 +334,8 @@ class Switches:
     head_bias: bool = False
     fused_by_head: bool = False
     """See `SoftmaxAttention`."""
+    sinks: bool = False
+    """See `SoftmaxAttention`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,20 +373,37 @@ class Heads:
         return cls(heads=heads, kv_heads=kv_heads, head_dim=head_dim or hidden // heads)
 
 
-GrowthRule = Callable[[HFConfig], tuple[float, int] | None]
+GrowthRule = Callable[[HFConfig], tuple[float, int, int] | None]
 
 
-def no_growth(config: HFConfig) -> tuple[float, int] | None:
+def no_growth(config: HFConfig) -> tuple[float, int, int] | None:
     return None
 
 
-def growth_by_rope(config: HFConfig) -> tuple[float, int] | None:
+def growth_by_rope(config: HFConfig) -> tuple[float, int, int] | None:
     """`llama_4_scaling_beta` and the original length, both beside the rotary embedding's."""
     given = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
     inner = HFConfig(config.path, given if isinstance(given, dict) else {})
     if inner.raw("llama_4_scaling_beta") is None:
         return None
-    return inner.number("llama_4_scaling_beta"), inner.size("original_max_position_embeddings")
+    return inner.number("llama_4_scaling_beta"), inner.size("original_max_position_embeddings"), 0
+
+
+AttentionRule = Callable[[HFConfig, SoftmaxAttention], SoftmaxAttention]
+
+
+def as_it_is(config: HFConfig, attention: SoftmaxAttention) -> SoftmaxAttention:
+    return attention
+
+
+def chunked_with_rope(config: HFConfig, attention: SoftmaxAttention) -> SoftmaxAttention:
+    """Layers with a rotary embedding attend in chunks, the others have growing queries (Llama 4)."""
+    if attention.rope is not None:
+        norm: QKNorm | None = "length_after_rope" if config.flag("use_qk_norm") else None
+        return replace(attention, chunk=config.optional_size("attention_chunk_size"), qk_norm=norm)
+    if not config.flag("attn_temperature_tuning"):
+        return attention
+    return replace(attention, query_growth=(config.number("attn_scale"), config.size("floor_scale"), 1))
 
 
 LayerRule = Callable[["Family", HFConfig, Switches], tuple[Layer, ...]]
@@ -311,6 +439,10 @@ class Family:
     """`Switches` that are the same in every checkpoint."""
     flags: Mapping[str, str] = field(default_factory=dict)
     """`Switches` -> boolean key in config.json."""
+    qk_norm_flag: str | None = None
+    """Boolean key in config.json without which there is no q/k norm."""
+    next_token_layers: bool = False
+    """A checkpoint may have layers after the last, which predict further tokens and are left out."""
     scaled_embedding: bool = False
     """Multiply the embedding by sqrt(hidden_size)."""
     softcaps: bool = False
@@ -336,6 +468,8 @@ class Family:
     moe: MoERule = dense
     scale: ScaleRule = scale_by_head_dim
     query_growth: GrowthRule = no_growth
+    attention: AttentionRule = as_it_is
+    """What else a layer's attention is."""
     layers: LayerRule = field(default_factory=lambda: transformer_layers)
     """What the layers are made of."""
 
@@ -388,9 +522,12 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
 
     End-of-sequence ids beyond the vocabulary are left out: they can't be generated.
     """
-    config.refuse_unsupported(family.reads, family.refused)
+    next_layers = ("num_nextn_predict_layers",) if family.next_token_layers else ()
+    config.refuse_unsupported((*family.reads, *next_layers), family.refused)
     hidden, vocab = config.size("hidden_size"), config.size("vocab_size")
     switches = Switches(**{**family.fixed, **{name: config.flag(key) for name, key in family.flags.items()}})
+    if family.qk_norm_flag is not None and not config.flag(family.qk_norm_flag):
+        switches = replace(switches, qk_norm=None)
     layers = family.layers(family, config, switches)
     multipliers = family.multipliers
     embedding_scale = Multipliers.read(config, multipliers.embedding)
@@ -432,22 +569,30 @@ def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> 
         bias=switches.mlp_bias,
     )
     softcap = config.optional_number("attn_logit_softcapping") if family.softcaps else None
+
+    def attention(layer: int) -> SoftmaxAttention:
+        usual = SoftmaxAttention(
+            heads=heads.heads,
+            kv_heads=heads.kv_heads,
+            head_dim=heads.head_dim,
+            scale=family.scale(config, heads.head_dim, layer),
+            window=windows[layer],
+            softcap=softcap,
+            rope=ropes[layer],
+            fused_by_head=switches.fused_by_head,
+            query_growth=family.query_growth(config),
+            qkv_bias=switches.qkv_bias,
+            out_bias=switches.attention_out_bias,
+            qk_norm=switches.qk_norm,
+            sinks=switches.sinks,
+        )
+        made = family.attention(config, usual)
+        _check_layer_type(config, made, layer)
+        return made
+
     return tuple(
         transformer_layer(
-            SoftmaxAttention(
-                heads=heads.heads,
-                kv_heads=heads.kv_heads,
-                head_dim=heads.head_dim,
-                scale=family.scale(config, heads.head_dim, layer),
-                window=windows[layer],
-                softcap=softcap,
-                rope=ropes[layer],
-                fused_by_head=switches.fused_by_head,
-                query_growth=family.query_growth(config),
-                qkv_bias=switches.qkv_bias,
-                out_bias=switches.attention_out_bias,
-                qk_norm=switches.qk_norm,
-            ),
+            attention(layer),
             experts[layer] or mlp,
             pre_norms=switches.pre_norms,
             post_norms=switches.post_norms,
@@ -463,12 +608,56 @@ def _windows(family: Family, config: HFConfig, layers: int) -> tuple[int | None,
     kinds = config.raw("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise config.problem("layer_types", f"must be a list of {layers} entries, one a layer", kinds)
-    windows = family.windows(config, layers)
-    for layer, kind in enumerate(kinds or ()):
-        if kind != ("full_attention" if windows[layer] is None else "sliding_attention"):
-            at = f"{layer} must say how this family attends there, with window {windows[layer]}"
-            raise config.problem("layer_types", f"of layer {at}", kind)
-    return windows
+    return family.windows(config, layers)
+
+
+def _check_layer_type(config: HFConfig, attention: SoftmaxAttention, layer: int) -> None:
+    kinds = config.raw("layer_types")
+    if kinds is None:
+        return
+    usual = "full_attention" if attention.chunk is None else "chunked_attention"
+    if kinds[layer] != (usual if attention.window is None else "sliding_attention"):
+        at = f"{layer} must say how this family attends there, with window {attention.window}"
+        raise config.problem("layer_types", f"of layer {at}", kinds[layer])
+
+
+def latent_layers(family: Family, config: HFConfig, switches: Switches) -> tuple[Layer, ...]:
+    """Latent attention and an MLP or a mixture of experts in every layer (DeepSeek V2 and V3)."""
+    count, experts = config.size("num_hidden_layers"), None
+    if config.raw("moe_layer_freq") not in (None, 1):
+        raise config.problem("moe_layer_freq", "must be 1", config.raw("moe_layer_freq"))
+    experts = family.moe(config, count)
+    mlp = DenseMLP(
+        intermediate_size=config.size("intermediate_size"),
+        activation=config.choice("hidden_act", ACTIVATIONS),
+        bias=switches.mlp_bias,
+    )
+    plain, turned = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
+    rope = family.rope(config, turned)
+    if not config.flag("rope_interleave", True):
+        rope = replace(rope, interleaved=False)
+    attention = LatentAttention(
+        heads=config.size("num_attention_heads"),
+        rank=config.size("kv_lora_rank"),
+        query_rank=config.optional_size("q_lora_rank"),
+        plain_dim=plain,
+        rope_dim=turned,
+        value_dim=config.size("v_head_dim"),
+        scale=(plain + turned) ** -0.5 * _yarn_scale(config),
+        rope=rope,
+        bias=switches.qkv_bias,
+    )
+    return tuple(transformer_layer(attention, experts[layer] or mlp) for layer in range(count))
+
+
+def _yarn_scale(config: HFConfig) -> float:
+    """What YaRN's `mscale_all_dim` multiplies scores by."""
+    given = config.values.get("rope_scaling") or config.values.get("rope_parameters") or {}
+    inner = HFConfig(config.path, given if isinstance(given, dict) else {})
+    if not inner.raw("mscale_all_dim") or inner.raw("rope_type") == "default":
+        return 1.0
+    factor = inner.number("factor")
+    return (0.1 * inner.number("mscale_all_dim") * math.log(factor) + 1) ** 2 if factor > 1 else 1.0
 
 
 def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
@@ -480,7 +669,9 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
     tensors |= {weight: _tensor(name, family, row, in_layer=False) for weight, row in end_rows.items()}
     head = family.weights["lm_head"] if config.tie_embeddings else None
     tied = (f"^{re.escape(head)}$",) if head else ()
-    ignored = (*COMMON_IGNORED, *family.ignored, *tied)
+    later = range(config.num_layers, config.num_layers + MOST_NEXT_LAYERS) if family.next_token_layers else ()
+    after = tuple(rf"^model\.layers\.{layer}\." for layer in later)
+    ignored = (*COMMON_IGNORED, *family.ignored, *tied, *after)
     return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, renamed=family.renamed, tensors=tensors)
 
 

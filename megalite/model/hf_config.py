@@ -274,10 +274,9 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> R
     factor = inner.optional_number("factor") or longest / original
     attention_factor = inner.optional_number("attention_factor")
     if kind == "yarn":
-        if inner.values.get("truncate") not in (None, True):
-            raise inner.problem("truncate", "must be true: another form of yarn is not supported")
         betas = {"beta_fast": inner.optional_number("beta_fast"), "beta_slow": inner.optional_number("beta_slow")}
         more = {key: value for key, value in betas.items() if value is not None}
+        more["truncate"] = inner.flag("truncate", True)
         attention_factor = attention_factor or _yarn_attention_factor(inner, factor)
     else:
         more = {key: _divisors(inner, key, rotary_dim // 2) for key in ("short_factor", "long_factor")}

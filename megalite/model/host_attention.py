@@ -10,42 +10,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.model.attention import Heads, attend_capped, causal_mask
+from megalite.model.attention import Heads, Latents, attend_written, causal_mask
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import HostCache
 
 
-def attend_block(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, start: int) -> Tensor:
+def attend_block(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, start: int) -> Tensor:
     """Causal attention of queries at positions start..L-1 over keys at positions 0..L-1.
 
     q [B, H, L - start, D], k and v [B, K, L, D] -> [B, H, L - start, D].
     """
     length, group = k.shape[-2], q.shape[1] // k.shape[1]
+    low = spec.first_key(length - 1)
     if length - start == 1:
-        seen = slice(-spec.window if spec.window is not None else None, None)
-        return attend_one(spec, q[..., 0, :], k[..., seen, :], v[..., seen, :])[..., None, :]
-    windowed = spec.window is not None and length > spec.window
-    if spec.softcap is None and start == 0 and not windowed:
+        return attend_one(spec, q[..., 0, :], k[..., low:, :], v[..., low:, :], sinks)[..., None, :]
+    plain = spec.softcap is None and sinks is None
+    if plain and start == 0 and low == 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=spec.scale, enable_gqa=group > 1)
-    mask = causal_mask(range(start, length), range(length), spec.window, q.device)
-    if spec.softcap is None:
+    mask = causal_mask(range(start, length), range(length), spec, q.device)
+    if plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=group > 1)
     if group > 1:
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    return attend_capped(q, k, v, spec, mask)
+    return attend_written(q, k, v, spec, mask, None if sinks is None else sinks[:, None, None])
 
 
-def attend_one(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend_one(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: Tensor | None = None
+) -> Tensor:
     """One query a sequence, over all keys given: q [B, H, D], k and v [B, K, L, D] -> [B, H, D].
 
     The query heads that share a KV head take the place of a sequence of queries, so its keys are read once for all of
     them. `mask` [B, 1, 1, L] is added to the scores.
     """
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, G, D]
-    if spec.softcap is None:
+    if spec.softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=spec.scale)
     else:
-        out = attend_capped(grouped, k, v, spec, mask)
+        of_heads = None if sinks is None else sinks.view(k.shape[1], -1, 1)
+        out = attend_written(grouped, k, v, spec, mask, of_heads)
     return out.flatten(1, 2)
 
 
@@ -95,7 +98,7 @@ class _Lanes:
         self.longest = max(self.lengths)
         self.offsets = _places(offsets)
         self.lanes = _places(lanes)
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[tuple[int | None, int | None], Tensor] = {}
 
     @classmethod
     def of(cls, rows: Sequence[CacheRow], slots: int) -> _Lanes | None:
@@ -115,27 +118,38 @@ class _Lanes:
         strides = (self.distance * slot_stride, head_stride, slot_stride, 1)
         return cached.as_strided((self.count, heads, self.longest, dim), strides, offset)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+    def mask(self, spec: AttentionSpec, dtype: torch.dtype) -> Tensor:
         """[lanes, 1, 1, longest], added to the scores: 0 for keys that a lane's query sees, -inf elsewhere."""
-        if window not in self.masks:
+        kind = spec.window, spec.chunk
+        if kind not in self.masks:
             lengths = torch.full((self.count, 1), self.longest)
             lengths[self.lanes, 0] = torch.tensor(self.lengths)
             key = torch.arange(self.longest)[None]
             hidden = key >= lengths
-            if window is not None:
-                hidden |= key < lengths - window
+            if spec.window is not None:
+                hidden |= key < lengths - spec.window
+            if spec.chunk is not None:
+                hidden |= key < (lengths - 1) // spec.chunk * spec.chunk
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-            self.masks[window] = mask[:, None, None]
-        return self.masks[window]
+            self.masks[kind] = mask[:, None, None]
+        return self.masks[kind]
 
-    def attend(self, spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    def attend(
+        self,
+        spec: AttentionSpec,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> None:
         lanes_q = q[self.offsets]
         if len(lanes_q) < self.count:
             spread = q.new_zeros(self.count, *q.shape[1:])
             spread[self.lanes] = lanes_q
             lanes_q = spread
-        mask = self.mask(spec.window, q.dtype)
-        out[self.offsets] = attend_one(spec, lanes_q, self.view(keys), self.view(values), mask)[self.lanes]
+        mask = self.mask(spec, q.dtype)
+        out[self.offsets] = attend_one(spec, lanes_q, self.view(keys), self.view(values), sinks, mask)[self.lanes]
 
 
 def _places(indices: list[int]) -> slice | Tensor:
@@ -161,21 +175,35 @@ class HostAttention:
         self.rows = rows if self.lanes is None else [row for row in rows if not row.decodes_in_place]
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        return self.attend(spec, *heads.treated())
+        return self.attend(spec, *heads.treated(), sinks=heads.sinks)
 
-    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         if q.shape[1] == 0:  # more tp ranks than query heads
             return q
         keys, values = self.cache.layers[spec.layer]  # [K, slots, D] each
         keys.index_copy_(1, self.slots, k.transpose(0, 1))
         values.index_copy_(1, self.slots, v.transpose(0, 1))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        return self._attend_stored(spec, q, keys, values, sinks)
+
+    def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
+        q, latent = heads.absorbed()
+        if q.shape[1] == 0:
+            return heads.valued(q[..., : spec.values])
+        (keys,) = self.cache.layers[spec.layer]  # [1, slots, R + P]
+        keys.index_copy_(1, self.slots, latent.transpose(0, 1))
+        return heads.valued(self._attend_stored(spec, q, keys, keys[..., : spec.values], None))
+
+    def _attend_stored(
+        self, spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None
+    ) -> Tensor:
+        out = q.new_empty(*q.shape[:2], values.shape[2])
         if self.lanes is not None:
-            self.lanes.attend(spec, q, keys, values, out)
+            self.lanes.attend(spec, q, keys, values, sinks, out)
         for row in self.rows:
             mine = slice(row.offset, row.offset + row.count)
             past_k, past_v = self._past(keys, row), self._past(values, row)
-            attended = attend_block(spec, q[mine].transpose(0, 1)[None], past_k[None], past_v[None], start=row.start)
+            asked = q[mine].transpose(0, 1)[None]
+            attended = attend_block(spec, asked, past_k[None], past_v[None], sinks, start=row.start)
             out[mine] = attended[0].transpose(0, 1)
         return out
 

@@ -122,8 +122,10 @@ def _yarn(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
         wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
         return rope.rotary_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
-    low = max(math.floor(channel(scaling.beta_fast)), 0)
-    high = min(math.ceil(channel(scaling.beta_slow)), rope.rotary_dim - 1)
+    low, high = channel(scaling.beta_fast), channel(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
     ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
     kept = 1 - ramp.clamp(0, 1)
     return (plain * (kept + (1 - kept) / scaling.factor))[None]

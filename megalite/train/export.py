@@ -97,7 +97,10 @@ def _place(local: Tensor, parts: list[Range], whole: dict[str, Tensor]) -> None:
     """Copy one rank's share of a parameter to where it belongs."""
     for one in parts:
         values = local.narrow(one.dim, one.start, one.count)
-        target = whole[one.piece.hf].narrow(one.piece.hf_dim, one.lo, one.count)
+        tensor = whole[one.piece.hf]
+        if one.piece.stored:
+            tensor = tensor.flatten(0, -2 if one.piece.other else -1)
+        target = tensor.narrow(one.piece.hf_dim, one.lo, one.count)
         target.copy_(values.t() if one.piece.transpose else values)
 
 

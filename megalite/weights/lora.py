@@ -86,8 +86,9 @@ def unquantized(model: ModelConfig) -> ModelConfig:
 
 
 def is_adaptable(piece: Piece) -> bool:
-    """Whether a weight is that of a linear in a layer that is no expert's."""
-    return piece.linear and piece.expert is None and isinstance(piece.stage, int)
+    """Whether a weight is that of a linear in a layer that is no expert's, and is not absorbed into others."""
+    in_layer = isinstance(piece.stage, int) and piece.param.endswith(".weight")
+    return piece.linear and piece.expert is None and in_layer and not piece.param.endswith(".kv_up.weight")
 
 
 def module_of(piece: Piece) -> str:

@@ -28,7 +28,7 @@ class Extent:
     """A range and the tensor of a file that it lies in.
 
     Its bytes are rows of the stored matrix, if the range lies along dim 0, or a piece of each row; a vector is a
-    matrix of one column.
+    matrix of one column, and of more dimensions all but the last are rows.
     """
 
     range: Range
@@ -62,7 +62,7 @@ class Extent:
     @property
     def stride(self) -> int:
         """Bytes from one stored row to the next."""
-        columns = self.info.shape[1] if len(self.info.shape) == 2 else 1
+        columns = self.info.shape[-1] if self.range.piece.other else 1
         return columns * DTYPE_BYTES[self.info.dtype]
 
     @property

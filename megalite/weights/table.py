@@ -51,6 +51,8 @@ class Piece:
     """The unit it belongs to, where only the rank that holds that unit has it."""
     linear: bool = False
     """The matrix of a linear map."""
+    stored: tuple[int, ...] = ()
+    """Shape of the stored tensor where it has more dimensions; see `Row`."""
     part: Part | None = None
     """Which of the tensors of a weight in a format of its own it is; None: numbers as they are."""
     format: WeightFormat | None = None
@@ -157,6 +159,7 @@ def _pieces(
             expert=row.expert,
             place=row.place,
             linear=row.linear,
+            stored=row.stored,
         )
         format = config.format(stage, row.weight) if isinstance(stage, int) else None
         found += [piece] if format is None else [_stored(piece, format, part) for part in format.parts]
@@ -254,11 +257,11 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in pieces(config):
         extent = piece.hf_start + piece.split.total
-        if piece.hf in shapes:  # another part of a fused tensor
+        if piece.hf in shapes and not piece.stored:  # another part of a fused tensor
             extent = max(extent, shapes[piece.hf][piece.hf_dim])
         shape = list(piece.other)
         shape.insert(piece.hf_dim, extent)
-        shapes[piece.hf] = tuple(shape)
+        shapes[piece.hf] = piece.stored or tuple(shape)
     return shapes
 
 

@@ -59,6 +59,9 @@ class Row:
     """Index of the expert whose weight it is; fills in `{expert}` in the tensor's name."""
     place: Place | None = None
     """Held only where this unit is."""
+    stored: tuple[int, ...] = ()
+    """Shape of its tensor in a checkpoint where that has more dimensions than here, of which all but the last are
+    rows, or all a vector; (): it has not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megalite.model.layers.base import LayerModule
 
 
-QKNorm = Literal["head", "head_after_rope", "width"]
+QKNorm = Literal["head", "head_after_rope", "width", "length_after_rope"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,9 +35,15 @@ class SoftmaxAttention(LayerKind):
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: QKNorm | None = None
-    """RMSNorm of queries and keys: of each head, before or after the rotation, or over all heads together before it."""
-    query_growth: tuple[float, int] | None = None
-    """(beta, length): queries at position p are multiplied by 1 + beta * log(1 + p // length) (Llama 4)."""
+    """RMSNorm of queries and keys: of each head, before or after the rotation, or over all heads together before it;
+    or of each head after it, without weights."""
+    query_growth: tuple[float, int, int] | None = None
+    """(beta, length, first): queries at position p are multiplied by 1 + beta * log(1 + (p + first) // length)
+    (Llama 4)."""
+    chunk: int | None = None
+    """A query sees only keys of its own chunk of so many positions; None: all earlier ones."""
+    sinks: bool = False
+    """Each head has a learned score of a key without a value (arXiv 2309.17453)."""
     fused_by_head: bool = False
     """The checkpoint has query, key and value of each head one after the other in one tensor."""
 
@@ -59,9 +65,11 @@ class SoftmaxAttention(LayerKind):
         if self.qk_norm == "width":
             rows.append(Row(weight="q_norm", param="q_norm.weight", split=self.queries))
             rows.append(Row(weight="k_norm", param="k_norm.weight", split=self.keys))
-        elif self.qk_norm is not None:
+        elif self.qk_norm in ("head", "head_after_rope"):
             for name in ("q_norm", "k_norm"):
                 rows.append(Row(weight=name, param=f"{name}.weight", split=Whole(self.head_dim)))
+        if self.sinks:
+            rows.append(Row(weight="sinks", param="sinks", split=QueryHeads(self.heads, self.kv_heads, 1)))
         rows.append(Row(weight="attn_out", param="out.weight", split=self.queries, other=(hidden,), dim=1, linear=True))
         if self.out_bias:
             rows.append(Row(weight="attn_out_bias", param="out.bias", split=Whole(hidden)))
@@ -103,7 +111,8 @@ class SoftmaxAttention(LayerKind):
         return CacheSpec.keys_and_values(held, self.head_dim)
 
     def attended(self, length: int) -> int:
-        return length if self.window is None else min(length, self.window)
+        most = length if self.window is None else min(length, self.window)
+        return most if self.chunk is None else min(most, self.chunk)
 
     @property
     def flops_per_key(self) -> int:

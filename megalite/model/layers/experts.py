@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from megalite.core.collectives import enter_tp, leave_tp
 from megalite.core.formats import WeightFormat
+from megalite.core.functional import gated
 from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
-from megalite.core.linear import DENSE, Format, Quantized, in_fp8
+from megalite.core.linear import DENSE, ColumnParallelLinear, Format, Quantized, RowParallelLinear, in_fp8
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
-from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.experts import ClampedGate, Experts, Router
 from megalite.model.layers.base import LayerModule
 from megalite.model.rope import Rotation
 
 FEW_TOKENS = 256
-"""Up to here every expert runs on every token on a GPU: reading the weights costs more than the products."""
+"""Up to here every expert runs on every token on a GPU that has no grouped product for them: which experts a token
+needs only the host could know, and a captured step must not ask it."""
 
 
 class Routing:
@@ -59,11 +61,15 @@ class Routing:
 
 
 class MixtureOfExperts(LayerModule):
-    """[T, dim] -> [T, dim]: a softmax router weights the top_k experts of each token, which are gated MLPs.
+    """[T, dim] -> [T, dim]: a router weights the top_k experts of each token, which are gated MLPs.
 
-    Parameters, with E experts on this rank: `router` [num_experts, dim]; `up` [E * 2 * intermediate, dim], of each
-    expert its gate rows, then its up rows; `down` [E * dim, intermediate].
+    Parameters, with E experts on this rank, I wide: `router` [num_experts, dim]; `up` [E * 2 I, dim], of each expert
+    its gate rows, then its up rows (alternating, if the gate is clamped); `down` [E * dim, I]; each expert's matrix
+    turned where the checkpoint has it so.
     """
+
+    up: Tensor
+    down: Tensor
 
     def __init__(
         self,
@@ -71,22 +77,42 @@ class MixtureOfExperts(LayerModule):
         dim: int,
         state: ParallelState,
         formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None),
+        shared_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None),
     ):
-        """`formats`: of `up` and `down`; None: as numbers."""
+        """`formats`: of `up` and `down`, of experts and of the shared one; None: as numbers."""
         super().__init__()
         self.state = state
         self._formats: dict[str, Format] = {"up": DENSE, "down": DENSE}
-        self.top_k = kind.top_k
-        self.normalize_top_k = kind.normalize_top_k
+        self.choice = kind.router
         self.activation = kind.activation
+        self.clamped = kind.clamped
+        self.turned = kind.turned
         self.routing: Routing | None = None
         """Statistics that training collects, if it does."""
         self.first, end = share(kind.num_experts, state.tp.size, state.tp.rank)
-        self.num_local = end - self.first
+        self.num_local, self.num_experts = end - self.first, kind.num_experts
         self.router = replicated((kind.num_experts, dim), partial_gradient=True)
+        self.router_bias = replicated((kind.num_experts,), partial_gradient=True) if kind.router.bias else None
+        self.correction = None
+        if kind.router.correction:
+            self.correction = replicated((kind.num_experts,), partial_gradient=False)
+            self.correction.data = self.correction.data.float()
         inner = kind.intermediate_size
-        self._hold("up", [inner] * 2 * self.num_local, dim, formats[0])
-        self._hold("down", [dim] * self.num_local, inner, formats[1])
+        if self.turned:
+            self._hold("up", [dim] * self.num_local, 2 * inner, None)
+            self._hold("down", [inner] * self.num_local, dim, None)
+        else:
+            self._hold("up", [inner] * 2 * self.num_local, dim, formats[0])
+            self._hold("down", [dim] * self.num_local, inner, formats[1])
+        self.up_bias = sharded((self.num_local, 2 * inner)) if kind.biases else None
+        self.down_bias = sharded((self.num_local, dim)) if kind.biases else None
+        self.shared_up = self.shared_down = self.shared_scale = None
+        if kind.shared_size:
+            up, down = shared_formats
+            self.shared_up = ColumnParallelLinear(dim, (kind.shared_inner,) * 2, state, bias=False, format=up)
+            self.shared_down = RowParallelLinear(kind.shared_inner, dim, state, bias=False, format=down)
+        if kind.shared_gate:
+            self.shared_scale = replicated((1, dim), partial_gradient=True)
 
     def _hold(self, name: str, segments: list[int], columns: int, format: WeightFormat | None) -> None:
         """The parameter or, in a format of its own, the parameters of all of this rank's experts."""
@@ -128,13 +154,27 @@ class MixtureOfExperts(LayerModule):
         return found
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [T, top_k] and global expert ids [T, top_k] of each token; float32 softmax over all experts."""
-        probabilities = F.linear(x, self.router).float().softmax(-1)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        """Weights [T, top_k] and global expert ids [T, top_k] of each token; scores are float32."""
+        choice, bias = self.choice, self.router_bias
+        if choice.precise:
+            logits = F.linear(x.float(), self.router.float(), None if bias is None else bias.float())
+        else:
+            logits = F.linear(x, self.router, bias).float()
+        scores = logits.softmax(-1) if choice.score == "softmax" else logits.sigmoid()
+        if self.correction is None and choice.groups == 1:
+            weights, experts = scores.topk(choice.top_k, dim=-1)
+        else:
+            experts = _wanted(scores.detach(), self.correction, choice).topk(choice.top_k, dim=-1).indices
+            weights = scores.gather(-1, experts)
         if self.routing is not None and torch.is_grad_enabled():
-            self.routing.add(probabilities, experts)
-        if self.normalize_top_k:
-            weights = weights / weights.sum(-1, keepdim=True)
+            self.routing.add(scores if choice.score == "softmax" else logits.softmax(-1), experts)
+        if choice.normalize:
+            total = weights.sum(-1, keepdim=True)
+            weights = weights / (total.clamp(min=choice.least_sum) if choice.least_sum else total)
+        if choice.scale != 1:
+            weights = weights * choice.scale
+        if self.correction is not None and torch.is_grad_enabled():
+            weights = weights + 0 * self.correction.sum()  # optimizers want a gradient of every parameter
         return weights.to(x.dtype), experts
 
     def update(
@@ -148,23 +188,127 @@ class MixtureOfExperts(LayerModule):
         x.add(self(x.normed(norm)), post)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter_tp(x, self.state)
-        weights, experts = self.route(x)
+        whole = enter_tp(x, self.state)
+        weights, experts = self.route(whole)
+        if self._has_groups(whole):
+            out = self._by_groups(whole, weights, experts)
+        elif whole.is_cuda and whole.shape[0] <= FEW_TOKENS:
+            out = self._everywhere(whole, weights, experts)
+        else:
+            out = self._one_by_one(whole, weights, experts)
+        if self.shared_up is not None and self.shared_down is not None:
+            shared = self.shared_down(self.shared_up(x, gate=self.activation), partial=True)
+            if self.shared_scale is not None:
+                shared = shared * F.linear(whole, self.shared_scale).sigmoid()
+            out = out + shared
+        return leave_tp(out, self.state)
+
+    def _has_groups(self, x: Tensor) -> bool:
+        """Whether torch has a product of tokens sorted by expert that asks the host nothing: bfloat16 on Hopper and
+        data-centre Blackwell, in rows of 16 bytes."""
+        if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm") or not self.num_local:
+            return False
+        if any(format is not DENSE for format in self._formats.values()):
+            return False
+        aligned = self.up.shape[1] % 8 == 0 and self.down.shape[1] % 8 == 0 and x.shape[1] % 8 == 0
+        return aligned and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
+
+    def _by_groups(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Each expert on its own tokens, in one product over all; nothing waits for the host."""
+        top_k = experts.shape[1]
+        local = (experts - self.first).flatten()
+        if self.num_local < self.num_experts:  # those of other ranks come last
+            local = torch.where((local >= 0) & (local < self.num_local), local, self.num_local)
+        order = local.argsort(stable=True)
+        sorted_local = local[order]
+        ends = torch.searchsorted(sorted_local, torch.arange(self.num_local, device=x.device), right=True)
+        scales = weights.flatten()[order, None]
+        rows = x[order // top_k]
+        mine = (sorted_local < self.num_local)[:, None] if self.num_local < self.num_experts else None
+        if mine is not None:  # what is computed of them, and of their gradients, is nothing
+            rows = torch.where(mine, rows, 0)
+        if self.choice.weighs_input:
+            rows = rows * scales
+        up, down = self._matrices()
+        expert = sorted_local.clamp(max=self.num_local - 1)
+        hidden = self._gate(_grouped(rows, up, self.up_bias, ends, expert, mine))
+        out = _grouped(hidden, down, self.down_bias, ends, expert, mine)
+        if not self.choice.weighs_input:
+            out = out * scales
+        mixed: Tensor = out[order.argsort()].unflatten(0, (-1, top_k)).sum(1)
+        return mixed
+
+    def _everywhere(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Every expert on every token."""
         out = torch.zeros_like(x)
-        # Choosing an expert's tokens synchronises with the host, which a captured decode step must not do.
-        everywhere = x.is_cuda and x.shape[0] <= FEW_TOKENS
         for local in range(self.num_local):
-            chosen = experts == self.first + local  # [T, top_k]
-            if everywhere:
-                out = out + self._expert(local, x) * (weights * chosen).sum(-1, keepdim=True)
-                continue
-            token, slot = torch.where(chosen)
+            scale = (weights * (experts == self.first + local)).sum(-1, keepdim=True)
+            if self.choice.weighs_input:
+                chosen = (experts == self.first + local).any(-1, keepdim=True)
+                out = out + torch.where(chosen, self._expert(local, x * scale), 0)
+            else:
+                out = out + self._expert(local, x) * scale
+        return out
+
+    def _one_by_one(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """Each expert on its own tokens, of which the host is told."""
+        out = torch.zeros_like(x)
+        for local in range(self.num_local):
+            token, slot = torch.where(experts == self.first + local)
             # In training also for no token: every rank's backward pass must reach the same parameters and sums.
             if token.numel() or torch.is_grad_enabled():
-                out = out.index_add(0, token, self._expert(local, x[token]) * weights[token, slot, None])
-        return leave_tp(out, self.state)
+                scale = weights[token, slot, None]
+                if self.choice.weighs_input:
+                    out = out.index_add(0, token, self._expert(local, x[token] * scale))
+                else:
+                    out = out.index_add(0, token, self._expert(local, x[token]) * scale)
+        return out
+
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        """up [E, 2 I, dim] and down [E, dim, I] of this rank's experts."""
+        matrices = (param.view(self.num_local, -1, param.shape[1]) for param in (self.up, self.down))
+        up, down = (matrix.transpose(1, 2) if self.turned else matrix for matrix in matrices)
+        return up, down
 
     def _expert(self, local: int, x: Tensor) -> Tensor:
         """The gated MLP of one of this rank's experts: [T, dim] -> [T, dim]."""
-        hidden = self._formats["up"].product(x, self._stored("up", local), gate=self.activation)
-        return self._formats["down"].product(hidden, self._stored("down", local))
+        if self.up_bias is None and self.clamped is None and not self.turned:
+            hidden = self._formats["up"].product(x, self._stored("up", local), gate=self.activation)
+            return self._formats["down"].product(hidden, self._stored("down", local))
+        hidden = self._gate(self._linear("up", self.up_bias, local, x))
+        return self._linear("down", self.down_bias, local, hidden)
+
+    def _linear(self, name: str, bias: Tensor | None, local: int, x: Tensor) -> Tensor:
+        matrix = self._formats[name].matrix(self._stored(name, local))
+        return F.linear(x, matrix.t() if self.turned else matrix, None if bias is None else bias[local])
+
+    def _gate(self, hidden: Tensor) -> Tensor:
+        """[T, 2 I] -> [T, I]."""
+        return gated(hidden, self.activation) if self.clamped is None else _clamped(hidden, self.clamped)
+
+
+def _wanted(scores: Tensor, correction: Tensor | None, choice: Router) -> Tensor:
+    """What experts are chosen by, [T, experts]: -inf outside the best groups."""
+    wanted = scores if correction is None else scores + correction.view(-1)
+    if choice.groups == 1:
+        return wanted
+    grouped = wanted.unflatten(-1, (choice.groups, -1))
+    by_group = grouped.amax(-1) if choice.group_score == "best" else grouped.topk(2, dim=-1).values.sum(-1)
+    best = torch.zeros_like(by_group, dtype=torch.bool).scatter_(-1, by_group.topk(choice.top_groups).indices, True)
+    wanted = grouped.masked_fill(~best[..., None], -torch.inf).flatten(-2)
+    return wanted
+
+
+def _clamped(hidden: Tensor, gate: ClampedGate) -> Tensor:
+    passed, up = hidden[..., ::2].clamp(max=gate.limit), hidden[..., 1::2].clamp(-gate.limit, gate.limit)
+    return (up + 1) * passed * torch.sigmoid(gate.alpha * passed)
+
+
+def _grouped(
+    x: Tensor, weights: Tensor, bias: Tensor | None, ends: Tensor, expert: Tensor, mine: Tensor | None
+) -> Tensor:
+    """x [N, K] sorted by expert, weights [E, M, K], bias [E, M] -> [N, M]; row n is expert[n]'s, those of e end at
+    ends[e]. Rows that are not `mine` [N, 1] come after the last end, and are zero."""
+    product: Tensor = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends.to(torch.int32))
+    product = product if bias is None else product + bias[expert]
+    return product if mine is None else torch.where(mine, product, 0)

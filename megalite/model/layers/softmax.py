@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.collectives import sum_over
@@ -29,7 +30,9 @@ class Attention(LayerModule):
 
     def __init__(self, kind: SoftmaxAttention, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
-        self.spec = AttentionSpec(layer=layer, scale=kind.scale, window=kind.window, softcap=kind.softcap)
+        self.spec = AttentionSpec(
+            layer=layer, scale=kind.scale, window=kind.window, softcap=kind.softcap, chunk=kind.chunk
+        )
         self.head_dim = kind.head_dim
         queries, keys = kind.queries, kind.keys
         splits, formats = (queries, keys, keys), (config.format(layer, "q"), config.format(layer, "attn_out"))
@@ -45,7 +48,7 @@ class Attention(LayerModule):
         if kind.qk_norm == "width":
             wide = partial(WidthNorm, eps=config.norm_eps, state=state)
             self.q_norm, self.k_norm = wide(queries), wide(keys)
-        elif kind.qk_norm is not None:
+        elif kind.qk_norm in ("head", "head_after_rope"):
             marks = {"zero_centred": config.zero_centred, "partial_gradient": state.tp.size > 1}
             norm = partial(RMSNorm, kind.head_dim, config.norm_eps, **marks)
             self.norms = norm(), norm()
@@ -55,7 +58,9 @@ class Attention(LayerModule):
         """Index of its rotation among the model's."""
         self.interleaved = kind.rope.rotary_dim if kind.rope is not None and kind.rope.interleaved else 0
         """Leading channels that are rotated as pairs of neighbours."""
+        self.sinks = sharded((num_q,)) if kind.sinks else None
         self.query_growth = kind.query_growth
+        self.eps = config.norm_eps
         usual = kind.qk_norm in (None, "head") and not self.interleaved and kind.query_growth is None
         self.attend = self._by_context if usual else self._step_by_step
 
@@ -73,7 +78,7 @@ class Attention(LayerModule):
 
     def _by_context(self, qkv: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         """What the context's kernels can do themselves."""
-        return ctx.attend_heads(self.spec, Heads(qkv, self.heads, self.norms, rotation))
+        return ctx.attend_heads(self.spec, Heads(qkv, self.heads, self.norms, rotation, self.sinks))
 
     def _step_by_step(self, qkv: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         """One operation after the other, where no kernel joins them."""
@@ -81,19 +86,21 @@ class Attention(LayerModule):
         if self.qk_norm in ("head", "width"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.interleaved:  # in both alike, so that products stay
-            q, k = (_pairs_apart(x, self.interleaved) for x in (q, k))
+            q, k = (pairs_apart(x, self.interleaved) for x in (q, k))
         if rotation is not None:
             q, k = rotation(q), rotation(k)
         if self.qk_norm == "head_after_rope":
             q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm == "length_after_rope":
+            q, k = (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) for x in (q, k))
         if self.query_growth is not None:
-            beta, length = self.query_growth
-            growth = 1 + beta * torch.log1p((ctx.positions // length).float())
+            beta, length, first = self.query_growth
+            growth = 1 + beta * torch.log1p(((ctx.positions + first) // length).float())
             q = q * growth.to(q.dtype)[:, None, None]
-        return ctx.attend(self.spec, q, k, v)
+        return ctx.attend(self.spec, q, k, v, sinks=self.sinks)
 
 
-def _pairs_apart(x: Tensor, count: int) -> Tensor:
+def pairs_apart(x: Tensor, count: int) -> Tensor:
     """The first `count` channels of heads [T, H, D] with those of even index first."""
     turned, rest = x[..., :count], x[..., count:]
     return torch.cat([turned[..., 0::2], turned[..., 1::2], rest], -1)

@@ -1,0 +1,119 @@
+"""Multi-head latent attention (MLA, arXiv 2405.04434); importable without torch. Its module: `layers.latent`.
+
+Keys and values of all heads are linear maps of one latent vector of a token, beside one key that is rotated and shared
+by the heads. The cache has these two instead of keys and values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megalite.core.layout import Even, Whole, width
+from megalite.model.config import Rope
+from megalite.model.kinds.base import CacheSpec, LayerKind, Row
+
+if TYPE_CHECKING:
+    from megalite.core.parallel_state import ParallelState
+    from megalite.model.config import ModelConfig
+    from megalite.model.layers.base import LayerModule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention(LayerKind):
+    """Attention with heads cut over tp; the latent vectors are computed and cached on every tp rank."""
+
+    heads: int
+    rank: int
+    """Width of the latent vector of keys and values."""
+    query_rank: int | None
+    """Width of that of queries; None: they are a map of the residual stream."""
+    plain_dim: int
+    """Channels of a key that are not rotated,"""
+    rope_dim: int
+    """and that are, which all heads share."""
+    value_dim: int
+    scale: float
+    """Multiplies q k^T."""
+    rope: Rope
+    bias: bool = False
+    """Of the maps to latent vectors and of the output."""
+
+    @property
+    def query_heads(self) -> int:
+        return self.heads
+
+    @property
+    def queries_name(self) -> str:
+        """What the map to queries is called by the families' names."""
+        return "q" if self.query_rank is None else "q_up"
+
+    @property
+    def queries(self) -> Even:
+        return Even(self.heads, self.plain_dim + self.rope_dim)
+
+    @property
+    def expanded(self) -> Even:
+        """Keys without their rotated part and values, head by head."""
+        return Even(self.heads, self.plain_dim + self.value_dim)
+
+    @property
+    def values(self) -> Even:
+        return Even(self.heads, self.value_dim)
+
+    @property
+    def latent_dim(self) -> int:
+        """What the cache has of a token."""
+        return self.rank + self.rope_dim
+
+    def rows(self, hidden: int) -> list[Row]:
+        rows: list[Row] = []
+
+        def whole(weight: str, param: str, size: int, *, bias: bool) -> None:
+            rows.append(Row(weight=weight, param=f"{param}.weight", split=Whole(size), other=(hidden,), linear=True))
+            if bias:
+                rows.append(Row(weight=f"{weight}_bias", param=f"{param}.bias", split=Whole(size)))
+
+        source = hidden
+        if self.query_rank is not None:
+            source = self.query_rank
+            whole("q_down", "q_down", source, bias=self.bias)
+            rows.append(Row(weight="q_down_norm", param="q_norm.weight", split=Whole(source)))
+        rows.append(
+            Row(weight=self.queries_name, param="q_up.weight", split=self.queries, other=(source,), linear=True)
+        )
+        whole("kv_down", "kv_down", self.latent_dim, bias=self.bias)
+        rows.append(Row(weight="kv_down_norm", param="kv_norm.weight", split=Whole(self.rank)))
+        rows.append(Row(weight="kv_up", param="kv_up.weight", split=self.expanded, other=(self.rank,), linear=True))
+        rows.append(Row(weight="attn_out", param="out.weight", split=self.values, other=(hidden,), dim=1, linear=True))
+        if self.bias:
+            rows.append(Row(weight="attn_out_bias", param="out.bias", split=Whole(hidden)))
+        return rows
+
+    def parameters(self, hidden: int) -> int:
+        source = hidden if self.query_rank is None else self.query_rank
+        down = hidden * (self.latent_dim + (self.query_rank or 0))
+        return down + source * self.queries.total + self.rank * self.expanded.total + hidden * self.values.total
+
+    def cache(self, tp: int, tp_rank: int) -> CacheSpec:
+        return CacheSpec(token=((1, self.latent_dim),))
+
+    def attended(self, length: int) -> int:
+        return length
+
+    @property
+    def flops_per_key(self) -> int:
+        return 2 * self.heads * (self.latent_dim + self.rank)
+
+    def widest(self, tp: int, tp_rank: int) -> int:
+        held = width(self.values, tp, tp_rank) // self.value_dim
+        return held * (2 * self.latent_dim + 2 * self.rank) + self.latent_dim + (self.query_rank or 0)
+
+    def kept(self, tp: int, tp_rank: int) -> int:
+        splits = (self.queries, self.queries, self.expanded, self.values)
+        return sum(width(split, tp, tp_rank) for split in splits) + self.latent_dim + (self.query_rank or 0)
+
+    def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
+        from megalite.model.layers.latent import MultiHeadLatentAttention
+
+        return MultiHeadLatentAttention(self, config, layer, state)
