@@ -98,8 +98,8 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
         Problem(
             key="model.path",
             rule=f"architecture {unknown}{_of(text_type)} is not supported{_needed(str(unknown), text_type)}",
-            fix=f"Supported: {', '.join(sorted(supported))}; one of your own can be registered from "
-            "a module named in model.family_module.",
+            fix=f"{len(supported)} are, such as LlamaForCausalLM: README.md has a table. One of your own can be "
+            "registered from a module named in model.family_module.",
             origin=str(path),
         )
     )
