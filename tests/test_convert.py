@@ -142,6 +142,17 @@ def test_other_shapes_and_text_parts_come_back(name, tiny, tmp_path):
     assert verify(tmp_path / "other", original).is_well
 
 
+def test_a_number_of_the_code_that_is_another_is_refused(tiny, tmp_path):
+    model = tmp_path / "apertus"
+    shutil.copytree(tiny("apertus"), model)
+    info = read_headers(model).tensors["model.layers.1.mlp.act_fn.beta"]
+    with open(info.file, "r+b") as file:
+        file.seek(info.offset)
+        file.write(np.float32(0.6).tobytes())
+    with pytest.raises(CheckpointError, match="act_fn.beta is 0.6; only 0.5 is supported"):
+        convert(model, Layout(), tmp_path / "cut")
+
+
 # ---- dtypes ------------------------------------------------------------------------------------------------------
 
 

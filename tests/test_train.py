@@ -117,6 +117,7 @@ CASES = {
     "tp2 sp, beside each other, biased head": Case("phi", Layout(tp=2), sequence_parallel=True),
     "pp2, fused by head": Case("gpt_neox", Layout(pp=2), accumulate=2),
     "tp2 sp, corrected router, shared experts": Case("glm4_moe", Layout(tp=2), sequence_parallel=True),
+    "tp2 sp, latent attention": Case("deepseek_v3", Layout(tp=2), sequence_parallel=True),
     "tp2 pp2, stacked experts": Case("granitemoeshared", Layout(tp=2, pp=2), accumulate=2),
     "tp2 pp2, one kv head": Case("llama_one_kv_head", Layout(tp=2, pp=2), accumulate=3, sequence_parallel=True),
 }

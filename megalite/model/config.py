@@ -15,6 +15,8 @@ from megalite.core.layout import Even, LayerCosts, Whole
 from megalite.model.kinds.base import Kind, Layer, Row
 
 ActivationName = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "xielu"]
+XIELU_BETA, XIELU_EPS = 0.5, -1e-6
+"""Numbers of xielu that are not learned."""
 NormName = Literal["rms", "rms_zero_centred", "layer", "layer_zero_centred", "layer_without_bias"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megalite.model.config import XIELU_BETA, XIELU_EPS
 from megalite.model.family_spec import (
     Family,
     Multipliers,
@@ -586,7 +587,10 @@ FAMILIES: dict[str, Family] = {
             "alpha_p": "model.layers.{layer}.mlp.act_fn.alpha_p",
             "alpha_n": "model.layers.{layer}.mlp.act_fn.alpha_n",
         },
-        ignored=(r"^model\.layers\.\d+\.mlp\.act_fn\.(beta|eps)$",),
+        constants={
+            r"^model\.layers\.\d+\.mlp\.act_fn\.beta$": XIELU_BETA,
+            r"^model\.layers\.\d+\.mlp\.act_fn\.eps$": XIELU_EPS,
+        },
         defaults={
             "hidden_act": "xielu",
             "norm_eps": 1e-5,

@@ -59,6 +59,8 @@ class WeightNames:
     """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
     tied_head: str | None
     """What the head would be called, where it is the embedding."""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    """Pattern of tensors that are no weights but numbers that the model's code has -> their value."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Other beginnings that a checkpoint's names may have, where none has `prefix` -> theirs here."""
     tensors: Mapping[str, TensorRef]
@@ -423,8 +425,9 @@ class Family:
     `.bias`. Weights of one name are fused in one tensor, in the order of the rows."""
     prefix: str = "model."
     """See WeightNames."""
+    constants: Mapping[str, float] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """See WeightNames."""
+    """See WeightNames, as of `constants`, whose tensors are ignored."""
     text_model_type: str | None = None
     """It is the text part of a multimodal checkpoint: `text_config` describes it, and has this `model_type`."""
     ignored: tuple[str, ...] = ()
@@ -671,8 +674,15 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
     tied = (f"^{re.escape(head)}$",) if head else ()
     later = range(config.num_layers, config.num_layers + MOST_NEXT_LAYERS) if family.next_token_layers else ()
     after = tuple(rf"^model\.layers\.{layer}\." for layer in later)
-    ignored = (*COMMON_IGNORED, *family.ignored, *tied, *after)
-    return WeightNames(prefix=family.prefix, ignored=ignored, tied_head=head, renamed=family.renamed, tensors=tensors)
+    ignored = (*COMMON_IGNORED, *family.ignored, *family.constants, *tied, *after)
+    return WeightNames(
+        prefix=family.prefix,
+        ignored=ignored,
+        tied_head=head,
+        constants=family.constants,
+        renamed=family.renamed,
+        tensors=tensors,
+    )
 
 
 def _tensor(name: str, family: Family, row: Row, *, in_layer: bool) -> TensorRef:

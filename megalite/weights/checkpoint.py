@@ -17,7 +17,7 @@ from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.dtypes import WEIGHT_DTYPES
 from megalite.weights.folder import CONFIG, ModelFolder
-from megalite.weights.hf import HFWeights, check_names, read_headers, resolve
+from megalite.weights.hf import HFWeights, check_constants, check_names, read_headers, resolve
 from megalite.weights.manifest import WEIGHT, Manifest
 from megalite.weights.moves import Extent, hf_extents
 from megalite.weights.shards import file_extents, is_sharded, open_manifest, stored_layout
@@ -115,6 +115,7 @@ def _hf_weights(folder: Path, model: ModelConfig) -> HFWeights:
     """The weights of a Hugging Face folder, once they are known to be the model's."""
     weights = read_headers(folder, families.weight_names(model))
     check_names(model, weights.tensors, str(folder))
+    check_constants(families.weight_names(model), weights.tensors)
     parts = {piece.hf: piece.part for piece in pieces(model)}
     for name, part in parts.items():
         info, known = weights.tensors[name], part.dtypes if part else WEIGHT_DTYPES

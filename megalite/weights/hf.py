@@ -7,11 +7,14 @@ files. Only safetensors are read: other formats can hold code and are refused wi
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megalite.config.typecheck import gguf_advice
 from megalite.config.validate import model_location
@@ -19,6 +22,8 @@ from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
+from megalite.weights.dtypes import STORAGE
+from megalite.weights.rounding import to_float
 from megalite.weights.table import hf_shapes
 from megalite.weights.tensor_file import TensorInfo, read_header
 
@@ -177,6 +182,21 @@ def check_names(config: ModelConfig, tensors: Mapping[str, TensorInfo | None], w
     ]
     if problems:
         raise CheckpointError(f"{where}: the weights do not fit config.json; " + "; ".join(problems))
+
+
+def check_constants(names: WeightNames, tensors: Mapping[str, TensorInfo]) -> None:
+    """CheckpointError where a number that the model's code has is another one in the files."""
+    for pattern, wanted in names.constants.items():
+        for name, info in tensors.items():
+            if re.search(pattern, name) is None:
+                continue
+            if info.dtype not in STORAGE or math.prod(info.shape) != 1:
+                raise CheckpointError(f"{info.file}: {name} must be one number")
+            with open(info.file, "rb") as file:
+                stored = np.frombuffer(os.pread(file.fileno(), info.nbytes, info.offset), STORAGE[info.dtype])
+            found = float(to_float(stored, info.dtype)[0])
+            if not math.isclose(found, wanted, rel_tol=1e-2):
+                raise CheckpointError(f"{info.file}: {name} is {found:g}; only {wanted:g} is supported")
 
 
 def _some(names: list[str], limit: int = 3) -> str:

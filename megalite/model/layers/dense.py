@@ -13,13 +13,10 @@ from megalite.core.layers import Residual, replicated
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
-from megalite.model.config import ModelConfig
+from megalite.model.config import XIELU_BETA, XIELU_EPS, ModelConfig
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.layers.base import LayerModule
 from megalite.model.rope import Rotation
-
-XIELU_BETA = 0.5
-XIELU_EPS = -1e-6
 
 
 class MLP(LayerModule):

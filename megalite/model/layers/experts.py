@@ -289,7 +289,7 @@ class MixtureOfExperts(LayerModule):
 
 def _wanted(scores: Tensor, correction: Tensor | None, choice: Router) -> Tensor:
     """What experts are chosen by, [T, experts]: -inf outside the best groups."""
-    wanted = scores if correction is None else scores + correction.view(-1)
+    wanted: Tensor = scores if correction is None else scores + correction.view(-1)
     if choice.groups == 1:
         return wanted
     grouped = wanted.unflatten(-1, (choice.groups, -1))
