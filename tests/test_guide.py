@@ -72,13 +72,13 @@ def compared(command: Command) -> list[str]:
 
 
 class Shell:
-    """Runs the commands of one block: Python's as forks, all else in bash."""
+    """Runs the commands of one block in bash; Python's as forks, unless `imports`: what they import must come first."""
 
-    def __init__(self, forks: Forks, place: Path):
+    def __init__(self, forks: Forks, place: Path, *, imports: bool):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self._forks = forks
+        self._forks, self._imports = forks, imports
         self._real = {"8000": port, "/tmp/": f"{place}/"}
         self._running: list[Program] = []
 
@@ -93,7 +93,7 @@ class Shell:
 
     def _run(self, command: str) -> tuple[int, str]:
         words = shlex.split(command)
-        if words[0] == "python":
+        if words[0] == "python" and not self._imports:
             background = words[-1] == "&"
             start = [ROOT / words[1], *(words[2:-1] if background else words[2:])]
             program = self._forks.start(*start, preload=PRELOAD, XDG_CACHE_HOME=self._real["/tmp/"])
@@ -139,7 +139,9 @@ def test_a_block_runs_and_prints_what_is_shown(number: int, forks: Forks, tmp_pa
     block = blocks(PAGES[0])[number]
     if block.needs and not find_spec(block.needs):
         pytest.skip(f"needs {block.needs}")
-    for command, output in zip(block.commands, printed_by(block, Shell(forks, tmp_path)), strict=True):
+    for command, output in zip(
+        block.commands, printed_by(block, Shell(forks, tmp_path, imports=bool(block.needs))), strict=True
+    ):
         if command.words == "echo $?":
             assert command.shown == (output.strip(),)
         for line in compared(command):
@@ -159,7 +161,9 @@ def refresh(forks: Forks, place: Path) -> None:
     """Put what the commands print now in the place of what the pages show, line by line."""
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for block in blocks(PAGES[0]):
-        for command, output in zip(block.commands, printed_by(block, Shell(forks, place)), strict=True):
+        for command, output in zip(
+            block.commands, printed_by(block, Shell(forks, place, imports=bool(block.needs))), strict=True
+        ):
             left, lines = output.splitlines(), []
             for line in command.shown:
                 found = None if line == "..." else match(line, left)
