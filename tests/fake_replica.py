@@ -119,6 +119,15 @@ class FakeEngine:
             started=started,
         )
 
+    def least_gained(self) -> int:
+        """Tokens that the request which has gained least has gained here."""
+        found = []
+        for name, request in self.requests.items():
+            given = request.given or ((),) * request.num_samples
+            left = set(range(request.num_samples)) - self.ended[name]
+            found += [len(self.tokens[name][index]) - len(given[index]) for index in left]
+        return min(found, default=0)
+
     def _ends(self, name: str, reason: str) -> list[TokenDelta]:
         left = set(range(self.requests[name].num_samples)) - self.ended[name]
         return [_delta(name, index, [], reason) for index in sorted(left)]
@@ -163,8 +172,9 @@ def _fault(folder: Path, replica: int) -> dict[str, object]:
 
 
 def main() -> int:
-    """Faults: `exit`, end at once with this code; `dies`, `stalls`, after so many steps with work; `waits`, after three
-    such steps until a file is there; `slow`, a step takes a hundredth of a second."""
+    """Faults: `exit`, end at once with this code; `dies`, once each of its requests has gained so many tokens;
+    `stalls`, after so many steps with work; `waits`, after three such steps until a file is there; `slow`, a step takes
+    a hundredth of a second."""
     die_with_parent()
     folder, options = Path(sys.argv[1]), dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
     fault = _fault(folder, int(options["--replica"]))
@@ -186,7 +196,7 @@ def main() -> int:
                 engine.take(messages)
             if not engine.requests:
                 continue
-            if worked == fault.get("dies"):
+            if "dies" in fault and engine.least_gained() >= int(str(fault["dies"])):
                 os.kill(os.getpid(), signal.SIGKILL)
             if worked == fault.get("stalls"):
                 signal.pause()

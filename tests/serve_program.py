@@ -17,6 +17,7 @@ from megalite.errors import MegaliteError
 from megalite.inference.io.inputs import PromptLimits
 from megalite.inference.request import Request
 from megalite.serve.errors import Refused
+from megalite.serve.front import event_loop_factory
 from megalite.serve.listener import open_socket, url
 from megalite.serve.metrics import ServeMetrics
 from megalite.serve.router import Router
@@ -80,7 +81,8 @@ def main() -> int:
 
     with open_socket(section) as sock:
         print(url(sock), flush=True)
-        return asyncio.run(Server(config, limits, sock, make_app).run(start))
+        with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+            return runner.run(Server(config, limits, sock, make_app).run(start))
 
 
 if __name__ == "__main__":

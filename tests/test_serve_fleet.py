@@ -85,7 +85,7 @@ def test_each_replica_killed_in_turn(tmp_path: Path) -> None:
             streams = router.submit_all(asked)
             for one, got in zip(asked, await asyncio.gather(*map(read, streams)), strict=True):
                 check_whole(one, *got)
-            assert len(pids(tmp_path, 0)) >= 2 and len(pids(tmp_path, 1)) >= 2
+            await until(lambda: len(pids(tmp_path, 0)) >= 2 and len(pids(tmp_path, 1)) >= 2)
         assert not any(Process.of(pid) for replica in (0, 1) for pid in pids(tmp_path, replica))
 
     asyncio.run(test())

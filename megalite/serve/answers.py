@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,7 +24,8 @@ from megalite.serve.envelope import ApiError, api_error
 from megalite.serve.gate import ClientGone, until_gone
 from megalite.serve.metrics import ServeMetrics
 from megalite.serve.protocol import StreamOptions
-from megalite.serve.router import Router, Stream
+from megalite.serve.router import Router
+from megalite.serve.streams import Merged
 
 log = logging.getLogger(__name__)
 
@@ -115,54 +116,6 @@ async def whole(http: Request, router: Router, requests: list[EngineRequest], an
     return [check(output) for output in outputs]
 
 
-class _Merged:
-    """The deltas of several streams, each with the place of its own; what is ready at one moment comes together."""
-
-    def __init__(self, streams: list[Stream]):
-        self.streams = streams
-        self._ready: list[tuple[int, TokenDelta]] = []
-        self._something = asyncio.Event()
-        self._error: BaseException | None = None
-        self._open = len(streams)
-        self._pumps: list[asyncio.Task[None]] = []
-        if len(streams) > 1:
-            self._pumps = [asyncio.create_task(self._pump(place, stream)) for place, stream in enumerate(streams)]
-
-    async def _pump(self, place: int, stream: Stream) -> None:
-        try:
-            while ready := await stream.ready():
-                self._ready += [(place, delta) for delta in ready]
-                self._something.set()
-        except BaseException as error:
-            self._error = self._error or error
-            raise
-        finally:
-            self._open -= 1
-            self._something.set()
-
-    async def next(self) -> list[tuple[int, TokenDelta]]:
-        """What has come since the last call; waits for the first of it. Empty: all streams have ended."""
-        if not self._pumps:
-            return [(0, delta) for delta in await self.streams[0].ready()]
-        while not self._ready and self._open and self._error is None:
-            self._something.clear()
-            await self._something.wait()
-        ready, self._ready = self._ready, []
-        if not ready and self._error is not None:
-            raise self._error
-        return ready
-
-    async def results(self) -> list[RequestOutput]:
-        """Of all streams, which have ended."""
-        return [await stream.result() for stream in self.streams]
-
-    async def close(self) -> None:
-        """Read no more."""
-        for pump in self._pumps:
-            pump.cancel()
-        await asyncio.gather(*self._pumps, return_exceptions=True)
-
-
 class EventStream(Response):
     """A streamed answer; `begin` waits for its first tokens, so that what fails before has a status of its own."""
 
@@ -184,22 +137,26 @@ class EventStream(Response):
             for stream in streams:
                 self._answer.metrics.request_started(stream.request)
                 await stack.enter_async_context(stream)
-            self._merged = _Merged(streams)
-            stack.push_async_callback(self._merged.close)
+            self._merged = Merged(streams)
             async with until_gone(self._http):
                 self._first = await self._merged.next()
             if not self._first:
-                for output in await self._merged.results():
-                    check(output)
+                for stream in streams:
+                    check(await stream.result())
             self._stack = stack.pop_all()
         return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        to_client: Send = scope["state"].get("send", send)
+        """Without the layers between, which do nothing more once the head of an answer is sent."""
+
+        def write(chunk: bytes) -> Awaitable[None]:
+            return to_client({"type": "http.response.body", "body": chunk, "more_body": True})
+
         async with self._stack, until_gone(self._http):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
-                async for chunk in self._chunks():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await self._write(write)
             except (asyncio.CancelledError, ClientGone):
                 raise
             except Exception as error:  # too late for a status
@@ -207,23 +164,21 @@ class EventStream(Response):
                 if found is None:
                     log.exception("the stream %s failed", self._answer.id)
                     found = ApiError(500, "The server failed at this request; its log says why.")
-                event = b"data: " + found.body + b"\n\n" + DONE
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await write(b"data: " + found.body + b"\n\n" + DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        ready = self._first
-        write = self._writer.delta
+    async def _write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        merged, events, ready = self._merged, self._writer.delta, self._first
         while ready:
-            if len(self._first_tokens) < len(self._merged.streams):
+            if len(self._first_tokens) < len(merged.streams):
                 now = time.monotonic()
                 for place, _ in ready:
                     self._first_tokens.setdefault(place, now)
-            chunk = b"".join([write(place, delta) for place, delta in ready])
+            chunk = b"".join([events(place, delta) for place, delta in ready])
             if chunk:
-                yield chunk
-            ready = await self._merged.next()
-        outputs = await self._merged.results()
+                await write(chunk)
+            ready = await merged.next()
+        outputs = [await stream.result() for stream in merged.streams]
         for place, output in enumerate(outputs):
             self._answer.finished(output, self._first_tokens.get(place))
         for output in outputs:
@@ -231,4 +186,4 @@ class EventStream(Response):
         parts = [self._writer.missing(place, output) for place, output in enumerate(outputs)]
         if self._with_usage:
             parts.append(self._writer.usage(usage(outputs)))
-        yield b"".join([*parts, DONE])
+        await write(b"".join([*parts, DONE]))

@@ -138,7 +138,7 @@ def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> AP
             created=int(time.time()),
             model=preparer.model(body.model),
             arrival=http.scope["state"]["arrival"],
-            endpoint=http.url.path,
+            endpoint=http.scope["path"],
             metrics=metrics,
         )
 

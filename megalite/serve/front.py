@@ -7,7 +7,9 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 from megalite.config.command_line import Options
 from megalite.config.load import Loaded
@@ -48,10 +50,21 @@ def main(loaded: Loaded[ServeConfig], options: Options, external: External | Non
         _announce(config, folder, sock)
         replicas = external or starter(loaded, options, stack)
         try:
-            return asyncio.run(Server(config, limits, sock, create_app).run(replicas))
+            with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
+                return runner.run(Server(config, limits, sock, create_app).run(replicas))
         finally:
             if limits.tokenizer is not None:
                 limits.tokenizer.close()
+
+
+def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's where it is installed, as the extra `serve` does: it has a third less to do for a streamed token."""
+    if find_spec("uvloop") is None:
+        return None
+    from uvloop import new_event_loop
+
+    made: Callable[[], asyncio.AbstractEventLoop] = new_event_loop
+    return made
 
 
 def _folder(config: ServeConfig) -> ModelFolder:

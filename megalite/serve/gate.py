@@ -125,7 +125,7 @@ class Gate:
         begun, status = time.monotonic(), 0
         given = [value for name, value in scope["headers"] if name == b"x-request-id"]
         name = given[0] if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]) else secrets.token_hex(16).encode()
-        scope["state"] = {**scope.get("state", {}), "request_id": name.decode(), "arrival": begun}
+        scope["state"] = {**scope.get("state", {}), "request_id": name.decode(), "arrival": begun, "send": send}
 
         async def sending(message: Message) -> None:
             nonlocal status

@@ -38,8 +38,12 @@ from megalite.serve.protocol import (
 from megalite.serve.router import Router
 from megalite.text.tokenizer import MAX_TEXT, Tokenizer
 
+KEPT, LONGEST_KEPT = 256, 2048
+"""Ways of sampling that are known to be right, and characters of the longest of them: a client has few."""
 THREADS = 4
 """In which prompts are tokenised and chats rendered."""
+AT_ONCE = 1024
+"""Characters of prompts, or four times as many token ids, that are read without a thread."""
 NOT_SAID = SamplingParams().max_tokens
 """max_tokens of a config that does not say it: what OpenAI gives a completion. A chat then has the model's length."""
 
@@ -85,6 +89,8 @@ class Preparer:
         self._router = router
         self._threads = ThreadPoolExecutor(THREADS, "prompts")
         self._texts: TokenTexts | None = None
+        self._params: dict[str, SamplingParams] = {}
+        """Those that were found right, by what they were made of."""
         self._waiting = 0
         self._count = 0
         """Prompts so far: what makes their ids unique, and their seeds differ."""
@@ -137,7 +143,18 @@ class Preparer:
         form = structured_outputs(body)
         if form is not None:
             name, values["structured_outputs"] = form
-            names = {**names, "structured_outputs": name}
+            return self._checked(values, {**names, "structured_outputs": name}, to_the_end)
+        key = f"{to_the_end} {values!r}"
+        known = self._params.get(key)
+        if known is None:
+            known = self._checked(values, names, to_the_end)
+            if len(key) <= LONGEST_KEPT:
+                self._params[key] = known
+            if len(self._params) > KEPT:
+                del self._params[next(iter(self._params))]
+        return known
+
+    def _checked(self, values: dict[str, Any], names: Mapping[str, str], to_the_end: bool) -> SamplingParams:
         most = self._section.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
             if values.get(name) is not None and not 0 <= values[name] <= most:
@@ -172,7 +189,9 @@ class Preparer:
         raw = prompts.raw(params, name, self._count, self._section.special_tokens_in_chats, lora)
         self._count += len(raw)
         made = []
-        for one in await self.in_thread(make_requests, raw, self.limits):
+        at_once = takes_no_time(prompts.values, params)
+        limits = self.limits
+        for one in make_requests(raw, limits) if at_once else await self.in_thread(make_requests, raw, limits):
             if isinstance(one, ConfigError):
                 raise one
             made.append(replace(one, stream=True) if stream else one)
@@ -234,6 +253,18 @@ class Preparer:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def takes_no_time(prompts: Sequence[Any], params: SamplingParams) -> bool:
+    """Making requests of these takes less than handing them to a thread, which alone may cost milliseconds."""
+    if params.structured_outputs or params.bad_words:
+        return False
+    sizes = [len(one) // (1 if isinstance(one, str) else 4) for one in prompts if not is_chat(one)]
+    return len(sizes) == len(prompts) and sum(sizes) <= AT_ONCE
+
+
+def is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
 # ---- fields of requests
