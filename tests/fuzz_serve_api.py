@@ -1,5 +1,6 @@
-"""Random requests by the server's own schema: `python tests/fuzz_serve_api.py [EXAMPLES]`. Needs schemathesis.
+"""Random requests by the server's own schema: `python tests/fuzz_serve_api.py [EXAMPLES [demo]]`. Needs schemathesis.
 
+They go to the application over a router without replicas; with `demo` to `launch/serve.py` with the demo model.
 Every answer must be documented, its body of the documented shape, and none a failure of the server's. A script and no
 test: schemathesis is a plugin of pytest's that takes seconds of every start. The seed is fixed.
 """
@@ -7,7 +8,9 @@ test: schemathesis is a plugin of pytest's that takes seconds of every start. Th
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import hypothesis
 import schemathesis
@@ -21,13 +24,27 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 from serve_api import ScriptedRouter, app_over, tokenizer
+from serve_demo import demo
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
-def main(examples: int) -> None:
-    known = tokenizer()
-    schema = schemathesis.openapi.from_asgi("/openapi.json", app_over(ScriptedRouter(known), max_samples=8))
+def main(examples: int, real: bool) -> None:
+    if not real:
+        known = tokenizer()
+        app = app_over(ScriptedRouter(known), max_samples=8)
+        ask_all(schemathesis.openapi.from_asgi("/openapi.json", app), examples)
+        known.close()
+        return
+    with tempfile.TemporaryDirectory() as folder, demo(Path(folder), "server.max_samples=8") as server:
+        ask_all(schemathesis.openapi.from_url(f"{server.url}/openapi.json"), examples)
+        [replica] = server.replicas()
+        assert replica["restarts"] == replica["requests"] == replica["kv_usage"] == 0, replica
+        assert server.end() == 0, server.said
+        assert "Traceback" not in server.said, server.said
+
+
+def ask_all(schema: schemathesis.BaseSchema, examples: int) -> None:
     seen: Counter[tuple[str, int]] = Counter()
     for found in schema.get_all_operations():
         operation = found.ok()
@@ -53,10 +70,9 @@ def main(examples: int) -> None:
                 run()
             except Unsatisfiable:
                 pass  # nothing can be wrong about a request without parameters
-    known.close()
     for (path, status), count in sorted(seen.items()):
         print(f"{path} {status}: {count}")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 50, sys.argv[2:] == ["demo"])

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from megalite.config.schema import ServeConfig, ServerSection
 from megalite.errors import ConfigError, Problem
 
-_LIBRARIES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
+_LIBRARIES = ("fastapi", "uvicorn", "httptools", "pydantic", "prometheus_client")
 """Of the extra `serve`."""
 
 

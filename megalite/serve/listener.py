@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from megalite.config.schema import ServerSection
 from megalite.errors import ConfigError, Problem
+from megalite.serve.connection import Connection
 
 
 def open_socket(section: ServerSection) -> socket.socket:
@@ -51,10 +52,16 @@ class _Uvicorn(uvicorn.Server):
 class Listener:
     """Serves an app at a socket until `stop`."""
 
-    def __init__(self, app: ASGIApp, sock: socket.socket, *, patience: int):
-        """`patience`: seconds that answers have to be sent to their end by `stop`."""
+    def __init__(self, app: ASGIApp, sock: socket.socket, *, head_timeout: float, patience: int):
+        """`head_timeout`: seconds for the head of a request; `patience`: for answers to be sent to their end by
+        `stop`."""
+
+        class Own(Connection):
+            patience = head_timeout
+
         config = uvicorn.Config(
             app,
+            http=Own,
             log_config=None,
             log_level="warning",
             access_log=False,

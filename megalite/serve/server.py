@@ -93,7 +93,8 @@ class Server:
                 await self._fleet.listen(socket.socket(fileno=replicas.unix), tcp, replicas.token)
             else:
                 await self._fleet.listen(str(run_folder(this_process()) / "replicas"))
-            listener = Listener(self._make_app(config, self._router, metrics), self._sock, patience=ANSWERED)
+            app, timeout = self._make_app(config, self._router, metrics), config.server.body_timeout
+            listener = Listener(app, self._sock, head_timeout=timeout, patience=ANSWERED)
             self._fleet.begin()
             gc.freeze()  # what was imported and built stays; collections need not look at it
             ticking = asyncio.create_task(self._tick(over))

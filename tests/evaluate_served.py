@@ -1,0 +1,126 @@
+"""lm-evaluation-harness through the server, beside its own hf backend: `python tests/evaluate_served.py`.
+
+Its `local-completions` client, unchanged, asks the demo model behind `launch/serve.py`; three small tasks made of the
+standard library's text, one of each kind. All numbers must agree to 1e-4. Needs `lm_eval[api]`, accelerate and peft.
+"""
+
+from __future__ import annotations
+
+import ast
+import calendar
+import inspect
+import json
+import os
+import shlex
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from serve_demo import DEMO, demo
+
+CLOSE = 1e-4
+TASKS: dict[str, dict[str, Any]] = {
+    "served_text": {
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{head}}",
+        "doc_to_target": "{{tail}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    },
+    "served_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{head}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "served_answer": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{head}}",
+        "doc_to_target": "{{tail}}",
+        "generation_kwargs": {"until": ["\n\n", "return"], "max_gen_toks": 24, "do_sample": False},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    },
+}
+
+
+def write_tasks(place: Path) -> None:
+    """Heads and tails of functions, and tails of other ones to choose from."""
+    functions = [text for text in _functions() if 80 < len(text) < 600][:16]
+    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in functions]
+    lines = []
+    for place_, (head, tail) in enumerate(halves):
+        choices = [halves[(place_ + other) % len(halves)][1] for other in (1, 2)]
+        choices.insert(place_ % 3, tail)
+        lines.append({"head": head, "tail": tail, "choices": choices, "label": place_ % 3})
+    data = place / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, task in TASKS.items():
+        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+        (place / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))
+
+
+def _functions() -> list[str]:
+    """Of some modules of the standard library."""
+    found = []
+    for module in (textwrap, shlex, calendar):
+        text = inspect.getsource(module)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                found.append(ast.get_source_segment(text, node) or "")
+    return found
+
+
+def evaluate(model: str, arguments: str, tasks: Path) -> Any:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    return simple_evaluate(
+        model=model,
+        model_args=arguments,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        device="cpu",
+        batch_size=4,
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+        (place / "tasks").mkdir()
+        write_tasks(place / "tasks")
+        with demo(place, "parallel.dp=2") as server:
+            where = f"base_url={server.url}/v1/completions,model=demo,tokenizer={DEMO},tokenizer_backend=huggingface"
+            ours = evaluate("local-completions", f"{where},num_concurrent=4,max_length=1024", place / "tasks")
+            code = server.end()
+        theirs = evaluate("hf", f"pretrained={DEMO},dtype=float32", place / "tasks")
+    wrong = 0
+    for task in TASKS:
+        for metric, wanted in theirs["results"][task].items():
+            if not isinstance(wanted, float):
+                continue
+            found = ours["results"][task][metric]
+            agrees = abs(found - wanted) <= CLOSE * max(1.0, abs(wanted))
+            wrong += not agrees
+            print(f"{task} {metric}: {found:.6f} through the server, {wanted:.6f} by hf{'' if agrees else '  DIFFERS'}")
+        most = 0.0
+        for mine, his in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            for [got], [answer] in zip(mine["resps"], his["resps"], strict=True):
+                if isinstance(answer, str):
+                    wrong += got != answer
+                else:
+                    most = max(most, abs(got[0] - answer[0]) / max(1.0, abs(answer[0])))
+                    wrong += got[1] != answer[1]
+        wrong += most > CLOSE
+        print(f"{task}: largest difference of a log-likelihood {most:.1e}")
+    print(f"the server ended with {code}; {wrong} differences")
+    return 1 if wrong or code else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
