@@ -61,7 +61,7 @@ def flip(path: Path, at: int, bit: int = 4) -> None:
 
 SIZES = st.builds(
     Sizes,
-    family=st.sampled_from(sorted(families.FAMILIES)),
+    family=st.sampled_from(["gemma2", "gpt2", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"]),
     layers=st.integers(1, 4),
     kv_heads=st.integers(1, 4),
     group=st.integers(1, 3),

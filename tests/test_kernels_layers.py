@@ -257,7 +257,8 @@ def stored(k, v, k_cache, v_cache, slots):
 class CachedAttention(DeviceAttention):
     """One whole sequence, whose attention is torch's over what was written to the cache."""
 
-    def _attend_stored(self, spec, q, k, v):
+    def _attend_stored(self, spec, q, k, v, sinks=None):
+        assert sinks is None
         k, v = (cached[:, : len(q)].transpose(0, 1) for cached in self.cache.layers[spec.layer])
         return PackedAttention([len(q)], q.device).attend(spec, q, k, v)
 
