@@ -46,9 +46,9 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def write_tasks(place: Path) -> None:
-    """Heads and tails of functions, and tails of other ones to choose from."""
-    functions = [text for text in _functions() if 80 < len(text) < 600][:16]
-    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in functions]
+    """Heads of functions and the line that follows each, with those of other ones to choose from."""
+    functions = [text.splitlines(keepends=True) for text in _functions() if text.count("\n") > 4][:16]
+    halves = [("".join(lines[:4]), lines[4]) for lines in functions]
     lines = []
     for place_, (head, tail) in enumerate(halves):
         choices = [halves[(place_ + other) % len(halves)][1] for other in (1, 2)]

@@ -14,6 +14,10 @@ from megalite.config.schema import ServerSection
 from megalite.errors import ConfigError, Problem
 from megalite.serve.connection import Connection
 
+KEEP_ALIVE = 75
+"""Seconds that a connection is kept open for a next request. Longer than clients keep one (httpx 5, aiohttp 15): who
+closes first must be the client, else a request may be sent into a connection that is being closed."""
+
 
 def open_socket(section: ServerSection) -> socket.socket:
     """A listening socket at server.host and port. ConfigError: that can't be."""
@@ -67,6 +71,7 @@ class Listener:
             access_log=False,
             ws="none",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=patience,
         )
         self._server = _Uvicorn(config)
