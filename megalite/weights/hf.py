@@ -14,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megalite.config.typecheck import gguf_advice
 from megalite.config.validate import model_location
 from megalite.errors import CheckpointError
@@ -23,7 +21,6 @@ from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
 from megalite.weights.dtypes import STORAGE
-from megalite.weights.rounding import to_float
 from megalite.weights.table import hf_shapes
 from megalite.weights.tensor_file import TensorInfo, read_header
 
@@ -192,6 +189,10 @@ def check_constants(names: WeightNames, tensors: Mapping[str, TensorInfo]) -> No
                 continue
             if info.dtype not in STORAGE or math.prod(info.shape) != 1:
                 raise CheckpointError(f"{info.file}: {name} must be one number")
+            import numpy as np  # and not at the top: every job's check of its config reads headers, few have constants
+
+            from megalite.weights.rounding import to_float
+
             with open(info.file, "rb") as file:
                 stored = np.frombuffer(os.pread(file.fileno(), info.nbytes, info.offset), STORAGE[info.dtype])
             found = float(to_float(stored, info.dtype)[0])
