@@ -240,8 +240,80 @@ def write(kind: str, quantized: Path, dense: Path, *, family: str = "llama", dty
             matrix(f"{at}.mlp.gate_proj", INNER, HIDDEN)
             matrix(f"{at}.mlp.up_proj", INNER, HIDDEN)
             matrix(f"{at}.mlp.down_proj", HIDDEN, INNER)
-    for folder, tensors in ((quantized, stored), (dense, numbers)):
-        folder.mkdir(parents=True)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        more = {"quantization_config": KINDS[kind].config} if folder is quantized else {}
-        (folder / "config.json").write_text(json.dumps({**values, **more}))
+    _save(quantized, stored, {**values, "quantization_config": KINDS[kind].config})
+    _save(dense, numbers, values)
+
+
+def _save(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+EXPERTS, WIDTH = 3, 3 * GROUP
+
+
+def microscaled(rng, rows, columns):
+    """Of all experts: blocks, exponents, and the weight [E, columns, rows], as it is stored as numbers."""
+    codes = rng.integers(0, 16, (EXPERTS, rows, columns // 32, 32))
+    exponents = rng.integers(122, 126, codes.shape[:3])
+    weight = E2M1[codes] * 2.0 ** (exponents[..., None] - 127)
+    blocks = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    dense = weight.reshape(EXPERTS, rows, columns).transpose(0, 2, 1)
+    return tensor(blocks), tensor(exponents.astype(np.uint8)), tensor(dense.astype(np.float32))
+
+
+def write_mxfp4(quantized: Path, dense: Path) -> None:
+    """Both folders of a model as gpt-oss is stored, with codes of its experts and as numbers."""
+    rng = np.random.default_rng(11)
+    values: dict[str, Any] = {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD,
+        "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "sliding_window": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+        "eos_token_id": 2,
+    }
+    tensors: Tensors = {}
+
+    def plain(name: str, *shape: int, mean: float = 0.0, std: float = 0.3) -> None:
+        tensors[name] = tensor(rng.normal(mean, std, shape).astype(np.float32))
+
+    def linear(name: str, rows: int, columns: int) -> None:
+        plain(f"{name}.weight", rows, columns, std=columns**-0.5)
+        plain(f"{name}.bias", rows)
+
+    plain("model.embed_tokens.weight", VOCAB, HIDDEN, std=0.4)
+    plain("lm_head.weight", VOCAB, HIDDEN, std=3 / HIDDEN**0.5)
+    plain("model.norm.weight", HIDDEN, mean=1)
+    codes: Tensors = {}
+    numbers: Tensors = {}
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            plain(f"{at}.{norm}.weight", HIDDEN, mean=1)
+        for name, heads in (("q_proj", HEADS), ("k_proj", KV_HEADS), ("v_proj", KV_HEADS)):
+            linear(f"{at}.self_attn.{name}", heads * HEAD, HIDDEN)
+        linear(f"{at}.self_attn.o_proj", HIDDEN, HEADS * HEAD)
+        plain(f"{at}.self_attn.sinks", HEADS)
+        linear(f"{at}.mlp.router", EXPERTS, HIDDEN)
+        for name, rows, columns in (("gate_up_proj", 2 * WIDTH, HIDDEN), ("down_proj", HIDDEN, WIDTH)):
+            param = f"{at}.mlp.experts.{name}"
+            plain(f"{param}_bias", EXPERTS, rows)
+            codes[f"{param}_blocks"], codes[f"{param}_scales"], numbers[param] = microscaled(rng, rows, columns)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
+    _save(quantized, {**tensors, **codes}, {**values, "quantization_config": config})
+    _save(dense, {**tensors, **numbers}, values)

@@ -9,8 +9,13 @@ import pytest
 import torch
 from test_kernels import CUDA, DEVICE, needs_triton
 
+from megalite.core.layout import Layout
 from megalite.core.linear import Coded
-from megalite.kernels.codes import codes_linear, expand
+from megalite.core.parallel_state import ParallelState
+from megalite.core.quantized import E2M1
+from megalite.kernels.codes import codes_linear, codes_linear_of_experts, expand
+from megalite.model.kinds.experts import ClampedGate, Experts, Router
+from megalite.model.layers.experts import MixtureOfExperts
 
 DTYPES = (torch.float16, torch.bfloat16) if CUDA else (torch.float16,)  # the interpreter multiplies bfloat16 wrongly
 SHAPES = [(24, 64, 2), (40, 128, 1), (33, 192, 3)] + ([(4096, 4096, 32), (512, 14336, 1)] if CUDA else [])
@@ -23,6 +28,10 @@ def drawn(kind: str, outputs: int, dim: int, groups: int):
     if kind == "fp8":
         numbers = (torch.randn(outputs, dim) * 50).to(torch.float8_e4m3fn)
         codes, values, zeros = numbers.view(torch.uint8), numbers.float(), None
+    elif kind == "fp4":
+        plain, zeros = torch.randint(0, 16, (outputs, dim)), None
+        values = torch.tensor([*E2M1, *(-x for x in E2M1)])[plain] * 2
+        codes = (plain[:, 0::2] | (plain[:, 1::2] << 4)).to(torch.uint8)
     else:
         most = 16 if kind == "int4" else 256
         plain = torch.randint(0, most, (outputs, dim))
@@ -34,7 +43,7 @@ def drawn(kind: str, outputs: int, dim: int, groups: int):
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp4", "fp8"])
 @pytest.mark.parametrize(("outputs", "dim", "groups"), SHAPES)
 def test_products_and_numbers(kind, outputs, dim, groups):
     codes, scales, zeros, weight = drawn(kind, outputs, dim, groups)
@@ -47,6 +56,48 @@ def test_products_and_numbers(kind, outputs, dim, groups):
             want = x.double() @ weight.double().t() + bias.double()
             got = codes_linear(x, codes, scales, zeros, bias, kind=kind)
             assert (got.double() - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm()
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["int8", "fp4"])
+def test_products_of_experts(kind):
+    """Each row by the weight that it names; of none it becomes zero."""
+    codes, scales, zeros, weight = drawn(kind, 5 * 24, 64, 2)
+    codes, scales, weight = (one.unflatten(0, (5, 24)) for one in (codes, scales, weight))
+    zeros = None if zeros is None else zeros.unflatten(0, (5, 24))
+    expert = torch.tensor([3, -1, 0, 3], device=DEVICE)
+    x, bias = torch.randn(4, 64, device=DEVICE).half(), torch.randn(5, 24, device=DEVICE).half()
+    want = torch.einsum("tk,tnk->tn", x.float(), weight[expert]) + bias[expert]
+    want[1] = 0
+    for mine in (bias, None):
+        got = codes_linear_of_experts(x, codes, scales, zeros, mine, expert, kind=kind)
+        left = want if mine is not None else (want - bias[expert]) * (expert >= 0)[:, None]
+        assert torch.allclose(got.float(), left, rtol=2e-3, atol=2e-3)
+
+
+@needs_triton
+def test_a_mixture_of_codes():
+    """What experts make of few tokens by their codes, of other ranks' experts among them."""
+    kind = Experts(
+        num_experts=3,
+        intermediate_size=32,
+        router=Router(top_k=2, normalize=True),
+        clamped=ClampedGate(alpha=1.7, limit=0.5),
+        biases=True,
+        stored="stacked",
+    )
+    experts = MixtureOfExperts(kind, 32, ParallelState(Layout())).to(DEVICE, torch.float16).requires_grad_(False)
+    experts.first, experts.num_experts = 1, 5
+    for name, outputs in (("up", 64), ("down", 32)):
+        codes, scales, _, _ = drawn("fp4", 3 * outputs, 32, 1)
+        experts.get_parameter(f"{name}_bias").normal_()
+        experts._formats[name] = Coded("fp4", torch.float16)
+        experts.register_parameter(f"{name}_codes", torch.nn.Parameter(codes, requires_grad=False))
+        experts.register_parameter(f"{name}_scales", torch.nn.Parameter(scales, requires_grad=False))
+    x = torch.randn(3, 32, device=DEVICE).half()
+    weights, chosen = torch.rand(3, 5, device=DEVICE).half().topk(2, dim=-1)
+    want = experts._one_by_one(x, weights, chosen)
+    assert torch.allclose(experts._by_groups(x, weights, chosen), want, rtol=1e-2, atol=1e-2)
 
 
 @needs_triton

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from quantized_models import KINDS, write
+from quantized_models import KINDS, write, write_mxfp4
 from safetensors.torch import load_file
 
 from megalite import LLM, SamplingParams
@@ -18,14 +18,14 @@ from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
-from megalite.core.quantized import coded
+from megalite.core.quantized import E2M1, coded
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
 from megalite.weights.table import check_cuts, local_bytes, local_elements
 from megalite.weights.transfer import build, load_folder
 
 MIXTURES = ("awq", "fp8_blocks", "fp8_scalar", "packed_4_zeros")
-MODELS = [(kind, "llama") for kind in KINDS] + [(kind, "mixtral") for kind in MIXTURES]
+MODELS = [(kind, "llama") for kind in KINDS] + [(kind, "mixtral") for kind in MIXTURES] + [("mxfp4", "gpt_oss")]
 
 
 WHOLE = Layout()
@@ -37,7 +37,12 @@ def loaded(folder, layout=WHOLE, *, model=None, quantization=None):
     decoder = build(model, ParallelState(layout), dtype=torch.float32, device=torch.device("cpu"))
     load_folder(decoder, folder)
     settle(decoder, quantization)
-    return dict(decoder.named_parameters())
+    params = dict(decoder.named_parameters())
+    for name, module in decoder.named_modules():
+        for param in ("up", "down") if getattr(module, "turned", False) else ():  # as codes have them
+            values = params[f"{name}.{param}"]
+            params[f"{name}.{param}"] = values.unflatten(0, (module.num_local, -1)).mT.flatten(0, 1)
+    return params
 
 
 def same(left, right):
@@ -54,7 +59,10 @@ def models(tmp_path_factory):
     def folders(kind, family="llama"):
         if (kind, family) not in made:
             at = tmp_path_factory.mktemp(f"{kind}-{family}")
-            write(kind, at / "codes", at / "numbers", family=family)
+            if kind == "mxfp4":
+                write_mxfp4(at / "codes", at / "numbers")
+            else:
+                write(kind, at / "codes", at / "numbers", family=family)
             made[kind, family] = at / "codes", at / "numbers"
         return made[kind, family]
 
@@ -72,7 +80,8 @@ def test_codes_become_the_numbers_that_they_stand_for(kind, family, models):
 
 def on_ranks(rank, folders, layout):
     for codes, numbers in folders:
-        cut_alike = replace(families.read(codes), quantization=None)
+        model = families.read(codes)
+        cut_alike = families.read(numbers) if model.quantized_as == "mxfp4" else replace(model, quantization=None)
         same(loaded(codes, layout), loaded(numbers, layout, model=cut_alike))
 
 
@@ -85,7 +94,8 @@ CHAINED = ("gptq_act_order", "packed_4_zeros", "fp8_static", "fp8_scalar", "int8
 
 
 @pytest.mark.parametrize(
-    ("kind", "family"), [*((kind, "llama") for kind in CHAINED), ("awq", "mixtral"), ("fp8_blocks", "mixtral")]
+    ("kind", "family"),
+    [*((kind, "llama") for kind in CHAINED), ("awq", "mixtral"), ("fp8_blocks", "mixtral"), ("mxfp4", "gpt_oss")],
 )
 def test_a_chain_of_layouts_gives_the_checkpoint_back(kind, family, models, tmp_path):
     codes, numbers = models(kind, family)
@@ -99,14 +109,17 @@ def test_a_chain_of_layouts_gives_the_checkpoint_back(kind, family, models, tmp_
         assert values.dtype == after[name].dtype, name
         assert torch.equal(values.reshape(after[name].shape).view(torch.uint8), after[name].view(torch.uint8)), name
     same(loaded(tmp_path / "pp2"), loaded(numbers))
+    if kind == "mxfp4":
+        report = verify(codes, numbers)
+        assert report.is_well and sum("0.00% of its norm, at most 0" in note for note in report.notes) == 4
 
 
-@pytest.mark.parametrize("kind", ["packed_4", "packed_8_rows", "fp8_rows", "fp8_blocks"])
+@pytest.mark.parametrize("kind", ["packed_4", "packed_8_rows", "fp8_rows", "fp8_blocks", "mxfp4"])
 def test_tokens_are_those_of_transformers(kind, models):
     """What transformers can run on a CPU: it turns codes into numbers as well."""
     from reference import greedy
 
-    codes, _ = models(kind)
+    codes, _ = models(kind, "gpt_oss" if kind == "mxfp4" else "llama")
     want = greedy(codes, [3, 14, 15, 9, 26], 8)
     assert tokens_of(codes, want.prompt, 8) == want.tokens
 
@@ -115,7 +128,7 @@ def test_tokens_are_those_of_transformers(kind, models):
     ("changes", "says"),
     [
         ({"quant_method": "squeezellm"}, "vLLM removed it"),
-        ({"quant_method": "mxfp4"}, "exponent"),
+        ({"quant_method": "mxfp4"}, "experts whose matrices are one tensor"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 32}, "bits must be one of 4, 8, got 3"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 33}, "group_size must be -1 or a multiple of 8"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "lm_head": True}, "output head"),
@@ -177,11 +190,13 @@ def test_fp8_made_while_loading(models):
 def decoded(kind: str, tensors: dict) -> torch.Tensor:
     """The weight that codes as kernels take them stand for."""
     codes, scales = tensors["codes"], tensors["scales"].float()
-    if kind == "int4":
+    if kind in ("int4", "fp4"):
         codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
     values = codes.view(torch.float8_e4m3fn).float() if kind == "fp8" else codes.float()
+    if kind == "fp4":
+        values = torch.tensor([*E2M1, *(-x for x in E2M1)])[codes.int()] * 2
     width = values.shape[1] // scales.shape[1]
-    if kind != "fp8":
+    if "zeros" in tensors:
         values = values - tensors["zeros"].float().repeat_interleave(width, 1)
     weight = values * scales.repeat_interleave(width, 1)
     return weight[:, torch.argsort(tensors["order"])] if "order" in tensors else weight
@@ -201,6 +216,18 @@ def test_codes_for_kernels(kind, models):
             assert kind == "gptq_act_order" and linear in (layer.attn.qkv, layer.mlp.up)
         else:
             assert torch.equal(decoded(*found), format.matrix(linear.stored))
+
+
+def test_codes_of_experts_for_kernels(models):
+    codes, _ = models("mxfp4", "gpt_oss")
+    decoder = build(families.read(codes), ParallelState(WHOLE), dtype=torch.float32, device=torch.device("cpu"))
+    load_folder(decoder, codes)
+    experts = decoder.layers["1"].mlp
+    for name in ("up", "down"):
+        format = experts._formats[name]
+        stored = {part.name: experts.get_parameter(f"{name}_{part.name}") for part in format.format.parts}
+        found = coded(format.format, stored, format.segments, format.columns)
+        assert torch.equal(decoded(*found), format.matrix(stored))
 
 
 # ---- written by tools/convert.py --quantize ----------------------------------------------------------------------

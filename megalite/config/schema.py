@@ -42,7 +42,7 @@ class ModelSection:
     """auto: defaults of `sampling` come from the model's generation_config.json; none: only its end tokens are used."""
     quantization: str | None = None
     """null: as the checkpoint's config.json says. fp8: weights that are not quantized become fp8, a scale a row, while
-    they are loaded. Else what the checkpoint must be stored as: fp8, gptq, awq, compressed-tensors."""
+    they are loaded. Else what the checkpoint must be stored as: fp8, gptq, awq, compressed-tensors, mxfp4."""
     trust_remote_code: bool = False
     """Must be false: code from a model folder is never run; see `family_module`."""
     family_module: str | None = None

@@ -48,7 +48,7 @@ _QUANTIZATIONS = {
     "gguf": "it is a file format of llama.cpp's; only safetensors are read",
     "int8": "only fp8 is made while a model is loaded; tools/convert.py --quantize int8 writes a checkpoint",
 }
-_FORMATS = ("fp8", "gptq", "awq", "compressed-tensors")
+_FORMATS = ("fp8", "gptq", "awq", "compressed-tensors", "mxfp4")
 """What checkpoints may be stored as, by `quant_method`; fp8 is also made from weights that are not quantized."""
 
 

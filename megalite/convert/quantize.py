@@ -26,6 +26,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.files import as_json
 from megalite.model import families
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.experts import Experts
 from megalite.weights import side_files
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, matrices
@@ -161,9 +162,8 @@ def _dtypes(
         if piece.part is None:
             dtypes[piece.hf] = usual or own[piece.hf]
             continue
-        weight = f"{piece.hf.removesuffix(piece.part.name)}weight"
-        formats[piece.hf] = weight, piece.part.name, format
-        scales = "F32" if isinstance(format, Elementwise) else usual or own[weight]
+        formats[piece.hf] = piece.weight, piece.part.name, format
+        scales = "F32" if isinstance(format, Elementwise) else usual or own[piece.weight]
         wide = "I64" if piece.part.name == "weight_shape" else piece.part.dtypes[0]
         dtypes[piece.hf] = scales if piece.part.is_float else wide
     return dtypes, formats
@@ -227,12 +227,11 @@ def rounding_errors(codes: Checkpoint, numbers: Checkpoint) -> Iterator[tuple[st
 
     from megalite.core.quantized import dequantize
 
-    shapes = hf_shapes(numbers.model)
+    turned = any(kind.turned for kind in numbers.model.of(Experts))
     formats: dict[str, tuple[WeightFormat, dict[str, Part]]] = {}
     for piece in pieces(codes.model):
         if piece.part is not None and piece.format is not None:
-            weight = f"{piece.hf.removesuffix(piece.part.name)}weight"
-            formats.setdefault(weight, (piece.format, {}))[1][piece.hf] = piece.part
+            formats.setdefault(piece.weight, (piece.format, {}))[1][piece.hf] = piece.part
     with OpenFiles() as files:
         for weight, (format, parts) in formats.items():
             stored = {}
@@ -240,10 +239,12 @@ def rounding_errors(codes: Checkpoint, numbers: Checkpoint) -> Iterator[tuple[st
                 values, dtype = whole_tensor(codes, files, name)
                 made = torch.from_numpy(values.view(np.uint8) if dtype.startswith("F8") else to_float(values, dtype))
                 made = made.view(torch.float8_e4m3fn) if dtype == "F8_E4M3" else made
+                made = made.flatten(0, 1).flatten(1) if made.ndim > 2 else made  # of stacked experts
                 stored[part.name] = (made.t() if part.turned else made).contiguous()
-            rows, columns = shapes[weight]
             exact = torch.from_numpy(to_float(*whole_tensor(numbers, files, weight)))
-            wrong = dequantize(format, stored, [rows], columns) - exact
+            if exact.ndim == 3:
+                exact = (exact.mT if turned else exact).flatten(0, 1)
+            wrong = dequantize(format, stored, [exact.shape[0]], exact.shape[1]) - exact
             yield weight, float(wrong.norm() / exact.norm()), float(wrong.abs().max())
 
 

@@ -5,6 +5,7 @@ numbers they hold. Importable without torch; how a format is computed with is `c
     gptq        codes of 4 or 8 bits in int32 along K, of each group of inputs a scale and a zero point
     awq         codes of 4 bits in int32 along N, in an order of their own, of each group a scale and a zero point
     packed      compressed-tensors' pack-quantized: codes of 4 or 8 bits in int32 along K, scales, perhaps zero points
+    mxfp4       codes of 4 bits (float e2m1), of each 32 inputs an exponent
 
 A weight is cut over tp only where an entry of all its tensors ends (`units`), so that its parts are rows or columns of
 the stored tensors, bit for bit.
@@ -41,6 +42,8 @@ class Part:
     """Its columns are not cut over tp."""
     entries: int = 1
     """Of a tensor of ALL rows without columns."""
+    folded: int = 0
+    """Its columns are two dimensions in the checkpoint, the second so long; 0: one."""
 
     def height(self, rows: int) -> int:
         """Its rows, or entries, of a weight of so many rows."""
@@ -198,6 +201,22 @@ class Packed(WeightFormat):
     def words(self) -> str:
         kind = f"int{self.bits}{'' if self.symmetric else ' with zero points'}"
         return f"packed {kind}, {_group_words(self.group)}{', act-order' if self.act_order else ''}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mxfp4(WeightFormat):
+    """Microscaling floats (OCP MX 1.0, section 5) as gpt-oss has them: weight = code * 2^(exponent - 127), codes e2m1,
+    an exponent for 32 columns."""
+
+    bits: int = 4
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return Part("blocks", 1, 2, ("U8",), folded=16), Part("scales", 1, 32, ("U8",))
+
+    @property
+    def words(self) -> str:
+        return "mxfp4, groups of 32"
 
 
 def _group_words(group: int) -> str:

@@ -218,6 +218,13 @@ class Coded(Format):
             y = F.linear(x, codes_kernels.expand(codes, scales, zeros, kind=self.kind, dtype=x.dtype), bias)
         return y if gate is None else gated(y, gate)
 
+    def of_experts(self, x: Tensor, stored: Stored, bias: Tensor | None, experts: Tensor) -> Tensor:
+        """Each row of x [T, K] times the one of E weights that `experts` [T] names, of which `stored` has the tensors
+        [E, ...], plus its bias [E, N] -> [T, N]; zero where that is -1."""
+        codes, scales, zeros = (stored.get(name) for name in ("codes", "scales", "zeros"))
+        assert codes is not None and scales is not None
+        return codes_kernels.codes_linear_of_experts(x, codes, scales, zeros, bias, experts, kind=self.kind)
+
 
 def _suits_scaled_mm(codes: Tensor) -> bool:
     """Whether cuBLAS multiplies fp8 of this shape."""
@@ -244,7 +251,13 @@ def _keeps_codes(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _torch_dtype(name: str) -> torch.dtype:
-    return {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}[name]
+    return {
+        "F8_E4M3": torch.float8_e4m3fn,
+        "I8": torch.int8,
+        "I32": torch.int32,
+        "I64": torch.int64,
+        "U8": torch.uint8,
+    }[name]
 
 
 def in_fp8(weight: Tensor, largest: Tensor | None = None) -> tuple[Format, dict[str, Tensor]]:

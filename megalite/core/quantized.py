@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Packed, WeightFormat
+from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Mxfp4, Packed, WeightFormat
 from megalite.kernels.codes import LEAST_BLOCK, block_of
 
 FP8_MAX = 448.0
@@ -19,6 +19,8 @@ FP8_MAX = 448.0
 AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 """Of each of eight rows, the place of its code in their int32."""
 _STRAIGHT = tuple(range(8))
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The numbers of float e2m1 by their codes; those from 8 on are the same, negative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ def dequantize(format: WeightFormat, stored: Mapping[str, Tensor], segments: Seq
     for rows, mine in _segments(format, stored, segments, columns):
         if isinstance(format, Elementwise):
             made.append(mine["weight"].float() * element_scales(format, mine[format.scale_name], rows, columns))
+        elif isinstance(format, Mxfp4):
+            made.append(_microscaled(mine["blocks"], mine["scales"]))
         else:
             made.append(codes_of(format, mine, rows, columns).matrix())
     if not made:  # of a rank without experts
@@ -64,6 +68,19 @@ def _segments(
             mine[part.name] = stored[part.name][at[part.name] : at[part.name] + count]
             at[part.name] += count
         yield rows, mine
+
+
+def _microscaled(blocks: Tensor, exponents: Tensor) -> Tensor:
+    """Codes [N, K / 2], the lower half of a byte first, and exponents [N, K / 32] -> float32 [N, K]."""
+    numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], device=blocks.device)
+    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(1)
+    return numbers[codes.int()].unflatten(1, (-1, 32)).mul_(_powers(exponents)[:, :, None]).flatten(1)
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """e8m0 -> float32: 2^(exponent - 127), and NaN for 255 (OCP MX 1.0, section 5.4.1)."""
+    powers = torch.ldexp(torch.ones_like(exponents, dtype=torch.float32), exponents.int() - 127)
+    return powers.masked_fill_(exponents == 255, torch.nan)
 
 
 def element_scales(format: Elementwise, scales: Tensor, rows: int, columns: int) -> Tensor:
@@ -117,6 +134,9 @@ def coded(
     mine = list(_segments(format, stored, segments, columns))
     if isinstance(format, Elementwise):
         return _coded_elements(format, mine, columns)
+    if isinstance(format, Mxfp4):  # halves of whole numbers, which is what the kernel makes of codes
+        scales = torch.cat([_powers(tensors["scales"]) for _, tensors in mine]) / 2
+        return "fp4", {"codes": torch.cat([tensors["blocks"] for _, tensors in mine]), "scales": _shortest(scales)}
     made = [codes_of(format, tensors, rows, columns) for rows, tensors in mine]
     groups = made[0].groups
     order = torch.argsort(groups, stable=True)

@@ -1,7 +1,8 @@
 """Reads which matrices of a checkpoint are stored in which format from its config.json; importable without torch.
 
 The kinds of `quantization_config` (`quant_method`): fp8 (transformers' and vLLM's), gptq, awq, compressed-tensors
-(pack-quantized, float-quantized, int-quantized). Every error is a CheckpointError that names the file and the key.
+(pack-quantized, float-quantized, int-quantized), mxfp4 (gpt-oss' experts). Every error is a CheckpointError that names
+the file and the key.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Packed, Quantization, WeightFormat
+from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Mxfp4, Packed, Quantization, WeightFormat
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.family_spec import WeightNames
 from megalite.model.kinds.base import Layer, LayerKind, Row
 from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
 from megalite.model.kinds.softmax import SoftmaxAttention
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
@@ -100,9 +103,11 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
         raise CheckpointError(f"{path}: quantization_config must be an object, got {given!r:.80}")
     config = _Values(path, given)
     method = config.values.get("quant_method")
+    if method == "mxfp4":
+        return _microscaled(config, model, names)
     reader = READERS.get(method) if isinstance(method, str) else None
     if reader is None:
-        reason = REFUSED.get(str(method).lower(), f"it is none of {', '.join(READERS)}")
+        reason = REFUSED.get(str(method).lower(), f"it is none of {', '.join(READERS)}, mxfp4")
         raise config.refusal("quant_method", f"is not supported: {reason}. Use the model's unquantized weights", method)
     choice = reader(config)
     if choice("lm_head") is not None:
@@ -115,6 +120,30 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
         return model
     model = replace(model, quantization=Quantization(tuple(formats), str(method)))
     return replace(model, layers=tuple(_with_units(model, layer, index) for index, layer in enumerate(model.layers)))
+
+
+def _microscaled(config: _Values, model: ModelConfig, names: WeightNames) -> ModelConfig:
+    """gpt-oss: experts' matrices in MXFP4, which are [out, in] where those of numbers are turned."""
+    skipped, formats, layers = config.names("modules_to_not_convert"), [], list(model.layers)
+    for index, layer in enumerate(model.layers):
+        if not any(kind.stored == "stacked_turned" for kind in layer.of(Experts)):
+            continue
+        module = names.tensors["experts_up"].hf.format(layer=index).rpartition(".")[0]
+        if any(fnmatchcase(module, name) or fnmatchcase(module, f"{name}.*") for name in skipped):
+            continue
+        if any(size % 32 for kind in layer.of(Experts) for size in (model.hidden_size, kind.intermediate_size)):
+            raise config.refusal("quant_method", "needs sizes that are multiples of 32", "mxfp4")
+        formats += [(index, weight, Mxfp4()) for weight in ("experts_up", "experts_down")]
+        layers[index] = Layer(tuple(replace(part, kind=_upright(part.kind)) for part in layer.sublayers))
+    if not formats:
+        raise config.refusal(
+            "quant_method", "is for experts whose matrices are one tensor, as gpt-oss has them", "mxfp4"
+        )
+    return replace(model, layers=tuple(layers), quantization=Quantization(tuple(formats), "mxfp4"))
+
+
+def _upright(kind: LayerKind) -> LayerKind:
+    return replace(kind, stored="stacked") if isinstance(kind, Experts) else kind
 
 
 def _layer_formats(
@@ -268,6 +297,5 @@ READERS: dict[str, Callable[[_Values], Choice]] = {
 REFUSED = {
     "squeezellm": "its kernels exist for CUDA only and are unmaintained, and vLLM removed it in 2024",
     "bitsandbytes": "it needs a CUDA-only library and its own kernels",
-    "mxfp4": "blocks of 32 with a common exponent are not read",
     "gguf": "it is a file format of llama.cpp's; only safetensors are read",
 }

@@ -28,7 +28,7 @@ class Extent:
     """A range and the tensor of a file that it lies in.
 
     Its bytes are rows of the stored matrix, if the range lies along dim 0, or a piece of each row; a vector is a
-    matrix of one column, and of more dimensions all but the last are rows.
+    matrix of one column, and of more dimensions the first are rows and the others columns.
     """
 
     range: Range
@@ -62,7 +62,7 @@ class Extent:
     @property
     def stride(self) -> int:
         """Bytes from one stored row to the next."""
-        columns = self.info.shape[-1] if self.range.piece.other else 1
+        columns = self.range.piece.row if self.range.dim == 0 else self.info.shape[-1]
         return columns * DTYPE_BYTES[self.info.dtype]
 
     @property

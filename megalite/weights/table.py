@@ -56,7 +56,9 @@ class Piece:
     part: Part | None = None
     """Which of the tensors of a weight in a format of its own it is; None: numbers as they are."""
     format: WeightFormat | None = None
-    """Of that weight."""
+    """Of that weight,"""
+    weight: str = ""
+    """whose tensor, were it stored as numbers, would be called so."""
     numbers: int = 1
     """Numbers of the weight that an element stands for; 0 of scales and the like."""
 
@@ -167,8 +169,17 @@ def _pieces(
 
 
 def param_of(param: str, part: Part) -> str:
-    """Name of the parameter that a part of a weight in a format of its own is in."""
+    """Name of the parameter, or the stored tensor, that a part of a weight in a format of its own is in."""
     return f"{param.removesuffix('weight')}{part.name}" if param.endswith(".weight") else f"{param}_{part.name}"
+
+
+def _shape_of(part: Part, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the tensor of a part of stacked weights of shape `stored`."""
+    if not stored:
+        return ()
+    *stacked, rows, columns = stored
+    width = part.width(columns)
+    return (*stacked, part.height(rows), *((width // part.folded, part.folded) if part.folded else (width,)))
 
 
 def _stored(piece: Piece, format: WeightFormat, part: Part) -> Piece:
@@ -176,8 +187,10 @@ def _stored(piece: Piece, format: WeightFormat, part: Part) -> Piece:
     is_codes = part == format.parts[0]
     found = replace(
         piece,
-        hf=f"{piece.hf.removesuffix('weight')}{part.name}",
+        hf=param_of(piece.hf, part),
         param=param_of(piece.param, part),
+        weight=piece.hf,
+        stored=_shape_of(part, piece.stored),
         hf_start=piece.hf_start // part.rows if part.rows else 0,
         transpose=part.turned,
         part=part,

@@ -60,8 +60,8 @@ class Row:
     place: Place | None = None
     """Held only where this unit is."""
     stored: tuple[int, ...] = ()
-    """Shape of its tensor in a checkpoint where that has more dimensions than here, of which all but the last are
-    rows, or all a vector; (): it has not."""
+    """Shape of its tensor in a checkpoint where that has more dimensions than here, of which the first are rows and
+    the others columns, or all a vector; (): it has not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

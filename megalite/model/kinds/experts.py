@@ -180,6 +180,7 @@ class Experts(LayerKind):
     def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
         from megalite.model.layers.experts import MixtureOfExperts
 
-        formats = config.format(layer, "expert_up"), config.format(layer, "expert_down")
+        one = "expert" if self.stored == "apart" else "experts"
+        formats = config.format(layer, f"{one}_up"), config.format(layer, f"{one}_down")
         shared = config.format(layer, "shared_up"), config.format(layer, "shared_down")
         return MixtureOfExperts(self, config.hidden_size, state, formats, shared)

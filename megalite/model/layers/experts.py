@@ -17,7 +17,7 @@ from megalite.core.formats import WeightFormat
 from megalite.core.functional import gated
 from megalite.core.layers import Residual, replicated, sharded
 from megalite.core.layout import share
-from megalite.core.linear import DENSE, ColumnParallelLinear, Format, Quantized, RowParallelLinear, in_fp8
+from megalite.core.linear import DENSE, Coded, ColumnParallelLinear, Format, Quantized, RowParallelLinear, in_fp8
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
 from megalite.model.kinds.experts import ClampedGate, Experts, Router
@@ -27,6 +27,9 @@ from megalite.model.rope import Rotation
 FEW_TOKENS = 256
 """Up to here every expert runs on every token on a GPU that has no grouped product for them: which experts a token
 needs only the host could know, and a captured step must not ask it."""
+CODED_ROWS = 256
+"""Rows (a token for each of its experts) up to which codes are multiplied as they are read, for each row anew; for
+more all numbers of the layer's experts are written out first."""
 
 
 class Routing:
@@ -97,7 +100,7 @@ class MixtureOfExperts(LayerModule):
         if kind.router.correction:
             self.correction = replicated((kind.num_experts,), partial_gradient=False)
             self.correction.data = self.correction.data.float()
-        inner = kind.intermediate_size
+        self.inner = inner = kind.intermediate_size
         if self.turned:
             self._hold("up", [dim] * self.num_local, 2 * inner, None)
             self._hold("down", [inner] * self.num_local, dim, None)
@@ -141,17 +144,21 @@ class MixtureOfExperts(LayerModule):
                 held = name if part == "weight" else f"{name}_{part}"
                 self.register_parameter(held, nn.Parameter(tensor, requires_grad=False))
 
-    def _stored(self, name: str, local: int) -> dict[str, Tensor | None]:
-        """The tensors of one expert's matrix."""
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of all experts' matrices, of each expert [E, ...], and the `order` of columns if there is one."""
         if self._formats[name] is DENSE:
-            weight = self._parameters[name]
-            assert weight is not None
-            return {"weight": weight.view(self.num_local, -1, weight.shape[-1])[local]}
-        found: dict[str, Tensor | None] = {"order": self._parameters.get(f"{name}_order")}
-        for part in ("codes", "scales", "zeros"):
-            tensor = self._parameters.get(f"{name}_{part}")
-            found[part] = None if tensor is None else tensor.view(self.num_local, -1, tensor.shape[-1])[local]
-        return found
+            found = {"weight": self._parameters[name]}
+        else:
+            found = {part: self._parameters.get(f"{name}_{part}") for part in ("codes", "scales", "zeros", "order")}
+        return {
+            part: tensor if part == "order" else tensor.view(self.num_local, -1, tensor.shape[-1])
+            for part, tensor in found.items()
+            if tensor is not None
+        }
+
+    def _stored(self, name: str, local: int) -> dict[str, Tensor]:
+        """The tensors of one expert's matrix."""
+        return {part: tensor if part == "order" else tensor[local] for part, tensor in self._tensors(name).items()}
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [T, top_k] and global expert ids [T, top_k] of each token; scores are float32."""
@@ -208,9 +215,9 @@ class MixtureOfExperts(LayerModule):
         data-centre Blackwell, in rows of 16 bytes."""
         if not x.is_cuda or x.dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm") or not self.num_local:
             return False
-        if any(format is not DENSE for format in self._formats.values()):
+        if any("order" in self._tensors(name) for name in self._formats):
             return False
-        aligned = self.up.shape[1] % 8 == 0 and self.down.shape[1] % 8 == 0 and x.shape[1] % 8 == 0
+        aligned = self.inner % 8 == 0 and x.shape[1] % 8 == 0
         return aligned and torch.cuda.get_device_capability(x.device) in ((9, 0), (10, 0))
 
     def _by_groups(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -229,10 +236,8 @@ class MixtureOfExperts(LayerModule):
             rows = torch.where(mine, rows, 0)
         if self.choice.weighs_input:
             rows = rows * scales
-        up, down = self._matrices()
-        expert = sorted_local.clamp(max=self.num_local - 1)
-        hidden = self._gate(_grouped(rows, up, self.up_bias, ends, expert, mine))
-        out = _grouped(hidden, down, self.down_bias, ends, expert, mine)
+        hidden = self._gate(self._grouped("up", rows, ends, sorted_local, mine))
+        out = self._grouped("down", hidden, ends, sorted_local, mine)
         if not self.choice.weighs_input:
             out = out * scales
         mixed: Tensor = out[order.argsort()].unflatten(0, (-1, top_k)).sum(1)
@@ -264,11 +269,18 @@ class MixtureOfExperts(LayerModule):
                     out = out.index_add(0, token, self._expert(local, x[token]) * scale)
         return out
 
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        """up [E, 2 I, dim] and down [E, dim, I] of this rank's experts."""
-        matrices = (param.view(self.num_local, -1, param.shape[1]) for param in (self.up, self.down))
-        up, down = (matrix.transpose(1, 2) if self.turned else matrix for matrix in matrices)
-        return up, down
+    def _grouped(self, name: str, x: Tensor, ends: Tensor, expert: Tensor, mine: Tensor | None) -> Tensor:
+        """x [N, K] times the matrices [E, M, K] of `up` or `down` -> [N, M]; row n is expert[n]'s, those of e end at
+        ends[e]. Rows that are not `mine` [N, 1] come after the last end, and are zero."""
+        format, bias, tensors = self._formats[name], self._parameters.get(f"{name}_bias"), self._tensors(name)
+        if isinstance(format, Coded) and not self.turned and x.shape[0] <= CODED_ROWS:
+            return format.of_experts(x, tensors, bias, expert if mine is None else torch.where(mine[:, 0], expert, -1))
+        matrix = format.matrix({part: tensor.flatten(0, 1) for part, tensor in tensors.items()})
+        matrix = matrix.view(self.num_local, -1, matrix.shape[1])
+        product: Tensor = torch._grouped_mm(x, matrix if self.turned else matrix.mT, offs=ends.to(torch.int32))
+        if bias is not None:
+            product = product + bias[expert.clamp(max=self.num_local - 1)]
+        return product if mine is None else torch.where(mine, product, 0)
 
     def _expert(self, local: int, x: Tensor) -> Tensor:
         """The gated MLP of one of this rank's experts: [T, dim] -> [T, dim]."""
@@ -279,8 +291,9 @@ class MixtureOfExperts(LayerModule):
         return self._linear("down", self.down_bias, local, hidden)
 
     def _linear(self, name: str, bias: Tensor | None, local: int, x: Tensor) -> Tensor:
-        matrix = self._formats[name].matrix(self._stored(name, local))
-        return F.linear(x, matrix.t() if self.turned else matrix, None if bias is None else bias[local])
+        format, stored = self._formats[name], self._stored(name, local)
+        mine = None if bias is None else bias[local]
+        return F.linear(x, format.matrix(stored).t(), mine) if self.turned else format.product(x, stored, mine)
 
     def _gate(self, hidden: Tensor) -> Tensor:
         """[T, 2 I] -> [T, I]."""
@@ -302,13 +315,3 @@ def _wanted(scores: Tensor, correction: Tensor | None, choice: Router) -> Tensor
 def _clamped(hidden: Tensor, gate: ClampedGate) -> Tensor:
     passed, up = hidden[..., ::2].clamp(max=gate.limit), hidden[..., 1::2].clamp(-gate.limit, gate.limit)
     return (up + 1) * passed * torch.sigmoid(gate.alpha * passed)
-
-
-def _grouped(
-    x: Tensor, weights: Tensor, bias: Tensor | None, ends: Tensor, expert: Tensor, mine: Tensor | None
-) -> Tensor:
-    """x [N, K] sorted by expert, weights [E, M, K], bias [E, M] -> [N, M]; row n is expert[n]'s, those of e end at
-    ends[e]. Rows that are not `mine` [N, 1] come after the last end, and are zero."""
-    product: Tensor = torch._grouped_mm(x, weights.transpose(1, 2), offs=ends.to(torch.int32))
-    product = product if bias is None else product + bias[expert]
-    return product if mine is None else torch.where(mine, product, 0)
