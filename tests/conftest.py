@@ -69,3 +69,9 @@ def reference(tiny):
     from reference import References
 
     return References(tiny)
+
+
+@pytest.fixture(scope="session")
+def openai():
+    """OpenAI's client, which takes seconds to import."""
+    return pytest.importorskip("openai")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from tiny_tokenizer import with_tokenizer
 from megalite import cli
 from megalite.errors import CheckpointError
 
-pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-pytest.importorskip("accelerate", reason="the harness's hf backend needs accelerate and peft")
-pytest.importorskip("peft", reason="the harness's hf backend needs accelerate and peft")
+HARNESS = ("lm_eval", "accelerate", "peft")
+if not all(map(find_spec, HARNESS)):  # found, not imported: that takes seconds
+    pytest.skip(f"the harness and its hf backend need {', '.join(HARNESS)}", allow_module_level=True)
 
 TASKS = {
     "tiny_text": {

@@ -22,8 +22,6 @@ from megalite.model.families import read
 from megalite.weights.folder import ModelFolder
 from megalite.weights.lora import chosen_modules, read_adapter
 
-peft = pytest.importorskip("peft")
-
 _random = random.Random(5)
 PROMPTS = [[_random.randrange(3, VOCAB) for _ in range(length)] for length in (5, 17, 9, 12, 7)]
 CHOSEN = ["second", "", "first", "second", "first"]
@@ -33,6 +31,7 @@ MAX_TOKENS = 8
 
 def make_adapter(model: Path, folder: Path, seed: int, **settings):
     """A random adapter as PEFT saves it, and the model with it."""
+    peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -179,6 +178,7 @@ def test_tensors_that_are_not_the_models_are_refused(tiny, adapters, tmp_path):
 
 
 def test_targets_are_those_of_peft(tiny):
+    peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny("llama3"))

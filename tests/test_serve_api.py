@@ -13,11 +13,8 @@ from threading import Thread
 from typing import Any
 
 import httpx
-import openai
 import pytest
 import uvicorn
-from openai.types import Completion, Model
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from serve_api import TEXT, ScriptedRouter, app_over, tokenizer
 from waiting import wait_until
 
@@ -88,9 +85,9 @@ def error(answer: httpx.Response, status: int) -> dict[str, Any]:
 # ---- shapes
 
 
-def test_a_completion_is_what_openai_describes():
+def test_a_completion_is_what_openai_describes(openai):
     value = complete({"model": "tiny", "prompt": ["hello", "the"], "n": 2, "max_tokens": 3, "logprobs": 2})
-    read = Completion.model_validate(value, strict=True)
+    read = openai.types.Completion.model_validate(value, strict=True)
     assert read.object == "text_completion" and read.model == "tiny" and read.id.startswith("cmpl-")
     assert [choice.index for choice in read.choices] == [0, 1, 2, 3]
     assert {choice.finish_reason for choice in read.choices} == {"length"}
@@ -102,9 +99,9 @@ def test_a_completion_is_what_openai_describes():
     assert logprobs.token_logprobs == [-1.5] * 3 and all(len(top) == 2 for top in logprobs.top_logprobs)
 
 
-def test_a_chat_is_what_openai_describes():
+def test_a_chat_is_what_openai_describes(openai):
     answer = post("/v1/chat/completions", {**CHAT, "max_tokens": 9, "logprobs": True, "top_logprobs": 2})
-    read = ChatCompletion.model_validate(answer.json(), strict=True)
+    read = openai.types.chat.ChatCompletion.model_validate(answer.json(), strict=True)
     [choice] = read.choices
     assert choice.message.role == "assistant" and choice.message.content == "hello the é 你"
     assert choice.finish_reason == "length" and read.id.startswith("chatcmpl-")
@@ -118,12 +115,12 @@ def test_a_chat_is_what_openai_describes():
 
 
 @pytest.mark.parametrize("logprobs", [False, True])
-def test_a_streamed_chat_says_what_the_whole_one_says(logprobs):
+def test_a_streamed_chat_says_what_the_whole_one_says(openai, logprobs):
     body = {**CHAT, "max_tokens": 9, "n": 2, "logprobs": logprobs}
     whole = post("/v1/chat/completions", body).json()
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
     chunks = events(post("/v1/chat/completions", streamed))
-    read = [ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in chunks]
+    read = [openai.types.chat.ChatCompletionChunk.model_validate(chunk, strict=True) for chunk in chunks]
     assert len({chunk.id for chunk in read}) == 1 and {chunk.object for chunk in read} == {"chat.completion.chunk"}
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert read[-1].choices == [] and chunks[-1]["usage"] == whole["usage"]
@@ -138,11 +135,12 @@ def test_a_streamed_chat_says_what_the_whole_one_says(logprobs):
             assert said == [token["token"] for token in choice["logprobs"]["content"]]
 
 
-def test_a_streamed_completion_says_what_the_whole_one_says():
+def test_a_streamed_completion_says_what_the_whole_one_says(openai):
     body = {"prompt": ["hello", "a"], "n": 2, "max_tokens": 9, "stop": ["你"], "logprobs": 1}
     whole = complete(body)
     chunks = events(post("/v1/completions", {**body, "stream": True}))
-    read = [Completion.construct(**chunk) for chunk in chunks]  # as the client does: its type is that of whole ones
+    # as the client does: its type is that of whole ones
+    read = [openai.types.Completion.construct(**chunk) for chunk in chunks]
     assert all("usage" not in chunk for chunk in chunks)
     for choice in whole["choices"]:
         own = [chunk.choices[0] for chunk in read if chunk.choices[0].index == choice["index"]]
@@ -208,7 +206,7 @@ def test_a_model_without_a_tokenizer_takes_ids():
 # ---- OpenAI's client
 
 
-def test_openais_client_reads_every_answer():
+def test_openais_client_reads_every_answer(openai):
     over = router()
 
     async def talk() -> None:
@@ -216,7 +214,7 @@ def test_openais_client_reads_every_answer():
         http = httpx.AsyncClient(transport=transport)
         client = openai.AsyncOpenAI(api_key="right", base_url="http://server/v1", http_client=http, max_retries=0)
         assert [model.id for model in (await client.models.list()).data] == ["tiny", "small"]
-        assert isinstance(await client.models.retrieve("small"), Model)
+        assert isinstance(await client.models.retrieve("small"), openai.types.Model)
         chat = await client.chat.completions.create(
             model="small",
             messages=[
@@ -260,7 +258,7 @@ def test_openais_client_reads_every_answer():
         asyncio.run(talk())
 
 
-def test_openais_client_streams_over_a_real_connection():
+def test_openais_client_streams_over_a_real_connection(openai):
     over = router(pause=0.001)
     server = uvicorn.Server(uvicorn.Config(app_over(over), log_level="error", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as door:

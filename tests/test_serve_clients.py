@@ -9,15 +9,17 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 from forks import Forks
 from served import Served
 from tiny_tokenizer import with_tokenizer
 from waiting import PATIENCE, wait_until
+
+if TYPE_CHECKING:
+    from openai import OpenAI
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)]
 TALK = [{"role": "user", "content": "How are you?"}]
@@ -63,7 +65,7 @@ def served(servers: dict[tuple[int, int, int], Served]) -> Served:
 
 
 @pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[openai.OpenAI]:
+def client(openai: Any, served: Served) -> Iterator[OpenAI]:
     with openai.OpenAI(api_key="none", base_url=f"{served.url}/v1", max_retries=0, timeout=PATIENCE) as client:
         yield client
 
@@ -106,7 +108,7 @@ async def _streamed(http: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
     return found
 
 
-def test_openais_client(client: openai.OpenAI) -> None:
+def test_openais_client(client: OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
     asked: dict[str, Any] = {"model": "tiny", "messages": TALK, "max_tokens": 20, "seed": 1}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
@@ -128,7 +130,7 @@ def test_openais_client(client: openai.OpenAI) -> None:
     assert all(value < 0 for value in scored.choices[0].logprobs.token_logprobs[1:])
 
 
-def test_openais_client_has_json_that_obeys_a_schema(served: Served, client: openai.OpenAI) -> None:
+def test_openais_client_has_json_that_obeys_a_schema(served: Served, client: OpenAI) -> None:
     """Of a model that writes at random, whose white space would not end."""
     spaces = {str(one): -100.0 for one in served.ask("/tokenize", prompt=" \n").json()["tokens"]}
     form: Any = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA}}
