@@ -103,12 +103,14 @@ class Forks:
         cwd: Path = ROOT,
         stdin: str | Path = os.devnull,
         preload: Sequence[str] = (),
-        **environment: str,
+        **environment: str | None,
     ) -> Program:
+        """`environment`: over this process's; None takes a variable away."""
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         for name in ("out", "err"):
             (folder / name).touch()
-        environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
+        changed = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
+        environment = {name: value for name, value in changed.items() if value is not None}
         link = Client(self._address)
         words = [str(script), *map(str, arguments)]
         link.send((preload, [words, environment, str(cwd), str(stdin), str(folder / "out"), str(folder / "err")]))
@@ -116,6 +118,14 @@ class Forks:
 
     def run(self, script: str | Path, *arguments: object, within: float = PATIENCE, **options: Any) -> Ended:
         return self.start(script, *arguments, **options).ended(within)
+
+    def hosts(self, number: int, script: str | Path, *arguments: object, **options: Any) -> list[Program]:
+        """The script as one rank on each of so many hosts, with what a launcher there gives to it."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        here = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **options}
+        return [self.start(script, *arguments, RANK=str(rank), **world, **here) for rank in range(number)]
 
     def tool(self, name: str, *arguments: object, **environment: str) -> Ended:
         """As `python tools/NAME.py ARGUMENT...`."""

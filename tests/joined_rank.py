@@ -64,7 +64,7 @@ def main() -> int:
                 f"rank {runtime.rank} of {runtime.world_size}: sum {total[0]:g}",
                 f"{runtime.local_world_size} here",
                 f"{runtime.backend} on {os.environ['GLOO_SOCKET_IFNAME']}",
-                f"threads {torch.get_num_threads()}",
+                f"threads {os.environ['OMP_NUM_THREADS']}",
                 f"open {listening_everywhere()}",
                 f"stdin {given}",
                 f"{sys.argv[3:]}",

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from forks import Ended
 from started import Started
 from waiting import PATIENCE, wait_until
 
@@ -25,13 +25,7 @@ from megalite.run.launcher import environment, run_ranks
 from megalite.run.processes import Process
 
 HERE = Path(__file__).parent
-WATCHED, JOINED = HERE / "watched_rank.py", HERE / "joined_rank.py"
-DOOR = """
-import sys
-from megalite.run.launcher import run_ranks
-ranks, stdin, *command = sys.argv[1:]
-sys.exit(run_ranks(command, int(ranks), stopped_timeout=3.0, stdin=stdin == "stdin"))
-"""
+DOOR, WATCHED, JOINED = HERE / "door.py", HERE / "watched_rank.py", HERE / "joined_rank.py"
 
 
 def free_port() -> int:
@@ -121,7 +115,7 @@ def doors(tmp_path_factory):
     started = {}
     for place, (name, (behaviours, *_)) in enumerate(DOORS.items()):
         folder = tmp_path_factory.mktemp(f"door{place}")
-        started[name] = Started(folder, [sys.executable, "-c", DOOR, 2, "no", WATCHED, folder, behaviours])
+        started[name] = Started(folder, [sys.executable, DOOR, 2, "no", WATCHED, folder, behaviours])
     yield started
     for run in started.values():
         run.kill()
@@ -148,54 +142,47 @@ def a_config(folder: Path, **values: object) -> Path:
     return path
 
 
-def test_a_whole_run_through_the_door_is_quiet(tmp_path):
+@pytest.fixture
+def joined(forks):
+    """Starts a door over two ranks that join, as forks."""
+
+    def run(path: Path, *arguments: str, stdin: str = "no", **environment: str | None) -> Ended:
+        return forks.run(DOOR, 2, stdin, JOINED, "--config", path, *arguments, **environment)
+
+    return run
+
+
+def test_a_whole_run_through_the_door_is_quiet(joined, tmp_path):
     path = a_config(tmp_path, steps=2, stdin="true")
-    command = [sys.executable, "-c", DOOR, 2, "stdin", JOINED, "--config", path, "a b", "$(x)"]
-    run = Started(tmp_path, command, OMP_NUM_THREADS=None)
-    assert (run.process.wait(PATIENCE), run.err) == (0, [])
+    run = joined(path, "a b", "$(x)", stdin="stdin", OMP_NUM_THREADS=None)
+    assert (run.code, run.err) == (0, "")
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     says = "rank {} of 2: sum 1, 2 here, gloo on lo, threads {}, open False, stdin '', ['a b', '$(x)']"
-    assert run.out == [says.format(rank, threads) for rank in range(2)]
-    assert run.ended() == 0
+    assert sorted(run.out.splitlines()) == [says.format(rank, threads) for rank in range(2)]
 
 
-def test_a_run_whose_groups_never_go_is_done_all_the_same(forks, tmp_path):
+def test_a_run_whose_groups_never_go_is_done_all_the_same(joined, tmp_path):
     """They have longer than the ranks are watched for signs of life, and its work is done."""
-    path = a_config(tmp_path, steps=2, peer_timeout=4, goodbye=6)
-    (tmp_path / "door.py").write_text(DOOR)
-    run = forks.run(tmp_path / "door.py", 2, "no", JOINED, "--config", path)
+    run = joined(a_config(tmp_path, steps=2, peer_timeout=4, goodbye=6))
     assert run.code == 0 and len(run.out.splitlines()) == 2
     why = "its process groups were not destroyed within 6 s; it leaves without that"
     assert sorted(run.err.splitlines()) == [f"rank {rank}: {why}" for rank in range(2)]
 
 
-def test_two_hosts_without_ssh_lose_a_rank(tmp_path):
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("hostA slots=1\nhostB slots=1\n")
+def test_a_missing_rank(joined, tmp_path):
+    run = joined(a_config(tmp_path, steps=2, start_timeout=2), MEGALITE_FAULT="start@1=hang")
+    assert run.code == 70
+    [line] = run.err.splitlines()
+    assert line.startswith("error: ") and "rank 1 never came within 2 s (of 2; here are 0 on" in line
+
+
+def test_two_hosts_lose_a_rank(forks, tmp_path):
     path = a_config(tmp_path, steps=600, start_timeout=PATIENCE)
-    common = ["--hostfile", hostfile, "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
-    quiet = ["--no_local_rank", "--log_level", "critical"]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *common, *quiet]
-    hosts = []
-    for node in range(2):
-        line = [*command, "--node_rank", node, JOINED, "--config", path]
-        hosts.append(Started(tmp_path / f"host{node}", line, MEGALITE_FAULT="step@1#5=kill"))
-    codes = [host.process.wait(PATIENCE) for host in hosts]
-    assert codes == [70, 247]
-    errors = [line for host in hosts for line in host.err]
-    assert len(errors) == 1 and "rank 1 " in errors[0] and errors == hosts[0].err
-    for host in hosts:
-        host.kill()
-
-
-def test_torchrun_and_a_missing_rank(tmp_path):
-    path = a_config(tmp_path, steps=2, start_timeout=2)
-    run = [shutil.which("torchrun"), "--nproc-per-node", 2, JOINED, "--config", path]
-    started = Started(tmp_path, run, MEGALITE_FAULT="start@1=hang")
-    assert started.process.wait(PATIENCE) != 0
-    lines = [line for line in started.err if line.startswith("error:")]
-    assert lines and "rank 1 never came within 2 s (of 2; here are 0 on" in lines[0]
-    started.kill()
+    ranks = forks.hosts(2, JOINED, "--config", path, MEGALITE_FAULT="step@1#5=kill")
+    first, second = (rank.ended() for rank in ranks)
+    assert (first.code, second.code) == (70, -signal.SIGKILL)
+    [line] = first.err.splitlines()
+    assert line.startswith("error: ") and "rank 1 " in line and second.err == ""
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -8,11 +8,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import weakref
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from reference import score
+from started import Started
 from tiny_models import edit_config
 from tiny_tokenizer import with_tokenizer
 from tqdm import tqdm
@@ -453,60 +451,37 @@ def test_a_plain_process_is_the_users_own(folder):
 # ---- under a launcher
 
 
-LAUNCHERS = {
-    "torchrun": (["torchrun", "--nproc-per-node", "2"], {"data_parallel_size": 2}),
-    "deepspeed": (["deepspeed", "--num_gpus", "2", "--no_local_rank"], {"pipeline_parallel_size": 2}),
-}
-
-
-@dataclass
-class Launched:
-    folder: Path
-    process: subprocess.Popen
-
-    def wait_for(self, *names: str) -> None:
-        def there() -> bool:
-            assert self.process.poll() is None, self.said
-            return all((self.folder / name).exists() for name in names)
-
-        wait_until(there, f"{names} in {self.folder}")
-
-    @property
-    def said(self) -> str:
-        return (self.folder / "said").read_text()
+HERE = Path(__file__).parent
+LAUNCHERS = {"torchrun": {"data_parallel_size": 2}, "the door": {"pipeline_parallel_size": 2}}
 
 
 @pytest.fixture(scope="module")
-def launched(folder, tmp_path_factory):
-    """The same script under each launcher, all started at once."""
-    started = {}
-    for name, (command, sizes) in LAUNCHERS.items():
-        place = tmp_path_factory.mktemp(name)
-        (place / "go on").touch()
-        command = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
-        command += [str(Path(llm_rank.__file__)), str(place), str(folder), json.dumps(sizes)]
-        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "DS_ACCELERATOR": "cpu"}
-        with (place / "said").open("w") as said:
-            process = subprocess.Popen(command, env=env, stdout=said, stderr=said, start_new_session=True)
-        started[name] = Launched(place, process)
-    yield started
-    for one in started.values():
-        if one.process.poll() is None:
-            os.killpg(one.process.pid, signal.SIGKILL)
+def launched(folder, forks, tmp_path_factory):
+    """A folder for each launcher, under which the same script was started; all at once."""
+    places = {name: tmp_path_factory.mktemp(name) for name in LAUNCHERS}
+    scripts = [
+        [HERE / "llm_rank.py", place, folder, json.dumps(sizes)]
+        for place, sizes in zip(places.values(), LAUNCHERS.values(), strict=True)
+    ]
+    (places["torchrun"] / "go on").touch()
+    real = Started(places["torchrun"], ["torchrun", "--nproc-per-node", 2, *scripts[0]])
+    runs = real, forks.start(HERE / "door.py", 2, "no", *scripts[1])
+    yield {name: (places[name], run) for name, run in zip(LAUNCHERS, runs, strict=True)}
+    real.kill()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_rank_gets_all_under(launcher, launched, folder):
-    run = launched[launcher]
-    run.wait_for("ready-0", "ready-1")
+    place, run = launched[launcher]
     if launcher == "torchrun":  # stopped in the middle of a call: every rank hears of it, whichever got the signal
-        os.kill(int((run.folder / "ready-1").read_text()), signal.SIGTERM)
+        run.ready(2)
+        os.kill(int((place / "ready-1").read_text()), signal.SIGTERM)
         assert run.process.wait(PATIENCE) != 0
-        assert [(run.folder / f"stopped-{rank}").read_text() for rank in range(2)] == ["143", "143"], run.said
+        assert [(place / f"stopped-{rank}").read_text() for rank in range(2)] == ["143", "143"], run.err
     else:
-        (run.folder / "go on").unlink()
-        assert run.process.wait(PATIENCE) == 0, run.said
-    got = [json.loads((run.folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+        ended = run.ended()
+        assert ended.code == 0, ended.err
+    got = [json.loads((place / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert got[0] == got[1]
     assert "2 ranks were started, but the config asks for" in got[0]["wrong"]
     with LLM(folder, dtype="float32") as llm:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -93,13 +91,11 @@ def test_generate(run, folder, check):
     check(done["alone"], 10, ["Hello, my name is"])
 
 
-def test_torchrun(folder, theirs):
-    command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2"]
-    command += [str(PROGRAMS / "torchrun.py"), str(folder)]
-    env = {**os.environ, "PYTHONPATH": str(PROGRAMS.parent.parent)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+def test_torchrun(forks, folder, theirs):
+    """On two hosts; one under torchrun itself is in test_llm.py."""
+    first, second = (rank.ended() for rank in forks.hosts(2, PROGRAMS / "torchrun.py", folder))
+    assert (first.code, second.code) == (0, 0), first.err + second.err
     prompts = ["Hello, my name is", "The capital of France is", "a"] * 2
     wanted = [completion(folder, theirs.encode(prompt), 6) for prompt in prompts]
-    [line] = [line for line in done.stdout.splitlines() if line.startswith("[[")]
+    [line] = [line for line in first.out.splitlines() if line.startswith("[[")]
     assert json.loads(line) == wanted
