@@ -30,6 +30,7 @@ from megalite.config.load import COMMAND_LINE, Kind, Loaded, loaded_from, resolv
 from megalite.config.schema import Config, InferConfig, SamplingParams, ServeConfig
 from megalite.config.structured import structured_problem
 from megalite.config.validate import layout_words, num_ranks, parallel_sections
+from megalite.core.progress import here
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -37,6 +38,7 @@ from megalite.errors import (
     ConfigError,
     MegaliteError,
     Problem,
+    ResourceError,
 )
 from megalite.files import read_whole
 from megalite.model.config import ModelConfig
@@ -128,12 +130,14 @@ def main(kind: Kind, argv: Sequence[str], program: Sequence[str]) -> int:
     except MegaliteError as error:
         # Before the work begins all ranks of a host find the same: one of them speaks. Later each has its own error.
         if running or place is None or place.local_rank == 0:
-            _report(error, place, debug)
+            _report(error, place, debug, running)
         else:
             time.sleep(QUIET_WAIT)
         return error.exit_code
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
+        if place is not None and place.world_size > 1:
+            sys.stderr.write(f"{_where(place, running)}{type(error).__name__}: {error}\n")
         return EXIT_CRASH
 
 
@@ -354,11 +358,18 @@ def _say(text: str) -> None:
     terminal.require_stdout()
 
 
-def _report(error: MegaliteError, place: LaunchEnv | None, debug: bool) -> None:
+def _where(place: LaunchEnv, running: bool) -> str:
+    """Before what a rank of several says: who it is, and where it was in its work."""
+    inside = f", {here.where}" if running else ""
+    return f"[rank {place.rank} on {socket.gethostname()}{inside}] "
+
+
+def _report(error: MegaliteError, place: LaunchEnv | None, debug: bool, running: bool = False) -> None:
     if debug:
         traceback.print_exc()
     where = ""
-    if place is not None and place.rank != 0:
-        where = f"[rank {place.rank} on {socket.gethostname()}] "
+    ones_own = running and isinstance(error, ResourceError)  # what else rank 0 says is the whole run's affair
+    if place is not None and place.world_size > 1 and (place.rank != 0 or ones_own):
+        where = _where(place, running)
     sys.stderr.write("".join(f"{where}{line}\n" for line in error.lines()))
     sys.stderr.flush()

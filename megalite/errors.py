@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 EXIT_DONE = 0
@@ -15,6 +18,11 @@ EXIT_PROMPTS_FAILED = 5
 EXIT_RANK_LOST = 70
 EXIT_SIGINT = 128 + signal.SIGINT
 EXIT_SIGTERM = 128 + signal.SIGTERM
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How the system says that a disk or a quota has no room."""
+_HOST_MEMORY = "DefaultCPUAllocator: "
+"""Of which torch's RuntimeError speaks when the host has no memory left."""
 
 
 class MegaliteError(Exception):
@@ -73,6 +81,19 @@ class ResourceError(MegaliteError):
     exit_code = EXIT_RESOURCES
 
 
+def resource_error(error: BaseException) -> ResourceError | None:
+    """What the user is told of memory or a disk that turned out too small in the middle of the work; None: another
+    error."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{where}{os.strerror(error.errno)}. Free some space, or write to another disk.")
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _HOST_MEMORY in said:
+        what = f"out of memory ({said})" if said else "out of memory"
+        return ResourceError(f"{what}. Use more ranks or a smaller batch; --dry-run shows what each rank needs.")
+    return None
+
+
 class RankLost(MegaliteError):
     """A rank of this run died, was killed or never came; the message names it."""
 
@@ -94,22 +115,47 @@ class Stopped(MegaliteError):
 FAULT_VARIABLE = "MEGALITE_FAULT"
 
 
-def maybe_fault(point: str, rank: int = 0, *, offers: tuple[str, ...] = ()) -> str | None:
+def maybe_fault(point: str, rank: int | None = None, *, offers: tuple[str, ...] = ()) -> str | None:
     """Fail here if the environment asks for it; otherwise do nothing.
 
-    `MEGALITE_FAULT="POINT[@RANK][#N]=ACTION"` acts on the Nth passage (from 1) of POINT on RANK (default: any).
-    ACTION is `raise` (RuntimeError), `kill` (SIGKILL to this process), `exit` (status 1) or `hang`, or one that the
-    caller `offers` to perform itself: it is returned. Every fault test uses this one point of entry instead of patching
-    code.
+    `MEGALITE_FAULT="POINT[@RANK][#N]=ACTION"` acts on the Nth passage (from 1) of POINT on RANK (default: any); `rank`
+    is by default the one that the launcher gave this process. ACTION is `raise` (RuntimeError), a key of `FAULTS`, or
+    one that the caller `offers` to perform itself: it is returned. Every fault test uses this one point of entry
+    instead of patching code.
     """
     spec = os.environ.get(FAULT_VARIABLE)
     return _fault(spec, point, rank, offers) if spec else None
 
 
+def _hang() -> None:
+    while True:
+        signal.pause()
+
+
+def _fill_memory() -> None:
+    bytearray(1 << 60)
+
+
+def _fill_disk() -> None:
+    # what the kernel then says of every write is EFBIG, which we treat as ENOSPC
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+FAULTS: dict[str, Callable[[], object]] = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "exit": lambda: os._exit(EXIT_DONE),
+    "hang": _hang,
+    "memory": _fill_memory,
+    "disk": _fill_disk,
+}
+"""SIGKILL, SIGSTOP, an end without a word and with status 0, standing still for ever, MemoryError, and that no file of
+this process can grow from here on."""
 _passages: dict[str, int] = {}
 
 
-def _fault(spec: str, point: str, rank: int, offers: tuple[str, ...]) -> str | None:
+def _fault(spec: str, point: str, rank: int | None, offers: tuple[str, ...]) -> str | None:
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
     where, _, action = spec.partition("=")
     where, _, nth = where.partition("#")
     where, _, only_rank = where.partition("@")
@@ -122,12 +168,8 @@ def _fault(spec: str, point: str, rank: int, offers: tuple[str, ...]) -> str | N
         return action
     if action == "raise":
         raise RuntimeError(f"injected fault at {point} on rank {rank}")
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if action == "exit":
-        os._exit(EXIT_CRASH)
-    if action == "hang":
-        while True:
-            signal.pause()
-    known = ", ".join(("raise", "kill", "exit", *offers))
-    raise ConfigError(f"{FAULT_VARIABLE}={spec!r}: the action must be {known} or hang")
+    if action not in FAULTS:
+        known = ", ".join(("raise", *FAULTS, *offers))
+        raise ConfigError(f"{FAULT_VARIABLE}={spec!r}: the action must be one of {known}")
+    FAULTS[action]()
+    return None

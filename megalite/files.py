@@ -19,9 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from megalite.errors import CheckpointError, MegaliteError, ResourceError
+from megalite.errors import DISK_FULL, CheckpointError, MegaliteError, ResourceError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]+\.tmp")
 _SCAN = 1 << 16
 """Bytes read at a time when the last line of a file is looked for."""
@@ -30,7 +29,7 @@ _SCAN = 1 << 16
 def _refusal(path: Path, error: OSError) -> MegaliteError:
     """What the user is told when the system refuses to write `path`."""
     reason = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno in _FULL:
+    if error.errno in DISK_FULL:
         return ResourceError(f"{path}: {reason}. Free some space, or write to another disk.")
     return CheckpointError(f"{path}: can't be written: {reason}.")
 
@@ -73,7 +72,7 @@ class DurableFile:
     ) -> None:
         assert self._file is not None, "left before it was entered"
         try:
-            if isinstance(error, OSError) and error.errno in _FULL:  # met by one of the caller's writes
+            if isinstance(error, OSError) and error.errno in DISK_FULL:  # met by one of the caller's writes
                 raise _refusal(self.path, error) from error
             if kind is None:
                 with told_clearly(self.path):
@@ -91,7 +90,7 @@ def _abandon(file: BinaryIO) -> None:
     try:
         file.close()
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in DISK_FULL:
             raise
 
 
@@ -104,6 +103,12 @@ def write_durably(path: str | os.PathLike[str], content: bytes | str, *, mode: i
 def left_behind(folder: Path) -> list[Path]:
     """Temporary files of writers that were killed: only for who knows that no other process writes in the folder."""
     return [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
+
+
+def remove_left_behind(*folders: Path) -> None:
+    """Remove them from such of the folders as are there."""
+    for path in (path for folder in folders if folder.is_dir() for path in left_behind(folder)):
+        path.unlink(missing_ok=True)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -29,6 +29,10 @@ settings.load_profile("same")
 _pools = None
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all-faults", action="store_true", help="test_faults.py: each case on the last rank too")
+
+
 def pytest_collection_finish(session):
     """Fork the zygote while the test process is still clean, if any test will need ranks."""
     global _pools

@@ -48,6 +48,8 @@ class Ended:
     err: str
     written: int
     """Bytes that it gave to write calls."""
+    left_running: bool
+    """Something that it started lived on."""
 
 
 class Program:
@@ -79,9 +81,9 @@ class Program:
         if not self._link.poll(within):
             self.signal(signal.SIGKILL)
             raise AssertionError(f"not done after {within} s: {(self._folder / 'err').read_text()}")
-        code, written = self._link.recv()
+        code, written, left_running = self._link.recv()
         self._link.close()
-        return Ended(code, self.out, (self._folder / "err").read_text(), written)
+        return Ended(code, self.out, self.err, written, left_running)
 
 
 class Forks:
@@ -143,8 +145,8 @@ class Forks:
 
 def main(address: str) -> None:
     """Ends with the test process, and all that it has started with it."""
-    for name in PRELOAD:
-        import_module(f"megalite.{name}")
+    for name in (*(f"megalite.{name}" for name in PRELOAD), "omegaconf"):  # which config/ imports when it reads one
+        import_module(name)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(16)
@@ -164,15 +166,25 @@ def main(address: str) -> None:
 
 
 def _supervise(link: Connection, *program: Any) -> NoReturn:
+    """The program's standard error goes through a pipe, which takes messages also of a process whose disk is full."""
     _die_with_parent()
+    *rest, err = program
+    there, here = os.pipe()
     pid = os.fork()
     if pid == 0:
         _die_with_parent()
-        _program(*program)
+        _program(*rest, f"/dev/fd/{here}")
     link.send(pid)
-    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    counts = dict(entry.split(": ") for entry in Path(f"/proc/{pid}/io").read_text().splitlines())
-    link.send((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(counts["wchar"])))
+    os.close(here)
+    ended, open_ = os.pidfd_open(pid), True
+    with open(err, "ab", buffering=0) as file:
+        while open_ and (there in (ready := select.select([there, ended], [], [])[0]) or ended not in ready):
+            open_ = file.write(os.read(there, 1 << 16)) > 0
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        counts = dict(entry.split(": ") for entry in Path(f"/proc/{pid}/io").read_text().splitlines())
+        link.send((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), int(counts["wchar"]), open_))
+        while open_:  # what it has left running may still say something
+            open_ = file.write(os.read(there, 1 << 16)) > 0
     os._exit(0)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import TRAINING, Ended
 from reference import greedy, load
 from safetensors.torch import load_file
 from train_helpers import as_run
@@ -246,53 +245,3 @@ def test_a_signal_while_one_replica_samples_stops_all_and_loses_nothing(dp_mode,
     assert len(samples) == 2 and samples == wanted_samples
     for key, values in weights.items():
         torch.testing.assert_close(values, wanted[key], rtol=0, atol=2e-4)
-
-
-# ---- bad days --------------------------------------------------------------------------------------------------------
-
-SHORT = """
-model:
-  config: {model_type: qwen3, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 1,
-           head_dim: 8, intermediate_size: 32, max_position_embeddings: 32, rope_theta: 10000.0}
-  dtype: float32
-tokenizer: {vocab_size: 257}
-data: {source: "configs.hybrid.grpo_arithmetic:additions", options: {digits: 1}}
-sampling: {max_tokens: 4}
-optimizer: {learning_rate: 1.0e-2, min_learning_rate: 1.0e-3, warmup_steps: 1}
-supervised: {steps: 2, examples_per_step: 8}
-hybrid:
-  {steps: 4, prompts_per_step: 4, samples_per_prompt: 4, kl_coefficient: 0.1, reward: "hybrid_reward:length",
-   save_every: 2}
-output: {folder: run}
-"""
-REWARD = "def length(prompt, completion, example):\n    return len(completion.encode())\n"
-
-
-@pytest.fixture
-def launch(forks, tmp_path):
-    """Runs a short job of one rank in a folder."""
-    (tmp_path / "job.yaml").write_text(SHORT)
-    (tmp_path / "hybrid_reward.py").write_text(REWARD)
-
-    def launch(fault: str = "", *args: str) -> Ended:
-        options = {"cwd": tmp_path, "preload": TRAINING, "MEGALITE_FAULT": fault, "OMP_NUM_THREADS": "1"}
-        return forks.run(ROOT / "launch" / "hybrid.py", "--config", "job.yaml", *args, **options)
-
-    return launch
-
-
-def test_a_job_that_is_killed_again_and_again_ends_as_if_it_had_not_been(launch, tmp_path):
-    """Killed while it samples, while it saves, between files of a checkpoint; each time it goes on."""
-    result = launch("", "output.folder=whole")
-    assert result.code == 0, result.err
-    for fault in ("hybrid.learnt#1", "state.manifest#2", "hybrid.sampled#2"):
-        result = launch(f"{fault}=kill")
-        assert result.code == -signal.SIGKILL, (fault, result.err)
-    result = launch()
-    assert result.code == 0 and "going on after 2 supervised steps" in result.out, result.err
-    whole, broken = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
-    assert whole.keys() == broken.keys() and all(torch.equal(whole[name], broken[name]) for name in whole)
-    names = [tmp_path / name / "training" / "rollouts" / "iteration-000004.jsonl" for name in ("whole", "run")]
-    assert names[0].read_text() == names[1].read_text()
-    logs = [[json.loads(line) for line in (tmp_path / name / "training/log.jsonl").open()] for name in ("whole", "run")]
-    assert [one.get("iteration") for one in logs[0]] == [one.get("iteration") for one in logs[1]]

@@ -104,13 +104,6 @@ class Jobs:
         return self.ended(name, program)
 
 
-def killed(jobs: Jobs) -> list[Run]:
-    """One rank of two is killed; the rest, on one rank, is killed while it puts the file in order; then once more."""
-    runs = [jobs.run("killed", "parallel.dp=2", "engine.max_num_seqs=3", fault="decode.step@1#160=kill")]
-    runs.append(jobs.run("killed", fault="output.order=kill"))
-    return [*runs, jobs.run("killed")]
-
-
 def restarted(jobs: Jobs) -> list[Run]:
     """One rank of two is killed, and the run starts again by itself, over what an earlier one has left."""
     (jobs.folder / "restarted.jsonl").write_text("not ours\n")
@@ -159,7 +152,6 @@ def owners_sampling(jobs: Jobs) -> list[Run]:
 
 CHAINS: dict[str, Callable[[Jobs], list[Run]]] = {
     "undisturbed": lambda jobs: [jobs.run("undisturbed")],
-    "killed": killed,
     "restarted": restarted,
     "stopped": stopped,
     "the owner's sampling": owners_sampling,
@@ -228,7 +220,7 @@ def test_bad_lines_are_named(undisturbed):
     assert "\r" not in undisturbed.err, "no progress bar in a file"
 
 
-@pytest.mark.parametrize("chain", ["killed", "restarted", "stopped", "stdin through the door", "stdin under deepspeed"])
+@pytest.mark.parametrize("chain", ["restarted", "stopped", "stdin through the door", "stdin under deepspeed"])
 def test_the_end_is_the_same(chain, runs, undisturbed):
     last = runs[chain].result()[-1]
     assert (last.code, last.out if "deepspeed" not in chain else "") == (5, "")
@@ -236,16 +228,6 @@ def test_the_end_is_the_same(chain, runs, undisturbed):
         for key in {"id", "error"} & result.keys():
             result[key] = result[key].replace("stdin:", "prompts.jsonl:")
     assert_same(last.results, undisturbed.results)
-
-
-def test_a_killed_rank_keeps_what_was_finished(runs):
-    first, second, _ = runs["killed"].result()
-    assert first.code == 70 and "rank 1 (pid" in first.err and "was lost" in first.err
-    assert len(BAD) < len(first.results) < len(ids())
-    assert second.code == -signal.SIGKILL
-    names = [result["id"] for result in second.results]
-    assert sorted(names) == sorted(ids()) != ids() and names != ids(), "all there, not in order yet"
-    assert second.results[: len(first.results)] == first.results, "nothing ran twice"
 
 
 def test_a_lost_run_starts_again_by_itself(runs):

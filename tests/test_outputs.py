@@ -430,7 +430,7 @@ def test_killed_at_any_moment_it_goes_on(path, fault):
     file = opened(path)
     write_rest(file, "abcd")
     assert file.close() is True
-    assert lines_of(path) == list("abcd")
+    assert lines_of(path) == list("abcd") and not list(path.parent.glob(".*"))
 
 
 def test_resume_with_another_config_says_what_changed(path):

@@ -58,10 +58,15 @@ class Progress:
 
     def __init__(self) -> None:
         self._tracks: dict[tuple[str, tuple[int, ...]], Track] = {}
-        self.step = ("step", 0)
-        """What kind of step, and which; written as it begins."""
+        self.step: tuple[str, int | None] = ("the start", None)
+        """What kind of step, and which if they are numbered; written as it begins."""
         self.layer: int | None = None
         """That is being computed."""
+
+    @property
+    def where(self) -> str:
+        """For messages: `layer 5 of step 130`."""
+        return in_words(self.step, self.layer)
 
     def track(self, name: str, ranks: tuple[int, ...], *, flow: bool = False) -> Track:
         """The one track of that name over these ranks."""
@@ -77,6 +82,13 @@ class Progress:
     def mark(self) -> object:
         """Another one whenever this process has come further."""
         return sum(track.entered for track in list(self._tracks.values())), self.step, self.layer
+
+
+def in_words(step: tuple[str, int | None], layer: int | None) -> str:
+    """Where a process with this `Progress.step` and `Progress.layer` is."""
+    kind, number = step
+    words = kind if number is None else f"{kind} {number}"
+    return words if layer is None else f"layer {layer} of {words}"
 
 
 here = Progress()

@@ -23,7 +23,7 @@ from megalite.core.agreement import broadcast_bytes, compare_ranks, reduce, wait
 from megalite.core.layout import Layout
 from megalite.core.linear import store_by_input
 from megalite.core.parallel_state import ParallelState
-from megalite.errors import EXIT_DONE, Stopped, maybe_fault
+from megalite.errors import EXIT_DONE, Stopped
 from megalite.hybrid.generator import Generator
 from megalite.hybrid.job_files import HybridProgress, JobFiles
 from megalite.hybrid.learner import Learner
@@ -169,13 +169,11 @@ class Job:
             order = self.order.indices(first, config.prompts_per_step).tolist()
             places = [self.generator.places[number] for number in order]
             rollouts = self.generator.sample(places, first=first, weight_version=self.progress.weight_version)
-        maybe_fault("hybrid.sampled", self.runtime.rank)
         with self.meter.part("rewarding"):
             scored = self._reward(rollouts)
         if self.learner is not None:
             with self.meter.part("learning"):
                 update = self.learner.learn(rollouts, scored)
-            maybe_fault("hybrid.learnt", self.runtime.rank)
             self.log.iteration(iteration + 1, rollouts, update)
         self.progress.iterations += 1
         if self.progress.iterations % config.save_every == 0 and self.progress.iterations < config.steps:

@@ -19,6 +19,7 @@ from typing import Any
 from megalite.config.chat import section_variables
 from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
+from megalite.files import remove_left_behind
 from megalite.hybrid.tasks import Example, load_examples
 from megalite.model.decoder import Decoder
 from megalite.text.detokenizer import TokenizerError
@@ -72,6 +73,8 @@ class JobFiles:
         if is_writer:
             remove_unfinished(self.states)
             remove_unfinished(self.references)
+            training = self.folder / "training"
+            remove_left_behind(self.folder, training, training / "rollouts")
         self.tokenizer_folder, self.tokenizer = self._open_tokenizer(wait)
         named = ModelFolder.open(config.model.path).generation.eos_token_ids if config.model.path else ()
         self.end = end_of_text(self.tokenizer, named)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megalite.core.layout import Layout
 from megalite.core.pipeline import transport_device
+from megalite.core.progress import here
 from megalite.hybrid.comparison import Comparison, Side, lowest
 from megalite.hybrid.fingerprint import Fingerprinter, cover
 from megalite.model.config import ModelConfig
@@ -154,6 +155,7 @@ class Sync:
         They stay where they are in memory. MegaliteError on every rank if the sides differ afterwards.
         """
         self.version += 1
+        here.step = ("weight sync", self.version)
         began = time.perf_counter()
         if not self.is_shared:
             self._executor.copy(self._copies)

@@ -114,7 +114,7 @@ class Runner:
         self._copy_blocks(plan)
         if not plan.rows:
             return None
-        maybe_fault("decode.step", self.state.rank)
+        maybe_fault("decode.step" if plan.decodes else "prefill.step", self.state.rank)
         self._take_returned(plan.step - self.state.pp.size)
         self.rows.admit(plan.admitted)
         if self.adapters is not None:

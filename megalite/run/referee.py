@@ -42,8 +42,8 @@ class End:
     """The ranks that were lost."""
 
 
-def lost_line(why: Mapping[int, str], peers: Sequence[Peer]) -> str:
-    """The line that names lost ranks; `why` gives each rank's reason."""
+def lost_line(why: Mapping[int, str], peers: Sequence[Peer], meanwhile: str = "") -> str:
+    """The line that names lost ranks; `why` gives each rank's reason, `meanwhile` says where another rank was."""
     ranks = sorted(why)
     hosts = sorted({peers[rank].host for rank in ranks})
     if len(ranks) == 1:
@@ -51,7 +51,8 @@ def lost_line(why: Mapping[int, str], peers: Sequence[Peer]) -> str:
     else:
         who = f"ranks {', '.join(map(str, ranks))} on {', '.join(hosts)} were lost"
     reasons = "; ".join(dict.fromkeys(why[rank] for rank in ranks))
-    return f"error: {who}: {reasons}. The other ranks were stopped."
+    when = f", when {meanwhile}" if meanwhile else ""
+    return f"error: {who}: {reasons}{when}. The other ranks were stopped."
 
 
 class Referee:
@@ -61,7 +62,7 @@ class Referee:
         self._peers = peers
         self._finished: dict[int, int] = {}
         self._lost: dict[int, str] = {}
-        self._lost_at = 0.0
+        self._lost_at, self._meanwhile = 0.0, ""
         self._failure: tuple[float, End] | None = None
         self._stopped_at: float | None = None
         self._final: End | None = None
@@ -81,15 +82,15 @@ class Referee:
             wait = _CRASH_WAIT if crash and len(self._peers) > 1 else 0
             self._failure = (now + wait, End(code=code, speaker=None if line else rank, line=line))
 
-    def lost(self, rank: int, why: str, now: float) -> None:
-        """The rank is gone, or gives no sign of life."""
+    def lost(self, rank: int, why: str, now: float, meanwhile: str = "") -> None:
+        """The rank is gone, or gives no sign of life. `meanwhile`: where the rank was that noticed it first."""
         if not self._lost:
-            self._lost_at = now
+            self._lost_at, self._meanwhile = now, meanwhile
         self._lost.setdefault(rank, why)
 
-    def stopped(self, rank: int, why: str, now: float) -> None:
+    def stopped(self, rank: int, why: str, now: float, meanwhile: str = "") -> None:
         """The same of a rank that is killed because it was stopped, whatever its connection says of its end."""
-        self.lost(rank, why, now)
+        self.lost(rank, why, now, meanwhile)
         self._lost[rank] = why
 
     def standing(self, ranks: Sequence[int], line: str) -> None:
@@ -106,7 +107,8 @@ class Referee:
         if self._lost:  # also when a failure is known: it is the consequence
             if now < self._lost_at + _GATHER:
                 return None
-            return End(code=LOST, line=lost_line(self._lost, self._peers), lost=tuple(sorted(self._lost)))
+            line = lost_line(self._lost, self._peers, self._meanwhile)
+            return End(code=LOST, line=line, lost=tuple(sorted(self._lost)))
         if self._failure is not None:
             return self._failure[1] if now >= self._failure[0] else None
         if len(self._finished) == len(self._peers):

@@ -11,7 +11,8 @@ How an error inside the block becomes the run's exit code. Leaving the block is 
   several raise, the first speaks; the others leave the block by SystemExit with its code. An unexpected exception is
   held back for a second, because the loss of a peer shows first as an error of a collective;
 - a rank, or a launcher, is lost: every process is gone within seconds with code 70 and one line names who was lost.
-So an exception that leaves the block is the run's own, and the caller prints it exactly once. Work that may fail, such
+Memory or a disk that turned out too small leaves the block as ResourceError, whatever raised it. So an exception that
+leaves the block is the run's own, and the caller prints it exactly once. Work that may fail, such
 as finishing the output, belongs inside the block: code 0 is given when the block has been left on all ranks.
 
 The launchers' environment variables are read here and in `launch_env`, and a device is chosen here.
@@ -44,6 +45,7 @@ from megalite.errors import (
     RankLost,
     Stopped,
     maybe_fault,
+    resource_error,
 )
 from megalite.run.launch_env import LaunchEnv, door_of
 from megalite.run.meeting_folder import claim, run_folder
@@ -110,7 +112,10 @@ class Runtime:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop(error)
+        told = error and resource_error(error)
+        self.stop(told or error)
+        if told:
+            raise told from error
 
     def stop(self, error: BaseException | None = None) -> None:
         """Leave the run; `error` is why, None after success. Idempotent. What `with` does at the end of its block.

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from megalite.core.progress import Progress
+from megalite.core.progress import Progress, in_words
 from megalite.run.referee import Peer
 from megalite.run.wire import printable
 
@@ -42,7 +42,7 @@ class Account(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Seconds since it last came further."""
     finished: bool
     """It has done its work, and waits for the others to say the same."""
-    step: tuple[str, int]
+    step: tuple[str, int | None]
     layer: int | None
     places: tuple[Place, ...]
     stack: tuple[str, ...]
@@ -50,9 +50,7 @@ class Account(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     @property
     def where(self) -> str:
-        kind, number = self.step
-        layer = "" if self.layer is None else f"layer {self.layer} of "
-        return "it has finished" if self.finished else f"it is in {layer}{printable(kind)} {number}"
+        return "it has finished" if self.finished else f"it is in {printable(in_words(self.step, self.layer))}"
 
 
 def account(progress: Progress, still: float, finished: bool) -> str:

@@ -105,6 +105,7 @@ class Watchdog:
         self._launchers = [(process, str(process)) for process in launchers]
         self._orphan_wait = orphan_wait
         self._handle_signals, self._on_end, self._claim = handle_signals, on_end, claim
+        self._progress = progress
         self._hub = hub
         self._is_hub = rank == 0
         self._alone = len(self._peers) == 1 and not launchers
@@ -132,7 +133,8 @@ class Watchdog:
         self._last_resort: tuple[float, End] | None = None
         """What this rank does by itself, and when, if the hub stays silent."""
         self._orphaned: float | None = None
-        self._main_waits = False
+        self._main_waits = self._has_finished = False
+        """The main thread waits for the end of the run; since its work is done, and not because it failed."""
         self._over = threading.Event()
         self._restore: Callable[[], None] = lambda: None
         self.signal_received: int | None = None
@@ -181,7 +183,7 @@ class Watchdog:
         return self._report(partial(self._referee.failed, self._rank, code, crash, ""), "fail", code, crash, "")
 
     def _report(self, decide: Callable[[float], None], kind: str, *values: object) -> End:
-        self._main_waits = True
+        self._main_waits, self._has_finished = True, kind == "finish"
         self._commands.put(decide if self._is_hub else lambda now: self._say(kind, *values))
         self._wake.send(b"\0")
         self._over.wait()
@@ -290,7 +292,7 @@ class Watchdog:
             self._next = None
             why = no_sign_of_life(self._timeout)
             if self._is_hub:
-                self._referee.stopped(rank, why, now)
+                self._referee.stopped(rank, why, now, self._whereabouts())
             elif rank == 0:
                 self._lose_hub(why)
             else:
@@ -335,7 +337,7 @@ class Watchdog:
         if self.end is not None or connection.rank is None:
             return
         if self._is_hub:
-            self._referee.lost(connection.rank, connection.broken, now)
+            self._referee.lost(connection.rank, connection.broken, now, self._whereabouts())
         else:
             self._lose_hub(connection.broken)
 
@@ -387,7 +389,7 @@ class Watchdog:
         elif kind == "account" and self._standstill is not None:
             self._standstill.hear(rank, values[0])
         elif kind == "stopped" and values[0] < len(self._peers):
-            self._referee.stopped(values[0], no_sign_of_life(self._timeout), now)
+            self._referee.stopped(values[0], no_sign_of_life(self._timeout), now, self._whereabouts())
 
     def _welcome(self, connection: Connection, kind: str, values: list[Any]) -> None:
         known = kind == "hello" and values[0] in self.missing()
@@ -402,7 +404,13 @@ class Watchdog:
     # ---- the end
 
     def _lose_hub(self, why: str) -> None:
-        self._decide_alone(End(code=LOST, line=lost_line({0: why}, self._peers), lost=(0,)))
+        self._decide_alone(End(code=LOST, line=lost_line({0: why}, self._peers, self._whereabouts()), lost=(0,)))
+
+    def _whereabouts(self) -> str:
+        """Where this rank is, from which the place of one that was lost follows."""
+        if self._progress is None:
+            return ""
+        return f"rank {self._rank} {'had finished' if self._has_finished else f'was in {self._progress.where}'}"
 
     def _decide_alone(self, end: End) -> None:
         """End this rank without the hub."""

@@ -66,6 +66,7 @@ def save_state(
     all ranks when it returns on one. Each tp and pp rank has its files, which different replicas write at the same
     time. Killed at any moment, the newest complete state is the old or the new one.
     """
+    here.step = ("the checkpoint of step", trainer.steps_done)
     state = trainer.state
     layout = stored_layout(state.layout)
     target = _new_folder(folder, trainer.steps_done)

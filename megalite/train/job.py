@@ -20,7 +20,7 @@ from megalite.core.agreement import reduce, wait_for_all
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
-from megalite.files import write_durably
+from megalite.files import remove_left_behind, write_durably
 from megalite.monitor.words import format_rate, wrapped
 from megalite.run import runtime as distributed
 from megalite.run import tracing
@@ -124,6 +124,7 @@ class Job:
         folder, config = self.folder / PREPARED, self.config
         if self.is_writer:
             remove_unfinished(self.states)
+            remove_left_behind(self.folder, self.folder / "training")
             named = ModelFolder.open(config.model.path).generation.eos_token_ids if config.model.path else ()
             prepare(
                 config.data,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
+from megalite.core.progress import here
 from megalite.errors import maybe_fault
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
@@ -60,6 +61,7 @@ def load_folder(decoder: Decoder, folder: str | Path, *, whole: bool = False) ->
     A rank reads its own ranges and no others. Ranges of rank shards are checked against their digests where all of one
     is needed; with `whole` all of it is always read. CheckpointError: the folder is damaged or of another model.
     """
+    here.step = ("loading weights", None)
     state = decoder.state
     place = (decoder.config, state.layout, state.rank)
     fill(dict(decoder.named_parameters()), owned(*place), extents_for(Path(folder), *place), whole=whole)

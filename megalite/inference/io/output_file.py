@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from megalite.config.schema import InferConfig
 from megalite.config.typecheck import printable, problem, shown
 from megalite.errors import ConfigError, maybe_fault
-from megalite.files import DurableFile, LineFile, write_json
+from megalite.files import DurableFile, LineFile, left_behind, write_json
 from megalite.inference.outputs import RequestOutput
 
 _NEW_FILE = "Set output.overwrite=true to start anew, or write to another file."
@@ -82,6 +82,9 @@ class OutputFile:
                 # Emptied first: stopped between the two, no old result stands beside a new record.
                 LineFile(path, anew=True).close()
                 write_json(record, {"made_by": "megalite", "decided_by": dict(fingerprint)})
+            for other in left_behind(path.parent):
+                if other.name.startswith(f".{path.name}."):  # killed while it put this file in order
+                    other.unlink()
             lines = undo.enter_context(LineFile(path))
             lines.cut_torn_line()
             lines.sync()
