@@ -10,7 +10,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.monitor.words import format_bytes
-from megalite.planner.memory import RankMemory
+from megalite.planner.memory import STATES_NOTE, RankMemory
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.table import local_elements
 
@@ -30,13 +30,13 @@ def describe(config: Config, model: ModelConfig | None) -> str:
         dtype = config.model.dtype
         tables = [
             ("training", config.train.parallel, _training_columns(config.train.zero_stage, dtype)),
-            ("generating", config.infer.parallel, _engine_columns(config.infer.engine, dtype)),
+            ("generating", config.infer.parallel, _engine_columns(config.infer.engine, dtype, model)),
         ]
     elif isinstance(config, TrainConfig):
         tables = [("", config.parallel, _training_columns(config.train.zero_stage, config.model.dtype))]
     else:
         said = f"{model.dtype} (as the checkpoint says)" if config.model.dtype == "auto" else config.model.dtype
-        tables = [("", config.parallel, _engine_columns(config.engine, said))]
+        tables = [("", config.parallel, _engine_columns(config.engine, said, model))]
     return "\n\n".join(_table(model, purpose, parallel, columns) for purpose, parallel, columns in tables)
 
 
@@ -85,7 +85,7 @@ def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> 
     return columns
 
 
-def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[str]]:
+def _engine_columns(engine: EngineSection, dtype: str, model: ModelConfig) -> tuple[Columns, list[str]]:
     """Bytes of an inference engine on each rank; and notes. `dtype` may be followed by where it comes from."""
     item = _item_bytes(dtype.split()[0])
 
@@ -101,6 +101,8 @@ def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[st
             beside = memory.beside(engine, stage_weights=weights, captures=captures, longest=length)
             found["weights"].append(format_bytes(memory.weights))
             found["kv a token"].append(format_bytes(token))
+            if model.has_states:
+                found.setdefault("states of a sequence", []).append(format_bytes(memory.sequence))
             found[full].append(format_bytes(token * length * rows))
             for name in ("activations", "logits", "rows", *(["graphs"] if captures else [])):
                 found.setdefault(name, []).append(format_bytes(getattr(beside, name)))
@@ -111,6 +113,7 @@ def _engine_columns(engine: EngineSection, dtype: str) -> tuple[Columns, list[st
         f"{engine.max_num_batched_tokens} tokens a step"
         + ("" if engine.enforce_eager else ", and graphs, which only GPUs have, of decode steps"),
         "the KV cache takes what is left of the memory, and never more than the work needs",
+        *([f"no prefix caching and no swapping: {STATES_NOTE}"] if model.has_states else []),
     ]
     return columns, notes
 

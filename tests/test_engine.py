@@ -313,6 +313,44 @@ def _picked(logprobs: torch.Tensor, token_ids: Sequence[int]) -> list[float]:
     return [logprobs[place, token].item() for place, token in enumerate(token_ids)]
 
 
+# ---- layers with a state of each sequence
+
+STATEFUL = {
+    "overlap": Setting(engine={**SMALL, **OVERLAP}),
+    "recomputed": Setting(engine={**TIGHT, "swap_space": 1.0}),  # nothing can be swapped out
+    "overlap, tp2 pp2 recomputed": Setting(layout=Layout(2, 2, 1), engine={**TIGHT, **OVERLAP}),
+}
+
+
+@pytest.mark.parametrize("family, names", [("qwen3_next", tuple(STATEFUL)), ("granitemoehybrid", ("recomputed",))])
+def test_states_follow_their_sequences(family, names, tiny, ranks, tmp_path):
+    """What a sequence gets is what it gets alone, see test_engine_matrix, and nothing comes from a prefix cache."""
+    asks = ASKS[:7]
+    [[(alone, _)]] = ranks(1).run(generate, tiny(family), Setting(alone=True), asks, str(tmp_path / "alone"))
+    wanted = [_as_expected(output) for output in alone]
+    for name in names:
+        setting = STATEFUL[name]
+        answers = ranks(setting.layout.size).run(generate, tiny(family), setting, asks, str(tmp_path / name))
+        for outputs, seen in (round_ for rounds in answers for round_ in rounds):
+            assert_as_expected(asks, outputs, wanted)
+            assert seen.hits == seen.swapped == 0 and seen.chunks and (seen.recomputed > 0) == ("recomputed" in name)
+
+
+def _as_expected(output: RequestOutput) -> Expected:
+    def logprobs(entries, token_ids: Sequence[int]) -> list[float]:
+        return [entry[token].logprob for entry, token in zip(entries, token_ids, strict=True)]
+
+    completions = [
+        Completion(one.token_ids, logprobs(one.logprobs or [], one.token_ids if one.logprobs else []), "length")
+        for one in output.outputs
+    ]
+    for one, completion in zip(output.outputs, completions, strict=True):
+        if not completion.logprobs:
+            completion.logprobs.append(one.cumulative_logprob)
+    prompt = output.prompt_logprobs
+    return Expected(completions, logprobs(prompt[1:], output.prompt_token_ids[1:]) if prompt else [])
+
+
 # ---- stop strings
 
 

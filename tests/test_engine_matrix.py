@@ -29,7 +29,7 @@ VARIANT_NAMES = [*VARIANTS, "gpt2_bare"]
 ONE_LAYOUT = list(VARIANTS)[list(VARIANTS).index("gemma") :]
 """Made of what the others are made of and small switches: each in one layout, the next in another."""
 ROTATION = [(4, 1, 1), (2, 2, 1), (3, 1, 1), (1, 2, 1)]
-MORE = {"gemma": [(2, 2, 1)]}
+MORE = {"gemma": [(2, 2, 1)], "qwen3_next": [(1, 1, 1), (2, 2, 1)]}
 
 
 def layouts_of(name: str) -> list[tuple[int, int, int]]:

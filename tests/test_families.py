@@ -344,9 +344,9 @@ def test_unknown_architectures_are_refused_by_name_with_what_is_supported(read):
     "name, needed",
     [
         ("DeepseekV32ForCausalLM", "sparse attention"),
-        ("GraniteMoeHybridForCausalLM", "a recurrent state"),
+        ("NemotronHForCausalLM", "layer with a state"),
         ("BailingMoeForCausalLM", "its router"),
-        ("Qwen3NextForCausalLM", "gated delta nets"),
+        ("KimiLinearForCausalLM", "gated delta net"),
         ("LlavaForConditionalGeneration", "the text part"),
     ],
 )

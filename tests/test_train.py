@@ -119,6 +119,8 @@ CASES = {
     "tp2 sp, corrected router, shared experts": Case("glm4_moe", Layout(tp=2), sequence_parallel=True),
     "tp2 sp, latent attention": Case("deepseek_v3", Layout(tp=2), sequence_parallel=True),
     "tp2 pp2, stacked experts": Case("granitemoeshared", Layout(tp=2, pp=2), accumulate=2),
+    "tp2 sp, gated delta nets, gated attention": Case("qwen3_5_text", Layout(tp=2), sequence_parallel=True),
+    "tp4, groups of a state space that ranks share": Case("granitemoehybrid", Layout(tp=4)),
     "tp2 pp2, one kv head": Case("llama_one_kv_head", Layout(tp=2, pp=2), accumulate=3, sequence_parallel=True),
 }
 

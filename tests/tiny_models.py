@@ -56,6 +56,22 @@ GRANITE_MOE = {
     "residual_multiplier": 0.5,
     "attention_multiplier": 0.3,
 }
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+MAMBA = {
+    "shared_intermediate_size": 28,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_head": 12,
+    "mamba_d_state": 10,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
 LATENT = {
     **EXPERTS,
     "num_key_value_heads": 6,
@@ -72,6 +88,14 @@ VISION = {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
+}
+QWEN_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 4,
 }
 
 
@@ -320,6 +344,40 @@ VARIANTS: dict[str, Variant] = {
         changes={"model_type": "ministral3", "head_dim": 8, "tie_word_embeddings": False},
         vision={**VISION, "model_type": "pixtral", "head_dim": 8},
     ),
+    "qwen3_next": Variant(
+        model="Qwen3Next",
+        changes={
+            **EXPERTS,
+            **DELTA,
+            "num_experts": 6,
+            "shared_expert_intermediate_size": 28,
+            "mlp_only_layers": [2],
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        },
+        seed=3,
+    ),
+    "granitemoehybrid": Variant(
+        model="GraniteMoeHybrid",
+        changes={
+            **GRANITE_MOE,
+            **MAMBA,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        },
+    ),
+    "granitemoehybrid_dense": Variant(
+        model="GraniteMoeHybrid",
+        changes={
+            **GRANITE_MOE,
+            **MAMBA,
+            "num_local_experts": 0,
+            "mamba_n_groups": 1,
+            "mamba_proj_bias": True,
+            "position_embedding_type": "rope",
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+    "qwen3_5": Variant(model="Qwen3_5", changes=DELTA, vision=QWEN_VISION),
+    "qwen3_5_text": Variant(model="Qwen3_5Text", changes={**DELTA, "tie_word_embeddings": True}),
 }
 
 NOT_IN_GPT2 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -377,7 +435,8 @@ def _randomise(name: str, values, model: str, generator) -> None:
         values.normal_(0.0, 0.2, generator=generator)
         return
     if values.dim() == 1:
-        values.normal_(1.0 if name.endswith("weight") else 0.0, 0.3, generator=generator)
+        zero_centred = model.startswith(("Qwen3Next", "Qwen3_5")) and "linear_attn" not in name
+        values.normal_(1.0 if name.endswith("weight") and not zero_centred else 0.0, 0.3, generator=generator)
         return
     if "embed_tokens" in name or "wte" in name or "wpe" in name:
         values.normal_(0.0, 0.15 if model.startswith("Gemma") else 0.4, generator=generator)  # Gemma scales them up
@@ -385,6 +444,8 @@ def _randomise(name: str, values, model: str, generator) -> None:
     turned = ".c_" in name or (model in ("GptOss", "Llama4Text") and values.dim() == 3)  # stored [in, out]
     fan_in = values.shape[-2] if turned else values.shape[-1]
     gain = 3.0 if "lm_head" in name else 1.3
+    if "linear_attn.out_proj" in name:  # behind a norm of what may be almost nothing, with most of it rounding
+        gain = 0.25
     values.normal_(0.0, gain * fan_in**-0.5, generator=generator)
 
 

@@ -13,14 +13,19 @@ from megalite.files import write_durably
 from megalite.model.families import FAMILIES
 from megalite.model.family_spec import (
     Family,
+    attention_everywhere,
     chunked_with_rope,
+    delta_apart,
+    delta_fused,
     dense,
     latent_layers,
+    mamba_by_layer_types,
     no_growth,
     no_rope,
     no_windows,
     rope_by_layer_kind,
     rope_by_list,
+    rope_if_stated,
     rope_on_windows,
 )
 from megalite.tools.toolkit import Parser, main
@@ -37,13 +42,24 @@ QK_NORMS = {"head": "q/k norm", "head_after_rope": "q/k norm after rope", "width
 ROPES = {
     no_rope: "learned positions",
     rope_by_list: "layers without rope",
+    rope_if_stated: "rope or no positions",
     rope_on_windows: "rope on windows only",
     rope_by_layer_kind: "rope of windows apart",
 }
 
 
+MIXERS = {
+    attention_everywhere: "",
+    delta_fused: "gated delta nets",
+    delta_apart: "gated delta nets",
+    mamba_by_layer_types: "Mamba-2",
+}
+
+
 def _attention(family: Family) -> str:
     said = [
+        MIXERS[family.mixers],
+        "gated" if family.fixed.get("gated_attention") else "",
         "latent" if family.layers is latent_layers else "",
         "interleaved rope" if family.interleaved_rope else "",
         "partial rope" if family.partial_rotary else "",

@@ -79,6 +79,8 @@ class StepGraphs:
         self.decode_sizes = decode_sizes(max_rows)
         self.chunk_sizes = chunk_sizes(max_tokens, weights)
         self.capture = capture
+        self.decodes_only = bool(rows.cache.states)
+        """Layers keep states of sequences: how a step of several tokens a row goes through them, the host says."""
         self.meter = meter
         tokens = max(max_rows, *PROMPT_SIZES, *self.chunk_sizes)
         self.hidden = torch.zeros(tokens, hidden, dtype=dtype, device=rows.device) if hidden else None
@@ -92,6 +94,8 @@ class StepGraphs:
         shape = self._shape(plan)
         if shape is None:
             return None
+        if self.capture and shape not in self.captured:
+            self._capture(shape)
         inputs = self._inputs(shape)
         sent = torch.from_numpy(self.rows.step_inputs(plan, shape.rows))
         inputs.copy_(sent.pin_memory() if inputs.is_cuda else sent, non_blocking=True)
@@ -99,8 +103,6 @@ class StepGraphs:
             self.hidden[: len(x)].copy_(x)
         if not self.capture:
             return self._run(shape)
-        if shape not in self.captured:
-            self._capture(shape)
         graph, output, tally = self.captured[shape]
         graph.replay()
         self.meter.replayed(tally)
@@ -110,11 +112,12 @@ class StepGraphs:
         """Capture the steps of up to `most` rows now, the largest first, whose temporary memory the others share."""
         if not self.capture:
             return
-        shapes = [Shape(self.max_rows, size, False) for size in self.chunk_sizes]
-        shapes += [Shape(1, size, False) for size in PROMPT_SIZES]
+        shapes = []
+        if not self.decodes_only:
+            shapes = [Shape(self.max_rows, size, False) for size in self.chunk_sizes]
+            shapes += [Shape(1, size, False) for size in PROMPT_SIZES]
         shapes += [Shape(size, size, True) for size in self.decode_sizes[: bisect_left(self.decode_sizes, most) + 1]]
         for shape in sorted(shapes, key=lambda shape: -shape.tokens):
-            self._inputs(shape).copy_(torch.from_numpy(self.rows.step_inputs(StepPlan(0, 0, ()), shape.rows)))
             self._capture(shape)
 
     def _shape(self, plan: StepPlan) -> Shape | None:
@@ -122,7 +125,7 @@ class StepGraphs:
         if plan.decodes:
             size = self.decode_sizes[bisect_left(self.decode_sizes, len(plan.rows))]
             return Shape(size, size, True)
-        if any(row.prompt_logits[1] for row in plan.rows) or _is_even(plan):
+        if self.decodes_only or any(row.prompt_logits[1] for row in plan.rows) or _is_even(plan):
             return None
         sizes, rows = (PROMPT_SIZES, 1) if len(plan.rows) == 1 else (self.chunk_sizes, self.max_rows)
         place = bisect_left(sizes, plan.num_tokens)
@@ -138,7 +141,8 @@ class StepGraphs:
         return self.step(batch, None if self.hidden is None else self.hidden[: shape.tokens])
 
     def _capture(self, shape: Shape) -> None:
-        """A warm-up and the capture; the warm-up is a run of the step that only writes what the replay writes again."""
+        """A warm-up and the capture, of a step of padding: a state of a sequence must not be advanced twice."""
+        self._inputs(shape).copy_(torch.from_numpy(self.rows.step_inputs(StepPlan(0, 0, ()), shape.rows)))
         if self.stream is None:
             self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())

@@ -34,8 +34,10 @@ from megalite.monitor.memory import peak_memory, reset_peak_memory
 from megalite.monitor.metrics import RankReport
 from megalite.planner.memory import (
     GIB,
+    STATES_NOTE,
     RankMemory,
     blocks_for,
+    fitting_blocks,
     host_memory_available,
     scored_rows,
     settle_length,
@@ -125,9 +127,11 @@ class Replica:
         weights, captures = self.stage_weights, self._captures()
         beside = self.memory.beside(engine, stage_weights=weights, captures=captures, longest=longest)
         budget = self._free_memory() * engine.gpu_memory_utilization - beside.total
-        mine = engine.num_kv_blocks or max(0, int(budget // block_bytes))
+        most = engine.max_num_seqs * self._blocks_for(longest or self.model.max_position_embeddings)
+        mine = engine.num_kv_blocks or fitting_blocks(budget, block_bytes, most=most)
         self.fitting_blocks = minimum(mine, state.replica)
-        self.host_blocks = minimum(int(engine.swap_space * GIB // block_bytes), state.replica)
+        swap_space = 0.0 if self.model.has_states else engine.swap_space
+        self.host_blocks = minimum(int(swap_space * GIB // max(block_bytes, 1)), state.replica)
         self.max_model_len = settle_length(
             fitting_blocks=minimum(mine, state.world),
             block_size=engine.block_size,
@@ -136,6 +140,13 @@ class Replica:
             block_bytes=block_bytes,
         )
         log.info("memory was measured in %.1f s", time.monotonic() - began)
+        if self.model.has_states and (engine.enable_prefix_caching or engine.swap_space):
+            log.info("engine.enable_prefix_caching and engine.swap_space are without effect: %s", STATES_NOTE)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether requests with a common beginning share the work on it."""
+        return self.settings.enable_prefix_caching and not self.model.has_states
 
     def _blocks_for(self, num_tokens: int) -> int:
         return blocks_for(num_tokens, self.settings.block_size)
@@ -160,18 +171,6 @@ class Replica:
             concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
             needed = self._blocks_for(min(longest or self.max_model_len, self.max_model_len))
             self.num_blocks = min(self.num_blocks, concurrent * needed)
-        cache: HostCache | DeviceCache
-        if self.device.type == "cpu":
-            cache = self._host_cache(self.num_blocks)
-        else:
-            cache = DeviceCache(
-                self._cache_specs(),
-                self.num_blocks,
-                block_size=settings.block_size,
-                dtype=self.dtype,
-                device=self.device,
-            )
-        self.kv_bytes = cache.nbytes
         scheduler = Scheduler(
             num_blocks=self.num_blocks,
             block_size=settings.block_size,
@@ -179,11 +178,14 @@ class Replica:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             cohorts=self.layout.pp,
-            prefix_caching=settings.enable_prefix_caching,
+            prefix_caching=self.shares_prefixes,
+            has_states=self.model.has_states,
             host_blocks=self.host_blocks,
             contiguous=self.device.type == "cpu",
             key_variant=self.model.key_variant,
         )
+        cache = self._cache(scheduler.max_num_seqs)
+        self.kv_bytes = cache.nbytes
         rows = Rows(scheduler.max_num_seqs, self.max_model_len, cache=cache)
         self._runner = Runner(
             self.decoder,
@@ -217,8 +219,20 @@ class Replica:
             check_lockstep=settings.check_lockstep,
         )
 
-    def _host_cache(self, blocks: int) -> HostCache:
-        return HostCache(self._cache_specs(), blocks, block_size=self.settings.block_size, dtype=self.dtype)
+    def _cache(self, rows: int) -> HostCache | DeviceCache:
+        if self.device.type == "cpu":
+            return self._host_cache(self.num_blocks, rows)
+        return DeviceCache(
+            self._cache_specs(),
+            self.num_blocks,
+            block_size=self.settings.block_size,
+            dtype=self.dtype,
+            device=self.device,
+            rows=rows,
+        )
+
+    def _host_cache(self, blocks: int, rows: int = 0) -> HostCache:
+        return HostCache(self._cache_specs(), blocks, block_size=self.settings.block_size, dtype=self.dtype, rows=rows)
 
     def _cache_specs(self) -> dict[int, CacheSpec]:
         """What each layer of this rank's stage keeps."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from megalite.model.attention import AttentionContext
 from megalite.model.device_attention import DeviceAttention
 from megalite.model.host_attention import CacheRow, HostAttention
 from megalite.model.kv_cache import DeviceCache, HostCache
+from megalite.model.recurrence import Recurrence, Run
 
 FIELDS = 6
 """Numbers of a row in a step of a padded size: row number; position, block and id of its first token, the last two -1
@@ -135,6 +137,7 @@ class Rows:
             block_table=self.block_table,
             table_rows=inputs[0],
             max_query_len=1,
+            make_recurrence=partial(Recurrence.of_rows, step.rows, step.positions, self.cache.states),
         )
         return Batch(step.token_ids, context, None, step.rows[:0], step.rows, step.next_positions, step.rows)
 
@@ -214,6 +217,7 @@ class Rows:
             table_rows=number.int(),
             max_query_len=int(counts.max()),
             fresh=not starts.any(),
+            make_recurrence=lambda: Recurrence.of_runs(_runs(plan), self.device, self.cache.states),
         )
         return Batch(self.tokens[row, position].long(), context, *[*chosen, row])
 
@@ -229,15 +233,21 @@ def _logit_rows(plan: StepPlan, offsets: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.array(sampled, np.int64).reshape(-1, 2).T, np.array(scored, np.int64)
 
 
+def _runs(plan: StepPlan) -> list[Run]:
+    """The rows of a plan for layers that keep a state of each."""
+    offsets = accumulate((row.count for row in plan.rows), initial=0)
+    return [Run(offset, row.count, row.start == 0, row.row) for offset, row in zip(offsets, plan.rows, strict=False)]
+
+
 def _cache_rows(plan: StepPlan, block_size: int) -> list[CacheRow]:
     """Where the keys of each row lie in a cache in host memory."""
     rows, offset = [], 0
     for row in plan.rows:
         blocks = row.sequence.blocks
         if row.sequence.contiguous:
-            rows.append(CacheRow(offset, row.start, row.count, blocks[0] * block_size, None))
+            rows.append(CacheRow(offset, row.start, row.count, blocks[0] * block_size, None, row.row))
         else:
             used = blocks[: -(-(row.start + row.count) // block_size)]
-            rows.append(CacheRow(offset, row.start, row.count, None, torch.tensor(used)))
+            rows.append(CacheRow(offset, row.start, row.count, None, torch.tensor(used), row.row))
         offset += row.count
     return rows

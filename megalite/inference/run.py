@@ -59,7 +59,7 @@ def prepare(replica: Replica, raw: list[RawRequest], limits: PromptLimits) -> li
 def make_feed(replica: Replica, requests: list[Request] | tuple[Request, ...], key: str) -> Feed:
     """Where this replica's work comes from; every rank calls it with the same requests."""
     settings, replicas, own = replica.settings, replica.layout.dp, replica.state.coord.dp
-    shares = deal(requests, replicas, block_size=settings.block_size, sharing=settings.enable_prefix_caching)
+    shares = deal(requests, replicas, block_size=settings.block_size, sharing=replica.shares_prefixes)
     if replica.dp_mode == "async" and replicas > 1:
         return SharedQueue(shares, own, replica.runtime.store, key)
     return Feed(shares[own])

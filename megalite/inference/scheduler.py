@@ -51,6 +51,8 @@ class Scheduler:
         max_model_len: longest prompt + output.
         cohorts: disjoint sets of sequences in flight, one for each pipeline stage.
         prefix_caching: share prompts between requests; without it only the samples of one request share.
+        has_states: layers keep a state of each sequence, which no block has: every sequence computes its own prompt,
+            and a preempted one is recomputed.
         host_blocks: blocks of host memory to swap preempted sequences to; one that finds no room is recomputed.
         contiguous: prefer neighbouring blocks for a sequence; on a CPU, gathering others takes a tenth of the time.
         key_variant: of prompt + max_tokens; where it differs, equal tokens have other keys, and nothing is shared.
@@ -66,6 +68,7 @@ class Scheduler:
         max_model_len: int,
         cohorts: int = 1,
         prefix_caching: bool = True,
+        has_states: bool = False,
         host_blocks: int = 0,
         contiguous: bool = True,
         key_variant: Callable[[int], int] = lambda limit: 0,
@@ -79,7 +82,9 @@ class Scheduler:
         self.max_num_seqs = self._cohort_seqs * cohorts
         """Most sequences running at once, over all cohorts."""
         self._max_model_len = max_model_len
+        assert not (has_states and host_blocks), "blocks that are swapped out would lose the states of their sequence"
         self._prefix_caching = prefix_caching
+        self._has_states = has_states
         self._key_variant = key_variant
         self._host_free = list(reversed(range(host_blocks)))
         self._waiting: deque[Sequence] = deque()  # by arrival
@@ -320,7 +325,7 @@ class Scheduler:
     def _shares(self, seq: Sequence) -> bool:
         """Whether anyone else may look for its blocks. Those nobody looks for are blank again once they are released,
         so that the same memory, which the host has backed with pages already, is used again."""
-        return self._prefix_caching or seq.request.num_samples > 1
+        return not self._has_states and (self._prefix_caching or seq.request.num_samples > 1)
 
     def _register(self, seq: Sequence) -> None:
         """Make blocks known to the prefix cache that have become full of computed and known tokens."""
@@ -404,7 +409,7 @@ class Scheduler:
 
     def _awaits_first_sample(self, seq: Sequence) -> bool:
         """Whether the prompt of `seq` is still being computed by the first sample of its request."""
-        if seq.index == 0 or seq.num_computed or seq.host_blocks:
+        if seq.index == 0 or seq.num_computed or seq.host_blocks or not self._shares(seq):
             return False
         first = self._unfinished[seq.request.id][0]
         return first.index == 0 and first.num_computed < seq.num_prompt // self._block_size * self._block_size

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from inspect import signature
 from itertools import accumulate, groupby
 from typing import Any, Literal, Protocol
@@ -25,6 +25,7 @@ from megalite.core import fused
 from megalite.core.functional import has_kernels
 from megalite.core.layers import RMSNorm
 from megalite.model.config import AttentionSpec
+from megalite.model.recurrence import Recurrence, Run
 from megalite.model.rope import Rotation
 
 CHUNK = 512
@@ -126,6 +127,10 @@ class AttentionContext(Protocol):
     def lengths(self) -> Tensor:
         """Longest length that each token's sequence may get, on which its rotary frequencies may depend: int64 [T]."""
 
+    @property
+    def recurrence(self) -> Recurrence:
+        """The sequences for layers that keep a state of each."""
+
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         """Causal attention of layer `spec.layer`: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
@@ -157,6 +162,12 @@ class PackedAttention:
         self.lengths = torch.cat([torch.full((length,), length + beyond, device=device) for length in lengths])
         on_gpu = self.positions.is_cuda
         self.capability = torch.cuda.get_device_capability(self.positions.device) if on_gpu else None
+
+    @cached_property
+    def recurrence(self) -> Recurrence:
+        counts = [length for count, length in self.runs for _ in range(count)]
+        offsets = accumulate(counts, initial=0)
+        return Recurrence.of_runs([Run(*run) for run in zip(offsets, counts, strict=False)], self.positions.device)
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         return self.attend(spec, *heads.treated(), sinks=heads.sinks)

@@ -135,6 +135,11 @@ class ModelConfig:
         """Attention heads of the layer that has fewest: so many tp ranks have work in all."""
         return min((kind.query_heads for layer in self.layers for kind in layer.kinds if kind.query_heads), default=0)
 
+    @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state of each sequence, without which nothing of its tokens can be used again."""
+        return any(layer.has_state for layer in self.layers)
+
     def format(self, layer: int, weight: str) -> WeightFormat | None:
         """How a matrix of a layer, by the family's name for it, is stored; None: as numbers."""
         return None if self.quantization is None else _formats(self.quantization).get((layer, weight))

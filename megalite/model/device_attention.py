@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -15,9 +17,10 @@ from megalite.kernels.store import store_kv
 from megalite.model.attention import Heads, Latents
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import DeviceCache
+from megalite.model.recurrence import Recurrence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DeviceAttention:
     """Attention context of one step of B rows and T tokens over a paged cache on an accelerator.
 
@@ -44,6 +47,14 @@ class DeviceAttention:
     """The row of block_table that row b uses, int32 [B]; None: row b itself."""
     fresh: bool = False
     """No row has keys in the cache from steps before. Rows of one length then go the fastest way there is."""
+
+    make_recurrence: Callable[[], Recurrence] | None = None
+    """Makes `recurrence`, where layers keep states."""
+
+    @cached_property
+    def recurrence(self) -> Recurrence:
+        assert self.make_recurrence is not None
+        return self.make_recurrence()
 
     @property
     def pdl(self) -> bool:

@@ -108,8 +108,8 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
 NEEDED = {
     r"^DeepseekV": "sparse attention over latent vectors",
     r"^Longcat": "two attentions in a layer",
-    r"^(Qwen3Next|Qwen3_5|KimiLinear|OlmoHybrid)": "gated delta nets",
-    r"(Mamba|Hybrid|FalconH1|NemotronH|Jamba|Zamba|Bamba|Lfm2)": "layers with a recurrent state",
+    r"^(KimiLinear|OlmoHybrid)": "its own kind of gated delta net",
+    r"(Mamba|FalconH1|NemotronH|Jamba|Zamba|Bamba|Lfm2)": "its own kind of layer with a state of each sequence",
     r"ForConditionalGeneration$": "the text part of a multimodal checkpoint to be read by itself",
     r"(Moe|MoE)": "its router and shared experts",
     r"(For\w+Classification|ForMaskedLM|ForQuestionAnswering|Model)$": "a causal language model's head",

@@ -10,6 +10,8 @@ from megalite.model.family_spec import (
     Family,
     Multipliers,
     chunked_with_rope,
+    delta_apart,
+    delta_fused,
     experts_as_stated,
     experts_beside_shared,
     experts_by_interval,
@@ -17,15 +19,18 @@ from megalite.model.family_spec import (
     experts_by_step,
     experts_clamped,
     experts_everywhere,
+    experts_if_any,
     experts_in_best_groups,
     experts_in_groups,
     experts_stacked,
     gpt2_scale,
     growth_by_rope,
     latent_layers,
+    mamba_by_layer_types,
     no_rope,
     rope_by_layer_kind,
     rope_by_list,
+    rope_if_stated,
     rope_on_windows,
     scale_by_multiplier,
     scale_by_scalar,
@@ -81,6 +86,13 @@ SHARED_WEIGHTS = {
     "shared_up": "model.layers.{layer}.mlp.shared_experts.up_proj.weight",
     "shared_down": "model.layers.{layer}.mlp.shared_experts.down_proj.weight",
 }
+SHARED_GATE_WEIGHTS = {
+    "shared_gate": "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
+    "shared_up": "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
+    "shared_down": "model.layers.{layer}.mlp.shared_expert.down_proj.weight",
+    "shared_scale": "model.layers.{layer}.mlp.shared_expert_gate.weight",
+}
+"""Of a shared expert whose output is scaled."""
 GRANITE_MULTIPLIERS = Multipliers(
     embedding="embedding_multiplier", residual="residual_multiplier", logits_divisor="logits_scaling"
 )
@@ -117,6 +129,41 @@ DEEPSEEK_DEFAULTS = {
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
+}
+DELTA_WEIGHTS = {
+    **dict.fromkeys(("delta_conv_q", "delta_conv_k", "delta_conv_v"), "model.layers.{layer}.linear_attn.conv1d.weight"),
+    "delta_time_shift": "model.layers.{layer}.linear_attn.dt_bias",
+    "delta_log_decay": "model.layers.{layer}.linear_attn.A_log",
+    "delta_norm": "model.layers.{layer}.linear_attn.norm.weight",
+    "delta_out": "model.layers.{layer}.linear_attn.out_proj.weight",
+}
+"""Of gated delta nets, without the projections into them."""
+QWEN3_5_WEIGHTS = {
+    **LLAMA_WEIGHTS,
+    **QK_NORM_WEIGHTS,
+    **DELTA_WEIGHTS,
+    **dict.fromkeys(("delta_q", "delta_k", "delta_v"), "model.layers.{layer}.linear_attn.in_proj_qkv.weight"),
+    **{f"delta_{part}": f"model.layers.{{layer}}.linear_attn.in_proj_{part}.weight" for part in "zba"},
+}
+MAMBA_WEIGHTS = {
+    **{f"ssm_{part}": "model.layers.{layer}.mamba.in_proj.weight" for part in ("gate", "x", "b", "c", "time")},
+    **{f"ssm_conv_{part}": "model.layers.{layer}.mamba.conv1d.weight" for part in "xbc"},
+    "ssm_time_shift": "model.layers.{layer}.mamba.dt_bias",
+    "ssm_log_decay": "model.layers.{layer}.mamba.A_log",
+    "ssm_skip": "model.layers.{layer}.mamba.D",
+    "ssm_norm": "model.layers.{layer}.mamba.norm.weight",
+    "ssm_out": "model.layers.{layer}.mamba.out_proj.weight",
+}
+DELTA_DEFAULTS = {
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
 }
 COHERE_DEFAULTS = {
     "norm_eps": 1e-5,
@@ -605,10 +652,7 @@ FAMILIES: dict[str, Family] = {
         weights={
             **LLAMA_WEIGHTS,
             **MOE_WEIGHTS,
-            "shared_gate": "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
-            "shared_up": "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
-            "shared_down": "model.layers.{layer}.mlp.shared_expert.down_proj.weight",
-            "shared_scale": "model.layers.{layer}.mlp.shared_expert_gate.weight",
+            **SHARED_GATE_WEIGHTS,
         },
         defaults={
             **QWEN_DEFAULTS,
@@ -623,6 +667,46 @@ FAMILIES: dict[str, Family] = {
         flags={"qkv_bias": "qkv_bias"},
         windows=window_on_upper_layers,
         moe=experts_by_step,
+    ),
+    "qwen3_next": Family(
+        architecture="Qwen3NextForCausalLM",
+        weights={
+            **LLAMA_WEIGHTS,
+            **QK_NORM_WEIGHTS,
+            **MOE_WEIGHTS,
+            **SHARED_GATE_WEIGHTS,
+            **DELTA_WEIGHTS,
+            "delta_qkvz": "model.layers.{layer}.linear_attn.in_proj_qkvz.weight",
+            "delta_ba": "model.layers.{layer}.linear_attn.in_proj_ba.weight",
+        },
+        ignored=(r"^mtp\.",),
+        defaults={
+            **DELTA_DEFAULTS,
+            "num_key_value_heads": 2,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.001,
+            "intermediate_size": 5632,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "decoder_sparse_step": 1,
+        },
+        fixed={"norm": "rms_zero_centred", "qk_norm": "head", "gated_attention": True},
+        flags=ATTENTION_BIAS,
+        partial_rotary=True,
+        moe=experts_by_step,
+        mixers=delta_fused,
+    ),
+    "qwen3_5_text": Family(
+        architecture="Qwen3_5ForCausalLM",
+        weights=QWEN3_5_WEIGHTS,
+        ignored=(r"^mtp\.", r"^model\.visual\."),
+        defaults={**DELTA_DEFAULTS, "num_key_value_heads": 4},
+        fixed={"norm": "rms_zero_centred", "qk_norm": "head", "gated_attention": True},
+        flags=ATTENTION_BIAS,
+        partial_rotary=True,
+        mixers=delta_apart,
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
@@ -658,6 +742,37 @@ FAMILIES: dict[str, Family] = {
         multipliers=GRANITE_MULTIPLIERS,
         scale=scale_by_multiplier,
         moe=experts_stacked,
+    ),
+    "granitemoehybrid": Family(
+        architecture="GraniteMoeHybridForCausalLM",
+        weights={
+            **GRANITE_MOE_WEIGHTS,
+            **dict.fromkeys(("gate", "up"), "model.layers.{layer}.shared_mlp.input_linear.weight"),
+            "down": "model.layers.{layer}.shared_mlp.output_linear.weight",
+            **MAMBA_WEIGHTS,
+        },
+        keys={
+            "num_experts": ("num_local_experts",),
+            "moe_intermediate_size": ("intermediate_size",),
+            "intermediate_size": ("shared_intermediate_size",),
+            "layer_types": ("layer_types", "layers_block_type"),
+        },
+        defaults={
+            **GRANITE_MOE_DEFAULTS,
+            "intermediate_size": 1024,
+            "mamba_n_heads": 128,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 256,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_conv_bias": True,
+        },
+        flags=ATTENTION_BIAS,
+        multipliers=GRANITE_MULTIPLIERS,
+        ropes=rope_if_stated,
+        scale=scale_by_multiplier,
+        moe=experts_if_any,
+        mixers=mamba_by_layer_types,
     ),
     "glm4_moe": Family(
         architecture="Glm4MoeForCausalLM",
@@ -872,5 +987,14 @@ FAMILIES |= {
     "gemma3": text_of(FAMILIES["gemma3_text"], "Gemma3ForConditionalGeneration", "gemma3_text"),
     "llama4": text_of(FAMILIES["llama4_text"], "Llama4ForConditionalGeneration", "llama4_text"),
     "mistral3": text_of(FAMILIES["mistral"], "Mistral3ForConditionalGeneration", "mistral"),
+    "qwen3_5": replace(
+        FAMILIES["qwen3_5_text"],
+        architecture="Qwen3_5ForConditionalGeneration",
+        text_model_type="qwen3_5_text",
+        weights={
+            weight: name.replace("model.", "model.language_model.", 1)
+            for weight, name in FAMILIES["qwen3_5_text"].weights.items()
+        },
+    ),
     "mistral3_ministral3": text_of(FAMILIES["ministral3"], "Mistral3ForConditionalGeneration", "ministral3"),
 }

@@ -17,10 +17,12 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig, NormName, Rope
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope, rope_parameters
-from megalite.model.kinds.base import Layer, Row, transformer_layer
+from megalite.model.kinds.base import Layer, LayerKind, Row, transformer_layer
+from megalite.model.kinds.delta import GatedDelta
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import ClampedGate, Experts, Router
 from megalite.model.kinds.latent import LatentAttention
+from megalite.model.kinds.mamba import Mamba2
 from megalite.model.kinds.softmax import QKNorm, SoftmaxAttention
 
 ACTIVATIONS = {
@@ -149,6 +151,16 @@ def experts_stacked(config: HFConfig, layers: int) -> tuple[Experts | None, ...]
     ) * layers
 
 
+def experts_if_any(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+    """As `experts_stacked`, beside a shared expert of the dense MLP's width, which alone is there without experts."""
+    if config.size("num_experts", low=0) == 0:
+        return dense(config, layers)
+    shared = config.size("intermediate_size")
+    return (
+        _experts(config, layers, "moe_intermediate_size", normalize=True, stored="stacked", shared_size=shared),
+    ) * layers
+
+
 def experts_beside_shared(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
     """Everywhere, with a shared expert as wide as they are."""
     shared = config.size("intermediate_size")
@@ -233,6 +245,83 @@ def _upper_experts(config: HFConfig, layers: int, **router: Any) -> tuple[Expert
     return tuple(spec if layer >= first else None for layer in range(layers))
 
 
+MixerRule = Callable[[HFConfig, int], tuple[LayerKind | None, ...]]
+LINEAR_LAYERS = ("linear_attention", "mamba")
+"""What `layer_types` calls layers with something else in place of softmax attention."""
+
+
+def attention_everywhere(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+    return (None,) * layers
+
+
+def delta_fused(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+    """Gated delta nets by `layer_types`; without it on all layers but every `full_attention_interval`-th."""
+    return _delta(config, layers, fused=True)
+
+
+def delta_apart(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+    """As `delta_fused`, with projections that are tensors of their own."""
+    return _delta(config, layers, fused=False)
+
+
+def mamba_by_layer_types(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+    """Mamba-2 on all layers that `layer_types` does not call attention; without it everywhere."""
+    heads, inner = config.size("mamba_n_heads"), config.size("mamba_expand") * config.size("hidden_size")
+    head_dim = config.raw("mamba_d_head")
+    if head_dim not in (None, "auto", inner // heads) or inner % heads:
+        raise config.problem("mamba_n_heads", f"times mamba_d_head must be {inner}, the width of the layer", heads)
+    groups = config.size("mamba_n_groups")
+    if heads % groups:
+        raise config.problem("mamba_n_groups", f"must divide the number of heads ({heads})", groups)
+    spec = Mamba2(
+        heads=heads,
+        head_dim=inner // heads,
+        groups=groups,
+        state_dim=config.size("mamba_d_state"),
+        taps=config.size("mamba_d_conv", low=2),
+        conv_bias=config.flag("mamba_conv_bias"),
+        bias=config.flag("mamba_proj_bias"),
+        step_limit=_step_limit(config),
+    )
+    if config.choice("hidden_act", ACTIVATIONS) != "silu":
+        raise config.problem("hidden_act", "must be silu for this family", config.raw("hidden_act"))
+    types = config.raw("layer_types") or ["mamba"] * layers
+    return tuple(spec if kind in LINEAR_LAYERS else None for kind in types)
+
+
+def _step_limit(config: HFConfig) -> tuple[float, float]:
+    given = config.raw("time_step_limit")
+    if given is None:
+        return 0.0, math.inf
+    limits = [math.inf if one == {"__float__": "Infinity"} else one for one in given] if isinstance(given, list) else []
+    if len(limits) != 2 or not all(type(one) in (int, float) for one in limits) or not 0 <= limits[0] < limits[1]:
+        raise config.problem(
+            "time_step_limit", "must be two numbers, the first at least 0 and the second above it", given
+        )
+    return float(limits[0]), float(limits[1])
+
+
+def _delta(config: HFConfig, layers: int, *, fused: bool) -> tuple[LayerKind | None, ...]:
+    key_heads, value_heads = config.size("linear_num_key_heads"), config.size("linear_num_value_heads")
+    if value_heads % key_heads:
+        raise config.problem(
+            "linear_num_value_heads", f"must be a multiple of the key heads ({key_heads})", value_heads
+        )
+    if config.choice("hidden_act", ACTIVATIONS) != "silu":
+        raise config.problem("hidden_act", "must be silu for this family", config.raw("hidden_act"))
+    spec = GatedDelta(
+        key_heads=key_heads,
+        value_heads=value_heads,
+        key_dim=config.size("linear_key_head_dim"),
+        value_dim=config.size("linear_value_head_dim"),
+        taps=config.size("linear_conv_kernel_dim", low=2),
+        fused=fused,
+    )
+    step = config.size("full_attention_interval")
+    types = config.raw("layer_types") or ["linear_attention" if (i + 1) % step else "" for i in range(layers)]
+    return tuple(spec if kind in LINEAR_LAYERS else None for kind in types)
+
+
 ROUTER_FIELDS = {one.name for one in fields(Router)}
 
 
@@ -297,6 +386,16 @@ def rope_by_list(
     return tuple(rope if has else None for has in listed)
 
 
+def rope_if_stated(
+    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
+) -> tuple[Rope | None, ...]:
+    """Where `position_embedding_type` is rope."""
+    kind = config.raw("position_embedding_type")
+    if kind not in (None, "nope", "rope"):
+        raise config.problem("position_embedding_type", "must be rope, nope or null", kind)
+    return (same_rope if kind == "rope" else no_rope)(family, config, head_dim, windows)
+
+
 def scale_by_head_dim(config: HFConfig, head_dim: int, layer: int) -> float:
     return float(head_dim**-0.5)
 
@@ -337,6 +436,8 @@ class Switches:
     fused_by_head: bool = False
     """See `SoftmaxAttention`."""
     sinks: bool = False
+    """See `SoftmaxAttention`."""
+    gated_attention: bool = False
     """See `SoftmaxAttention`."""
 
 
@@ -469,6 +570,8 @@ class Family:
     """The family's own names for rope scalings."""
     windows: WindowRule = no_windows
     moe: MoERule = dense
+    mixers: MixerRule = attention_everywhere
+    """What is in place of attention."""
     scale: ScaleRule = scale_by_head_dim
     query_growth: GrowthRule = no_growth
     attention: AttentionRule = as_it_is
@@ -560,9 +663,10 @@ def model_config(name: str, family: Family, config: HFConfig, generation: Genera
 
 
 def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> tuple[Layer, ...]:
-    """Softmax attention and an MLP or a mixture of experts in every layer."""
+    """Attention, of softmax if the family has no other, and an MLP or a mixture of experts in every layer."""
     heads, count = Heads.of(config), config.size("num_hidden_layers")
     windows, experts = _windows(family, config, count), family.moe(config, count)
+    mixers = family.mixers(config, count)
     ropes = family.ropes(family, config, heads.head_dim, windows)
     default = 4 * config.size("hidden_size") if family.wide_mlp_by_default else REQUIRED
     mlp = DenseMLP(
@@ -588,6 +692,7 @@ def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> 
             out_bias=switches.attention_out_bias,
             qk_norm=switches.qk_norm,
             sinks=switches.sinks,
+            gated=switches.gated_attention,
         )
         made = family.attention(config, usual)
         _check_layer_type(config, made, layer)
@@ -595,7 +700,7 @@ def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> 
 
     return tuple(
         transformer_layer(
-            attention(layer),
+            mixers[layer] or attention(layer),
             experts[layer] or mlp,
             pre_norms=switches.pre_norms,
             post_norms=switches.post_norms,
@@ -619,7 +724,8 @@ def _check_layer_type(config: HFConfig, attention: SoftmaxAttention, layer: int)
     if kinds is None:
         return
     usual = "full_attention" if attention.chunk is None else "chunked_attention"
-    if kinds[layer] != (usual if attention.window is None else "sliding_attention"):
+    said = "full_attention" if kinds[layer] == "attention" else kinds[layer]
+    if said != (usual if attention.window is None else "sliding_attention"):
         at = f"{layer} must say how this family attends there, with window {attention.window}"
         raise config.problem("layer_types", f"of layer {at}", kinds[layer])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor
 from megalite.model.attention import Heads, Latents, attend_written, causal_mask
 from megalite.model.config import AttentionSpec
 from megalite.model.kv_cache import HostCache
+from megalite.model.recurrence import Recurrence, Run
 
 
 def attend_block(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, start: int) -> Tensor:
@@ -66,6 +68,8 @@ class CacheRow:
     """Cache slot of position 0 when all its slots are one run."""
     blocks: Tensor | None
     """Otherwise its block ids, int64, as many as its keys need."""
+    row: int = 0
+    """Where the states of the sequence are, if layers keep any."""
 
     @property
     def length(self) -> int:
@@ -171,8 +175,14 @@ class HostAttention:
         self.lengths = lengths
         self.slots = slots
         """Cache slot of each token of the pack: int64 [T]."""
+        self._all_rows = rows
         self.lanes = _Lanes.of([row for row in rows if row.decodes_in_place], cache.num_slots)
         self.rows = rows if self.lanes is None else [row for row in rows if not row.decodes_in_place]
+
+    @cached_property
+    def recurrence(self) -> Recurrence:
+        runs = [Run(row.offset, row.count, row.start == 0, row.row) for row in self._all_rows]
+        return Recurrence.of_runs(runs, self.positions.device, self.cache.states)
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
         return self.attend(spec, *heads.treated(), sinks=heads.sinks)

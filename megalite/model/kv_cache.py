@@ -1,4 +1,5 @@
-"""The paged KV cache's memory: keys and values by slot, where slot = block * block_size + offset in the block."""
+"""The cache's memory: keys and values of tokens by slot, where slot = block * block_size + offset in the block, and
+states of sequences by row."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from megalite.model.kinds.base import CacheSpec
 
 
 class KVCache:
-    """Keys and values of this rank's layers, zeroed: `layers[global layer index]` is (keys, values), each
-    [KV heads, slots, head_dim], of the layer's own heads and widths."""
+    """What this rank's layers keep, zeroed: `layers[global layer index]` is (keys, values), each
+    [KV heads, slots, head_dim], of the layer's own heads and widths; `states` is as in `recurrence`, float32."""
 
     def __init__(
         self,
@@ -25,35 +26,44 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        rows: int = 0,
     ):
-        """`layers`: what each layer keeps of a token. `device`: None: the CPU."""
+        """`layers`: what each layer keeps. `device`: None: the CPU. `rows`: that states are kept of; one more is there
+        for padding."""
         self.block_size = block_size
         self.device = device or torch.device("cpu")
         self.num_slots = blocks * block_size
         self._specs = dict(layers)
+        self._rows = rows
         self._dtype = dtype
         self.allocate()
 
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=self.device)
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def allocate(self) -> None:
         """Take the memory; what the cache held is gone."""
         self.layers: dict[int, tuple[Tensor, ...]] = {}
         self.stacks: dict[int, list[Tensor]] = {}
         """The same memory, the tensors of a layer that are of one shape together: [tensors, heads, slots, width]."""
+        self.states: dict[int, tuple[Tensor, ...]] = {}
         for layer, spec in self._specs.items():
+            if self._rows and spec.sequence:
+                shapes = [(self._rows + 1, *shape) for shape in spec.sequence]
+                self.states[layer] = tuple(self._zeros(shape, torch.float32) for shape in shapes)
             alike = [(len(list(same)), *size) for size, same in groupby(spec.token)]
-            self.stacks[layer] = [self._zeros((n, heads, self.num_slots, width)) for n, heads, width in alike]
+            self.stacks[layer] = [
+                self._zeros((n, heads, self.num_slots, width), self._dtype) for n, heads, width in alike
+            ]
             self.layers[layer] = tuple(tensor for stack in self.stacks[layer] for tensor in stack)
 
     def free(self) -> None:
         """Give the memory back, until `allocate`."""
-        self.layers, self.stacks = {}, {}
+        self.layers, self.stacks, self.states = {}, {}, {}
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers.values() for tensor in layer)
+        return sum(one.nbytes for held in (self.layers, self.states) for layer in held.values() for one in layer)
 
 
 class DeviceCache(KVCache):
@@ -63,6 +73,8 @@ class DeviceCache(KVCache):
 class HostCache(KVCache):
     """In host memory, for `HostAttention`. A page takes real memory only once it is written."""
 
-    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
-        nbytes = math.prod(shape) * self._dtype.itemsize
-        return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(self._dtype).view(shape)
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes == 0:
+            return super()._zeros(shape, dtype)
+        return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)

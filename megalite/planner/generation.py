@@ -17,7 +17,7 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.planner.cost import Batch, Cluster, Round, StageCosts, Times
-from megalite.planner.memory import PROCESS, Footprint, RankMemory, blocks_for
+from megalite.planner.memory import PROCESS, Footprint, RankMemory, blocks_for, fitting_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,8 @@ def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> t
         left = room - weights - (PROCESS if device.shared else 0)
         budget = left * engine.gpu_memory_utilization - beside.total
         block = rank.kv_block(engine.block_size)
-        blocks = engine.num_kv_blocks or int(max(budget, 0) // block)
+        wanted = engine.max_num_seqs * blocks_for(longest, engine.block_size)
+        blocks = engine.num_kv_blocks or fitting_blocks(budget, block, most=wanted)
         tokens = min(tokens, blocks * engine.block_size)
         reserve = int(left * (1 - engine.gpu_memory_utilization)) + (PROCESS if device.shared else 0)
         found.append((replace(beside, weights=weights, reserve=max(reserve, 0)), block))

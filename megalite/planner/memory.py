@@ -30,6 +30,13 @@ PROCESS = 28 << 20
 """Bytes that torch, gloo and the allocator take of a process on a CPU once it works: 17 to 43 MiB, measured."""
 
 
+STATES_NOTE = (
+    "layers of this model keep a state of each sequence, which blocks of the cache do not have; a prompt is always "
+    "computed from its beginning, and so is a preempted sequence"
+)
+"""Why nothing that sequences have in common is computed only once; see `ModelConfig.has_states`."""
+
+
 def scored_rows(config: ModelConfig, max_rows: int) -> int:
     """Rows of scored prompts that the head is applied to at a time; `max_rows` are sampled from at most."""
     return max(max_rows, SCORED_LOGITS // config.vocab_size, 1)
@@ -156,7 +163,7 @@ class RankMemory:
     @property
     def sequence(self) -> int:
         """What a running sequence keeps in those layers, however long it is."""
-        return sum(spec.sequence_elements for spec in self.cache) * self.itemsize
+        return sum(spec.sequence_bytes for spec in self.cache)
 
     def beside(self, engine: EngineSection, *, stage_weights: int, captures: bool, longest: int) -> Footprint:
         """All that an engine holds beside weights and KV cache.
@@ -168,7 +175,9 @@ class RankMemory:
         return Footprint(
             activations=self.activations(max_tokens=tokens),
             logits=self.logits(max_tokens=tokens, max_rows=rows),
-            rows=self.rows(max_rows=rows, max_len=longest, block_size=engine.block_size) if longest else 0,
+            rows=self.rows(max_rows=rows, max_len=longest, block_size=engine.block_size)
+            if longest
+            else (rows + 1) * self.sequence,
             graphs=self.graphs(max_rows=rows, max_tokens=tokens, weights=stage_weights) if captures else 0,
         )
 
@@ -238,6 +247,13 @@ def decode_sizes(max_rows: int) -> list[int]:
         sizes.append(size)
         size += 8 if size < 64 else max(16, 1 << size.bit_length() - 5)
     return [*(size for size in sizes if size < max_rows), max_rows]
+
+
+def fitting_blocks(budget: float, block_bytes: int, *, most: int) -> int:
+    """Blocks of the cache that a rank has room for in `budget` bytes; `most` where layers keep nothing of tokens."""
+    if block_bytes == 0:
+        return most if budget >= 0 else 0
+    return max(0, int(budget // block_bytes))
 
 
 def blocks_for(num_tokens: int, block_size: int) -> int:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from megalite.model.layers.base import LayerModule
 
 
+LINEAR_CHUNK = 64
+"""Most tokens that linear attention computes as one product."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Which unit of a split a row belongs to (an expert, a head); a rank holds the row if it holds that unit."""
@@ -66,12 +70,17 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSpec:
-    """What one sublayer keeps on one rank while it generates, in elements of the model's dtype."""
+    """What one sublayer keeps on one rank while it generates."""
 
     token: tuple[tuple[int, int], ...] = ()
-    """Of each token, in pages: (heads, width) of each tensor, such as keys and values."""
+    """Of each token, in pages: (heads, width) of each tensor, such as keys and values, in the model's dtype."""
     sequence: tuple[tuple[int, ...], ...] = ()
-    """Of each running sequence, without pages: the shape of each state, such as a recurrent layer's."""
+    """Of each running sequence, without pages: the shape of each state, in float32; see `recurrence.States`."""
+
+    @classmethod
+    def state(cls, *, taps: int, channels: int, heads: int, keys: int, values: int) -> CacheSpec:
+        """Of linear attention behind a convolution: its last inputs, and a matrix [keys, values] of each head."""
+        return cls(sequence=((taps - 1, channels), (heads, keys, values)))
 
     @classmethod
     def keys_and_values(cls, heads: int, width: int) -> CacheSpec:
@@ -83,8 +92,8 @@ class CacheSpec:
         return sum(heads * width for heads, width in self.token)
 
     @property
-    def sequence_elements(self) -> int:
-        return sum(math.prod(shape) for shape in self.sequence)
+    def sequence_bytes(self) -> int:
+        return 4 * sum(math.prod(shape) for shape in self.sequence)
 
 
 class LayerKind(ABC):
@@ -117,7 +126,7 @@ class LayerKind(ABC):
         return CacheSpec()
 
     def attended(self, length: int) -> int:
-        """Keys that the last token of a sequence of `length` tokens is compared with."""
+        """Keys that the last token of a sequence of `length` tokens is compared with; a state is as one."""
         return 0
 
     @property
@@ -199,6 +208,11 @@ class Layer:
             token=tuple(size for spec in specs for size in spec.token),
             sequence=tuple(shape for spec in specs for shape in spec.sequence),
         )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a sublayer keeps a state of each sequence."""
+        return bool(self.cache(1, 0).sequence)
 
     def flops_over_keys(self, length: int) -> int:
         """Operations over the keys of the last token of a sequence of `length` tokens, forward."""

@@ -44,6 +44,9 @@ class SoftmaxAttention(LayerKind):
     """A query sees only keys of its own chunk of so many positions; None: all earlier ones."""
     sinks: bool = False
     """Each head has a learned score of a key without a value (arXiv 2309.17453)."""
+    gated: bool = False
+    """What each head attends to is multiplied by the sigmoid of a gate, which is projected like its query, and lies
+    after that in the checkpoint (arXiv 2505.06708)."""
     fused_by_head: bool = False
     """The checkpoint has query, key and value of each head one after the other in one tensor."""
 
@@ -54,6 +57,11 @@ class SoftmaxAttention(LayerKind):
     @property
     def queries(self) -> QueryHeads:
         return QueryHeads(self.heads, self.kv_heads, self.head_dim)
+
+    @property
+    def asked(self) -> QueryHeads:
+        """Queries, and their gates where there are any."""
+        return QueryHeads(self.heads, self.kv_heads, 2 * self.head_dim) if self.gated else self.queries
 
     @property
     def keys(self) -> KVHeads:
@@ -101,10 +109,10 @@ class SoftmaxAttention(LayerKind):
 
     @property
     def _parts(self) -> tuple[tuple[str, Split], ...]:
-        return ("q", self.queries), ("k", self.keys), ("v", self.keys)
+        return ("q", self.asked), ("k", self.keys), ("v", self.keys)
 
     def parameters(self, hidden: int) -> int:
-        return (2 * self.heads + 2 * self.kv_heads) * self.head_dim * hidden
+        return ((3 if self.gated else 2) * self.heads + 2 * self.kv_heads) * self.head_dim * hidden
 
     def cache(self, tp: int, tp_rank: int) -> CacheSpec:
         held = width(self.keys, tp, tp_rank) // self.head_dim
@@ -119,10 +127,10 @@ class SoftmaxAttention(LayerKind):
         return 4 * self.heads * self.head_dim
 
     def widest(self, tp: int, tp_rank: int) -> int:
-        return 3 * sum(width(split, tp, tp_rank) for split in (self.queries, self.keys, self.keys))
+        return 3 * sum(width(split, tp, tp_rank) for split in (self.asked, self.keys, self.keys))
 
     def kept(self, tp: int, tp_rank: int) -> int:
-        return 3 * (width(self.queries, tp, tp_rank) + width(self.keys, tp, tp_rank))
+        return 3 * (width(self.asked, tp, tp_rank) + width(self.keys, tp, tp_rank))
 
     def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
         from megalite.model.layers.softmax import Attention

@@ -35,12 +35,14 @@ class Attention(LayerModule):
         )
         self.head_dim = kind.head_dim
         queries, keys = kind.queries, kind.keys
-        splits, formats = (queries, keys, keys), (config.format(layer, "q"), config.format(layer, "attn_out"))
+        splits, formats = (kind.asked, keys, keys), (config.format(layer, "q"), config.format(layer, "attn_out"))
         self.qkv = ColumnParallelLinear(config.hidden_size, splits, state, bias=kind.qkv_bias, format=formats[0])
         self.out = RowParallelLinear(queries, config.hidden_size, state, bias=kind.out_bias, format=formats[1])
-        num_q, num_k, num_v = (outputs // kind.head_dim for outputs in self.qkv.widths)
+        num_k = self.qkv.widths[1] // kind.head_dim
+        num_q, num_v = width(queries, state.tp.size, state.tp.rank) // kind.head_dim, num_k
         self.heads = num_q, num_k, num_v
         """Of this rank: queries, keys, values."""
+        self.gated = kind.gated
         self.norms: tuple[RMSNorm, RMSNorm] | None = None
         """Of each head, where the context applies them."""
         self.q_norm: nn.Module
@@ -72,9 +74,19 @@ class Attention(LayerModule):
         ctx: AttentionContext,
         rotations: Sequence[Rotation],
     ) -> None:
-        qkv = self.qkv.read(x, norm).unflatten(-1, (-1, self.head_dim))  # [T, heads, D]
+        qkv, gate = self._gate_apart(self.qkv.read(x, norm).unflatten(-1, (-1, self.head_dim)))  # [T, heads, D]
         attended = self.attend(qkv, ctx, None if self.rotary is None else rotations[self.rotary])
+        if gate is not None:
+            attended = attended * gate.sigmoid()
         self.out.write(x, attended.flatten(-2), post)
+
+    def _gate_apart(self, qkv: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Queries, keys and values, and the gate of each query head."""
+        if not self.gated:
+            return qkv, None
+        asked, rest = qkv.split((2 * self.heads[0], self.heads[1] + self.heads[2]), 1)
+        q, gate = asked.unflatten(1, (self.heads[0], 2)).unbind(2)
+        return torch.cat([q, rest], 1), gate
 
     def _by_context(self, qkv: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         """What the context's kernels can do themselves."""
