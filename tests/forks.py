@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -199,6 +200,8 @@ def _program(words: list[str], environment: dict[str, str], cwd: str, stdin: str
     launcher.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _ForkedRank})
     if front := sys.modules.get("megalite.serve.front"):
         front.asyncio = SimpleNamespace(**{**vars(asyncio), "create_subprocess_exec": _ForkedDoor.start})
+    if gpu := sys.modules.get("megalite.tools.benchmarks.gpu"):
+        gpu.subprocess = SimpleNamespace(run=_run_fork)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, file in enumerate((os.open(stdin, os.O_RDONLY), os.open(out, flags), os.open(err, flags))):
         os.dup2(file, number)
@@ -246,6 +249,13 @@ class _ForkedRank:
             os.kill(self.pid, signum)
 
 
+def _run_fork(command: list[str], *, preexec_fn: Callable[[], None]) -> SimpleNamespace:
+    """What benchmarks use of subprocess.run, for `python SCRIPT ARGUMENT...`, as a fork."""
+    options = {"env": dict(os.environ), "stdin": None, "pass_fds": (), "start_new_session": False}
+    process = _ForkedRank([command[0], "-u", *command[1:]], preexec_fn=preexec_fn, **options)
+    return SimpleNamespace(returncode=os.waitstatus_to_exitcode(os.waitpid(process.pid, 0)[1]))
+
+
 class _ForkedDoor:
     """What the server's fleet uses of a replica's asyncio.subprocess.Process."""
 
@@ -278,6 +288,7 @@ def _run(words: list[str], environment: dict[str, str], descriptors: Sequence[in
     for signum in signal.valid_signals():
         if callable(signal.getsignal(signum)):
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+    weakref.finalize._registry.clear()  # temporary folders of the process that was forked
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words if words[0] != "-m" else words[1:]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +14,6 @@ from megalite.tools.benchmarks.floor import Floor, Rates
 from megalite.tools.benchmarks.gpu import ROWS, Row
 from megalite.tools.benchmarks.shapes import save_config
 
-ROOT = Path(__file__).parent.parent
 H100 = Rates(read=3.11e12, matmul=779e12)
 
 
@@ -67,17 +62,15 @@ def test_host_parts_are_timed_to_the_last_step():
 
 
 @pytest.mark.slow
-def test_every_row_on_the_cpu(tmp_path):
+def test_every_row_on_the_cpu(forks, tmp_path):
     """Also with two ranks, of which only the table is looked at."""
     sizes = ["--shapes", "qwen3-10M", "--device", "cpu", "--scale", "0.005", "--rounds", "1"]
-    command = [sys.executable, "tools/bench.py", "gpu", *sizes]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    preload = ("megalite.tools.benchmarks.gpu", "megalite.inference.llm")
 
     def run(*more: str) -> str:
-        whole = [*command, *more, "--json", str(tmp_path / "rows")]
-        done = subprocess.run(whole, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        done = forks.run("tools/bench.py", "gpu", *sizes, *more, "--json", tmp_path / "rows", preload=preload)
+        assert done.code == 0, done.out + done.err
+        return done.out
 
     said = run("--profile", "--disk")
     rows = json.loads((tmp_path / "rows").read_text())

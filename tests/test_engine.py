@@ -50,7 +50,7 @@ def tokens(count: int) -> tuple[int, ...]:
 LONG, SHARED = tokens(45), tokens(24)
 SHORT = [tokens(6) for _ in range(24)]
 _ASKED = [
-    (tokens(1), {"temperature": 0, "max_tokens": 30}),
+    (tokens(1), {"temperature": 0, "max_tokens": 22}),
     (LONG, {"temperature": 0, "prompt_logprobs": 2}),
     (tokens(17), {"temperature": 0, "max_tokens": 1}),
     (SHARED, {"n": 3, "prompt_logprobs": 0}),
@@ -58,8 +58,8 @@ _ASKED = [
     (SHARED, {"temperature": 1.3, "top_k": 6, "seed": 2**62}),
     (tokens(9), {"min_p": 0.1, "seed": 3, "logprobs": None}),
     (tokens(12), {"temperature": 1.2, "n": 2, "best_of": 4, "seed": 11}),
-    (tokens(6) * 3, {"temperature": 0, "repetition_penalty": 1.4, "max_tokens": 25}),
-    (tokens(8), {"temperature": 0.9, "frequency_penalty": 0.7, "presence_penalty": 0.5, "max_tokens": 25}),
+    (tokens(6) * 3, {"temperature": 0, "repetition_penalty": 1.4, "max_tokens": 18}),
+    (tokens(8), {"temperature": 0.9, "frequency_penalty": 0.7, "presence_penalty": 0.5, "max_tokens": 18}),
     (tokens(5), {"logit_bias": {7: 6.0, 9: 5.5, 11: -100.0}, "top_p": 0.95}),
     (tokens(7), {"ignore_eos": False, "min_tokens": 6, "logit_bias": {EOS: 12.0}}),  # ends as soon as it may
     (tokens(10), {"temperature": 0.8, "stop_token_ids": list(range(3, 40)), "min_tokens": 3}),
@@ -71,10 +71,10 @@ _ASKED = [
     (tokens(4), {"allowed_token_ids": [50, 51, 52], "temperature": 0, "repetition_penalty": 1.2}),
 ]
 ASKS = [
-    Ask(place, prompt, replace(SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2), **changes))
+    Ask(place, prompt, replace(SamplingParams(max_tokens=14, ignore_eos=True, logprobs=2), **changes))
     for place, (prompt, changes) in enumerate(_ASKED)
 ]
-_LETTERS = SamplingParams(max_tokens=30, ignore_eos=True, logprobs=2, allowed_token_ids=[30, 31, 32])
+_LETTERS = SamplingParams(max_tokens=20, ignore_eos=True, logprobs=2, allowed_token_ids=[30, 31, 32])
 ASKS += [
     Ask(len(ASKS), tokens(3), _LETTERS, bad_words=((30, 31), (31, 31), (32, 30, 30))),
     Ask(len(ASKS) + 1, tokens(5), replace(_LETTERS, temperature=0), bad_words=((31,), (30, 30), (30, 32, 30))),
@@ -223,7 +223,7 @@ SETTINGS = {
     "recomputed": Setting(rounds=2, engine=TIGHT),
     "recomputed, no prefix cache": Setting(engine={**TIGHT, "enable_prefix_caching": False}),
     "swapped": Setting(engine=SWAP),
-    "swapped and recomputed": Setting(engine={**TIGHT, "swap_space": 9 * GIB_A_BLOCK}),
+    "swapped and recomputed": Setting(engine={**TIGHT, "swap_space": 4 * GIB_A_BLOCK}),
     "overlap": Setting(engine=OVERLAP, rounds=2),
     "overlap, recomputed": Setting(engine={**TIGHT, **OVERLAP}),
     "overlap, tp2 pp2 swapped": Setting(layout=Layout(2, 2, 1), engine={**SWAP, **OVERLAP}),
@@ -234,7 +234,7 @@ SETTINGS = {
     "pp3 swapped": Setting(layout=Layout(1, 3, 1), engine=SWAP),
     "tp3 recomputed": Setting(layout=Layout(3, 1, 1), engine=TIGHT),
     "tp2 pp2 swapped": Setting(layout=Layout(2, 2, 1), engine=SWAP),
-    "pp2 dp2 async": Setting(layout=Layout(1, 2, 2), engine={**SMALL, "max_num_seqs": 3}, dp_mode="async", rounds=2),
+    "pp2 dp2 async": Setting(layout=Layout(1, 2, 2), engine={**SMALL, "max_num_seqs": 3}, dp_mode="async"),
 }
 
 

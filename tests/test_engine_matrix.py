@@ -1,4 +1,5 @@
-"""Every family in every layout generates and scores what transformers does: the promise of the project in one table.
+"""Every family generates and scores what transformers does, whatever the layout: the promise of the project in one
+table.
 
 Generation: paged cache, chunked prefill, cohorts and all. Scores: packed forward passes through the training pipeline.
 """
@@ -21,26 +22,36 @@ from megalite.inference.run import prompt_limits, run_everywhere
 from megalite.train.micro_batch import from_sequences
 from megalite.train.model import Scorer
 
-FEWER_LAYOUTS = [(1, 1, 1), (4, 1, 1), (2, 2, 1)]
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2), (3, 1, 1), (1, 3, 1)]
-FAMILIES = ("llama3", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "phi3_longrope", "gpt2")
-"""Of each family the variant that is run in every layout; what a checkpoint says otherwise needs fewer."""
+EVERYWHERE = ("llama3", "qwen3_moe", "gemma2")
+"""Run in every layout. How the weights of any family are cut for any layout is tested with test_convert.py."""
 VARIANT_NAMES = [*VARIANTS, "gpt2_bare"]
-ONE_LAYOUT = list(VARIANTS)[list(VARIANTS).index("gemma") :]
-"""Made of what the others are made of and small switches: each in one layout, the next in another."""
 ROTATION = [(4, 1, 1), (2, 2, 1), (3, 1, 1), (1, 2, 1)]
-MORE = {"gemma": [(2, 2, 1)], "qwen3_next": [(1, 1, 1), (2, 2, 1)]}
+"""Every other variant in one of these, the next one in another."""
+MORE = {
+    "llama_tied": [(1, 3, 1), (1, 1, 2)],
+    "llama_one_kv_head": [(2, 2, 1)],
+    "mistral": [(1, 1, 2), (1, 1, 1)],
+    "qwen2": [(2, 2, 1), (1, 3, 1)],
+    "qwen3": [(2, 1, 1), (1, 1, 1)],
+    "mixtral": [(2, 1, 1), (2, 2, 1)],
+    "phi3_longrope": [(2, 2, 1), (1, 1, 2)],
+    "gpt2": [(2, 1, 1), (1, 3, 1)],
+    "gemma": [(2, 2, 1)],
+    "qwen3_next": [(1, 1, 1), (2, 2, 1)],
+}
+"""And these also in others: checkpoints of the most used families."""
 
 
 def layouts_of(name: str) -> list[tuple[int, int, int]]:
-    if name in ONE_LAYOUT:
-        return [ROTATION[ONE_LAYOUT.index(name) % len(ROTATION)], *MORE.get(name, [])]
-    return LAYOUTS if name in FAMILIES else FEWER_LAYOUTS
+    if name in EVERYWHERE:
+        return LAYOUTS
+    return list(dict.fromkeys([ROTATION[VARIANT_NAMES.index(name) % len(ROTATION)], *MORE.get(name, [])]))
 
 
 CASES = [(name, layout) for name in VARIANT_NAMES for layout in layouts_of(name)]
 TOLERANCE = 1e-4
-MAX_TOKENS = 12
+MAX_TOKENS = 8
 
 _random = random.Random(1)
 PROMPTS = [[_random.randrange(3, VOCAB) for _ in range(length)] for length in (1, 7, 19, 40)]
@@ -77,7 +88,7 @@ def test_greedy_choices_of_the_reference_are_not_near_ties(name, reference):
     """Otherwise equal tokens would be luck."""
     generated = reference(name, PROMPTS, MAX_TOKENS)
     assert min(g.margin for g in generated) > 10 * TOLERANCE
-    assert len({token for g in generated for token in g.tokens}) > 4
+    assert len({token for g in generated for token in g.tokens}) > 3
 
 
 @pytest.mark.parametrize("name, layout", CASES, ids=lambda one: one if isinstance(one, str) else str(Layout(*one)))

@@ -27,11 +27,11 @@ DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"
 CONFIG = """
 model: {{path: {model}, dtype: float32}}
 engine: {{max_num_seqs: 16, max_model_len: 100, block_size: 8, check_lockstep: true}}
-sampling: {{temperature: 0.9, max_tokens: 60, ignore_eos: true, seed: 4}}
+sampling: {{temperature: 0.9, max_tokens: 40, ignore_eos: true, seed: 4}}
 """
 GOOD = [
-    *({"prompt": "x" * (1 + place % 7), "id": f"text {place}"} for place in range(60)),
-    *({"prompt": [5 + place, 6, 7], "sampling": {"max_tokens": 5 + 3 * place}} for place in range(12)),
+    *({"prompt": "x" * (1 + place % 7), "id": f"text {place}"} for place in range(28)),
+    *({"prompt": [5 + place, 6, 7], "sampling": {"max_tokens": 5 + 4 * place}} for place in range(8)),
     {"messages": [{"role": "user", "content": "hi"}], "id": 100, "sampling": {"seed": 1, "n": 3}},
     {"prompt": "é", "sampling": {"logprobs": 2, "prompt_logprobs": 1, "temperature": 0, "max_tokens": 3}},
     {"prompt": "stop", "sampling": {"stop": ["a", "b", "c", "d"], "best_of": 3, "temperature": 1}},
@@ -108,7 +108,7 @@ def restarted(jobs: Jobs) -> list[Run]:
     """One rank of two is killed, and the run starts again by itself, over what an earlier one has left."""
     (jobs.folder / "restarted.jsonl").write_text("not ours\n")
     again = ("--max-restarts", "2", "output.overwrite=true", "parallel.dp=2", "engine.max_num_seqs=3")
-    return [jobs.run("restarted", *again, fault="decode.step@1#500=kill")]
+    return [jobs.run("restarted", *again, fault="decode.step@1#150=kill")]
 
 
 def stopped(jobs: Jobs) -> list[Run]:
@@ -207,7 +207,7 @@ def test_a_job_from_file_to_file(undisturbed):
         assert ("error" in result) == (number in BAD) != bool(result["outputs"])
     results = {result["id"]: result for result in undisturbed.results}
     assert len(results["100"]["outputs"]) == 3 and results["100"]["prompt"] == "<s>user: hi\nassistant: "
-    assert len(results["text 59"]["outputs"][0]["token_ids"]) == 60
+    assert len(results["text 27"]["outputs"][0]["token_ids"]) == 40
 
 
 def test_bad_lines_are_named(undisturbed):

@@ -30,8 +30,8 @@ from megalite.weights.table import owned
 from megalite.weights.transfer import random_matrix
 
 STEPS = 8
-BATCH = 8
-"""Sequences of one step, over all replicas; four micro batches to fill a pipeline with."""
+BATCH = 4
+"""Sequences of one step, over all replicas; two micro batches to fill a pipeline with."""
 LENGTH = 10
 STEP = 5
 """At which the states are that were not trained."""
@@ -157,7 +157,7 @@ def micro_batches(trainer: Trainer) -> list:
     vocab, dp = trainer.decoder.config.vocab_size, trainer.state.dp
     generator = torch.Generator().manual_seed(trainer.steps_done)
     ids = torch.randint(vocab, (BATCH, LENGTH + 1), generator=generator)
-    return [from_windows(part) for part in ids.chunk(dp.size)[dp.rank].chunk(4)]
+    return [from_windows(part) for part in ids.chunk(dp.size)[dp.rank].chunk(2)]
 
 
 def train(rank: int, model: Path, folders: list[Path], layout: Layout, zero: int) -> None:
