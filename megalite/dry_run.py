@@ -96,7 +96,8 @@ def _engine_columns(engine: EngineSection, dtype: str, model: ModelConfig) -> tu
         captures = not engine.enforce_eager
         found: dict[str, list[str]] = {"weights": [], "kv a token": [], full: [], "activations": []}
         for rank in ranks:
-            memory, rows = RankMemory(model, layout, rank, item), engine.max_num_seqs
+            memory = RankMemory(model, layout, rank, item, kv_cache_dtype=engine.kv_cache_dtype)
+            rows = engine.max_num_seqs
             token = memory.kv_block(1)
             beside = memory.beside(engine, stage_weights=weights, captures=captures, longest=length)
             found["weights"].append(format_bytes(memory.weights))

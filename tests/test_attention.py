@@ -32,6 +32,13 @@ LAYOUTS = {
 }
 
 
+def placed(offset, start, count, blocks):
+    """A row, and the slots of all its positions."""
+    slots = [blocks[place // BLOCK] * BLOCK + place % BLOCK for place in range(start + count)]
+    run = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
+    return CacheRow(offset, start, count, slots[0] if run else None, None if run else torch.tensor(blocks)), slots
+
+
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -43,11 +50,10 @@ def test_host_attention(spec, name, sinks):
     of_heads = torch.randn(HEADS, generator=generator) if sinks else None
     for start, count, blocks in LAYOUTS[name]:
         q, k, v = (torch.randn(start + count, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
-        mine = [blocks[place // BLOCK] * BLOCK + place % BLOCK for place in range(start + count)]
+        row, mine = placed(len(slots), start, count, blocks)
         cache.layers[3][0][:, mine[:start]] = k[:start].transpose(0, 1)
         cache.layers[3][1][:, mine[:start]] = v[:start].transpose(0, 1)
-        run = blocks == list(range(blocks[0], blocks[0] + len(blocks)))
-        rows.append(CacheRow(len(slots), start, count, mine[0] if run else None, None if run else torch.tensor(blocks)))
+        rows.append(row)
         slots += mine[start:]
         positions += range(start, start + count)
         expected.append(formula(q[start:], k, v, spec, of_heads))
@@ -56,6 +62,31 @@ def test_host_attention(spec, name, sinks):
     context = HostAttention(cache, rows, torch.tensor(positions), torch.tensor(positions), torch.tensor(slots))
     out = context.attend(spec, q, k, v, sinks=of_heads)
     torch.testing.assert_close(out.double(), torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_cache_in_fp8_is_one_of_rounded_keys_and_values(name):
+    generator = torch.Generator().manual_seed(0)
+    of = CacheSpec.keys_and_values(KV_HEADS, DIM)
+    caches = [HostCache({3: of}, 16, block_size=BLOCK, dtype=torch.float32, fp8=fp8) for fp8 in (False, True)]
+    old = torch.randn(caches[0].stacks[3][0].shape, generator=generator)
+    caches[0].stacks[3][0].copy_(old.to(torch.float8_e4m3fn))
+    caches[1].stacks[3][0].copy_(old)
+    assert caches[0].nbytes == 4 * caches[1].nbytes
+    rows, slots = [], []
+    for start, count, blocks in LAYOUTS[name]:
+        row, mine = placed(len(slots), start, count, blocks)
+        rows.append(row)
+        slots += mine[start:]
+    q, k, v = (torch.randn(len(slots), heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    k[0] = 1e4  # beyond what e4m3 can be, and so the largest that it can
+    places = torch.zeros(len(slots), dtype=torch.int64)
+    spec = AttentionSpec(layer=3, scale=0.3, key_scale=0.5, value_scale=4.0)
+    got = HostAttention(caches[1], rows, places, places, torch.tensor(slots)).attend(spec, q, k, v)
+    k, v = ((x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() for x, scale in ((k, 0.5), (v, 4.0)))
+    plain = AttentionSpec(layer=3, scale=0.15)
+    want = HostAttention(caches[0], rows, places, places, torch.tensor(slots)).attend(plain, q, k, v) * 4
+    assert torch.equal(got, want)
 
 
 def packed_case(lengths, heads, kv_heads, dim, dtype=torch.float32):

@@ -325,6 +325,40 @@ def test_store_kv_writes_its_slots_and_no_other(heads, dim):
     assert torch.equal(cache, expected)
 
 
+FP8 = torch.float8_e4m3fn
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
+@pytest.mark.parametrize("shape", ["float16", "window 7", "24 of 28 channels are values, 3 heads"])
+def test_a_cache_in_fp8_is_read_as_the_numbers_it_holds(shape, rows):
+    step = Step(rows, **{**BASE, **SHAPES[shape]})
+    kept = step.cache.float().to(FP8)
+    step.cache = kept.to(step.dtype)
+    expected = step.run()
+    step.cache = kept
+    assert torch.equal(step.run(), expected)
+
+
+def roundable(x: torch.Tensor) -> torch.Tensor:
+    """Numbers that are rounded to fp8 rightly: any but in the interpreter, which gets only such as need no rounding."""
+    return x if CUDA else x.float().clamp(-448, 448).to(FP8).to(x.dtype)
+
+
+@needs_triton
+def test_store_kv_in_fp8():
+    torch.manual_seed(0)
+    k, v = roundable(torch.randn(2, 3, 2, 80, device=DEVICE) * 300)
+    k[0, 0, 0] = 1e5
+    cache = torch.zeros(2, 2, 8, 80, device=DEVICE).to(FP8)
+    store_kv(k, v, *cache, torch.tensor([5, -1, 2], device=DEVICE), scales=(1.0, 4.0))
+    want = torch.zeros(2, 2, 8, 80, device=DEVICE).to(FP8)
+    for slot, token in ((5, 0), (2, 2)):
+        want[0, :, slot] = k[token].clamp(-448, 448).to(FP8)
+        want[1, :, slot] = (v[token] / 4).clamp(-448, 448).to(FP8)
+    assert torch.equal(cache.view(torch.uint8), want.view(torch.uint8))
+
+
 def test_the_number_of_splits_is_a_power_of_two_that_falls_as_rows_grow():
     chosen = [kernels._num_splits(rows, 8, 132) for rows in range(1, 300)]
     assert chosen[0] == 16 and chosen[15] == 1

@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton
+from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton, roundable
 from tiny_models import VOCAB
 
 from megalite.core import functional, layers, linear
@@ -183,6 +183,25 @@ def test_head_norms_rotation_and_cache_write(dim, rotary, with_norm, dtype):
         assert torch.equal(cache[1][:, slots[written]].transpose(0, 1), v[written])
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32] + ([torch.bfloat16] if CUDA else []))
+def test_a_cache_in_fp8_gets_what_another_gets_rounded(dtype):
+    torch.manual_seed(1)
+    slots, table = torch.tensor([3, -1, 0], device=DEVICE), randn(3, 32)
+    if not CUDA:  # keys stay as they are
+        table[:, :16], table[:, 16:] = 1, 0
+    qkv, cache = roundable(randn(3, 8, 48, dtype=dtype)), torch.zeros(2, 2, 4, 48, dtype=dtype, device=DEVICE)
+    qkv[0] *= 1024
+    kept = torch.zeros_like(cache, dtype=torch.float8_e4m3fn)
+    other = qkv.clone()
+    rope_kernels.rotate_and_store(qkv, *cache, slots, table, positions=None)
+    rope_kernels.rotate_and_store(other, *kept, slots, table, positions=None, scales=(0.25, 2.0))
+    assert torch.equal(qkv, other)
+    scales = torch.tensor([0.25, 2.0], device=DEVICE)[:, None, None, None]
+    want = (cache.float() / scales).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(kept.view(torch.uint8), want.view(torch.uint8))
+
+
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -215,7 +234,7 @@ def emulated_thin(x, weight, *, bias, norm, gated, residual, out, pdl):
     return y.to(x.dtype) if residual is None else out.copy_(residual.float() + y)
 
 
-def emulated_rope(qkv, k_cache, v_cache, slots, table, *, positions, norms, zero_centred, keep_keys, pdl):
+def emulated_rope(qkv, k_cache, v_cache, slots, table, *, positions, norms, zero_centred, keep_keys, scales, pdl):
     keys = len(k_cache)
     q, k, v = qkv.float().split([qkv.shape[1] - 2 * keys, keys, keys], 1)
     if norms is not None:
@@ -250,7 +269,7 @@ def kernels_or_their_roundings(monkeypatch):
         monkeypatch.setattr(device_attention, "store_kv", stored)
 
 
-def stored(k, v, k_cache, v_cache, slots):
+def stored(k, v, k_cache, v_cache, slots, scales):
     k_cache[:, slots], v_cache[:, slots] = k.transpose(0, 1), v.transpose(0, 1)
 
 

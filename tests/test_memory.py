@@ -33,6 +33,12 @@ def shape(**changes) -> dict:
     return {**base, **heads, "intermediate_size": 64, "vocab_size": 1000, **changes}
 
 
+def test_a_cache_in_fp8_takes_a_byte_a_number():
+    config = families.from_values(Path("config.json"), shape())
+    kept = [RankMemory(config, Layout(), 0, 2, kv_cache_dtype=dtype).kv_block(16) for dtype in ("auto", "fp8")]
+    assert kept == [2 * kept[1], 16 * 2 * 2 * 64]
+
+
 def step_bytes(one: RankMemory, *, max_tokens: int, max_rows: int) -> int:
     return one.activations(max_tokens=max_tokens) + one.logits(max_tokens=max_tokens, max_rows=max_rows)
 

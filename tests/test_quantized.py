@@ -283,3 +283,26 @@ def test_what_can_not_be_quantized(models, tmp_path):
         quantize(numbers, None, tmp_path / "out", "int4")
     with pytest.raises(ConfigError, match="fp8 has a scale a row"):
         quantize(numbers, None, tmp_path / "out", "fp8", group=32)
+
+
+# ---- keys and values in fp8 --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "near"), [("qwen3", 0.15), ("deepseek_v3", 0.5)])
+def test_a_cache_in_fp8_is_near_and_cut_alike(name, near, tiny):
+    """Log-probabilities move a little; steps, chunks and shared prefixes change nothing."""
+    prompts = [{"prompt_token_ids": [7, 5, 3] * 7}, {"prompt_token_ids": [*[7, 5, 3] * 7, 9]}]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, prompt_logprobs=0)
+
+    def answers(**engine):
+        with LLM(str(tiny(name)), dtype="float32", max_model_len=64, **engine) as llm:
+            outputs = llm.generate(prompts, params)
+        steps = [step for one in outputs for step in one.prompt_logprobs[1:]]
+        scored = torch.tensor([next(iter(step.values())).logprob for step in steps])
+        return [list(one.outputs[0].token_ids) for one in outputs], scored
+
+    plain, fp8 = answers(), answers(kv_cache_dtype="fp8")
+    assert 0 < (plain[1] - fp8[1]).abs().mean() < near
+    cut = answers(kv_cache_dtype="fp8", max_num_batched_tokens=4, max_num_seqs=2, enable_prefix_caching=False)
+    assert cut[0] == fp8[0]
+    torch.testing.assert_close(cut[1], fp8[1], atol=1e-4, rtol=0)

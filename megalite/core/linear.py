@@ -26,6 +26,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.core.quantized import coded, dequantize, largest_of, to_fp8
 from megalite.kernels import codes as codes_kernels
 from megalite.kernels.codes import LEAST_BLOCK, block_of
+from megalite.kernels.device import has_fp8
 from megalite.kernels.jit import launches_dependents, triton
 from megalite.kernels.thin import MAX_ROWS, thin_linear
 
@@ -242,12 +243,7 @@ def _scaled_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | Non
 
 def _keeps_codes(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether kernels multiply codes on this device: of e4m3 from compute capability 8.9 on, so all from there on."""
-    return (
-        tensor.is_cuda
-        and triton is not None
-        and dtype.itemsize == 2
-        and torch.cuda.get_device_capability(tensor.device) >= (8, 9)
-    )
+    return tensor.is_cuda and triton is not None and dtype.itemsize == 2 and has_fp8(tensor.device)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

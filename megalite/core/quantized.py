@@ -74,7 +74,8 @@ def _microscaled(blocks: Tensor, exponents: Tensor) -> Tensor:
     """Codes [N, K / 2], the lower half of a byte first, and exponents [N, K / 32] -> float32 [N, K]."""
     numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], device=blocks.device)
     codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(1)
-    return numbers[codes.int()].unflatten(1, (-1, 32)).mul_(_powers(exponents)[:, :, None]).flatten(1)
+    weight: Tensor = numbers[codes.int()].unflatten(1, (-1, 32)).mul_(_powers(exponents)[:, :, None])
+    return weight.flatten(1)
 
 
 def _powers(exponents: Tensor) -> Tensor:

@@ -17,14 +17,14 @@ from megalite.core.agreement import minimum, wait_for_all
 from megalite.core.layout import Layout
 from megalite.core.linear import settle, store_by_input
 from megalite.core.parallel_state import ParallelState
-from megalite.errors import ConfigError
+from megalite.errors import ConfigError, Problem
 from megalite.inference.engine import Engine
 from megalite.inference.outputs import OutputProcessor
 from megalite.inference.rows import Rows
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler
 from megalite.inference.scheduler import Scheduler
-from megalite.kernels.device import free_memory, ranks_on_device
+from megalite.kernels.device import free_memory, has_fp8, ranks_on_device
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.kinds.base import CacheSpec
@@ -89,7 +89,12 @@ class Replica:
         self.model = decoder.config
         weight = next(param for param in decoder.parameters() if hasattr(param, "tensor_model_parallel"))
         self.dtype, self.device = weight.dtype, weight.device
-        self.memory = RankMemory(self.model, self.layout, self.state.rank, self.dtype.itemsize)
+        self.memory = RankMemory(
+            self.model, self.layout, self.state.rank, self.dtype.itemsize, kv_cache_dtype=engine.kv_cache_dtype
+        )
+        if self._caches_fp8 and self.device.type == "cuda" and not has_fp8(self.device):
+            rule = "needs a GPU of compute capability 8.9 or higher"
+            raise ConfigError(Problem(key="engine.kv_cache_dtype", rule=rule, value="fp8", fix="Leave it auto."))
         self._runner: Runner | None = None
         runtime.before_groups_go.append(self._drop_graphs)
         self._fit()
@@ -229,10 +234,18 @@ class Replica:
             dtype=self.dtype,
             device=self.device,
             rows=rows,
+            fp8=self._caches_fp8,
         )
 
     def _host_cache(self, blocks: int, rows: int = 0) -> HostCache:
-        return HostCache(self._cache_specs(), blocks, block_size=self.settings.block_size, dtype=self.dtype, rows=rows)
+        size = self.settings.block_size
+        return HostCache(
+            self._cache_specs(), blocks, block_size=size, dtype=self.dtype, rows=rows, fp8=self._caches_fp8
+        )
+
+    @property
+    def _caches_fp8(self) -> bool:
+        return self.settings.kv_cache_dtype == "fp8"
 
     def _cache_specs(self) -> dict[int, CacheSpec]:
         """What each layer of this rank's stage keeps."""

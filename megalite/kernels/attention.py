@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megalite.kernels.jit import jit, multiprocessors, require_triton, shared_memory, tl, triton
+from megalite.kernels.store import as_bytes
 
 MAX_SPLITS = 32
 """Parts that the keys of one row are cut into at most."""
@@ -53,8 +54,9 @@ def _load_tile(
     PAGE: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """Keys or values of TILE_KEYS positions from `start` on; MASKED: zeros outside begin..end."""
+    """Keys or values of TILE_KEYS positions from `start` on, in DTYPE; MASKED: zeros outside begin..end."""
     key = start + tl.arange(0, TILE_KEYS)
     present = (key >= begin) & (key < end)
     slot = key.to(tl.int64)
@@ -69,7 +71,9 @@ def _load_tile(
         tile = tl.load(place, mask=present[:, None] & (dim[None, :] < DIM), other=0.0)
     else:
         tile = tl.load(place, mask=dim[None, :] < DIM, other=0.0)
-    return tile
+    if data.dtype.element_ty == tl.uint8:
+        tile = tile.to(tl.float8e4nv, bitcast=True)
+    return tile.to(DTYPE)
 
 
 @jit
@@ -90,10 +94,12 @@ def _score(
     TILE_KEYS: tl.constexpr,
 ):
     """q k^T for the keys of a tile, of DIM channels and REST behind them."""
-    k_tile = _load_tile(data, blocks, start, begin, end, dim, slot_stride, DIM, PAGE, TILE_KEYS, True)
+    k_tile = _load_tile(data, blocks, start, begin, end, dim, slot_stride, DIM, PAGE, TILE_KEYS, True, q_tile.dtype)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
     if REST > 0:
-        k_rest = _load_tile(data + DIM, blocks, start, begin, end, rest, slot_stride, REST, PAGE, TILE_KEYS, True)
+        k_rest = _load_tile(
+            data + DIM, blocks, start, begin, end, rest, slot_stride, REST, PAGE, TILE_KEYS, True, q_tile.dtype
+        )
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
     return scores
 
@@ -250,6 +256,7 @@ def _attention_kernel(
         width = tl.cdiv(tiles, SPLITS) * TILE_KEYS
         low += split * width
         high = tl.minimum(low + width, end)
+    DTYPE: tl.constexpr = q.dtype.element_ty
     highest = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     mixed = tl.zeros([TILE_ROWS, BLOCK_DIM], tl.float32)
@@ -271,13 +278,15 @@ def _attention_kernel(
             next_scores = _score(
                 q_tile, q_rest, k_head, blocks, after, begin, end, dim, rest, k_slot_stride, DIM, REST, PAGE, TILE_KEYS
             )
-            v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, EDGES)
+            v_tile = _load_tile(
+                v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, EDGES, DTYPE
+            )
             highest, total, mixed = _weigh(
                 scores, v_tile, highest, total, mixed, start, end, position,
                 score_factor, cap_factor, WINDOW, CHUNK, CAPPED, TILE_KEYS, EDGES,
             )  # fmt: skip
             scores = next_scores
-        v_tile = _load_tile(v_head, blocks, masked, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        v_tile = _load_tile(v_head, blocks, masked, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True, DTYPE)
         highest, total, mixed = _weigh(
             scores, v_tile, highest, total, mixed, masked, end, position,
             score_factor, cap_factor, WINDOW, CHUNK, CAPPED, TILE_KEYS, True,
@@ -287,7 +296,7 @@ def _attention_kernel(
         scores = _score(
             q_tile, q_rest, k_head, blocks, start, begin, end, dim, rest, k_slot_stride, DIM, REST, PAGE, TILE_KEYS
         )
-        v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True)
+        v_tile = _load_tile(v_head, blocks, start, begin, end, dim, v_slot_stride, DIM, PAGE, TILE_KEYS, True, DTYPE)
         highest, total, mixed = _weigh(
             scores, v_tile, highest, total, mixed, start, end, position,
             score_factor, cap_factor, WINDOW, CHUNK, CAPPED, TILE_KEYS, True,
@@ -355,8 +364,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each row's newest tokens over its cached keys: [T, H, D] -> [T, H, D], sums in float32.
 
-    q [T, H, D] and the caches [K, slots, D] share one dtype and have a contiguous last dim; H is a multiple of K, and
-    query head h attends to KV head h // (H / K). Row b has the tokens query_start[b]..query_start[b + 1] of q
+    q [T, H, D] and the caches [K, slots, D] share one dtype and have a contiguous last dim; caches may also be in
+    float8 e4m3, which becomes q's dtype as it is read. H is a multiple of K, and query head h attends to KV head
+    h // (H / K). Row b has the tokens query_start[b]..query_start[b + 1] of q
     (int32 [B + 1], from 0 to T), which are the last of its context_len[b] positions (int32 [B]); their keys are in the
     cache already. Its blocks are those of row table_rows[b] (int32 [B]; None: row b) of block_table int32 [*, blocks];
     entries outside what the row's queries see are not read. A row with context_len 0 gives zeros: the padding of a
@@ -447,7 +457,8 @@ def _launch(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     if tokens == 0 or heads == 0:
         return out
-    assert heads % kv_heads == 0 and q.dtype == k.dtype == v.dtype, (q.shape, q.dtype, k.dtype)
+    k, v = as_bytes(k), as_bytes(v)
+    assert heads % kv_heads == 0 and k.dtype == v.dtype in (q.dtype, torch.uint8), (q.shape, q.dtype, k.dtype)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     require_triton()
     group = heads // kv_heads

@@ -268,8 +268,8 @@ def codes_linear_of_experts(
     out = torch.empty((x.shape[0], codes.shape[1]), dtype=x.dtype, device=x.device)
     if out.numel():
         assert x.stride(1) == 1 and codes.is_contiguous() and scales.is_contiguous()
-        of_all = (None if one is None else one.flatten(0, 1) for one in (codes, scales, zeros, bias))
-        _by_rows(x, *of_all, out, experts, kind)
+        of_zeros, of_bias = (None if one is None else one.flatten(0, 1) for one in (zeros, bias))
+        _by_rows(x, codes.flatten(0, 1), scales.flatten(0, 1), of_zeros, of_bias, out, experts, kind)
     return out
 
 

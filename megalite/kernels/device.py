@@ -56,6 +56,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether kernels on a CUDA device know float8 e4m3."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def timing_event() -> torch.cuda.Event:
     """A mark in the stream, whose distance to others can be asked for."""
     return torch.cuda.Event(enable_timing=True)

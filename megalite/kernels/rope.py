@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.store import as_bytes, as_kept
 
 TILE = 1024
 """Numbers of a program, about."""
@@ -29,6 +30,8 @@ def _rope_kernel(
     cache_head_stride,
     cache_slot_stride,
     table_rows,
+    key_inverse,
+    value_inverse,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
@@ -110,22 +113,24 @@ def _rope_kernel(
         if REST > 0:
             if NORM:
                 tl.store(source + 2 * HALF + rest_of[None, :], rest.to(qkv.dtype.element_ty), mask=rest_mask)
+    MODEL: tl.constexpr = qkv.dtype.element_ty
+    KEPT: tl.constexpr = k_cache.dtype.element_ty
     if kind > 0:
         slot = tl.load(slots + token).to(tl.int64)
         if slot >= 0:
             to = head[:, None].to(tl.int64) * cache_head_stride + slot * cache_slot_stride
             if kind == 1:
-                tl.store(k_cache + to + pair[None, :], first.to(k_cache.dtype.element_ty), mask=mask)
-                tl.store(k_cache + to + HALF + pair[None, :], second.to(k_cache.dtype.element_ty), mask=mask)
+                tl.store(k_cache + to + pair[None, :], as_kept(first, key_inverse, MODEL, KEPT), mask=mask)
+                tl.store(k_cache + to + HALF + pair[None, :], as_kept(second, key_inverse, MODEL, KEPT), mask=mask)
                 if REST > 0:
                     to += 2 * HALF
-                    tl.store(k_cache + to + rest_of[None, :], rest.to(k_cache.dtype.element_ty), mask=rest_mask)
+                    tl.store(k_cache + to + rest_of[None, :], as_kept(rest, key_inverse, MODEL, KEPT), mask=rest_mask)
             else:
-                tl.store(v_cache + to + pair[None, :], first.to(v_cache.dtype.element_ty), mask=mask)
-                tl.store(v_cache + to + HALF + pair[None, :], second.to(v_cache.dtype.element_ty), mask=mask)
+                tl.store(v_cache + to + pair[None, :], as_kept(first, value_inverse, MODEL, KEPT), mask=mask)
+                tl.store(v_cache + to + HALF + pair[None, :], as_kept(second, value_inverse, MODEL, KEPT), mask=mask)
                 if REST > 0:
                     to += 2 * HALF
-                    tl.store(v_cache + to + rest_of[None, :], rest.to(v_cache.dtype.element_ty), mask=rest_mask)
+                    tl.store(v_cache + to + rest_of[None, :], as_kept(rest, value_inverse, MODEL, KEPT), mask=rest_mask)
 
 
 def rotate_and_store(
@@ -139,6 +144,7 @@ def rotate_and_store(
     norms: tuple[Tensor, Tensor, float] | None = None,
     zero_centred: bool = False,
     keep_keys: bool = False,
+    scales: tuple[float, float] = (1.0, 1.0),
     pdl: bool = False,
 ) -> None:
     """Norm and rotate queries of qkv [T, H + 2 K, D] in place; write its keys, so treated, and values to the caches.
@@ -147,9 +153,11 @@ def rotate_and_store(
     of a head are rotated for c < R/2, the others pass through. `table` float32 [positions, R]: cosines, then sines of
     the R/2 angles of `positions` (int [T]); where `positions` is None it is [T, R], of each token. `norms`: RMSNorm
     weights [D] of query and key heads and eps, times (1 + weight) when `zero_centred`; they come before the rotation.
-    `keep_keys`: the treated keys are written to qkv too. Computed in float32, rounded once. `pdl`: as `norm.rms_norm`.
+    `keep_keys`: the treated keys are written to qkv too. Computed in float32, rounded once; `scales`: as in
+    `store.store_kv`, of what would be kept otherwise. `pdl`: as `norm.rms_norm`.
     """
     require_triton()
+    k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     tokens, heads, dim = qkv.shape
     keys, half = k_cache.shape[0], table.shape[1] // 2
     assert qkv.stride()[1:] == (dim, 1) and k_cache.stride() == v_cache.stride() and k_cache.stride(2) == 1
@@ -175,6 +183,8 @@ def rotate_and_store(
         qkv.stride(0),
         *k_cache.stride()[:2],
         table.shape[0],
+        1 / scales[0],
+        1 / scales[1],
         QUERIES=queries,
         KEYS=keys,
         DIM=dim,

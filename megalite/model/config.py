@@ -80,6 +80,10 @@ class AttentionSpec:
     """A query sees only keys of its own chunk of so many positions; None: all earlier ones."""
     values: int | None = None
     """Leading channels of a key that are its value; None: values are given."""
+    key_scale: float = 1.0
+    """Keys are divided by it in a cache in fp8,"""
+    value_scale: float = 1.0
+    """and values by this."""
 
     def first_key(self, position: int) -> int:
         """The first position that the query at `position` sees."""

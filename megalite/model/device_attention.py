@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from megalite.kernels.rope import rotate_and_store
 from megalite.kernels.store import store_kv
 from megalite.model.attention import Heads, Latents
 from megalite.model.config import AttentionSpec
-from megalite.model.kv_cache import DeviceCache
+from megalite.model.kv_cache import FP8, DeviceCache, as_kept
 from megalite.model.recurrence import Recurrence
 
 
@@ -63,7 +63,7 @@ class DeviceAttention:
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         keys, values = self.cache.layers[spec.layer]
-        store_kv(k, v, keys, values, self.slots)
+        store_kv(k, v, keys, values, self.slots, scales=(spec.key_scale, spec.value_scale))
         return self._attend_stored(spec, q, k, v, sinks)
 
     def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
@@ -89,6 +89,7 @@ class DeviceAttention:
             norms=None if norms is None else (norms[0].weight, norms[1].weight, norms[0].eps),
             zero_centred=norms is not None and norms[0].zero_centred,
             keep_keys=self.fresh,
+            scales=(spec.key_scale, spec.value_scale),
             pdl=self.pdl,
         )
         q, k, v = heads.qkv.split(heads.counts, 1)
@@ -98,6 +99,15 @@ class DeviceAttention:
         self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
     ) -> Tensor:
         """As `attend`, with keys and values in the cache already; k and v are read where no earlier ones are there."""
+        keys, *_ = self.cache.layers[spec.layer]
+        if keys.dtype != FP8:
+            return self._attend_kept(spec, q, k, v, sinks)
+        if self.fresh:  # over what the cache keeps of them, as later steps will
+            k, v = (as_kept(x, FP8, scale).to(x.dtype) for x, scale in ((k, spec.key_scale), (v, spec.value_scale)))
+        out = self._attend_kept(replace(spec, scale=spec.scale * spec.key_scale), q, k, v, sinks)
+        return out if spec.value_scale == 1 else out.mul_(spec.value_scale)
+
+    def _attend_kept(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if self.fresh:
             return fresh_attention(
                 q,

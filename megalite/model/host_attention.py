@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megalite.model.attention import Heads, Latents, attend_written, causal_mask
 from megalite.model.config import AttentionSpec
-from megalite.model.kv_cache import HostCache
+from megalite.model.kv_cache import FP8, HostCache, as_kept
 from megalite.model.recurrence import Recurrence, Run
 
 
@@ -148,12 +148,13 @@ class _Lanes:
         out: Tensor,
     ) -> None:
         lanes_q = q[self.offsets]
+        keys, values = (self.view(cached).to(q.dtype) for cached in (keys, values))
         if len(lanes_q) < self.count:
             spread = q.new_zeros(self.count, *q.shape[1:])
             spread[self.lanes] = lanes_q
             lanes_q = spread
         mask = self.mask(spec, q.dtype)
-        out[self.offsets] = attend_one(spec, lanes_q, self.view(keys), self.view(values), sinks, mask)[self.lanes]
+        out[self.offsets] = attend_one(spec, lanes_q, keys, values, sinks, mask)[self.lanes]
 
 
 def _places(indices: list[int]) -> slice | Tensor:
@@ -191,8 +192,8 @@ class HostAttention:
         if q.shape[1] == 0:  # more tp ranks than query heads
             return q
         keys, values = self.cache.layers[spec.layer]  # [K, slots, D] each
-        keys.index_copy_(1, self.slots, k.transpose(0, 1))
-        values.index_copy_(1, self.slots, v.transpose(0, 1))
+        self._keep(keys, k, spec.key_scale)
+        self._keep(values, v, spec.value_scale)
         return self._attend_stored(spec, q, keys, values, sinks)
 
     def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
@@ -200,22 +201,32 @@ class HostAttention:
         if q.shape[1] == 0:
             return heads.valued(q[..., : spec.values])
         (keys,) = self.cache.layers[spec.layer]  # [1, slots, R + P]
-        keys.index_copy_(1, self.slots, latent.transpose(0, 1))
+        self._keep(keys, latent, 1.0)
         return heads.valued(self._attend_stored(spec, q, keys, keys[..., : spec.values], None))
+
+    def _keep(self, cached: Tensor, new: Tensor, scale: float) -> None:
+        """Write the step's keys or values [T, K, D]."""
+        new = as_kept(new, cached.dtype, scale).transpose(0, 1)
+        if cached.dtype == FP8:  # which torch does not copy by index
+            cached, new = cached.view(torch.uint8), new.view(torch.uint8)
+        cached.index_copy_(1, self.slots, new)
 
     def _attend_stored(
         self, spec: AttentionSpec, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None
     ) -> Tensor:
         out = q.new_empty(*q.shape[:2], values.shape[2])
+        in_fp8, value_scale = keys.dtype == FP8, spec.value_scale
+        if in_fp8:
+            spec = replace(spec, scale=spec.scale * spec.key_scale)
         if self.lanes is not None:
             self.lanes.attend(spec, q, keys, values, sinks, out)
         for row in self.rows:
             mine = slice(row.offset, row.offset + row.count)
-            past_k, past_v = self._past(keys, row), self._past(values, row)
+            past_k, past_v = (self._past(cached, row).to(q.dtype) for cached in (keys, values))
             asked = q[mine].transpose(0, 1)[None]
             attended = attend_block(spec, asked, past_k[None], past_v[None], sinks, start=row.start)
             out[mine] = attended[0].transpose(0, 1)
-        return out
+        return out.mul_(value_scale) if in_fp8 and value_scale != 1 else out
 
     def _past(self, cached: Tensor, row: CacheRow) -> Tensor:
         """A row's keys or values [K, length, D]."""

@@ -13,6 +13,17 @@ from torch import Tensor
 
 from megalite.model.kinds.base import CacheSpec
 
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+"""The largest number of float8 e4m3."""
+
+
+def as_kept(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Keys or values as a cache of a dtype keeps them: as they are or, in fp8, divided by their scale."""
+    if dtype != FP8:
+        return x
+    return (x.float() * (1 / scale)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
 
 class KVCache:
     """What this rank's layers keep, zeroed: `layers[global layer index]` is (keys, values), each
@@ -27,15 +38,16 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | None = None,
         rows: int = 0,
+        fp8: bool = False,
     ):
         """`layers`: what each layer keeps. `device`: None: the CPU. `rows`: that states are kept of; one more is there
-        for padding."""
+        for padding. `fp8`: keys and values are float8 e4m3, whatever the model's dtype."""
         self.block_size = block_size
         self.device = device or torch.device("cpu")
         self.num_slots = blocks * block_size
         self._specs = dict(layers)
         self._rows = rows
-        self._dtype = dtype
+        self._dtype = FP8 if fp8 else dtype
         self.allocate()
 
     def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

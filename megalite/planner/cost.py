@@ -21,7 +21,7 @@ from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import Experts
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.planner.devices import Device
-from megalite.planner.memory import CAPTURED_WORK
+from megalite.planner.memory import CAPTURED_WORK, kv_itemsize
 from megalite.weights.table import owned
 
 KERNELS = 9
@@ -210,6 +210,7 @@ class StageCosts:
     layout: Layout
     cluster: Cluster
     itemsize: int
+    kv_cache_dtype: str = "auto"
 
     @cached_property
     def shard(self) -> ModelShard:
@@ -276,6 +277,7 @@ class StageCosts:
     def forward(self, stage: int, batch: Batch, *, busy: float = 1.0) -> Times:
         """Seconds of the device for a batch on a stage. `busy`: share of the ranks that work at a time."""
         config, device, item = self.config, self.cluster.device, self.itemsize
+        kept = kv_itemsize(self.kv_cache_dtype, item)
         crowd = self.crowd(busy)
         read, matmul = device.read / crowd, device.matmul / crowd
         if device.kind == "cuda" and item == 4:
@@ -283,7 +285,7 @@ class StageCosts:
         kinds, _ = self.stages[stage]
         found = Times()
         for layer, count in kinds.items():
-            found.add(_layer(layer, batch, config.hidden_size, item, read, matmul), count)
+            found.add(_layer(layer, batch, config.hidden_size, (item, kept), read, matmul), count)
         layers = sum(kinds.values())
         kernels: float = layers * (KERNELS_OF_ONE if batch.tokens <= 1 else KERNELS) + END_KERNELS
         turns = self.turns(busy)
@@ -340,8 +342,9 @@ class Round:
     """Share of the round that each stage waits."""
 
 
-def _layer(layer: LayerShard, batch: Batch, hidden: int, item: int, read: float, matmul: float) -> Times:
-    """One layer of a step, without its sums and kernels' own costs."""
+def _layer(layer: LayerShard, batch: Batch, hidden: int, items: tuple[int, int], read: float, matmul: float) -> Times:
+    """One layer of a step, without its sums and kernels' own costs. `items`: bytes of a number, and of a cached one."""
+    item, kept = items
     touched = 1.0
     if layer.num_experts:
         touched = 1 - (1 - layer.share) ** batch.tokens  # of experts that some token chose, all alike
@@ -350,7 +353,7 @@ def _layer(layer: LayerShard, batch: Batch, hidden: int, item: int, read: float,
     keys, fresh_keys = batch.keys, batch.fresh_keys
     if layer.window is not None:
         keys, fresh_keys = min(keys, batch.rows * layer.window), min(fresh_keys, batch.fresh * layer.window)
-    attention = max(keys * 2 * layer.keys * item / read, 4 * layer.queries * keys / matmul)
+    attention = max(keys * 2 * layer.keys * kept / read, 4 * layer.queries * keys / matmul)
     attention += 4 * layer.queries * fresh_keys / (matmul * SCORE_SHARE)
     width_ = 8 * hidden + 2 * (layer.queries + 2 * layer.keys) + 1.5 * layer.inner
     return Times(

@@ -121,7 +121,7 @@ def predict(
     itemsize: int,
 ) -> Prediction:
     """Memory and speed of a layout."""
-    costs = StageCosts(config, layout, cluster, itemsize)
+    costs = StageCosts(config, layout, cluster, itemsize, engine.kv_cache_dtype)
     replica_rows = -(-workload.concurrency // layout.dp)
     memory, short, tokens = stage_memory(costs, engine, longest=engine.max_model_len or workload.longest)
     fits = int(tokens // blocks_for(workload.longest, engine.block_size) // engine.block_size)
@@ -140,7 +140,8 @@ def predict(
 def _stage_ranks(costs: StageCosts) -> list[RankMemory]:
     """The widest rank of each stage."""
     layout = costs.layout
-    return [RankMemory(costs.config, layout, layout.rank(pp=pp), costs.itemsize) for pp in range(layout.pp)]
+    places = [(costs.config, layout, layout.rank(pp=pp), costs.itemsize) for pp in range(layout.pp)]
+    return [RankMemory(*place, kv_cache_dtype=costs.kv_cache_dtype) for place in places]
 
 
 def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> tuple[tuple[Footprint, ...], int, float]:

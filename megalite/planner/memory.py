@@ -47,6 +47,11 @@ def sampled_row(vocab_size: int) -> int:
     return 2**17 + vocab_size // 8
 
 
+def kv_itemsize(kv_cache_dtype: str, itemsize: int) -> int:
+    """Bytes of a number of the KV cache of a model whose numbers take `itemsize`."""
+    return 1 if kv_cache_dtype == "fp8" else itemsize
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
     """Bytes on one rank, by what they are for."""
@@ -143,7 +148,9 @@ class RankMemory:
     rank: int
     """Global."""
     itemsize: int
-    """Bytes of a number of the weights, which the cache and the activations have too."""
+    """Bytes of a number of the weights and the activations."""
+    kv_cache_dtype: str = "auto"
+    """See `EngineSection`."""
 
     @property
     def weights(self) -> int:
@@ -158,7 +165,8 @@ class RankMemory:
 
     def kv_block(self, block_size: int) -> int:
         """One KV block: what `block_size` tokens leave in the layers of the rank's stage."""
-        return sum(spec.token_elements for spec in self.cache) * block_size * self.itemsize
+        elements = sum(spec.token_elements for spec in self.cache) * block_size
+        return elements * kv_itemsize(self.kv_cache_dtype, self.itemsize)
 
     @property
     def sequence(self) -> int:
