@@ -43,10 +43,13 @@ from megalite.errors import (
 from megalite.files import read_whole
 from megalite.model.config import ModelConfig
 from megalite.monitor.words import wrapped
-from megalite.preflight import as_sampled, check, read_shape
+from megalite.preflight import as_sampled, check, given, read_shape
 from megalite.run import restarts
-from megalite.run.hosts import host_slots, tell_the_door, unpack_config
+from megalite.run.facts import table as table_of_ranks
+from megalite.run.hostfile import hosts_of
+from megalite.run.hosts import tell_the_door, unpack_config
 from megalite.run.launch_env import LaunchEnv, door_of
+from megalite.run.placement import Host
 from megalite.run.processes import die_with_parent
 from megalite.run.start import misplaced, nameless_file, start_hosts, start_ranks
 
@@ -129,7 +132,9 @@ def main(kind: Kind, argv: Sequence[str], program: Sequence[str]) -> int:
         return EXIT_SIGINT
     except MegaliteError as error:
         # Before the work begins all ranks of a host find the same: one of them speaks. Later each has its own error.
-        if running or place is None or place.local_rank == 0:
+        if place is not None and place.over_hosts and not running:
+            _refuse(error, place, debug)
+        elif running or place is None or place.local_rank == 0:
             _report(error, place, debug, running)
         else:
             time.sleep(QUIET_WAIT)
@@ -233,7 +238,7 @@ def _prepare(
             path = nameless_file(unpack_config(options.resolved), stack)
         loaded, problems = resolve(kind, path, options.overrides)
     speaks = place is None or place.rank == 0
-    loaded = _settle_layout(loaded, place, options.hosts, speaks and not problems)
+    loaded = _settle_layout(loaded, place, options, speaks and not problems)
     if "--print-config" in options.flags and speaks:
         shown = loaded
         with suppress(MegaliteError):  # of a damaged folder, which the checks name
@@ -253,10 +258,16 @@ def _prepare(
     if "--dry-run" in options.flags and speaks:
         from megalite.dry_run import describe
 
-        _say(describe(loaded.config, model))
-    elif "--check" in options.flags and speaks:
-        _check_input(as_sampled(loaded).config, model)
-        _say(f"{options.config}: no problem found; {layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}")
+        _say(describe(loaded.config, model, _hosts(place, options)))
+    elif "--check" in options.flags:
+        if not options.sha256:
+            _check_input(as_sampled(loaded).config, model)
+        if options.hosts:
+            return partial(start_hosts, loaded, options)
+        if place is not None and place.world_size > 1:
+            return partial(_roll_call, loaded)
+        if speaks:
+            _say(f"{options.config}: no problem found; {_what(loaded)}")
     if options.flags & {"--print-config", "--dry-run", "--check"}:
         return None
     if isinstance(loaded.config, InferConfig) and loaded.config.output.file is None:
@@ -277,21 +288,38 @@ def _prepare(
     return partial(start_ranks, loaded, options)
 
 
-def _settle_layout(loaded: Loaded[Any], place: LaunchEnv | None, hosts: tuple[str, ...], speaks: bool) -> Loaded[Any]:
-    """The config with the sizes of its layout that were left open; which, and why, is said on standard error.
+def _hosts(place: LaunchEnv | None, options: Options) -> Sequence[Host]:
+    """The hosts of the run that this process starts or is a rank of; empty: this one alone."""
+    if options.hosts:
+        return hosts_of(options.hosts)
+    from megalite.planner import choose
 
-    `hosts`: what deepspeed is told when the run is over several.
-    """
+    return choose.Place.of(place).hosts if place is not None else ()
+
+
+def _what(loaded: Loaded[Any]) -> str:
+    return f"{layout_words(loaded.config)}, config sha256 {loaded.sha256[:16]}"
+
+
+def _roll_call(loaded: Loaded[Any]) -> int:
+    """The ranks meet, compare what they have, show it and leave; gives the exit code. Imports torch."""
+    from megalite.run import runtime
+
+    with runtime.start(loaded.config.distributed, given(loaded), thorough=True) as run:
+        if run.rank == 0:
+            print("\n".join(table_of_ranks(run.ranks)))
+            _say(f"no problem found; {_what(loaded)}")
+    return EXIT_DONE
+
+
+def _settle_layout(loaded: Loaded[Any], place: LaunchEnv | None, options: Options, speaks: bool) -> Loaded[Any]:
+    """The config with the sizes of its layout that were left open; which, and why, is said on standard error."""
     if not any(section.is_open for section in parallel_sections(loaded.config).values()):
         return loaded
     from megalite.planner import choose
 
-    where = choose.Place()
-    if place is not None:
-        where = choose.Place.of(place)
-    elif hosts:
-        slots = host_slots(hosts[1])
-        where = choose.Place(ranks=sum(slots), hosts=len(slots))
+    hosts = _hosts(place, options)
+    where = choose.Place.on(hosts) if hosts else choose.Place()
     loaded, said = choose.choose(loaded, lambda: read_shape(loaded.config), where)
     if speaks and said:
         print("\n".join(said), file=sys.stderr, flush=True)
@@ -362,6 +390,21 @@ def _where(place: LaunchEnv, running: bool) -> str:
     """Before what a rank of several says: who it is, and where it was in its work."""
     inside = f", {here.where}" if running else ""
     return f"[rank {place.rank} on {socket.gethostname()}{inside}] "
+
+
+def _refuse(error: MegaliteError, place: LaunchEnv, debug: bool) -> None:
+    """Tell the ranks of other hosts, which would wait for this one, why it does not come; rank 0 tells the user."""
+    from megalite.run.joining import refuse  # imports torch
+
+    die_with_parent()
+    try:
+        refuse(place, error)
+    except ConfigError as all_problems:
+        _report(all_problems, place, debug)
+    except MegaliteError as unreached:
+        if place.local_rank == 0:
+            _report(error, place, debug)
+            _report(unreached, place, debug)
 
 
 def _report(error: MegaliteError, place: LaunchEnv | None, debug: bool, running: bool = False) -> None:

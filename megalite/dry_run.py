@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from megalite.config.schema import Config, EngineSection, HybridConfig, ParallelSection, TrainConfig
+from megalite.config.schema import Config, EngineSection, HybridConfig, TrainConfig
+from megalite.config.validate import num_ranks
 from megalite.core.layout import KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.monitor.words import format_bytes
 from megalite.planner.memory import STATES_NOTE, RankMemory
+from megalite.preflight import layouts_of
+from megalite.run import placement
+from megalite.run.hostfile import check_ranks
+from megalite.run.placement import Host
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.table import local_elements
 
@@ -18,35 +23,43 @@ MOST_ROWS = 256
 """Ranks listed one by one; with more, the first replica stands for the others, which hold the same."""
 
 
-def describe(config: Config, model: ModelConfig | None) -> str:
-    """The table of ranks, with its title and notes. ConfigError if the model's shape is not known here."""
+def describe(config: Config, model: ModelConfig | None, hosts: Sequence[Host] = ()) -> str:
+    """The table of ranks, with its title and notes, and which of several hosts has what.
+
+    ConfigError: the model's shape is not known here, or the hosts have not as many ranks as the layout.
+    """
     if model is None:
         fix = "Download the model (hf download) and give the folder."
         value = config.model.path
         raise ConfigError(
             Problem(key="model.path", rule="--dry-run needs the model's config.json on this disk", value=value, fix=fix)
         )
+    layouts = layouts_of(config)
     if isinstance(config, HybridConfig):
         dtype = config.model.dtype
         tables = [
-            ("training", config.train.parallel, _training_columns(config.train.zero_stage, dtype)),
-            ("generating", config.infer.parallel, _engine_columns(config.infer.engine, dtype, model)),
+            ("training", layouts["train.parallel"], _training_columns(config.train.zero_stage, dtype)),
+            ("generating", layouts["infer.parallel"], _engine_columns(config.infer.engine, dtype, model)),
         ]
     elif isinstance(config, TrainConfig):
-        tables = [("", config.parallel, _training_columns(config.train.zero_stage, config.model.dtype))]
+        tables = [("", layouts["parallel"], _training_columns(config.train.zero_stage, config.model.dtype))]
     else:
         said = f"{model.dtype} (as the checkpoint says)" if config.model.dtype == "auto" else config.model.dtype
-        tables = [("", config.parallel, _engine_columns(config.engine, said, model))]
-    return "\n\n".join(_table(model, purpose, parallel, columns) for purpose, parallel, columns in tables)
+        tables = [("", layouts["parallel"], _engine_columns(config.engine, said, model))]
+    shown = [_table(model, purpose, layout, columns) for purpose, layout, columns in tables]
+    if len(hosts) > 1:
+        check_ranks(hosts, num_ranks(config))
+        warnings = [f"warning: {warning}" for warning in placement.warnings(layouts, hosts)]
+        shown.append("\n".join([*placement.by_host(layouts, hosts), *warnings]))
+    return "\n\n".join(shown)
 
 
 Columns = Callable[[ModelConfig, Layout, Iterable[int]], dict[str, list[str]]]
 """The bytes on the ranks asked for, by what they are of."""
 
 
-def _table(model: ModelConfig, purpose: str, parallel: ParallelSection, sized: tuple[Columns, list[str]]) -> str:
+def _table(model: ModelConfig, purpose: str, layout: Layout, sized: tuple[Columns, list[str]]) -> str:
     """One layout: where each rank is and what it holds, with a title and notes."""
-    layout = Layout(*parallel.sizes, parallel.first_rank, parallel.interleave, parallel.stages)
     columns, notes = sized
     shown = layout.ranks[: layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp]
     total = local_elements(model, Layout(), 0)

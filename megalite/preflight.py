@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config.load import Loaded, with_origins
-from megalite.config.schema import Config, GeneratingConfig, TokenizerSection
-from megalite.config.validate import model_location, validate
+from megalite.config.schema import Config, GeneratingConfig, HybridConfig, InferConfig, TokenizerSection
+from megalite.config.validate import model_location, parallel_sections, validate
+from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, MegaliteError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
+from megalite.run.facts import Given
 from megalite.weights import shards
 from megalite.weights.hf import at_hand, read_headers, resolve
+from megalite.weights.identity import file_digest, sampled_digest
 from megalite.weights.lora import read_adapter
 from megalite.weights.table import check_cuts
 
@@ -66,6 +69,49 @@ def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:
     known = {problem.key for problem in problems}
     known |= {problem.fix.removeprefix("Did you mean ").removesuffix("?") for problem in problems}
     return [one for one in rules if not any(f"{key}.".startswith(f"{one.key}.") for key in known)]
+
+
+def given(loaded: Loaded[Any]) -> Given:
+    """What a rank says that it was given, for the others to compare."""
+    config = loaded.config
+    return Given(
+        sha256=loaded.sha256,
+        config_text=loaded.text,
+        layouts=layouts_of(config),
+        files=lambda: _digests_of_files(config),
+    )
+
+
+def layouts_of(config: Config) -> dict[str, Layout]:
+    """The layouts of a config, by the keys of their sections."""
+    return {
+        key: Layout(*section.sizes, section.first_rank, section.interleave, section.stages)
+        for key, section in parallel_sections(config).items()
+    }
+
+
+def _digests_of_files(config: Config) -> dict[str, str]:
+    """Of what every rank reads, by its key; '' for what is not on this disk yet. CheckpointError: it can't be read."""
+    found: dict[str, str] = {}
+    try:
+        for key, path in _files_read(config).items():
+            found[key] = file_digest(path) if Path(path).is_file() else ""
+        if config.model.path is not None:
+            revision = config.model.revision if isinstance(config, GeneratingConfig) else None
+            folder = at_hand(config.model.path, revision)
+            found["model.path"] = sampled_digest(folder) if folder is not None else ""
+        for name, adapter in config.lora.items() if isinstance(config, GeneratingConfig) else ():
+            found[f"lora.{name}"] = sampled_digest(Path(adapter))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: can't be read: {error.strerror}") from error
+    return found
+
+
+def _files_read(config: Config) -> dict[str, str]:
+    """Files with the work, read by every rank; training data is read by one."""
+    if isinstance(config, InferConfig) and config.input.file not in (None, "-"):
+        return {"input.file": str(config.input.file)}
+    return {"data.source": str(config.data.source)} if isinstance(config, HybridConfig) else {}
 
 
 def read_model(config: Config) -> ModelConfig | None:

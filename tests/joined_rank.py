@@ -17,6 +17,7 @@ import yaml
 from megalite.config.schema import DistributedSection
 from megalite.errors import MegaliteError, Stopped, maybe_fault
 from megalite.run import runtime as distributed
+from megalite.run.facts import Given
 from megalite.run.hosts import tell_the_door
 
 
@@ -48,7 +49,7 @@ def main() -> int:
     timeouts = {name: config[name] for name in ("start_timeout", "peer_timeout") if name in config}
     section = DistributedSection(device="cpu", **timeouts)
     try:
-        with distributed.start(section, sha256=text, config_text=text) as runtime:
+        with distributed.start(section, Given(sha256=text, config_text=text)) as runtime:
             total = torch.zeros(1)
             for step in range(config["steps"]):
                 total = torch.tensor([float(runtime.rank), float(runtime.signal_received() or 0)])

@@ -25,11 +25,13 @@ from megalite.errors import ConfigError, RankLost, ResourceError, Stopped
 from megalite.run import meeting_folder as run_folder
 from megalite.run import rendezvous
 from megalite.run import runtime as distributed
+from megalite.run.facts import Given, RankInfo
+from megalite.run.joining import backend_of
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.network import interface_of, machine_id, network_namespace, pid_namespace, route_to
 from megalite.run.processes import Process
 from megalite.run.referee import End, Peer
-from megalite.run.rendezvous import Deadline, RankInfo, meet, open_store
+from megalite.run.rendezvous import Deadline, RanksDiffer, meet, open_store
 from megalite.run.status import StatusFile
 
 CPU = DistributedSection(device="cpu")
@@ -38,7 +40,14 @@ CPU = DistributedSection(device="cpu")
 def rank_info(rank: int, **changes) -> RankInfo:
     me = Process.of(os.getpid())
     where = {"host": "hostA", "machine": machine_id(), "pids": pid_namespace(), "network": network_namespace()}
-    what = {"pid": me.pid, "start": me.start, "address": "127.0.0.1", "device": "cpu", "gpu": "", "sha256": "same"}
+    what = {
+        "pid": me.pid,
+        "start": me.start,
+        "address": "127.0.0.1",
+        "device": "cpu",
+        "gpu": "",
+        "facts": {"config": "same"},
+    }
     return RankInfo(**{"rank": rank, **where, **what, **changes})
 
 
@@ -123,22 +132,22 @@ CONFIGS = {
             {0: {}, 1: {}, 4: {"host": "hostB"}},
             4,
             RankLost,
-            r"ranks 2, 3 never came within 4 s \(of 5; here are 0, 1 on hostA; 4 on hostB\)",
+            r"ranks 2-3 never came within 4 s \(of 5; here are 0, 1 on hostA; 4 on hostB\)",
             70,
         ),
         ({0: {}, 2: dead}, 36_000, RankLost, r"rank 2 on hostA \(pid \d+\) died while the run started", 70),
         (
-            {0: {}, 1: {}, 2: {"sha256": "other", "host": "hostB"}},
+            {0: {}, 1: {}, 2: {"facts": {"config": "other"}, "host": "hostB"}},
             PATIENCE,
-            ConfigError,
-            "rank 2 on hostB was given another config: parallel.tp is 4 there and 2 on rank 0 on hostA",
+            RanksDiffer,
+            r"parallel.tp: is 2 on ranks 0-1 \(hostA\) and 4 on rank 2 \(hostB\). .*\nparallel.pp: is 1 on ranks 0-1",
             2,
         ),
         (
             {0: {}, 1: {"problem": "distributed.device: no GPU", "code": 2}},
             PATIENCE,
             ConfigError,
-            "^rank 1 on hostA: distributed.device: no GPU.$",
+            r"^rank 1 \(hostA\): distributed.device: no GPU.$",
             2,
         ),
     ],
@@ -181,10 +190,10 @@ def test_back_end(monkeypatch, changes, backend, expected):
     ranks = [rank_info(rank, **change) for rank, change in enumerate(changes)]
     section = DistributedSection(backend=backend)
     if expected in ("gloo", "nccl"):
-        assert distributed._backend(section, ranks) == expected
+        assert backend_of(section, ranks) == expected
     else:
         with pytest.raises(ConfigError, match=expected):
-            distributed._backend(section, ranks)
+            backend_of(section, ranks)
 
 
 # ---- the network and the stores
@@ -338,7 +347,7 @@ def alone(monkeypatch):
 
 
 def start_alone(**options) -> distributed.Runtime:
-    return distributed.start(CPU, sha256="x", config_text="", **options)
+    return distributed.start(CPU, Given(sha256="x", config_text=""), **options)
 
 
 def test_one_rank_without_a_launcher(alone, tmp_path):
@@ -374,4 +383,4 @@ def test_an_exception_leaves_the_block_is_written_down_and_the_process_goes_on(a
 def test_no_gpu_is_a_config_error(alone, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="distributed.device: no GPU can be seen on"):
-        distributed.start(DistributedSection(device="cuda"), sha256="x", config_text="")
+        distributed.start(DistributedSection(device="cuda"), Given(sha256="x", config_text=""))

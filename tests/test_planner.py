@@ -22,6 +22,7 @@ from megalite.planner.devices import named
 from megalite.planner.generation import Workload, parse, predict
 from megalite.planner.search import layouts, search, search_training
 from megalite.planner.training import TrainingWork
+from megalite.run.placement import consecutive
 from megalite.tools.benchmarks import published
 from megalite.tools.benchmarks.shapes import SHAPES
 from megalite.weights.table import local_elements
@@ -156,7 +157,7 @@ def test_open_sizes_are_chosen_for_the_gpus_that_are_there(eight, tmp_path):
     )
     assert kept.config.parallel.pp == 3 and math.prod(kept.config.parallel.sizes) == 6, "as many as they divide"
     assert kept.origins["parallel.pp"] == "the command line"
-    four, _ = choose.choose(loaded, lambda: shape("llama-8B"), choose.Place(ranks=4, hosts=2))
+    four, _ = choose.choose(loaded, lambda: shape("llama-8B"), choose.Place.on(consecutive([("a", 2), ("b", 2)])))
     assert math.prod(four.config.parallel.sizes) == 4
     with pytest.raises(ConfigError, match="no layout of 7 ranks has tp=2"):
         choose.choose(

@@ -4,13 +4,15 @@ test_watchdog.py and test_launcher.py run it.
 
 `watched_rank.py launch FOLDER TIMEOUT BEHAVIOUR...` starts one rank for each behaviour and waits for them all.
 `watched_rank.py rank FOLDER TIMEOUT RANK WORLD BEHAVIOUR` is such a rank.
-`watched_rank.py FOLDER BEHAVIOUR,BEHAVIOUR...` is one that the door started.
+`watched_rank.py FOLDER BEHAVIOUR,BEHAVIOUR...` is one that the door started; with a timeout behind, on one of several
+hosts, which share the folder.
 """
 
 import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +20,16 @@ import time
 from pathlib import Path
 
 from megalite.core.progress import Progress
+from megalite.run.hosts import tell_the_door
 from megalite.run.launch_env import door_of
+from megalite.run.network import route_to
 from megalite.run.processes import Process, die_with_parent, launchers
 from megalite.run.referee import Peer
 from megalite.run.status import StatusFile
 from megalite.run.watchdog import ORPHAN_WAIT, Watchdog, listen
 
 STEP_TIMEOUT = 3.0
+LOOPBACK = "127.0.0.1"
 PATIENCE = 300.0
 """Seconds for the ranks to meet."""
 
@@ -43,8 +48,9 @@ def put(path: Path, value: object) -> None:
     path.with_suffix(".new").rename(path)
 
 
-def meet(folder: Path, rank: int, world: int, port: int) -> list[dict]:
-    put(folder / f"card-{rank}", {"pid": os.getpid(), "port": port})
+def meet(folder: Path, rank: int, world: int, address: str, port: int) -> list[dict]:
+    host = "here" if address == LOOPBACK else socket.gethostname()
+    put(folder / f"card-{rank}", {"pid": os.getpid(), "address": address, "port": port, "host": host})
     cards = [folder / f"card-{other}" for other in range(world)]
     while not all(path.exists() for path in cards):
         time.sleep(0.01)
@@ -64,25 +70,25 @@ def stand_still(progress: Progress, what: str, world: int, number: int, seconds:
     threading.Event().wait()
 
 
-def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) -> int:
+def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str, address: str = LOOPBACK) -> int:
     if behaviour == "late":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         (folder / f"loads-{rank}").touch()
         time.sleep(3600)
     (folder / f"come-{rank}").touch()
-    listener = listen("127.0.0.1") if rank == 0 else None
-    cards = meet(folder, rank, world, listener.getsockname()[1] if listener else 0)
+    listener = listen(address) if rank == 0 else None
+    cards = meet(folder, rank, world, address, listener.getsockname()[1] if listener else 0)
 
     def claim() -> bool:
         try:
-            (folder / "told").open("x").close()
+            (folder / ("told" if address == LOOPBACK else f"told-{address}")).open("x").close()
         except FileExistsError:
             return False
         return True
 
     door, pipe = door_of(os.environ) or (None, None)
     status = StatusFile(None, pipe)
-    status.peers = [Peer(other, "here", card["pid"]) for other, card in enumerate(cards)]
+    status.peers = [Peer(other, card["host"], card["pid"]) for other, card in enumerate(cards)]
 
     def on_end(end) -> None:
         (folder / f"end-{rank}").write_text(json.dumps([end.code, end.speaker, end.lost]))
@@ -93,14 +99,14 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str) ->
         rank=rank,
         peers=status.peers,
         token=b"secret" if behaviour != "stranger" else b"guess",
-        hub=listener or ("127.0.0.1", cards[0]["port"]),
+        hub=listener or (cards[0]["address"], cards[0]["port"]),
         timeout=timeout,
         launchers=launchers(Process.of(os.getpid()), door),
-        orphan_wait=ORPHAN_WAIT if door is None else 0.0,
+        orphan_wait=ORPHAN_WAIT if door is None or address != LOOPBACK else 0.0,
         handle_signals=True,
         on_end=on_end,
         claim=claim,
-        visible=range(world),
+        visible=[other for other, card in enumerate(cards) if card["address"] == address],
         progress=progress,
         step_timeout=STEP_TIMEOUT,
     )
@@ -142,5 +148,10 @@ if __name__ == "__main__":
         sys.exit(launch(sys.argv[2], sys.argv[3], sys.argv[4:]))
     if sys.argv[1] != "rank":
         number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        sys.exit(rank(Path(sys.argv[1]), 30.0, number, world, sys.argv[2].split(",")[number]))
+        folder, behaviour = Path(sys.argv[1]), sys.argv[2].split(",")[number]
+        if sys.argv[3:]:
+            tell_the_door()
+            address = route_to(os.environ["MASTER_ADDR"], 1)
+            sys.exit(rank(folder, float(sys.argv[3]), number, world, behaviour, address))
+        sys.exit(rank(folder, 30.0, number, world, behaviour))
     sys.exit(rank(Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]), sys.argv[6]))

@@ -11,7 +11,8 @@ from megalite.config.load import COMMAND_LINE, Kind
 from megalite.errors import ConfigError, Problem
 
 FLAGS = {
-    "--check": "stop after the checks, to which each line of input.file belongs then",
+    "--check": "stop after the checks, to which each line of input.file belongs then; with --hostfile or under a "
+    "launcher the ranks also meet, and show in a table what each has",
     "--print-config": "print every value and where it came from, then stop",
     "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",
     "--no_ssh": "with --hostfile and --node_rank N: start this host's ranks only",
@@ -64,7 +65,7 @@ class Options:
 
     @property
     def for_ranks(self) -> list[str]:
-        options = ["--debug"] if "--debug" in self.flags else []
+        options: list[str] = [flag for flag in ("--debug", "--check") if flag in self.flags]
         return [*options, "--replica", self.replica, "--socket", self.socket] if self.replica else options
 
     @property

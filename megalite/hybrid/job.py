@@ -34,6 +34,7 @@ from megalite.inference.replica import Replica
 from megalite.inference.sampler import policy_temperature
 from megalite.model.decoder import Decoder
 from megalite.monitor.collector import Meter
+from megalite.preflight import given
 from megalite.rewards.pool import RewardPool, Sample, Scored
 from megalite.run import runtime as distributed
 from megalite.run import tracing
@@ -53,7 +54,7 @@ def run(loaded: Loaded[HybridConfig]) -> int:
     """The whole job; every rank calls it. Returns the exit code."""
     config = loaded.config
     assert isinstance(config, HybridConfig)
-    with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
+    with distributed.start(config.distributed, given(loaded)) as runtime:
         distributed.prepare_deepspeed(runtime)
         Job(config, runtime).run()
     return EXIT_DONE

@@ -30,6 +30,7 @@ from megalite.monitor.progress import ProgressBar
 from megalite.monitor.report import format_report
 from megalite.monitor.words import format_bytes, format_count, wrapped
 from megalite.planner.devices import planned_as
+from megalite.preflight import given
 from megalite.run import runtime as distributed
 from megalite.run import tracing
 from megalite.run.runtime import Runtime
@@ -51,8 +52,7 @@ def run(loaded: Loaded[InferConfig]) -> int:
     beside = f"{config.output.file}.status.json" if config.output.file else None
     with distributed.start(
         config.distributed,
-        sha256=loaded.sha256,
-        config_text=loaded.text,
+        given(loaded),
         status_file=config.monitor.status_file or beside,
     ) as runtime:
         failed = _generate(loaded, runtime)

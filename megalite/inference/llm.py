@@ -41,7 +41,7 @@ from megalite.inference.streaming import Generation, StreamedRun
 from megalite.kernels.device import release_memory
 from megalite.monitor.words import format_count
 from megalite.planner import choose
-from megalite.preflight import read_shape
+from megalite.preflight import given, read_shape
 from megalite.run import runtime as distributed
 from megalite.run.launch_env import LaunchEnv
 from megalite.text.tokenizer import Tokenizer
@@ -150,8 +150,8 @@ class LLM:
         self._closed = False
         self.runtime = distributed.start(
             config.distributed,
-            sha256=loaded.sha256,
-            config_text=loaded.text,
+            given(loaded),
+            say=log.info,
             # in a program of the user's own, Ctrl-C is the user's; under a launcher all ranks stop together
             handle_signals=self._launched,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from megalite.config.schema import (
     TrainConfig,
 )
 from megalite.config.validate import parallel_sections
-from megalite.core.layout import Layout
+from megalite.core.layout import Layout, share
 from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model.config import ModelConfig
 from megalite.planner import devices
@@ -27,6 +27,7 @@ from megalite.planner.hybrid import search_pairs
 from megalite.planner.search import Choice, layouts, search, search_training
 from megalite.planner.training import TrainingWork
 from megalite.run.launch_env import LaunchEnv
+from megalite.run.placement import Host, consecutive, tp_inside
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 
 ORIGIN = "the planner"
@@ -42,13 +43,23 @@ class Place:
 
     ranks: int | None = None
     """That a launcher started, or a hostfile asks for; None: as many as are of use."""
-    hosts: int = 1
+    hosts: tuple[Host, ...] = ()
+    """Those of the ranks; empty: one."""
 
     @classmethod
     def of(cls, env: LaunchEnv) -> Place:
-        """The ranks that a launcher started."""
-        each = env.started_here or env.world_size
-        return cls(ranks=env.world_size, hosts=-(-env.world_size // each))
+        """The ranks that a launcher started, taken to be as many on each host."""
+        count = env.hosts or -(-env.world_size // (env.started_here or env.world_size))
+        each = (share(env.world_size, count, number) for number in range(count))
+        return cls.on(consecutive((f"host {number}", end - start) for number, (start, end) in enumerate(each)))
+
+    @classmethod
+    def on(cls, hosts: Sequence[Host]) -> Place:
+        return cls(ranks=sum(len(host.ranks) for host in hosts), hosts=tuple(hosts))
+
+    def inside(self, layouts: list[Layout]) -> list[Layout]:
+        """Those with every tp group on one host; all, if there is none."""
+        return [one for one in layouts if not self.hosts or tp_inside(one, self.hosts)] or layouts
 
 
 def choose(
@@ -74,7 +85,7 @@ def choose(
         fix = "Download the model (hf download) and give the folder, or set tp, pp and dp."
         raise ConfigError(Problem(key=next(iter(sections)), rule=rule, fix=fix))
     itemsize = _itemsize(config.model.dtype, model, cluster)
-    candidates = {key: _candidates(key, section, cluster, model) for key, section in sections.items()}
+    candidates = {key: place.inside(_candidates(key, one, cluster, model)) for key, one in sections.items()}
     if isinstance(config, HybridConfig):
         found, said = _hybrid(config, model, cluster, itemsize, candidates)
     else:
@@ -91,7 +102,8 @@ def choose(
             )
         )
         found, said = {"parallel": _best(choices).layout}, _words("parallel", choices)
-    return _with_sizes(loaded, found), [*said, f"  on {cluster.devices} x {cluster.device.name}: {why}"]
+    on = f"{cluster.devices} x {cluster.device.name}" + (f" of {cluster.hosts} hosts" if cluster.hosts > 1 else "")
+    return _with_sizes(loaded, found), [*said, f"  on {on}: {why}"]
 
 
 def _cluster(config: Any, place: Place) -> tuple[Cluster, str]:
@@ -101,14 +113,16 @@ def _cluster(config: Any, place: Place) -> tuple[Cluster, str]:
     if not gpus:
         device = devices.named("cpu")
         if place.ranks is not None:
-            return Cluster(device, place.ranks, place.hosts), f"{_started(place.ranks)}, and no GPU is visible"
+            return Cluster(
+                device, place.ranks, max(1, len(place.hosts))
+            ), f"{_started(place.ranks)}, and no GPU is visible"
         why = "no GPU is visible, and ranks of a CPU only share its cores"
         return Cluster(device, given), why if given == 1 else f"{why}; the sizes that are given need {given}"
     name, memory = gpus[0]
     device = devices.planned_as(name)
     device = replace(device, memory=min(device.memory, memory) or device.memory)
     if place.ranks is not None:
-        return Cluster(device, place.ranks, place.hosts), f"as many ranks as are started ({device.source})"
+        return Cluster(device, place.ranks, max(1, len(place.hosts))), f"as many ranks as are started ({device.source})"
     count = len(gpus) // given * given
     if not count:
         rule = f"the sizes that are given need {given} ranks, and {len(gpus)} GPUs are visible"

@@ -10,15 +10,16 @@ from __future__ import annotations
 import base64
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import IO
 
@@ -39,6 +40,20 @@ _LONGEST = 96 << 10
 _HARMLESS = re.compile(r"[\w./:@,+=-]*", re.ASCII)
 _CHANGED = re.compile(r'[$`"\\]|%[hnu]')
 """What a shell or pdsh would replace, or take away."""
+_CONNECT, _ANSWER = 10, 30.0
+"""Seconds for ssh to connect to a host, and to come back from it."""
+_AT_ONCE = 32
+"""Hosts that are asked at the same time."""
+_THERE, _MISSING = "megalite-there", "megalite-missing:"
+"""What a host says."""
+_SSH_FIXES = {
+    "Permission denied": "Give it your public key: ssh-copy-id {host}.",
+    "Host key verification failed": "Connect once by hand (ssh {host}), and compare the fingerprint that it shows.",
+    "resolve hostname": "Correct the name in the hostfile, or give its address.",
+    "refused|timed out|No route|unreachable": "Is sshd running there, its port right (--ssh_port) and not shut off?",
+}
+"""What to do about what ssh says, by what occurs in it."""
+_NOTE = re.compile(rb"(?:[^ ]+: )?\[[-\d ]+[:,\d]+\] \[(?:INFO|DEBUG)\] \[launch\.py:")
 _LAST_LINES = 5.0
 """Seconds to read what the launcher wrote before it ended."""
 
@@ -59,27 +74,48 @@ def unpack_config(packed: str) -> str:
         raise ConfigError(Problem(key="--resolved-config", rule="was changed on its way to this host")) from error
 
 
-def host_slots(path: str) -> list[int]:
-    """Ranks of each host of a hostfile; ConfigError if it can't be read."""
-    slots = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Problem(key="--hostfile", rule=f"can't be read: {error}", value=path)) from error
-    for number, line in enumerate(lines, 1):
-        if words := line.partition("#")[0].split():
-            if len(words) != 2 or not (found := re.fullmatch(r"slots=(\d+)", words[1])):
-                raise ConfigError(Problem(key=f"{path}:{number}", rule="must be `HOST slots=NUMBER`", value=line))
-            slots.append(int(found[1]))
-    return slots
+def check_reachable(hosts: Sequence[str], ssh_port: str | None, needed: Sequence[str]) -> None:
+    """ConfigError naming every host that ssh does not reach without a password, or that lacks a file that is `needed`.
+
+    All are asked at once. Their names and paths must be free of what shells change.
+    """
+    tests = [f"test -e {path} || echo {_MISSING}{path};" for path in needed]
+    port = ["-p", ssh_port] if ssh_port else []
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT}", *port]
+
+    def problems(host: str) -> list[Problem]:
+        command = ["ssh", *options, host, " ".join([*tests, f"echo {_THERE}"])]
+        try:
+            asked = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER)
+        except subprocess.TimeoutExpired:
+            return [
+                Problem(key=f"host {host}", rule=f"ssh did not answer within {_ANSWER:g} s", fix=f"Try: ssh {host}.")
+            ]
+        said = asked.stdout.splitlines()
+        if _THERE not in said:
+            why = (asked.stderr.strip().splitlines() or [f"ssh left with code {asked.returncode}"])[-1].strip()
+            fix = next((fix for words, fix in _SSH_FIXES.items() if re.search(words, why)), "Try by hand: ssh {host}.")
+            return [Problem(key=f"host {host}", rule=why.rstrip("."), fix=fix.format(host=host))]
+        missing = [line.removeprefix(_MISSING) for line in said if line.startswith(_MISSING)]
+        fix = "Every host needs the project and its Python at the same paths."
+        return [Problem(key=f"host {host}", rule=f"has no {path}", fix=fix) for path in missing]
+
+    absent = [name for name in ("ssh", "pdsh") if shutil.which(name) is None]
+    if absent:
+        fix = f"Install {' and '.join(absent)}, or start each host by itself with --no_ssh and --node_rank."
+        raise ConfigError(Problem(key="--hostfile", rule=f"needs {' and '.join(absent)} here", fix=fix))
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        found = [problem for some in pool.map(problems, hosts) for problem in some]
+    if found:
+        raise ConfigError(*found)
 
 
-def check_hostfile(path: str, num_ranks: int, filtered: bool) -> None:
-    """ConfigError unless the hosts start as many ranks as the layout needs; `filtered`: not all of them take part."""
-    slots = sum(host_slots(path))
-    if slots != num_ranks and not filtered:
-        rule = f"its hosts start {slots} ranks, and the layout needs {num_ranks} (parallel.tp * pp * dp)"
-        raise ConfigError(Problem(key="--hostfile", rule=rule, value=path, fix="Change one of them, or use --include."))
+def check_harmless(words: Sequence[str]) -> None:
+    """ConfigError if a shell would change one of the words of a command."""
+    for word in words:
+        if not _HARMLESS.fullmatch(word):
+            rule = "holds characters that a remote shell would change, and has to reach every host"
+            raise ConfigError(Problem(key=word, rule=rule, fix="Use letters, digits and ./:@,+=-_ only."))
 
 
 def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequence[str]) -> int:
@@ -89,23 +125,25 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
     through its standard error that the run ended so (`tell_the_door`).
     ConfigError: something that has to stand in the command as it is would not reach the hosts unchanged.
     """
-    for word in (os.getcwd(), sys.executable, script, *launcher_options, *arguments):
-        if not _HARMLESS.fullmatch(word):
-            rule = "holds characters that a remote shell would change, and has to reach every host"
-            raise ConfigError(Problem(key=word, rule=rule, fix="Use letters, digits and ./:@,+=-_ only."))
+    check_harmless([os.getcwd(), sys.executable, script, *launcher_options, *arguments])
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *launcher_options]
-    command += ["--no_local_rank", "--log_level", "critical", script, *arguments]
+    command += ["--no_ssh_check", "--no_local_rank", "--log_level", "critical", script, *arguments]
     adopt_orphans()
     launcher = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
         preexec_fn=partial(die_with_parent, signal.SIGTERM),
     )
     told: list[int] = []
-    reader = threading.Thread(target=_pass_on_errors, args=(launcher.stderr, told), daemon=True)
-    reader.start()
+    readers = [
+        threading.Thread(target=_pass_on_errors, args=(launcher.stderr, told), daemon=True),
+        threading.Thread(target=_pass_on_output, args=(launcher.stdout,), daemon=True),
+    ]
+    for reader in readers:
+        reader.start()
     received: list[int] = []
 
     def pass_on(signum: int, frame: FrameType | None) -> None:
@@ -114,7 +152,8 @@ def run_over_hosts(launcher_options: Sequence[str], script: str, arguments: Sequ
 
     before = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
     code = launcher.wait()
-    reader.join(_LAST_LINES)
+    for reader in readers:
+        reader.join(_LAST_LINES)
     for signum, handler in before.items():
         signal.signal(signum, handler)
     if received:
@@ -141,6 +180,18 @@ def _pass_on_errors(stream: IO[bytes], told: list[int]) -> None:
             with suppress(OSError):  # nobody reads any more
                 sys.stderr.buffer.write(line)
                 sys.stderr.flush()
+
+
+def _pass_on_output(stream: IO[bytes]) -> None:
+    """Copy the launcher's standard output to ours, but for the notes that DeepSpeed's processes write there."""
+    with stream:  # closed as soon as nobody reads ours
+        for line in stream:
+            if not _NOTE.match(line):
+                try:
+                    sys.stdout.buffer.write(line)
+                    sys.stdout.flush()
+                except OSError:
+                    return
 
 
 def distrust(texts: Sequence[str], overrides: Sequence[str], command: str) -> list[Problem]:

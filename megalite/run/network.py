@@ -35,7 +35,7 @@ def route_to(host: str, port: int) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         rule = f"can't be reached from {socket.gethostname()} ({error.strerror or error})"
-        fix = "Give an address that every host can reach (deepspeed --master_addr)."
+        fix = "Give an address that every host can reach (--master_addr, or the variable)."
         raise ConfigError(Problem(key="MASTER_ADDR", rule=rule, value=host, fix=fix)) from error
 
 
@@ -43,6 +43,11 @@ def way_to(host: str, port: int) -> str:
     """From where and over which interface this process reaches `host`, for messages."""
     address = route_to(host, port)
     return f"{address} ({interface_of(address) or 'unknown interface'}) on {socket.gethostname()}"
+
+
+def interfaces() -> list[str]:
+    """Names of this host's network interfaces."""
+    return list(psutil.net_if_addrs())
 
 
 def interface_of(address: str) -> str | None:

@@ -1,10 +1,10 @@
 """How the ranks of a run find each other before they have any connection, and agree that they are one run.
 
-Each rank leaves its `RankInfo` (host, process, device, digest of its config) in a store. Rank 0 waits for all of them
-within the deadline, names whoever never came, compares the configs and chooses the back end; the others wait for that.
-On one host the store is a file in a folder that only this user can open; over several hosts it is a TCP store that
-listens only on the address that leads to the other ranks. Nothing read from a store is ever run: it is JSON with known
-fields.
+Each rank leaves its `RankInfo` (host, process, device, what must be alike) in a store. Rank 0 waits for all of them
+within the deadline, names whoever never came, compares what they say and chooses the back end; the others wait for
+that. On one host the store is a file in a folder that only this user can open; over several hosts it is a TCP store
+that listens only on the address that leads to the other ranks. Nothing read from a store is ever run: it is JSON with
+known fields.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import yaml
 from torch.distributed import DistError, FileStore, HashStore, PrefixStore, Store, TCPStore
 
-from megalite.errors import EXIT_CONFIG, ConfigError, MegaliteError, Problem, RankLost
+from megalite.errors import ConfigError, MegaliteError, Problem, RankLost
+from megalite.run.facts import RankInfo, differences, hosts_of, refusals, table
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.network import pid_namespace, route_to, way_to
+from megalite.run.placement import ranks_words
 from megalite.run.processes import Process
 
 _POLL = 0.02
 """Seconds between two looks at the store."""
 _PATIENCE = 10.0
 """Seconds the other ranks wait for rank 0's word after the deadline."""
+_AFTER_PROBLEM = 20.0
+"""Seconds rank 0 waits for the others, which may have problems too, when one has come that can't take part."""
 _LINGER = 2.0
 """Seconds rank 0, which may serve the store, stays after bad news so that all can read it."""
 
@@ -50,40 +53,15 @@ class Deadline:
         return time.monotonic() >= self._end + extra
 
 
-@dataclass(frozen=True, kw_only=True)
-class RankInfo:
-    """What a rank says of itself when it comes."""
+class RanksDiffer(ConfigError):
+    """Ranks do not have alike what they must; shown with the table of all."""
 
-    rank: int
-    host: str
-    pid: int
-    start: int
-    """Start time of the process, see `Process`."""
-    machine: str
-    """Same for all ranks that share memory and devices."""
-    pids: str
-    """Same for all ranks that see each other's processes."""
-    network: str
-    """Same for all ranks whose loopback interface is the same one."""
-    address: str
-    """This host's address on the way to the master."""
-    device: str
-    """`cpu` or `cuda`."""
-    gpu: str
-    """Unique name of the GPU this rank uses; '' on cpu."""
-    sha256: str
-    """Digest of the config it was given."""
-    hub: Sequence[Any] | None = None
-    """Address and port of rank 0's watch."""
-    token: str = ""
-    """What rank 0's watch and the others know each other by, in hexadecimal digits."""
-    problem: str = ""
-    """Why it can't take part, for the user; '' if it can."""
-    code: int = 0
-    """Exit code of that problem."""
+    def __init__(self, problems: Sequence[Problem], ranks: Sequence[RankInfo]):
+        super().__init__(*problems)
+        self._table = table(ranks)
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}"
+    def lines(self) -> list[str]:
+        return [*self._table, "", *super().lines()]
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------
@@ -132,7 +110,7 @@ def _wait_for_port(env: LaunchEnv, deadline: Deadline) -> None:
                 raise RankLost(
                     f"rank 0 of {env.world_size} never came within {deadline.seconds:g} s: nothing answers at "
                     f"{host}:{port}, asked from {way_to(host, port)}: {error.strerror or error}. "
-                    "Look for its own message or at its host, or raise distributed.start_timeout."
+                    "Look for its own message, at a firewall between them, or raise distributed.start_timeout."
                 ) from error
         time.sleep(5 * _POLL)
 
@@ -150,9 +128,9 @@ def meet(
 ) -> tuple[list[RankInfo], str]:
     """What all ranks say of themselves, in rank order, and the back end that rank 0 chose for them. All ranks call it.
 
-    When the run can't begin, rank 0 raises RankLost naming ranks that never came or died, ConfigError naming a rank
-    whose config differs and where, or the problem that a rank has; the others raise SystemExit with the same exit
-    code, as the user is told once. They raise RankLost when rank 0 itself never came.
+    When the run can't begin, rank 0 raises RankLost naming ranks that never came or died, RanksDiffer naming all that
+    differs between them, or ConfigError with the problems that ranks have; the others raise SystemExit with the same
+    exit code, as the user is told once. They raise RankLost when rank 0 itself never came.
     """
     try:
         store.set(f"text/{env.rank}", config_text)
@@ -163,13 +141,13 @@ def meet(
             backend = _follow(env, store, deadline)
         return _ranks_here(store, range(env.world_size)), backend
     except DistError as error:
-        raise RankLost(f"rank 0 was lost while {info} started: the store at {env.master_addr} went away.") from error
+        raise RankLost(f"rank 0 was lost while {info} started: its store went away. {_meeting_place(env)}") from error
 
 
 def _lead(env: LaunchEnv, store: Store, deadline: Deadline, choose: Callable[[list[RankInfo]], str]) -> str:
     here: list[RankInfo] = []
     try:
-        _gather(store, env.world_size, deadline, here)
+        _gather(env, store, deadline, here)
         _compare(store, here)
         backend = choose(here)
     except MegaliteError as error:
@@ -188,7 +166,7 @@ def _follow(env: LaunchEnv, store: Store, deadline: Deadline) -> str:
         if deadline.over(_PATIENCE):
             here = _ranks_here(store, range(env.world_size))
             if here[0].rank != 0:
-                raise RankLost(_never_came(env.world_size, here, deadline))
+                raise RankLost(_never_came(env, here, deadline))
             raise RankLost(f"{here[0]} came but fell silent before the run began. Look for its own message.")
         time.sleep(_POLL)
     code, backend = json.loads(store.get("verdict"))
@@ -203,52 +181,58 @@ def _ranks_here(store: Store, ranks: Iterable[int]) -> list[RankInfo]:
     return [RankInfo(**json.loads(store.get(f"here/{rank}"))) for rank in ranks if store.check([f"here/{rank}"])]
 
 
-def _gather(store: Store, world_size: int, deadline: Deadline, here: list[RankInfo]) -> None:
-    """Collect all ranks in `here`, in rank order; RankLost if some don't come or die meanwhile."""
+def _gather(env: LaunchEnv, store: Store, deadline: Deadline, here: list[RankInfo]) -> None:
+    """Collect the ranks in `here`, in rank order: all, unless one of them has a problem and others don't come soon.
+
+    RankLost if some don't come or die meanwhile.
+    """
     mine = pid_namespace()
-    while len(here) < world_size:
-        here += _ranks_here(store, set(range(world_size)) - {info.rank for info in here})
+    patience = None
+    while len(here) < env.world_size:
+        here += _ranks_here(store, set(range(env.world_size)) - {info.rank for info in here})
         here.sort(key=lambda info: info.rank)
+        if patience is None and any(info.problem for info in here):
+            patience = Deadline(_AFTER_PROBLEM)
         for info in here:
-            if info.pids == mine and not Process(info.pid, info.start).alive():
+            if not info.problem and info.pids == mine and not Process(info.pid, info.start).alive():
                 raise RankLost(f"{info} (pid {info.pid}) died while the run started. Look for its own message.")
-        if len(here) < world_size:
+        if len(here) < env.world_size:
+            if patience is not None and (patience.over() or deadline.over()):
+                return
             if deadline.over():
-                raise RankLost(_never_came(world_size, here, deadline))
+                raise RankLost(_never_came(env, here, deadline))
             time.sleep(_POLL)
 
 
 def _compare(store: Store, ranks: Sequence[RankInfo]) -> None:
-    for info in ranks:
-        if info.problem:
-            problem = f"{info}: {info.problem}" if info.rank else info.problem
-            error = ConfigError(problem) if info.code == EXIT_CONFIG else MegaliteError(problem)
-            error.exit_code = info.code
-            raise error
-    for info in ranks:
-        if info.sha256 != ranks[0].sha256:
-            texts = [store.get(f"text/{rank}").decode() for rank in (0, info.rank)]
-            raise ConfigError(_difference(ranks[0], info, *texts))
+    if lines := refusals(ranks):
+        error = ConfigError(*lines)
+        error.exit_code = next(info.code for info in ranks if info.problem)
+        raise error
+
+    def config_of(rank: int) -> dict[str, object]:
+        return _flat(yaml.safe_load(store.get(f"text/{rank}")))
+
+    if problems := differences(ranks, config_of):
+        raise RanksDiffer(problems, ranks)
 
 
-def _never_came(world_size: int, here: Sequence[RankInfo], deadline: Deadline) -> str:
-    missing = sorted(set(range(world_size)) - {info.rank for info in here})
-    who = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-    hosts = sorted({info.host for info in here})
-    came = "; ".join(f"{', '.join(str(info.rank) for info in here if info.host == host)} on {host}" for host in hosts)
+def _never_came(env: LaunchEnv, here: Sequence[RankInfo], deadline: Deadline) -> str:
+    missing = sorted(set(range(env.world_size)) - {info.rank for info in here})
+    came = "; ".join(f"{', '.join(map(str, host.ranks))} on {host.name}" for host in hosts_of(here))
     return (
-        f"{who} never came within {deadline.seconds:g} s (of {world_size}; here are {came}). "
-        "Look for its own message or at its host, or raise distributed.start_timeout."
+        f"{ranks_words(missing)} never came within {deadline.seconds:g} s (of {env.world_size}; here are {came}). "
+        f"{_meeting_place(env)}Look for {'its' if len(missing) == 1 else 'their'} own message, or raise "
+        "distributed.start_timeout."
     )
 
 
-def _difference(ours: RankInfo, theirs: RankInfo, our_text: str, their_text: str) -> str:
-    """Names the rank whose config differs from rank 0's and the first key that does."""
-    mine, other = _flat(yaml.safe_load(our_text)), _flat(yaml.safe_load(their_text))
-    pairs = {key: (other.get(key, "not set"), mine.get(key, "not set")) for key in mine | other}
-    differing = (f"{key} is {b!r} there and {a!r} on {ours}" for key, (b, a) in pairs.items() if a != b)
-    what = next(differing, f"its sha256 is {theirs.sha256[:12]}, that of {ours} {ours.sha256[:12]}")
-    return f"{theirs} was given another config: {what}. Give every rank the same file and overrides"
+def _meeting_place(env: LaunchEnv) -> str:
+    """Where the ranks of several hosts meet, as a sentence."""
+    if env.started_here == env.world_size:
+        return ""
+    own = way_to(env.master_addr, env.master_port)
+    return f"The ranks meet at {env.master_addr}:{env.master_port}; this one is {own}. "
 
 
 def _flat(value: object, path: str = "") -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Start and stop of a run over its ranks: device, back end, network, the watch, and one exit code for all.
 
-    with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
+    with distributed.start(config.distributed, given) as runtime:
         ...
 
 How an error inside the block becomes the run's exit code. Leaving the block is agreed between the ranks:
@@ -15,19 +15,16 @@ Memory or a disk that turned out too small leaves the block as ResourceError, wh
 leaves the block is the run's own, and the caller prints it exactly once. Work that may fail, such
 as finishing the output, belongs inside the block: code 0 is given when the block has been left on all ranks.
 
-The launchers' environment variables are read here and in `launch_env`, and a device is chosen here.
+The launchers' environment variables are read here and in `launch_env`; a device is chosen in `joining`.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -39,45 +36,48 @@ from megalite.core.progress import here
 from megalite.errors import (
     EXIT_CRASH,
     EXIT_SIGINT,
-    ConfigError,
     MegaliteError,
-    Problem,
     RankLost,
     Stopped,
     maybe_fault,
     resource_error,
 )
+from megalite.monitor.words import wrapped
+from megalite.run import placement
+from megalite.run.facts import Given, RankInfo, driver_warning, hosts_of, summary
+from megalite.run.joining import LOOPBACK, Joined, join
 from megalite.run.launch_env import LaunchEnv, door_of
-from megalite.run.meeting_folder import claim, run_folder
-from megalite.run.network import interface_of, machine_id, network_namespace, pid_namespace, route_to, way_to
-from megalite.run.processes import Process, die_with_parent, launcher_name, launchers, this_process
+from megalite.run.meeting_folder import claim
+from megalite.run.network import (
+    interface_of,
+    way_to,
+)
+from megalite.run.processes import die_with_parent, launcher_name, launchers, this_process
 from megalite.run.referee import End, Peer
-from megalite.run.rendezvous import Deadline, RankInfo, meet, open_store
+from megalite.run.rendezvous import Deadline
 from megalite.run.status import StatusFile
-from megalite.run.watchdog import ORPHAN_WAIT, Watchdog, listen
+from megalite.run.watchdog import ORPHAN_WAIT, Watchdog
 
 BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 """What torch.distributed is asked for: with NCCL on the devices, CPU tensors go over gloo."""
+INTERFACES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
+"""Variables that tell gloo and NCCL their network interface, and what stands before a whole name."""
 _GOODBYE = 30.0
 """Seconds for process groups to be destroyed at the end of a run, all of whose work is done."""
 _LAST_STEP = 10.0
 """Seconds, at least, for ranks that have met to connect."""
-_LOOPBACK = "127.0.0.1"
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Runtime:
     """This process as one rank of the run. A context manager; see the module's text for what leaving it means."""
 
-    def __init__(
-        self,
-        env: LaunchEnv,
-        ranks: Sequence[RankInfo],
-        backend: str,
-        store: dist.Store,
-        folder: Path | None,
-        runs_here: int,
-    ):
-        """What is known once all have met, of which `ranks` tells; `folder` is the run's on this host, if launched."""
+    def __init__(self, joined: Joined, runs_here: int):
+        """`runs_here`: equal runs on this machine."""
+        env, ranks, store, folder = joined.env, joined.ranks, joined.store, joined.folder
         self.rank, self.world_size = env.rank, env.world_size
         self.local_rank = env.local_rank
         """Among the ranks that the same launcher process started."""
@@ -86,7 +86,7 @@ class Runtime:
         """Ranks that share this machine's memory, cores and devices, those of equal runs included."""
         self.hostname = self.info.host
         self.device = torch.device(self.info.device)
-        self.backend = backend
+        self.backend = joined.backend
         """`nccl` or `gloo`, of the collectives on `device`."""
         self.store: dist.Store = dist.PrefixStore("user", store)
         """Key-value store over all ranks."""
@@ -137,7 +137,7 @@ class Runtime:
         try:
             watchdog.start(seconds)
         except OSError as error:
-            address, port = self.ranks[0].hub or (_LOOPBACK, 0)
+            address, port = self.ranks[0].hub or (LOOPBACK, 0)
             raise RankLost(
                 f"{self.info}: no connection to rank 0's watch at {address}:{port} from {way_to(address, port)}: "
                 f"{error.strerror or error}. "
@@ -153,12 +153,14 @@ class Runtime:
             names = ", ".join(str(self.ranks[rank]) for rank in missing) or "some"
             raise RankLost(f"{names} met the others but never connected to rank 0's watch at {self.ranks[0].hub}.")
         interface = section.interface or interface_of(self.info.address)
-        for variable, before in (("GLOO_SOCKET_IFNAME", ""), ("NCCL_SOCKET_IFNAME", "=")):
+        for variable, before in INTERFACES.items():
             if interface and (section.interface or variable not in os.environ):
                 os.environ[variable] = before + interface
         if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_world_size))
-        if self.world_size > 1:
+        if self.world_size == 1:
+            return
+        try:
             dist.init_process_group(
                 BACKENDS[self.backend],
                 store=dist.PrefixStore("torch", self._common_store),
@@ -167,6 +169,13 @@ class Runtime:
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=self.device if self.backend == "nccl" else None,
             )
+        except (dist.DistError, RuntimeError) as error:
+            variables = [f"{name}={os.environ[name]}" for name in INTERFACES if name in os.environ]
+            raise RankLost(
+                f"{self.info}: {self.backend} did not connect the ranks from {self.info.address} "
+                f"({', '.join(variables)}): {str(error).splitlines()[0]}. Their hosts must reach each other over that "
+                "interface on any port; set distributed.interface to another, or open the firewall between them."
+            ) from error
 
     def _report(self, error: BaseException | None) -> End:
         if isinstance(error, SystemExit):
@@ -206,18 +215,20 @@ class Runtime:
 
 def start(
     section: DistributedSection,
+    given: Given,
     *,
-    sha256: str,
-    config_text: str,
     status_file: str | os.PathLike[str] | None = None,
     handle_signals: bool = True,
     beside: tuple[int, int] = (0, 1),
+    say: Callable[[str], None] = _to_stderr,
+    thorough: bool = False,
 ) -> Runtime:
     """Join the run that the launcher started, or be a run of one rank without a launcher. Every rank calls it.
 
-    `sha256` and `config_text` are compared over the ranks before anything else. `status_file`: where rank 0 keeps the
-    run's state as JSON. `handle_signals`: SIGINT and SIGTERM set `signal_received` instead of ending the process; needs
-    the main thread. `beside`: which of how many equal runs this is that share the machine.
+    What ranks are `given` is compared before anything else; between ranks of one host, which have the same files, only
+    the config, unless `thorough`. `status_file`: where rank 0 keeps the run's state as JSON. `handle_signals`: SIGINT
+    and SIGTERM set `signal_received` instead of ending the process; needs the main thread. `beside`: which of how many
+    equal runs this is that share the machine. `say` gets lines for the user: on rank 0, and of several hosts only.
 
     Returns when all ranks are there, connected, and watch each other: within `section.start_timeout` seconds.
     ConfigError when the ranks disagree or an option does not fit the machine, RankLost naming who never came; raised
@@ -230,14 +241,15 @@ def start(
     status = StatusFile(status_file, pipe)
     chain = launchers(this_process(), door) if env else []
     owner = next((process for process in chain if process.pid == door or launcher_name(process)), None)
-    runtime, listener = _meet(section, env, owner, status, sha256, config_text, deadline, beside)
+    joined = join(section, env, owner, status, given, deadline, beside=beside, thorough=thorough)
+    runtime = Runtime(joined, beside[1])
     hub, ranks = runtime.ranks[0], runtime.ranks
     status.peers = [Peer(info.rank, info.host, info.pid) for info in ranks]
     watchdog = Watchdog(
         rank=runtime.rank,
         peers=status.peers,
         token=bytes.fromhex(hub.token),
-        hub=listener or hub.hub,
+        hub=joined.listener or hub.hub,
         timeout=section.peer_timeout,
         launchers=chain,
         orphan_wait=ORPHAN_WAIT if door is None or env is None or env.over_hosts else 0.0,
@@ -254,6 +266,8 @@ def start(
         runtime.connect(section, deadline)
         if runtime.rank == 0:
             status.running()
+            for line in _told(given, ranks):
+                say(line)
         maybe_fault("started", runtime.rank)
     except BaseException as error:
         runtime.stop(error)
@@ -261,102 +275,17 @@ def start(
     return runtime
 
 
-# ---- who is here -----------------------------------------------------------------------------------------------------
-
-
-def _meet(
-    section: DistributedSection,
-    launched: LaunchEnv | None,
-    owner: Process | None,
-    status: StatusFile,
-    sha256: str,
-    config_text: str,
-    deadline: Deadline,
-    beside: tuple[int, int],
-) -> tuple[Runtime, socket.socket | None]:
-    """Come together with all ranks; on rank 0 of several, the second is the socket for the watch.
-
-    `owner`: the process that started this host's ranks, as far as it is known.
-    """
-    env = launched or LaunchEnv(rank=0, world_size=1, local_rank=0, started_here=1)
-    folder = run_folder(owner, env.restart) if owner else None
-    try:
-        store = open_store(env, folder, deadline)
-        one_host = env.started_here == env.world_size
-        address = _LOOPBACK if one_host else route_to(env.master_addr, env.master_port)
-        listener = listen(address) if env.rank == 0 and env.world_size > 1 else None
-        slot = beside[0] * (env.started_here or env.world_size) + env.local_rank
-        info = _introduce(section, env, sha256, address, listener, slot)
-        ranks, backend = meet(env, store, info, config_text, deadline, lambda here: _backend(section, here))
-    except MegaliteError as error:
-        if folder is not None and not claim(folder):
-            raise SystemExit(error.exit_code) from error
-        status.failed(error.exit_code, str(error))
-        raise
-    if launched and folder is None:
-        first_here = next(other for other in ranks if (other.host, other.pids) == (info.host, info.pids))
-        folder = run_folder(Process(first_here.pid, first_here.start))
-    return Runtime(env, ranks, backend, store, folder, beside[1]), listener
-
-
-def _introduce(
-    section: DistributedSection, env: LaunchEnv, sha256: str, address: str, listener: socket.socket | None, slot: int
-) -> RankInfo:
-    """What this rank says of itself; a device that can't be had is a problem, of which all ranks hear so. `slot`: its
-    place among the ranks on this machine."""
-    problem, code, device = "", 0, torch.device("cpu")
-    try:
-        device = _pick_device(section, slot)
-    except MegaliteError as error:
-        problem, code = str(error), error.exit_code
-    return RankInfo(
-        rank=env.rank,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        start=this_process().start,
-        machine=machine_id(),
-        pids=pid_namespace(),
-        network=network_namespace(),
-        address=address,
-        device=str(device),
-        gpu=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else "",
-        sha256=sha256,
-        hub=[address, listener.getsockname()[1]] if listener else None,
-        token=secrets.token_hex(32) if env.rank == 0 else "",
-        problem=problem,
-        code=code,
-    )
-
-
-def _pick_device(section: DistributedSection, slot: int) -> torch.device:
-    """The rank's GPU, shared in turn where there are fewer than ranks, or the CPU; makes the GPU the current one."""
-    gpus = 0 if section.device == "cpu" else torch.cuda.device_count()
-    if section.device == "cuda" and gpus == 0:
-        rule, fix = f"no GPU can be seen on {socket.gethostname()}", "Use distributed.device=cpu."
-        raise ConfigError(Problem(key="distributed.device", rule=rule, value="cuda", fix=fix))
-    if gpus == 0:
-        return torch.device("cpu")
-    device = torch.device("cuda", slot % gpus)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _backend(section: DistributedSection, ranks: Sequence[RankInfo]) -> str:
-    """The back end for all ranks. ConfigError when their hosts don't fit together."""
-    kinds = {info.device.partition(":")[0]: info for info in ranks}
-    if len(kinds) > 1:
-        rule = f"{kinds['cuda']} has a GPU, {kinds['cpu']} sees none"
-        raise ConfigError(Problem(key="distributed.device", rule=rule, fix="Use distributed.device=cpu."))
-    inward = [info for info in ranks if info.address.startswith("127.") or info.address == "::1"]
-    if inward and len({info.network for info in ranks}) > 1:
-        rule = f"leads {inward[0]} to its own loopback interface, where no other host can reach it"
-        fix = "Give rank 0's address with deepspeed --master_addr; /etc/hosts may map a host to 127.* on itself."
-        raise ConfigError(Problem(key="MASTER_ADDR", rule=rule, fix=fix))
-    own_gpus = "cuda" in kinds and len({(info.machine, info.gpu) for info in ranks}) == len(ranks)
-    if section.backend == "nccl" and not own_gpus:
-        rule, fix = "nccl needs a GPU for each rank", "Use distributed.backend=gloo, or leave it out."
-        raise ConfigError(Problem(key="distributed.backend", rule=rule, value="nccl", fix=fix))
-    return section.backend or ("nccl" if own_gpus and dist.is_nccl_available() else "gloo")
+def _told(given: Given, ranks: Sequence[RankInfo]) -> list[str]:
+    """What rank 0 tells the user of a run over several hosts: that all agree, who has what, and what is amiss."""
+    hosts = hosts_of(ranks)
+    if len(hosts) == 1:
+        return []
+    amiss = [*placement.warnings(given.layouts, hosts), *filter(None, [driver_warning(ranks)])]
+    return [
+        wrapped(summary(ranks)),
+        *placement.by_host(given.layouts, hosts),
+        *(wrapped(f"warning: {line}") for line in amiss),
+    ]
 
 
 def prepare_deepspeed(runtime: Runtime) -> None:
@@ -368,7 +297,7 @@ def prepare_deepspeed(runtime: Runtime) -> None:
     os.environ["DS_ACCELERATOR"] = runtime.device.type
     # It wraps an optimizer that is not used here in torch.compile, whose import would take a second on every rank.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "1"}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": LOOPBACK, "MASTER_PORT": "1"}
     for variable, value in alone.items():
         os.environ.setdefault(variable, value)
     if runtime.device.type == "cuda":

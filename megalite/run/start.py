@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import socket
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -15,7 +16,8 @@ from megalite.config.schema import InferConfig
 from megalite.config.typecheck import hints, mentions
 from megalite.config.validate import layout_words, num_ranks, world_size_problem
 from megalite.errors import ConfigError, Problem, ResourceError
-from megalite.run.hosts import check_hostfile, distrust, pack_config, run_over_hosts
+from megalite.run.hostfile import check_ranks, hosts_of
+from megalite.run.hosts import check_harmless, check_reachable, distrust, pack_config, run_over_hosts
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 
@@ -44,10 +46,12 @@ def misplaced(loaded: Loaded[Any], place: LaunchEnv | None, argv: Sequence[str],
 
 def _launched(place: LaunchEnv, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
     """How this rank was started, and the command that starts `wanted` ranks instead; `argv`: its script and options."""
-    hosts = max(1, place.world_size // (place.started_here or place.world_size))
+    hosts = place.hosts or max(1, place.world_size // (place.started_here or place.world_size))
     each = -(-wanted // hosts)
     started = f"{place.launcher} started {place.world_size} rank{'s' if place.world_size != 1 else ''}"
-    if place.launcher == "torchrun":
+    if place.launcher == "srun":
+        command = f"srun --ntasks {wanted}{f' --nodes {hosts}' if hosts > 1 else ''}"
+    elif place.launcher == "torchrun":
         command = f"torchrun {f'--nnodes {hosts} ' if hosts > 1 else ''}--nproc_per_node {each}"
     else:
         command = f"deepspeed --num_nodes {hosts} --num_gpus {each}" if hosts > 1 else f"deepspeed --num_gpus {each}"
@@ -69,14 +73,20 @@ def _reads_stdin(loaded: Loaded[Any]) -> bool:
 
 def start_hosts(loaded: Loaded[Any], options: Options) -> int:
     """Start the ranks on several hosts through deepspeed; gives its exit code."""
-    filtered = "--include" in options.hosts or "--exclude" in options.hosts
-    check_hostfile(options.hosts[1], num_ranks(loaded.config), filtered)
+    hosts = hosts_of(options.hosts)
+    check_ranks(hosts, num_ranks(loaded.config))
     if _reads_stdin(loaded):
         rule = "standard input can't be read on another host"
         raise ConfigError(Problem(key="input.file", rule=rule, value="-", fix="Give a file that every host has."))
     resolved = ["--resolved-config", pack_config(loaded.given), "--resolved-sha256", loaded.sha256]
     script, *words = options.program
-    return run_over_hosts(options.hosts, os.path.abspath(script), [*words, *resolved, *options.for_ranks])
+    script = os.path.abspath(script)
+    if "--no_ssh" not in options.hosts:
+        needed = [os.getcwd(), sys.executable, script]
+        check_harmless([*(host.name for host in hosts), *needed])
+        given = dict(zip(options.hosts[::2], options.hosts[1::2], strict=False))
+        check_reachable([host.name for host in hosts], given.get("--ssh_port"), needed)
+    return run_over_hosts(options.hosts, script, [*words, *resolved, *options.for_ranks])
 
 
 def start_ranks(loaded: Loaded[Any], options: Options) -> int:

@@ -20,9 +20,9 @@ from megalite.config.command_line import Options
 from megalite.config.load import Loaded
 from megalite.config.schema import ServeConfig
 from megalite.errors import RankLost
-from megalite.run.launch_env import DOOR_VARIABLE
+from megalite.run.facts import RankInfo
+from megalite.run.launch_env import outside
 from megalite.run.processes import die_with_parent
-from megalite.run.rendezvous import RankInfo
 from megalite.run.runtime import Runtime
 from megalite.run.start import nameless_file
 
@@ -57,10 +57,9 @@ class HTTPProcess:
             script, *words = options.program
             external = ",".join(map(str, descriptors))
             arguments = ["--config", config, "--resolved-sha256", loaded.sha256, "--external", external]
-            outside = {name: value for name, value in os.environ.items() if name not in ("RANK", DOOR_VARIABLE)}
             self._process = subprocess.Popen(
                 [sys.executable, "-u", os.path.abspath(script), *words, *arguments],
-                env=outside,
+                env=outside(os.environ),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[*descriptors, _descriptor(config)],
                 start_new_session=True,  # a signal reaches it through this rank alone

@@ -23,6 +23,7 @@ from megalite.inference.channel import News
 from megalite.inference.engine import Engine, Events
 from megalite.inference.replica import Replica, load_replica
 from megalite.monitor.report import format_report
+from megalite.preflight import given
 from megalite.run import runtime as distributed
 from megalite.run import tracing
 from megalite.run.runtime import Runtime
@@ -48,8 +49,7 @@ def run(loaded: Loaded[ServeConfig], options: Options) -> int:
     number, count = options.replica_place
     with distributed.start(
         config.distributed,
-        sha256=loaded.sha256,
-        config_text=loaded.text,
+        given(loaded),
         status_file=config.monitor.status_file if count == 1 else None,
         beside=(number, count),
     ) as runtime:

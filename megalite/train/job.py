@@ -22,6 +22,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import EXIT_DONE, CheckpointError, ConfigError, MegaliteError, Problem, Stopped
 from megalite.files import remove_left_behind, write_durably
 from megalite.monitor.words import format_rate, wrapped
+from megalite.preflight import given
 from megalite.run import runtime as distributed
 from megalite.run import tracing
 from megalite.train import card
@@ -51,7 +52,7 @@ def run(loaded: Loaded[TrainConfig], write_samples: WriteSamples) -> int:
     """
     config = loaded.config
     assert isinstance(config, TrainConfig)
-    with distributed.start(config.distributed, sha256=loaded.sha256, config_text=loaded.text) as runtime:
+    with distributed.start(config.distributed, given(loaded)) as runtime:
         distributed.prepare_deepspeed(runtime)
         Job(config, runtime, write_samples).run()
     return EXIT_DONE

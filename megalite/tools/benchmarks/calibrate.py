@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from megalite.planner.cost import END_KERNELS, KERNELS, KERNELS_OF_ONE
 from megalite.planner.devices import keep, named, visible_gpus
+from megalite.run.facts import Given
 from megalite.run.launcher import run_ranks
 
 TINY = {
@@ -133,7 +134,7 @@ def rank(kind: str, out: Path) -> int:
     from megalite.run import runtime
 
     section = DistributedSection(device="cuda" if kind == "cuda" else "cpu")
-    with runtime.start(section, sha256="", config_text="") as run:
+    with runtime.start(section, Given(sha256="", config_text="")) as run:
 
         def median(work: Callable[[], object], times: int) -> float:
             spent = []

@@ -38,6 +38,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.kernels.device import device_name, release_memory
 from megalite.model import families
 from megalite.planner.devices import peak_flops
+from megalite.run.facts import Given
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 from megalite.run.runtime import prepare_deepspeed, start
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     figures = []
     section = DistributedSection(device=args.device)
     with (
-        start(section, sha256="", config_text="", handle_signals=False) as runtime,
+        start(section, Given(sha256="", config_text=""), handle_signals=False) as runtime,
         tempfile.TemporaryDirectory() as tmp,
     ):
         torch.set_num_threads(args.threads)
