@@ -446,6 +446,9 @@ WRONG: dict[str, tuple[str, Any, int, str | None]] = {
     "empty list": ("completions", {"prompt": []}, 400, "prompt"),
     "empty prompt among others": ("completions", {"prompt": [SECRET, ""]}, 400, "prompt"),
     "mixed list": ("completions", {"prompt": [SECRET, 1]}, 400, "prompt"),
+    "mixed ids": ("completions", {"prompt": [1, SECRET]}, 400, "prompt"),
+    "a chat": ("completions", {"prompt": [[{"role": "user", "content": SECRET}]]}, 400, "prompt"),
+    "one chat": ("completions", {"prompt": [{"role": "user", "content": SECRET}]}, 400, "prompt"),
     "a number": ("completions", {"prompt": 3}, 400, "prompt"),
     "no token": ("completions", {"prompt": [5, 100000]}, 400, "prompt"),
     "half a surrogate pair": ("completions", b'{"prompt": "zebra \\ud800"}', 400, "prompt"),
@@ -593,6 +596,19 @@ def test_what_is_not_taken_says_when_to_come_again(refusal, status, code, stream
     answer, seconds = asyncio.run(asked())
     assert error(answer, status)["code"] == code and seconds < 0.05
     assert int(answer.headers["retry-after"]) >= max(1, refusal.retry_after)
+
+
+def test_where_nothing_is_taken_no_body_is_read():
+    over = router()
+    over.refusal = Overloaded("full", 2.0)
+
+    async def never():
+        yield b"{"
+        await asyncio.sleep(30)
+
+    for path in ("completions", "chat/completions"):
+        error(ask(app_over(over), "POST", f"/v1/{path}", content=never(), headers=JSON), 429)
+    assert ask(app_over(over), "POST", "/tokenize", json={"prompt": "a"}).status_code == 200
 
 
 def test_a_stream_that_is_lost_ends_with_an_error():

@@ -77,3 +77,17 @@ def test_a_head_that_does_not_come_is_not_waited_for() -> None:
             assert await answers(port, GOOD, b"GET / HT") == [(200, "ok"), late]
 
     asyncio.run(test())
+
+
+def test_what_follows_an_answer_is_not_waited_for() -> None:
+    async def test() -> None:
+        post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n"
+        async with listening(0.3) as port:
+            assert await answers(port, post, b"1234567890" * 2, GOOD, b"GET / HT") == [
+                (200, "ok"),
+                (200, "ok"),
+                (408, "The head of a request did not arrive within 0.3 s."),
+            ]
+            assert await answers(port, post, b"12345", b"67890") == [(200, "ok")]
+
+    asyncio.run(test())

@@ -130,6 +130,8 @@ class LoadBalancer:
         """Of each slot: outstanding tokens over the speed; infinite where there is no replica."""
         self._speeds: list[float] = []
         """Of each slot; 0: not measured, or no replica."""
+        self._mean_speed = 1.0
+        """Of the measured ones, and taken for the others'; 1 if there is none."""
         self._jobs: dict[str, _Job] = {}
         self._tokens = 0
         """Outstanding, in all."""
@@ -162,6 +164,7 @@ class LoadBalancer:
         gone = self._members.pop(replica)
         self._tokens -= gone.tokens
         self._slots[gone.slot], self._loads[gone.slot], self._speeds[gone.slot] = None, inf, 0.0
+        self._average_speeds()
         self.index.remove(gone.slot)
         for name in gone.jobs:
             del self._jobs[name]
@@ -177,8 +180,7 @@ class LoadBalancer:
         before = self._speeds[member.slot]
         self._speeds[member.slot] += (rate - before) / (MEMORY if before else 1)
         self._weigh(member, 0)
-        for other in self._members.values() if self._speeds.count(0.0) else ():
-            self._weigh(other, 0)  # their speed is the mean of the measured ones
+        self._average_speeds()
 
     def outstanding(self, replica: int) -> int:
         """Tokens: queued prefill, running KV and predicted output."""
@@ -235,7 +237,7 @@ class LoadBalancer:
         made: list[Move] = []
         if self.policy == "round_robin" or len(self._members) < 2:
             return made
-        mean = self._mean_speed()
+        mean = self._mean_speed
         slack = self.imbalance * self._tokens / len(self._members) / mean
         for source in sorted(self._members.values(), key=lambda member: -self._loads[member.slot]):
             for job in reversed(list(source.queued.values())):
@@ -267,7 +269,7 @@ class LoadBalancer:
             return least, known
         _, best = min(compress(zip(self._loads, range(len(self._loads)), strict=True), _bits(holders)))
         slack = known * self._page + self.imbalance * self._tokens / len(self._members)
-        if self._loads[best] - self._loads[least] > slack / self._mean_speed():
+        if self._loads[best] - self._loads[least] > slack / self._mean_speed:
             return least, self.index.known(least, keys)
         return best, known
 
@@ -275,12 +277,17 @@ class LoadBalancer:
         """A replica has so many outstanding tokens more."""
         replica.tokens += more
         self._tokens += more
-        self._loads[replica.slot] = replica.tokens / (self._speeds[replica.slot] or self._mean_speed())
+        self._loads[replica.slot] = replica.tokens / (self._speeds[replica.slot] or self._mean_speed)
 
-    def _mean_speed(self) -> float:
-        """Of the measured ones; 1 if there is none."""
-        measured = len(self._speeds) - self._speeds.count(0.0)
-        return sum(self._speeds) / measured if measured else 1.0
+    def _average_speeds(self) -> None:
+        """The speeds have changed."""
+        zeros = self._speeds.count(0.0)
+        measured = len(self._speeds) - zeros
+        self._mean_speed = sum(self._speeds) / measured if measured else 1.0
+        if zeros > self._slots.count(None):
+            for member in self._members.values():
+                if not self._speeds[member.slot]:
+                    self._weigh(member, 0)
 
     def _enter(self, job: _Job, replica: _Replica, known: int) -> None:
         """Put a request, which has not started, on the books of a replica."""

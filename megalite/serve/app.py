@@ -18,7 +18,7 @@ from megalite.serve.chat import chat_completions
 from megalite.serve.completions import completions
 from megalite.serve.envelope import api_error
 from megalite.serve.errors import NoReplica
-from megalite.serve.gate import OPEN_PATHS, Bodies, Gate, StrictRoute, read_api_key, request_id
+from megalite.serve.gate import OPEN_PATHS, Bodies, Gate, GeneratingRoute, StrictRoute, read_api_key, request_id
 from megalite.serve.metrics import ServeMetrics, metrics_router
 from megalite.serve.page import page_router
 from megalite.serve.prepare import Preparer
@@ -82,6 +82,7 @@ def create_app(config: ServeConfig, router: Router, metrics: ServeMetrics) -> Fa
     app = FastAPI(title="megalite", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.router.redirect_slashes = False
     app.state.bodies = Bodies(config.server)
+    app.state.router = router
     app.state.rejected = lambda error: (
         None if error.status_code in (429, 503) else metrics.rejected(error.code or "invalid")
     )
@@ -128,7 +129,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> APIRouter:
-    routes = APIRouter(route_class=StrictRoute)
+    routes = APIRouter(route_class=GeneratingRoute)
 
     def answer(http: Request, prefix: str, body: CompletionRequest | ChatCompletionRequest) -> Answer:
         kinds = {"cmpl": "text_completion", "chatcmpl": "chat.completion"}

@@ -12,7 +12,7 @@ from megalite.inference.request import Request as EngineRequest
 from megalite.serve.answers import Answer, EventStream, encode, ended, usage, usage_value, whole
 from megalite.serve.envelope import ApiError
 from megalite.serve.logprobs import OutputOffsets, TokenTexts, prompt_parts
-from megalite.serve.prepare import Preparer, Prompts, several
+from megalite.serve.prepare import Preparer, Prompts
 from megalite.serve.protocol import CompletionRequest
 from megalite.serve.router import Router
 
@@ -27,7 +27,7 @@ async def completions(
     if body.echo and body.logprobs is not None:
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = preparer.params(body, given, {})
-    prompts = Prompts(values=several(body.prompt), where="prompt")
+    prompts = Prompts(values=preparer.several(body.prompt), where="prompt")
     how = {"name": answer.id, "model": answer.model}
     requests = await preparer.requests(prompts, params, stream=bool(body.stream), **how)
     texts = preparer.texts

@@ -16,7 +16,8 @@ MAX_HEAD = 2 * MAX_HEADER_BYTES
 
 class Connection(HttpToolsProtocol):
     """Who connects must send the head of a request within `patience` seconds, and within MAX_HEAD bytes; what is no
-    HTTP is answered with an envelope too. Bodies are `gate.Bodies`' affair."""
+    HTTP is answered with an envelope too. Bodies are `gate.Bodies`' affair; what is left of one after its answer has
+    `patience` seconds too, and is thrown away."""
 
     patience = 30.0
 
@@ -24,10 +25,14 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._rest_timer: asyncio.TimerHandle | None = None
+        self._is_whole = True
+        """The whole of the last request has come."""
         self._expect_head()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._has_head()
+        self._has_rest()
         super().connection_lost(error)
 
     def data_received(self, data: bytes) -> None:
@@ -43,7 +48,17 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._has_head()
+        self._is_whole = False
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._has_rest()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_whole and self._rest_timer is None and not self.transport.is_closing():
+            self._rest_timer = asyncio.get_running_loop().call_later(self.patience, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)
@@ -58,6 +73,12 @@ class Connection(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _has_rest(self) -> None:
+        self._is_whole = True
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
 
     def _refuse(self, status: int, words: str) -> None:
         """Answer what is no request, and close. Nothing is said in the middle of another answer."""

@@ -174,6 +174,8 @@ class Bodies:
         self._timeout = section.body_timeout
         self._held = 0
         """Bytes of bodies that are being read or parsed."""
+        self._parsing = asyncio.Lock()
+        """Of a large body: parsing is one call into C, during which nothing else runs, so it is one at a time."""
 
     async def read(self, request: Request) -> Any:
         """The JSON value of a request's body. ApiError, JsonError, Overloaded, ClientGone."""
@@ -197,9 +199,10 @@ class Bodies:
             if not data:
                 raise ApiError(400, "The request needs a body: a JSON object.")
             whole = bytes(data)
-            return (
-                await asyncio.to_thread(json_text.parse, whole) if len(whole) > LARGE_BODY else json_text.parse(whole)
-            )
+            if len(whole) <= LARGE_BODY:
+                return json_text.parse(whole)
+            async with self._parsing:
+                return await asyncio.to_thread(json_text.parse, whole)
         except TimeoutError:
             rule = f"The request's body did not arrive within {self._timeout:g} s."
             raise ApiError(408, rule, headers={"Connection": "close"}) from None
@@ -236,12 +239,17 @@ class _StrictRequest(Request):
 class StrictRoute(APIRoute):
     """An endpoint whose body comes through `Bodies`, and whose errors have envelopes."""
 
+    generates = False
+    """Where nothing more is taken on, the body is not read."""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
             strict_request = _StrictRequest(request.scope, request.receive)
             try:
+                if self.generates:
+                    request.app.state.router.admit(1, 1)
                 if self.body_field is not None:
                     strict_request.value = await request.app.state.bodies.read(request)
                 return await handler(strict_request)
@@ -253,3 +261,9 @@ class StrictRoute(APIRoute):
                 return found.response()
 
         return strict
+
+
+class GeneratingRoute(StrictRoute):
+    """One whose requests are for the replicas."""
+
+    generates = True

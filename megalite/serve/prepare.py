@@ -173,6 +173,23 @@ class Preparer:
             raise problem_error(problems[0], names)
         return replace(params, max_tokens=0, min_tokens=0) if only_scores else params
 
+    def several(self, prompt: Any) -> list[Any]:
+        """The prompts of a completion: one text or list of token ids, or several of them. ApiError: it is neither, or
+        they are too many to be looked at."""
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise ApiError(400, "prompt: must be text, token ids, or a list of either, not empty.", param="prompt")
+        if isinstance(prompt[0], int):
+            return [prompt]
+        if len(prompt) > (most := self._section.max_samples):
+            words = f"prompt: one request may have {most} prompts (server.max_samples), got {len(prompt)}."
+            raise ApiError(400, words, param="prompt")
+        if any(is_chat(one) or not isinstance(one, str | list) for one in prompt):
+            words = "prompt: a list must hold only token ids, only texts, or lists of token ids."
+            raise ApiError(400, words, param="prompt")
+        return prompt
+
     async def requests(
         self, prompts: Prompts, params: SamplingParams, *, name: str, stream: bool, model: str
     ) -> list[Request]:
@@ -268,20 +285,6 @@ def is_chat(prompt: Any) -> bool:
 
 
 # ---- fields of requests
-
-
-def several(prompt: Any) -> list[Any]:
-    """The prompts of a completion: one text or list of token ids, or several of them. ApiError: it is neither."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        raise ApiError(400, "prompt: must be text, token ids, or a list of either, not empty.", param="prompt")
-    kinds = set(map(type, prompt))
-    if kinds == {int}:
-        return [prompt]
-    if kinds <= {str, list}:
-        return prompt
-    raise ApiError(400, "prompt: a list must hold only token ids, only texts, or lists of token ids.", param="prompt")
 
 
 def chat_prompts(body: ChatRequest, more: Mapping[str, Any]) -> Prompts:

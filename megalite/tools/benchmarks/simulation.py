@@ -28,17 +28,17 @@ class Result:
     first: list[float] = field(default_factory=list)
     """Times to first token."""
     assigning: array[float] = field(default_factory=lambda: array("d"))
-    """How long each `assign` took here."""
+    """CPU time of each `assign` here."""
     ending: array[float] = field(default_factory=lambda: array("d"))
-    """How long the `finished` of each request took here."""
+    """CPU time of the `finished` of each request here."""
     losing: float = 0.0
-    """How long it took here until the requests of lost replicas were assigned anew."""
+    """CPU time here until the requests of lost replicas were assigned anew."""
     replayed: int = 0
     moved: int = 0
 
     @property
     def router(self) -> float:
-        """Seconds a request in the balancer: medians, as other programs may get in between."""
+        """CPU time of a request in the balancer: medians."""
         return statistics.median(self.assigning) + statistics.median(self.ending) if self.ending else 0.0
 
     def first_token(self, share: float) -> float:
@@ -101,13 +101,13 @@ class Simulation:
             heapq.heappush(self._events, (self.replicas[number].busy_until, number))
 
     def _assign(self, run: Run, now: float) -> float:
-        """Give a request to a replica; the seconds it took to know which."""
+        """Give a request to a replica; the CPU time that it took to know which."""
         request = run.request
         prompt = _Prompt(request.id, request.prompt_token_ids, request.max_tokens)
         self._runs[request.id] = run
-        began = time.perf_counter()
+        began = time.thread_time()
         number = self.balancer.assign(prompt)
-        seconds = time.perf_counter() - began
+        seconds = time.thread_time() - began
         self.result.assigning.append(seconds)
         self._add(run, number, now)
         return seconds
@@ -126,9 +126,9 @@ class Simulation:
         for run in happened.ended:
             name = run.request.id
             self.balancer.gained(name, run.request.output - self._told.pop(name, 0))
-            began = time.perf_counter()
+            began = time.thread_time()
             self.balancer.finished(name)
-            self.result.ending.append(time.perf_counter() - began)
+            self.result.ending.append(time.thread_time() - began)
             del self._runs[name]
             self.result.makespan = max(self.result.makespan, now)
 
@@ -158,9 +158,9 @@ class Simulation:
             for run, tokens in self.replicas[number].progress(now):
                 run.given = tokens
             self.replicas[number].busy_until = inf
-            began = time.perf_counter()
+            began = time.thread_time()
             names += self.balancer.lost(number)
-            self.result.losing += time.perf_counter() - began
+            self.result.losing += time.thread_time() - began
         for number in reversed(numbers):
             del self.replicas[number], self._measured[number]
         self._events = [event for event in self._events if event[1] not in numbers]
