@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import httpx
 from serve_demo import Demo, demo
 
-from megalite.run.processes import Process, descendants
+from megalite.run.processes import Process, descendants, die_with_parent
 
 LAYOUT = ("parallel.dp=2", "parallel.tp=2", "server.balance=round_robin")
 STREAMS, TOKENS = 20, 60
@@ -117,25 +118,53 @@ async def leave(server: Demo, http: httpx.AsyncClient, streamed: bool) -> None:
     expect(seconds < 1.0, f"a client that {what} left, its memory was free after {seconds:.2f} s")
 
 
+SENDER = """
+import http.client, sys
+body = b'{"prompt": [' + b"1, " * 2_000_000 + b"1]}"
+while True:
+    connection = http.client.HTTPConnection(sys.argv[1])
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    print(connection.getresponse().status, flush=True)
+"""
+"""Sends bodies of 6 MB, one after another."""
+
+
 async def overload(server: Demo, http: httpx.AsyncClient) -> None:
-    """256 requests run and wait; one more is refused, and quickly."""
+    """256 requests run and wait; one more is refused, and quickly, also while large bodies arrive."""
     asked = [{**BODY, "prompt": f"{number} times", "stream": True} for number in range(256)]
+    for one in asked[:32]:
+        one["max_tokens"] = 900  # they run first, and none of the others ends before it is measured
     tasks = [asyncio.create_task(http.post("/v1/completions", json=one)) for one in asked]
     while sum(one["requests"] for one in await asyncio.to_thread(server.replicas)) < 256:
         await asyncio.sleep(0.05)
-    times, statuses = [], []
+    await refused(server, http, "nothing else is sent")
+    command = [sys.executable, "-c", SENDER, server.url.removeprefix("http://")]
+    senders = [subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent) for _ in range(3)]
+    try:
+        for sender in senders:
+            assert sender.stdout is not None
+            expect(await asyncio.to_thread(sender.stdout.readline) == b"429\n", "a body of 6 MB is refused with 429")
+        await refused(server, http, "three clients send bodies of 6 MB")
+    finally:
+        for sender in senders:
+            sender.kill()
+    answers = await asyncio.gather(*tasks)
+    expect(all(one.status_code == 200 and "[DONE]" in one.text for one in answers), "the 256 are whole")
+
+
+async def refused(server: Demo, http: httpx.AsyncClient, what: str) -> None:
+    """20 requests, one after another."""
+    times, statuses, retry = [], set(), []
     for _ in range(20):
         began = time.monotonic()
         answer = await http.post("/v1/completions", json={**BODY, "prompt": "one more"})
         times.append(1000 * (time.monotonic() - began))
-        statuses.append(answer.status_code)
-        retry = answer.headers.get("retry-after")
+        statuses.add(answer.status_code)
+        retry.append(int(answer.headers.get("retry-after", 0)))
     running = sum(one["requests"] for one in await asyncio.to_thread(server.replicas))
     middle = sorted(times)[len(times) // 2]
-    expect(set(statuses) == {429} and int(retry or 0) >= 1, f"beside {running} requests others are refused with 429")
-    expect(middle < 50, f"within {middle:.1f} ms in the median, {max(times):.1f} ms at most")
-    answers = await asyncio.gather(*tasks)
-    expect(all(one.status_code == 200 and "[DONE]" in one.text for one in answers), "the 256 are whole")
+    expect(statuses == {429} and min(retry) >= 1, f"beside {running} requests others are refused with 429")
+    expect(middle < 50, f"within {middle:.1f} ms in the median, {max(times):.1f} ms at most, while {what}")
 
 
 async def drain(server: Demo) -> None:

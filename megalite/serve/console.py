@@ -201,10 +201,13 @@ class Console:
         except KeyboardInterrupt:
             self._say(" [stopped]\n")
         except ServerError as error:
-            self._say(f"{chr(10) if said else ''}error: {shown(str(error))}\n")
-            if self._chats and re.search("chat.template", str(error), re.IGNORECASE):
+            if self._chats and not said and re.search("chat.template", str(error), re.IGNORECASE):
                 self._chats = False
-                self._say("hint: this model has no chat template; from here on it goes on with your text.\n")
+                self._messages.pop()
+                self._say("hint: this model has no chat template, so it goes on with your texts.\n")
+                self._answer(text)
+                return
+            self._say(f"{chr(10) if said else ''}error: {shown(str(error))}\n")
         if said:
             self._messages.append({"role": "assistant", "content": said})
         else:
