@@ -1,4 +1,4 @@
-"""Two real replicas under each policy of the balancer, beside their simulation: `python tests/balance_served.py [COUNT]`.
+"""Two replicas under each policy of the balancer, and as simulated: `python tests/balance_served.py [COUNT]`.
 
 The demo model with little memory and eight sequences at once gets COUNT requests at the same moment, after forty common
 beginnings. Says how many prompt tokens were in a replica's cache, and what the requests took, by the clock and in

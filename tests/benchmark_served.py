@@ -1,7 +1,7 @@
 """guidellm's benchmark on a server: `python tests/benchmark_served.py`. Needs guidellm, whose workers are processes.
 
-Its client, unchanged, sends 20 streamed requests to the demo model behind `launch/serve.py`. All must end, each with the
-tokens that were asked for, and the server must have had nothing to say about any.
+Its client, unchanged, sends 20 streamed requests to the demo model behind `launch/serve.py`. All must end, each with
+the tokens that were asked for, and the server must have had nothing to say about any.
 """
 
 from __future__ import annotations
