@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
+from megalite.model import families
 from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import HostCache
 from megalite.model.linear_attention import Signals
 from megalite.model.recurrence import Recurrence, Run
+from megalite.weights.transfer import build, initialise
 
 CPU = torch.device("cpu")
 GROUPS, HEADS, KEYS, VALUES, TAPS, CHANNELS = 3, 2, 8, 12, 4, 5
@@ -140,3 +144,13 @@ def test_a_cache_has_a_row_more_than_sequences_and_gives_them_back():
     assert cache.nbytes == (ROWS + 1) * spec.sequence_bytes + 3 * 2 * 8 * 4 * 2
     cache.free()
     assert cache.nbytes == 0
+
+
+def test_a_new_model_begins_with_states_that_last(tiny):
+    for name, layer, norm in (("qwen3_next", "layers.0.attn.", "norm"), ("granitemoehybrid", "layers.2.attn.", "skip")):
+        decoder = build(families.read(tiny(name)), ParallelState(Layout()), dtype=torch.float32, device=CPU)
+        initialise(decoder, seed=0)
+        new = dict(decoder.named_parameters())
+        kept = torch.exp(-new[f"{layer}log_decay"].exp() * torch.nn.functional.softplus(new[f"{layer}time_shift"]))
+        assert 0.85 < kept.min() < 0.87 and 0.98 < kept.max() < 1 and (new[layer + norm] == 1).all()
+        assert 0.3 < new[f"{layer}taps"].std() < 0.7

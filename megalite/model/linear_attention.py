@@ -42,13 +42,14 @@ class Signals:
 
 
 def step(x: Signals, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of each of B sequences, state [B, G, R, S, P] -> outputs [B, G, R, P] and the states after it."""
+    """One token of each of B sequences, state [B, G, R, S, P] -> outputs [B, G, R, P] and the states after it, which
+    are in the place of those before: they may be most of what a step moves."""
     k, q = x.k[:, :, None, None], x.q[:, :, None, None]  # [B, G, 1, 1, S]
-    state = state * x.decay.exp()[..., None, None]
+    state = state.mul_(x.decay.exp()[..., None, None])
     written = x.v[..., None, :]
     if x.rate is not None:
         written = x.rate[..., None, None] * (written - k @ state)
-    state = state + k.mT * written
+    state = state.addcmul_(k.mT, written)
     return (q @ state).squeeze(-2), state
 
 

@@ -8,6 +8,7 @@ each chunk of every row that has so many. Shapes: T tokens, C channels, K taps o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +25,8 @@ States = Mapping[int, tuple[Tensor, ...]]
 TAIL, HEADS = 0, 1
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Run:
     """Neighbouring tokens of one sequence in a forward pass."""
 
     offset: int
@@ -42,6 +44,11 @@ class _Rows(NamedTuple):
     """int64 [B]."""
     fresh: Tensor
     """bool [B]."""
+
+    @classmethod
+    def of(cls, runs: Sequence[Run], device: torch.device) -> _Rows:
+        numbers, fresh = np.array([run.row for run in runs]), np.array([run.fresh for run in runs])
+        return cls(send(numbers, device), send(fresh, device))
 
     def read(self, states: Tensor) -> Tensor:
         found = states[self.numbers]
@@ -82,16 +89,14 @@ class _Packing:
         tokens = np.concatenate([np.arange(run.offset, run.offset + run.count) for run in runs])
         self.tokens = None if alone and _is_range(tokens) else self._send(tokens)
         """Of the runs, as places among the T tokens; None: all in order."""
-        numbers, fresh = np.array([run.row for run in runs]), np.array([run.fresh for run in runs])
-        self.rows = _Rows(self._send(numbers), self._send(fresh))
+        self.rows = _Rows.of(runs, device)
         self._taps: dict[int, tuple[Tensor, Tensor]] = {}
 
     def packed(self, x: Tensor) -> Tensor:
         """[tokens, ...] -> [chunks, length, ...], padded with zeros."""
-        if self.place is None:
-            return x.unflatten(0, self.shape)
-        room = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return room.index_copy(0, self.place, x).unflatten(0, self.shape)
+        if self.place is not None:
+            x = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:]).index_copy(0, self.place, x)
+        return x.reshape(*self.shape, *x.shape[1:])
 
     def unpacked(self, x: Tensor) -> Tensor:
         """[chunks, length, ...] -> [tokens, ...]."""
@@ -112,7 +117,8 @@ class _Packing:
 
     def _places(self, run: np.ndarray, position: np.ndarray, count: int) -> np.ndarray:
         earlier = len(self._position) + (run + 1) * (count - 1) + position
-        return np.where(position >= 0, self._first[run] + position, earlier)
+        places: np.ndarray = np.where(position >= 0, self._first[run] + position, earlier)
+        return places
 
 
 def _is_range(places: np.ndarray) -> bool:
@@ -138,9 +144,9 @@ class Recurrence:
         longer = [run for run in runs if run.count > 1 or states is None]
         ones = None
         if single:
-            offsets, _, fresh, rows = map(np.array, zip(*single, strict=True))
+            offsets = np.array([run.offset for run in single])
             places = None if not longer and _is_range(offsets) else send(offsets, device)
-            ones = _Ones(places, _Rows(send(rows, device), send(fresh, device)))
+            ones = _Ones(places, _Rows.of(single, device))
         packing = _Packing(longer, device, alone=not single) if longer else None
         return cls(ones, packing, states)
 

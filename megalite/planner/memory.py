@@ -181,7 +181,7 @@ class RankMemory:
         """
         tokens, rows = engine.max_num_batched_tokens, engine.max_num_seqs
         return Footprint(
-            activations=self.activations(max_tokens=tokens),
+            activations=self.activations(max_tokens=tokens) + self.states_in_use(max_rows=rows),
             logits=self.logits(max_tokens=tokens, max_rows=rows),
             rows=self.rows(max_rows=rows, max_len=longest, block_size=engine.block_size)
             if longest
@@ -196,6 +196,10 @@ class RankMemory:
         kinds = {kind for layer in self.config.layers for kind in layer.kinds}
         widest = max(kind.widest(tp, place.tp) for kind in kinds)
         return max_tokens * (3 * self.config.hidden_size + widest) * self.itemsize
+
+    def states_in_use(self, *, max_rows: int) -> int:
+        """States of one layer on their way through a step: as they were, decayed, and what is written."""
+        return 3 * max_rows * max(spec.sequence_bytes for spec in self.cache)
 
     def logits(self, *, max_tokens: int, max_rows: int, scores: bool = True) -> int:
         """Upper estimate of what sampling takes on the last stage, in a step of `max_tokens` tokens of which `max_rows`
@@ -227,6 +231,7 @@ class RankMemory:
         chunks = chunk_sizes(max_tokens, weights)
         most = max(max_rows, *PROMPT_SIZES, *chunks)
         step = self.activations(max_tokens=most) + self.logits(max_tokens=most, max_rows=max_rows)
+        step += self.states_in_use(max_rows=max_rows)
         return 2 * step + len([*decode_sizes(max_rows), *PROMPT_SIZES, *chunks]) * GRAPH_OVERHEAD
 
 

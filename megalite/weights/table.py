@@ -59,6 +59,9 @@ class Piece:
     """Of that weight,"""
     weight: str = ""
     """whose tensor, were it stored as numbers, would be called so."""
+    spread: tuple[float, float] | None = None
+    """See `Row`, also for `std`."""
+    std: float | None = None
     numbers: int = 1
     """Numbers of the weight that an element stands for; 0 of scales and the like."""
 
@@ -162,6 +165,8 @@ def _pieces(
             place=row.place,
             linear=row.linear,
             stored=row.stored,
+            spread=row.spread,
+            std=row.std,
         )
         format = config.format(stage, row.weight) if isinstance(stage, int) else None
         found += [piece] if format is None else [_stored(piece, format, part) for part in format.parts]

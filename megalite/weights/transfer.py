@@ -162,10 +162,15 @@ def initialise(decoder: Decoder, seed: int, *, std: float = INIT_STD) -> None:
     for one in owned(decoder.config, state.layout, state.rank):
         view = filled.view(one)
         if not one.piece.other:
+            if one.piece.spread is not None:
+                whole = torch.linspace(*one.piece.spread, one.piece.split.total, device=view.device)
+                view.copy_(whole.narrow(0, one.lo - one.piece.hf_start, one.count))
+                continue
             is_norm = one.piece.param.endswith("norm.weight")
             view.fill_(1.0 if is_norm and not decoder.config.zero_centred else 0.0)
             continue
-        values = random_matrix(one.piece, seed, view.device, std=std)
+        own = std if one.piece.std is None else one.piece.std
+        values = random_matrix(one.piece, seed, view.device, std=own)
         view.copy_(values.narrow(one.dim, one.lo - one.piece.hf_start, one.count))
     filled.check()
 

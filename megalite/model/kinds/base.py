@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 LINEAR_CHUNK = 64
 """Most tokens that linear attention computes as one product."""
 
+NEW_DECAY = {"time_shift": (-4.6, -4.6), "log_decay": (0.0, math.log(16))}
+"""Of the heads of linear attention in a new model: `Row.spread`. A state keeps 0.99 to 0.86 of itself with each token,
+as Mamba-2's do in the middle (arXiv 2405.21060)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -66,6 +70,10 @@ class Row:
     stored: tuple[int, ...] = ()
     """Shape of its tensor in a checkpoint where that has more dimensions than here, of which the first are rows and
     the others columns, or all a vector; (): it has not."""
+    spread: tuple[float, float] | None = None
+    """A vector's first and last number in a new model, evenly spread between; None: zeros, of norms ones."""
+    std: float | None = None
+    """Standard deviation of a matrix in a new model; None: that of the model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,10 +6,10 @@ Linear attention in place of softmax attention: what the cache has of a sequence
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megalite.core.layout import Even, Split, Whole, width
-from megalite.model.kinds.base import LINEAR_CHUNK, CacheSpec, LayerKind, Row
+from megalite.model.kinds.base import LINEAR_CHUNK, NEW_DECAY, CacheSpec, LayerKind, Row
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -77,18 +77,18 @@ class GatedDelta(LayerKind):
         for param, parts in (("inputs", self.inputs), ("rates", self.rates)):
             before: tuple[Split, ...] = ()
             for name, split in parts:
-                place = {"param": f"{param}.weight", "split": split, "before": before}
+                place: dict[str, Any] = {"param": f"{param}.weight", "split": split, "before": before}
                 rows.append(Row(weight=name, other=(hidden,), linear=True, **place))
                 before = (*before, split)
         stored = (sum(split.total for _, split in self.convolved), 1, self.taps)
         before = ()
         for name, split in self.convolved:
             place = {"param": "taps", "split": split, "before": before}
-            rows.append(Row(weight=name, other=(self.taps,), stored=stored, **place))
+            rows.append(Row(weight=name, other=(self.taps,), stored=stored, std=self.taps**-0.5, **place))
             before = (*before, split)
-        for name in ("time_shift", "log_decay"):
-            rows.append(Row(weight=f"delta_{name}", param=name, split=self.by_head(self.group)))
-        rows.append(Row(weight="delta_norm", param="norm", split=Whole(self.value_dim)))
+        for name, spread in NEW_DECAY.items():
+            rows.append(Row(weight=f"delta_{name}", param=name, split=self.by_head(self.group), spread=spread))
+        rows.append(Row(weight="delta_norm", param="norm", split=Whole(self.value_dim), spread=(1.0, 1.0)))
         rows.append(Row(weight="delta_out", param="out.weight", split=self.values, other=(hidden,), dim=1, linear=True))
         return rows
 

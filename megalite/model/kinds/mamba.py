@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megalite.core.layout import KVHeads, QueryHeads, Split, Whole, width
-from megalite.model.kinds.base import LINEAR_CHUNK, CacheSpec, LayerKind, Row
+from megalite.model.kinds.base import LINEAR_CHUNK, NEW_DECAY, CacheSpec, LayerKind, Row
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -62,6 +62,7 @@ class Mamba2(LayerKind):
     def rows(self, hidden: int) -> list[Row]:
         rows: list[Row] = []
         before: tuple[Split, ...] = ()
+        place: dict[str, Any]
         for name, split in self.inputs:
             weight, place = f"ssm_{name}", {"split": split, "before": before}
             rows.append(Row(weight=weight, param="inputs.weight", other=(hidden,), linear=True, **place))
@@ -72,13 +73,14 @@ class Mamba2(LayerKind):
         before = ()
         for name, split in self.convolved:
             weight, place = f"ssm_conv_{name}", {"split": split, "before": before}
-            rows.append(Row(weight=weight, param="taps", other=(self.taps,), stored=stored, **place))
+            taps: dict[str, Any] = {"other": (self.taps,), "stored": stored, "std": self.taps**-0.5}
+            rows.append(Row(weight=weight, param="taps", **taps, **place))
             if self.conv_bias:
                 rows.append(Row(weight=f"{weight}_bias", param="conv_bias", **place))
             before = (*before, split)
-        for name in ("time_shift", "log_decay", "skip"):
-            rows.append(Row(weight=f"ssm_{name}", param=name, split=self.numbers))
-        rows.append(Row(weight="ssm_norm", param="norm", split=self.values))
+        for name, spread in {**NEW_DECAY, "skip": (1.0, 1.0)}.items():
+            rows.append(Row(weight=f"ssm_{name}", param=name, split=self.numbers, spread=spread))
+        rows.append(Row(weight="ssm_norm", param="norm", split=self.values, spread=(1.0, 1.0)))
         rows.append(Row(weight="ssm_out", param="out.weight", split=self.values, other=(hidden,), dim=1, linear=True))
         if self.bias:
             rows.append(Row(weight="ssm_out_bias", param="out.bias", split=Whole(hidden)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.core.layers import Residual, replicated, sharded
-from megalite.core.layout import width
+from megalite.core.layout import Split, width
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
@@ -37,7 +37,7 @@ class GatedDeltaNet(LayerModule):
         self.heads = width(kind.by_head(1), *tp), kind.group  # G, R
         self.key_width, self.value_width = width(kind.keys, *tp), width(kind.values, *tp)
 
-        def projected(parts: Sequence[tuple[str, object]]) -> ColumnParallelLinear:
+        def projected(parts: Sequence[tuple[str, Split]]) -> ColumnParallelLinear:
             splits, format = [split for _, split in parts], config.format(layer, parts[0][0])
             return ColumnParallelLinear(config.hidden_size, splits, state, bias=False, format=format)
 

@@ -80,4 +80,5 @@ class Mamba(LayerModule):
             everywhere = F.pad(squares, (group, self.kind.groups - group - 1))
             squares = sum_over(everywhere, self.tp)[:, group, None]
         mean = squares * (self.kind.groups / self.kind.values.total)
-        return (by_group * torch.rsqrt(mean + self.eps)[..., None]).flatten(1) * self.norm.float()
+        normed: Tensor = by_group * torch.rsqrt(mean + self.eps)[..., None]
+        return normed.flatten(1) * self.norm.float()
