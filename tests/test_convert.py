@@ -133,7 +133,7 @@ BESIDE_TEXT = ("vision_tower.", "multi_modal_projector.", "model.visual.")
 
 
 @pytest.mark.parametrize(
-    "name", ["granitemoeshared", "ernie4_5_moe", "gemma3_vision", "qwen3_next", "qwen3_5", "granitemoehybrid"]
+    "name", ["granitemoeshared", "ernie4_5_moe", "gemma3_vision", "qwen3_next", "qwen3_5_moe", "granitemoehybrid"]
 )
 def test_other_shapes_and_text_parts_come_back(name, tiny, tmp_path):
     """Stacked experts, a vector of two dimensions, a model within another, convolutions, heads and groups fused."""

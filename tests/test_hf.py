@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import contents, read_bytes
+from safetensors.torch import load_file, save_file
 
 from megalite import cli
 from megalite.convert.convert import convert
@@ -134,6 +136,27 @@ def test_a_tied_embedding_is_read_as_transformers_reads_it(variant, tiny, tmp_pa
     save_file(tensors, folders["different"] / SINGLE, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="lm_head.weight is not .* set tie_word_embeddings to false"):
         read_headers(folders["different"], names)
+
+
+def test_experts_that_are_one_tensor_are_read_as_each_by_itself(tiny, tmp_path):
+    original = tiny("qwen3_5_moe")
+    shutil.copytree(original, tmp_path / "stacked")
+    tensors = load_file(original / SINGLE)
+    for layer in range(4):
+        base = f"model.language_model.layers.{layer}.mlp.experts."
+        each = [
+            {part: tensors.pop(f"{base}{e}.{part}_proj.weight") for part in ("gate", "up", "down")} for e in range(6)
+        ]
+        tensors[f"{base}gate_up_proj"] = torch.stack([torch.cat([one["gate"], one["up"]]) for one in each])
+        tensors[f"{base}down_proj"] = torch.stack([one["down"] for one in each])
+    save_file(tensors, tmp_path / "stacked" / SINGLE, {"format": "pt"})
+    names = weight_names(read(original))
+    wanted = read_headers(original, names).tensors
+    found = read_headers(tmp_path / "stacked", names).tensors
+    assert found.keys() == wanted.keys()
+    assert all(read_bytes(found[name]) == read_bytes(info) for name, info in wanted.items())
+    convert(tmp_path / "stacked", Layout(2), tmp_path / "cut")
+    assert verify(tmp_path / "cut", original).is_well
 
 
 def test_a_file_that_shrinks_while_open_is_noticed(tiny, tmp_path):

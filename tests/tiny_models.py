@@ -377,6 +377,11 @@ VARIANTS: dict[str, Variant] = {
         },
     ),
     "qwen3_5": Variant(model="Qwen3_5", changes=DELTA, vision=QWEN_VISION),
+    "qwen3_5_moe": Variant(
+        model="Qwen3_5Moe",
+        changes={**DELTA, **EXPERTS, "num_experts": 6, "shared_expert_intermediate_size": 28},
+        vision=QWEN_VISION,
+    ),
     "qwen3_5_text": Variant(model="Qwen3_5Text", changes={**DELTA, "tie_word_embeddings": True}),
 }
 

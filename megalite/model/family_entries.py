@@ -708,6 +708,32 @@ FAMILIES: dict[str, Family] = {
         partial_rotary=True,
         mixers=delta_apart,
     ),
+    "qwen3_5_moe_text": Family(
+        architecture="Qwen3_5MoeForCausalLM",
+        weights={**QWEN3_5_WEIGHTS, **MOE_WEIGHTS, **SHARED_GATE_WEIGHTS},
+        ignored=(r"^mtp\.", r"^model\.visual\."),
+        stacked={
+            ".experts.gate_up_proj": (".experts.{expert}.gate_proj.weight", ".experts.{expert}.up_proj.weight"),
+            ".experts.down_proj": (".experts.{expert}.down_proj.weight",),
+        },
+        defaults={
+            **DELTA_DEFAULTS,
+            "num_key_value_heads": 2,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.001,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "decoder_sparse_step": 1,
+        },
+        fixed={"norm": "rms_zero_centred", "qk_norm": "head", "gated_attention": True},
+        flags=ATTENTION_BIAS,
+        partial_rotary=True,
+        moe=experts_by_step,
+        mixers=delta_apart,
+    ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
         weights={**LLAMA_WEIGHTS, **QK_NORM_WEIGHTS, **MOE_WEIGHTS},
@@ -980,6 +1006,12 @@ def text_of(family: Family, architecture: str, text_model_type: str, **changes: 
     )
 
 
+def within_model(family: Family, architecture: str, text_model_type: str) -> Family:
+    """As `text_of`, of a checkpoint whose text part lies in `model.language_model` and whose head beside it."""
+    weights = {key: name.replace("model.", "model.language_model.", 1) for key, name in family.weights.items()}
+    return replace(family, architecture=architecture, text_model_type=text_model_type, weights=weights)
+
+
 BESIDE_TEXT = (r"^(model\.)?vision_(tower|model)\.", r"^(model\.)?multi_modal_projector\.")
 """The tensors of a multimodal checkpoint that its text part does without."""
 
@@ -987,14 +1019,7 @@ FAMILIES |= {
     "gemma3": text_of(FAMILIES["gemma3_text"], "Gemma3ForConditionalGeneration", "gemma3_text"),
     "llama4": text_of(FAMILIES["llama4_text"], "Llama4ForConditionalGeneration", "llama4_text"),
     "mistral3": text_of(FAMILIES["mistral"], "Mistral3ForConditionalGeneration", "mistral"),
-    "qwen3_5": replace(
-        FAMILIES["qwen3_5_text"],
-        architecture="Qwen3_5ForConditionalGeneration",
-        text_model_type="qwen3_5_text",
-        weights={
-            weight: name.replace("model.", "model.language_model.", 1)
-            for weight, name in FAMILIES["qwen3_5_text"].weights.items()
-        },
-    ),
+    "qwen3_5": within_model(FAMILIES["qwen3_5_text"], "Qwen3_5ForConditionalGeneration", "qwen3_5_text"),
+    "qwen3_5_moe": within_model(FAMILIES["qwen3_5_moe_text"], "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text"),
     "mistral3_ministral3": text_of(FAMILIES["ministral3"], "Mistral3ForConditionalGeneration", "ministral3"),
 }

@@ -65,6 +65,9 @@ class WeightNames:
     """Pattern of tensors that are no weights but numbers that the model's code has -> their value."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Other beginnings that a checkpoint's names may have, where none has `prefix` -> theirs here."""
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """End of the name of a tensor [experts, rows, columns] that a checkpoint may have instead of each expert's -> the
+    ends of theirs, which share the rows in this order."""
     tensors: Mapping[str, TensorRef]
     """Every weight of the model's rows -> its tensor. Weights of one tensor lie in it in the order of the rows."""
 
@@ -529,6 +532,8 @@ class Family:
     constants: Mapping[str, float] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     """See WeightNames, as of `constants`, whose tensors are ignored."""
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """See WeightNames."""
     text_model_type: str | None = None
     """It is the text part of a multimodal checkpoint: `text_config` describes it, and has this `model_type`."""
     ignored: tuple[str, ...] = ()
@@ -787,6 +792,7 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
         tied_head=head,
         constants=family.constants,
         renamed=family.renamed,
+        stacked=family.stacked,
         tensors=tensors,
     )
 

@@ -11,7 +11,8 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from megalite.config.typecheck import gguf_advice
@@ -72,8 +73,8 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
     """The weights of a model folder. CheckpointError names the file that is missing, damaged or refused.
 
     With `names`, what the model's tensors are called, they are found as transformers finds them: those of the bare
-    model, saved without the family's prefix, get their full names, and an embedding that is stored only as the head it
-    is tied to gets its own.
+    model, saved without the family's prefix, get their full names, an embedding that is stored only as the head it
+    is tied to gets its own, and stacked tensors are those that they are made of.
     """
     if names is None:
         return HFWeights(_read_files(folder, None))
@@ -89,7 +90,24 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
             _check_tied(tensors[embedding], tensors[head])
         else:
             tensors[embedding] = tensors.pop(head)
-    return HFWeights(tensors, bare)
+    return HFWeights(dict(_unstacked(tensors, names.stacked)), bare)
+
+
+def _unstacked(
+    tensors: Mapping[str, TensorInfo], stacked: Mapping[str, tuple[str, ...]]
+) -> Iterator[tuple[str, TensorInfo]]:
+    """Each expert's tensors in place of those of all experts, in whose bytes they lie one after the other."""
+    for name, info in tensors.items():
+        end = next((end for end in stacked if name.endswith(end)), None)
+        if end is None or len(info.shape) != 3 or info.shape[1] % len(stacked[end]) or not info.nbytes:
+            yield name, info
+            continue
+        experts, rows, columns = info.shape
+        parts, shape = stacked[end], (rows // len(stacked[end]), columns)
+        nbytes = info.nbytes // (experts * len(parts))
+        for index, (expert, part) in enumerate(product(range(experts), parts)):
+            whole = name.removesuffix(end) + part.format(expert=expert)
+            yield whole, replace(info, shape=shape, offset=info.offset + index * nbytes, nbytes=nbytes)
 
 
 def _renamed(name: str, beginnings: Mapping[str, str]) -> str:
