@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 LEVELS = [
@@ -117,11 +118,16 @@ class Import:
     """Inside a function or under TYPE_CHECKING: not run when the module is imported."""
 
 
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
 def imports_of(file: Path) -> Iterator[Import]:
     """Every import statement of a file, those in functions too."""
-    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
-
-    def visit(node: ast.AST, deferred: bool) -> Iterator[Import]:
+    left: list[tuple[ast.AST, bool]] = [(parsed(file), False)]
+    while left:
+        node, deferred = left.pop(0)
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
                 for alias in child.names:
@@ -129,11 +135,10 @@ def imports_of(file: Path) -> Iterator[Import]:
             elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
                 for alias in child.names:
                     yield Import(file, child.lineno, f"{child.module}.{alias.name}", deferred)
-            inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
-            yield from visit(child, deferred or inner or typing_only)
-
-    yield from visit(tree, False)
+            elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):  # no expression holds an import
+                inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+                typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+                left.append((child, deferred or inner or typing_only))
 
 
 def room_of(module: str) -> tuple[int, str] | None:
@@ -161,18 +166,17 @@ def wrong(root: Path, item: Import) -> str | None:
     return None
 
 
-def loads_torch(root: Path, imports: Mapping[Path, Sequence[Import]], file: Path, seen: set[Path]) -> Import | None:
+def loads_torch(modules: Mapping[str, Sequence[Import]], name: str, seen: set[str]) -> Import | None:
     """The import by which importing a module loads torch, by itself or through others of ours; None: it does not."""
-    seen.add(file)
-    for item in imports[file]:
+    seen.add(name)
+    for item in modules[name]:
         if item.deferred:
             continue
         if item.module.split(".")[0] == "torch":
             return item
-        path = Path(root, *item.module.split("."))
-        candidates = (path.with_suffix(".py"), path.parent.with_suffix(".py"), path / "__init__.py")
-        inner = next((one for one in candidates if one in imports), None)
-        if inner is not None and inner not in seen and loads_torch(root, imports, inner, seen):
+        candidates = (item.module, item.module.rpartition(".")[0], f"{item.module}.__init__")
+        inner = next((one for one in candidates if one in modules), None)
+        if inner is not None and inner not in seen and loads_torch(modules, inner, seen):
             return item
     return None
 
@@ -181,7 +185,7 @@ def claims(root: Path, file: Path) -> bool:
     """Whether a module must be importable without torch."""
     if file.relative_to(root).as_posix().startswith(TORCH_FREE):
         return True
-    docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    docstring = ast.get_docstring(parsed(file)) or ""
     return CLAIM.search(" ".join(docstring.split())) is not None
 
 
@@ -189,11 +193,13 @@ def check(root: Path) -> list[str]:
     """Every wrong import below `root`, as `file:line: import module: reason`."""
     files = [file for top in ("megalite", "launch", "tools", "tests") for file in sorted((root / top).rglob("*.py"))]
     imports = {file: list(imports_of(file)) for file in files}
+    names = {file: ".".join(file.relative_to(root).with_suffix("").parts) for file in files}
+    modules = {names[file]: items for file, items in imports.items()}
     found = []
     for file, items in imports.items():
         reasons = [(item, wrong(root, item)) for item in items]
         loads = (
-            loads_torch(root, imports, file, set())
+            loads_torch(modules, names[file], set())
             if file.is_relative_to(root / "megalite") and claims(root, file)
             else None
         )
