@@ -26,11 +26,28 @@ settings.register_profile("search", deadline=None, suppress_health_check=[Health
 settings.register_profile("same", settings.get_profile("search"), derandomize=True)
 settings.load_profile("same")
 
+LONGEST = (
+    *("test_engine_matrix", "test_faults", "test_engine", "test_guide", "test_hybrid", "test_state", "test_trainer"),
+    *("test_infer_job", "test_llm", "test_launcher", "test_train_runs", "test_train", "test_serve_job", "test_hf"),
+    *("test_serve_clients", "test_watchdog", "test_serve_fleet", "test_convert", "test_hybrid_demo", "test_wheel"),
+    *("test_rewards", "test_console", "test_bench_gpu", "test_streaming", "test_lora", "test_demo"),
+)
+"""The files that take most of the time, in this order."""
 _pools = None
 
 
 def pytest_addoption(parser):
     parser.addoption("--all-faults", action="store_true", help="test_faults.py: each case on the last rank too")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist takes the files with most tests first
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: no process is left with one of them when the others have nothing to do any more."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def pytest_collection_finish(session):

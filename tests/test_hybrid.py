@@ -196,7 +196,7 @@ def test_a_job_learns_the_same_in_every_layout(ranks, tmp_path):
         loop = replace(
             config.hybrid,
             algorithm="grpo",
-            steps=3,
+            steps=2,
             prompts_per_step=4,
             samples_per_prompt=4,
             updates_per_step=2,
