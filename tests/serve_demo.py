@@ -41,11 +41,17 @@ class Demo:
 
     def wait_ready(self) -> None:
         until = time.monotonic() + START_WITHIN
-        while not self.url or any(one["state"] != "ready" for one in self.replicas()):
+        while not self._are_ready():
             if self.process.poll() is not None or time.monotonic() > until:
                 raise SystemExit(f"the server is not ready:\n{self.said}")
             self.url = self.url or next(iter(re.findall(r"listening at (\S+)", self.said)), "")
             time.sleep(0.1)
+
+    def _are_ready(self) -> bool:
+        try:
+            return bool(self.url) and all(one["state"] == "ready" for one in self.replicas())
+        except OSError:  # it has ended
+            return False
 
     def end(self) -> int:
         """Its exit code, after SIGTERM."""

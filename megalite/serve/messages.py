@@ -7,10 +7,16 @@ list of tagged structs.
 
 from __future__ import annotations
 
+import signal
+
 import msgspec
 
 from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.request import Request
+
+PASSED_ON = signal.SIGUSR1
+"""What rank 0 of a launcher's run sends the HTTP process, its child, for a signal that it was sent itself. It never
+counts as a second one: some launchers (deepspeed) send theirs to all processes below them."""
 
 
 class Hello(msgspec.Struct, tag=True, array_like=True):

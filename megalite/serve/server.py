@@ -27,6 +27,7 @@ from megalite.run.meeting_folder import remove_run_folder, run_folder
 from megalite.run.processes import descendants, this_process
 from megalite.serve.fleet import Fleet, Start, kill
 from megalite.serve.listener import Listener
+from megalite.serve.messages import PASSED_ON
 from megalite.serve.metrics import ServeMetrics
 from megalite.serve.router import Router
 
@@ -42,7 +43,7 @@ HANGING = 5.0
 """Seconds that threads which still work at something have to end."""
 AGAIN = 0.3
 """Seconds after which a signal counts as a second one; a terminal and a shell may both send the first."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, PASSED_ON)
 
 MakeApp = Callable[[ServeConfig, Router, ServeMetrics], ASGIApp]
 
@@ -70,6 +71,8 @@ class Server:
         self._config, self._limits, self._sock, self._make_app = config, limits, sock, make_app
         self._signals: list[tuple[int, float]] = []
         """What this process was sent, and when."""
+        self._shall_end = False
+        """By a signal, or one that rank 0 of a launcher's run passed on."""
 
     async def run(self, replicas: Start | External) -> int:
         """Serve until a signal comes or no replica is left; gives the exit code.
@@ -100,7 +103,7 @@ class Server:
             ticking = asyncio.create_task(self._tick(over))
             await over.wait()
             longest = LAUNCHED_DRAIN if start is None else float("inf")
-            code = await self._drain(min(longest, config.server.drain_timeout)) if self._signals else self._lost()
+            code = await self._drain(min(longest, config.server.drain_timeout)) if self._shall_end else self._lost()
             ticking.cancel()
             await listener.stop()
             await self._fleet.leave(at_once=code != EXIT_DONE)
@@ -127,9 +130,9 @@ class Server:
         """A signal has come: finish what runs, as far as it can be finished in `timeout` seconds."""
         self._router.drain()
         running = sum(one.requests for one in self._router.replicas())
-        name = signal.Signals(self._signals[0][0]).name
+        name = f"{signal.Signals(self._signals[0][0]).name}: " if self._signals else ""
         left = f"; {format_count(running, 'request')} may run for {timeout:g} s more" if running else ""
-        self._say(f"{name}: nothing new is taken{left}")
+        self._say(f"{name}nothing new is taken{left}")
         with suppress(TimeoutError):
             await asyncio.wait_for(self._router.idle(), timeout)
         self._router.abort_all()
@@ -150,10 +153,13 @@ class Server:
         """From now on the first signal calls `first`, a second ends everything at once; gives the handlers so far."""
 
         def handle(signum: int, frame: FrameType | None) -> None:
-            self._signals.append((signum, time.monotonic()))
-            if len(self._signals) == 1:
+            if not self._shall_end:
+                self._shall_end = True
                 first()
-            elif self._signals[-1][1] - self._signals[0][1] >= AGAIN:
+            if signum == PASSED_ON:
+                return
+            self._signals.append((signum, time.monotonic()))
+            if len(self._signals) > 1 and self._signals[-1][1] - self._signals[0][1] >= AGAIN:
                 os.write(
                     2, f"stopped by {signal.Signals(signum).name} at once; unfinished work is given up.\n".encode()
                 )

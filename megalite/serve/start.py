@@ -25,6 +25,7 @@ from megalite.run.launch_env import outside
 from megalite.run.processes import die_with_parent
 from megalite.run.runtime import Runtime
 from megalite.run.start import nameless_file
+from megalite.serve.messages import PASSED_ON
 
 _KEY = "serve/address"
 _BACKLOG = 4096
@@ -89,7 +90,7 @@ class HTTPProcess:
         """Let it drain, if this run was asked to end."""
         if signum is not None and not self._passed_on:
             self._passed_on = True
-            self._process.send_signal(signum)
+            self._process.send_signal(PASSED_ON)
 
     def wait(self) -> None:
         """Until it has ended. SystemExit with its exit code if that is not 0; RankLost: it was killed, or does not
