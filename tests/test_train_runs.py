@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forks import TRAINING
 from tiny_tokenizer import with_tokenizer
 from train_helpers import as_run, build_from, logits_of, same_tensors, transformers_logits
-from waiting import PATIENCE
+from waiting import PATIENCE, wait_until
 
 from megalite.config.schema import (
     DataSection,
@@ -408,30 +409,28 @@ def test_rules(section, values, says, job):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_a_signal_ends_it_cleanly(tmp_path, source):
+def test_a_killed_run_goes_on_and_a_signal_ends_it_cleanly(forks, tmp_path, source):
     """Killed in a save as one process, going on as two under the launcher; neither compiles an extension."""
     extensions, out = tmp_path / "extensions", tmp_path / "out"
     extensions.mkdir()
-    command = [sys.executable, "launch/train.py", "--config", "configs/train/tiny.yaml", "distributed.device=cpu"]
+    command = ["launch/train.py", "--config", "configs/train/tiny.yaml", "distributed.device=cpu"]
     command += [f"output.folder={out}", f"data.source={source}", "data.pattern=*.py", "tokenizer.vocab_size=300"]
     command += ["train.steps=100000", "train.save_every=2", "train.log_every=1", "train.eval_every=50000"]
-    env = {**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONWARNINGS": "ignore"}
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    killed = subprocess.run(command, env={**env, FAULT_VARIABLE: "state.save#5=kill"}, timeout=PATIENCE, **options)
+    env = {"TORCH_EXTENSIONS_DIR": str(extensions), "PYTHONWARNINGS": "ignore"}
+    fault = {**os.environ, **env, FAULT_VARIABLE: "state.save#5=kill"}
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": PATIENCE}
+    killed = subprocess.run([sys.executable, *command], env=fault, **options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr  # in the second file of the second save
     states = out / "training" / "state"
     assert list(states.glob("step-00000004/.*.tmp")), "the kill came in the middle of a file"
     assert newest_state(states)[0].name == "step-00000002"
 
-    following = subprocess.Popen([*command, "parallel.dp=2"], env=env, **options)
-    try:
-        said = list(itertools.takewhile(lambda line: not line.startswith("step 6/"), following.stdout))
-        following.send_signal(signal.SIGTERM)
-        rest, errors = following.communicate(timeout=PATIENCE)
-    finally:
-        following.kill()
-    assert following.returncode == 0, errors
-    assert any("going on after step 2" in line for line in said) and "stopped by SIGTERM" in rest
+    following = forks.start(*command, "parallel.dp=2", preload=TRAINING, **env)
+    wait_until(lambda: "\nstep 6/" in following.out or not following.runs, "step 6")
+    following.signal(signal.SIGTERM)
+    ended = following.ended()
+    assert ended.code == 0, ended.err
+    assert "going on after step 2" in ended.out and "stopped by SIGTERM" in ended.out
     (state,) = states.iterdir()
     last = json.loads((out / "training" / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert newest_state(states)[1].training["step"] == last >= 6
