@@ -11,11 +11,12 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.monitor.words import format_bytes
-from megalite.planner.memory import STATES_NOTE, RankMemory
+from megalite.planner.memory import STATES_NOTE, RankMemory, TrainingMemory
 from megalite.preflight import layouts_of
 from megalite.run import placement
 from megalite.run.hostfile import check_ranks
 from megalite.run.placement import Host
+from megalite.weights.adapter_table import AdapterTable, adapter_of
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.table import local_elements
 
@@ -34,15 +35,16 @@ def describe(config: Config, model: ModelConfig | None, hosts: Sequence[Host] = 
         raise ConfigError(
             Problem(key="model.path", rule="--dry-run needs the model's config.json on this disk", value=value, fix=fix)
         )
+    adapter = adapter_of(config, model) if isinstance(config, TrainConfig | HybridConfig) else None
     layouts = layouts_of(config)
     if isinstance(config, HybridConfig):
         dtype = config.model.dtype
         tables = [
-            ("training", layouts["train.parallel"], _training_columns(config.train.zero_stage, dtype)),
+            ("training", layouts["train.parallel"], _training_columns(config.train.zero_stage, dtype, adapter)),
             ("generating", layouts["infer.parallel"], _engine_columns(config.infer.engine, dtype, model)),
         ]
     elif isinstance(config, TrainConfig):
-        tables = [("", layouts["parallel"], _training_columns(config.train.zero_stage, config.model.dtype))]
+        tables = [("", layouts["parallel"], _training_columns(config.train.zero_stage, config.model.dtype, adapter))]
     else:
         said = f"{model.dtype} (as the checkpoint says)" if config.model.dtype == "auto" else config.model.dtype
         tables = [("", layouts["parallel"], _engine_columns(config.engine, said, model))]
@@ -132,23 +134,25 @@ def _engine_columns(engine: EngineSection, dtype: str, model: ModelConfig) -> tu
     return columns, notes
 
 
-def _training_columns(stage: int, dtype: str) -> tuple[Columns, list[str]]:
-    """Bytes of weights, gradients and optimizer state on each rank, by ZeRO stage (arXiv 1910.02054, table 1)."""
+def _training_columns(stage: int, dtype: str, adapter: AdapterTable | None) -> tuple[Columns, list[str]]:
+    """Bytes of weights, gradients and optimizer state on each rank, see `TrainingMemory`."""
     item = _item_bytes(dtype)
 
     def columns(model: ModelConfig, layout: Layout, ranks: Iterable[int]) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {"weights": [], "gradients": [], "optimizer": []}
         for rank in ranks:
-            count = local_elements(model, layout, rank)
-            found["weights"].append(format_bytes(count * item // (layout.dp if stage == 3 else 1)))
-            found["gradients"].append(format_bytes(count * item // (layout.dp if stage >= 2 else 1)))
-            found["optimizer"].append(format_bytes(count * 12 // layout.dp))
+            state = TrainingMemory(model, layout, rank, item, stage, gradient_bytes=item, adapter=adapter).state()
+            for name, cells in found.items():
+                cells.append(format_bytes(getattr(state, name)))
         return found
 
     notes = [
         f"numbers are {dtype}; the optimizer keeps float32 weights and two moments, cut over dp",
         "activations are not counted",
     ]
+    if adapter is not None:
+        count = local_elements(adapter, Layout(), 0)
+        notes.append(f"adapters of {count:,} numbers train; the weights are frozen: no gradients, no optimizer of them")
     return columns, notes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
 from megalite.run.facts import Given
 from megalite.weights import shards
+from megalite.weights.adapter_table import adapter_of
 from megalite.weights.hf import at_hand, read_headers, resolve
 from megalite.weights.identity import file_digest, sampled_digest
 from megalite.weights.lora import read_adapter
@@ -41,6 +43,8 @@ def check(
     except ConfigError as error:
         problems = [*problems, *error.problems]
     rules = [*validate(loaded.config, model, None), *(more or []), *_cut_problems(config, model)]
+    if not any(one.key.startswith("train.lora") for one in [*problems, *rules]):
+        rules += _adapter_problems(config, model)
     found = with_origins([*problems, *_unforeseen(rules, problems)], loaded.origins)
     if damage and found:
         found += [Problem(key="", rule=line) for line in str(damage).rstrip(".").splitlines()]
@@ -55,12 +59,26 @@ def check(
 
 def _cut_problems(config: Config, model: ModelConfig | None) -> list[Problem]:
     """Where the format of the weights does not let tp ranks share them so."""
-    if model is None or model.quantization is None or not isinstance(config, GeneratingConfig):
+    if model is None or model.quantization is None:
+        return []
+    for key, parallel in parallel_sections(config).items():
+        try:
+            check_cuts(model, parallel.sizes[0])
+        except ConfigError as error:
+            return [replace(one, key=f"{key}.tp") for one in error.problems]
+    return []
+
+
+def _adapter_problems(config: Config, model: ModelConfig | None) -> list[Problem]:
+    """Why adapters beside the model can't be trained as the config says."""
+    if model is None or isinstance(config, GeneratingConfig):
         return []
     try:
-        check_cuts(model, config.parallel.sizes[0])
+        adapter_of(config, model)
     except ConfigError as error:
         return list(error.problems)
+    except CheckpointError as error:
+        return [Problem(key="train.lora.path", rule=f"can't be gone on from: {error}")]
     return []
 
 
@@ -102,6 +120,8 @@ def _digests_of_files(config: Config) -> dict[str, str]:
             found["model.path"] = sampled_digest(folder) if folder is not None else ""
         for name, adapter in config.lora.items() if isinstance(config, GeneratingConfig) else ():
             found[f"lora.{name}"] = sampled_digest(Path(adapter))
+        if not isinstance(config, GeneratingConfig) and config.train.lora.path is not None:
+            found["train.lora.path"] = sampled_digest(Path(config.train.lora.path))
     except OSError as error:
         raise CheckpointError(f"{error.filename}: can't be read: {error.strerror}") from error
     return found

@@ -32,14 +32,14 @@ def _layers_rules(rules: Rules, model: ModelFacts | None) -> None:
         rules.need("layers", sum(counts) == model.num_layers, rule)
 
 
-def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | None) -> None:
-    """Of a layout that trains; `zero_stage` is the key `train.zero_stage`."""
+def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | None, *, adapts: bool = False) -> None:
+    """Of a layout that trains; `zero_stage` is the key `train.zero_stage`. `adapts`: adapters beside the model do."""
     parallel: ParallelSection = rules.section
     tp, pp, _ = parallel.sizes
     rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
-    if model is not None and model.quantized_as is not None:
+    if model is not None and model.quantized_as is not None and not adapts:
         rule = f"holds weights stored as {model.quantized_as}, and codes have no gradients"
-        fix = "Train the unquantized model, and quantize the result with tools/convert.py --quantize."
+        fix = "Train adapters beside it (train.lora.r), or the unquantized model, to be quantized by tools/convert.py."
         rules.problems.append(Problem(key="model.path", rule=rule, fix=fix))
     if model is not None:
         rule = f"must be at most the model's {model.num_heads} attention heads in training"
@@ -51,7 +51,9 @@ def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | Non
         chunks = pp * parallel.interleave
         rule = f"makes {chunks} chunks, and the model has {model.num_layers} layers"
         rules.need("interleave", chunks <= model.num_layers, rule)
-    reason = zero_refusal(zero_stage, pp=pp, tied=model is not None and model.tie_embeddings)
+    reason = zero_refusal(
+        zero_stage, pp=pp, tied=not adapts and model is not None and model.tie_embeddings, adapts=adapts
+    )
     if reason is not None:
         rules.problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}", fix="Use stage 1."))
 
@@ -63,10 +65,15 @@ def generating_layout_rules(rules: Rules) -> None:
     rules.need("interleave", rules.section.interleave == 1, rule, "Leave it 1.")
 
 
-def zero_refusal(stage: int, *, pp: int, tied: bool) -> str | None:
-    """Why ZeRO `stage` can't be had, as DeepSpeed 0.19.8 is; `tied`: embedding and head are one tensor."""
+def zero_refusal(stage: int, *, pp: int, tied: bool, adapts: bool = False) -> str | None:
+    """Why ZeRO `stage` can't be had, as DeepSpeed 0.19.8 is; `tied`: embedding and head are one tensor that trains.
+
+    `adapts`: adapters train beside frozen weights.
+    """
     if stage == 0:
         return "has no gradient norm to report in float32, and with tp in bfloat16 clips by a wrong one"
+    if stage == 3 and adapts:
+        return "cuts what trains over dp, and of adapters that saves next to nothing: the frozen weights stay whole"
     if stage == 3 and pp > 1:
         return "leaves norms and biases of all pipeline stages but the first out of the gradient norm"
     if stage == 2 and pp > 1 and tied:

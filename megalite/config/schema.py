@@ -433,6 +433,32 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSection:
+    """Low-rank adapters (LoRA, arXiv 2106.09685) that are trained in place of the model's weights; PEFT's names."""
+
+    r: int | None = key(at_least=1, cap=1 << 14)
+    """Rank of the adapters; null: there are none, and the model's own weights are trained, unless `path` is set."""
+    lora_alpha: float = key(8.0, above=0)
+    """The product B A is multiplied by lora_alpha / r."""
+    lora_dropout: float = key(0.0, at_least=0, below=1)
+    """Must be 0: what is dropped would depend on the layout."""
+    target_modules: Any = "all-linear"
+    """Which linears of the layers have adapters: all-linear, a list of names such as [q_proj, v_proj], or a regular
+    expression for whole names. The embedding, the head, experts and routers have none."""
+    exclude_modules: list[str] = field(default_factory=list)
+    """Names of some that have none after all."""
+    use_rslora: bool = False
+    """true: lora_alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    path: str | None = None
+    """Folder of an adapter, as PEFT saves it, to go on from; rank, alpha and modules are its own."""
+
+    @property
+    def is_asked(self) -> bool:
+        """Adapters are trained, in place of the model's weights."""
+        return self.r is not None or self.path is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainSection:
     """Number of steps, batch sizes, evaluation, checkpoints and log."""
 
@@ -448,6 +474,7 @@ class TrainSection:
     """DeepSpeed ZeRO stage over dp; 0 is refused."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    lora: LoraSection = field(default_factory=LoraSection)
     eval_every: int = key(200, at_least=1)
     """Steps between held-out evaluations."""
     eval_batches: int = key(50, at_least=1)
@@ -523,6 +550,7 @@ class HybridTrainSection:
     """Recompute activations in the backward pass instead of keeping them."""
     micro_batch_tokens: int = key(4096, at_least=1)
     """Largest number of tokens that a replica computes at once; a longer sequence is computed alone."""
+    lora: LoraSection = field(default_factory=LoraSection)
     seed: int = key(0, at_least=0, at_most=MAX_SEED)
     """Seed of new weights."""
 
@@ -578,7 +606,8 @@ class HybridSection:
     clip_high: float = key(0.2, at_least=0)
     """grpo: the probability ratio is clipped above 1 + clip_high."""
     kl_coefficient: float = key(0.0, at_least=0)
-    """grpo: weight of the KL divergence from the model after the supervised steps; 0: no such model is kept."""
+    """grpo: weight of the KL divergence from the model after the supervised steps; 0: no such model is kept. With
+    train.lora a copy of the adapters is."""
     divide_by_deviation: bool = True
     """grpo: divide advantages by the group's standard deviation."""
     keep_above: float = 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from megalite.config.chat import section_problems
 from megalite.config.rules import ModelFacts, Rules
-from megalite.config.schema import DataSection, HybridConfig, TrainConfig
+from megalite.config.schema import DataSection, HybridConfig, LoraSection, NewModelSection, TrainConfig
 from megalite.config.typecheck import nearest_path, problem
 from megalite.errors import Problem
 
@@ -33,6 +35,9 @@ DEEPSPEED_KEYS = {
     "pipeline": "parallel.pp",
 }
 """Keys of DeepSpeed's config that follow from ours, and from which."""
+
+_TARGETS = "must be all-linear, a list of names such as [q_proj, v_proj], or a regular expression for whole names"
+_NO_BASE = "asks for adapters, which are trained beside a model that there is"
 
 
 def train_rules(rules: Rules, model: ModelFacts | None) -> None:
@@ -61,12 +66,42 @@ def learning_rules(rules: Rules, model: ModelFacts | None, *, steps: int, steps_
         for key, ours in DEEPSPEED_KEYS.items()
         if (value := _inside(config.deepspeed, key)) is not None
     ]
+    _lora_rules(rules.at("train.lora"), config.model)
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         rules.problems.append(problem("deepspeed.zero_optimization", "must be a mapping", zero))
     there = not config.output.tensorboard or find_spec("tensorboard") is not None
     fix = "pip install tensorboard, or leave it null."
     rules.at("output").need("tensorboard", there, "TensorBoard is not installed", fix)
+
+
+def _lora_rules(rules: Rules, model: NewModelSection) -> None:
+    lora: LoraSection = rules.section
+    usual = {one.name: getattr(LoraSection(), one.name) for one in fields(LoraSection)}
+    given = [name for name in usual if getattr(lora, name) != usual[name] and name not in ("r", "path")]
+    for name in given:
+        rules.need(name, lora.is_asked, "is of adapters, and there are none", "Set r, their rank, too.")
+        rules.need(name, lora.path is None or name == "lora_dropout", "is the adapter's own in path", "Leave it out.")
+    rules.need("r", lora.r is None or lora.path is None, "is the adapter's own in path", "Leave it out.")
+    fix = "Leave it 0; fewer steps, a lower rank and optimizer.weight_decay keep adapters from learning by heart."
+    rules.need("lora_dropout", lora.lora_dropout == 0, "must be 0: what is dropped would depend on the layout", fix)
+    targets = lora.target_modules
+    named = isinstance(targets, list) and targets and all(isinstance(one, str) and one for one in targets)
+    rules.need("target_modules", bool(named or (isinstance(targets, str) and targets)), _TARGETS)
+    rules.note("target_modules", _pattern_problem(rules, targets))
+    if lora.path is not None:
+        there = Path(lora.path).is_dir()
+        rules.need("path", there, "must be a folder as PEFT saves adapters", "" if there else nearest_path(lora.path))
+    fix = "Set model.path to the folder of the model beside which they are to be trained."
+    rules.need("path" if lora.path else "r", not lora.is_asked or model.path is not None, _NO_BASE, fix)
+
+
+def _pattern_problem(rules: Rules, targets: Any) -> Problem | None:
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        return problem(f"{rules.prefix}target_modules", f"must be a regular expression: {error}", targets)
+    return None
 
 
 def _inside(tree: dict[str, Any], dotted: str) -> Any:

@@ -76,7 +76,7 @@ def validate(config: Config, model: ModelFacts | None, world_size: int | None) -
     if isinstance(config, TrainConfig):
         train_rules(rules, model)
         layout_rules(rules.at("parallel"), model)
-        training_layout_rules(rules.at("parallel"), config.train.zero_stage, model)
+        training_layout_rules(rules.at("parallel"), config.train.zero_stage, model, adapts=config.train.lora.is_asked)
     elif isinstance(config, HybridConfig):
         _hybrid_rules(rules, model)
     mismatch = world_size_problem(config, world_size)
@@ -110,7 +110,7 @@ def _hybrid_rules(rules: Rules, model: ModelFacts | None) -> None:
     train, infer = rules.at("train.parallel"), rules.at("infer.parallel")
     for side in (train, infer):
         layout_rules(side, model, first_rank=True)
-    training_layout_rules(train, config.train.zero_stage, model)
+    training_layout_rules(train, config.train.zero_stage, model, adapts=config.train.lora.is_asked)
     generating_layout_rules(infer)
     _engine_rules(rules.at("infer.engine"), model)
     _sampling_rules(rules, config.infer.engine, model, samples=config.hybrid.samples_per_prompt)

@@ -6,17 +6,22 @@ lie side by side, so that they cost two thin products together; a mask of the co
     y = W x + B ((A x) * mask)        A [R, K], B [N, R], mask [T, R], scales are in B
 
 Cut over tp as the weight is: a column-parallel linear has its rows of B and all of A, a row-parallel one its columns of
-A, and its part of the product is a summand like that of W, so no communication is added.
+A, and its part of the product is a summand like that of W, so no communication is added. What is whole on every tp
+rank, A of the one and B of the other, gets a part of its gradient on each.
+
+`Adapted` serves many adapters as they are, `Learnt` one whose A and B train.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalite.core.functional import gated
 from megalite.core.linear import Format, Linear, Norm, Stored
@@ -94,6 +99,119 @@ class Adapted(Format):
 
     def suit_cpu(self, stored: Stored) -> None:
         self.base.suit_cpu(stored)
+
+
+@dataclass(frozen=True, slots=True)
+class LearntPart:
+    """One module's place in a `LowRankUpdate`."""
+
+    name: str
+    rank: int
+    start: int
+    """The first of its outputs among those of the linear."""
+    scale: float
+
+
+class LowRankUpdate(nn.Module):
+    """scale * B (A x) as parameters that train, of modules whose weights are stacked in one linear of this rank.
+
+    `a` [R, K] is one thin product for all of them; each has its own `b` [rows, r], so that no zeros are kept between.
+    """
+
+    def __init__(self, parts: Sequence[LearntPart], a: nn.Parameter, b: Mapping[str, nn.Parameter]):
+        """`b`: by the names of parts, less those of which this rank has no outputs."""
+        super().__init__()
+        self.parts = tuple(parts)
+        self.a = a
+        self.b = nn.ParameterDict(b)
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [T, N] and the update of x [T, K], which may be a summand over tp as y is."""
+        return torch.addmm(y, F.linear(x, self.a), self._matrix(y.shape[1]).t())
+
+    def _matrix(self, outputs: int) -> Tensor:
+        """scale * B of all parts, with zeros between: [outputs, R]."""
+        blocks, end = [], 0
+        for part in self.parts:
+            if part.name not in self.b:
+                blocks.append(self.a.new_zeros(0, part.rank))
+                continue
+            b = self.b[part.name]
+            if part.start > end:
+                blocks.append(b.new_zeros(part.start - end, 0))
+            blocks.append(b * part.scale)
+            end = part.start + len(b)
+        if end < outputs:
+            blocks.append(self.a.new_zeros(outputs - end, 0))
+        return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
+
+    def copied(self) -> LowRankUpdate:
+        """One with the same numbers, which does not train."""
+        a, b = (nn.Parameter(self.a.detach().clone(), requires_grad=False), dict(self.b.items()))
+        held = {name: nn.Parameter(one.detach().clone(), requires_grad=False) for name, one in b.items()}
+        return LowRankUpdate(self.parts, a, held)
+
+
+class Learnt(Format):
+    """The format of a linear beside which an adapter is trained: every token uses it."""
+
+    def __init__(self, base: Format, update: LowRankUpdate):
+        self.base = base
+        self.update: LowRankUpdate | None = update
+        """None: the linear as it is without."""
+
+    def matrix(self, stored: Stored) -> Tensor:
+        return self.base.matrix(stored)
+
+    def takes_more(self, x: Tensor, stored: Stored) -> bool:
+        return self.update is None and self.base.takes_more(x, stored)
+
+    def adds(self, x: Tensor, stored: Stored, bias: Tensor | None) -> bool:
+        return self.update is None and self.base.adds(x, stored, bias)
+
+    def product(
+        self,
+        x: Tensor,
+        stored: Stored,
+        bias: Tensor | None = None,
+        *,
+        gate: str | None = None,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if self.update is None:
+            return self.base.product(x, stored, bias, gate=gate, norm=norm, residual=residual)
+        assert norm is None and residual is None
+        y = self.update.added(x, self.base.product(x, stored, bias))
+        return y if gate is None else gated(y, gate)
+
+    def suit_cpu(self, stored: Stored) -> None:
+        self.base.suit_cpu(stored)
+
+
+def learn(linear: Linear, update: LowRankUpdate) -> None:
+    """Put an adapter that trains beside a linear, as its module `lora`."""
+    linear.add_module("lora", update)
+    linear.format = Learnt(linear.format, update)
+
+
+def learnt_formats(module: nn.Module) -> dict[str, Learnt]:
+    """Of the linears in a module beside which adapters train, by their names."""
+    parts = ((name, part) for name, part in module.named_modules() if isinstance(part, Linear))
+    return {name: part.format for name, part in parts if isinstance(part.format, Learnt)}
+
+
+@contextmanager
+def using(formats: Mapping[str, Learnt], updates: Mapping[str, LowRankUpdate | None]) -> Iterator[None]:
+    """While it lasts, linears use other updates, by their names; None: none."""
+    before = {name: one.update for name, one in formats.items()}
+    try:
+        for name, one in formats.items():
+            one.update = updates[name]
+        yield
+    finally:
+        for name, one in formats.items():
+            one.update = before[name]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,13 @@ Checkpoint ranges and parameters agree because both are cut by the same `Split`s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megalite.core.collectives import enter_tp, leave_tp
 from megalite.core.formats import WeightFormat
@@ -182,7 +184,7 @@ class Coded(Format):
     """A weight as the kernels of `kernels.codes` take it: `codes`, `scales`, perhaps `zeros` and `order`.
 
     Up to MAX_ROWS rows codes are multiplied as they are read. More rows are multiplied by the numbers written out, or,
-    in fp8 with a scale a row, as fp8 with a scale a token.
+    in fp8 with a scale a row, as fp8 with a scale a token. Codes are frozen: inputs have gradients, weights none.
     """
 
     def __init__(self, kind: str, dtype: torch.dtype):
@@ -207,17 +209,24 @@ class Coded(Format):
         residual: Tensor | None = None,
     ) -> Tensor:
         assert norm is None and residual is None
+        if torch.is_grad_enabled() and x.requires_grad:
+            apply: Callable[..., Tensor] = _FrozenProduct.apply
+            y = apply(x, self, stored, bias)
+        else:
+            y = self.multiplied(x, stored, bias)
+        return y if gate is None else gated(y, gate)
+
+    def multiplied(self, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+        """The product itself, without gradients."""
         codes, scales, zeros = (stored.get(name) for name in ("codes", "scales", "zeros"))
         order = stored.get("order")
         assert codes is not None and scales is not None
         x = x if order is None else x[:, order]
         if x.shape[0] <= codes_kernels.MAX_ROWS and x.dtype.itemsize == 2:
-            y = codes_kernels.codes_linear(x, codes, scales, zeros, bias, kind=self.kind)
-        elif self.kind == "fp8" and scales.shape[1] == 1 and x.dtype == torch.bfloat16 and _suits_scaled_mm(codes):
-            y = _scaled_product(x, codes.view(torch.float8_e4m3fn), scales, bias)
-        else:
-            y = F.linear(x, codes_kernels.expand(codes, scales, zeros, kind=self.kind, dtype=x.dtype), bias)
-        return y if gate is None else gated(y, gate)
+            return codes_kernels.codes_linear(x, codes, scales, zeros, bias, kind=self.kind)
+        if self.kind == "fp8" and scales.shape[1] == 1 and x.dtype == torch.bfloat16 and _suits_scaled_mm(codes):
+            return _scaled_product(x, codes.view(torch.float8_e4m3fn), scales, bias)
+        return F.linear(x, codes_kernels.expand(codes, scales, zeros, kind=self.kind, dtype=x.dtype), bias)
 
     def of_experts(self, x: Tensor, stored: Stored, bias: Tensor | None, experts: Tensor) -> Tensor:
         """Each row of x [T, K] times the one of E weights that `experts` [T] names, of which `stored` has the tensors
@@ -225,6 +234,20 @@ class Coded(Format):
         codes, scales, zeros = (stored.get(name) for name in ("codes", "scales", "zeros"))
         assert codes is not None and scales is not None
         return codes_kernels.codes_linear_of_experts(x, codes, scales, zeros, bias, experts, kind=self.kind)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product of codes whose backward pass gives the gradient of its input, by the numbers, written out again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, format: Coded, stored: Stored, bias: Tensor | None) -> Tensor:
+        ctx.format, ctx.stored = format, stored
+        return format.multiplied(x, stored, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return grad @ ctx.format.matrix(ctx.stored), None, None, None
 
 
 def _suits_scaled_mm(codes: Tensor) -> bool:

@@ -28,6 +28,7 @@ from megalite.hybrid.generator import Generator
 from megalite.hybrid.job_files import HybridProgress, JobFiles
 from megalite.hybrid.learner import Learner
 from megalite.hybrid.log import HybridLog
+from megalite.hybrid.reference import OtherAdapters, OtherModel, Reference
 from megalite.hybrid.rollout import Rollout
 from megalite.hybrid.sync import Sync
 from megalite.inference.replica import Replica
@@ -41,11 +42,9 @@ from megalite.run import tracing
 from megalite.train.data.order import TrainingOrder
 from megalite.train.flops import peak_of_run
 from megalite.train.log import print_report
-from megalite.train.model import Scorer
 from megalite.train.new_model import make_decoder, make_trainer
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
-from megalite.weights.dtypes import torch_dtype
 
 MIB = 1 << 20
 
@@ -79,7 +78,7 @@ class Job:
         self.infer_state = ParallelState.join(self.infer_layout, meter=meter)
         ParallelState.make_training_groups(self.train_layout)
         self.trainer = self._make_trainer(self.train_state) if self.train_state else None
-        self.reference = self._make_reference(self.train_state) if self.train_state else None
+        self.reference = self._make_reference(self.trainer) if self.trainer else None
         self.learner = self._make_learner(self.trainer) if self.trainer else None
         self.decoder = self._make_generating_decoder(self.infer_state) if self.infer_state else None
         self.sync = self._make_sync()
@@ -106,7 +105,7 @@ class Job:
             try:
                 self._supervise()
                 if self.reference is not None and self.config.supervised.steps > 0:
-                    self.files.load_reference(self.reference)
+                    self.reference.load(self.files.reference_state())
                 self._loop()
             except Stopped as stop:
                 name = signal.Signals(stop.signum).name
@@ -118,7 +117,7 @@ class Job:
             self._save()
             if self.trainer is not None:
                 self.files.export(self.trainer)
-            self.log.say(f"the model is in {self.files.folder}")
+            self.log.say(f"the {self.files.trained.noun} is in {self.files.folder}")
 
     def _loop(self) -> None:
         """The iterations, then where their time went, on every rank."""
@@ -232,24 +231,21 @@ class Job:
             failure_reward=section.failure_reward,
         )
 
-    def _empty_decoder(self, state: ParallelState) -> Decoder:
-        dtype = torch_dtype(self.config.model.dtype)
-        return transfer.build(self.files.model, state, dtype=dtype, device=self.device)
-
     def _make_trainer(self, state: ParallelState) -> Trainer:
         config = self.config
         steps = config.supervised.steps + config.hybrid.steps * config.hybrid.updates_per_step
-        return make_trainer(config, self.files.model, state, steps=steps, device=self.device)
+        return make_trainer(config, self.files.trained, state, steps=steps, device=self.device)
 
-    def _make_reference(self, state: ParallelState) -> Decoder | None:
+    def _make_reference(self, trainer: Trainer) -> Reference | None:
         """The policy as it was before its first update, where the loss measures the distance from it."""
-        config = self.config
+        config, trained, state = self.config, self.files.trained, trainer.state
         if config.hybrid.kl_coefficient == 0 or config.hybrid.algorithm != "grpo":
             return None
+        if trained.adapter is not None:
+            return OtherAdapters(trainer, off=config.train.lora.path is None and config.supervised.steps == 0)
         if config.supervised.steps > 0:  # it is filled after these
-            return self._empty_decoder(state).requires_grad_(False)
-        decoder = make_decoder(config.model, self.files.model, state, device=self.device, seed=config.train.seed)
-        return decoder.requires_grad_(False)
+            return OtherModel(trained.receiver(state, config.model.dtype, self.device))
+        return OtherModel(make_decoder(config.model, trained, state, device=self.device, seed=config.train.seed))
 
     def _make_learner(self, trainer: Trainer) -> Learner:
         return Learner(
@@ -257,20 +253,20 @@ class Job:
             self.config.hybrid,
             micro_batch_tokens=self.config.train.micro_batch_tokens,
             temperature=policy_temperature(self.config.sampling),
-            reference=Scorer(self.reference).logprobs if self.reference is not None else None,
+            reference=self.reference.logprobs if self.reference is not None else None,
         )
 
     def _make_generating_decoder(self, state: ParallelState) -> Decoder:
         if self.trainer and self.train_layout == self.infer_layout and self.config.train.zero_stage < 3:
             return transfer.twin(self.trainer.decoder, state)  # cut alike and held whole: the same tensors serve both
-        decoder = self._empty_decoder(state)
+        decoder = self.files.trained.receiver(state, self.config.model.dtype, self.device)
         if self.device.type == "cpu":
             store_by_input(decoder)
         return decoder.requires_grad_(False)
 
     def _make_sync(self) -> Sync:
         return Sync(
-            self.files.model,
+            self.files.trained.adapter or self.files.model,
             self.trainer.decoder if self.trainer else None,
             self.decoder,
             self.train_layout,

@@ -4,7 +4,7 @@ outputs/run/config.json model.safetensors tokenizer.json ...   the model, at the
             training/data/                                     the tokenizer, where the job has trained it
             training/log.jsonl                                 rewards, losses, agreement and times
             training/rollouts/iteration-000012.jsonl           every sample with its reward and log-probabilities
-            training/reference/step-00000009/                  the model after the supervised steps, where KL needs it
+            training/reference/step-00000009/                  what was trained in supervised steps, where KL needs it
             training/state/step-00000120/                      what a killed job goes on from
 """
 
@@ -21,25 +21,16 @@ from megalite.config.schema import HybridConfig
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.files import remove_left_behind
 from megalite.hybrid.tasks import Example, load_examples
-from megalite.model.decoder import Decoder
 from megalite.text.detokenizer import TokenizerError
 from megalite.text.tokenizer import Tokenizer
-from megalite.train.checkpoint import (
-    check_same_model,
-    load_state,
-    newest_state,
-    remove_unfinished,
-    save_state,
-    state_to_resume,
-)
+from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, state_to_resume
 from megalite.train.data import bpe
 from megalite.train.data import examples as supervised
 from megalite.train.data.prepared import end_of_text
-from megalite.train.export import export_folder, files_beside
 from megalite.train.new_model import config_of, starting_point
+from megalite.train.trained import trained_of
 from megalite.train.trainer import Trainer
 from megalite.weights.folder import ModelFolder
-from megalite.weights.transfer import load_folder
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +80,7 @@ class JobFiles:
             taught=sorted(set().union(*(response.ends(endings) for response in self.responses))),
         )
         self.model = self.base.model
-        self.beside = files_beside(self.base)
+        self.trained = trained_of(config.train.lora, self.base)
 
     def _open_tokenizer(self, wait: Callable[[], None]) -> tuple[Path, Tokenizer]:
         """The one named, the model's own, or one trained on the task's texts."""
@@ -138,7 +129,7 @@ class JobFiles:
         if self.found is None:
             return None
         path, manifest = self.found
-        check_same_model(manifest, self.base)
+        self.trained.check(manifest)
         progress = manifest.training.get("progress")
         if not isinstance(progress, dict) or progress.keys() != {field.name for field in fields(HybridProgress)}:
             raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
@@ -150,23 +141,22 @@ class JobFiles:
         """Keep the model as it is now for `load_reference`. Collective over the training layout."""
         self._save(trainer, self.references, {})
 
-    def load_reference(self, decoder: Decoder) -> None:
-        """Fill `decoder` with what `save_reference` kept. ConfigError if it kept nothing."""
+    def reference_state(self) -> Path:
+        """The folder of what `save_reference` kept. ConfigError if it kept nothing."""
         found = newest_state(self.references)
         if found is None:
             rule = "needs the model as it was after the supervised steps, which this run has not kept"
             fix = "Set it to 0 as before, or choose another output.folder."
             value = self.config.hybrid.kl_coefficient
             raise ConfigError(Problem(key="hybrid.kl_coefficient", rule=rule, value=value, fix=fix))
-        load_folder(decoder, found[0], whole=True)
+        return found[0]
 
     def _save(self, trainer: Trainer, folder: Path, training: dict[str, Any]) -> None:
-        save_state(trainer, folder, training, self.base, self.beside)
+        self.trained.save(trainer, folder, training)
 
     def export(self, trainer: Trainer) -> None:
         """Make the folder hold the present model. Collective over the training layout."""
-        dtype = self.config.model.dtype
-        export_folder(trainer.decoder, self.folder, self.base, self.beside, dtype)
+        self.trained.export(trainer.decoder, self.folder, self.config.model.dtype)
 
 
 def _text(example: Example) -> str:

@@ -26,10 +26,11 @@ from megalite.hybrid.comparison import Comparison, Side, lowest
 from megalite.hybrid.fingerprint import Fingerprinter, cover
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
+from megalite.weights import lora_training
 from megalite.weights.dtypes import WEIGHT_DTYPES, torch_dtype
 from megalite.weights.reshard import Executor, Gathered, Round, RoundBuilder, Slot
 from megalite.weights.reshard_plan import atoms, buckets, plan
-from megalite.weights.table import expected, hf_shapes
+from megalite.weights.table import Weights, expected, hf_shapes
 
 Verify = Literal["always", "first", "off"]
 
@@ -45,14 +46,15 @@ class Pushed:
 class Sync:
     """Moves weights from `source` to `target`; each is None on ranks outside its layout.
 
-    Collective: every rank of the run makes it and pushes alike. Where both layouts agree and one decoder serves both,
-    or both have the same parameters, nothing is moved. `gathered` makes source parameters whole that are cut over dp;
-    None if they always are.
+    `model`: whose weights are moved; where adapters train beside frozen ones, the adapters' table. `gathered` makes
+    source parameters whole that are cut over dp; None if they always are. Collective: every rank of the run makes it
+    and pushes alike. Where both layouts agree and one decoder serves both, or both have the same parameters, nothing is
+    moved.
     """
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: Weights,
         source: Decoder | None,
         target: Decoder | None,
         source_layout: Layout,
@@ -68,7 +70,7 @@ class Sync:
         self.verify = verify
         self.rank = dist.get_rank() if dist.is_initialized() else source_layout.first_rank
         self._layouts = source_layout, target_layout
-        self._source, self._target = _parameters(source), _parameters(target)
+        self._source, self._target = _parameters(model, source), _parameters(model, target)
         self._gathered = gathered or (lambda names: nullcontext())
         params = (*self._target.values(), *self._source.values())
         self.device = params[0].device if params else torch.device("cpu")
@@ -95,7 +97,7 @@ class Sync:
         assert code in (agreed[2], len(known)), "the generating ranks have different dtypes"
         return known[agreed[2]], bool(agreed[3])
 
-    def _plan(self, model: ModelConfig, bucket_bytes: int) -> None:
+    def _plan(self, model: Weights, bucket_bytes: int) -> None:
         source_layout, target_layout = self._layouts
         transfers = plan(model, source_layout, target_layout)
         builder = self._round_builder(model, bucket_bytes)
@@ -114,7 +116,7 @@ class Sync:
         if self.verify != "off":
             self._comparison = self._compare(model, builder, bucket_bytes)
 
-    def _round_builder(self, model: ModelConfig, bucket_bytes: int) -> RoundBuilder:
+    def _round_builder(self, model: Weights, bucket_bytes: int) -> RoundBuilder:
         peers: tuple[int, ...] = ()
         sizes: dict[str, int] = {}
         layout = self._layouts[0]
@@ -125,7 +127,7 @@ class Sync:
             sizes = {name: item * sum(part.elements for part in parts) for name, (_, parts) in held.items()}
         return RoundBuilder(self.rank, peers, sizes, bucket_bytes)
 
-    def _compare(self, model: ModelConfig, builder: RoundBuilder, bucket_bytes: int) -> Comparison:
+    def _compare(self, model: Weights, builder: RoundBuilder, bucket_bytes: int) -> Comparison:
         cut = atoms(model, *self._layouts)
         source = cover(cut, lambda atom: atom.sources, self.rank)
         target = cover(cut, lambda atom: atom.targets, self.rank)
@@ -167,5 +169,9 @@ class Sync:
         return self.version
 
 
-def _parameters(decoder: Decoder | None) -> dict[str, Tensor]:
-    return {} if decoder is None else dict(decoder.named_parameters(remove_duplicate=False))
+def _parameters(model: Weights, decoder: Decoder | None) -> dict[str, Tensor]:
+    if decoder is None:
+        return {}
+    if isinstance(model, ModelConfig):
+        return dict(decoder.named_parameters(remove_duplicate=False))
+    return lora_training.parameters(decoder)

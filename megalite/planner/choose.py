@@ -28,6 +28,7 @@ from megalite.planner.search import Choice, layouts, search, search_training
 from megalite.planner.training import TrainingWork
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.placement import Host, consecutive, tp_inside
+from megalite.weights.adapter_table import adapter_of
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 
 ORIGIN = "the planner"
@@ -90,7 +91,7 @@ def choose(
         found, said = _hybrid(config, model, cluster, itemsize, candidates)
     else:
         choices = (
-            search_training(model, cluster, _work(config), itemsize=itemsize, candidates=candidates["parallel"])
+            search_training(model, cluster, _work(config, model), itemsize=itemsize, candidates=candidates["parallel"])
             if isinstance(config, TrainConfig)
             else search(
                 model,
@@ -184,7 +185,7 @@ def _workload(
     )
 
 
-def _work(config: TrainConfig) -> TrainingWork:
+def _work(config: TrainConfig, model: ModelConfig) -> TrainingWork:
     return TrainingWork(
         sequence=config.data.sequence_length,
         batch=None,
@@ -193,6 +194,7 @@ def _work(config: TrainConfig) -> TrainingWork:
         zero_stage=config.train.zero_stage,
         gradient_bytes=2 if config.optimizer.gradient_dtype == "bfloat16" else 4,
         recompute=config.train.recompute,
+        adapter=adapter_of(config, model),
     )
 
 
@@ -211,6 +213,7 @@ def _hybrid(
         zero_stage=config.train.zero_stage,
         gradient_bytes=2 if config.optimizer.gradient_dtype == "bfloat16" else 4,
         recompute=config.train.recompute,
+        adapter=adapter_of(config, model),
     )
     pairs, trained = search_pairs(
         model,

@@ -14,7 +14,7 @@ from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.base import CacheSpec
 from megalite.monitor.words import format_bytes
-from megalite.weights.table import local_bytes, local_elements
+from megalite.weights.table import Weights, local_bytes, local_elements
 
 GIB = 2**30
 SCORED_LOGITS = 2**24
@@ -97,13 +97,17 @@ class TrainingMemory:
     zero_stage: int = 1
     gradient_bytes: int = 4
     """Of a number of a gradient, as gradients are summed: `optimizer.gradient_dtype`."""
+    adapter: Weights | None = None
+    """Table of the adapters that train; the model's weights are frozen then. None: all of the model trains."""
 
     def state(self, count: int | None = None) -> Footprint:
-        """Of `count` parameters on the rank, None: as many as it has."""
-        count = local_elements(self.config, self.layout, self.rank) if count is None else count
+        """Of `count` parameters that train on the rank, None: as many as it has; and of all that are frozen there."""
+        place = (self.layout, self.rank)
+        count = local_elements(self.adapter or self.config, *place) if count is None else count
+        frozen = 0 if self.adapter is None else local_bytes(self.config, *place, self.itemsize)
         dp = self.layout.dp
         return Footprint(
-            weights=count * self.itemsize // (dp if self.zero_stage == 3 else 1),
+            weights=frozen + count * self.itemsize // (dp if self.zero_stage == 3 else 1),
             gradients=count * self.gradient_bytes // (dp if self.zero_stage >= 2 else 1),
             optimizer=count * 12 // dp,
         )

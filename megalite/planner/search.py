@@ -83,7 +83,7 @@ def search_training(
     found = [
         training.predict(config, layout, cluster, work, itemsize=itemsize)
         for layout in every
-        if training.trainable(layout, config, work.zero_stage)
+        if training.trainable(layout, config, work)
     ]
     return ranked(found, "throughput", asked=0)
 

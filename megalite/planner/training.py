@@ -17,6 +17,8 @@ from megalite.model.config import ModelConfig
 from megalite.planner.cost import Batch, Cluster, StageCosts, Times
 from megalite.planner.generation import Prediction
 from megalite.planner.memory import Footprint, TrainingMemory
+from megalite.weights.adapter_table import AdapterTable
+from megalite.weights.table import local_elements
 
 OPTIMIZER_BYTES = 30
 """AdamW reads weight, two moments and gradient in float32 and writes three and the model's own weight."""
@@ -37,6 +39,8 @@ class TrainingWork:
     gradient_bytes: int = 4
     recompute: bool | None = None
     """None: where it does not fit otherwise."""
+    adapter: AdapterTable | None = None
+    """Adapters that train, beside weights that are frozen."""
 
     def micro_batches(self, dp: int) -> int:
         return self.accumulation if self.batch is None else max(1, -(-self.batch // (self.micro * dp)))
@@ -83,7 +87,7 @@ def predict(
     costs = StageCosts(config, layout, cluster, itemsize)
     count, tokens = work.micro_batches(layout.dp), work.sequence * work.micro
     ranks = [
-        TrainingMemory(config, layout, layout.rank(pp=pp), itemsize, work.zero_stage, work.gradient_bytes)
+        TrainingMemory(config, layout, layout.rank(pp=pp), itemsize, work.zero_stage, work.gradient_bytes, work.adapter)
         for pp in range(layout.pp)
     ]
     both = {
@@ -128,7 +132,8 @@ def _step(
     stages = []
     for stage in range(layout.pp):
         forward, once = costs.forward(stage, batch), Times()
-        once.add(forward, 3.0 + recompute)
+        # Frozen weights have no gradients: the backward pass is that of the inputs alone.
+        once.add(forward, (3.0 if work.adapter is None else 2.0) + recompute)
         once.sampling = 3 * forward.sampling
         once.host = max(0.0, device.launch * 3 * forward.kernels / device.kernel - once.total)
         stages.append(once)
@@ -143,6 +148,8 @@ def _step(
     idle = tuple(1 - count * one.total / seconds for one in stages)
     bubble = 1 - count * slowest.total / seconds
     most = max(elements for _, elements in costs.stages)
+    if work.adapter is not None:
+        most = max(local_elements(work.adapter, layout, layout.rank(pp=stage)) for stage in range(layout.pp))
     exchange, exchanged = _exchange(costs, work, most, count)
     spent.sums += exchange
     update = OPTIMIZER_BYTES * most / layout.dp / (device.read / costs.crowd(1.0))
@@ -163,6 +170,8 @@ def _exchange(costs: StageCosts, work: TrainingWork, elements: int, count: int) 
     return seconds, 2 * (layout.dp - 1) / layout.dp * nbytes
 
 
-def trainable(layout: Layout, config: ModelConfig, zero_stage: int) -> bool:
-    """Whether a layout can train at this ZeRO stage."""
-    return zero_refusal(zero_stage, pp=layout.pp, tied=config.tie_embeddings) is None
+def trainable(layout: Layout, config: ModelConfig, work: TrainingWork) -> bool:
+    """Whether a layout can train at the ZeRO stage of `work`."""
+    adapts = work.adapter is not None
+    tied = config.tie_embeddings and not adapts
+    return zero_refusal(work.zero_stage, pp=layout.pp, tied=tied, adapts=adapts) is None

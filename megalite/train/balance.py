@@ -18,6 +18,7 @@ from megalite.model.decoder import Decoder
 from megalite.model.kinds.experts import Experts
 from megalite.model.layers.experts import MixtureOfExperts, Routing
 from megalite.train.micro_batch import MicroBatch
+from megalite.train.model import weight_of
 
 
 class LoadBalance:
@@ -30,7 +31,7 @@ class LoadBalance:
         self.coefficient = coefficient
         self.tp = decoder.state.tp.size
         self.routing = Routing()
-        weight = next(decoder.parameters())
+        weight = weight_of(decoder)
         self.nothing = torch.zeros(self.num_experts, device=weight.device)
         if self.num_experts:
             for module in decoder.modules():

@@ -16,7 +16,8 @@ from megalite.model.config import ModelConfig
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.train.data.prepared import Corpus
-from megalite.weights.table import hf_shapes
+from megalite.weights.adapter_table import AdapterTable
+from megalite.weights.table import Weights, hf_shapes
 
 SAMPLE_TOKENS = 160
 SAMPLE_TEMPERATURE = 0.5
@@ -79,14 +80,17 @@ def write(
     loss: float,
     samples: Sequence[tuple[str, str]],
     base_licence: dict[str, Any],
+    adapter: AdapterTable | None = None,
 ) -> str:
-    """The card of the exported model, in Markdown.
+    """The card of the exported model, or of an adapter beside it, in Markdown.
 
     `loss`: of its weights as stored, held-out nats per token; `samples`: prompts and completions; `base_licence`:
     `licence_of` the model that was trained further, empty for a new one.
     """
-    count = sum(math.prod(shape) for shape in hf_shapes(model).values())
-    size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
+    count = _count(model)
+    title = f"A {_size(count)}-parameter {model.family} model"
+    if adapter is not None:
+        title = f"A LoRA adapter of {_size(_count(adapter))} parameters for {title.replace('A ', 'a ', 1)},"
     optimizer, step, tokens = config.optimizer, history.best_step, history.best_tokens
     epochs, per_step = tokens / corpus.facts["splits"]["train"]["tokens"], tokens // max(1, step)
     attention, mlp = next(iter(model.of(SoftmaxAttention)), None), next(iter(model.of(DenseMLP)), None)
@@ -95,6 +99,7 @@ def write(
     )
     shape = [
         ("parameters", f"{count:,}"),
+        *([("of the adapter", f"{_count(adapter):,}"), ("beside", _beside(adapter))] if adapter else []),
         ("layers", model.num_layers),
         ("hidden size", model.hidden_size),
         ("heads", heads),
@@ -105,7 +110,7 @@ def write(
     curve = [(row["step"], f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}") for row in _curve(history.evaluations)]
     parts = [
         front_matter(config, base_licence),
-        f"# A {size}-parameter {model.family} model trained with megalite\n\n{_summary(config)}\n",
+        f"# {title} trained with megalite\n\n{_summary(config)}\n",
         f"## Shape\n\n{_table(('', ''), shape)}",
         f"## Text\n\n{_text(config, corpus)}",
         "## Training\n\n"
@@ -120,12 +125,28 @@ def write(
     return "\n".join(parts)
 
 
+def _count(weights: Weights) -> int:
+    return sum(math.prod(shape) for shape in hf_shapes(weights).values())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count / 1e3:.0f}K"
+
+
+def _beside(adapter: AdapterTable) -> str:
+    ranks = sorted({module.rank for module in adapter.modules})
+    return f"{', '.join(sorted({module.short for module in adapter.modules}))}; rank {', '.join(map(str, ranks))}"
+
+
 def front_matter(config: TrainConfig, base_licence: dict[str, Any]) -> str:
     """A model trained further is under its base's licence; what is not known is not claimed."""
     stdlib = config.data.source == "stdlib"
     new = {"license": "other", "license_name": "psf-2.0", "license_link": PSF_LICENCE} if stdlib else {}
     licence = (base_licence if config.model.path is not None else new) or {"license": "unknown"}
-    values = {**licence, "library_name": "transformers", "pipeline_tag": "text-generation"}
+    adapts = config.train.lora.is_asked
+    base = {"base_model": config.model.path} if adapts else {}
+    library = "peft" if adapts else "transformers"
+    values = {**licence, **base, "library_name": library, "pipeline_tag": "text-generation"}
     if stdlib:
         values["tags"] = ["code", "python"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
@@ -145,6 +166,8 @@ def _summary(config: TrainConfig) -> str:
             "expect the code it writes to be right, or instructions to be followed."
         )
     if config.model.path is not None:
+        if config.train.lora.is_asked:
+            return f"It belongs beside `{config.model.path}`, and was trained on `{config.data.source}`."
         return f"`{config.model.path}`, trained further on `{config.data.source}`."
     return f"Trained from scratch on `{config.data.source}`."
 

@@ -6,6 +6,9 @@
                          config.json tokenizer.json  ...
                          manifest.json               written last; a folder without one does not count
 
+Where adapters train beside a frozen model, a state holds these alone; adapter_config.json is there in place of
+config.json, and the manifest says where the model was and by which digest it is known.
+
 It is the format of `weights.shards`: a state can be run, cut for another layout and exported like any model, and a run
 of any layout goes on from it. What it holds does not depend on dp and the ZeRO stage.
 """
@@ -31,6 +34,7 @@ from megalite.core.layout import Layout
 from megalite.core.progress import here
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
 from megalite.files import DurableFile, as_json, sync_folder
+from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
 from megalite.train.gradients import is_shared
 from megalite.train.trainer import Trainer
@@ -74,7 +78,8 @@ def save_state(
     if state.rank == state.layout.first_rank:
         files = _collect_files(trainer, layout, digests)
         config = side_files.with_dtype(base.values, DTYPE)
-        copies = side_files.write({**beside, CONFIG: as_json(config).encode()}, target)
+        model = {CONFIG: as_json(config).encode()} if isinstance(trainer.table, ModelConfig) else {}
+        copies = side_files.write({**beside, **model}, target)
         noted = {"step": trainer.steps_done, **training}
         maybe_fault("state.manifest", state.rank)
         manifests.write(target, Manifest(layout=layout, config=config, files=files, copies=copies, training=noted))
@@ -193,7 +198,7 @@ def _rescaled(trainer: Trainer, name: str, kind: str, value: Tensor, *, stored: 
 
 def _rank_file(trainer: Trainer, layout: Layout, rank: int, kind: str) -> tuple[bytes, list[Extent]]:
     """The header of a rank's file and the ranges in it, in their order: those of what may be float64 come first."""
-    model = trainer.decoder.config
+    model = trainer.table
     scaled = {piece.param for piece in pieces(model) if is_shared(piece.split, layout.tp)}
     held = sorted(expected(model, layout, rank).items(), key=lambda item: item[0] not in scaled)
     entries = {name: ("F64" if kind != WEIGHT and name in scaled else "F32", shape) for name, (shape, _) in held}
@@ -254,7 +259,7 @@ def load_state(trainer: Trainer, path: Path) -> None:
     step = _step(path, shards.open_manifest(path))
     params = dict(trainer.decoder.named_parameters())
     for kind in KINDS:
-        for name, value in read_parameters(path, trainer.decoder.config, state.layout, state.rank, kind):
+        for name, value in read_parameters(path, trainer.table, state.layout, state.rank, kind):
             value = _rescaled(trainer, name, kind, value, stored=False).float()
             set_whole(params[name], kind, value.to(trainer.device))
     finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.zero_stage, step)

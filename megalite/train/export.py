@@ -12,36 +12,38 @@ from torch import Tensor
 from megalite.core.progress import here
 from megalite.errors import maybe_fault
 from megalite.files import DurableFile, as_json
-from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.generation import NAME as GENERATION
 from megalite.train.zero import WEIGHT, get_whole
+from megalite.weights.adapter_table import AdapterTable
 from megalite.weights.dtypes import SAFETENSORS, torch_dtype
 from megalite.weights.folder import CONFIG, ModelFolder
 from megalite.weights.hf import SINGLE
 from megalite.weights.shards import stored_layout
 from megalite.weights.side_files import SideFiles, beside, is_of_tokenizer, of_tokenizer, with_dtype, write
-from megalite.weights.table import Range, expected, hf_shapes, pieces
+from megalite.weights.table import Range, Weights, expected, hf_shapes, pieces
 from megalite.weights.tensor_file import new_header
 
 SMALL_BYTES = 64 << 20
 """Files up to this size are kept in memory."""
 
 
-def export_model(decoder: Decoder, path: Path, dtype: torch.dtype) -> None:
+def export_model(decoder: Decoder, path: Path, dtype: torch.dtype, adapter: AdapterTable | None = None) -> None:
     """Write the float32 weights, rounded to `dtype`, as one safetensors file under Hugging Face names.
 
+    `adapter`: of the adapters that are meant instead, under PEFT's names.
     Collective: the ranks of the first replica send what they hold to its first rank, which writes. It holds one
     parameter at a time, and one rank's share of it.
     """
     state = decoder.state
-    tensors = _whole_tensors(decoder, dtype)
+    table: Weights = adapter or decoder.config
+    tensors = _whole_tensors(decoder, table, dtype)
     if state.rank != state.layout.first_rank:
         for _ in tensors:
             raise AssertionError("only the first rank puts tensors together")
         return
-    shapes = hf_shapes(decoder.config)
-    order = [name for names in _tensors_of_parameters(decoder.config).values() for name in names]
+    shapes = hf_shapes(table)
+    order = [name for names in _tensors_of_parameters(table).values() for name in names]
     entries = {name: (SAFETENSORS[str(dtype).removeprefix("torch.")], shapes[name]) for name in order}
     with DurableFile(path) as file:
         file.write(new_header(path, entries, {"format": "pt"})[0])
@@ -55,7 +57,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def _tensors_of_parameters(config: ModelConfig) -> dict[str, dict[str, None]]:
+def _tensors_of_parameters(config: Weights) -> dict[str, dict[str, None]]:
     """The Hugging Face tensors behind each parameter, over all ranks. A tied embedding is that of the first stage."""
     names: dict[str, dict[str, None]] = {}
     for piece in pieces(config):
@@ -64,9 +66,9 @@ def _tensors_of_parameters(config: ModelConfig) -> dict[str, dict[str, None]]:
     return names
 
 
-def _whole_tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[Tensor]:
+def _whole_tensors(decoder: Decoder, config: Weights, dtype: torch.dtype) -> Iterator[Tensor]:
     """Every Hugging Face tensor on the first rank of the first replica; nothing elsewhere. Collective."""
-    config, replica = decoder.config, decoder.state.replica
+    replica = decoder.state.replica
     layout = stored_layout(decoder.state.layout)
     held = [expected(config, layout, rank) for rank in layout.ranks]
     shapes = hf_shapes(config)

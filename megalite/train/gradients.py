@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Split, Whole, width
 from megalite.core.parallel_state import Axis, ParallelState
-from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.weights.table import pieces
+from megalite.weights.table import Weights, pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +37,7 @@ def is_shared(split: Split, tp: int) -> bool:
     return not isinstance(split, Whole) and sum(width(split, tp, rank) for rank in range(tp)) > split.total
 
 
-def shared_rows(config: ModelConfig, state: ParallelState) -> dict[str, list[SharedRows]]:
+def shared_rows(config: Weights, state: ParallelState) -> dict[str, list[SharedRows]]:
     """The replicated key and value rows by parameter; empty unless there are more tp ranks than KV heads."""
     shared: dict[str, list[SharedRows]] = {}
     tp = state.tp
@@ -66,8 +65,9 @@ class PartialGradients:
     (but for eps), so the update is that of the whole gradient.
     """
 
-    def __init__(self, decoder: Decoder, *, once_a_step: bool):
-        """`once_a_step`: `complete` does it; else hooks do in every backward pass, before DeepSpeed cuts gradients.
+    def __init__(self, decoder: Decoder, table: Weights, *, once_a_step: bool):
+        """`table`: of the weights that train. `once_a_step`: `complete` does it; else hooks do in every backward pass,
+        before DeepSpeed cuts gradients.
 
         Every tp rank runs the same backward graph, so the hooks' collectives meet in the same order.
         """
@@ -78,8 +78,10 @@ class PartialGradients:
         self.shared: list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]] = []
         if self.tp.size == 1:
             return
-        shared = shared_rows(decoder.config, decoder.state)
+        shared = shared_rows(table, decoder.state)
         for name, param in decoder.named_parameters():
+            if not param.requires_grad:
+                continue
             if getattr(param, "sum_gradient_over_tp", False):
                 self.partial.append(param)
             if name in shared:
@@ -126,7 +128,7 @@ def _sum_shared_rows(shared: list[SharedRows], scale: Tensor, tp: Axis) -> Calla
 class TiedEmbedding:
     """A tied embedding's two copies, the table on the first stage and the head on the last, kept the same to the bit.
 
-    Without a copy on this rank, or with one parameter that is both, there is nothing to do.
+    Without a copy on this rank, with one parameter that is both, or where it is frozen, there is nothing to do.
     """
 
     def __init__(self, decoder: Decoder):
@@ -142,6 +144,8 @@ class TiedEmbedding:
             weight: Any = decoder.head.weight
             weight.ds_pipe_replicated = True  # DeepSpeed counts the other copy in the gradient norm
             self.param = weight
+        if self.param is not None and not self.param.requires_grad:
+            self.param = None
 
     def complete_gradient(self, gradient_of: Callable[[nn.Parameter], Tensor | None]) -> None:
         """Sum what both copies have accumulated, before DeepSpeed takes the mean over dp. Collective over the replicas.

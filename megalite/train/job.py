@@ -26,19 +26,17 @@ from megalite.preflight import given
 from megalite.run import runtime as distributed
 from megalite.run import tracing
 from megalite.train import card
-from megalite.train.checkpoint import check_same_model, load_state, remove_unfinished, save_state, state_to_resume
+from megalite.train.checkpoint import load_state, remove_unfinished, state_to_resume
 from megalite.train.data.prepared import PREPARED, Corpus, prepare
 from megalite.train.data.reading import open_reader
-from megalite.train.export import export_folder, files_beside
 from megalite.train.flops import peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed, print_report
 from megalite.train.micro_batch import MicroBatch
 from megalite.train.model import Scorer
 from megalite.train.new_model import config_of, make_trainer, starting_point
 from megalite.train.optimizer import learning_rate
+from megalite.train.trained import trained_of
 from megalite.train.trainer import StepReport
-from megalite.weights import transfer
-from megalite.weights.dtypes import torch_dtype
 from megalite.weights.folder import ModelFolder
 
 WriteSamples = Callable[..., list[str | None]]
@@ -77,9 +75,9 @@ class Job:
         self.corpus = self._open_corpus()
         self.base = self._open_base()
         self.model = self.base.model
-        self.beside = files_beside(self.base)
+        self.trained = trained_of(config.train.lora, self.base)
         self.base_licence = card.licence_of(self.base.path)
-        self.trainer = make_trainer(config, self.model, self.state, steps=config.train.steps, device=self.device)
+        self.trainer = make_trainer(config, self.trained, self.state, steps=config.train.steps, device=self.device)
         self.reader = open_reader(self.corpus, config.data, config.train, self.state)
         self.history = card.RunHistory()
         self.log: RunLog | None = None
@@ -156,7 +154,7 @@ class Job:
         if self.found is None:
             return
         path, manifest = self.found
-        check_same_model(manifest, self.base)
+        self.trained.check(manifest)
         if manifest.training.get("data") != self.corpus.digest:
             raise CheckpointError(f"{path}: the run read other text than {self.corpus.folder} holds now")
         load_state(self.trainer, path)
@@ -189,7 +187,7 @@ class Job:
                 with self.state.meter.part("checkpoint"):
                     self._require_finite(report)
                     training = {"data": self.corpus.digest, "progress": asdict(self.history)}
-                    save_state(trainer, self.states, training, self.base, self.beside)
+                    self.trained.save(trainer, self.states, training)
         return reason
 
     def _done(self) -> str | None:
@@ -251,7 +249,7 @@ class Job:
         if best:
             history.best_loss, history.best_step, history.evaluations_since_best = loss, step, 0
             history.best_sequences, history.best_tokens = history.sequences, history.tokens
-            export_folder(self.trainer.decoder, self.folder, self.base, self.beside, self.config.model.dtype)
+            self.trained.export(self.trainer.decoder, self.folder, self.config.model.dtype)
         self._say(
             f"step {step}  held-out loss {loss:.4f}, {bits:.4f} bits per byte{' (best so far)' if best else ''}",
             {"held_out_loss": loss, "bits_per_byte": bits},
@@ -270,7 +268,7 @@ class Job:
             loss, samples = self._exported_model()
         except Stopped as stop:
             self._say(
-                f"stopped by {signal.Signals(stop.signum).name} before the model card: the model of step "
+                f"stopped by {signal.Signals(stop.signum).name} before the model card: the {self.trained.noun} of step "
                 f"{history.best_step} is in {self.folder}, and a further run writes its card"
             )
             if stop.signum == signal.SIGINT:
@@ -286,10 +284,11 @@ class Job:
                 loss=loss,
                 samples=samples,
                 base_licence=self.base_licence,
+                adapter=self.trained.adapter,
             )
             write_durably(self.folder / "README.md", text)
         bits = card.bits_per_byte(loss, self.corpus)
-        line = f"the model of step {history.best_step} is in {self.folder}"
+        line = f"the {self.trained.noun} of step {history.best_step} is in {self.folder}"
         self._say(
             f"{line}: held-out loss {loss:.4f}, {bits:.4f} bits per byte",
             {"exported_step": history.best_step, "held_out_loss": loss, "bits_per_byte": bits},
@@ -299,8 +298,7 @@ class Job:
         """Held-out loss of the model in the folder, and what it makes of train.sample_prompts."""
         config, layout = self.config, self.state.layout
         state = ParallelState(Layout(*layout.sizes, stages=layout.stages))  # generation knows no interleaving
-        decoder = transfer.build(self.model, state, dtype=torch_dtype(config.model.dtype), device=self.device)
-        transfer.load_folder(decoder, self.folder)
+        decoder = self.trained.read_back(self.folder, state, config.model.dtype, self.device)
         loss = Scorer(decoder).mean_loss(self._until_stopped(self.reader.held_out(None)))
         written = config.train.sample_prompts
         if not written:

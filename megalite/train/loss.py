@@ -117,7 +117,7 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, local, lse, share, kept = ctx.saved_tensors
         softmax: _Plain | _Fused = ctx.softmax
         into_hidden: Tensor | None = None
-        into_weight = torch.empty_like(weight)
+        into_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         blocks = [slice(0, len(weight))] if kept is not None else softmax.blocks(len(weight), len(hidden))
         for block in blocks:
             part, place = weight[block], local - block.start
@@ -127,7 +127,8 @@ class _TargetLogprobs(torch.autograd.Function):
                 grads = softmax.gradient(F.linear(hidden, part), place, lse - share, grad)
             product = grads @ part
             into_hidden = product if into_hidden is None else into_hidden.float() + product
-            torch.mm(grads.t(), hidden, out=into_weight[block])
+            if into_weight is not None:
+                torch.mm(grads.t(), hidden, out=into_weight[block])
         into_hidden = torch.zeros_like(hidden) if into_hidden is None else into_hidden.to(hidden.dtype)
         return into_hidden, into_weight, None, None, None, None, None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megalite.core.adapters import learnt_formats
 from megalite.core.collectives import all_reduce_sum, broadcast_from_last
 from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
@@ -85,9 +86,30 @@ def hidden_rows(batch: MicroBatch, state: ParallelState) -> int:
     return batch.num_tokens // (state.tp.size if state.sequence_parallel else 1)
 
 
+class AdaptersOnly(nn.Module):
+    """Adapters that train, as the parameters of a module that runs the whole model.
+
+    So a DeepSpeed engine around it knows nothing of the frozen weights: it neither casts, cuts nor broadcasts them.
+    """
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        updates = (one.update for one in learnt_formats(model).values())
+        self.updates = nn.ModuleList(one for one in updates if one is not None)
+        self._run = model.forward
+
+    def forward(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
+        return self._run(batch, received, chunk)
+
+
+def weight_of(decoder: Decoder) -> Tensor:
+    """A parameter in the decoder's dtype, which codes of quantized weights are not."""
+    return next(param for param in decoder.parameters() if hasattr(param, "tensor_model_parallel"))
+
+
 def make_pipeline(decoder: Decoder) -> Pipeline:
     """The connections of a decoder's stages; see `Pipeline`."""
-    weight = next(decoder.parameters())
+    weight = weight_of(decoder)
     return Pipeline(decoder.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device)
 
 
@@ -98,7 +120,7 @@ class Scorer:
         """`model`: what runs a chunk and ends in log-probabilities, by default a `LanguageModel` of the decoder."""
         self.decoder = decoder
         self.state = decoder.state
-        self.device = next(decoder.parameters()).device
+        self.device = weight_of(decoder).device
         self.model = model or LanguageModel(decoder)
         self.pipeline = pipeline or make_pipeline(decoder)
 

@@ -13,10 +13,10 @@ from megalite.config.schema import HybridConfig, NewModelSection, TrainConfig
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.model import families
-from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import read_json
+from megalite.train.trained import Trained
 from megalite.train.trainer import Trainer
 from megalite.weights import transfer
 from megalite.weights.dtypes import torch_dtype
@@ -62,31 +62,33 @@ def _new(values: dict[str, Any], tokenizer: Path, vocab_size: int, end: int) -> 
 
 
 def make_decoder(
-    section: NewModelSection, model: ModelConfig, state: ParallelState, *, device: torch.device, seed: int
+    section: NewModelSection, trained: Trained, state: ParallelState, *, device: torch.device, seed: int
 ) -> Decoder:
-    """This rank's stage: with the weights of `section.path`, or new ones by `seed`.
+    """This rank's stage: with the weights of `section.path`, or new ones by `seed`, and what is trained beside them.
 
     New matrices have the standard deviation `initializer_range` of config.json, if it names one.
     """
-    decoder = transfer.build(model, state, dtype=torch_dtype(section.dtype), device=device)
+    decoder = transfer.build(trained.base.model, state, dtype=torch_dtype(section.dtype), device=device)
     if section.path is None:
         std = (section.config or {}).get("initializer_range", transfer.INIT_STD)
         transfer.initialise(decoder, seed, std=std)
     else:
         transfer.load_folder(decoder, Path(section.path))
+    trained.begin(decoder, seed)
     return decoder
 
 
 def make_trainer(
-    config: TrainConfig | HybridConfig, model: ModelConfig, state: ParallelState, *, steps: int, device: torch.device
+    config: TrainConfig | HybridConfig, trained: Trained, state: ParallelState, *, steps: int, device: torch.device
 ) -> Trainer:
     """The trainer of `make_decoder`'s model, over `steps` optimizer steps. Collective over the layout of `state`."""
     return Trainer(
-        make_decoder(config.model, model, state, device=device, seed=config.train.seed),
+        make_decoder(config.model, trained, state, device=device, seed=config.train.seed),
         config.optimizer,
         steps=steps,
         zero_stage=config.train.zero_stage,
         recompute=config.train.recompute,
         router_aux_loss_coef=config.model.router_aux_loss_coef,
         deepspeed_keys=config.deepspeed,
+        adapter=trained.adapter,
     )

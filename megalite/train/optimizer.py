@@ -22,9 +22,9 @@ def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
 
 
 def make_optimizer(decoder: Decoder, section: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only; PyTorch's own, so that DeepSpeed has nothing to compile."""
+    """AdamW of what trains, with decay on matrices only; PyTorch's own, so that DeepSpeed has nothing to compile."""
     groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (section.weight_decay, 0.0)]
-    for param in decoder.parameters():
+    for param in filter(lambda one: one.requires_grad, decoder.parameters()):
         groups[param.ndim < 2]["params"].append(param)
     groups = [group for group in groups if group["params"]]
     low, high = section.betas

@@ -30,14 +30,28 @@ from megalite.train.balance import LoadBalance
 from megalite.train.gradients import PartialGradients, TiedEmbedding
 from megalite.train.loss import NEXT_TOKEN, Loss
 from megalite.train.micro_batch import MicroBatch
-from megalite.train.model import LanguageModel, Scorer, hidden_rows, make_pipeline, prepared, recompute_blocks
+from megalite.train.model import (
+    AdaptersOnly,
+    LanguageModel,
+    Scorer,
+    hidden_rows,
+    make_pipeline,
+    prepared,
+    recompute_blocks,
+    weight_of,
+)
 from megalite.train.optimizer import deepspeed_config, learning_rate, make_optimizer
+from megalite.weights.adapter_table import AdapterTable
+from megalite.weights.table import Weights, pieces
 
 
-def check_trainable(model: ModelConfig, state: ParallelState, zero_stage: int) -> None:
-    """ConfigError for a layout this model can't be trained in."""
+def check_trainable(
+    model: ModelConfig, state: ParallelState, zero_stage: int, adapter: AdapterTable | None = None
+) -> None:
+    """ConfigError for a layout this model, or `adapter` beside it, can't be trained in."""
     problems = []
-    reason = zero_refusal(zero_stage, pp=state.pp.size, tied=model.tie_embeddings)
+    tied = model.tie_embeddings and adapter is None
+    reason = zero_refusal(zero_stage, pp=state.pp.size, tied=tied, adapts=adapter is not None)
     if reason is not None:
         problems.append(Problem(key="train.zero_stage", rule=f"{zero_stage} {reason}"))
     experts = min((kind.num_experts for kind in model.of(Experts)), default=state.tp.size)
@@ -45,6 +59,13 @@ def check_trainable(model: ModelConfig, state: ParallelState, zero_stage: int) -
         if state.tp.size > most:
             rule = f"must be at most the model's {most} {what} in training"
             problems.append(Problem(key="parallel.tp", rule=rule, value=state.tp.size))
+    if adapter is not None:
+        costs, adapted = model.layer_costs(), {piece.stage for piece in pieces(adapter)}
+        chunks = [chunk for stage in range(state.pp.size) for chunk in state.layout.chunks(stage, costs)]
+        bare = next((chunk for chunk in chunks if adapted.isdisjoint(chunk)), None)
+        if bare is not None:
+            rule = f"leave layers {bare[0]} to {bare[-1]}, which are a part of the pipeline, without anything to train"
+            problems.append(Problem(key="train.lora.target_modules", rule=rule, fix="Name more, or use fewer stages."))
     if problems:
         raise ConfigError(*problems)
 
@@ -74,35 +95,40 @@ class Trainer:
         recompute: bool = False,
         router_aux_loss_coef: float | None = None,
         deepspeed_keys: Mapping[str, Any] | None = None,
+        adapter: AdapterTable | None = None,
     ):
         """`steps`: over which the learning rate falls. `recompute`: keep only the inputs of layers for the backward.
 
         `router_aux_loss_coef`: weight of the load-balancing loss; None: the model's. `deepspeed_keys`: further keys for
-        DeepSpeed's config. ConfigError if the model can't be trained in the decoder's layout.
+        DeepSpeed's config. `adapter`: of the adapters beside the decoder's linears, which train in place of its own
+        weights (`lora_training.attach`). ConfigError if the model can't be trained in the decoder's layout.
         """
         import deepspeed  # 0.5 s, and only training needs it
 
         self.decoder = decoder
+        self.table: Weights = adapter or decoder.config
+        """Of the weights that train."""
         self.state = decoder.state
         self.section = optimizer
         self.steps = steps
         self.steps_done = 0
         self.zero_stage = zero_stage
-        weight = next(decoder.parameters())
+        weight = weight_of(decoder)
         self.device = weight.device
-        check_trainable(decoder.config, self.state, zero_stage)
+        check_trainable(decoder.config, self.state, zero_stage, adapter)
         if recompute:
             recompute_blocks(decoder)
         self.tied = TiedEmbedding(decoder)
         coefficient = decoder.config.router_aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef
         self.balance = LoadBalance(decoder, coefficient)
-        self.partial = PartialGradients(decoder, once_a_step=zero_stage == 1)
+        self.partial = PartialGradients(decoder, self.table, once_a_step=zero_stage == 1)
         self.holders = self.partial.holders
         self.optimizer = make_optimizer(decoder, optimizer)
         keys = deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {})
+        model = LanguageModel(decoder)
         with zero.one_optimizer_for_stages_1_and_2():
             self.engine, *_ = deepspeed.initialize(
-                model=LanguageModel(decoder),
+                model=model if adapter is None else AdaptersOnly(model),
                 optimizer=self.optimizer,
                 config=keys,
                 mpu=as_mpu(self.state),

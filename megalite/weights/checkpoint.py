@@ -21,8 +21,11 @@ from megalite.weights.hf import HFWeights, check_constants, check_names, read_he
 from megalite.weights.manifest import WEIGHT, Manifest
 from megalite.weights.moves import Extent, hf_extents
 from megalite.weights.shards import file_extents, is_sharded, open_manifest, stored_layout
-from megalite.weights.table import hf_shapes, owned, pieces
+from megalite.weights.table import Weights, hf_shapes, owned, pieces
 from megalite.weights.tensor_file import TensorInfo
+
+BASE = "base"
+"""What the state of adapters in training notes of the model beside which they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +94,14 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
     return _open_shards(folder) if is_sharded(folder) else _open_hf(folder)
 
 
-def extents_for(folder: Path, model: ModelConfig, layout: Layout, rank: int, kind: str = WEIGHT) -> list[Extent]:
+def extents_for(folder: Path, model: Weights, layout: Layout, rank: int, kind: str = WEIGHT) -> list[Extent]:
     """Where the parts of which `rank` of `layout` holds something lie: in a Hugging Face folder, or in rank shards.
 
     Shards may be cut for any layout; where they are cut for this one, the rank's own file holds everything. Headers are
     checked, of those files only. CheckpointError: the folder is damaged, unfinished or of another model.
     """
     if not is_sharded(folder):
+        assert isinstance(model, ModelConfig), "adapters in Hugging Face layout are read by `lora_training`"
         return hf_extents(model, _hf_weights(folder, model).tensors)
     manifest = open_manifest(folder)
     files = [file for file in manifest.files.values() if file.kind == kind]
@@ -146,6 +150,11 @@ def _open_hf(folder: Path) -> Checkpoint:
 
 def _open_shards(folder: Path) -> Checkpoint:
     manifest = open_manifest(folder)
+    if BASE in manifest.training:
+        base = manifest.training[BASE].get("path")
+        raise CheckpointError(
+            f"{folder}: the state of LoRA adapters in training beside {base}; what comes of them is in the run's folder"
+        )
     beside = ModelFolder.open(folder)
     extents = [
         extent

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import xxhash
 
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
 """Of files that a run may read."""
+WEIGHTS = (".safetensors",)
+"""Of those that hold weights."""
 _PIECES, _PIECE = 64, 4 << 10
 """How much of a large file is read: so many pieces, evenly spaced, of so many bytes."""
 _WHOLE = 64 << 20
 """Bytes up to which a file that holds no weights is read whole."""
 
 
-def sampled_digest(folder: Path) -> str:
+def sampled_digest(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> str:
     """Of names, sizes and a sample of the contents of a model folder's files, in hexadecimal digits.
 
     Copies of different models, fine-tuned ones of one model too, differ all over; a few changed bytes are not found,
@@ -23,7 +26,7 @@ def sampled_digest(folder: Path) -> str:
     """
     digest = xxhash.xxh3_128()
     for file in sorted(folder.iterdir()):
-        if file.suffix in _SUFFIXES and not file.name.startswith(".") and file.is_file():
+        if file.suffix in suffixes and not file.name.startswith(".") and file.is_file():
             digest.update(f"{file.name} {file.stat().st_size}\n".encode())
             _update(digest, file, whole=file.suffix != ".safetensors")
     return digest.hexdigest()

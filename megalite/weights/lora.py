@@ -146,17 +146,13 @@ def _modules(path: Path, config: Mapping[str, Any], model: ModelConfig) -> dict[
         if pair.keys() != {"lora_A", "lora_B"}:
             raise CheckpointError(f"{path}: {module} lacks {'lora_B' if 'lora_A' in pair else 'lora_A'}")
         a, b, (outputs, inputs) = pair["lora_A"], pair["lora_B"], known[module]
-        rank = (
-            int(config["rank_pattern"][_pattern(config, "rank_pattern", module)])
-            if _pattern(config, "rank_pattern", module)
-            else int(config["r"])
-        )
+        rank = rank_of(config, module)
         if a.shape != (rank, inputs) or b.shape != (outputs, rank):
             raise CheckpointError(
                 f"{path}: {module} has A {a.shape} and B {b.shape}; rank {rank} of this model's linear is "
                 f"{(rank, inputs)} and {(outputs, rank)}"
             )
-        found[module] = LowRankInfo(module, a, b, _scale(config, module, rank))
+        found[module] = LowRankInfo(module, a, b, scale_of(config, module, rank))
     if not found:
         raise CheckpointError(f"{path}: adapts nothing")
     return found
@@ -176,8 +172,14 @@ def _pattern(config: Mapping[str, Any], key: str, module: str) -> str | None:
     return next((one for one in patterns if re.match(rf"(.*\.)?({one})$", module)), None)
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, rank-stabilised (arXiv 2312.03732) alpha / sqrt(r)."""
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """r of a module by adapter_config.json."""
+    pattern = _pattern(config, "rank_pattern", module)
+    return int(config["rank_pattern"][pattern] if pattern else config["r"])
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """What B A of a module is multiplied by: alpha / r, rank-stabilised (arXiv 2312.03732) alpha / sqrt(r)."""
     pattern = _pattern(config, "alpha_pattern", module)
     alpha = float(config["alpha_pattern"][pattern] if pattern else config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

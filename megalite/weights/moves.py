@@ -13,10 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from megalite.errors import CheckpointError
-from megalite.model.config import ModelConfig
 from megalite.weights.dtypes import DTYPE_BYTES
 from megalite.weights.manifest import WEIGHT
-from megalite.weights.table import Range, pieces
+from megalite.weights.table import Range, Weights, pieces
 from megalite.weights.tensor_file import TensorInfo
 
 Part = tuple[str, int, str]
@@ -114,7 +113,7 @@ class Move:
         return str(self.sources[0].file), self.sources[0].offset
 
 
-def hf_extents(config: ModelConfig, tensors: dict[str, TensorInfo]) -> list[Extent]:
+def hf_extents(config: Weights, tensors: dict[str, TensorInfo]) -> list[Extent]:
     """Where each part lies in Hugging Face files. A part that is used twice (a tied embedding) is there once."""
     found: dict[tuple[str, int], Extent] = {}
     for piece in pieces(config):

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megalite.core.layout import Layout
-from megalite.model.config import ModelConfig
-from megalite.weights.table import Range, owned
+from megalite.weights.table import Range, Weights, owned
 
 PORTIONS = 8
 """Ranges longer than this part of a bucket are cut, so that buckets fill up whatever the sizes are."""
@@ -76,7 +75,7 @@ _Held = dict[tuple[str, int], list[Held]]
 """By Hugging Face tensor and dim."""
 
 
-def atoms(model: ModelConfig, source: Layout, target: Layout) -> list[Atom]:
+def atoms(model: Weights, source: Layout, target: Layout) -> list[Atom]:
     """The model, cut wherever a range of either layout begins or ends, in the order of the weight table."""
     sources, found = _held(model, source), []
     for key, wanted in _held(model, target).items():
@@ -89,7 +88,7 @@ def atoms(model: ModelConfig, source: Layout, target: Layout) -> list[Atom]:
     return found
 
 
-def _held(model: ModelConfig, layout: Layout) -> _Held:
+def _held(model: Weights, layout: Layout) -> _Held:
     """What `owned` gives each place of the grid, with the ranks that are at it in each replica."""
     found: _Held = defaultdict(list)
     for ranks in zip(*layout.replicas(), strict=True):
@@ -108,7 +107,7 @@ def _pieces(held: list[Held], cuts: list[int]) -> dict[int, list[Held]]:
     return found
 
 
-def plan(model: ModelConfig, source: Layout, target: Layout) -> list[Transfer]:
+def plan(model: Weights, source: Layout, target: Layout) -> list[Transfer]:
     """Every element of every parameter of `target` once, from a rank of `source` that holds it."""
     transfers = []
     loads = _Loads()
@@ -145,7 +144,7 @@ class _Loads:
         return rank
 
 
-def least_received(model: ModelConfig, source: Layout, target: Layout) -> dict[int, int]:
+def least_received(model: Weights, source: Layout, target: Layout) -> dict[int, int]:
     """Elements that each rank of `target` lacks before: no plan can move fewer. Ranks that lack none are left out."""
     counts: dict[int, int] = defaultdict(int)
     for atom in atoms(model, source, target):

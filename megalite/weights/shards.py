@@ -16,12 +16,11 @@ from pathlib import Path
 
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
-from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
 from megalite.weights.hf import INDEX, SINGLE
 from megalite.weights.manifest import WEIGHT, Manifest, StoredFile, StoredRange, StoredTensor, digest_of, file_name
 from megalite.weights.moves import Extent
-from megalite.weights.table import expected
+from megalite.weights.table import Weights, expected
 from megalite.weights.tensor_file import TensorInfo, new_header, read_header
 
 JOURNAL = ".unfinished.jsonl"
@@ -87,7 +86,7 @@ def rank_header(
 
 
 def rank_extents(
-    config: ModelConfig,
+    config: Weights,
     layout: Layout,
     rank: int,
     tensors: Mapping[str, TensorInfo],
@@ -116,7 +115,7 @@ def stored_file(header: bytes, rank: int, kind: str, extents: Iterable[Extent]) 
     return StoredFile(rank, kind, nbytes, digest_of(header), tensors)
 
 
-def file_extents(folder: Path, file: StoredFile, config: ModelConfig, layout: Layout) -> list[Extent]:
+def file_extents(folder: Path, file: StoredFile, config: Weights, layout: Layout) -> list[Extent]:
     """What a rank file of `layout` holds, once its header, the manifest and the weight table agree.
 
     Else CheckpointError.

@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
-from megalite.core.formats import ALL, Part, WeightFormat
-from megalite.core.layout import Even, InUnits, Layout, Split, Whole, width
+from megalite.core.formats import ALL, Part, Quantization, WeightFormat
+from megalite.core.layout import Even, InUnits, LayerCosts, Layout, Split, Whole, width
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
@@ -129,9 +129,34 @@ class Range:
         return f"{self.piece.hf} {'columns' if self.piece.hf_dim else 'rows'} {self.lo}..{self.hi}"
 
 
+class ListedWeights(Protocol):
+    """What stands in for a model's config where not its own weights are meant, but others beside its layers."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def tie_embeddings(self) -> bool: ...
+
+    @property
+    def quantization(self) -> Quantization | None: ...
+
+    def layer_costs(self) -> LayerCosts: ...
+
+    def pieces(self) -> tuple[Piece, ...]: ...
+
+    def __hash__(self) -> int: ...
+
+
+Weights = ModelConfig | ListedWeights
+"""Whose weights a table is of."""
+
+
 @lru_cache(maxsize=8)
-def pieces(config: ModelConfig) -> tuple[Piece, ...]:
+def pieces(config: Weights) -> tuple[Piece, ...]:
     """Every weight of the model once for each place it is used in (a tied embedding: twice)."""
+    if not isinstance(config, ModelConfig):
+        return config.pieces()
     names = weight_names(config)
     found = _pieces(config, names, config.first_rows(), "first")
     for layer in range(config.num_layers):
@@ -240,7 +265,7 @@ def _cut_by_columns(piece: Piece, part: Part) -> Piece:
     return replace(piece, split=split, other=(part.height(rows),))
 
 
-def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Range]:
+def owned(config: Weights, layout: Layout, rank: int) -> Iterator[Range]:
     """The ranges that global `rank` of `layout` holds, in the order of `pieces`; empty ranges are left out."""
     if config.quantization is not None:
         check_cuts(config, layout.tp)
@@ -259,7 +284,7 @@ def owned(config: ModelConfig, layout: Layout, rank: int) -> Iterator[Range]:
 
 
 @lru_cache(maxsize=32)
-def check_cuts(config: ModelConfig, tp: int) -> None:
+def check_cuts(config: Weights, tp: int) -> None:
     """ConfigError where tp ranks would share what a weight's format keeps together."""
     for piece in pieces(config):
         for split in (piece.split, *piece.before):
@@ -270,7 +295,7 @@ def check_cuts(config: ModelConfig, tp: int) -> None:
                 raise ConfigError(Problem(key="parallel.tp", rule=rule, value=tp, fix=fix))
 
 
-def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(config: Weights) -> dict[str, tuple[int, ...]]:
     """Shape that each Hugging Face tensor of the model must have, as stored."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in pieces(config):
@@ -283,7 +308,7 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Range]]]:
+def expected(config: Weights, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Range]]]:
     """Shape of each local parameter that `rank` stores, and the ranges it is made of, in the order they lie in it.
 
     Parameters of which this rank has nothing are left out.
@@ -306,11 +331,11 @@ def expected(config: ModelConfig, layout: Layout, rank: int) -> dict[str, tuple[
     return found
 
 
-def local_elements(config: ModelConfig, layout: Layout, rank: int) -> int:
+def local_elements(config: Weights, layout: Layout, rank: int) -> int:
     """Parameters that `rank` holds; a code counts as the numbers that it stands for, scales do not count."""
     return sum(part.elements * part.piece.numbers for part in owned(config, layout, rank))
 
 
-def local_bytes(config: ModelConfig, layout: Layout, rank: int, itemsize: int) -> int:
+def local_bytes(config: Weights, layout: Layout, rank: int, itemsize: int) -> int:
     """Bytes that the weights of `rank` take, where the model's numbers take `itemsize`."""
     return sum(part.elements * part.piece.itemsize(itemsize) for part in owned(config, layout, rank))

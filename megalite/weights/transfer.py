@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megalite.core.layout import Layout
+from megalite.core.linear import Linear
 from megalite.core.parallel_state import ParallelState
 from megalite.core.progress import here
 from megalite.errors import maybe_fault
@@ -24,7 +25,7 @@ from megalite.weights.copying import OpenFiles, in_parallel, matrices, overlap
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.moves import Extent, Move, by_part, reading
 from megalite.weights.rounding import Elements
-from megalite.weights.table import Piece, Range, expected, owned
+from megalite.weights.table import Piece, Range, Weights, expected, owned
 from megalite.weights.upload import InPlace, Ring, uploading
 
 INIT_STD = 0.02
@@ -48,10 +49,11 @@ def twin(decoder: Decoder, state: ParallelState) -> Decoder:
     """Another decoder of the same stage over the very parameters of `decoder`, with the groups of `state`."""
     weight = next(decoder.parameters())
     other = build(decoder.config, state, dtype=weight.dtype, device=torch.device("meta"))
-    params = dict(decoder.named_parameters(remove_duplicate=False))
     for path, module in other.named_modules():
-        for name in [name for name, _ in module.named_parameters(recurse=False)]:
-            module.register_parameter(name, params[f"{path}.{name}"])
+        own = decoder.get_submodule(path)
+        module._parameters = dict(own._parameters)
+        if isinstance(module, Linear) and isinstance(own, Linear):
+            module.format = own.format  # adapters beside the weight, and what it was settled to
     return other
 
 
@@ -77,7 +79,7 @@ def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterabl
     see `moves.reading`.
     """
     there = {part[:2]: mine for part, mine in by_part(extents).items()}
-    filled = _Filled(params)
+    filled = Filled(params)
     work: list[tuple[Move, Range, Tensor]] = []
     for one in ranges:
         view = filled.view(one)
@@ -139,7 +141,7 @@ def _pair(move: Move, one: Range, view: Tensor, lo: int, hi: int, band: Elements
 
 
 def read_parameters(
-    folder: Path, config: ModelConfig, layout: Layout, rank: int, kind: str
+    folder: Path, config: Weights, layout: Layout, rank: int, kind: str
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and values, on the CPU and in the stored dtype, of each parameter that `rank` holds, one after the other.
 
@@ -158,7 +160,7 @@ def read_parameters(
 def initialise(decoder: Decoder, seed: int, *, std: float = INIT_STD) -> None:
     """New weights: normal(0, std) matrices, unit norms, zero biases; the same whole model in every layout."""
     state = decoder.state
-    filled = _Filled(dict(decoder.named_parameters()))
+    filled = Filled(dict(decoder.named_parameters()))
     for one in owned(decoder.config, state.layout, state.rank):
         view = filled.view(one)
         if not one.piece.other:
@@ -177,14 +179,28 @@ def initialise(decoder: Decoder, seed: int, *, std: float = INIT_STD) -> None:
 
 def random_matrix(piece: Piece, seed: int, device: torch.device, *, std: float = INIT_STD) -> Tensor:
     """The whole matrix behind a piece, oriented as the local parameter: a function of its name and the seed alone."""
+    whole = _whole_matrix(piece, device)
+    return whole.normal_(0.0, std, generator=_generator(piece, seed, device))
+
+
+def uniform_matrix(piece: Piece, seed: int, device: torch.device, *, bound: float) -> Tensor:
+    """The same with numbers from -bound to bound."""
+    whole = _whole_matrix(piece, device)
+    return whole.uniform_(-bound, bound, generator=_generator(piece, seed, device))
+
+
+def _whole_matrix(piece: Piece, device: torch.device) -> Tensor:
     shape = list(piece.other)
     shape.insert(piece.dim, piece.split.total)
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _generator(piece: Piece, seed: int, device: torch.device) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}:{piece.hf}:{piece.hf_start}".encode(), digest_size=7).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
-    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
 
 
-class _Filled:
+class Filled:
     """Counts what is written, so that no element of any parameter is left uninitialised."""
 
     def __init__(self, params: Mapping[str, Tensor]):
