@@ -107,6 +107,43 @@ def test_overlap_changes_nothing(model):
     assert late == at_once
 
 
+STATEFUL = {
+    "Qwen3Next": {
+        "head_dim": 64,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    },
+    "GraniteMoeHybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 64,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 512,
+    },
+}
+
+
+@pytest.mark.parametrize("family", STATEFUL)
+def test_states_of_sequences(family, tmp_path):
+    """Prompts in chunks beside rows that decode, one by one and as graphs, which must not advance a state twice."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, eos_token_id=None, **STATEFUL[family])
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    wanted = reference(tmp_path, 4096)
+    for engine in ({"enforce_eager": True}, {"enforce_eager": False}, {"async_scheduling": False, "max_num_seqs": 3}):
+        assert [output.token_ids for output in generate(tmp_path, "float32", **engine)] == wanted, engine
+
+
 OPTIONS = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.8, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 7},
