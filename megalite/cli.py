@@ -122,6 +122,8 @@ def main(kind: Kind, argv: Sequence[str], program: Sequence[str]) -> int:
     running = False
     try:
         place = LaunchEnv.of(os.environ)
+        if place is not None and place.over_hosts:  # of addresses without a name in the DNS, which does not matter
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with _leaving_on_signals(place):
             work = _prepare(kind, argv, place, program)
             running = True
@@ -237,6 +239,9 @@ def _prepare(
             tell_the_door()
             path = nameless_file(unpack_config(options.resolved), stack)
         loaded, problems = resolve(kind, path, options.overrides)
+    if options.resolved:
+        found = {key: "the door" if origin.startswith(path) else origin for key, origin in loaded.origins.items()}
+        loaded = replace(loaded, origins=found)
     speaks = place is None or place.rank == 0
     loaded = _settle_layout(loaded, place, options, speaks and not problems)
     if "--print-config" in options.flags and speaks:

@@ -211,7 +211,7 @@ def table(ranks: Iterable[RankInfo]) -> list[str]:
             "host": info.host,
             "address": info.address,
             "device": f"{info.device} {info.model}".strip(),
-            "free": format_bytes(info.free),
+            "free memory": format_bytes(info.free),
             **{key: value or "-" for key, value in info.facts.items()},
         }
         for info in ranks

@@ -53,7 +53,7 @@ _SSH_FIXES = {
     "refused|timed out|No route|unreachable": "Is sshd running there, its port right (--ssh_port) and not shut off?",
 }
 """What to do about what ssh says, by what occurs in it."""
-_NOTE = re.compile(rb"(?:[^ ]+: )?\[[-\d ]+[:,\d]+\] \[(?:INFO|DEBUG)\] \[launch\.py:")
+_NOTE = re.compile(rb"(?:[^ ]+: )?\[[-\d ]+[:,\d]+\] \[[A-Z]+\] \[launch\.py:")
 _LAST_LINES = 5.0
 """Seconds to read what the launcher wrote before it ended."""
 

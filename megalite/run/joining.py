@@ -139,13 +139,12 @@ def _with_facts(info: RankInfo, given: Given, *, thorough: bool) -> RankInfo:
 
 
 def _check_interface(section: DistributedSection) -> None:
-    """ConfigError if a network interface that is asked for is not on this host."""
-    key, name = "distributed.interface", section.interface
-    if name is None:
-        key, name = "GLOO_SOCKET_IFNAME", os.environ.get("GLOO_SOCKET_IFNAME")
+    """ConfigError if gloo is told of a network interface, by its own variable, that is not on this host."""
+    key = "GLOO_SOCKET_IFNAME"
+    name = None if section.interface else os.environ.get(key)
     if name and name not in (there := interfaces()):
         rule, fix = f"is no network interface of {socket.gethostname()}", f"There are: {', '.join(there)}."
-        raise ConfigError(Problem(key=key, rule=rule, value=name, fix=fix))
+        raise ConfigError(Problem(key=key, rule=rule, value=name, fix=fix, origin="the environment"))
 
 
 def _pick_device(section: DistributedSection, slot: int) -> torch.device:

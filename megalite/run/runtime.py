@@ -62,6 +62,7 @@ BACKENDS = {"gloo": "gloo", "nccl": "cpu:gloo,cuda:nccl"}
 """What torch.distributed is asked for: with NCCL on the devices, CPU tensors go over gloo."""
 INTERFACES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 """Variables that tell gloo and NCCL their network interface, and what stands before a whole name."""
+_FIREWALL = "A firewall between the hosts must let their ranks connect to each other on any port."
 _GOODBYE = 30.0
 """Seconds for process groups to be destroyed at the end of a run, all of whose work is done."""
 _LAST_STEP = 10.0
@@ -140,8 +141,7 @@ class Runtime:
             address, port = self.ranks[0].hub or (LOOPBACK, 0)
             raise RankLost(
                 f"{self.info}: no connection to rank 0's watch at {address}:{port} from {way_to(address, port)}: "
-                f"{error.strerror or error}. "
-                "A firewall between the hosts must let their ranks connect to each other on any port."
+                f"{error.strerror or error}. {_FIREWALL}"
             ) from error
         if self._launched:
             die_with_parent(0)  # asked for while there was no watch; from here on it does that better
@@ -151,7 +151,11 @@ class Runtime:
         if not self._watchdog.together.wait(max(_LAST_STEP, deadline.left())):
             missing = self._watchdog.missing() if self.rank == 0 else []
             names = ", ".join(str(self.ranks[rank]) for rank in missing) or "some"
-            raise RankLost(f"{names} met the others but never connected to rank 0's watch at {self.ranks[0].hub}.")
+            address, port = self.ranks[0].hub or (LOOPBACK, 0)
+            over = f" ({interface_of(address)})" if self.rank == 0 else ""
+            raise RankLost(
+                f"{names} met the others but never connected to rank 0's watch at {address}:{port}{over}. {_FIREWALL}"
+            )
         interface = section.interface or interface_of(self.info.address)
         for variable, before in INTERFACES.items():
             if interface and (section.interface or variable not in os.environ):
