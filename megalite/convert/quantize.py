@@ -92,13 +92,14 @@ def _quantization_config(model: ModelConfig, kind: str, group: int | None) -> di
     weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
     inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if kind == "fp8" else None}
-    routers = [piece.hf.removesuffix(".weight") for piece in pieces(model) if piece.param.endswith(".router")]
+    kept = (".router", ".rates.weight")  # small, and what they decide is not: see `GatedDelta.rates`
+    numbers = [piece.hf.removesuffix(".weight") for piece in pieces(model) if piece.param.endswith(kept)]
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized" if kind == "fp8" else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head", *routers],
+        "ignore": ["lm_head", *numbers],
     }
 
 
