@@ -39,6 +39,7 @@ SETTINGS = {
     "some": {"r": 3, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj", "v_proj", "down_proj"]},
     "attention": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "o_proj"]},
     "latent": {"r": 4, "lora_alpha": 8, "target_modules": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"]},
+    "delta": {"r": 4, "lora_alpha": 8, "target_modules": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"]},
     "uneven": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "rank_pattern": {"k_proj": 2, "v_proj": 5}},
 }
 
@@ -155,6 +156,7 @@ CASES = {
     "pp2 interleaved": Case("llama3", Layout(pp=2, interleave=2), "uneven", accumulate=2, recompute=True),
     "pp2 dp2 zero2 tied": Case("gemma2", Layout(pp=2, dp=2), zero=2, accumulate=2),
     "tp2 sp, experts that stay": Case("qwen3_moe", Layout(tp=2), "attention", sequence_parallel=True),
+    "tp2, gated delta nets": Case("qwen3_next", Layout(tp=2), "delta"),
     "tp2 sp, latent attention": Case("deepseek_v3", Layout(tp=2), "latent", sequence_parallel=True),
 }
 
