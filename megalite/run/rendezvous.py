@@ -1,19 +1,22 @@
 """How the ranks of a run find each other before they have any connection, and agree that they are one run.
 
-Each rank leaves its `RankInfo` (host, process, device, what must be alike) in a store. Rank 0 waits for all of them
-within the deadline, names whoever never came, compares what they say and chooses the back end; the others wait for
-that. On one host the store is a file in a folder that only this user can open; over several hosts it is a TCP store
-that listens only on the address that leads to the other ranks. Nothing read from a store is ever run: it is JSON with
-known fields.
+Each rank leaves its `RankInfo` (host, process, device, what must be alike) in a store, under the number of its arrival.
+Rank 0 waits for all of them within the deadline, names whoever never came, compares what they say, chooses the back end
+and leaves its verdict and the list of all; the others wait for that. So a rank makes a few requests, however many
+ranks there are. On one host the store is a file in a folder that only this user can open; over several hosts it is a
+TCP store that listens only on the address that leads to the other ranks. Nothing read from a store is ever run: it is
+JSON with known fields.
 """
 
 from __future__ import annotations
 
+import base64
 import errno
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +32,9 @@ from megalite.run.placement import ranks_words
 from megalite.run.processes import Process
 
 _POLL = 0.02
-"""Seconds between two looks at the store."""
+"""Seconds between two looks at the store,"""
+_AT_A_TIME = 64
+"""of so many ranks; more look less often, since one process serves them all."""
 _PATIENCE = 10.0
 """Seconds the other ranks wait for rank 0's word after the deadline."""
 _AFTER_PROBLEM = 20.0
@@ -134,17 +139,15 @@ def meet(
     """
     try:
         store.set(f"text/{env.rank}", config_text)
-        store.set(f"here/{env.rank}", json.dumps(asdict(info)))
-        if env.rank == 0:
-            backend = _lead(env, store, deadline, choose)
-        else:
-            backend = _follow(env, store, deadline)
-        return _ranks_here(store, range(env.world_size)), backend
+        store.set(f"here/{store.add('came', 1)}", json.dumps(asdict(info)))
+        return _lead(env, store, deadline, choose) if env.rank == 0 else _follow(env, store, deadline)
     except DistError as error:
         raise RankLost(f"rank 0 was lost while {info} started: its store went away. {_meeting_place(env)}") from error
 
 
-def _lead(env: LaunchEnv, store: Store, deadline: Deadline, choose: Callable[[list[RankInfo]], str]) -> str:
+def _lead(
+    env: LaunchEnv, store: Store, deadline: Deadline, choose: Callable[[list[RankInfo]], str]
+) -> tuple[list[RankInfo], str]:
     here: list[RankInfo] = []
     try:
         _gather(env, store, deadline, here)
@@ -157,28 +160,34 @@ def _lead(env: LaunchEnv, store: Store, deadline: Deadline, choose: Callable[[li
         while not until.over() and not store.check(readers):
             time.sleep(_POLL)
         raise
+    everyone = json.dumps([asdict(info) for info in here]).encode()
+    store.set("ranks", base64.b85encode(zlib.compress(everyone)).decode())
     store.set("verdict", json.dumps([0, backend]))
-    return backend
+    return here, backend
 
 
-def _follow(env: LaunchEnv, store: Store, deadline: Deadline) -> str:
+def _follow(env: LaunchEnv, store: Store, deadline: Deadline) -> tuple[list[RankInfo], str]:
     while not store.check(["verdict"]):
         if deadline.over(_PATIENCE):
-            here = _ranks_here(store, range(env.world_size))
+            here = sorted(_arrived(store, set()), key=lambda info: info.rank)
             if here[0].rank != 0:
                 raise RankLost(_never_came(env, here, deadline))
             raise RankLost(f"{here[0]} came but fell silent before the run began. Look for its own message.")
-        time.sleep(_POLL)
+        time.sleep(_POLL * max(1, env.world_size // _AT_A_TIME))
     code, backend = json.loads(store.get("verdict"))
     if code:
         store.set(f"read/{env.rank}", "")
         raise SystemExit(code)
-    return str(backend)
+    everyone = json.loads(zlib.decompress(base64.b85decode(store.get("ranks"))))
+    return [RankInfo(**one) for one in everyone], str(backend)
 
 
-def _ranks_here(store: Store, ranks: Iterable[int]) -> list[RankInfo]:
-    """Those of `ranks` that have come."""
-    return [RankInfo(**json.loads(store.get(f"here/{rank}"))) for rank in ranks if store.check([f"here/{rank}"])]
+def _arrived(store: Store, known: set[int]) -> list[RankInfo]:
+    """What those say that have come besides the numbers that are `known`, to which theirs are added."""
+    there = (number for number in range(1, store.add("came", 0) + 1) if number not in known)
+    new = [number for number in there if store.check([f"here/{number}"])]
+    known.update(new)
+    return [RankInfo(**json.loads(store.get(f"here/{number}"))) for number in new]
 
 
 def _gather(env: LaunchEnv, store: Store, deadline: Deadline, here: list[RankInfo]) -> None:
@@ -186,10 +195,10 @@ def _gather(env: LaunchEnv, store: Store, deadline: Deadline, here: list[RankInf
 
     RankLost if some don't come or die meanwhile.
     """
-    mine = pid_namespace()
+    mine, known = pid_namespace(), set[int]()
     patience = None
     while len(here) < env.world_size:
-        here += _ranks_here(store, set(range(env.world_size)) - {info.rank for info in here})
+        here += _arrived(store, known)
         here.sort(key=lambda info: info.rank)
         if patience is None and any(info.problem for info in here):
             patience = Deadline(_AFTER_PROBLEM)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -20,6 +20,8 @@ from megalite.run.wire import printable
 
 _FRAMES = 12
 """The innermost ones of a stack are shown."""
+_SHOWN = 8
+"""Of more ranks only so many are told of."""
 _SLACK = 1.5
 """Seconds by which two watches may differ on when they last saw something move."""
 
@@ -87,7 +89,8 @@ def blame(
     `accounts`: of all ranks; of one whose watch does not answer, because a native call keeps it from running, the
     seconds since it was heard last.
     """
-    waits = {rank: wait for rank in accounts if (wait := _wait(rank, accounts, timeout))}
+    came = _counts(accounts)
+    waits = {rank: wait for rank in accounts if (wait := _wait(rank, accounts, came, timeout))}
     if not waits:
         return None
     absent = {rank for wait in waits.values() for rank in wait.absent}
@@ -101,19 +104,33 @@ def blame(
         where = _named(wait.place, wait.rank, wait.place.entered)
         line = f"error: all have entered {where}, and none has left it for {timeout:g} s. The run was stopped."
         return sorted(waits), line
-    said = []
-    for rank in guilty:
+    said, shown = [], guilty[:_SHOWN]
+    for rank in shown:
         wait = next(wait for wait in waits.values() if rank in wait.absent)
         said.append(_told(peers[rank], accounts[rank], wait, accounts))
-    line = f"error: {'; '.join(said)}. The run was stopped."
-    return guilty, "\n".join([line, *(text for rank in guilty for text in _stack(rank, accounts[rank]))])
+    more = f"; and {len(guilty) - len(shown)} more ranks" if len(guilty) > len(shown) else ""
+    line = f"error: {'; '.join(said)}{more}. The run was stopped."
+    return guilty, "\n".join([line, *(text for rank in shown for text in _stack(rank, accounts[rank]))])
 
 
 def _still(one: Account | float) -> float:
     return one if isinstance(one, float) else one.still
 
 
-def _wait(rank: int, accounts: Mapping[int, Account | float], timeout: float) -> _Wait | None:
+_Counts = dict[tuple[str, tuple[int, ...]], dict[int, int]]
+"""What each rank has entered in a place, by the place's name and ranks."""
+
+
+def _counts(accounts: Mapping[int, Account | float]) -> _Counts:
+    found: _Counts = {}
+    for rank, account in accounts.items():
+        for place in () if isinstance(account, float) else account.places:
+            entered = found.setdefault((place.name, place.ranks), {})
+            entered[rank] = max(entered.get(rank, 0), place.entered)
+    return found
+
+
+def _wait(rank: int, accounts: Mapping[int, Account | float], came: _Counts, timeout: float) -> _Wait | None:
     """What the rank waits in, if it has stood still for so long.
 
     Over NCCL the host does not wait inside; there a collective counts in which it is ahead of others.
@@ -121,26 +138,23 @@ def _wait(rank: int, accounts: Mapping[int, Account | float], timeout: float) ->
     mine = accounts[rank]
     if isinstance(mine, float) or mine.finished or mine.still < timeout:
         return None
-    found = [_Wait(rank, place, tuple(_absent(place, rank, accounts))) for place in mine.places if place.inside]
-    if not found:
-        ahead = [_Wait(rank, place, tuple(_absent(place, rank, accounts))) for place in mine.places if not place.flow]
-        found = [wait for wait in ahead if wait.absent]
-    return found[0] if found else None
+
+    def wait(place: Place) -> _Wait:
+        return _Wait(rank, place, tuple(other for other in _absent(place, rank, came) if other in accounts))
+
+    inside = next((place for place in mine.places if place.inside), None)
+    if inside is not None:
+        return wait(inside)
+    ahead = (wait(place) for place in mine.places if not place.flow)
+    return next((one for one in ahead if one.absent), None)
 
 
-def _absent(place: Place, rank: int, accounts: Mapping[int, Account | float]) -> list[int]:
+def _absent(place: Place, rank: int, came: _Counts) -> Iterator[int]:
     """Members of the group that have not come as far; of who sends messages, if `rank` receives them."""
-    late = []
+    entered = came[place.name, place.ranks]
     for other in place.ranks[:1] if place.flow and rank != place.ranks[0] else place.ranks:
-        if other == rank or other not in accounts:
-            continue
-        theirs = accounts[other]
-        came = 0
-        if isinstance(theirs, Account):
-            came = max((p.entered for p in theirs.places if (p.name, p.ranks) == (place.name, place.ranks)), default=0)
-        if came < place.entered:
-            late.append(other)
-    return late
+        if other != rank and entered.get(other, 0) < place.entered:
+            yield other
 
 
 def _named(place: Place, rank: int, number: int) -> str:
@@ -151,7 +165,11 @@ def _named(place: Place, rank: int, number: int) -> str:
         ends = f"to {', '.join(map(str, receivers))}" if rank == sender else f"from {sender}"
         return f"message #{number} ({name}) {ends}"
     operation = printable(place.operation) if number == place.entered else "collective"
-    return f"{operation} #{number} of {name} group {list(place.ranks)}"
+    ranks = list(place.ranks)
+    group = (
+        str(ranks) if len(ranks) <= 2 * _SHOWN else f"[{ranks[0]}, {ranks[1]}, ... {ranks[-1]}] of {len(ranks)} ranks"
+    )
+    return f"{operation} #{number} of {name} group {group}"
 
 
 def _told(peer: Peer, account: Account | float, wait: _Wait, accounts: Mapping[int, Account | float]) -> str:

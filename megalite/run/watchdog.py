@@ -126,6 +126,8 @@ class Watchdog:
         self._commands: queue.SimpleQueue[Callable[[float], None]] = queue.SimpleQueue()
         self._connections: list[Connection] = []
         """To rank 0, or on rank 0 from the others and from strangers (`rank` is None)."""
+        self._ranks = {rank}
+        """On the hub: those that have come."""
         self._signals: dict[int, float] = {}
         """When each signal first came to this process."""
         self._excused = 0.0
@@ -165,8 +167,7 @@ class Watchdog:
 
     def missing(self) -> list[int]:
         """On the hub: the ranks that have not come."""
-        here = {connection.rank for connection in list(self._connections)} | {self._rank}
-        return [peer.rank for peer in self._peers if peer.rank not in here]
+        return [peer.rank for peer in self._peers if peer.rank not in self._ranks]
 
     def finish(self, code: int = 0) -> End:
         """This rank's work is done (`code`: 0, or 128 + the signal it drained for). Waits until all ranks say so.
@@ -392,10 +393,11 @@ class Watchdog:
             self._referee.stopped(values[0], no_sign_of_life(self._timeout), now, self._whereabouts())
 
     def _welcome(self, connection: Connection, kind: str, values: list[Any]) -> None:
-        known = kind == "hello" and values[0] in self.missing()
+        known = kind == "hello" and 0 < values[0] < len(self._peers) and values[0] not in self._ranks
         if known and hmac.compare_digest(values[1], proof(self._token, connection.nonce, values[0])):
             connection.rank = values[0]
-            if not self.missing():
+            self._ranks.add(values[0])
+            if len(self._ranks) == len(self._peers):
                 self._say("together")
                 self.together.set()
         else:

@@ -59,6 +59,8 @@ def parse(line: bytes) -> tuple[str, list[Any]]:
 
 def printable(text: str) -> str:
     """Without what drives a terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
