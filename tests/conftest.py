@@ -57,7 +57,8 @@ def pytest_collection_finish(session):
         from rank_pool import Pools
 
         # Seconds for each of the ranks that train, of which there are ten and more.
-        _pools = Pools(("deepspeed", "torch._dynamo") if "megalite.train.trainer" in sys.modules else ())
+        trains = {"megalite.train.trainer", "train_helpers"} & sys.modules.keys()
+        _pools = Pools(("deepspeed", "torch._dynamo") if trains else ())
 
 
 @pytest.fixture(scope="session")
