@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from quantized_models import KINDS, write, write_mxfp4
+from pool_replica import generate, make_replica
+from quantized_models import KINDS, VOCAB, write, write_mxfp4
 from safetensors.torch import load_file
 
 from megalite import LLM, SamplingParams
@@ -88,6 +89,26 @@ def on_ranks(rank, folders, layout):
 def test_ranks_hold_their_part(models, ranks):
     """The widths are five groups, of which one rank has three."""
     ranks(2).run(on_ranks, [models(kind, family) for kind, family in MODELS], Layout(2))
+
+
+def engine_on_ranks(rank, folders):
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=VOCAB)
+    asked = [([3, 14, 15, 9, 26, 5], params), ([7, 8], params)]
+    for number, (codes, numbers) in enumerate(folders):
+        answers = []
+        for folder, layout in ((codes, Layout(2, 1)), ((codes, numbers)[number % 2], Layout(1, 2))):
+            replica = make_replica(rank, folder, layout, block_size=4, max_num_batched_tokens=4)
+            answers.append([output.outputs[0] for output in generate(replica, asked)])
+        for got, want in zip(*answers, strict=True):
+            assert got.token_ids == want.token_ids, codes
+            for mine, theirs in zip(got.logprobs or (), want.logprobs or (), strict=True):
+                assert all(abs(mine[token].logprob - theirs[token].logprob) < 1e-4 for token in range(VOCAB))
+
+
+def test_engines_on_ranks_say_the_same(models, ranks):
+    """Every format with tp=2, against itself or its numbers with pp=2."""
+    named = [(kind, family) for kind, family in MODELS if family != "mixtral" or kind == "awq"]
+    ranks(2).run(engine_on_ranks, [models(kind, family) for kind, family in named])
 
 
 CHAINED = ("gptq_act_order", "packed_4_zeros", "fp8_static", "fp8_scalar", "int8_rows")
