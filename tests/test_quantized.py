@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +11,22 @@ import pytest
 import torch
 from pool_replica import generate, make_replica
 from quantized_models import KINDS, VOCAB, write, write_mxfp4
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megalite import LLM, SamplingParams
+from megalite.convert import scaling
 from megalite.convert.convert import convert, export, reshard
 from megalite.convert.quantize import quantize, to_e4m3
+from megalite.convert.sample import whole_model
 from megalite.convert.verify import verify
+from megalite.core.formats import Packed
 from megalite.core.layout import Layout
 from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
 from megalite.core.quantized import E2M1, coded
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
+from megalite.model.attention import PackedAttention
 from megalite.weights.table import check_cuts, local_bytes, local_elements
 from megalite.weights.transfer import build, load_folder
 
@@ -327,3 +332,54 @@ def test_a_cache_in_fp8_is_near_and_cut_alike(name, near, tiny):
     cut = answers(kv_cache_dtype="fp8", max_num_batched_tokens=4, max_num_seqs=2, enable_prefix_caching=False)
     assert cut[0] == fp8[0]
     torch.testing.assert_close(cut[1], fp8[1], atol=1e-4, rtol=0)
+
+
+# ---- scaled by activations ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def outlying(models, tmp_path, monkeypatch):
+    """A model some of whose channels are large, and the token ids that stand for a file of prompts."""
+    _, numbers = models("packed_8_rows")
+    folder = tmp_path / "outlying"
+    shutil.copytree(numbers, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, values in tensors.items():
+        if name.endswith("layernorm.weight"):
+            values[[3, 17, 40]] *= 20
+        elif name.endswith(("v_proj.weight", "up_proj.weight")):
+            values[[5, 37]] *= 20
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "prompts.jsonl").touch()
+    ids = torch.randint(0, VOCAB, (4, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    monkeypatch.setattr(scaling, "tokenizer_of", lambda folder: None)
+    monkeypatch.setattr(scaling, "read_prompts", lambda path, tokenizer: ids)
+    return folder, tmp_path / "prompts.jsonl", ids
+
+
+def logits_of(folder, ids):
+    decoder = whole_model(folder)
+    return torch.stack([decoder.logits(decoder(torch.tensor(one), PackedAttention([len(one)]))) for one in ids])
+
+
+def test_scaling_by_activations_rounds_better(outlying, tmp_path):
+    folder, prompts, ids = outlying
+    want = logits_of(folder, ids)
+    for name, more in (("plain", {}), ("scaled", {"calibrate": prompts})):
+        quantize(folder, None, tmp_path / name, "int4", group=32, **more)
+    plain, scaled = (logits_of(tmp_path / name, ids) - want for name in ("plain", "scaled"))
+    assert scaled.norm() < 0.9 * plain.norm()
+
+
+def test_scales_fold_away(outlying, tmp_path):
+    """Before anything is rounded the scaled model is the model."""
+    folder, prompts, ids = outlying
+    weights = ("q", "k", "v", "attn_out", "gate", "up", "down")
+    everything = {(layer, weight): Packed(group=32) for layer in range(2) for weight in weights}
+    found = scaling.search(folder, prompts, lambda weight: (weight * 4).round() / 4, everything)
+    tensors = load_file(folder / "model.safetensors")
+    changed = {name: torch.from_numpy(found.applied(name, values.numpy())) for name, values in tensors.items()}
+    assert sum(not torch.equal(changed[name], tensors[name]) for name in tensors) == 2 * (2 + len(weights))
+    shutil.copytree(folder, tmp_path / "scaled")
+    save_file(changed, tmp_path / "scaled/model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits_of(tmp_path / "scaled", ids), logits_of(folder, ids), atol=2e-3, rtol=1e-3)

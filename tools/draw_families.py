@@ -1,16 +1,24 @@
-"""Write the table of model families, from their entries, into README.md: `tools/draw_families.py --out README.md`.
+"""Write the tables of model families, from their entries, and of weight formats, from their readers, into README.md:
+`tools/draw_families.py --out README.md`.
 
-Without `--out` the table is printed. A test compares the two.
+Without `--out` the tables are printed. A test compares the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from megalite.convert.quantize import KINDS, quantization_config
+from megalite.core.formats import Mxfp4, Part, WeightFormat
+from megalite.core.linear import Quantized
+from megalite.core.quantized import coded
 from megalite.files import write_durably
-from megalite.model.families import FAMILIES
+from megalite.model.families import FAMILIES, from_values
 from megalite.model.family_spec import (
     Family,
     attention_everywhere,
@@ -28,9 +36,12 @@ from megalite.model.family_spec import (
     rope_if_stated,
     rope_on_windows,
 )
+from megalite.model.quantization import format_of
 from megalite.tools.toolkit import Parser, main
+from megalite.weights.dtypes import DTYPE_BYTES
 
 BEGIN, END = "<!-- families: tools/draw_families.py -->\n\n", "\n<!-- end of families -->\n"
+FORMATS_BEGIN, FORMATS_END = "<!-- formats: tools/draw_families.py -->\n\n", "\n<!-- end of formats -->\n"
 NORMS = {
     "rms": "RMSNorm",
     "rms_zero_centred": "RMSNorm (1 + w)",
@@ -106,21 +117,111 @@ def table() -> str:
         for _, family in sorted(FAMILIES.items())
     ]
     head = ("architecture", "norms", "attention", "MLP", "heads in one kernel")
+    return _markdown(head, rows)
+
+
+def formats_table() -> str:
+    """The weight formats, in Markdown: what their readers make of a `quantization_config` of each kind."""
+    made = {_read(quantization_config(MODEL, kind, None)).words: f"`--quantize {kind}`" for kind in KINDS}
+    rows = []
+    for given in QUANTIZED:
+        format, method = (
+            _read(given),
+            f"`{given['quant_method']}`" + (f" {given['format']}" if "format" in given else ""),
+        )
+        bits = 8 * sum(_part_bytes(format, part) for part in format.parts) / SIZE**2
+        cut = " x ".join(str(unit) for unit in format.units)
+        rows.append((method, format.words, f"{bits:.2f}", cut, _kernel(format), made.get(format.words, "")))
+    head = ("quantization_config", "weights", "bits a weight", "tp cuts", "multiplied on a GPU as", "made by")
+    return _markdown(head, rows)
+
+
+SIZE = 4096
+"""Rows and columns of a matrix whose bytes are counted."""
+SCHEME = {"num_bits": 8, "type": "float", "symmetric": True}
+QUANTIZED: list[dict[str, Any]] = [
+    {"quant_method": "fp8"},
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128},
+    {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+    {"quant_method": "gptq", "bits": 8, "group_size": 128},
+    {"quant_method": "awq", "bits": 4, "group_size": 128},
+    *(
+        {
+            "quant_method": "compressed-tensors",
+            "format": kind,
+            "config_groups": {"all": {"targets": ["Linear"], **more}},
+        }
+        for kind, more in (
+            ("float-quantized", {"weights": {**SCHEME, "strategy": "channel"}}),
+            ("int-quantized", {"weights": {**SCHEME, "type": "int", "strategy": "channel"}}),
+            ("pack-quantized", {"weights": {**SCHEME, "type": "int", "strategy": "channel"}}),
+            ("pack-quantized", {"weights": {"num_bits": 4, "strategy": "group", "group_size": 128}}),
+            (
+                "pack-quantized",
+                {"weights": {"num_bits": 4, "strategy": "group", "group_size": 128, "symmetric": False}},
+            ),
+        )
+    ),
+    {"quant_method": "mxfp4"},
+]
+"""One of each kind that is read."""
+MODEL = from_values(
+    Path("config.json"),
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 1,
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), SIZE),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 32),
+    },
+)
+
+
+def _read(given: Mapping[str, Any]) -> WeightFormat:
+    if given["quant_method"] == "mxfp4":
+        return Mxfp4()
+    found = format_of(Path("config.json"), given, "model.layers.0.mlp.up_proj")
+    assert found is not None
+    return found
+
+
+def _part_bytes(format: WeightFormat, part: Part) -> int:
+    count = math.prod(format.shapes([SIZE], SIZE, SIZE)[part.name])
+    return count * DTYPE_BYTES["F16" if part.is_float else part.dtypes[0]]
+
+
+def _kernel(format: WeightFormat) -> str:
+    """What `kernels.codes` take of it."""
+    import torch
+
+    made = Quantized(format, [128], 128, torch.float16, all_columns=128)
+    stored = {name: torch.zeros_like(param) for name, param in made.parameters().items()}
+    if "g_idx" in stored:
+        stored["g_idx"] = torch.arange(128, dtype=torch.int32) // (getattr(format, "group", 0) or 128)
+    found = coded(format, stored, [128], 128)
+    return "numbers" if found is None else f"{found[0]} codes"
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows)]
     return "\n".join(lines) + "\n"
 
 
 def replaced(text: str) -> str:
-    """`text` with the table of today between the marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, mark, after = rest.partition(END)
-    assert mark, "the marks of the table are missing"
-    return f"{before}{BEGIN}{table()}{END}{after}"
+    """`text` with the tables of today between their marks."""
+    for begin, end, made in ((BEGIN, END, table()), (FORMATS_BEGIN, FORMATS_END, formats_table())):
+        before, _, rest = text.partition(begin)
+        _, mark, after = rest.partition(end)
+        assert mark, "the marks of the table are missing"
+        text = f"{before}{begin}{made}{end}{after}"
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
     if args.out is None:
-        print(table(), end="")
+        print(table(), formats_table(), sep="\n", end="")
     else:
         write_durably(args.out, replaced(args.out.read_text(encoding="utf-8")).encode())
     return 0

@@ -1,5 +1,5 @@
-"""Checkpoints of numbers into quantized ones, rounded to nearest: compressed-tensors' formats, which transformers and
-vLLM read.
+"""Checkpoints of numbers into quantized ones, rounded to nearest, scaled by activations first where prompts are given
+(`scaling`): compressed-tensors' formats, which transformers and vLLM read.
 
     fp8    float8 e4m3, a scale a row (float-quantized)
     int8   a scale a row, or a group of a row (pack-quantized)
@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from megalite.weights.moves import move_of
 from megalite.weights.rounding import Elements, convert, to_float
 from megalite.weights.table import hf_shapes, pieces
 
+if TYPE_CHECKING:
+    from megalite.convert.scaling import Scales
+
 KINDS = ("fp8", "int8", "int4")
 FP8_MAX = 448.0
 DEFAULT_GROUP = 128
@@ -50,6 +53,7 @@ def quantize(
     kind: str,
     *,
     group: int | None = None,
+    calibrate: str | Path | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     **how: Any,
@@ -59,6 +63,8 @@ def quantize(
     Args:
         kind: one of KINDS.
         group: columns that share a scale, -1 for all; None: all, in int4 DEFAULT_GROUP.
+        calibrate: JSON lines of texts, for whose activations int4 and int8 are scaled (see `scaling`); None: rounded to
+            nearest.
         dtype: of what is not quantized, and of the scales of integers; None: the checkpoint's own.
         how: as in `convert.write_shards`.
 
@@ -69,21 +75,50 @@ def quantize(
         rule = f"{source.folder} is quantized already: {source.model.quantization.words}"
         raise ConfigError(Problem(key="--quantize", rule=rule, fix="Give the unquantized model."))
     values = side_files.with_dtype(source.values, dtype)
-    values["quantization_config"] = _quantization_config(source.model, kind, group)
+    values["quantization_config"] = quantization_config(source.model, kind, group)
     target = families.from_values(source.folder / CONFIG, values, source.beside.generation)
     _check_groups(target, source.model, kind)
+    scales = None if calibrate is None else _scales(source, target, Path(calibrate), kind, dtype)
     if layout is None:
         more = (how.get("overwrite", False), how.get("progress", SILENT))
-        return _write_folder(source, target, values, out, dtype, *more)
+        return _write_folder(source, target, values, out, dtype, scales, *more)
     whole = out.with_name(f".{out.name}.quantized")
-    _write_folder(source, target, values, whole, dtype, True, ByteProgress())
+    _write_folder(source, target, values, whole, dtype, scales, True, ByteProgress())
     try:
         return write_shards(open_checkpoint(whole), layout, out, **how)
     finally:
         shutil.rmtree(whole, ignore_errors=True)
 
 
-def _quantization_config(model: ModelConfig, kind: str, group: int | None) -> dict[str, Any]:
+def _scales(source: Checkpoint, target: ModelConfig, prompts: Path, kind: str, dtype: str | None) -> Scales:
+    """Of the weights, by the activations that prompts have."""
+    import torch
+
+    from megalite.convert.scaling import search
+
+    if kind == "fp8":
+        rule = "is for int4 and int8: in fp8 a scaled channel has the same relative error"
+        raise ConfigError(Problem(key="--calibrate", rule=rule))
+    if not prompts.is_file():
+        raise ConfigError(Problem(key="--calibrate", rule="must be a file of JSON lines", value=str(prompts)))
+    assert target.quantization is not None
+    format = target.quantization.formats[0][2]
+    scale_dtype = getattr(torch, dtype or source.model.dtype)
+    assert isinstance(format, Packed)
+
+    def round_trip(weight: torch.Tensor) -> torch.Tensor:
+        grouped, middle = weight.unflatten(1, (-1, format.group or weight.shape[1])), 1 << (format.bits - 1)
+        steps = grouped.abs().amax(2, keepdim=True) / (middle - 0.5)
+        steps = torch.where(steps == 0, 1, steps).to(scale_dtype).float()
+        rounded: torch.Tensor = (grouped / steps).round_().clamp_(-middle, middle - 1).mul_(steps)
+        return rounded.flatten(1)
+
+    formats = {(layer, weight): format for layer, weight, format in target.quantization.formats}
+    return search(source.folder, prompts, round_trip, formats)
+
+
+def quantization_config(model: ModelConfig, kind: str, group: int | None) -> dict[str, Any]:
+    """What config.json says of a model that is quantized so."""
     group = group if group is not None else DEFAULT_GROUP if kind == "int4" else -1
     number, bits = ("float", 8) if kind == "fp8" else ("int", int(kind.removeprefix("int")))
     weights: dict[str, Any] = {"num_bits": bits, "type": number, "symmetric": True, "dynamic": False}
@@ -123,6 +158,7 @@ def _write_folder(
     values: Mapping[str, Any],
     out: Path,
     dtype: str | None,
+    scales: Scales | None,
     overwrite: bool,
     progress: ByteProgress,
 ) -> Written:
@@ -130,8 +166,9 @@ def _write_folder(
     prefix = families.weight_names(source.model).prefix if source.bare else ""
     files, infos = hf_files(target, out, dtypes, DEFAULT_SHARD_BYTES, prefix)
     copies = {**side_files.chosen(source.folder, source.values, dtype), CONFIG: as_json(values).encode()}
-    work = digest_of(json.dumps(["quantize", source.identity, values]).encode() + b"".join(one.header for one in files))
-    made = _Made(source, formats, dtypes)
+    told = ["quantize", source.identity, values, scales.digest if scales is not None else ""]
+    work = digest_of(json.dumps(told).encode() + b"".join(one.header for one in files))
+    made = _Made(source, formats, dtypes, scales)
 
     def converted(file: NewFile) -> Iterator[memoryview]:
         mine = {name: info for name, info in infos.items() if info.file == out / file.name}
@@ -174,9 +211,14 @@ class _Made:
     """Makes the tensors of the target, each weight once for its tensors where they follow one another."""
 
     def __init__(
-        self, source: Checkpoint, formats: Mapping[str, tuple[str, str, WeightFormat]], dtypes: Mapping[str, str]
+        self,
+        source: Checkpoint,
+        formats: Mapping[str, tuple[str, str, WeightFormat]],
+        dtypes: Mapping[str, str],
+        scales: Scales | None,
     ):
         self.source = source
+        self.scales = scales
         self.formats = formats
         self.dtypes = dtypes
         self.files = OpenFiles()
@@ -207,7 +249,10 @@ class _Made:
         return self._small.pop(name) if name in self._small else self._last[1][part]
 
     def _read(self, name: str) -> tuple[Elements, str]:
-        return whole_tensor(self.source, self.files, name)
+        values, dtype = whole_tensor(self.source, self.files, name)
+        if self.scales is None or name not in self.scales:
+            return values, dtype
+        return self.scales.applied(name, to_float(values, dtype)), "F32"
 
 
 def whole_tensor(source: Checkpoint, files: OpenFiles, name: str) -> tuple[Elements, str]:

@@ -54,10 +54,13 @@ def verify(
     path: str | Path,
     against: str | Path | None = None,
     *,
+    text: str | Path | None = None,
     jobs: int = JOBS,
     progress: ByteProgress = SILENT,
 ) -> Report:
     """Check a folder of rank shards or in Hugging Face layout, and compare it with another checkpoint.
+
+    `text`: a file whose perplexity by both, on the CPU in float32, is noted too.
 
     What is wrong with `path` is in the report; CheckpointError is raised if `path` is no checkpoint at all, or for
     whatever is wrong with `against`.
@@ -69,7 +72,17 @@ def verify(
     if other is not None and model is not None:
         check.compare(extents, model, other)
     check.report.findings.sort()
+    if text is not None and other is not None and check.report.is_well:
+        check.report.notes.append(perplexities(folder, other.folder, Path(text)))
     return check.report
+
+
+def perplexities(folder: Path, other: Path, text: Path) -> str:
+    """The perplexity of a text by two models, in a line."""
+    from megalite.convert.sample import perplexity
+
+    (here, tokens), (there, _) = perplexity(folder, text), perplexity(other, text)
+    return f"perplexity of {text} ({tokens} tokens): {here:.4f}, of {other} {there:.4f} ({here / there - 1:+.2%})"
 
 
 class _Check:

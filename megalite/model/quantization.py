@@ -122,6 +122,12 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
     return replace(model, layers=tuple(_with_units(model, layer, index) for index, layer in enumerate(model.layers)))
 
 
+def format_of(path: Path, given: Mapping[str, Any], module: str) -> WeightFormat | None:
+    """How a `quantization_config` says that the weight of a module is stored."""
+    config = _Values(path, given)
+    return READERS[config.one_of("quant_method", tuple(READERS))](config)(module)
+
+
 def _microscaled(config: _Values, model: ModelConfig, names: WeightNames) -> ModelConfig:
     """gpt-oss: experts' matrices in MXFP4, which are [out, in] where those of numbers are turned."""
     skipped, formats, layers = config.names("modules_to_not_convert"), [], list(model.layers)

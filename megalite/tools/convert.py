@@ -12,6 +12,7 @@ example:
   megalite convert --model checkpoints/demo --layout tp=2,pp=2 --out /tmp/demo-tp2pp2
   megalite verify /tmp/demo-tp2pp2 --against checkpoints/demo
   megalite convert --model checkpoints/demo --quantize int4 --group 64 --out checkpoints/demo-int4
+  megalite convert --model checkpoints/demo --quantize int4 --group 64 --calibrate TEXTS.jsonl --out checkpoints/demo-4
   megalite convert --model model-q8_0.gguf --dtype bfloat16 --out checkpoints/model
 """
 
@@ -35,6 +36,8 @@ def add_arguments(parser: Parser) -> None:
         "--layout", metavar="tp=T,pp=P", help="what to cut it for; may be left out for a .gguf file and with --quantize"
     )
     parser.add_argument("--quantize", choices=KINDS, help="round the weights of linear maps to nearest")
+    text = "JSON lines of texts, for whose activations int4 and int8 are scaled before they are rounded (AWQ)"
+    parser.add_argument("--calibrate", metavar="PROMPTS", help=text)
     text = "columns that share a scale, -1: all of a row (default: 128 for int4, else -1)"
     parser.add_argument("--group", type=int, metavar="N", help=text)
     parser.add_writing("where the rank files go")
@@ -45,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     gguf = is_gguf(args.model)
     if args.group is not None and args.quantize is None:
         raise ConfigError(Problem(key="--group", rule="is for --quantize"))
+    if args.calibrate is not None and args.quantize is None:
+        raise ConfigError(Problem(key="--calibrate", rule="is for --quantize"))
     if gguf and args.quantize is not None:
         rule, fix = "does not read .gguf files", "Convert the file to a folder first, then quantize that."
         raise ConfigError(Problem(key="--quantize", rule=rule, fix=fix))
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(Problem(key="--layout", rule="is required", fix="Write it as tp=4,pp=2."))
     with writing("convert", args) as (bar, options):
         if args.quantize is not None:
-            more = {"group": args.group, "revision": args.revision}
+            more = {"group": args.group, "calibrate": args.calibrate, "revision": args.revision}
             written = quantize(args.model, layout, args.out, args.quantize, **more, **options)
         elif gguf:
             written = from_gguf(args.model, layout, args.out, **options)
