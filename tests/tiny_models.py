@@ -64,6 +64,7 @@ DELTA = {
     "linear_value_head_dim": 12,
 }
 MAMBA = {
+    "rms_norm_eps": 1e-2,
     "shared_intermediate_size": 28,
     "mamba_n_heads": 8,
     "mamba_n_groups": 2,
