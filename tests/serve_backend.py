@@ -91,6 +91,6 @@ class Backend:
             yield choice("", "stop").encode()
             yield event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 17}}).encode()
             yield b"data: [DONE]\n\n"
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # as the server was waiting or writing
             self.left.set()
             raise

@@ -1,8 +1,8 @@
 """The commands of docs/guide.md and its Chinese twin run, and print what the pages show.
 
-A page shows commands and what they printed in blocks of `console`. Numbers and units differ from run to run and are not
-compared; the words of every line are, but for hints, which depend on how busy the machine is. "..." stands for lines
-that are left out. `python tests/test_guide.py` runs the commands and brings the lines of both pages up to date.
+A page shows commands and what they printed in blocks of `console`. Numbers, units and digests differ between runs and
+are not compared; the words of every line are, but for hints, which depend on how busy the machine is. "..." stands for
+lines that are left out. `python tests/test_guide.py` runs the commands and brings the lines of both pages up to date.
 
 Above a block may stand a comment: `<!-- needs: PACKAGE -->`.
 """
@@ -26,7 +26,7 @@ from waiting import PATIENCE, wait_until
 
 PAGES = [ROOT / "docs" / name for name in ("guide.md", "guide.zh.md")]
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n\n?)?```console\n(?P<body>.*?)```\n", re.DOTALL)
-NUMBER = re.compile(r"\d[\d.,]*(e-?\d+)?\s?([KMGT]i?B/s|[KMGT]i?B|B/s|B\b|%|ms\b|us\b|s\b)?")
+NUMBER = re.compile(r"\b[0-9a-f]{10,}\b|\d[\d.,]*(e-?\d+)?\s?([KMGT]i?B/s|[KMGT]i?B|B/s|B\b|%|ms\b|us\b|s\b)?")
 PRELOAD = ("megalite.serve.front", "megalite.serve.worker", "megalite.tools.plan")
 
 

@@ -28,7 +28,8 @@ end = sys.argv.index("--")
 sys.exit(run_over_hosts(sys.argv[1:end], sys.argv[end + 1], sys.argv[end + 2 :]))
 """
 """The door, for ranks that are no job."""
-PEER_TIMEOUT = 6
+PEER_TIMEOUT = 15
+"""Seconds; a host that is only busy must answer within."""
 HOSTILE = """$HOME $(echo x) `echo y` %h %n "quoted" \\"half ${PATH} 'one' ~ * ; ü"""
 
 

@@ -125,7 +125,7 @@ CASES = {
         None,
         [70] * 3,
         (70, None, [2]),
-        r"rank 2 \(pid \d+ on here\) has not entered all_reduce #812 of tp group \[0, 1, 2\], for which rank 0 has "
+        r"rank 2 \(pid \d+ on here\) has not entered all_reduce #812 of tp group \[0, 1, 2\], for which rank [01] has "
         r"waited \d+ s; it is in layer 5 of step 130, for \d+ s\. The run was stopped\.$",
     ),
     "one that holds Python's lock": (
