@@ -17,6 +17,7 @@ from pathlib import Path
 from waiting import wait_until
 
 from megalite.run.processes import Process, descendants
+from megalite.run.runtime import INTERFACES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "openssh-server openssh-client pdsh iproute2 procps"
@@ -145,7 +146,8 @@ class TwoHosts:
 
     def start(self, *command: object, host: str = "mega-a") -> Run:
         """Start a command on a host, in the checkout."""
-        env = {**os.environ, "PATH": f"{self._shared}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        env = {name: value for name, value in os.environ.items() if name not in INTERFACES}  # runs in this process set
+        env |= {"PATH": f"{self._shared}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         out, err = (self.folder / f"{host}.{name}" for name in ("out", "err"))
         process = subprocess.Popen(
             [*self._enter(host), f"--wd={ROOT}", *map(str, command)],

@@ -232,10 +232,10 @@ class MixtureOfExperts(LayerModule):
         scales = weights.flatten()[order, None]
         rows = x[order // top_k]
         mine = (sorted_local < self.num_local)[:, None] if self.num_local < self.num_experts else None
-        if mine is not None:  # what is computed of them, and of their gradients, is nothing
-            rows = torch.where(mine, rows, 0)
         if self.choice.weighs_input:
             rows = rows * scales
+        if mine is not None:  # what is computed of them is nothing; their gradients, which are anything, end here
+            rows = torch.where(mine, rows, 0)
         hidden = self._gate(self._grouped("up", rows, ends, sorted_local, mine))
         out = self._grouped("down", hidden, ends, sorted_local, mine)
         if not self.choice.weighs_input:
