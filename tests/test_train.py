@@ -142,7 +142,8 @@ def test_training_equals_plain_pytorch(name, tiny, ranks):
         (losses, norms), (wanted_losses, wanted_norms) = zip(*got, strict=True), zip(*steps, strict=True)
         assert losses == pytest.approx(wanted_losses, rel=2e-5)
         assert norms[0] == pytest.approx(wanted_norms[0], rel=2e-5)
-        assert norms == pytest.approx(wanted_norms, rel=2e-3)  # rounding of weights alone moves some by 7e-4
+        # Adam makes rounding large where gradients are near zero; a state space moves by 7e-4 for it.
+        assert norms == pytest.approx(wanted_norms, rel=2e-3 if case.model == "granitemoehybrid" else 2e-4)
         for (hf, piece, at), values in parts.items():
             if is_key_bias(case.model, hf, piece):
                 continue  # where it is not rotated it has no gradient but rounding, which Adam makes large
