@@ -32,6 +32,8 @@ import torch
 import torch.distributed as dist
 from waiting import PATIENCE, wait_until
 
+from megalite import errors
+
 SETTLE_SECONDS = 0.3
 """After a first failure the others are given this long: the rank that failed first may not be the first to say so."""
 
@@ -95,6 +97,7 @@ def _serve_jobs(rank: int, size: int, address: str) -> None:
         )
         while True:
             function, args = pickle.loads(link.recv_bytes())
+            errors._passages.clear()  # faults are counted from the beginning of each job
             try:
                 answer = (True, function(rank, *args))
             except BaseException:
