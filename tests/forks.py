@@ -200,8 +200,8 @@ def _program(words: list[str], environment: dict[str, str], cwd: str, stdin: str
     launcher.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _ForkedRank})
     if front := sys.modules.get("megalite.serve.front"):
         front.asyncio = SimpleNamespace(**{**vars(asyncio), "create_subprocess_exec": _ForkedDoor.start})
-    if gpu := sys.modules.get("megalite.tools.benchmarks.gpu"):
-        gpu.subprocess = SimpleNamespace(run=_run_fork)
+    if frame := sys.modules.get("megalite.tools.benchmarks.frame"):
+        frame.subprocess = SimpleNamespace(run=_run_fork)
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     for number, file in enumerate((os.open(stdin, os.O_RDONLY), os.open(out, flags), os.open(err, flags))):
         os.dup2(file, number)

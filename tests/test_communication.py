@@ -7,7 +7,7 @@ from collections import deque
 import pytest
 import torch
 
-from megalite.core.collectives import gather_best, gather_columns
+from megalite.core.collectives import gather_columns
 from megalite.core.layout import Even, Layout, width
 from megalite.core.parallel_state import ParallelState
 from megalite.core.pipeline import StageLink
@@ -59,27 +59,16 @@ def test_hidden_states_and_ids_go_round_in_the_order_of_steps(ranks, layout, lag
 
 
 def check_columns(rank: int, size: int, vocab: int, rows: int, dtype: torch.dtype) -> None:
-    """Cut the columns of logits over the ranks; gather them, or the likeliest of them."""
+    """Cut the columns of logits over the ranks, and gather them."""
     tp = ParallelState(Layout(tp=size)).tp
     whole = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)).mul(4).round().div(4).to(dtype)
     begin, end = Even(vocab).range(size, rank)
     mine = whole[:, begin:end]
     got = gather_columns(mine, [width(Even(vocab), size, each) for each in range(size)], tp)
     assert torch.equal(got, whole) and got.is_contiguous()
-    values, ids, sums = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64), torch.zeros(rows)
-    if end > begin:
-        logits = mine.float()
-        values = logits.amax(1)
-        ids = begin + (logits == values[:, None]).int().argmax(1)
-        sums = (logits - values[:, None]).exp().sum(1)
-    value, best, total = gather_best(values, ids, sums, tp)
-    largest = whole.float().amax(1)
-    assert torch.equal(value, largest)
-    assert best.tolist() == (whole.float() == largest[:, None]).int().argmax(1).tolist()  # the first of equals
-    torch.testing.assert_close(-total.log(), whole.float().log_softmax(1).gather(1, best.long()[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size, vocab, rows", [(2, 64, 1), (2, 33, 5), (4, 10, 7), (4, 3, 2), (3, 100, 4)])
-def test_columns_of_all_ranks_and_the_likeliest_of_them(ranks, size, vocab, rows, dtype):
+def test_columns_of_all_ranks(ranks, size, vocab, rows, dtype):
     ranks(size).run(check_columns, size, vocab, rows, dtype)

@@ -44,10 +44,9 @@ class Adapters:
         self.tokens = tokens
         self._masks.clear()
 
-    def mask(self, owners: tuple[int, ...], x: Tensor) -> Tensor | None:
+    def mask(self, owners: tuple[int, ...], x: Tensor) -> Tensor:
         """Which columns count for each token, 0 or 1, [T, R] in the type of `x`; `owners`: adapter of each column."""
-        if self.tokens is None:
-            return None
+        assert self.tokens is not None
         if owners not in self._masks:
             if owners not in self._owners:
                 self._owners[owners] = torch.tensor(owners, device=x.device)
@@ -55,29 +54,32 @@ class Adapters:
         return self._masks[owners]
 
 
-class Adapted(Format):
-    """The format of a linear with adapters: what its weight is stored as, and the low-rank products added.
+class _Beside(Format):
+    """The format of a linear with low-rank products added to those of its weight, which another format stores.
 
-    Where tokens have adapters, neither norm nor sum are taken into the product's kernel.
+    While there are any to add, neither norm nor sum is taken into the kernel of the weight's product.
     """
 
-    def __init__(self, base: Format, adapters: Adapters, owners: tuple[int, ...], a: Tensor, b: Tensor):
+    def __init__(self, base: Format):
         self.base = base
-        self.adapters = adapters
-        self.owners = owners
-        self.a = a
-        """[R, K]."""
-        self.b = b
-        """[N, R]."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to add."""
+        raise NotImplementedError
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [T, N], the weight's product with x [T, K], and the low-rank products."""
+        raise NotImplementedError
 
     def matrix(self, stored: Stored) -> Tensor:
         return self.base.matrix(stored)
 
     def takes_more(self, x: Tensor, stored: Stored) -> bool:
-        return self.adapters.tokens is None and self.base.takes_more(x, stored)
+        return self.idle and self.base.takes_more(x, stored)
 
     def adds(self, x: Tensor, stored: Stored, bias: Tensor | None) -> bool:
-        return self.adapters.tokens is None and self.base.adds(x, stored, bias)
+        return self.idle and self.base.adds(x, stored, bias)
 
     def product(
         self,
@@ -89,16 +91,34 @@ class Adapted(Format):
         norm: Norm | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        mask = self.adapters.mask(self.owners, x)
-        if mask is None:
+        if self.idle:
             return self.base.product(x, stored, bias, gate=gate, norm=norm, residual=residual)
         assert norm is None and residual is None
-        low = F.linear(x, self.a) * mask
-        y = torch.addmm(self.base.product(x, stored, bias), low, self.b.t())
+        y = self.added(x, self.base.product(x, stored, bias))
         return y if gate is None else gated(y, gate)
 
     def suit_cpu(self, stored: Stored) -> None:
         self.base.suit_cpu(stored)
+
+
+class Adapted(_Beside):
+    """The format of a linear beside which several adapters are served, each token with its own or none."""
+
+    def __init__(self, base: Format, adapters: Adapters, owners: tuple[int, ...], a: Tensor, b: Tensor):
+        super().__init__(base)
+        self.adapters = adapters
+        self.owners = owners
+        self.a = a
+        """[R, K]."""
+        self.b = b
+        """[N, R]."""
+
+    @property
+    def idle(self) -> bool:
+        return self.adapters.tokens is None
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.addmm(y, F.linear(x, self.a) * self.adapters.mask(self.owners, x), self.b.t())
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,41 +172,21 @@ class LowRankUpdate(nn.Module):
         return LowRankUpdate(self.parts, a, held)
 
 
-class Learnt(Format):
+class Learnt(_Beside):
     """The format of a linear beside which an adapter is trained: every token uses it."""
 
     def __init__(self, base: Format, update: LowRankUpdate):
-        self.base = base
+        super().__init__(base)
         self.update: LowRankUpdate | None = update
         """None: the linear as it is without."""
 
-    def matrix(self, stored: Stored) -> Tensor:
-        return self.base.matrix(stored)
+    @property
+    def idle(self) -> bool:
+        return self.update is None
 
-    def takes_more(self, x: Tensor, stored: Stored) -> bool:
-        return self.update is None and self.base.takes_more(x, stored)
-
-    def adds(self, x: Tensor, stored: Stored, bias: Tensor | None) -> bool:
-        return self.update is None and self.base.adds(x, stored, bias)
-
-    def product(
-        self,
-        x: Tensor,
-        stored: Stored,
-        bias: Tensor | None = None,
-        *,
-        gate: str | None = None,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        if self.update is None:
-            return self.base.product(x, stored, bias, gate=gate, norm=norm, residual=residual)
-        assert norm is None and residual is None
-        y = self.update.added(x, self.base.product(x, stored, bias))
-        return y if gate is None else gated(y, gate)
-
-    def suit_cpu(self, stored: Stored) -> None:
-        self.base.suit_cpu(stored)
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        assert self.update is not None
+        return self.update.added(x, y)
 
 
 def learn(linear: Linear, update: LowRankUpdate) -> None:

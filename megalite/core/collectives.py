@@ -74,22 +74,6 @@ def gather_columns(x: Tensor, widths: list[int], axis: Axis) -> Tensor:
     return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
 
-def gather_best(values: Tensor, ids: Tensor, sums: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """The likeliest token of each row over the ranks' parts of the vocabulary: all [R], the same on every rank.
-
-    A rank gives its largest logit (float32), that token's id (int32) and the sum over its part of
-    exp(logit - largest), float32. Returns the same three of the whole vocabulary: of equal logits the lowest id, and
-    -log(sum) is the token's log-probability. A rank without tokens gives -inf, any id and 0.
-    """
-    if axis.size == 1:
-        return values, ids, sums
-    parts = gather(torch.stack([values, ids.to(torch.int32).view(torch.float32), sums]), axis)  # [ranks, 3, R]
-    first = parts[:, 0].argmax(0, keepdim=True)  # of equals the first rank, which has the lowest ids
-    largest = parts[:, 0].gather(0, first)[0]
-    best = parts[:, 1].gather(0, first)[0].view(torch.int32)
-    return largest, best, (parts[:, 2] * (parts[:, 0] - largest).exp()).sum(0)
-
-
 def gather(x: Tensor, axis: Axis) -> Tensor:
     """Every rank's x -> [ranks, *x.shape]. No gradient."""
     out = x.new_empty(axis.size, *x.shape)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megalite.kernels.device import send
-from megalite.model.kinds.base import LINEAR_CHUNK
+from megalite.model.kinds.linear_attention import LINEAR_CHUNK
 from megalite.model.linear_attention import Chunks, Signals, step
 
 States = Mapping[int, tuple[Tensor, ...]]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from fastapi import Request, Response
@@ -25,7 +26,7 @@ from megalite.serve.gate import ClientGone, until_gone
 from megalite.serve.metrics import ServeMetrics
 from megalite.serve.protocol import StreamOptions
 from megalite.serve.router import Router
-from megalite.serve.streams import Merged
+from megalite.serve.streams import Merged, Stream
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +58,38 @@ class Answer:
         )
 
 
-class Writer(Protocol):
-    """Makes the events of a streamed answer."""
+class Writer(ABC):
+    """Makes the events of a streamed answer. An event is `_head`, one choice, and `_end()`."""
 
+    def __init__(self, answer: Answer, options: StreamOptions | None, requests: Sequence[EngineRequest]):
+        with_usage = bool(options and options.include_usage)
+        self._continuous = bool(with_usage and options and options.continuous_usage_stats)
+        self._head = b"data: " + encode({**answer.head(), "choices": []})[:-2]
+        self._tail = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        self._n = requests[0].params.n
+        self._begun: set[int] = set()
+        self._ended: set[int] = set()
+        """Choices, by their index in the answer."""
+        self._made = 0
+        self._prompt = sum(len(one.prompt_token_ids) for one in requests)
+
+    @abstractmethod
     def delta(self, place: int, delta: TokenDelta) -> bytes:
         """The events of what one sample of prompt `place` gained; may be none."""
 
     def missing(self, place: int, output: RequestOutput) -> bytes:
         """The events of what no delta said of a prompt that has ended."""
+        left = (one for one in output.outputs if place * self._n + one.index not in self._ended)
+        return b"".join([self.delta(place, ended(one)) for one in left])
 
     def usage(self, value: dict[str, Any]) -> bytes:
         """The event of the usage of the whole request."""
+        return self._head + b'],"usage":' + encode(value) + b"}\n\n"
+
+    def _end(self) -> bytes:
+        if self._continuous:
+            return b'],"usage":' + encode(usage_value(self._prompt, self._made)) + b"}\n\n"
+        return self._tail
 
 
 def usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -102,13 +124,25 @@ def check(output: RequestOutput) -> RequestOutput:
     return output
 
 
+async def _begun(stack: AsyncExitStack, router: Router, requests: list[EngineRequest], answer: Answer) -> list[Stream]:
+    """The streams of requests that are taken on; what has not ended when the stack is left is given up."""
+    streams = router.submit_all(requests)
+    for stream in streams:
+        answer.metrics.request_started(stream.request)
+        await stack.enter_async_context(stream)
+    return streams
+
+
+def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
+    """ApiError: there are some of an answer that is not streamed."""
+    if options is not None and not stream:
+        raise ApiError(400, "stream_options: only with stream true.", param="stream_options")
+
+
 async def whole(http: Request, router: Router, requests: list[EngineRequest], answer: Answer) -> list[RequestOutput]:
     """The results of all requests. ClientGone: nobody waits for them any more, and they have been given up."""
-    streams = router.submit_all(requests)
     async with AsyncExitStack() as stack:
-        for stream in streams:
-            answer.metrics.request_started(stream.request)
-            await stack.enter_async_context(stream)
+        streams = await _begun(stack, router, requests, answer)
         async with until_gone(http):
             outputs = [await stream.result() for stream in streams]
     for output in outputs:
@@ -132,11 +166,8 @@ class EventStream(Response):
 
     async def begin(self, router: Router, requests: list[EngineRequest]) -> EventStream:
         """Take the requests on. Errors as from `Router.submit_all`; ClientGone."""
-        streams = router.submit_all(requests)
         async with AsyncExitStack() as stack:
-            for stream in streams:
-                self._answer.metrics.request_started(stream.request)
-                await stack.enter_async_context(stream)
+            streams = await _begun(stack, router, requests, self._answer)
             self._merged = Merged(streams)
             async with until_gone(self._http):
                 self._first = await self._merged.next()

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import Request, Response
 
 from megalite.inference.logprobs import to_json
-from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
+from megalite.inference.outputs import CompletionOutput, TokenDelta
 from megalite.inference.request import Request as EngineRequest
-from megalite.serve.answers import Answer, EventStream, encode, ended, usage, usage_value, whole
+from megalite.serve.answers import Answer, EventStream, Writer, check_stream_options, encode, usage, whole
 from megalite.serve.envelope import ApiError
 from megalite.serve.logprobs import TokenTexts
 from megalite.serve.prepare import Preparer, chat_prompts
@@ -51,8 +51,7 @@ def _given(body: ChatCompletionRequest) -> dict[str, Any]:
 
 
 def _check(body: ChatCompletionRequest) -> None:
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: only with stream true.", param="stream_options")
+    check_stream_options(body.stream_options, body.stream)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs: only with logprobs true.", param="top_logprobs")
     if body.stream and body.prompt_logprobs is not None:
@@ -63,22 +62,15 @@ def _check(body: ChatCompletionRequest) -> None:
         raise ApiError(400, words, param="tool_choice")
 
 
-class _Writer:
+class _Writer(Writer):
     """Choices of whole answers and events of streamed ones."""
 
     def __init__(self, body: ChatCompletionRequest, answer: Answer, texts: TokenTexts, request: EngineRequest):
+        super().__init__(answer, body.stream_options, [request])
         self._texts = texts
         self._most = request.params.logprobs
-        options = body.stream_options
-        self._continuous = bool(options and options.include_usage and options.continuous_usage_stats)
-        self._tail = b'],"usage":null}\n\n' if options and options.include_usage else b"]}\n\n"
-        self._head = b"data: " + encode({**answer.head(), "choices": []})[:-2]
-        self._open = [self._head + f'{{"index":{index},"delta":'.encode() for index in range(request.params.n)]
+        self._open = [self._head + f'{{"index":{index},"delta":'.encode() for index in range(self._n)]
         self._plain = b'},"logprobs":null,"finish_reason":null}' + self._tail
-        self._begun: set[int] = set()
-        self._ended: set[int] = set()
-        self._made = 0
-        self._prompt = len(request.prompt_token_ids)
 
     # ---- whole
 
@@ -114,13 +106,5 @@ class _Writer:
         return b"".join(events)
 
     def _event(self, index: int, delta: bytes, logprobs: bytes, ends: bytes) -> bytes:
-        tail = self._tail
-        if self._continuous:
-            tail = b'],"usage":' + encode(usage_value(self._prompt, self._made)) + b"}\n\n"
-        return self._open[index] + delta + b',"logprobs":' + logprobs + b',"finish_reason":' + ends + b"}" + tail
-
-    def missing(self, place: int, output: RequestOutput) -> bytes:
-        return b"".join(self.delta(0, ended(one)) for one in output.outputs if one.index not in self._ended)
-
-    def usage(self, value: dict[str, Any]) -> bytes:
-        return self._head + b'],"usage":' + encode(value) + b"}\n\n"
+        event = self._open[index] + delta + b',"logprobs":' + logprobs + b',"finish_reason":' + ends + b"}"
+        return event + self._end()

@@ -9,7 +9,7 @@ from fastapi import Request, Response
 from megalite.inference.logprobs import to_json
 from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
 from megalite.inference.request import Request as EngineRequest
-from megalite.serve.answers import Answer, EventStream, encode, ended, usage, usage_value, whole
+from megalite.serve.answers import Answer, EventStream, Writer, check_stream_options, encode, usage, whole
 from megalite.serve.envelope import ApiError
 from megalite.serve.logprobs import OutputOffsets, TokenTexts, prompt_parts
 from megalite.serve.prepare import Preparer, Prompts
@@ -45,8 +45,7 @@ async def completions(
 
 
 def _check(body: CompletionRequest) -> None:
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options: only with stream true.", param="stream_options")
+    check_stream_options(body.stream_options, body.stream)
     if not body.stream:
         return
     if (body.best_of or 0) > (body.n or 1):
@@ -60,7 +59,7 @@ def _echoed(texts: TokenTexts, requests: list[EngineRequest]) -> list[tuple[str,
     return [prompt_parts(texts.tokenizer, one.prompt, one.prompt_token_ids) for one in requests]
 
 
-class _Writer:
+class _Writer(Writer):
     """Choices of whole answers and events of streamed ones."""
 
     def __init__(
@@ -71,22 +70,13 @@ class _Writer:
         requests: list[EngineRequest],
         parts: list[tuple[str, list[int]]],
     ):
+        super().__init__(answer, body.stream_options, requests)
         self._texts, self._requests, self._parts = texts, requests, parts
-        self._n = requests[0].params.n
         self._logprobs = requests[0].params.logprobs is not None
         self._prompt_logprobs = body.prompt_logprobs
         self._echo = bool(body.echo)
-        head = encode({**answer.head(), "choices": []})[:-2]
-        self._head = b"data: " + head
-        options = body.stream_options
-        self._continuous = bool(options and options.include_usage and options.continuous_usage_stats)
-        self._tail = b'],"usage":null}\n\n' if options and options.include_usage else b"]}\n\n"
         self._open = [f'{{"index":{index},"text":'.encode() for index in range(self._n * len(requests))]
-        self._begun: set[int] = set()
-        self._ended: set[int] = set()
         self._offsets: dict[int, OutputOffsets] = {}
-        self._made = 0
-        self._prompt = sum(len(one.prompt_token_ids) for one in requests)
 
     # ---- whole
 
@@ -94,11 +84,8 @@ class _Writer:
         text, starts = self._parts[place]
         logprobs = None
         if self._logprobs:
-            positions, ids, offsets = (
-                list(one.logprobs or ()),
-                list(one.token_ids),
-                self._begin(place).feed(one.token_ids),
-            )
+            positions, ids = list(one.logprobs or ()), list(one.token_ids)
+            offsets = self._begin(place).feed(ids)
             if self._echo:
                 positions = [*(output.prompt_logprobs or ()), *positions]
                 ids, offsets = [*output.prompt_token_ids, *ids], [*starts, *offsets]
@@ -142,18 +129,5 @@ class _Writer:
         return self._event(index, text, ends, logprobs)
 
     def _event(self, index: int, text: str, ends: bytes, logprobs: bytes) -> bytes:
-        tail = self._tail
-        if self._continuous:
-            tail = b'],"usage":' + encode(usage_value(self._prompt, self._made)) + b"}\n\n"
         choice = self._open[index] + encode(text) + b',"finish_reason":' + ends + b'"logprobs":' + logprobs + b"}"
-        return self._head + choice + tail
-
-    def missing(self, place: int, output: RequestOutput) -> bytes:
-        parts = []
-        for one in output.outputs:
-            if place * self._n + one.index not in self._ended:
-                parts.append(self.delta(place, ended(one)))
-        return b"".join(parts)
-
-    def usage(self, value: dict[str, Any]) -> bytes:
-        return self._head + b'],"usage":' + encode(value) + b"}\n\n"
+        return self._head + choice + self._end()

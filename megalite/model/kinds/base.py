@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from megalite.core.layout import Split
+from megalite.core.layout import Split, Whole
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
     from megalite.model.config import ModelConfig, Rope
     from megalite.model.layers.base import LayerModule
-
-
-LINEAR_CHUNK = 64
-"""Most tokens that linear attention computes as one product."""
-
-NEW_DECAY = {"time_shift": (-4.6, -4.6), "log_decay": (0.0, math.log(16))}
-"""Of the heads of linear attention in a new model: `Row.spread`. A state keeps 0.99 to 0.86 of itself with each token,
-as Mamba-2's do in the middle (arXiv 2405.21060)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +68,30 @@ class Row:
     """Standard deviation of a matrix in a new model; None: that of the model."""
 
 
+def stacked(
+    param: str, parts: Iterable[tuple[str, Split]], biases: str | None = None, *, linear: bool = True, **of_each: Any
+) -> list[Row]:
+    """Rows of weights, by their names, that lie one after the other in one parameter; `of_each` says more of them.
+
+    `biases`: parameter of their biases, which lie in the same order; None: they have none.
+    """
+    rows: list[Row] = []
+    before: tuple[Split, ...] = ()
+    for name, split in parts:
+        place: dict[str, Any] = {"split": split, "before": before}
+        rows.append(Row(weight=name, param=param, linear=linear, **place, **of_each))
+        if biases is not None:
+            rows.append(Row(weight=f"{name}_bias", param=biases, **place))
+        before = (*before, split)
+    return rows
+
+
+def projection_back(weight: str, module: str, split: Split, hidden: int, *, bias: bool = False) -> list[Row]:
+    """Rows of a row-parallel linear map of `hidden` outputs, whose inputs are cut by `split`."""
+    row = Row(weight=weight, param=f"{module}.weight", split=split, other=(hidden,), dim=1, linear=True)
+    return [row, *([Row(weight=f"{weight}_bias", param=f"{module}.bias", split=Whole(hidden))] if bias else [])]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheSpec:
     """What one sublayer keeps on one rank while it generates."""
@@ -86,7 +102,7 @@ class CacheSpec:
     """Of each running sequence, without pages: the shape of each state, in float32; see `recurrence.States`."""
 
     @classmethod
-    def state(cls, *, taps: int, channels: int, heads: int, keys: int, values: int) -> CacheSpec:
+    def state(cls, taps: int, channels: int, heads: int, keys: int, values: int) -> CacheSpec:
         """Of linear attention behind a convolution: its last inputs, and a matrix [keys, values] of each head."""
         return cls(sequence=((taps - 1, channels), (heads, keys, values)))
 

@@ -1,15 +1,13 @@
-"""The gated delta net (arXiv 2412.06464); importable without torch. Its module: `layers.delta`.
-
-Linear attention in place of softmax attention: what the cache has of a sequence is as large for every length.
-"""
+"""The gated delta net (arXiv 2412.06464); importable without torch. Its module: `layers.delta`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, ClassVar
 
-from megalite.core.layout import Even, Split, Whole, width
-from megalite.model.kinds.base import LINEAR_CHUNK, NEW_DECAY, CacheSpec, LayerKind, Row
+from megalite.core.layout import Even, Split, Whole
+from megalite.model.kinds.base import Row, projection_back, stacked
+from megalite.model.kinds.linear_attention import LINEAR_CHUNK, NEW_DECAY, LinearAttention
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GatedDelta(LayerKind):
+class GatedDelta(LinearAttention):
     """Projections, a short convolution over time, the gated delta rule, a norm with a gate, and a projection.
 
     Every key head serves as many value heads; tp cuts between key heads.
@@ -29,7 +27,8 @@ class GatedDelta(LayerKind):
     key_dim: int
     value_dim: int
     taps: int
-    """Of the convolution."""
+    flops_per_element: ClassVar[int] = 7
+    """Decay, prediction, writing and reading."""
     fused: bool
     """The checkpoint has query, key, value and gate of each key head one after the other in one tensor, and so rate and
     decay; else each by itself."""
@@ -66,65 +65,37 @@ class GatedDelta(LayerKind):
         """What is projected to a number of each value head."""
         if self.fused:
             return (("delta_ba", self.by_head(2 * self.group)),)
-        return ("delta_b", self.by_head(self.group)), ("delta_a", self.by_head(self.group))
+        return ("delta_b", self.numbers), ("delta_a", self.numbers)
 
     @property
     def convolved(self) -> tuple[tuple[str, Split], ...]:
         return ("delta_conv_q", self.keys), ("delta_conv_k", self.keys), ("delta_conv_v", self.values)
 
-    def rows(self, hidden: int) -> list[Row]:
-        rows: list[Row] = []
-        for param, parts in (("inputs", self.inputs), ("rates", self.rates)):
-            before: tuple[Split, ...] = ()
-            for name, split in parts:
-                place: dict[str, Any] = {"param": f"{param}.weight", "split": split, "before": before}
-                rows.append(Row(weight=name, other=(hidden,), linear=True, **place))
-                before = (*before, split)
-        stored = (sum(split.total for _, split in self.convolved), 1, self.taps)
-        before = ()
-        for name, split in self.convolved:
-            place = {"param": "taps", "split": split, "before": before}
-            rows.append(Row(weight=name, other=(self.taps,), stored=stored, std=self.taps**-0.5, **place))
-            before = (*before, split)
-        for name, spread in NEW_DECAY.items():
-            rows.append(Row(weight=f"delta_{name}", param=name, split=self.by_head(self.group), spread=spread))
-        rows.append(Row(weight="delta_norm", param="norm", split=Whole(self.value_dim), spread=(1.0, 1.0)))
-        rows.append(Row(weight="delta_out", param="out.weight", split=self.values, other=(hidden,), dim=1, linear=True))
-        return rows
-
-    def parameters(self, hidden: int) -> int:
-        mapped = sum(split.total for _, split in (*self.inputs, *self.rates)) + self.values.total
-        return hidden * mapped + self.taps * sum(split.total for _, split in self.convolved)
-
-    def _heads(self, tp: int, tp_rank: int) -> int:
-        """Value heads of a rank."""
-        return width(self.by_head(self.group), tp, tp_rank)
-
-    def cache(self, tp: int, tp_rank: int) -> CacheSpec:
-        return CacheSpec.state(
-            taps=self.taps,
-            channels=sum(width(split, tp, tp_rank) for _, split in self.convolved),
-            heads=self._heads(tp, tp_rank),
-            keys=self.key_dim,
-            values=self.value_dim,
-        )
-
-    def attended(self, length: int) -> int:
-        return 1
+    @property
+    def projected(self) -> tuple[tuple[str, Split], ...]:
+        return *self.inputs, *self.rates
 
     @property
-    def flops_per_key(self) -> int:
-        """Decay, prediction, writing and reading of a state."""
-        return 7 * self.value_heads * self.key_dim * self.value_dim
+    def numbers(self) -> Even:
+        return self.by_head(self.group)
 
-    def widest(self, tp: int, tp_rank: int) -> int:
-        return 2 * self.kept(tp, tp_rank)
+    @property
+    def state(self) -> tuple[int, int]:
+        return self.key_dim, self.value_dim
 
-    def kept(self, tp: int, tp_rank: int) -> int:
-        """Most of it in float32, so as twice the numbers: of each head keys, values and what is between tokens."""
-        channels = sum(width(split, tp, tp_rank) for _, split in self.convolved)
-        of_head = 4 * self.key_dim + 4 * self.value_dim + 3 * LINEAR_CHUNK
-        return 4 * channels + 2 * self._heads(tp, tp_rank) * of_head
+    @property
+    def kept_by_head(self) -> int:
+        """Keys, values and what is between tokens."""
+        return 4 * self.key_dim + 4 * self.value_dim + 3 * LINEAR_CHUNK
+
+    def rows(self, hidden: int) -> list[Row]:
+        rows = stacked("inputs.weight", self.inputs, other=(hidden,))
+        rows += stacked("rates.weight", self.rates, other=(hidden,))
+        rows += self.convolution()
+        for name, spread in NEW_DECAY.items():
+            rows.append(Row(weight=f"delta_{name}", param=name, split=self.numbers, spread=spread))
+        rows.append(Row(weight="delta_norm", param="norm", split=Whole(self.value_dim), spread=(1.0, 1.0)))
+        return rows + projection_back("delta_out", "out", self.values, hidden)
 
     def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
         from megalite.model.layers.delta import GatedDeltaNet

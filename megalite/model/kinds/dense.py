@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megalite.core.layout import Even, Groups, Split, Whole, width
 from megalite.model.config import ActivationName
-from megalite.model.kinds.base import LayerKind, Row
+from megalite.model.kinds.base import LayerKind, Row, projection_back, stacked
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -34,17 +34,9 @@ class DenseMLP(LayerKind):
         return Even(self.intermediate_size) if self.unit == 1 else Groups(self.intermediate_size, self.unit)
 
     def rows(self, hidden: int) -> list[Row]:
-        rows: list[Row] = []
-        before: tuple[Split, ...] = ()
-        for name in ("gate", "up") if self.gated else ("up",):
-            matrix = Row(weight=name, param="up.weight", split=self.inner, other=(hidden,), before=before, linear=True)
-            rows.append(matrix)
-            if self.bias:
-                rows.append(Row(weight=f"{name}_bias", param="up.bias", split=self.inner, before=before))
-            before = (*before, self.inner)
-        rows.append(Row(weight="down", param="down.weight", split=self.inner, other=(hidden,), dim=1, linear=True))
-        if self.bias:
-            rows.append(Row(weight="down_bias", param="down.bias", split=Whole(hidden)))
+        parts = [(name, self.inner) for name in (("gate", "up") if self.gated else ("up",))]
+        rows = stacked("up.weight", parts, "up.bias" if self.bias else None, other=(hidden,))
+        rows += projection_back("down", "down", self.inner, hidden, bias=self.bias)
         if self.activation == "xielu":
             rows += [Row(weight=name, param=name, split=Whole(1)) for name in ("alpha_p", "alpha_n")]
         return rows

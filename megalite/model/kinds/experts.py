@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megalite.core.layout import Even, Split, Whole, width
+from megalite.core.layout import Even, Whole, width
 from megalite.model.config import ActivationName
-from megalite.model.kinds.base import LayerKind, Place, Row
+from megalite.model.kinds.base import LayerKind, Place, Row, projection_back, stacked
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -115,23 +115,9 @@ class Experts(LayerKind):
         for index in range(self.num_experts):
             up = Place(Even(self.num_experts, 2 * inner), index, 2 * inner)
             down = Place(Even(self.num_experts, hidden), index, hidden)
-            before: tuple[Split, ...] = ()
-            for name, param, count, other, place in (
-                ("expert_gate", "up", inner, hidden, up),
-                ("expert_up", "up", inner, hidden, up),
-                ("expert_down", "down", hidden, inner, down),
-            ):
-                before = (Whole(inner),) if name == "expert_up" else ()
-                yield Row(
-                    weight=name,
-                    param=param,
-                    split=Whole(count),
-                    other=(other,),
-                    before=before,
-                    linear=True,
-                    expert=index,
-                    place=place,
-                )
+            parts = ("expert_gate", Whole(inner)), ("expert_up", Whole(inner))
+            yield from stacked("up", parts, other=(hidden,), expert=index, place=up)
+            yield from stacked("down", [("expert_down", Whole(hidden))], other=(inner,), expert=index, place=down)
 
     def _stacked(self, hidden: int) -> Iterator[Row]:
         """Of each expert the rows of its matrix as stored; up has gate and up."""
@@ -155,9 +141,8 @@ class Experts(LayerKind):
         inner = self.shared_inner
         if not self.shared_size:
             return
-        for name, before in (("shared_gate", ()), ("shared_up", (inner,))):
-            yield Row(weight=name, param="shared_up.weight", split=inner, other=(hidden,), before=before, linear=True)
-        yield Row(weight="shared_down", param="shared_down.weight", split=inner, other=(hidden,), dim=1, linear=True)
+        yield from stacked("shared_up.weight", (("shared_gate", inner), ("shared_up", inner)), other=(hidden,))
+        yield from projection_back("shared_down", "shared_down", inner, hidden)
         if self.shared_gate:
             yield Row(weight="shared_scale", param="shared_scale", split=Whole(1), other=(hidden,))
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megalite.core.layout import Even, Whole, width
 from megalite.model.config import Rope
-from megalite.model.kinds.base import CacheSpec, LayerKind, Row
+from megalite.model.kinds.base import CacheSpec, LayerKind, Row, projection_back, stacked
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -67,28 +67,20 @@ class LatentAttention(LayerKind):
         return self.rank + self.rope_dim
 
     def rows(self, hidden: int) -> list[Row]:
-        rows: list[Row] = []
+        def down(name: str, size: int) -> list[Row]:
+            """To a latent vector, whole on every rank."""
+            biases = f"{name}.bias" if self.bias else None
+            return stacked(f"{name}.weight", [(name, Whole(size))], biases, other=(hidden,))
 
-        def whole(weight: str, param: str, size: int, *, bias: bool) -> None:
-            rows.append(Row(weight=weight, param=f"{param}.weight", split=Whole(size), other=(hidden,), linear=True))
-            if bias:
-                rows.append(Row(weight=f"{weight}_bias", param=f"{param}.bias", split=Whole(size)))
-
-        source = hidden
+        rows, source = [], hidden
         if self.query_rank is not None:
             source = self.query_rank
-            whole("q_down", "q_down", source, bias=self.bias)
-            rows.append(Row(weight="q_down_norm", param="q_norm.weight", split=Whole(source)))
-        rows.append(
-            Row(weight=self.queries_name, param="q_up.weight", split=self.queries, other=(source,), linear=True)
-        )
-        whole("kv_down", "kv_down", self.latent_dim, bias=self.bias)
+            rows = [*down("q_down", source), Row(weight="q_down_norm", param="q_norm.weight", split=Whole(source))]
+        rows += stacked("q_up.weight", [(self.queries_name, self.queries)], other=(source,))
+        rows += down("kv_down", self.latent_dim)
         rows.append(Row(weight="kv_down_norm", param="kv_norm.weight", split=Whole(self.rank)))
-        rows.append(Row(weight="kv_up", param="kv_up.weight", split=self.expanded, other=(self.rank,), linear=True))
-        rows.append(Row(weight="attn_out", param="out.weight", split=self.values, other=(hidden,), dim=1, linear=True))
-        if self.bias:
-            rows.append(Row(weight="attn_out_bias", param="out.bias", split=Whole(hidden)))
-        return rows
+        rows += stacked("kv_up.weight", [("kv_up", self.expanded)], other=(self.rank,))
+        return rows + projection_back("attn_out", "out", self.values, hidden, bias=self.bias)
 
     def parameters(self, hidden: int) -> int:
         source = hidden if self.query_rank is None else self.query_rank

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
-from megalite.core.layout import KVHeads, QueryHeads, Split, Whole, width
+from megalite.core.layout import KVHeads, QueryHeads, Whole, width
 from megalite.model.config import Rope
-from megalite.model.kinds.base import CacheSpec, LayerKind, Place, Row
+from megalite.model.kinds.base import CacheSpec, LayerKind, Place, Row, projection_back, stacked
 
 if TYPE_CHECKING:
     from megalite.core.parallel_state import ParallelState
@@ -69,7 +69,12 @@ class SoftmaxAttention(LayerKind):
         return KVHeads(self.kv_heads, self.head_dim)
 
     def rows(self, hidden: int) -> list[Row]:
-        rows = self._head_rows(hidden) if self.fused_by_head else self._stacked_rows(hidden)
+        parts = (("q", self.asked), ("k", self.keys), ("v", self.keys))
+        rows = stacked("qkv.weight", parts, "qkv.bias" if self.qkv_bias else None, other=(hidden,))
+        if self.fused_by_head:  # of as many KV heads as query heads, in the order of the checkpoint
+            unit, size = Whole(self.head_dim), self.head_dim
+            heads = range(self.heads)
+            rows = [replace(row, split=unit, place=Place(row.split, head, size)) for head in heads for row in rows]
         if self.qk_norm == "width":
             rows.append(Row(weight="q_norm", param="q_norm.weight", split=self.queries))
             rows.append(Row(weight="k_norm", param="k_norm.weight", split=self.keys))
@@ -78,38 +83,7 @@ class SoftmaxAttention(LayerKind):
                 rows.append(Row(weight=name, param=f"{name}.weight", split=Whole(self.head_dim)))
         if self.sinks:
             rows.append(Row(weight="sinks", param="sinks", split=QueryHeads(self.heads, self.kv_heads, 1)))
-        rows.append(Row(weight="attn_out", param="out.weight", split=self.queries, other=(hidden,), dim=1, linear=True))
-        if self.out_bias:
-            rows.append(Row(weight="attn_out_bias", param="out.bias", split=Whole(hidden)))
-        return rows
-
-    def _stacked_rows(self, hidden: int) -> list[Row]:
-        rows: list[Row] = []
-        before: tuple[Split, ...] = ()
-        for name, split in self._parts:
-            rows.append(Row(weight=name, param="qkv.weight", split=split, other=(hidden,), before=before, linear=True))
-            if self.qkv_bias:
-                rows.append(Row(weight=f"{name}_bias", param="qkv.bias", split=split, before=before))
-            before = (*before, split)
-        return rows
-
-    def _head_rows(self, hidden: int) -> list[Row]:
-        """Of as many KV heads as query heads, in the order of the checkpoint."""
-        rows: list[Row] = []
-        for head in range(self.heads):
-            before: tuple[Split, ...] = ()
-            for name, split in self._parts:
-                unit = Whole(self.head_dim)
-                more: dict[str, Any] = {"before": before, "place": Place(split, head, self.head_dim)}
-                rows.append(Row(weight=name, param="qkv.weight", split=unit, other=(hidden,), linear=True, **more))
-                if self.qkv_bias:
-                    rows.append(Row(weight=f"{name}_bias", param="qkv.bias", split=unit, **more))
-                before = (*before, split)
-        return rows
-
-    @property
-    def _parts(self) -> tuple[tuple[str, Split], ...]:
-        return ("q", self.asked), ("k", self.keys), ("v", self.keys)
+        return rows + projection_back("attn_out", "out", self.queries, hidden, bias=self.out_bias)
 
     def parameters(self, hidden: int) -> int:
         return ((3 if self.gated else 2) * self.heads + 2 * self.kv_heads) * self.head_dim * hidden

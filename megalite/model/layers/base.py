@@ -7,12 +7,19 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from megalite.core.layers import Residual
+from megalite.core.linear import RowParallelLinear
 from megalite.model.attention import AttentionContext
 from megalite.model.rope import Rotation
 
 
 class LayerModule(nn.Module):
-    """A sublayer on the residual stream."""
+    """A sublayer on the residual stream.
+
+    It adds to it what its `out` makes of `forward(x, ctx, rotations)`, x [T, hidden] being the normed stream; modules
+    that know better, such as by taking the norm into a product, have an `update` of their own.
+    """
+
+    out: RowParallelLinear
 
     def update(
         self,
@@ -26,4 +33,4 @@ class LayerModule(nn.Module):
 
         `rotations`: one for each of `ModelConfig.ropes`.
         """
-        raise NotImplementedError
+        self.out.write(x, self(x.normed(norm), ctx, rotations), post)

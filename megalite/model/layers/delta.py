@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from megalite.core.layers import Residual, replicated, sharded
+from megalite.core.layers import replicated, sharded
 from megalite.core.layout import Split, width
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
@@ -50,17 +50,7 @@ class GatedDeltaNet(LayerModule):
         out = config.format(layer, "delta_out")
         self.out = RowParallelLinear(kind.values, config.hidden_size, state, bias=False, format=out)
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
-        self.out.write(x, self(x.normed(norm), ctx), post)
-
-    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext, rotations: Sequence[Rotation]) -> Tensor:
         """[T, hidden] -> [T, this rank's values]."""
         mixed, gate = self._parts(self.inputs(x))
         rate, time = self._rates(self.rates(x))

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.core.collectives import enter_tp
 from megalite.core.formats import WeightFormat
-from megalite.core.layers import Residual, RMSNorm, replicated
+from megalite.core.layers import RMSNorm, replicated
 from megalite.core.layout import width
 from megalite.core.linear import Linear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
@@ -118,18 +118,11 @@ class MultiHeadLatentAttention(LayerModule):
         self.rotary = config.ropes.index(kind.rope)
         self.interleaved = kind.rope.interleaved
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
-        attended = ctx.attend_latent(self.spec, self(x.normed(norm), rotations[self.rotary]))
-        self.out.write(x, attended.flatten(-2), post)
+    def forward(self, x: Tensor, ctx: AttentionContext, rotations: Sequence[Rotation]) -> Tensor:
+        """[T, hidden] -> [T, this rank's values]."""
+        return ctx.attend_latent(self.spec, self._heads(x, rotations[self.rotary])).flatten(-2)
 
-    def forward(self, x: Tensor, rotation: Rotation) -> LatentHeads:
+    def _heads(self, x: Tensor, rotation: Rotation) -> LatentHeads:
         """The queries and latent keys of tokens [T, hidden]."""
         x = enter_tp(x, self.state)
         source = x if self.q_down is None else self.q_norm(self.q_down(x))

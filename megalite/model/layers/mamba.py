@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.core.collectives import sum_over
-from megalite.core.layers import Residual, sharded
+from megalite.core.layers import sharded
 from megalite.core.layout import width
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
@@ -35,7 +35,7 @@ class Mamba(LayerModule):
         tp = state.tp.size, state.tp.rank
         numbers, groups = width(kind.numbers, *tp), width(kind.keys, *tp) // kind.state_dim
         self.heads = groups, numbers // groups  # G, R
-        splits = [split for _, split in kind.inputs]
+        splits = [split for _, split in kind.projected]
         formats = config.format(layer, "ssm_gate"), config.format(layer, "ssm_out")
         self.inputs = ColumnParallelLinear(config.hidden_size, splits, state, bias=kind.bias, format=formats[0])
         value, *_ = self.inputs.widths
@@ -47,17 +47,7 @@ class Mamba(LayerModule):
         self.eps = config.norm_eps
         self.out = RowParallelLinear(kind.values, config.hidden_size, state, bias=kind.bias, format=formats[1])
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
-        self.out.write(x, self(x.normed(norm), ctx), post)
-
-    def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: AttentionContext, rotations: Sequence[Rotation]) -> Tensor:
         """[T, hidden] -> [T, this rank's values]."""
         kind, widths = self.kind, self.inputs.widths
         gate, mixed, time = self.inputs(x).split((widths[0], self.convolved, widths[-1]), -1)

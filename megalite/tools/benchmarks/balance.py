@@ -18,6 +18,8 @@ from megalite.inference.balancer import LoadBalancer, Policy
 from megalite.inference.feeds import Feed, SharedQueue, deal
 from megalite.inference.request import Request
 from megalite.tools.benchmarks.arrivals import LIMIT, RECORDINGS, Recording, many, read_trace, record, shared, tailed
+from megalite.tools.benchmarks.frame import head
+from megalite.tools.benchmarks.frame import row as table_row
 from megalite.tools.benchmarks.replica_model import BLOCK, Machine, SimRequest, least_seconds
 from megalite.tools.benchmarks.simulation import MemoryStore, Result, Simulation, run_batch
 from megalite.tools.toolkit import Parser
@@ -54,27 +56,23 @@ class Row:
     @property
     def line(self) -> str:
         """Of the table of what is served."""
-        return (
-            f"| {self.recording} | {self.policy} | {self.makespan / self.least:.3f} | {self.hits:.3f} of "
-            f"{self.most_hits:.3f} | {self.first_p50 * 1e3:,.0f} | {self.first_p99 * 1e3:,.0f} | {self.moved} | "
-            f"{self.router_us:.0f} |"
-        )
+        first = (f"{seconds * 1e3:,.0f}" for seconds in (self.first_p50, self.first_p99))
+        return table_row(*self._cells, *first, self.moved, f"{self.router_us:.0f}")
 
     @property
     def batch_line(self) -> str:
         """Of the table of batch jobs."""
-        return (
-            f"| {self.recording} | {self.policy} | {self.makespan / self.least:.3f} | {self.hits:.3f} of "
-            f"{self.most_hits:.3f} |"
-        )
+        return table_row(*self._cells)
+
+    @property
+    def _cells(self) -> tuple[str, ...]:
+        ratio, hits = f"{self.makespan / self.least:.3f}", f"{self.hits:.3f} of {self.most_hits:.3f}"
+        return self.recording, self.policy, ratio, hits
 
 
-SERVED = """\
-| requests | policy | makespan / bound | cached prompt tokens | first token p50, ms | p99, ms | moved | router, us |
-|---|---|---|---|---|---|---|---|"""
-BATCHED = """\
-| batch job | dp_mode | makespan / bound | cached prompt tokens |
-|---|---|---|---|"""
+RESULTS = ("makespan / bound", "cached prompt tokens")
+SERVED = head("requests", "policy", *RESULTS, "first token p50, ms", "p99, ms", "moved", "router, us")
+BATCHED = head("batch job", "dp_mode", *RESULTS)
 
 
 def most_hits(requests: Sequence[SimRequest]) -> float:

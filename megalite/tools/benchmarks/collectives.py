@@ -17,18 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from megalite.core.collectives import gather_columns, leave_tp, prepare_sums
@@ -38,6 +35,7 @@ from megalite.kernels.device import synchronize, timing_event
 from megalite.monitor.collector import Meter
 from megalite.monitor.words import format_bytes
 from megalite.tools import toolkit
+from megalite.tools.benchmarks.frame import head, join, row, spawn, write_figures
 
 ITEM = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -68,18 +66,16 @@ def add_arguments(parser: toolkit.Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="megalite-bench-") as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.multiprocessing.spawn(rank_main, (folder, args), args.ranks)
+        spawn(rank_main, args.ranks, folder, args)
         figures = [Figures(**one) for one in json.loads(Path(folder, "figures").read_text())]
     dtype = str(ITEM[args.device]).removeprefix("torch.")
     print(f"{args.hidden} > {args.intermediate} > {args.hidden}, {dtype}, {args.ranks} ranks, {args.device}\n")
-    print("| tokens | way | received | collectives | bytes/s | with products |\n|---|---|---|---|---|---|")
+    print(head("tokens", "way", "received", "collectives", "bytes/s", "with products"))
     for one in figures:
         rate = format_bytes(int(one.received / one.collectives)) + "/s" if one.received and one.collectives else "-"
-        times = f"{1000 * one.collectives:.3f} | {rate} | {1000 * one.whole:.3f}"
-        print(f"| {one.tokens} | {one.way} | {format_bytes(one.received)} | {times} |")
-    if args.json:
-        Path(args.json).write_text(json.dumps([asdict(one) for one in figures], indent=1) + "\n")
+        times = f"{1000 * one.collectives:.3f}", rate, f"{1000 * one.whole:.3f}"
+        print(row(one.tokens, one.way, format_bytes(one.received), *times))
+    write_figures([asdict(one) for one in figures], args.json)
     return 0
 
 
@@ -132,14 +128,10 @@ def ways(layers: Layers) -> dict[str, tuple[Callable[[Tensor], Tensor], tuple[in
 
 def rank_main(rank: int, folder: str, args: argparse.Namespace) -> None:
     """Every way on every number of tokens; rank 0 writes down how long it took."""
-    torch.set_num_threads(1)
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, patience = f"file://{folder}/store", timedelta(minutes=5)
-    dist.init_process_group(backend, init_method=store, rank=rank, world_size=args.ranks, timeout=patience)
+    join(folder, rank, args.ranks, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     state = ParallelState(Layout(tp=args.ranks))
     if device.type == "cuda":
         state.meter.watch_device(timing_event)

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megalite.monitor.words import format_bytes
+from megalite.tools.benchmarks.frame import head, row, write_figures
 from megalite.tools.toolkit import say_time_left
 from megalite.weights.tensor_file import read_header
 
@@ -127,12 +128,11 @@ def run(args: argparse.Namespace) -> int:
     finally:
         shutil.rmtree(parent)
     print(f"{format_bytes(size)} of weights, largest tensor {format_bytes(largest)}, medians of {args.rounds} rounds\n")
-    print("| command | seconds | a second | rate / cp's | peak memory |\n|---|---|---|---|---|")
+    print(head("command", "seconds", "a second", "rate / cp's", "peak memory"))
     for one in figures:
         peak = format_bytes(one.peak) if one.peak else ""
-        print(f"| {one.name} | {one.seconds:.1f} | {format_bytes(int(one.rate))} | {one.ratio:.2f} | {peak} |")
-    if args.json:
-        Path(args.json).write_text(json.dumps([asdict(figure) for figure in figures], indent=2) + "\n")
+        print(row(one.name, f"{one.seconds:.1f}", format_bytes(int(one.rate)), f"{one.ratio:.2f}", peak))
+    write_figures([asdict(figure) for figure in figures], args.json)
     return 0
 
 

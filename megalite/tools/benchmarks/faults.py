@@ -29,6 +29,7 @@ from megalite.files import write_json
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 from megalite.tools import toolkit
+from megalite.tools.benchmarks.frame import write_figures
 from megalite.tools.plan import table
 
 KINDS = ("raise", *FAULTS)
@@ -80,8 +81,7 @@ def run(args: Namespace) -> int:
                 }
             )
     print("\n".join(table(rows)))
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, args.json)
     return 0
 
 

@@ -242,15 +242,7 @@ def run(task: Task) -> int:
     log = logging.getLogger("megalite")
     log.addHandler(said)
     log.setLevel(logging.INFO)
-    with LLM(
-        task.folder,
-        device=task.device,
-        dtype="bfloat16" if task.device == "cuda" else "float32",
-        load_format="dummy" if task.load_format == "dummy" else "auto",
-        generation_config="vllm",
-        tensor_parallel_size=task.tp,
-        pipeline_parallel_size=task.pp,
-        data_parallel_size=task.dp,
+    with task.llm(
         max_model_len=task.sizes.longest_sequence,
         max_num_seqs=max(*task.sizes.batches, task.sizes.requests),
         max_num_batched_tokens=task.batched_tokens,

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megalite.errors import ConfigError, Problem
-from megalite.run.launcher import run_ranks
-from megalite.run.processes import die_with_parent
+from megalite.tools.benchmarks.frame import LayoutTask, head, row, write_figures
 from megalite.tools.benchmarks.shapes import SHAPES, save_config, save_weights
 
 ROWS = ("start", "first", "decode", "prefill", "requests", "sampled", "options")
 QUICK = ("start", "first", "decode", "prefill", "requests")
 OF_LAYOUTS = ("first", "decode", "prefill", "requests")
 """Rows that are run where layouts are compared, unless --rows says which."""
-STOPPED_TIMEOUT = 60.0
 
 
 WARM_UP = 32
@@ -74,18 +70,11 @@ class Sizes:
         return max(2 * self.longest, self.prompt + self.new + 1, self.prefill[1] + 1, 2 * WARM_UP + 2)
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(LayoutTask):
     """What a rank is told."""
 
     shape: str
-    folder: str
-    """With the shape's config.json."""
-    tp: int
-    pp: int
-    dp: int
-    device: str
-    load_format: str
     rows: tuple[str, ...]
     sizes: Sizes
     rounds: int
@@ -101,9 +90,6 @@ class Task:
     def layout(self) -> str:
         axes = {"tp": self.tp, "pp": self.pp, "dp": self.dp}
         return ", ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one card"
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Task:
@@ -140,20 +126,11 @@ class Row:
         """Of a Markdown table with the columns of `HEADER`."""
         spread = "" if self.spread is None else f"{self.spread:.1%}"
         floor, share = ("", "") if self.of_floor is None else (number(self.floor), f"{self.of_floor:.0%}")
-        cells = [
-            self.shape,
-            self.layout,
-            self.what,
-            f"{number(self.value)} {self.unit}",
-            spread,
-            floor,
-            share,
-            self.note,
-        ]
-        return "| " + " | ".join(cells) + " |"
+        measured = f"{number(self.value)} {self.unit}"
+        return row(self.shape, self.layout, self.what, measured, spread, floor, share, self.note)
 
 
-HEADER = "| model | layout | what | measured | spread | floor | of the floor | |\n|---|---|---|---|---|---|---|---|"
+HEADER = head("model", "layout", "what", "measured", "spread", "floor", "of the floor", "")
 
 
 def number(value: float | None) -> str:
@@ -185,13 +162,13 @@ def run(args: argparse.Namespace) -> int:
     found: list[dict[str, Any]] = []
     codes = []
     print(HEADER, flush=True)
-    with tempfile.TemporaryDirectory(prefix="megalite-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="megalite-bench-") as place:
         for shape in args.shapes:
-            folder = save_config(shape, Path(name) / shape)
+            folder = save_config(shape, Path(place) / shape)
             if args.disk:
                 save_weights(shape, Path(folder))
             for layout in layouts(args):
-                out = Path(name) / "rows"
+                out = Path(place) / "rows"
                 out.write_text("")
                 task = Task(
                     shape=shape,
@@ -199,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
                     **layout,
                     device=args.device,
                     load_format="auto" if args.disk else "dummy",
-                    rows=tuple(row for row in ROWS if row in rows),
+                    rows=tuple(name for name in ROWS if name in rows),
                     sizes=sizes_of(shape, args.scale),
                     rounds=rounds,
                     batched_tokens=args.batched_tokens,
@@ -207,10 +184,9 @@ def run(args: argparse.Namespace) -> int:
                     out=str(out),
                     began=time.monotonic(),
                 )
-                codes.append(start(task))
+                codes.append(task.start("megalite.tools.benchmarks.generation"))
                 found += [json.loads(line) for line in out.read_text().splitlines()]
-                if args.json:
-                    Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                write_figures(found, args.json)
     if args.ranks > 1:
         print("\n" + beside_one_card(found))
     return max(codes)
@@ -229,31 +205,22 @@ def sizes_of(shape: str, scale: float) -> Sizes:
     return Sizes(vocabulary=vocabulary).scaled(scale)
 
 
-def start(task: Task) -> int:
-    """Run a task in its ranks; gives their exit code."""
-    module = ["-m", "megalite.tools.benchmarks.generation", task.to_json()]
-    ranks = task.tp * task.pp * task.dp
-    if ranks > 1:
-        return run_ranks(module, ranks, stopped_timeout=STOPPED_TIMEOUT)
-    return subprocess.run([sys.executable, *module], preexec_fn=die_with_parent).returncode
-
-
 def beside_one_card(rows: list[dict[str, Any]]) -> str:
     """Layouts as columns, with the speed over that of one card."""
-    names = list(dict.fromkeys(row["layout"] for row in rows))
-    lines = ["| model | what | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    names = list(dict.fromkeys(one["layout"] for one in rows))
+    lines = [head("model", "what", *names)]
     cells: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["shape"], row["what"]), {})[row["layout"]] = row
+    for one in rows:
+        cells.setdefault((one["shape"], one["what"]), {})[one["layout"]] = one
     for (shape, what), by_layout in cells.items():
-        one = by_layout.get("one card")
+        alone = by_layout.get("one card")
         texts = []
         for name in names:
             here = by_layout.get(name)
             text = "" if here is None else f"{number(here['value'])} {here['unit']}"
-            if here is not None and one is not None and here is not one and here["unit"] in ("tok/s", "ms"):
-                gain = here["value"] / one["value"]
+            if here is not None and alone is not None and here is not alone and here["unit"] in ("tok/s", "ms"):
+                gain = here["value"] / alone["value"]
                 text += f" ({gain if here['unit'] == 'tok/s' else 1 / gain:.2f}x)"
             texts.append(text)
-        lines.append(f"| {shape} | {what} | " + " | ".join(texts) + " |")
+        lines.append(row(shape, what, *texts))
     return "\n".join(lines)

@@ -7,13 +7,11 @@ on a GPU. Medians over the steps, in milliseconds; prompts, whose steps cost mor
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -25,6 +23,7 @@ from megalite.inference.scheduler import Scheduler
 from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import HostCache
 from megalite.planner.memory import blocks_for
+from megalite.tools.benchmarks.frame import head, row, write_figures
 
 BLOCK = 16
 """Tokens of a KV block."""
@@ -41,13 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = {}
-    print("| rows | " + " | ".join(PARTS) + " | all |\n|---|" + "---|" * (len(PARTS) + 1), flush=True)
+    print(head("rows", *PARTS, "all"), flush=True)
     for rows in args.rows:
         found[rows] = measure(rows, args.prompt, args.steps)
-        cells = [f"{found[rows][part]:.3f}" for part in PARTS]
-        print(f"| {rows} | " + " | ".join(cells) + f" | {sum(found[rows].values()):.3f} |", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        cells = [found[rows][part] for part in PARTS]
+        print(row(rows, *(f"{one:.3f}" for one in (*cells, sum(cells)))), flush=True)
+    write_figures(found, args.json)
     return 0
 
 

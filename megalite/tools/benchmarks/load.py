@@ -17,13 +17,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megalite.convert.convert import convert, parse_layout
 from megalite.core.layout import Layout
@@ -32,6 +30,7 @@ from megalite.kernels.device import synchronize
 from megalite.model import families
 from megalite.monitor.words import format_bytes
 from megalite.tools.benchmarks.convert import evict, generate, total_size
+from megalite.tools.benchmarks.frame import head, join, row, spawn, write_figures
 from megalite.tools.toolkit import say_time_left
 from megalite.weights.transfer import READERS, build, load_folder
 
@@ -56,28 +55,23 @@ def run(args: argparse.Namespace) -> int:
         folder = Path(name)
         size = total_size(generate(folder / "model", args.size))
         convert(folder / "model", layout, folder / "cut")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.multiprocessing.spawn(rank_main, (folder, layout, args.device, args.rounds), layout.size)
+        spawn(rank_main, layout.size, folder, layout, args.device, args.rounds)
         seconds = json.loads((folder / "seconds").read_text())
     print(f"{format_bytes(size)}, {layout}, {args.device}, medians of {args.rounds} rounds\n")
-    print("| loaded from | state | seconds | plain read | ratio |\n|---|---|---|---|---|")
+    print(head("loaded from", "state", "seconds", "plain read", "ratio"))
     for form, found in seconds.items():
         for state in STATES:
             loads, plain = found[state], found[f"{state}, plain"]
             ratio = statistics.median(b / a for a, b in zip(loads, plain, strict=True))
-            medians = f"{statistics.median(loads):.2f} | {statistics.median(plain):.2f}"
-            print(f"| {form} | {state} | {medians} | {ratio:.2f} |")
-    if args.json:
-        Path(args.json).write_text(json.dumps(seconds, indent=1) + "\n")
+            medians = statistics.median(loads), statistics.median(plain)
+            print(row(form, state, *(f"{one:.2f}" for one in (*medians, ratio))))
+    write_figures(seconds, args.json)
     return 0
 
 
 def rank_main(rank: int, folder: Path, layout: Layout, kind: str, rounds: int) -> None:
     """Load again and again; rank 0 writes down how long all of them took."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store, patience = f"file://{folder}/store", timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=layout.size, timeout=patience)
+    join(folder, rank, layout.size)
     model = families.read(folder / "model")
     device = torch.device(kind, rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
     decoder = build(model, ParallelState(layout), dtype=torch.bfloat16, device=device)

@@ -10,7 +10,6 @@ each until its longest output is done, with the batch size that suits it best; o
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 from megalite import LLM, SamplingParams
+from megalite.tools.benchmarks.frame import timed, write_figures
 from megalite.tools.benchmarks.shapes import save_random
 from megalite.tools.toolkit import say_time_left
 
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
             max_num_batched_tokens=1024,
         ) as llm:
             figures = measure_all(args, llm, theirs, vocab)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, args.json)
     return 0
 
 
@@ -117,20 +116,6 @@ def measure_all(args: argparse.Namespace, llm: LLM, theirs: Transformers, vocab:
         best = min(RAGGED_BATCHES, key=lambda size: timed(lambda: theirs.generate(trial, size)).cpu_seconds)
         compare(f"64 ragged (theirs: {best} at once)", ragged, best)
     return figures
-
-
-@dataclass(frozen=True)
-class Timed:
-    """How long something took."""
-
-    seconds: float
-    cpu_seconds: float
-
-
-def timed(work: Callable[[], object]) -> Timed:
-    clock, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Timed(time.perf_counter() - clock, time.process_time() - cpu)
 
 
 def generate_ours(llm: LLM, job: Job) -> None:

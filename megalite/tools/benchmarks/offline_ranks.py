@@ -10,62 +10,39 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalite.files import write_json
 from megalite.run.launch_env import LaunchEnv
-from megalite.run.launcher import run_ranks
+from megalite.tools.benchmarks.frame import LayoutTask
 
 POLL = 0.01
 """Seconds between looks."""
-STOPPED_TIMEOUT = 60.0
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(LayoutTask):
     """What the ranks are told."""
 
-    folder: str
-    """Where rounds are."""
-    model: str
-    load_format: str
-    dtype: str
-    device: str
-    tp: int
-    pp: int
-    dp: int
+    rounds: str
+    """The folder where rounds are."""
     engine: dict[str, Any]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def main() -> int:
     task = Task(**json.loads(sys.argv[1]))
-    ranks = task.tp * task.pp * task.dp
-    if ranks > 1 and LaunchEnv.of(os.environ) is None:
-        module = ["-m", "megalite.tools.benchmarks.offline_ranks", task.to_json()]
-        return run_ranks(module, ranks, stopped_timeout=STOPPED_TIMEOUT)
+    if task.ranks > 1 and LaunchEnv.of(os.environ) is None:
+        return task.start("megalite.tools.benchmarks.offline_ranks")
     return generate(task)
 
 
 def generate(task: Task) -> int:
-    from megalite import LLM, SamplingParams
+    from megalite import SamplingParams
 
-    folder = Path(task.folder)
-    with LLM(
-        task.model,
-        device=task.device,
-        dtype=task.dtype,
-        load_format="dummy" if task.load_format == "dummy" else "auto",
-        generation_config="vllm",
-        tensor_parallel_size=task.tp,
-        pipeline_parallel_size=task.pp,
-        data_parallel_size=task.dp,
-        **task.engine,
-    ) as llm:
+    folder = Path(task.rounds)
+    with task.llm(**task.engine) as llm:
         first = llm.replica.state.rank == 0
         number = 0
         if first:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +29,19 @@ from megalite.planner.devices import Device, named, visible_gpus
 from megalite.planner.generation import Prediction, Span, Workload, predict
 from megalite.planner.memory import PROCESS, RankMemory
 from megalite.planner.search import layouts
-from megalite.run.launcher import run_ranks
-from megalite.run.processes import die_with_parent
 from megalite.tools.benchmarks import published
+from megalite.tools.benchmarks.frame import LayoutTask, head, row, write_figures
 from megalite.tools.benchmarks.shapes import SHAPES, save_config
 
-HEADER = (
-    "| model | layout | tokens/s predicted | measured | ratio | MiB predicted | measured | ratio | weights |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+HEADER = head(
+    *("model", "layout", "tokens/s predicted", "measured", "ratio", "MiB predicted", "measured", "ratio", "weights")
 )
 
 
-@dataclass(frozen=True)
-class Task:
+@dataclass(frozen=True, kw_only=True)
+class Task(LayoutTask):
     """What a rank is told."""
 
-    folder: str
-    tp: int
-    pp: int
-    dp: int
-    device: str
     requests: int
     input: tuple[int, int]
     output: tuple[int, int]
@@ -91,17 +83,16 @@ def run(args: argparse.Namespace) -> int:
             folder = save_config(shape, Path(name) / shape)
             for ranks in args.ranks:
                 for layout in layouts(ranks, families.read(folder)):
-                    rows = [_one(args, folder, layout, kind, device, Path(name)) for _ in range(args.rounds)]
-                    well = [row for row in rows if row is not None]
+                    runs = [_one(args, folder, layout, kind, device, Path(name)) for _ in range(args.rounds)]
+                    well = [one for one in runs if one is not None]
                     codes.append(int(not well))
                     if well:
-                        best = max(well, key=lambda row: row["measured"])
+                        best = max(well, key=lambda one: one["measured"])
                         found.append({"shape": shape, "ranks": ranks, **best})
                         print(_line(found[-1]), flush=True)
-                for line in _ranking([row for row in found if (row["shape"], row["ranks"]) == (shape, ranks)]):
+                for line in _ranking([one for one in found if (one["shape"], one["ranks"]) == (shape, ranks)]):
                     print(line, flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_figures(found, args.json)
     return max(codes)
 
 
@@ -140,13 +131,9 @@ def _one(
 
 def start(task: Task) -> list[dict[str, Any]] | None:
     """Run the task's layout; what each rank found, or None if the run failed."""
-    words, size = ["-m", __name__, json.dumps(asdict(task))], task.tp * task.pp * task.dp
-    code = (
-        run_ranks(words, size, stopped_timeout=60.0)
-        if size > 1
-        else subprocess.run([sys.executable, *words], preexec_fn=die_with_parent).returncode
-    )
-    return None if code else [json.loads(Path(f"{task.out}-{rank}").read_text()) for rank in range(size)]
+    if task.start(__name__):
+        return None
+    return [json.loads(Path(f"{task.out}-{rank}").read_text()) for rank in range(task.ranks)]
 
 
 def speed(task: Task, ranks: list[dict[str, Any]]) -> float:
@@ -184,40 +171,32 @@ def engine_keys(task: Task) -> dict[str, Any]:
     }
 
 
-def _line(row: dict[str, Any]) -> str:
-    speeds = f"{row['predicted']:,.0f} | {row['measured']:,.0f} | {row['predicted'] / row['measured']:.2f}"
-    said, held = row["memory_predicted"] / 2**20, row["memory_measured"] / 2**20
-    memory = f"{said:,.0f} | {held:,.0f} | {said / held:.2f} | {'exact' if row['weights_exact'] else 'differ'}"
-    return f"| {row['shape']} | {row['layout']} | {speeds} | {memory} |"
+def _line(found: dict[str, Any]) -> str:
+    cells: list[str] = [found["shape"], found["layout"]]
+    mib = found["memory_predicted"] / 2**20, found["memory_measured"] / 2**20
+    for said, held in ((found["predicted"], found["measured"]), mib):
+        cells += [f"{said:,.0f}", f"{held:,.0f}", f"{said / held:.2f}"]
+    return row(*cells, "exact" if found["weights_exact"] else "differ")
 
 
 def _ranking(rows: list[dict[str, Any]]) -> list[str]:
     """Where the layout that was measured fastest stands in the prediction."""
     if len(rows) < 2:
         return []
-    order = [row["layout"] for row in sorted(rows, key=lambda row: -row["predicted"])]
-    best = max(rows, key=lambda row: row["measured"])["layout"]
+    order = [one["layout"] for one in sorted(rows, key=lambda one: -one["predicted"])]
+    best = max(rows, key=lambda one: one["measured"])["layout"]
     return [f"| {rows[0]['shape']} | fastest: {best}, number {order.index(best) + 1} of the prediction |{' |' * 7}"]
 
 
 def rank(task: Task) -> int:
     """One rank: generate twice, and tell the second time and the memory."""
-    from megalite import LLM, SamplingParams
+    from megalite import SamplingParams
     from megalite.kernels.device import memory_in_use, synchronize
     from megalite.monitor.memory import peak_memory, reset_peak_memory
 
     cuda = task.device == "cuda"
     before = memory_in_use() if cuda else reset_peak_memory()
-    dtype = "bfloat16" if cuda else "float32"
-    sizes: dict[str, Any] = {
-        "tensor_parallel_size": task.tp,
-        "pipeline_parallel_size": task.pp,
-        "data_parallel_size": task.dp,
-    }
-    with LLM(
-        task.folder, device=task.device, dtype=dtype, load_format="dummy", generation_config="vllm",
-        skip_tokenizer_init=True, **sizes, **engine_keys(task),
-    ) as llm:  # fmt: skip
+    with task.llm(skip_tokenizer_init=True, **engine_keys(task)) as llm:
         draw, limit = random.Random(1), llm.replica.model.vocab_size - 1
         seconds = 0.0
         for _ in range(2):

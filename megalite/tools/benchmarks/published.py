@@ -18,6 +18,7 @@ from megalite.model.config import ModelConfig
 from megalite.planner.cost import Cluster
 from megalite.planner.devices import named
 from megalite.planner.generation import Span, Workload, predict
+from megalite.tools.benchmarks.frame import head, row
 
 LLAMA_7B: dict[str, Any] = {
     "model_type": "llama",
@@ -123,13 +124,11 @@ PUBLISHED = [
 def lines() -> list[str]:
     """A table of all of them, and how many are within 30%."""
     rows = [(one, one.predicted()) for one in PUBLISHED]
-    found = ["| version | device | model | at once | tp | input | output | published | predicted | ratio |"]
-    found.append("|---" * 10 + "|")
-    found += [
-        f"| {one.version} | {one.device} | {one.model} | {one.batch or 'what fits'} | {one.tp} | {one.input} | "
-        f"{one.output} | {one.throughput:,.0f} | {guess:,.0f} | {guess / one.throughput:.2f} |"
-        for one, guess in rows
-    ]
+    what = "version", "device", "model", "at once", "tp", "input", "output"
+    found = [head(*what, "published", "predicted", "ratio")]
+    for one, guess in rows:
+        cells = one.version, one.device, one.model, one.batch or "what fits", one.tp, one.input, one.output
+        found.append(row(*cells, f"{one.throughput:,.0f}", f"{guess:,.0f}", f"{guess / one.throughput:.2f}"))
     for version in dict.fromkeys(one.version for one, _ in rows):
         ratios = [guess / one.throughput for one, guess in rows if one.version == version]
         near = sum(abs(ratio - 1) <= 0.3 for ratio in ratios)

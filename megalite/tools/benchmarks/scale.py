@@ -29,6 +29,7 @@ from megalite.model import families
 from megalite.monitor.words import format_bytes
 from megalite.tools import toolkit
 from megalite.tools.benchmarks import published, published_training
+from megalite.tools.benchmarks.frame import write_figures
 from megalite.tools.benchmarks.simulated_ranks import ADDRESS, HOST, Task
 from megalite.tools.plan import table
 from megalite.weights.reshard_plan import buckets, plan
@@ -56,8 +57,7 @@ def run(args: Namespace) -> int:
         rows = PARTS[part](args)
         found[part] = rows
         print("\n".join([f"{part}", *table([{k: shown(v) for k, v in row.items()} for row in rows]), ""]), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_figures(found, args.json)
     return 0
 
 

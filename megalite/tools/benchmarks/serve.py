@@ -38,6 +38,7 @@ import megalite
 from megalite.errors import ConfigError, MegaliteError, Problem
 from megalite.files import write_json
 from megalite.run.processes import descendants, die_with_parent
+from megalite.tools.benchmarks.frame import head, row, write_figures
 from megalite.tools.benchmarks.http_load import Answered, Server
 from megalite.tools.benchmarks.offline_ranks import POLL, Task
 from megalite.tools.toolkit import positive, say_time_left
@@ -147,23 +148,22 @@ COLUMNS = {
     "between_tokens_p99_ms": ("p99", "{:.2f}"),
     "http_process_us": ("HTTP process, us a token", "{:.0f}"),
 }
-HEADER = "| | " + " | ".join(name for name, _ in COLUMNS.values()) + " |\n|---|" + "---|" * len(COLUMNS)
+HEADER = head("", *(name for name, _ in COLUMNS.values()))
 
 
-def line(row: dict[str, Any]) -> str:
-    cells = [form.format(row[key]) if key in row else "" for key, (_, form) in COLUMNS.items()]
-    return "| " + " | ".join([row["what"], *cells]) + " |"
+def line(found: dict[str, Any]) -> str:
+    cells = [form.format(found[key]) if key in found else "" for key, (_, form) in COLUMNS.items()]
+    return row(found["what"], *cells)
 
 
 def run(args: argparse.Namespace) -> int:
     load = Load(args.requests, args.prompt, args.new)
     rows: list[dict[str, Any]] = []
 
-    def tell(row: dict[str, Any]) -> None:
-        rows.append(row)
-        print(line(row), flush=True)
-        if args.json:
-            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    def tell(found: dict[str, Any]) -> None:
+        rows.append(found)
+        print(line(found), flush=True)
+        write_figures(rows, args.json)
 
     with ExitStack() as stack:
         if args.url:
@@ -270,24 +270,15 @@ def make_task(args: argparse.Namespace, folder: Path) -> Task:
         "max_num_batched_tokens": 8192 if args.device == "cuda" else 2048,
         "num_kv_blocks": (sequences + 8) * (longest // 16 + 2),
     }
-    return Task(
-        folder=str(folder),
-        model=model,
-        load_format=load_format,
-        dtype="bfloat16" if args.device == "cuda" else "float32",
-        device=args.device,
-        tp=args.tp,
-        pp=args.pp,
-        dp=args.dp,
-        engine=engine,
-    )
+    layout = {"tp": args.tp, "pp": args.pp, "dp": args.dp}
+    return Task(rounds=str(folder), folder=model, load_format=load_format, device=args.device, engine=engine, **layout)
 
 
 def serve_command(task: Task, folder: Path) -> list[str]:
     """Starts the server of a task."""
     config = {
         "model": {
-            "path": task.model,
+            "path": task.folder,
             "load_format": task.load_format,
             "dtype": task.dtype,
             "generation_config": "none",

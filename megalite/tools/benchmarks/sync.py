@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
@@ -36,6 +33,7 @@ from megalite.model.kinds.base import transformer_layer
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.monitor.words import format_bytes
+from megalite.tools.benchmarks.frame import head, join, row, spawn, write_figures
 from megalite.tools.toolkit import say_time_left
 from megalite.weights.reshard_plan import least_received
 from megalite.weights.table import Range, local_elements, owned
@@ -43,7 +41,7 @@ from megalite.weights.transfer import build, initialise
 
 RANKS = 4
 MIB = 1 << 20
-HEAD = "| layouts | lacks | moves: sync | gather | takes: sync | gather | ratio | verify | needs: sync | gather |"
+COLUMNS = ("moves: sync", "gather", "takes: sync", "gather", "ratio", "verify", "needs: sync", "gather")
 CPU = torch.device("cpu")
 PAIRS = (
     (Layout(2, 2, 1), Layout(4, 1, 1)),
@@ -82,22 +80,19 @@ def run(args: argparse.Namespace) -> int:
     if args.layers < 2:
         raise ConfigError(Problem(key="--layers", value=args.layers, rule="must be >= 2: some layouts have two stages"))
     with tempfile.TemporaryDirectory(prefix="megalite-bench-") as folder:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.multiprocessing.spawn(rank_main, (folder, args.layers, int(args.bucket * MIB), args.rounds), RANKS)
+        spawn(rank_main, RANKS, folder, args.layers, int(args.bucket * MIB), args.rounds)
         figures = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]
     size = local_elements(model_of(args.layers), Layout(), 0) * 2
     bucket = format_bytes(int(args.bucket * MIB))
     print(f"{format_bytes(size)} of weights, buckets of {bucket}, {RANKS} ranks, {args.rounds} rounds\n")
     print_table(figures)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+    write_figures(figures, args.json)
     return 0
 
 
 def print_table(figures: list[list[dict[str, Any]]]) -> None:
     """`figures`: by rank, then by pair."""
-    print(HEAD)
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(head("layouts", "lacks", *COLUMNS))
     for ranks in zip(*figures, strict=True):
         most = {key: max(rank[key] for rank in ranks) for key in ranks[0]}
         worst = max((rank["received"] / rank["least"] for rank in ranks if rank["least"]), default=1.0)
@@ -107,8 +102,7 @@ def print_table(figures: list[list[dict[str, Any]]]) -> None:
         sync, gather, verify = (f"{most[key]:.3f} s" for key in ("sync", "gather", "verify"))
         ratio = f"{most['gather'] / most['sync']:.1f}"
         moved = f"{received} ({worst:.2f}x)"
-        cells = (most["pair"], least, moved, gathered, sync, gather, ratio, verify, buffer, other)
-        print("| " + " | ".join(cells) + " |")
+        print(row(most["pair"], least, moved, gathered, sync, gather, ratio, verify, buffer, other))
 
 
 def model_of(layers: int) -> ModelConfig:
@@ -130,10 +124,7 @@ def model_of(layers: int) -> ModelConfig:
 
 def rank_main(rank: int, folder: str, layers: int, bucket_bytes: int, rounds: int) -> None:
     """A rank's life: every pair of layouts, then its figures in a file."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
+    join(folder, rank, RANKS)
     model = model_of(layers)
     figures = []
     for number, pair in enumerate(PAIRS):

@@ -7,7 +7,6 @@ programs on the machine disturb less. Medians of the rounds' ratios: 1.00 costs 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from megalite.config.schema import SamplingParams
 from megalite.monitor.collector import Meter
 from megalite.monitor.timeline import Timeline
 from megalite.tools import toolkit
+from megalite.tools.benchmarks.frame import head, row, write_figures
 
 MODES = ("none", "collector", "timeline")
 
@@ -47,16 +47,15 @@ def run(args: argparse.Namespace) -> int:
                         found[mode].append((time.perf_counter() - began, time.process_time() - cpu))
     tokens = args.batch * args.new
     figures = {}
-    print("| measured by | tokens/s | of none | CPU time, of none |\n|---|---|---|---|")
+    print(head("measured by", "tokens/s", "of none", "CPU time, of none"))
     for mode in MODES:
         seconds, cpus = zip(*found[mode], strict=True)
         speed = statistics.median(none / own for (none, _), own in zip(found["none"], seconds, strict=True))
         effort = statistics.median(own / none for (_, none), own in zip(found["none"], cpus, strict=True))
         rate = tokens / statistics.median(seconds)
         figures[mode] = {"tokens_per_second": rate, "speed": speed, "cpu": effort}
-        print(f"| {mode} | {rate:,.0f} | {speed:.3f} | {effort:.3f} |")
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
+        print(row(mode, f"{rate:,.0f}", f"{speed:.3f}", f"{effort:.3f}"))
+    write_figures(figures, args.json)
     return 0
 
 

@@ -16,7 +16,6 @@ With --ranks megalite trains alone: by tensor parallelism with sequence parallel
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -43,6 +42,7 @@ from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 from megalite.run.runtime import prepare_deepspeed, start
 from megalite.tools.benchmarks.floor import matmul_rate
+from megalite.tools.benchmarks.frame import write_figures
 from megalite.tools.benchmarks.shapes import SHAPES, save_config, save_random
 from megalite.tools.toolkit import say_time_left
 from megalite.train.data.packing import pack
@@ -124,8 +124,7 @@ def run(args: argparse.Namespace) -> int:
                     if key not in ("model", "dtype")
                 )
                 print(f"{name}, {dtype}: {words}", flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_figures(figures, args.json)
     return 0
 
 
