@@ -10,7 +10,7 @@ from megalite.core.layout import KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.softmax import SoftmaxAttention
-from megalite.monitor.words import format_bytes
+from megalite.monitor.words import aligned, format_bytes
 from megalite.planner.memory import STATES_NOTE, RankMemory, TrainingMemory
 from megalite.preflight import layouts_of
 from megalite.run import placement
@@ -68,15 +68,9 @@ def _table(model: ModelConfig, purpose: str, layout: Layout, sized: tuple[Column
     title = f"{model.family}, {model.num_layers} layers, {total:,} parameters, on {layout}: {layout.size} ranks"
     if len(shown) < layout.size:
         notes = [*notes, f"the other {layout.dp - 1} replicas hold the same as the first"]
-    rows = _lines(_place_columns(model, layout, shown) | columns(model, layout, shown))
+    named = _place_columns(model, layout, shown) | columns(model, layout, shown)
+    rows = aligned([dict(zip(named, cells, strict=True)) for cells in zip(*named.values(), strict=True)])
     return "\n".join([f"{purpose}: {title}" if purpose else title, "", *rows, "", *notes])
-
-
-def _lines(columns: dict[str, list[str]]) -> list[str]:
-    widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()}
-    rows = zip(*columns.values(), strict=True)
-    head = "  ".join(f"{name:>{width}}" for name, width in widths.items())
-    return [head, *("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths.values(), strict=True)) for row in rows)]
 
 
 def _place_columns(model: ModelConfig, layout: Layout, shown: Iterable[int]) -> dict[str, list[str]]:

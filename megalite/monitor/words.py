@@ -1,8 +1,9 @@
-"""Numbers for people: the one way in which bytes, counts and rates are written, and lines that fit a terminal."""
+"""Numbers and tables for people: how bytes, counts and rates are written everywhere, and lines that fit a terminal."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 
 COLUMNS = 80
 """What a terminal shows on one line."""
@@ -47,6 +48,16 @@ def format_duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def aligned(rows: Sequence[Mapping[str, str]], *, missing: str = "", left: bool = False) -> list[str]:
+    """Rows of cells as the lines of a table under a head, right-aligned or left; `missing`: a cell that a row lacks."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines: list[Mapping[str, str]] = [dict(zip(names, names, strict=True)), *rows]
+    cells = [[line.get(name, missing) for name in names] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    pad = str.ljust if left else str.rjust
+    return ["  ".join(map(pad, line, widths)).rstrip() for line in cells]
 
 
 def wrapped(text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import megalite
 from megalite.core.layout import Layout
 from megalite.errors import Problem
-from megalite.monitor.words import format_bytes
+from megalite.monitor.words import aligned, format_bytes
 from megalite.run.placement import Host, ranks_words
 
 CONFIG, DRIVER = "config", "driver"
@@ -216,7 +216,4 @@ def table(ranks: Iterable[RankInfo]) -> list[str]:
         }
         for info in ranks
     ]
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    widths = {name: max(len(name), *(len(row.get(name, "-")) for row in rows)) for name in names}
-    lines = [{name: name for name in names}, *rows]
-    return ["  ".join(f"{line.get(name, '-'):{widths[name]}}" for name in names).rstrip() for line in lines]
+    return aligned(rows, missing="-", left=True)

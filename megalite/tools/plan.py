@@ -23,7 +23,7 @@ from megalite.config.schema import EngineSection
 from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
-from megalite.monitor.words import format_bytes
+from megalite.monitor.words import aligned, format_bytes
 from megalite.planner.cost import Cluster
 from megalite.planner.device_map import compare
 from megalite.planner.devices import named, visible_gpus
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         choices = search(config, cluster, load, engine, itemsize=itemsize, objective=args.objective)
     if args.compare_device_map and not args.train:
         facts = _device_map(folder, config, cluster, load, choices, itemsize)
-        print(json.dumps(facts, indent=2) if args.json else "\n".join(table(facts)))
+        print(json.dumps(facts, indent=2) if args.json else "\n".join(aligned(facts)))
     elif args.json:
         print(json.dumps([_facts(choice) for choice in choices], indent=2))
     else:
@@ -152,7 +152,7 @@ def _hybrid(config: ModelConfig, cluster: Cluster, args: argparse.Namespace, ite
         }
         for pair in pairs[:SHOWN]
     ]
-    print("\n".join(table(rows)))
+    print("\n".join(aligned(rows)))
     return 0
 
 
@@ -215,10 +215,10 @@ def _page(config: ModelConfig, cluster: Cluster, workload: str, choices: Sequenc
     hosts = f" on {cluster.hosts} hosts" if cluster.hosts > 1 else ""
     title = f"{config.family}, {config.num_layers} layers, on {cluster.devices} x {device.name}{hosts}: {workload}"
     lines = [title, f"{device.name}: {device.source}", ""]
-    lines += table([_cells(choice.prediction) for choice in choices])
+    lines += aligned([_cells(choice.prediction) for choice in choices])
     lines += ["", "why", *(f"  {choice.layout}: {choice.reason}" for choice in choices)]
     lines += ["", "memory of the fullest rank of each stage"]
-    lines += table([row for choice in choices for row in _memory(choice.prediction)])
+    lines += aligned([row for choice in choices for row in _memory(choice.prediction)])
     return lines
 
 
@@ -262,11 +262,3 @@ def _memory(one: Prediction) -> list[dict[str, str]]:
         names = [kind.name for kind in fields(Footprint) if any(getattr(other, kind.name) for other in one.memory)]
         rows.append({**cells, **{name: format_bytes(getattr(held, name)) for name in names}})
     return rows
-
-
-def table(rows: Sequence[dict[str, str]]) -> list[str]:
-    """Right-aligned columns; a cell that a row lacks stays empty."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in names}
-    head = "  ".join(f"{name:>{widths[name]}}" for name in names)
-    return [head, *("  ".join(f"{row.get(name, ''):>{widths[name]}}" for name in names).rstrip() for row in rows)]

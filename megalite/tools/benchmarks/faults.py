@@ -26,11 +26,11 @@ from pathlib import Path
 from megalite.config.schema import DistributedSection
 from megalite.errors import FAULTS, MegaliteError
 from megalite.files import write_json
+from megalite.monitor.words import aligned
 from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 from megalite.tools import toolkit
 from megalite.tools.benchmarks.frame import write_figures
-from megalite.tools.plan import table
 
 KINDS = ("raise", *FAULTS)
 STEPS = 20
@@ -80,7 +80,7 @@ def run(args: Namespace) -> int:
                     "beyond it": f"{statistics.median(seconds) - wait:.2f}",
                 }
             )
-    print("\n".join(table(rows)))
+    print("\n".join(aligned(rows)))
     write_figures(figures, args.json)
     return 0
 

@@ -26,12 +26,11 @@ from typing import Any
 
 from megalite.core.layout import Layout
 from megalite.model import families
-from megalite.monitor.words import format_bytes
+from megalite.monitor.words import aligned, format_bytes
 from megalite.tools import toolkit
 from megalite.tools.benchmarks import published, published_training
 from megalite.tools.benchmarks.frame import write_figures
 from megalite.tools.benchmarks.simulated_ranks import ADDRESS, HOST, Task
-from megalite.tools.plan import table
 from megalite.weights.reshard_plan import buckets, plan
 from megalite.weights.table import pieces
 
@@ -56,7 +55,7 @@ def run(args: Namespace) -> int:
     for part in args.parts:
         rows = PARTS[part](args)
         found[part] = rows
-        print("\n".join([f"{part}", *table([{k: shown(v) for k, v in row.items()} for row in rows]), ""]), flush=True)
+        print("\n".join([f"{part}", *aligned([{k: shown(v) for k, v in row.items()} for row in rows]), ""]), flush=True)
     write_figures(found, args.json)
     return 0
 
