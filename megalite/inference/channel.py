@@ -1,6 +1,6 @@
 """What the control rank of a replica tells the others each step.
 
-Every rank of a replica runs the same scheduler. All it cannot know by itself travels in one small broadcast a step: the
+Every rank of a replica runs the same scheduler. All it cannot know by itself travels in one small message a step: the
 sampled token ids, which stop strings completed, which requests the replica takes on or gives up, whether to stop.
 """
 
@@ -65,14 +65,14 @@ class StepMessage:
 class ReplicaChannel:
     """Messages from the control rank to every rank of its replica (itself included), in order.
 
-    A broadcast is started when a message is sent and completed when it is received, up to `pp` steps later, so the
-    control rank never waits for a slower stage.
+    A message goes to each rank by itself, and is received up to `pp` steps later: a broadcast would pass through ranks
+    that compute, and the next stage would wait for them.
     """
 
     def __init__(self, state: ParallelState):
         self.state = state
-        others = [rank for rank in state.replica.ranks if rank != state.control_rank]
-        self.track = here.track("a step's news", (state.control_rank, *others), flow=True)
+        self.others = [rank for rank in state.replica.ranks if rank != state.control_rank]
+        self.track = here.track("a step's news", (state.control_rank, *self.others), flow=True)
         self.sent: deque[tuple[StepMessage, list[tuple[dist.Work | None, torch.Tensor]]]] = deque()
 
     def send(self, message: StepMessage) -> None:
@@ -85,9 +85,8 @@ class ReplicaChannel:
             tokens = [result.token_id * 2 + result.stopped for result in message.results]
             header = torch.tensor([flags, *news.arrivals, message.state_hash, len(payload), *tokens])
             buffers = [header, torch.frombuffer(bytearray(payload), dtype=torch.uint8)] if payload else [header]
-            group, rank = self.state.replica.group, self.state.rank
             for buffer in buffers:
-                parts.append((dist.broadcast(buffer, rank, group=group, async_op=True), buffer))
+                parts += [(dist.isend(buffer, rank, group=self.state.replica.group), buffer) for rank in self.others]
                 self.track.begun("send")
         self.sent.append((message, parts))
 
@@ -120,6 +119,6 @@ class ReplicaChannel:
 
     def _received(self, buffer: torch.Tensor) -> list[int]:
         with self.track.entering("receive"):
-            dist.broadcast(buffer, self.state.control_rank, group=self.state.replica.group)
+            dist.recv(buffer, self.state.control_rank, group=self.state.replica.group)
         numbers: list[int] = buffer.tolist()
         return numbers
