@@ -1,7 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) beside the linears of a model, several of them in one forward pass.
 
-An adapter adds scale * B (A x) to a linear's output, with A [r, K] and B [N, r]. The ranks of all adapters of a linear
-lie side by side, so that they cost two thin products together; a mask of the columns leaves each token its own:
+An adapter adds scale * B (A x) to a linear's output, with A [r, K] and B [N, r]. The matrices of all adapters of a
+linear are stacked, A's by rows and B's by columns, so all adapters together cost two thin products. A mask [T, R] keeps
+of these R columns those of each token's own adapter:
 
     y = W x + B ((A x) * mask)        A [R, K], B [N, R], mask [T, R], scales are in B
 
@@ -40,7 +41,7 @@ class Adapters:
     _owners: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def choose(self, tokens: Tensor | None) -> None:
-        """For the passes from now on; waits for nothing, so it can be captured."""
+        """Set `tokens` for the passes from now on; does not wait for the device, so it can be captured in a graph."""
         self.tokens = tokens
         self._masks.clear()
 
@@ -146,7 +147,7 @@ class LowRankUpdate(nn.Module):
         self.b = nn.ParameterDict(b)
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [T, N] and the update of x [T, K], which may be a summand over tp as y is."""
+        """y [T, N] + scale * B (A x) of x [T, K]; both may be partial sums over tp."""
         return torch.addmm(y, F.linear(x, self.a), self._matrix(y.shape[1]).t())
 
     def _matrix(self, outputs: int) -> Tensor:
@@ -196,14 +197,14 @@ def learn(linear: Linear, update: LowRankUpdate) -> None:
 
 
 def learnt_formats(module: nn.Module) -> dict[str, Learnt]:
-    """Of the linears in a module beside which adapters train, by their names."""
+    """The formats of a module's linears beside which adapters train, by the linears' names."""
     parts = ((name, part) for name, part in module.named_modules() if isinstance(part, Linear))
     return {name: part.format for name, part in parts if isinstance(part.format, Learnt)}
 
 
 @contextmanager
 def using(formats: Mapping[str, Learnt], updates: Mapping[str, LowRankUpdate | None]) -> Iterator[None]:
-    """While it lasts, linears use other updates, by their names; None: none."""
+    """Within this context, linears use other updates than their own, by the linears' names; None: no update."""
     before = {name: one.update for name, one in formats.items()}
     try:
         for name, one in formats.items():
@@ -216,7 +217,7 @@ def using(formats: Mapping[str, Learnt], updates: Mapping[str, LowRankUpdate | N
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """One adapter's part in a linear of this rank: B's rows are outputs `start` and on; the scale is in B."""
+    """One adapter's A and B for a linear of this rank; B's rows are outputs from `start` on, the scale is in B."""
 
     adapter: int
     a: Tensor

@@ -1,4 +1,4 @@
-"""What all ranks of an axis must have alike: one rank's bytes given to all, inputs compared, the least of a number.
+"""Agreement between the ranks of an axis: broadcast of bytes, comparison of inputs, reductions in host memory.
 
 Every function is collective over `axis` (None: over the run).
 """

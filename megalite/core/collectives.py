@@ -42,14 +42,14 @@ def leave_tp(x: Tensor, state: ParallelState) -> Tensor:
 
 
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
-    """Sum over the axis of numbers that every rank goes on with: their gradients are summed too."""
+    """All-reduce whose backward pass is an all-reduce too: for sums that every rank goes on to compute with."""
     return _apply(x, axis, _sum, _sum)
 
 
 def fusable_sum(x: Tensor, state: ParallelState) -> SymmetricSum | None:
-    """What sums partial outputs x [T, D] over tp in one kernel with the addition and norm behind it, or by itself.
+    """The all-reduce over tp of partial outputs x [T, D] that can be one kernel with the addition and norm after it.
 
-    None: nothing does, `leave_tp` is to be called. No gradient, not under sequence parallelism.
+    None: there is none for x; call `leave_tp`. Always None with gradients and under sequence parallelism.
     """
     if state.tp.size == 1 or state.sequence_parallel or torch.is_grad_enabled():
         return None
@@ -107,7 +107,7 @@ def broadcast_from_last(x: Tensor, axis: Axis) -> Tensor:
 
 
 def prepare_sums(axis: Axis, *, width: int, dtype: torch.dtype, device: torch.device) -> None:
-    """From now on sums along the axis of few rows of this width and dtype do without NCCL, where the GPUs allow it.
+    """Prepare all-reduces of few rows of this width and dtype that go past NCCL, where the GPUs allow it.
 
     For calls without gradients. Collective over the axis, with nothing else under way in its group.
     """
@@ -124,7 +124,7 @@ def prepare_sums(axis: Axis, *, width: int, dtype: torch.dtype, device: torch.de
 
 
 def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:
-    """What sums x [T, D] over the GPUs of an axis faster than NCCL; None: nothing does, or it was not prepared."""
+    """The all-reduce that is faster than NCCL's for x [T, D]; None: there is none, or `prepare_sums` was not called."""
     sums = axis.sums.get((x.shape[-1], x.dtype)) if axis.sums and x.ndim == 2 else None
     return sums if sums is not None and sums.takes(x) else None
 

@@ -24,7 +24,7 @@ def has_kernels(x: Tensor) -> bool:
 
 
 def by_kernels(x: Tensor) -> bool:
-    """Whether our kernels take `x` now: without gradients, and so inside forward and backward passes written out."""
+    """Whether `x` goes through our kernels now: `has_kernels`, and gradients are off, as in a written-out backward."""
     return has_kernels(x) and not torch.is_grad_enabled()
 
 

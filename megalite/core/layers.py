@@ -79,7 +79,7 @@ class RMSNorm(nn.Module):
         update: Tensor | None = None,
         sums: SymmetricSum | None = None,
     ) -> Tensor:
-        """`rows`, int64 [R]: only these of x [T, D] -> [R, D]. `update` [T, D]: of x + update; see `Residual`."""
+        """The norm of x [T, D], or of x + `update` (see `Residual`); `rows` int64 [R]: of these rows only -> [R, D]."""
         if update is not None and sums is not None:
             return sums.add_norm(update, x, self.weight, self.eps, zero_centred=self.zero_centred)
         if by_kernels(x) and x.ndim == 2:
@@ -151,7 +151,7 @@ class Residual:
         self.update = update if post is None else post(update)
 
     def settled(self) -> Tensor | None:
-        """The stream; None where an update waits."""
+        """The stream; None if an update has not been added to it yet."""
         return self.x if self.update is None else None
 
     def total(self) -> Tensor:

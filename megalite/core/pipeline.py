@@ -54,7 +54,7 @@ class Outbox:
         self.sends.append((work, buffer))
 
     def drain(self) -> None:
-        """Wait until every send has arrived. Over NCCL the host does not wait, but what it gives the device next."""
+        """Wait until every send has arrived. Over NCCL the device's next work waits, the host does not."""
         with self.track.waiting("send"):
             while self.sends:
                 self.sends.popleft()[0].wait()
@@ -121,7 +121,7 @@ class StageLink:
         return inbox.wait(inbox.begin((num_tokens, self.hidden_size), self.dtype)).to(self.device)
 
     def return_ids(self, ids: Tensor) -> None:
-        """The last stage begins to send a step's ids, int32 or int64 [n], to the first: every tp rank to its like."""
+        """The last stage begins to send a step's ids, int32 or int64 [n], to the first, tp rank to tp rank."""
         self.outward["ids"].send(ids.to(torch.int32))
 
     def expect_ids(self, n: int) -> None:

@@ -80,7 +80,7 @@ class Progress:
         return [track for track in list(self._tracks.values()) if track.entered]
 
     def mark(self) -> object:
-        """Another one whenever this process has come further."""
+        """A value that changes whenever this process has made progress."""
         return sum(track.entered for track in list(self._tracks.values())), self.step, self.layer
 
 

@@ -11,8 +11,10 @@ from megalite.inference.rows import Batch, Rows
 
 
 class AdapterRows:
-    """Of one stage. On an accelerator every step looks the adapters of its rows up there, so steps can be captured; on
-    a CPU a step without adapters is one of the bare model."""
+    """The adapter of each row, on one pipeline stage.
+
+    On an accelerator it is a table on the device in which every step looks its rows up, so steps can be captured as
+    CUDA graphs. On a CPU a step none of whose rows has an adapter runs the model without any."""
 
     def __init__(self, adapters: Adapters, rows: Rows):
         self.adapters = adapters

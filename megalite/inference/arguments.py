@@ -97,8 +97,8 @@ def _as_prompt(prompt: Any, where: str) -> tuple[Any, str | None]:
 
 
 def plain(value: Any) -> Any:
-    """Arrays, tensors and numbers of numpy's or torch's as Python's own; lists, also inside tuples and the like of
-    other sequences of numbers. Anything else is left as it is."""
+    """`value` with arrays, tensors and numbers of numpy's or torch's as lists and numbers of Python's, also inside
+    lists, tuples, ranges and sets, which become lists. Anything else is left as it is."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, StructuredOutputsParams):

@@ -92,7 +92,7 @@ class _Replica:
 
 
 class LoadBalancer:
-    """Assigns requests to replicas by their loads: outstanding tokens for the speed.
+    """Assigns requests to replicas by their loads: outstanding tokens over measured speed.
 
     - `round_robin`: each in turn, whatever its load. No moves.
     - `least_tokens`: the one with the least load.
@@ -159,7 +159,7 @@ class LoadBalancer:
     def lost(self, replica: int) -> list[str]:
         """A replica is gone, with its cache; the names of the requests that it had, in the order in which they came.
 
-        They are off the books: assign them anew.
+        They count for no replica any more: assign them anew.
         """
         gone = self._members.pop(replica)
         self._tokens -= gone.tokens
@@ -231,8 +231,8 @@ class LoadBalancer:
     def moves(self) -> list[Move]:
         """Requests that have not started and are to go, at once, from replicas that fall behind to others.
 
-        The books say already that they went. No request starts the worse for it: its new replica has less to do, it
-        included, than the old one without it.
+        They count for their new replicas already. No request starts later for it: its new replica has less to do with
+        it than the old one has without it.
         """
         made: list[Move] = []
         if self.policy == "round_robin" or len(self._members) < 2:

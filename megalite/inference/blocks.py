@@ -9,7 +9,7 @@ A block is a page of some tokens. It is in one of four states:
     set aside  free (blank or cached content), and in the run that one sequence is expected to grow into
 
 Runs exist because attention on CPU reads a sequence's keys as one slice when its block ids ascend by one. They are a
-wish, not a right: when nothing else is free, all of them end.
+preference only: when nothing else is free, all that is set aside is given up.
 """
 
 from __future__ import annotations

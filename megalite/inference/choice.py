@@ -18,7 +18,7 @@ FAILURES = {
 
 
 class TokenLogprobs(NamedTuple):
-    """A token's place in the model's full distribution; a tuple, which is made fastest."""
+    """A token's place in the model's full distribution; a tuple, since that is fastest to make."""
 
     token_id: int
     logprob: float
@@ -60,7 +60,7 @@ class Needs:
     """How many of the likeliest tokens are to be listed for each row, -1: all; empty: no row has a list."""
 
     def most(self, vocab_size: int) -> int:
-        """Of the lists' lengths, the largest."""
+        """The largest number of top tokens that a row wants listed."""
         listed = [k for k in self.logprobs if k is not None]
         return vocab_size if min(listed, default=0) < 0 else min(max(listed, default=0), vocab_size)
 
@@ -83,7 +83,7 @@ class Details:
 
     @property
     def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All four."""
+        """Its four tensors."""
         return self.logprobs, self.ranks, self.top_ids, self.top_logprobs
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Details:
@@ -91,7 +91,7 @@ class Details:
         return Details(*map(change, self.columns))
 
     def spread(self, rows: list[int], count: int) -> Details:
-        """The same with these rows among `count`, of which the others mean nothing."""
+        """The same as rows `rows` of `count`; what the other rows hold is undefined."""
         if len(rows) == count:
             return self
         places = torch.tensor(rows, dtype=torch.int64, device=self.ranks.device)

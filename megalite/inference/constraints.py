@@ -34,8 +34,8 @@ def spellings(words: tuple[str, ...], tokenizer: Tokenizer) -> tuple[Spelling, .
 def leaves_nothing(
     allowed: Collection[int], bad_words: Collection[Spelling], ends: Collection[int], min_tokens: int
 ) -> bool:
-    """Whether an output of `allowed` ids can come to a point at which each is ruled out: it would complete one of
-    `bad_words`, or it is among `ends`, which may not come before `min_tokens`."""
+    """Whether an output of `allowed` ids can reach a point at which every id is ruled out, since it completes one of
+    `bad_words` or is among `ends`, which may not come before `min_tokens`."""
     for head in {(), *(word[:-1] for word in bad_words if set(word[:-1]) <= set(allowed))}:
         ruled_out = {word[-1] for word in bad_words if _ends_with(head, word[:-1])}
         if len(head) < min_tokens:

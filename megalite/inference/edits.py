@@ -98,8 +98,8 @@ class Edits:
             logits[list(wishes.bias)] += np.array(list(wishes.bias.values()), np.float32)
 
     def apply(self, buffer: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Edit logits in place. `buffer`: float32 [n * V + 1], the logits of `rows` (int64 [n]) and one place for what
-        has none. `positions` int64 [n]: where each row's new token will stand."""
+        """Edit logits in place. `buffer`: float32 [n * V + 1], the logits of `rows` (int64 [n]) and one element that
+        takes the edits of other rows. `positions` int64 [n]: where each row's new token will stand."""
         if self._stale:
             self._upload()
         count, vocab = len(rows), self.vocab_size
@@ -173,8 +173,8 @@ def _table(columns: int, entries: Iterable[tuple[int, ...]]) -> np.ndarray:
 class Penalties:
     """Repetition, frequency and presence penalties (vLLM's and CTRL's formulas).
 
-    A row's own tokens are the sparse list of ids that they change. Beside each of them stands how often it is in the
-    output so far; a new token adds one beside its equals.
+    The ids whose logits change are the tokens of the row itself. Beside each token `times` counts its occurrences in
+    the output so far; a new token adds one to all of its own occurrences.
     """
 
     def __init__(self, tokens: Tensor, prompt_len: Tensor, send: Send):
@@ -189,7 +189,7 @@ class Penalties:
 
     @property
     def times(self) -> Tensor:
-        """Of rows with penalties, of which one was admitted."""
+        """See `_times`; there once a row with penalties was admitted."""
         assert self._times is not None
         return self._times
 

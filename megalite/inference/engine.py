@@ -1,4 +1,4 @@
-"""The inference engine of one rank: take what came, schedule, execute, and give out what came of earlier steps.
+"""The inference engine of one rank: takes requests, schedules and executes steps, gives out results of earlier ones.
 
 Lockstep: every rank of a replica calls `step` alike and makes the same plans. Step t works on cohort t mod pp, so that
 with pipeline stages pp disjoint cohorts are in flight and no stage waits for another's sampling. The results of step t
@@ -55,7 +55,7 @@ class Hooks:
 
 @dataclass(slots=True)
 class Events:
-    """What a step brought to light, of this step's plan or of earlier ones."""
+    """The results that became known with a step, of its own plan or of earlier ones."""
 
     outputs: list[RequestOutput] = field(default_factory=list)
     """Requests that ended; on the control rank."""

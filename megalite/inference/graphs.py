@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: one capture for each padded size, replayed on other rows' numbers.
+"""Steps as CUDA graphs: one capture for each padded size, replayed with the numbers of other rows.
 
 A small model's step is hundreds of kernels of a few microseconds each; replaying them as one graph spares the host the
 launches. A graph holds the whole step, from the numbers of its rows to the sampled tokens. There are three kinds: rows
@@ -25,7 +25,7 @@ from megalite.planner.memory import PROMPT_SIZES, chunk_sizes, decode_sizes
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step of a stage makes."""
+    """The result of a step on one stage."""
 
     batch: Batch
     hidden: Tensor
@@ -55,7 +55,7 @@ def _is_even(plan: StepPlan) -> bool:
 
 
 class StepGraphs:
-    """Captured steps of one stage. `step` must wait for nothing, and its collectives must be capturable."""
+    """Captured steps of one stage. `step` must not wait for the device, and its collectives must be capturable."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class StepGraphs:
         """Where captures are warmed up: one for all, or the memory of each would be kept for itself."""
 
     def run(self, plan: StepPlan, x: Tensor | None) -> StepOutput | None:
-        """The step of a plan of one of the kinds; its tensors are overwritten by the next run. None: it is of none."""
+        """Run a plan's step, if it is of one of the kinds, else None; the tensors are overwritten by the next run."""
         shape = self._shape(plan)
         if shape is None:
             return None

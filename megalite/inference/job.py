@@ -152,7 +152,7 @@ class Writer:
     """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
 
     def __init__(self, config: InferConfig, replica: Replica, weights: str, batch: InputBatch):
-        """`weights`: what identifies those of the model."""
+        """`weights`: identifies the model's weights, see `weights_identity`."""
         self.file = None
         if config.output.file:
             decided = fingerprint(config, weights=weights, inputs=batch.digest)

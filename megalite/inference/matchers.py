@@ -72,7 +72,7 @@ class Masks:
 
 
 class Matchers:
-    """Of one rank, by row number."""
+    """The matchers of one rank, by row number."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int):
         """`tokenizer` None: no request has a grammar."""
@@ -131,8 +131,8 @@ class Matchers:
         return Masks([place for place, _ in found], self._thread.submit(self._fill, [state for _, state in found]))
 
     def follow(self, rows: Sequence[request.Row], token_ids: Sequence[int]) -> dict[int, Outcome]:
-        """Take the tokens of a plan's sampled rows; what became of those with a grammar, by place, where it is worth
-        telling. Sequences that have ended are passed over."""
+        """Take the tokens of a plan's sampled rows; by place, the outcome of those with a grammar where it is not the
+        usual one. Sequences that have ended are passed over."""
         outcomes: dict[int, Outcome] = {}
         taking: list[tuple[int, _Row, LLMatcher, int]] = []
         for place, (row, token_id) in enumerate(zip(rows, token_ids, strict=True)) if self._rows else ():

@@ -50,7 +50,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When what happened to a request; names and clocks are vLLM's."""
+    """Times of a request's life; names and clocks are vLLM's."""
 
     arrival_time: float = 0.0
     """When the engine took it, by the clock on the wall (seconds since 1970)."""
@@ -70,7 +70,7 @@ class RequestMetrics:
 
 @dataclass(kw_only=True, slots=True)
 class RequestOutput:
-    """What came of one prompt."""
+    """The result of one prompt."""
 
     request_id: str
     prompt: str | None
@@ -89,8 +89,8 @@ class RequestOutput:
     metrics: RequestMetrics | None = field(default=None, compare=False)
 
     def to_line(self) -> str:
-        """One line of JSON, without its newline; `from_line` reads it back. What is not there is left out, and so is
-        what hangs on the batch that the request ran in."""
+        """One line of JSON, without its newline; `from_line` reads it back. Absent values are left out, and so are
+        those that depend on the batch in which the request ran."""
         value: dict[str, Any] = {"id": self.request_id, "prompt": self.prompt}
         value["prompt_token_ids"] = self.prompt_token_ids
         if self.prompt_logprobs is not None:

@@ -44,7 +44,7 @@ class PrefixIndex:
         self._forget(replica, self._caches.pop(replica).pages)
 
     def use(self, replica: int, keys: Sequence[int], others: int = 0) -> None:
-        """A replica computes, shares or gives back the pages of a prompt, and so many that nobody will ask for.
+        """A replica computes, shares or gives back the pages of a prompt, and `others` that no prompt begins with.
 
         As in its cache, the last ones of a prompt are evicted first.
         """

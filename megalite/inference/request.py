@@ -57,7 +57,7 @@ class Request:
         return self.given[index] if self.given else ()
 
     def end_at(self, token_id: int, num_output: int) -> FinishReason | None:
-        """Why a sample ends with its `num_output`-th token; None: it goes on, but for stop strings."""
+        """Why a sample ends with its `num_output`-th token; None: it goes on, unless a stop string ends it."""
         if token_id in self.stop_token_ids and num_output >= self.params.min_tokens:
             return "stop"
         return "length" if num_output >= self.max_tokens else None
@@ -175,7 +175,7 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What came back for one sampled row."""
+    """The result of one sampled row."""
 
     token_id: int
     """Below 0: the row's logits gave none, see `sampler.FAILURES`."""

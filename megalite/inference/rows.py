@@ -99,7 +99,7 @@ class Rows:
             self._buffer.index_copy_(0, place, value.int())
 
     def write(self, rows: Tensor, positions: Tensor, ids: Tensor) -> None:
-        """Put new tokens [R] where they stand; an id below 0 stands for none, and any will do."""
+        """Put new tokens [R] where they stand; an id below 0 means that there is none, and 0 is written."""
         self.tokens[rows, positions] = ids.clamp(min=0).int()
 
     # ---- steps of a padded size
@@ -143,7 +143,7 @@ class Rows:
 
     def chunk_batch(self, inputs: Tensor, size: int) -> Batch:
         """The batch of rows with any numbers of tokens, padded to `size`, from the rows' numbers on an accelerator;
-        waits for nothing, so it can be captured. As many tokens are sampled as there are rows, in vain in padding."""
+        waits for nothing, so it can be captured. A token is sampled for each row, those of padding to no effect."""
         row, start, block, token, count, place = inputs.long().unbind(0)  # [B]
         first = start.clamp(min=0)
         at = row, first // self.block_size
@@ -176,7 +176,7 @@ class Rows:
     # ---- any step
 
     def batch(self, plan: StepPlan) -> Batch:
-        """The batch of any plan. Arithmetic on integers is the host's; only ids may be known to the device alone."""
+        """The batch of any plan. The host computes all integers; token ids alone may be known to the device only."""
         size = self.block_size
         given = np.array([(row.row, row.start, row.count, row.block, row.token) for row in plan.rows])
         numbers, starts, counts, blocks, known = given.T

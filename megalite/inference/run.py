@@ -21,14 +21,14 @@ from megalite.monitor.progress import ProgressBar
 
 
 class Ranks:
-    """The ranks of a layout when they are given work; `what` names the work in messages. All call alike."""
+    """The ranks of a layout as the makers of requests see them; `what` names the input in messages. Collective."""
 
     def __init__(self, state: ParallelState, what: str):
         self.state = state
         self.what = what
 
     def once(self, make: Callable[[], bytes]) -> bytes:
-        """`make` is called on the control rank."""
+        """The bytes that `make` gives on the control rank, on every rank of the replica."""
         return broadcast_bytes(make() if self.state.is_control else None, self.state.control_rank, self.state.replica)
 
     def compare(self, digest: bytes) -> None:

@@ -38,7 +38,7 @@ class StepResults:
             self.event.record()
 
     def wait(self) -> SampledRows:
-        """What was sampled, one entry a row; waits until it is here."""
+        """What was sampled, one entry a row; waits until it is in host memory."""
         if self.event is not None:
             self.event.synchronize()
         return self.choice.listed()
@@ -107,7 +107,7 @@ class Runner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_prompt: PromptLogits = lambda first, logits: None) -> StepResults | None:
-        """Start this stage's part of a step; nothing waits for it, but on a CPU, and where prompts are scored.
+        """Start this stage's part of a step. On an accelerator this returns before its end, unless prompts are scored.
 
         On the last stage: the results of the sampled rows, after `on_prompt` has had the logits of the prompt rows.
         """

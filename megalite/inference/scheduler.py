@@ -55,7 +55,7 @@ class Scheduler:
             and a preempted one is recomputed.
         host_blocks: blocks of host memory to swap preempted sequences to; one that finds no room is recomputed.
         contiguous: prefer neighbouring blocks for a sequence; on a CPU, gathering others takes a tenth of the time.
-        key_variant: of prompt + max_tokens; where it differs, equal tokens have other keys, and nothing is shared.
+        key_variant: from prompt + max_tokens to a number; only sequences with equal numbers share keys and values.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Scheduler:
         return sequences
 
     def stop(self, seq: Sequence) -> None:
-        """End a sequence that has all its output, which the scheduler can't see."""
+        """End a sequence whose output is complete for a reason that the scheduler can't see."""
         self._end(seq, "stop")
 
     def abort(self, request_id: str) -> list[Sequence]:

@@ -31,8 +31,8 @@ class StopMatch:
 class StopChecker:
     """Finds the first of some stop strings, none empty, in a text that comes in pieces.
 
-    First is the one that is complete first, of those complete at the same character the longest; so how the text was
-    cut into pieces makes no difference. Work is proportional to the new text, not to all of it.
+    The first is the one that is completed first, of several completed by the same character the longest; so it does
+    not matter how the text was cut into pieces. Work is proportional to the new text, not to all of it.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -44,7 +44,7 @@ class StopChecker:
         self._length = 0
 
     def feed(self, text: str) -> StopMatch | None:
-        """Add text; the first stop string that it completes. After a match there is nothing more to ask."""
+        """Add text; the first stop string that it completes. It must not be called again after a match."""
         window, offset = self._tail + text, self._length - len(self._tail)
         found = []
         for stop in self.stops:

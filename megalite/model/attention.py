@@ -125,7 +125,7 @@ class AttentionContext(Protocol):
 
     @property
     def lengths(self) -> Tensor:
-        """Longest length that each token's sequence may get, on which its rotary frequencies may depend: int64 [T]."""
+        """Length that each token's sequence may reach, on which its rotary frequencies may depend: int64 [T]."""
 
     @property
     def recurrence(self) -> Recurrence:
@@ -141,7 +141,7 @@ class AttentionContext(Protocol):
         """Causal attention over latent vectors -> [T, H, `heads.value_width`]."""
 
     def attend_heads(self, spec: AttentionSpec, heads: Heads) -> Tensor:
-        """`attend` with the heads' treatment before it, for which `heads.qkv` may be overwritten -> [T, H, D]."""
+        """`attend` after norms and rotation of the heads, which may overwrite `heads.qkv` -> [T, H, D]."""
 
 
 class PackedAttention:

@@ -36,7 +36,7 @@ encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What all parts of an answer have in common."""
+    """Facts that all parts of one answer share."""
 
     id: str
     object: str
@@ -111,7 +111,7 @@ def usage_value(prompt: int, made: int) -> dict[str, Any]:
 
 
 def ended(one: CompletionOutput) -> TokenDelta:
-    """What the last delta of a sample would have said."""
+    """A finished sample as its last delta: the reason of its end, without text."""
     delta = TokenDelta(request_id="", index=one.index, text="", token_ids=[])
     delta.finish_reason, delta.stop_reason = one.finish_reason, one.stop_reason
     return delta
@@ -134,7 +134,7 @@ async def _begun(stack: AsyncExitStack, router: Router, requests: list[EngineReq
 
 
 def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
-    """ApiError: there are some of an answer that is not streamed."""
+    """ApiError: stream_options were given for an answer that is not streamed."""
     if options is not None and not stream:
         raise ApiError(400, "stream_options: only with stream true.", param="stream_options")
 

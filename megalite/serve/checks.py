@@ -30,7 +30,7 @@ def problems(config: ServeConfig) -> list[Problem]:
 
 
 def warnings(server: ServerSection) -> list[str]:
-    """What is allowed and dangerous."""
+    """Warnings of settings that are allowed and dangerous."""
     if server.api_key is not None or is_loopback(server.host):
         return []
     return [

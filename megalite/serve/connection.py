@@ -15,9 +15,9 @@ MAX_HEAD = 2 * MAX_HEADER_BYTES
 
 
 class Connection(HttpToolsProtocol):
-    """Who connects must send the head of a request within `patience` seconds, and within MAX_HEAD bytes; what is no
-    HTTP is answered with an envelope too. Bodies are `gate.Bodies`' affair; what is left of one after its answer has
-    `patience` seconds too, and is thrown away."""
+    """A client must send the head of a request within `patience` seconds and MAX_HEAD bytes; what is no HTTP is
+    answered with an error envelope. Bodies are read by `gate.Bodies`; what is left of one after its answer is read
+    for at most `patience` seconds and thrown away."""
 
     patience = 30.0
 

@@ -52,7 +52,7 @@ class Remote:
 
     @property
     def model(self) -> str:
-        """Its name; ServerError: it can't be found out."""
+        """The model's name; ServerError: it can't be found out."""
         if self._model is None:
             with closing(self._open("GET", "/v1/models")) as answer:
                 found = _json(answer.read()).get("data") or []
@@ -67,7 +67,7 @@ class Remote:
             yield (choice.get("delta") or {}).get("content") or ""
 
     def complete(self, prompt: str) -> Iterator[str]:
-        """How a text goes on; else as `chat`."""
+        """The continuation of a text; else as `chat`."""
         for choice in self._choices("/v1/completions", {"prompt": prompt}):
             yield choice.get("text") or ""
 

@@ -1,6 +1,6 @@
 """Errors as OpenAI's clients read them: {"error": {message, type, param, code}}. Torch-free.
 
-What a client sent as prompt never stands in a message: of such keys the rule is told, not the value.
+Messages never quote what a client sent as a prompt: for such keys they state the rule, not the value.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _CODES = {
 
 
 class ApiError(HTTPException):
-    """An answer that is an error; raised anywhere below an endpoint."""
+    """An error as the answer to a request; may be raised anywhere below an endpoint."""
 
     def __init__(
         self,

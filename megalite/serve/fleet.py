@@ -205,7 +205,7 @@ class Fleet:
             self._end(EXIT_CRASH)
 
     def stalls(self, replica: int) -> None:
-        """Count a replica as lost that does nothing."""
+        """Count a replica as lost because it finishes no step."""
         if replica in self._doors:
             self._doors[replica].stalls = True
             self._doors[replica].is_gone("it finished no step")
@@ -311,7 +311,7 @@ class Fleet:
 
 
 def kill(processes: Sequence[Process]) -> None:
-    """All at once: none shall see another die and complain."""
+    """Kill all; they are stopped first, so that none sees another die and complains."""
     for signum in (signal.SIGSTOP, signal.SIGKILL):
         for process in processes:
             process.kill(signum)

@@ -53,7 +53,7 @@ def _connect_unix(path: str) -> socket.socket:
 
 
 class Link:
-    """One end. Nothing here waits but `wait`: what can't be sent at once is kept and sent later."""
+    """The replica's end of the connection. Only `wait` blocks: what can't be sent at once is kept and sent later."""
 
     def __init__(self, connection: socket.socket, *, patience: float):
         """`patience`: seconds without reading after which the HTTP process counts as lost."""
@@ -68,11 +68,11 @@ class Link:
         """The HTTP process has closed its end, or is gone."""
 
     def wait(self, seconds: float) -> None:
-        """Until something comes, the end included, or what is unsent can be sent, or these seconds have passed."""
+        """Block until a message or the end has come, unsent bytes can be sent, or so many seconds have passed."""
         select.select([self._socket], [self._socket] if self._unsent else [], [], seconds)
 
     def receive(self) -> list[ToReplica]:
-        """What has come by now. LinkError: it can't be read."""
+        """The messages that have come so far. LinkError: they can't be read."""
         messages: list[ToReplica] = []
         while not self.ended:
             try:

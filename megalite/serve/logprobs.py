@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes, with what tokens are that are no text by themselves. Torch-free."""
+"""Log-probabilities in OpenAI's two formats, also of tokens that are no text by themselves. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Offsets = Iterable[int]
 
 
 class TokenTexts:
-    """What the tokens of a model read like by themselves. Without a tokenizer they are numbers."""
+    """The texts of a model's single tokens; without a tokenizer their ids stand for them."""
 
     def __init__(self, tokenizer: Tokenizer | None):
         self.tokenizer = tokenizer

@@ -155,7 +155,7 @@ class Router:
         return [Stream(job, self._cancel) for job in jobs]
 
     def admit(self, requests: int, tokens: int) -> None:
-        """Raise what `submit` would for so many requests with so many tokens (samples * (prompt + max_tokens)), before
+        """Raise the errors of `submit` for so many requests and tokens, samples * (prompt + max_tokens), before
         any of them is made."""
         most, most_tokens = self._section.max_queued_requests, self._section.max_queued_tokens
         for key, asked, bound in (
@@ -246,7 +246,7 @@ class Router:
                 self._came_back(job, output)
 
     def lost(self, replica: int, *, again: bool = True) -> int:
-        """A replica is gone, for good if not `again`; how many requests go on elsewhere."""
+        """A replica is gone, for good if not `again`; gives the number of requests that go on elsewhere."""
         one = self._replicas[replica]
         if one.state == "ready":
             self._balancer.lost(replica)
@@ -272,9 +272,9 @@ class Router:
         self._become(replica, "restarting")
 
     def tick(self) -> list[int]:
-        """To be called about every second: moves requests that wait in vain; gives the replicas that stall.
+        """To be called about every second: moves requests that wait at slow replicas; gives the replicas that stall.
 
-        These have work, or should have said that they have none, and finished no step for server.stall_timeout.
+        Those have work, or have not said that they have none, and finished no step for server.stall_timeout seconds.
         """
         now = self._clock()
         if now - self._ticked > max(SUSPENDED, self._section.stall_timeout / 2):

@@ -37,7 +37,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> TokenDelta:
-        """RequestLost: see there."""
+        """The next delta; RequestLost as `result`."""
         job = self._job
         while not job.unread:
             if self.has_ended():
@@ -46,7 +46,7 @@ class Stream:
         return job.unread.popleft()
 
     def has_ended(self) -> bool:
-        """Nothing more will come. RequestLost: see there."""
+        """Whether nothing more will come; RequestLost as `result`."""
         done = self._job.done
         if not done.done():
             return False
@@ -57,7 +57,7 @@ class Stream:
     async def result(self) -> RequestOutput:
         """The whole result, once it is there. Its `error` says why the request could not run, or not to the end.
 
-        RequestLost: see there. asyncio.CancelledError: it was given up by `cancel`.
+        RequestLost: its replicas were lost. asyncio.CancelledError: it was given up by `cancel`.
         """
         return await asyncio.shield(self._job.done)
 
@@ -73,7 +73,7 @@ class Stream:
 
 
 class Merged:
-    """The deltas of several streams for one reader, each with the place of its stream; stands for their iteration."""
+    """The deltas of several streams for one reader, each with the index of its stream; read instead of the streams."""
 
     def __init__(self, streams: Sequence[Stream]):
         self.streams = streams
@@ -83,7 +83,7 @@ class Merged:
             job.news = self._news
 
     async def next(self) -> list[tuple[int, TokenDelta]]:
-        """All that has come since the last call; waits for the first of it. Empty: all have ended.
+        """(index, delta) of all that has come since the last call, at least one; empty: all streams have ended.
 
         RequestLost: one is lost, and what came of the others has been given out.
         """
@@ -112,7 +112,7 @@ class News:
             self._waiting.set_result(None)
 
     def wait(self) -> asyncio.Future[None]:
-        """To be awaited at once: done with the next `set`, not with an earlier one."""
+        """A future that the next `set` completes; to be awaited at once."""
         self._waiting = self._loop.create_future()
         return self._waiting
 
@@ -188,7 +188,7 @@ class Job:
         return self.request.num_samples * most - gone
 
     def to_submit(self) -> Request:
-        """The request for a replica, which goes on behind what the client has had."""
+        """The request as a replica gets it: to go on after the tokens that its client has had."""
         self.gained = False
         if not any(sample.token_ids or sample.finish_reason for sample in self.samples):
             return self.request
@@ -212,7 +212,7 @@ class Job:
         return bool(self.samples) and all(sample.finish_reason for sample in self.samples)
 
     def finish(self, output: RequestOutput) -> None:
-        """`output`: as the last replica sees it, which does not know what others gave out."""
+        """End it with the result of the last replica, which does not know what earlier replicas gave out."""
         if self._replayed and (output.outputs or output.error is None):
             output.outputs = self._outputs(output.outputs)
             cached = output.num_cached_tokens

@@ -1,4 +1,4 @@
-"""The job of a replica's rank: what the HTTP process sends becomes news of engine steps, and their events messages.
+"""The job of a replica's rank: messages of the HTTP process become news of engine steps, and steps' events messages.
 
 All ranks of a replica step alike. The control rank has a connection to the HTTP process and never waits for it while
 there is work; without work it sleeps until a message comes, a second at most, and the others sleep in the broadcast of
@@ -114,7 +114,7 @@ def _serve(engine: Engine, worker: Worker | None, front: HTTPProcess | None, run
 
 
 def hello(replica: Replica, number: int) -> Hello:
-    """What the HTTP process has to know of a replica."""
+    """The message by which a replica introduces itself to the HTTP process."""
     return Hello(
         replica=number,
         pid=os.getpid(),
@@ -146,7 +146,7 @@ class Worker:
             self.link.wait(max(0.0, self._told + IDLE - time.monotonic()))
 
     def news(self, room: int) -> News:
-        """All that has come; where it has no room yet it waits in the scheduler."""
+        """All requests and aborts that have come; those without room yet wait in the scheduler."""
         requests, aborts = [], []
         for message in self.link.receive():
             match message:
@@ -160,7 +160,7 @@ class Worker:
         return News(requests=tuple(requests), aborts=tuple(aborts), stop=stop)
 
     def tell(self, events: Events) -> None:
-        """Send what a step brought to light, and now and then how the replica is doing."""
+        """Send the results of a step, and now and then the state of the replica."""
         self._steps += 1
         now = time.monotonic()
         pause = NEWS_EVERY if self.engine.busy else IDLE

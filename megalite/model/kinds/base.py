@@ -132,25 +132,25 @@ class LayerKind(ABC):
 
     @abstractmethod
     def parameters(self, hidden: int) -> int:
-        """Of its matrices; norms and biases are not counted."""
+        """Number of parameters of its matrices; norms and biases are not counted."""
 
     @abstractmethod
     def module(self, config: ModelConfig, layer: int, state: ParallelState) -> LayerModule:
-        """What computes it.
+        """The module that computes it.
 
         Its parameters are named as the rows, and sized by the same splits.
         """
 
     def active_parameters(self, hidden: int) -> int:
-        """Of matrices that a token is multiplied by."""
+        """Number of parameters of the matrices that a token is multiplied by."""
         return self.parameters(hidden)
 
     def cache(self, tp: int, tp_rank: int) -> CacheSpec:
-        """What it keeps of tokens and sequences on one tp rank."""
+        """What it caches of tokens and sequences on one tp rank."""
         return CacheSpec()
 
     def attended(self, length: int) -> int:
-        """Keys that the last token of a sequence of `length` tokens is compared with; a state is as one."""
+        """Keys that the last token of a sequence of `length` tokens is compared with; a state counts as one key."""
         return 0
 
     @property

@@ -1,7 +1,7 @@
 """What the kinds of linear attention share; importable without torch.
 
-Projections, a short convolution over time, linear attention, a projection back. What the cache has of a sequence is as
-large for every length.
+Projections, a short convolution over time, linear attention, and a projection back. The cache keeps a state of each
+sequence, whose size does not depend on its length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LinearAttention(LayerKind):
     @property
     @abstractmethod
     def convolved(self) -> tuple[tuple[str, Split], ...]:
-        """What of it goes through the convolution."""
+        """The parts of it that go through the convolution."""
 
     @property
     @abstractmethod
@@ -51,7 +51,7 @@ class LinearAttention(LayerKind):
     @property
     @abstractmethod
     def state(self) -> tuple[int, int]:
-        """S and P."""
+        """(S, P)."""
 
     @property
     @abstractmethod

@@ -15,8 +15,8 @@ from megalite.model.rope import Rotation
 class LayerModule(nn.Module):
     """A sublayer on the residual stream.
 
-    It adds to it what its `out` makes of `forward(x, ctx, rotations)`, x [T, hidden] being the normed stream; modules
-    that know better, such as by taking the norm into a product, have an `update` of their own.
+    `update` applies `forward` to the normed stream x [T, hidden], and adds `out` of the result to the stream. Modules
+    that can do better, for instance with the norm inside a product, override it.
     """
 
     out: RowParallelLinear
