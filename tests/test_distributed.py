@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.distributed import FileStore
-from waiting import PATIENCE, wait_until
+from waiting import PATIENCE, free_port, wait_until
 
 from megalite.config.schema import DistributedSection
 from megalite.errors import ConfigError, RankLost, ResourceError, Stopped
@@ -204,12 +204,6 @@ def test_the_interface_that_leads_to_the_master():
     assert interface_of("203.0.113.7") is None
     with pytest.raises(ConfigError, match="MASTER_ADDR: can't be reached .*'no.such.host.invalid'"):
         route_to("no.such.host.invalid", 29500)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def listening_addresses(port: int) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from waiting import PATIENCE
+from waiting import PATIENCE, free_port
 
 from megalite.config.load import load_config
 from megalite.core.layout import Layout
@@ -317,12 +317,6 @@ def test_copies_of_a_model_have_one_digest_and_others_another(tmp_path):
 
 
 # ---- a rank that can't take part tells the others
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_rank_of_another_host_says_why_it_does_not_come(monkeypatch):

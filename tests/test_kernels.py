@@ -42,6 +42,10 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="needs CUDA")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
 def make_spec(dim: int, window: int | None = None, softcap: float | None = None) -> AttentionSpec:
     return AttentionSpec(layer=0, scale=1.3 / math.sqrt(dim), window=window, softcap=softcap)
 

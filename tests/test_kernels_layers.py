@@ -6,13 +6,12 @@ tests are skipped. What a kernel must write holds NaN before, what it must not t
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton, roundable
+from test_kernels import CUDA, DEVICE, needs_cuda, needs_triton, randn, roundable
 from tiny_models import VOCAB
 
 from megalite.core import functional, layers, linear
@@ -34,10 +33,6 @@ UNIT = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 DTYPES = list(UNIT)
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
 def check(got: torch.Tensor, exact: torch.Tensor, steps: int = 1) -> None:
     """Equal but for `steps` roundings of numbers of this size."""
     unit = UNIT[got.dtype] * steps
@@ -54,7 +49,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor, eps: float, zero_centred: bool
 def poisoned(monkeypatch):
     """What a kernel allocates holds NaN."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
 
 
 @needs_triton

@@ -6,32 +6,21 @@ Compiled where there is a CUDA device, under Triton's interpreter where there is
 from __future__ import annotations
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
+from plain_sampler import uniform
+from test_kernels import CUDA, DEVICE, needs_triton  # first: it chooses the interpreter
+from test_sampler import Engine, make_row, random_masks
 
-CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton and the kernels are imported
+from megalite.config.schema import SamplingParams
+from megalite.inference import draws
+from megalite.inference.device_sampler import DeviceSampler
+from megalite.kernels import penalties, sampling, weights
+from megalite.kernels.jit import jit, tl
 
-from plain_sampler import uniform  # noqa: E402
-from test_sampler import Engine, make_row, random_masks  # noqa: E402
-
-from megalite.config.schema import SamplingParams  # noqa: E402
-from megalite.inference import draws  # noqa: E402
-from megalite.inference.device_sampler import DeviceSampler  # noqa: E402
-from megalite.kernels import penalties, sampling, weights  # noqa: E402
-from megalite.kernels.jit import jit, tl  # noqa: E402
-
-DEVICE = "cuda" if CUDA else "cpu"
-interpreted = type(sampling._draw_kernel).__name__ == "InterpretedFunction"
-old_numpy = tuple(int(part) for part in np.__version__.split(".")[:2]) < (2, 4)  # Triton 3.6's interpreter wants it
-pytestmark = pytest.mark.skipif(
-    not (CUDA or (interpreted and old_numpy)),
-    reason="needs CUDA, or numpy < 2.4 and Triton imported with TRITON_INTERPRET=1",
-)
+pytestmark = needs_triton
 INF = math.inf
 
 

@@ -10,17 +10,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_kernels import CUDA, DEVICE, equal_lines, needs_cuda, needs_triton  # noqa: F401
+from test_kernels import CUDA, DEVICE, equal_lines, needs_cuda, needs_triton, randn  # noqa: F401
 
 from megalite.core.functional import ACTIVATIONS
 from megalite.kernels.jit import launches_dependents
 from megalite.kernels.thin import MAX_ROWS, Tile, thin_linear, tile_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
 
 
 def formula(x, weight, *, bias=None, norm=None, gated=None, residual=None, dtype=torch.float64):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ import pytest
 import two_hosts
 from forks import Ended
 from started import Started
-from waiting import PATIENCE, wait_until
+from waiting import PATIENCE, free_port, wait_until
 
 from megalite.errors import ConfigError
 from megalite.run import hosts, launcher
@@ -30,12 +29,6 @@ DOOR, WATCHED, JOINED = HERE / "door.py", HERE / "watched_rank.py", HERE / "join
 
 
 REALLY = pytest.mark.skipif(two_hosts.missing() is None, reason="test_two_hosts.py does it on two hosts")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def loading(run: Started, rank: int) -> Process:

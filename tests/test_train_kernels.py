@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from test_kernels import CUDA, DEVICE, needs_triton  # first: it chooses the interpreter
+from test_kernels import CUDA, DEVICE, needs_triton, randn  # first: it chooses the interpreter
 
 from megalite.core import fused
 from megalite.core.layout import Layout
@@ -97,15 +95,11 @@ def test_logits_that_were_overwritten_are_not_used_again(monkeypatch):
         found.backward()
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, device=DEVICE).to(dtype)
-
-
 @pytest.fixture
 def poisoned(monkeypatch):
     """What a kernel allocates holds NaN."""
     empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(torch.nan))
 
 
 def check(found, leaves, exact, exact_leaves):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 
 PATIENCE = 300.0
 """Seconds for anything that a machine without other work does at once: a busy one may need minutes."""
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_until(true: Callable[[], object], what: str, within: float = PATIENCE) -> None:
