@@ -8,7 +8,6 @@ stream must be that of an undisturbed run. Says what it measured, and exits 1 if
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 from serve_demo import Demo, demo
+from served import after, stream
 
 from megalite.run.processes import Process, descendants, die_with_parent
 
@@ -36,34 +36,10 @@ def expect(fine: bool, what: str) -> None:
         problems.append(what)
 
 
-async def stream(http: httpx.AsyncClient, seed: int, heard: Callable[[], None] = lambda: None) -> Any:
-    """Texts, tokens and ends of the samples of a request."""
-    samples: list[Any] = [["", [], None] for _ in range(1 + seed % 2)]
-    body = {**BODY, "prompt": f"def f{seed}(", "n": len(samples), "seed": seed, "logprobs": 1, "stream": True}
-    async with http.stream("POST", "/v1/completions", json=body) as answer:
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {"):
-                heard()
-                value = json.loads(line.removeprefix("data: "))
-                for choice in value.get("choices", []):
-                    own = samples[choice["index"]]
-                    own[0] += choice["text"]
-                    own[1] += (choice["logprobs"] or {}).get("tokens", [])
-                    own[2] = choice["finish_reason"] or own[2]
-    return samples
-
-
 async def streams(http: httpx.AsyncClient, then: Callable[[], None] = lambda: None, at: int = 200) -> list[Any]:
     """All at once; `then` is called when so many events have come."""
-    left = at
-
-    def heard() -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            then()
-
-    return list(await asyncio.gather(*(stream(http, seed, heard) for seed in range(STREAMS))))
+    asked, heard = [{**BODY, "prompt": f"def f{seed}("} for seed in range(STREAMS)], after(at, then)
+    return list(await asyncio.gather(*(stream(http, one, seed, heard) for seed, one in enumerate(asked))))
 
 
 def doors(server: Demo) -> list[Process]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -55,31 +56,35 @@ class Served:
 
     async def stream(self, place: int, heard: Callable[[], None]) -> list[Any]:
         """Text, log-probabilities and end of each sample; `heard` is called for each event."""
-        samples: list[Any] = [["", [], None] for _ in range(1 + place % 2)]
-        asked = {"prompt": f"prompt {place}", "n": len(samples), "max_tokens": TOKENS, "seed": place, "logprobs": 1}
-        body = {**asked, "stream": True, "ignore_eos": True}
-        async with self.client.stream("POST", "/v1/completions", json=body) as answer:
-            async for line in answer.aiter_lines():
-                if line.startswith("data: {"):
-                    heard()
-                    for choice in json.loads(line.removeprefix("data: "))["choices"]:
-                        own = samples[choice["index"]]
-                        own[0] += choice["text"]
-                        own[1] += (choice["logprobs"] or {}).get("tokens", [])
-                        own[2] = choice["finish_reason"] or own[2]
-        return samples
+        asked = {"prompt": f"prompt {place}", "max_tokens": TOKENS, "ignore_eos": True}
+        return await stream(self.client, asked, place, heard)
 
     async def streams(self, at: int = 0, then: Callable[[], None] = lambda: None) -> list[Any]:
         """20 streams at once; `then` is called once, when that many events have come."""
-        left = at
-
-        def heard() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                then()
-
+        heard = after(at, then)
         return await asyncio.gather(*(self.stream(place, heard) for place in range(20)))
+
+
+async def stream(client: httpx.AsyncClient, asked: dict[str, Any], seed: int, heard: Callable[[], None]) -> list[Any]:
+    """Text, tokens and end of each of one or two samples, by the seed; `heard` is called for each event."""
+    samples: list[Any] = [["", [], None] for _ in range(1 + seed % 2)]
+    body = {**asked, "n": len(samples), "seed": seed, "logprobs": 1, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {"):
+                heard()
+                for choice in json.loads(line.removeprefix("data: ")).get("choices", []):
+                    own = samples[choice["index"]]
+                    own[0] += choice["text"]
+                    own[1] += (choice["logprobs"] or {}).get("tokens", [])
+                    own[2] = choice["finish_reason"] or own[2]
+    return samples
+
+
+def after(count: int, then: Callable[[], None]) -> Callable[[], None]:
+    """A function whose call number `count` calls `then`."""
+    calls = itertools.count(1)
+    return lambda: then() if next(calls) == count else None
 
 
 def ranks(server: Program, replica: int) -> list[Process]:
