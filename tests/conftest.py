@@ -17,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# What was compiled is kept, also where the environment says otherwise: the tests start hundreds of Pythons.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
@@ -27,12 +31,14 @@ settings.register_profile("same", settings.get_profile("search"), derandomize=Tr
 settings.load_profile("same")
 
 LONGEST = (
-    *("test_engine_matrix", "test_faults", "test_engine", "test_guide", "test_hybrid", "test_state", "test_trainer"),
-    *("test_infer_job", "test_llm", "test_launcher", "test_train_runs", "test_train", "test_serve_job", "test_hf"),
-    *("test_serve_clients", "test_watchdog", "test_serve_fleet", "test_convert", "test_hybrid_demo", "test_wheel"),
-    *("test_rewards", "test_console", "test_bench_gpu", "test_streaming", "test_lora", "test_demo"),
+    *("test_engine", "test_two_hosts", "test_engine_matrix", "test_faults", "test_hybrid", "test_guide"),
+    *("test_train_runs", "test_state", "test_train", "test_llm", "test_infer_job", "test_convert", "test_trainer"),
+    *("test_serve_clients", "test_watchdog", "test_lora_jobs", "test_hybrid_demo", "test_serve_job", "test_hf"),
+    *("test_rewards", "test_lora", "test_wheel", "test_shards", "test_bench_gpu", "test_launcher", "test_tools"),
+    *("test_imports", "test_bad_input", "test_serve_fleet", "test_grammar_engine", "test_console", "test_quantized"),
+    *("test_lora_training", "test_streaming", "test_import_deepspeed", "test_scheduler_histories", "test_demo"),
 )
-"""The files that take most of the time, in this order."""
+"""The files that take most of the time, in this order; the second waits more than it computes."""
 _pools = None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import ctypes
+import gc
 import os
 import runpy
 import select
@@ -158,6 +159,7 @@ def main(address: str) -> None:
             preload, program = link.recv()
             for name in preload:
                 import_module(name)
+            gc.freeze()  # what was imported stays, and is shared by all forks until a collection looks at it
             supervisors += 1
             if os.fork() == 0:
                 _supervise(link, *program)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import pickle
 import shutil
@@ -66,6 +67,7 @@ def _serve_forks(pipe: Connection, preload: Sequence[str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks when it is imported; the ranks are on the CPU
     for name in preload:
         import_module(name)
+    gc.freeze()  # what was imported stays, and is shared by all ranks until a collection looks at it
     while True:
         try:
             size, address = pipe.recv()

@@ -28,6 +28,8 @@ PAGES = [ROOT / "docs" / name for name in ("guide.md", "guide.zh.md")]
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n\n?)?```console\n(?P<body>.*?)```\n", re.DOTALL)
 NUMBER = re.compile(r"\b[0-9a-f]{10,}\b|\d[\d.,]*(e-?\d+)?\s?([KMGT]i?B/s|[KMGT]i?B|B/s|B\b|%|ms\b|us\b|s\b)?")
 PRELOAD = ("megalite.serve.front", "megalite.serve.worker", "megalite.tools.plan")
+NEEDED = {"accelerate": ("transformers.models.qwen3.modeling_qwen3", "megalite.tools.benchmarks.device_map")}
+"""What else is imported before the commands of a block that needs a package."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +74,13 @@ def compared(command: Command) -> list[str]:
 
 
 class Shell:
-    """Runs the commands of one block in bash; Python's as forks, unless `imports`: what they import must come first."""
+    """Runs the commands of one block in bash; Python's as forks."""
 
-    def __init__(self, forks: Forks, place: Path, *, imports: bool):
+    def __init__(self, forks: Forks, place: Path, needs: str | None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self._forks, self._imports = forks, imports
+        self._forks, self._preload = forks, (*PRELOAD, *NEEDED.get(needs or "", ()))
         self._real = {"8000": port, "/tmp/": f"{place}/"}
         self._running: list[Program] = []
 
@@ -93,10 +95,10 @@ class Shell:
 
     def _run(self, command: str) -> tuple[int, str]:
         words = shlex.split(command)
-        if words[0] == "python" and not self._imports:
+        if words[0] == "python":
             background = words[-1] == "&"
             start = [ROOT / words[1], *(words[2:-1] if background else words[2:])]
-            program = self._forks.start(*start, preload=PRELOAD, XDG_CACHE_HOME=self._real["/tmp/"])
+            program = self._forks.start(*start, preload=self._preload, XDG_CACHE_HOME=self._real["/tmp/"])
             if background:
                 wait_until(lambda: "listening at" in program.err, "its address")
                 self._running.append(program)
@@ -139,9 +141,7 @@ def test_a_block_runs_and_prints_what_is_shown(number: int, forks: Forks, tmp_pa
     block = blocks(PAGES[0])[number]
     if block.needs and not find_spec(block.needs):
         pytest.skip(f"needs {block.needs}")
-    for command, output in zip(
-        block.commands, printed_by(block, Shell(forks, tmp_path, imports=bool(block.needs))), strict=True
-    ):
+    for command, output in zip(block.commands, printed_by(block, Shell(forks, tmp_path, block.needs)), strict=True):
         if command.words == "echo $?":
             assert command.shown == (output.strip(),)
         for line in compared(command):
@@ -161,9 +161,7 @@ def refresh(forks: Forks, place: Path) -> None:
     """Put what the commands print now in the place of what the pages show, line by line."""
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for block in blocks(PAGES[0]):
-        for command, output in zip(
-            block.commands, printed_by(block, Shell(forks, place, imports=bool(block.needs))), strict=True
-        ):
+        for command, output in zip(block.commands, printed_by(block, Shell(forks, place, block.needs)), strict=True):
             left, lines = output.splitlines(), []
             for line in command.shown:
                 found = None if line == "..." else match(line, left)

@@ -66,7 +66,7 @@ def add_arguments(parser: toolkit.Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="megalite-bench-") as folder:
-        spawn(rank_main, args.ranks, folder, args)
+        spawn(rank_main, args.ranks, folder, args, fork=args.device == "cpu")
         figures = [Figures(**one) for one in json.loads(Path(folder, "figures").read_text())]
     dtype = str(ITEM[args.device]).removeprefix("torch.")
     print(f"{args.hidden} > {args.intermediate} > {args.hidden}, {dtype}, {args.ranks} ranks, {args.device}\n")

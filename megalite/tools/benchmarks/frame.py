@@ -100,12 +100,15 @@ class LayoutTask:
         )
 
 
-def spawn(rank_main: Callable[..., None], ranks: int, *arguments: Any) -> None:
-    """Run `rank_main(rank, *arguments)` in so many processes of one thread each; see `join`."""
+def spawn(rank_main: Callable[..., None], ranks: int, *arguments: Any, fork: bool = False) -> None:
+    """Run `rank_main(rank, *arguments)` in so many processes of one thread each; see `join`.
+
+    `fork`: as forks, which import nothing anew, of a process that has computed nothing; not for CUDA.
+    """
     import torch.multiprocessing
 
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.multiprocessing.spawn(rank_main, arguments, ranks)
+    torch.multiprocessing.start_processes(rank_main, arguments, ranks, start_method="fork" if fork else "spawn")
 
 
 def join(folder: str | Path, rank: int, ranks: int, backend: str = "gloo") -> None:

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.layers < 2:
         raise ConfigError(Problem(key="--layers", value=args.layers, rule="must be >= 2: some layouts have two stages"))
     with tempfile.TemporaryDirectory(prefix="megalite-bench-") as folder:
-        spawn(rank_main, RANKS, folder, args.layers, int(args.bucket * MIB), args.rounds)
+        spawn(rank_main, RANKS, folder, args.layers, int(args.bucket * MIB), args.rounds, fork=True)
         figures = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]
     size = local_elements(model_of(args.layers), Layout(), 0) * 2
     bucket = format_bytes(int(args.bucket * MIB))
