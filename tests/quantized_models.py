@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 GROUP = 32
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD = 64, 5 * GROUP, 2, 4, 2, 32
@@ -31,6 +31,16 @@ class Kind:
     """quantization_config."""
     make: Callable[[np.random.Generator, int, int], tuple[Tensors, np.ndarray]]
     """(rng, rows, columns) -> stored tensors, dense weight float32."""
+    head: bool = False
+    """The output head is stored so too."""
+
+
+def with_head(kind: Kind) -> Kind:
+    """The same with a head in codes, as config.json says it of the kind."""
+    config = {**kind.config}
+    for key in config.keys() & {"ignore", "modules_to_not_convert"}:
+        config[key] = [name for name in config[key] if name != "lm_head"]
+    return Kind(config if "ignore" in config else {**config, "lm_head": True}, kind.make, head=True)
 
 
 def grouped(rng, rows, columns, group, bits, *, symmetric, act_order=False):
@@ -39,7 +49,7 @@ def grouped(rng, rows, columns, group, bits, *, symmetric, act_order=False):
     groups = columns // group
     codes = rng.integers(0, 1 << bits, (rows, columns))
     middle = 1 << (bits - 1)
-    zeros = np.full((rows, groups), middle) if symmetric else rng.integers(1, 1 << bits, (rows, groups))
+    zeros = np.full((rows, groups), middle) if symmetric else rng.integers(0, 1 << bits, (rows, groups))
     scales = (rng.uniform(0.5, 1.5, (rows, groups)) * 2.5 / (1 << bits) / columns**0.5).astype(np.float16)
     index = np.arange(columns) // group
     if act_order:
@@ -61,16 +71,20 @@ def tensor(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(values))
 
 
-def gptq(bits=4, group=GROUP, *, symmetric=True, act_order=False, version=1) -> Kind:
+def gptq(bits=4, group=GROUP, *, symmetric=True, act_order=False, version=1, bias=False) -> Kind:
+    """`version` 1: zero points are less by one, subtracted from the words. `bias`: of zeros, which old tools wrote."""
+
     def make(rng, rows, columns):
         codes, zeros, scales, index, dense = grouped(
             rng, rows, columns, group, bits, symmetric=symmetric, act_order=act_order
         )
+        less = (version == 1) * {4: 0x11111111, 8: 0x01010101}[bits]
         return {
             "qweight": pack(codes.T, bits, 0),
-            "qzeros": pack((zeros - (version == 1)).T, bits, 1),
+            "qzeros": pack(zeros.T, bits, 1) - less,
             "scales": tensor(scales.T),
             "g_idx": tensor(index.astype(np.int32)),
+            **({"bias": torch.zeros(rows, dtype=torch.float16)} if bias else {}),
         }, dense
 
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "sym": symmetric}
@@ -98,9 +112,11 @@ def compressed(format: str, weights: dict[str, Any], make, inputs: dict[str, Any
     return Kind(config, make)
 
 
-def packed(bits=4, group=GROUP, *, symmetric=True) -> Kind:
+def packed(bits=4, group=GROUP, *, symmetric=True, act_order=False) -> Kind:
     def make(rng, rows, columns):
-        codes, zeros, scales, _, dense = grouped(rng, rows, columns, group, bits, symmetric=symmetric)
+        codes, zeros, scales, index, dense = grouped(
+            rng, rows, columns, group, bits, symmetric=symmetric, act_order=act_order
+        )
         stored = {
             "weight_packed": pack(codes, bits, 1),
             "weight_scale": tensor(scales.astype(np.float32)),
@@ -108,10 +124,13 @@ def packed(bits=4, group=GROUP, *, symmetric=True) -> Kind:
         }
         if not symmetric:
             stored["weight_zero_point"] = pack(zeros, bits, 0)
+        if act_order:
+            stored["weight_g_idx"] = tensor(index.astype(np.int32))
         return stored, dense
 
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
     weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    weights |= {"actorder": "group"} if act_order else {}
     return compressed("pack-quantized", weights, make)
 
 
@@ -157,30 +176,32 @@ def by_scalar() -> Kind:
     return Kind({"quant_method": "fp8", "activation_scheme": "dynamic"}, make)
 
 
-def by_block() -> Kind:
+def by_block(width=GROUP) -> Kind:
     def make(rng, rows, columns):
         codes = element_codes(rng, rows, columns)
-        scale = scale_of(rng, columns, (-(-rows // GROUP), -(-columns // GROUP)))
-        wide = scale.repeat(GROUP, 0)[:rows].repeat(GROUP, 1)[:, :columns]
+        scale = scale_of(rng, columns, (-(-rows // GROUP), -(-columns // width)))
+        wide = scale.repeat(GROUP, 0)[:rows].repeat(width, 1)[:, :columns]
         return {"weight": codes, "weight_scale_inv": tensor(scale)}, codes.float().numpy() * wide
 
-    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]}
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [GROUP, width]}
     return Kind({**config, "modules_to_not_convert": ["lm_head", "gate"]}, make)
 
 
 KINDS: dict[str, Kind] = {
     "gptq": gptq(),
     "gptq_8_bits_v2": gptq(8, version=2, symmetric=False),
-    "gptq_one_group": gptq(group=-1, symmetric=False),
-    "gptq_act_order": gptq(act_order=True, symmetric=False),
-    "awq": awq(),
-    "packed_4": packed(),
-    "packed_4_zeros": packed(symmetric=False),
+    "gptq_one_group": gptq(group=-1, symmetric=False, bias=True),
+    "gptq_act_order": with_head(gptq(act_order=True, symmetric=False)),
+    "awq": with_head(awq()),
+    "packed_4": with_head(packed()),
+    "packed_4_zeros": with_head(packed(symmetric=False)),
+    "packed_act_order": packed(symmetric=False, act_order=True),
     "packed_8_rows": packed(8, -1),
     "fp8_rows": by_row(),
     "fp8_static": by_matrix(),
     "fp8_scalar": by_scalar(),
     "fp8_blocks": by_block(),
+    "fp8_uneven": with_head(by_block(2 * GROUP)),
     "int8_rows": by_row(torch.int8),
 }
 
@@ -221,7 +242,10 @@ def write(kind: str, quantized: Path, dense: Path, *, family: str = "llama", dty
         numbers[f"{name}.weight"] = tensor(weight).to(getattr(torch, dtype))
 
     plain("model.embed_tokens.weight", rng.standard_normal((VOCAB, HIDDEN)) * 0.4)
-    plain("lm_head.weight", rng.standard_normal((VOCAB, HIDDEN)) * 3 / HIDDEN**0.5)
+    if KINDS[kind].head:
+        matrix("lm_head", VOCAB, HIDDEN)
+    else:
+        plain("lm_head.weight", rng.standard_normal((VOCAB, HIDDEN)) * 3 / HIDDEN**0.5)
     plain("model.norm.weight", rng.normal(1, 0.3, HIDDEN))
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
@@ -248,6 +272,23 @@ def _save(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
+
+
+CACHE_SCHEME = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+CACHE_SCALES = 0.013, 0.0071
+"""Of the first layer's keys and values; of the second twice as much."""
+
+
+def with_cache_scales(folder: Path, out: Path, names=("k_scale", "v_scale"), scheme: Any = CACHE_SCHEME) -> None:
+    """A copy of a model with scales of keys and values of each layer, and one of queries, which is not used."""
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(LAYERS):
+        for index, name in enumerate((*names, "q_scale")):
+            scale = torch.tensor((*CACHE_SCALES, 1.0)[index]) * (layer + 1)
+            tensors[f"model.layers.{layer}.self_attn.{name}"] = scale.view(1) if index else scale
+    values = json.loads((folder / "config.json").read_text())
+    values["quantization_config"]["kv_cache_scheme"] = scheme
+    _save(out, tensors, values)
 
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)

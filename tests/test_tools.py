@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from hub_server import Hub
 from random_models import Sizes, contents, write_model
 from waiting import PATIENCE, wait_until
@@ -18,6 +20,7 @@ from waiting import PATIENCE, wait_until
 from megalite.convert.convert import convert
 from megalite.convert.verify import verify
 from megalite.core.layout import Layout
+from megalite.tokenizer import Tokenizer
 from megalite.weights import manifest as manifests
 from megalite.weights.shards import JOURNAL
 
@@ -62,6 +65,29 @@ def test_a_round_trip_of_the_demo_model(tool, tmp_path):
     sizes = [path.stat().st_size for path in c.glob("*.safetensors")]
     assert len(sizes) == 3 and max(sizes) < 8.1e6
     assert {path.name for path in DEMO.glob("*token*")} == {path.name for path in c.glob("*token*")}
+
+
+def test_the_perplexity_of_a_quantized_model(tool, tmp_path):
+    """`verify --text`, against transformers."""
+    from reference import load
+
+    out, text = tmp_path / "int8", tmp_path / "text"
+    text.write_text((DEMO / "README.md").read_text()[:900])
+    tool("convert", "--model", DEMO, "--quantize", "int8", "--out", out)
+    said = tool("verify", out, "--against", DEMO, "--text", text).splitlines()
+    assert (
+        sum("rounding error" in line for line in said) == 8 * 7 and f"{out}: all is well; 1 weight file, " in said[-1]
+    )
+    ids = torch.tensor(Tokenizer.load(DEMO).encode(text.read_text()))
+    want = []
+    for folder in (out, DEMO):
+        logprobs = load(folder)(ids[None]).logits[0, :-1].log_softmax(-1)
+        want.append((-logprobs.gather(1, ids[1:, None]).double().mean()).exp().item())
+    line = next(line for line in said if "perplexity" in line)
+    found = re.fullmatch(rf"note: perplexity of {text} \((\d+) tokens\): (\S+), of {DEMO} (\S+) \((\S+)%\)", line)
+    assert found is not None and int(found[1]) == len(ids) - 1 <= 1023
+    assert [float(found[2]), float(found[3])] == pytest.approx(want, rel=1e-4)
+    assert float(found[4]) == pytest.approx(100 * (want[0] / want[1] - 1), abs=0.02)
 
 
 def test_a_model_of_the_hub_with_all_that_belongs_to_it(tool, tmp_path):

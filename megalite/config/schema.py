@@ -102,7 +102,8 @@ class EngineSection:
     swap_space: float = key(0.0, at_least=0, unit="GiB")
     """Host memory per rank for swapped-out KV blocks, GiB; 0: preempted requests are recomputed."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """auto: keys and values are kept in the model's data type; fp8: in float8 e4m3, half as large as bfloat16."""
+    """auto: keys and values are kept in the model's data type, whatever the checkpoint says; fp8: in float8 e4m3, half
+    as large as bfloat16, divided by the checkpoint's `k_scale` and `v_scale` where it has them."""
     block_size: int = key(16, at_least=1, at_most=1024)
     """Tokens in one KV cache block; a power of two."""
     max_num_seqs: int = key(256, at_least=1)

@@ -83,7 +83,7 @@ _NO_FUNCTIONS = "the sampler runs no functions; see logit_bias, allowed_token_id
 _LLM_REFUSED = _refused(
     ("allowed_local_media_path mm_processor_kwargs", "only text goes in here", (None, False, {}, "")),
     ("additional_config", "there is nothing that reads it", (None, {})),
-    ("calculate_kv_scales", "keys and values are not scaled"),
+    ("calculate_kv_scales", "scales of keys and values are the checkpoint's"),
     ("chat_template", "give it to chat(..., chat_template=...)", (None,)),
     ("config_format", "a model folder is in Hugging Face layout", (None, "auto", "hf")),
     ("convert", _GENERATE, (None, "auto", "none")),

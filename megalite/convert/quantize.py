@@ -27,6 +27,7 @@ from megalite.files import as_json
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.weights import side_files
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, matrices
@@ -85,7 +86,9 @@ def quantize(
     whole = out.with_name(f".{out.name}.quantized")
     _write_folder(source, target, values, whole, dtype, scales, True, ByteProgress())
     try:
-        return write_shards(open_checkpoint(whole), layout, out, **how)
+        written = write_shards(open_checkpoint(whole), layout, out, **how)
+        written.notes = (*written.notes, *(scales.notes if scales is not None else ()))
+        return written
     finally:
         shutil.rmtree(whole, ignore_errors=True)
 
@@ -113,7 +116,7 @@ def _scales(source: Checkpoint, target: ModelConfig, prompts: Path, kind: str, d
         rounded: torch.Tensor = (grouped / steps).round_().clamp_(-middle, middle - 1).mul_(steps)
         return rounded.flatten(1)
 
-    formats = {(layer, weight): format for layer, weight, format in target.quantization.formats}
+    formats = {(stage, weight): format for stage, weight, format in target.quantization.formats}
     return search(source.folder, prompts, round_trip, formats)
 
 
@@ -127,14 +130,17 @@ def quantization_config(model: ModelConfig, kind: str, group: int | None) -> dic
     weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
     inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if kind == "fp8" else None}
-    kept = (".router", ".rates.weight")  # small, and what they decide is not: see `GatedDelta.rates`
+    kept = ("head.weight", ".router", ".shared_scale", ".rates.weight")  # small, but the first: see `GatedDelta.rates`
     numbers = [piece.hf.removesuffix(".weight") for piece in pieces(model) if piece.param.endswith(kept)]
+    per_tensor = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    has_scales = any(kind.cache_scales for kind in model.of(SoftmaxAttention))
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized" if kind == "fp8" else "pack-quantized",
+        "kv_cache_scheme": per_tensor if has_scales else None,
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
-        "ignore": ["lm_head", *numbers],
+        "ignore": list(dict.fromkeys(["lm_head", *numbers])),
     }
 
 
@@ -182,7 +188,7 @@ def _write_folder(
             output.fill(file.name, converted(file))
         side_files.write(copies, out)
         output.finish(lambda: side_files.write(index_of(infos) if len(files) > 1 else {}, out))
-    output.written.notes = tuple(source.notes)
+    output.written.notes = (*source.notes, *(scales.notes if scales is not None else ()))
     return output.written
 
 
@@ -198,7 +204,7 @@ def _dtypes(
     format = target.quantization.formats[0][2]
     for piece in pieces(target):
         if piece.part is None:
-            dtypes[piece.hf] = usual or own[piece.hf]
+            dtypes[piece.hf] = own[piece.hf] if piece.exact or usual is None else usual
             continue
         formats[piece.hf] = piece.weight, piece.part.name, format
         scales = "F32" if isinstance(format, Elementwise) else usual or own[piece.weight]

@@ -6,29 +6,40 @@ are given more of the codes.
 The division is folded into what makes x, which must be linear in each channel: a norm's weight, the rows of `up` beside
 a gate, or the values that attention mixes. Alpha is searched, for all matrices that read one x, by the error of their
 outputs on given tokens (section 3.2, equations 4 and 5). Nothing is added to the checkpoint.
+
+Experts, shared expert and router of a mixture read one norm and share its scales; inside, each expert has its own. What
+an expert does counts by the tokens that are routed to it, times the weights that these give it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.convert.sample import read_prompts, tokenizer_of, whole_model, windows
-from megalite.core.formats import WeightFormat
+from megalite.core.formats import Stage, WeightFormat
+from megalite.core.functional import gated
 from megalite.errors import ConfigError, Problem
 from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Block
 from megalite.model.family_spec import WeightNames
-from megalite.model.kinds.base import Sublayer
+from megalite.model.kinds.base import LayerKind, Sublayer
 from megalite.model.kinds.dense import DenseMLP
+from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.latent import LatentAttention
 from megalite.model.kinds.softmax import SoftmaxAttention
+from megalite.model.layers.experts import MixtureOfExperts
 from megalite.weights.manifest import digest_of
 from megalite.weights.rounding import Elements
 from megalite.weights.table import hf_shapes
@@ -37,6 +48,8 @@ STEPS = 20
 """Of the search, from alpha 0, which is rounding to nearest, to nearly 1."""
 MOST_TOKENS = 16384
 """Of the prompts, in their order."""
+LEAST_TOKENS = 16
+"""Of an expert, for scales of what it computes inside."""
 Round = Callable[[Tensor], Tensor]
 """A matrix float32 [N, K] -> the numbers that its codes will stand for."""
 
@@ -50,6 +63,14 @@ class Scales:
     norms: dict[str, Elements] = field(default_factory=dict)
     """Of weights of norms; those that are zero-centred are multiplied after 1 was added."""
     zero_centred: bool = False
+    left: Counter[str] = field(default_factory=Counter)
+    """What has no scales, and how often it is so."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of it."""
+        listed = ", ".join(f"{what} ({count})" for what, count in sorted(self.left.items()))
+        return [f"rounded without scales by activations: {listed}"] if listed else []
 
     def applied(self, name: str, values: Elements) -> Elements:
         """A tensor float32 as the scaled model has it."""
@@ -72,7 +93,7 @@ class Scales:
 
 
 @torch.no_grad()
-def search(folder: Path, prompts: Path, round_trip: Round, formats: Mapping[tuple[int, str], WeightFormat]) -> Scales:
+def search(folder: Path, prompts: Path, round_trip: Round, formats: Mapping[tuple[Stage, str], WeightFormat]) -> Scales:
     """Scales of a model's matrices for the inputs that it has on prompts.
 
     `formats`: of those that are to be rounded, by layer and the family's name. ConfigError if there are no prompts.
@@ -83,7 +104,7 @@ def search(folder: Path, prompts: Path, round_trip: Round, formats: Mapping[tupl
     pieces = pieces[: next((i + 1 for i in range(len(pieces)) if sum(map(len, pieces[: i + 1])) >= MOST_TOKENS), None)]
     if not pieces:
         raise ConfigError(Problem(key="--calibrate", rule="holds no prompts", value=str(prompts)))
-    found = Scales(zero_centred=model.zero_centred)
+    found, shapes = Scales(zero_centred=model.zero_centred), hf_shapes(model)
     contexts = [PackedAttention([len(ids)]) for ids in pieces]
     assert decoder.embed is not None
     streams = [decoder.embed(torch.tensor(ids), ctx.positions) for ids, ctx in zip(pieces, contexts, strict=True)]
@@ -94,23 +115,28 @@ def search(folder: Path, prompts: Path, round_trip: Round, formats: Mapping[tupl
         inputs = _Inputs(block)
         streams = [block.whole(*one) for one in zip(streams, contexts, turns, strict=True)]
         inputs.remove()
-        _Layer(model, layer, block, inputs, found, round_trip, formats).scale()
+        _Layer(model, layer, block, inputs, found, round_trip, formats, shapes).scale()
     return found
 
 
 class _Inputs:
-    """Collects of the inputs of each linear of a block their Gram matrix and the mean magnitude of each channel."""
+    """Collects of the inputs of each linear of a block their Gram matrix and the mean magnitude of each channel; of
+    mixtures the inputs themselves."""
 
     def __init__(self, block: nn.Module):
         self.gram: dict[nn.Module, Tensor] = {}
+        self.given: dict[nn.Module, list[Tensor]] = {}
         self.sizes: dict[nn.Module, Tensor] = {}
         self.tokens: dict[nn.Module, int] = {}
-        linears = [one for part in block.modules() for one in _linears(part)]
-        self._hooks = [one.register_forward_pre_hook(self._see) for one in linears]
+        readers = [one for part in block.modules() for one in _readers(part)]
+        self._hooks = [one.register_forward_pre_hook(self._see) for one in readers]
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        self.gram[module] = self.gram.get(module, 0) + x.T @ x
+        if isinstance(module, MixtureOfExperts):
+            self.given.setdefault(module, []).append(x)
+        else:
+            self.gram[module] = self.gram.get(module, 0) + x.T @ x
         self.sizes[module] = self.sizes.get(module, 0) + x.abs().sum(0)
         self.tokens[module] = self.tokens.get(module, 0) + len(x)
 
@@ -123,8 +149,11 @@ class _Inputs:
             hook.remove()
 
 
-def _linears(module: nn.Module) -> list[nn.Module]:
-    return [one for name in ("qkv", "out", "up", "down") if isinstance(one := getattr(module, name, None), nn.Module)]
+def _readers(module: nn.Module) -> list[nn.Module]:
+    """A mixture, and the linears of a sublayer."""
+    names = ("qkv", "q_down", "q_up", "kv_down", "kv_up", "out", "up", "down", "shared_up", "shared_down")
+    linears = [one for name in names if isinstance(one := getattr(module, name, None), nn.Module)]
+    return [module, *linears] if isinstance(module, MixtureOfExperts) else linears
 
 
 @dataclass
@@ -137,98 +166,208 @@ class _Layer:
     inputs: _Inputs
     found: Scales
     round_trip: Round
-    formats: Mapping[tuple[int, str], WeightFormat]
+    formats: Mapping[tuple[Stage, str], WeightFormat]
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the checkpoint's tensors."""
 
-    @property
+    @cached_property
     def names(self) -> WeightNames:
         return families.weight_names(self.model)
 
+    @cached_property
+    def heights(self) -> dict[str, int]:
+        """Rows of each weight."""
+        return {row.weight: row.split.total for row in self.model.layer_rows(self.layer)}
+
     def scale(self) -> None:
         parts = self.model.layers[self.layer].sublayers
+        known = [part for part in parts if _is_known(part) and self._rounds(part)]
+        self.found.left.update(type(part.kind).__name__ for part in parts if part not in known)
         for norm in dict.fromkeys(part.norm for part in parts if part.norm is not None):
             readers = [part for part in parts if part.norm == norm]
-            if all(_reads_plainly(part) for part in readers) and all(self._rounds(part) for part in readers):
+            if all(part in known for part in readers):
                 self._behind_norm(norm, readers)
-        for part in parts:
-            if isinstance(part.kind, SoftmaxAttention) and _reads_plainly(part) and self._rounds(part):
+            else:
+                mine = (type(part.kind).__name__ for part in readers if part in known)
+                self.found.left.update(f"inputs of {kind}, whose norm others read too" for kind in mine)
+        for part in known:
+            if isinstance(part.kind, SoftmaxAttention):
                 self._behind_values(part.name, part.kind)
-            elif isinstance(part.kind, DenseMLP) and part.kind.gated and self._rounds(part):
-                self._behind_up(part.name, part.kind)
+            elif isinstance(part.kind, LatentAttention):
+                self._behind_latents(part.name, part.kind)
+            elif isinstance(part.kind, Experts):
+                self._behind_ups_of_experts(part.name, part.kind)
+            elif isinstance(part.kind, DenseMLP) and part.kind.gated:
+                self._behind_up(self._module(part.name, "down"))
+            else:
+                self.found.left["down of an MLP without a gate"] += 1
 
     def _rounds(self, part: Sublayer) -> bool:
-        rows = [row for row in part.kind.rows(self.model.hidden_size) if row.linear]
+        rows = [row for row in part.kind.rows(self.model.hidden_size) if row.linear and row.weight != "router"]
         return all((self.layer, row.weight) in self.formats for row in rows)
 
     def _module(self, part: str, name: str) -> nn.Module:
         return getattr(getattr(self.block, part), name)  # type: ignore[no-any-return]
 
-    def _hf(self, weight: str) -> str:
-        return self.names.tensors[weight].hf.format(layer=self.layer)
+    def _mixture(self, part: str) -> MixtureOfExperts:
+        found = getattr(self.block, part)
+        assert isinstance(found, MixtureOfExperts)
+        return found
+
+    def _hf(self, weight: str, expert: int | None = None) -> str:
+        return self.names.tensors[weight].hf.format(layer=self.layer, expert=expert)
 
     def _behind_norm(self, norm: str, readers: Sequence[Sublayer]) -> None:
-        """q, k and v, or gate and up, or all of them where they read one norm."""
-        first = {part.name: "qkv" if isinstance(part.kind, SoftmaxAttention) else "up" for part in readers}
-        modules = [self._module(*one) for one in first.items()]
-        scales = self._search(modules, self.inputs.size(modules[0]))
+        """All matrices that read a norm."""
+        size = self.inputs.size(self._linears(readers[0])[0])
+        scales = self._search(chain.from_iterable(map(self._terms, readers)), size)
         for part in readers:
-            inside = ("q", "k", "v") if isinstance(part.kind, SoftmaxAttention) else ("gate", "up")
-            for weight in inside:
-                if weight in self.names.tensors:
-                    self._columns(weight, scales)
+            if isinstance(part.kind, Experts):
+                for expert in range(part.kind.num_experts):
+                    self._columns(("expert_gate", "expert_up"), scales, expert)
+            self._columns(_reading(part.kind), scales)
+        self._norm(norm, scales)
+
+    def _norm(self, norm: str, scales: Tensor) -> None:
+        """Divide what a norm gives."""
         for weight in (norm, f"{norm}_bias"):
-            if weight in self.names.tensors:
+            if weight in self.heights:
                 self.found.norms[self._hf(weight)] = (1 / scales).numpy()
 
-    def _behind_up(self, part: str, kind: DenseMLP) -> None:
-        down = self._module(part, "down")
-        scales = self._search([down], self.inputs.size(down))
-        self._columns("down", scales)
-        self._rows("up", 1 / scales, before=("gate",))
+    def _linears(self, part: Sublayer) -> list[nn.Module]:
+        """What reads the norm of a sublayer."""
+        if isinstance(part.kind, Experts):
+            mixture = self._mixture(part.name)
+            return [mixture, *([mixture.shared_up] if mixture.shared_up is not None else [])]
+        if isinstance(part.kind, LatentAttention):
+            queries = "q_up" if part.kind.query_rank is None else "q_down"
+            return [self._module(part.name, queries), self._module(part.name, "kv_down")]
+        return [self._module(part.name, "qkv" if isinstance(part.kind, SoftmaxAttention) else "up")]
+
+    def _terms(self, part: Sublayer) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of a sublayer the matrices that read its norm, and the Gram matrices of what each is given."""
+        for reader in self._linears(part):
+            if not isinstance(reader, MixtureOfExperts):
+                yield self._term(reader)
+                continue
+            for expert, (x, weights) in enumerate(self._routed(reader)):
+                yield _matrix(reader, "up", expert), _gram(x * weights)
+
+    def _term(self, linear: nn.Module) -> tuple[Tensor, Tensor]:
+        return linear.get_parameter("weight"), self.inputs.gram[linear]
+
+    def _routed(self, mixture: MixtureOfExperts) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each expert the tokens that it is given, [T, K], and their weights, [T, 1]."""
+        x = torch.cat(self.inputs.given[mixture])
+        weights, experts = mixture.route(x)
+        for expert in range(mixture.num_experts):
+            token, slot = torch.where(experts == expert)
+            yield x[token], weights[token, slot, None]
+
+    def _behind_ups_of_experts(self, part: str, kind: Experts) -> None:
+        """Each expert's hidden channels, and those of the shared one."""
+        mixture = self._mixture(part)
+        for expert, (x, weights) in enumerate(self._routed(mixture)):
+            if len(x) < LEAST_TOKENS:
+                self.found.left[f"down of experts with fewer than {LEAST_TOKENS} tokens"] += 1
+                continue
+            up, down = _matrix(mixture, "up", expert), _matrix(mixture, "down", expert)
+            x, weights = (x * weights, torch.ones_like(weights)) if kind.router.weighs_input else (x, weights)
+            hidden = gated(F.linear(x, up), kind.activation)
+            scales = self._search([(down, _gram(hidden * weights))], hidden.abs().mean(0))
+            self._columns(("expert_down",), scales, expert)
+            self._rows("expert_up", 1 / scales, before=("expert_gate",), expert=expert)
+        if mixture.shared_down is not None:
+            self._behind_up(mixture.shared_down, "shared_")
+
+    def _behind_up(self, down: nn.Module, begin: str = "") -> None:
+        """A gated MLP's hidden channels; its weights' names begin so."""
+        scales = self._search([self._term(down)], self.inputs.size(down))
+        self._columns((f"{begin}down",), scales)
+        self._rows(f"{begin}up", 1 / scales, before=(f"{begin}gate",))
 
     def _behind_values(self, part: str, kind: SoftmaxAttention) -> None:
         """Query heads that share a KV head share its scales."""
         out = self._module(part, "out")
         shared = self.inputs.size(out).view(kind.kv_heads, -1, kind.head_dim).mean(1)
         group = kind.heads // kind.kv_heads
-        wide = self._search([out], shared[:, None].expand(-1, group, -1).flatten())
-        self._columns("attn_out", wide)
+        wide = self._search([self._term(out)], shared[:, None].expand(-1, group, -1).flatten())
+        self._columns(("attn_out",), wide)
         self._rows("v", 1 / wide.view(kind.kv_heads, group, -1)[:, 0].flatten(), before=("q", "k"))
 
-    def _columns(self, weight: str, scales: Tensor) -> None:
-        self.found.columns[self._hf(weight)] = scales.numpy()
+    def _behind_latents(self, part: str, kind: LatentAttention) -> None:
+        """Latent vectors have norms of their own; values are rows of what is made of them, behind each head's keys."""
+        if kind.query_rank is not None:
+            self._behind_own_norm("q_down_norm", self._module(part, "q_up"), kind.queries_name)
+        self._behind_own_norm("kv_down_norm", self._module(part, "kv_up"), "kv_up")
+        out = self._module(part, "out")
+        scales = self._search([self._term(out)], self.inputs.size(out))
+        self._columns(("attn_out",), scales)
+        by_head = 1 / scales.view(kind.heads, kind.value_dim)
+        self._rows("kv_up", F.pad(by_head, (kind.plain_dim, 0), value=1.0).flatten(), before=())
 
-    def _rows(self, weight: str, scales: Tensor, before: Sequence[str]) -> None:
+    def _behind_own_norm(self, norm: str, linear: nn.Module, weight: str) -> None:
+        scales = self._search([self._term(linear)], self.inputs.size(linear))
+        self._columns((weight,), scales)
+        self._norm(norm, scales)
+
+    def _columns(self, weights: Iterable[str], scales: Tensor, expert: int | None = None) -> None:
+        """Of those weights that there are."""
+        for weight in weights:
+            if weight in self.heights:
+                self.found.columns[self._hf(weight, expert)] = scales.numpy()
+
+    def _rows(self, weight: str, scales: Tensor, before: Sequence[str], expert: int | None = None) -> None:
         """Of a weight, and its bias, that lies behind others where these are in the same tensor."""
-        sizes = {row.weight: row.split.total for row in self.model.layer_rows(self.layer)}
         for suffix in ("", "_bias"):
-            if f"{weight}{suffix}" not in self.names.tensors:
+            if f"{weight}{suffix}" not in self.heights:
                 continue
-            name = self._hf(f"{weight}{suffix}")
-            fused = sum(sizes[one] for one in before if self._hf(f"{one}{suffix}") == name)
-            whole = np.ones(hf_shapes(self.model)[name][0], np.float32)
+            name = self._hf(f"{weight}{suffix}", expert)
+            fused = sum(self.heights[one] for one in before if self._hf(f"{one}{suffix}", expert) == name)
+            whole = np.ones(self.shapes[name][0], np.float32)
             whole[fused : fused + len(scales)] = scales.numpy()
             self.found.rows[name] = whole
 
-    def _search(self, modules: Sequence[nn.Module], size: Tensor) -> Tensor:
-        """The scales [K], of a grid over alpha, whose rounded matrices give the least error of outputs."""
-        weights = [module.get_parameter("weight") for module in modules]
-        gram = self.inputs.gram[modules[0]]
-        size = size.clamp(min=1e-4)
-        best, least = torch.ones_like(size), float("inf")
+    def _search(self, terms: Iterable[tuple[Tensor, Tensor]], size: Tensor) -> Tensor:
+        """The scales [K], of a grid over alpha, whose rounded matrices give the least error of outputs.
+
+        `terms`: matrices [N, K] and the Gram matrices [K, K] of their inputs; `size` [K]: mean magnitude of the inputs.
+        """
+        size, grid = size.clamp(min=1e-4), []
         for step in range(STEPS):
             scales = size ** (step / STEPS)
-            scales = (scales / (scales.max() * scales.min()).sqrt()).clamp(min=1e-4)
-            error = 0.0
-            for weight in weights:
+            grid.append((scales / (scales.max() * scales.min()).sqrt()).clamp(min=1e-4))
+        errors = [0.0] * STEPS
+        for weight, gram in terms:
+            for step, scales in enumerate(grid):
                 wrong = self.round_trip(weight * scales) / scales - weight
-                error += float(((wrong @ gram) * wrong).sum())
-            if error < least:
-                best, least = scales, error
-        return best
+                errors[step] += float(((wrong @ gram) * wrong).sum())
+        return grid[min(range(STEPS), key=errors.__getitem__)]
 
 
-def _reads_plainly(part: Sublayer) -> bool:
+def _reading(kind: LayerKind) -> tuple[str, ...]:
+    """The weights of a kind that read its norm, but for experts'."""
+    if isinstance(kind, Experts):
+        return "router", "shared_gate", "shared_up", "shared_scale"
+    if isinstance(kind, LatentAttention):
+        return kind.queries_name if kind.query_rank is None else "q_down", "kv_down"
+    return ("q", "k", "v") if isinstance(kind, SoftmaxAttention) else ("gate", "up")
+
+
+def _matrix(mixture: MixtureOfExperts, name: str, expert: int) -> Tensor:
+    """[gate and up, K], or down."""
+    stacked = mixture.get_parameter(name)
+    return stacked.view(mixture.num_experts, -1, stacked.shape[1])[expert]
+
+
+def _gram(x: Tensor) -> Tensor:
+    return x.T @ x
+
+
+def _is_known(part: Sublayer) -> bool:
     """Its only matrices are known here, and each has its own rows of a tensor."""
     if isinstance(part.kind, SoftmaxAttention):
-        return not part.kind.fused_by_head and not part.kind.gated
-    return isinstance(part.kind, DenseMLP)
+        return not part.kind.fused_by_head
+    if isinstance(part.kind, Experts):
+        return part.kind.stored == "apart" and part.kind.clamped is None and not part.kind.biases
+    return isinstance(part.kind, DenseMLP | LatentAttention)

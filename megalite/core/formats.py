@@ -17,11 +17,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 ALL = 0
 """One entry for all rows, or all columns."""
 FLOATS = ("F32", "F16", "BF16")
 INTS = ("I32", "I64")
+Stage = int | Literal["first", "last"]
+"""Global layer index, or the end of the model before or after its layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,8 @@ class Gptq(WeightFormat):
     act_order: bool = False
     """Columns are in groups by their importance, not by their place."""
     zero_offset: int = 1
-    """What is stored of a zero point is so much less (v1: 1, v2: 0)."""
+    """What is stored of a zero point is so much less (v1: 1, v2: 0), subtracted from the int32 that holds several: a
+    zero point of 0 borrows from the next."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -227,8 +231,8 @@ def _group_words(group: int) -> str:
 class Quantization:
     """Which matrices of a model are stored in which format; the others are numbers as they are."""
 
-    formats: tuple[tuple[int, str, WeightFormat], ...]
-    """Layer, the family's name of the weight, and its format."""
+    formats: tuple[tuple[Stage, str, WeightFormat], ...]
+    """Where the weight is, the family's name of it, and its format."""
     method: str
     """As config.json and `model.quantization` call it."""
 

@@ -433,9 +433,9 @@ def store_by_input(module: nn.Module) -> None:
 def settle(module: nn.Module, quantization: str | None = None) -> None:
     """Once weights are loaded: keep those in formats of their own in the form in which this device applies them.
 
-    `quantization`: `fp8` stores the layers' linear maps so, a scale a row; an embedding and a head stay. Collective
-    over tp.
+    `quantization`: `fp8` stores the layers' linear maps so, a scale a row; an embedding and a head stay numbers.
+    Collective over tp.
     """
     for name, part in module.named_modules():
-        if hasattr(part, "settle") and name != "head":
-            part.settle(quantization)
+        if hasattr(part, "settle"):
+            part.settle(None if name == "head" else quantization)

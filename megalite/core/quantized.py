@@ -97,7 +97,8 @@ def element_scales(format: Elementwise, scales: Tensor, rows: int, columns: int)
 def codes_of(format: WeightFormat, stored: Mapping[str, Tensor], rows: int, columns: int) -> Codes:
     """One matrix of a format with groups. Under `act_order` scales are of all groups, else of those of its columns."""
     if isinstance(format, Gptq):
-        zeros = _unpack(stored["qzeros"], format.bits, 0) + float(format.zero_offset)
+        offsets = format.zero_offset * sum(1 << shift for shift in range(0, 32, format.bits))
+        zeros = _unpack(stored["qzeros"] + offsets, format.bits, 0)
         codes = _unpack(stored["qweight"], format.bits, 1)
         groups = stored["g_idx"].long() if format.act_order else None
         return _codes(codes, zeros, stored["scales"], groups, format.group, rows, columns)

@@ -87,8 +87,7 @@ class Replica:
         self.state = decoder.state
         self.layout = decoder.state.layout
         self.model = decoder.config
-        weight = next(param for param in decoder.parameters() if hasattr(param, "tensor_model_parallel"))
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device = decoder.some_weight.dtype, decoder.some_weight.device
         self.memory = RankMemory(
             self.model, self.layout, self.state.rank, self.dtype.itemsize, kv_cache_dtype=engine.kv_cache_dtype
         )

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from megalite.core.formats import Quantization, WeightFormat
-from megalite.core.layout import Even, LayerCosts, Whole
+from megalite.core.formats import Quantization, Stage, WeightFormat
+from megalite.core.layout import Even, Groups, LayerCosts, Split, Whole
 from megalite.model.kinds.base import Kind, Layer, Row
 
 ActivationName = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2", "xielu"]
@@ -144,9 +144,9 @@ class ModelConfig:
         """Whether layers keep a state of each sequence, without which nothing of its tokens can be used again."""
         return any(layer.has_state for layer in self.layers)
 
-    def format(self, layer: int, weight: str) -> WeightFormat | None:
-        """How a matrix of a layer, by the family's name for it, is stored; None: as numbers."""
-        return None if self.quantization is None else _formats(self.quantization).get((layer, weight))
+    def format(self, stage: Stage, weight: str) -> WeightFormat | None:
+        """How a matrix of a layer or an end, by the family's name for it, is stored; None: as numbers."""
+        return None if self.quantization is None else _formats(self.quantization).get((stage, weight))
 
     @property
     def quantized_as(self) -> str | None:
@@ -171,8 +171,9 @@ class ModelConfig:
     def last_rows(self) -> list[Row]:
         """Rows after the last layer."""
         head = "embed" if self.tie_embeddings else "lm_head"
-        matrix = Row(weight=head, param="head.weight", split=self.vocab, other=(self.hidden_size,), linear=True)
-        bias = [Row(weight="lm_head_bias", param="head.bias", split=self.vocab)] if self.head_bias else []
+        split = self.head_vocab
+        matrix = Row(weight=head, param="head.weight", split=split, other=(self.hidden_size,), linear=True)
+        bias = [Row(weight="lm_head_bias", param="head.bias", split=split)] if self.head_bias else []
         return [*self._norm_rows("final_norm", "norm"), matrix, *bias]
 
     def _norm_rows(self, weight: str, param: str) -> list[Row]:
@@ -183,8 +184,14 @@ class ModelConfig:
 
     @property
     def vocab(self) -> Even:
-        """How the vocabulary is cut over tp."""
+        """How the embedding's vocabulary is cut over tp."""
         return Even(self.vocab_size)
+
+    @property
+    def head_vocab(self) -> Split:
+        """How the head's vocabulary, and so that of logits, is cut over tp: where its format can be cut."""
+        format = self.format("last", "lm_head")
+        return self.vocab if format is None or format.units[0] == 1 else Groups(self.vocab_size, format.units[0])
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         """All sublayers of one kind, in the order of the layers."""
@@ -216,5 +223,5 @@ class ModelConfig:
 
 
 @lru_cache(maxsize=8)
-def _formats(quantization: Quantization) -> dict[tuple[int, str], WeightFormat]:
-    return {(layer, weight): format for layer, weight, format in quantization.formats}
+def _formats(quantization: Quantization) -> dict[tuple[Stage, str], WeightFormat]:
+    return {(stage, weight): format for stage, weight, format in quantization.formats}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -147,11 +147,10 @@ class Decoder(nn.Module):
         self.embed = Embedding(config, state) if state.is_first_stage else None
         self.layers = nn.ModuleDict({str(layer): Block(config, layer, state) for layer in self.layer_range})
         self.norm = make_norm(config, state) if state.is_last_stage else None
-        self.head = (
-            ColumnParallelLinear(config.hidden_size, (config.vocab,), state, bias=config.head_bias)
-            if state.is_last_stage
-            else None
-        )
+        self.head: ColumnParallelLinear | None = None
+        if state.is_last_stage:
+            marks: dict[str, Any] = {"bias": config.head_bias, "format": config.format("last", "lm_head")}
+            self.head = ColumnParallelLinear(config.hidden_size, (config.head_vocab,), state, **marks)
         if config.tie_embeddings and self.embed is not None and self.head is not None:
             self.head.weight = self.embed.tokens.weight
         self._blocks = [
@@ -207,6 +206,11 @@ class Decoder(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
+    def some_weight(self) -> nn.Parameter:
+        """A parameter in the model's dtype, which codes of quantized weights and their scales are not."""
+        return next(param for param in self.parameters() if hasattr(param, "tensor_model_parallel"))
+
+    @property
     def vocab_widths(self) -> list[int]:
         """Columns of `logits` on each tp rank."""
-        return [width(self.config.vocab, self.state.tp.size, rank) for rank in range(self.state.tp.size)]
+        return [width(self.config.head_vocab, self.state.tp.size, rank) for rank in range(self.state.tp.size)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megalite.core.formats import Gptq
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig, NormName, Rope
 from megalite.model.generation import GenerationConfig
@@ -37,6 +38,8 @@ PLAIN_ACTIVATIONS = {**ACTIVATIONS, "relu": "relu", "relu2": "relu2", "xielu": "
 """Of MLPs without a gate."""
 MOST_NEXT_LAYERS = 8
 """See `Family.next_token_layers`."""
+ESCAPED_FIELD = r"\\{(layer|expert)\\}"
+"""`{layer}` and `{expert}` of a tensor's name in a pattern."""
 MAX_EXPERTS = 1 << 18
 """Most experts of all layers together: each has tensors of its own, which are listed before any is looked for."""
 
@@ -65,6 +68,8 @@ class WeightNames:
     """Pattern of tensors that are no weights but numbers that the model's code has -> their value."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Other beginnings that a checkpoint's names may have, where none has `prefix` -> theirs here."""
+    ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other ends that a checkpoint's names may have -> theirs here; of two it is both."""
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """End of the name of a tensor [experts, rows, columns] that a checkpoint may have instead of each expert's -> the
     ends of theirs, which share the rows in this order."""
@@ -607,6 +612,16 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMMON_KEYS = {"norm_eps": ("rms_norm_eps",)}
 COMMON_IGNORED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", r"^model\.rotary_emb\.inv_freq$")
 """Tables that older transformers saved along with the weights."""
+CACHE_SCALE_ENDS = {
+    ".k_proj.k_scale": (".k_scale",),
+    ".k_proj.output_scale": (".k_scale",),
+    ".v_proj.v_scale": (".v_scale",),
+    ".v_proj.output_scale": (".v_scale",),
+    ".kv_scale": (".k_scale", ".v_scale"),
+}
+"""What the scales of keys and values have been called, as vLLM reads them."""
+UNUSED_SCALES = (r"\.(q_proj\.)?q_scale$", r"\.q_proj\.output_scale$", r"\.prob(_output)?_scale$")
+"""Beside them: of queries and probabilities, which are never codes here."""
 
 
 def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFConfig:
@@ -781,23 +796,37 @@ def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
     end_rows = {row.weight: row for row in (*config.first_rows(), *config.last_rows())}
     tensors = {weight: _tensor(name, family, row, in_layer=True) for weight, row in layer_rows.items()}
     tensors |= {weight: _tensor(name, family, row, in_layer=False) for weight, row in end_rows.items()}
+    has_scales = "k_scale" in tensors
+    constants = {**family.constants, **_spare_biases(config, tensors)}
     head = family.weights["lm_head"] if config.tie_embeddings else None
     tied = (f"^{re.escape(head)}$",) if head else ()
     later = range(config.num_layers, config.num_layers + MOST_NEXT_LAYERS) if family.next_token_layers else ()
     after = tuple(rf"^model\.layers\.{layer}\." for layer in later)
-    ignored = (*COMMON_IGNORED, *family.ignored, *family.constants, *tied, *after)
+    spare = UNUSED_SCALES if has_scales else ()
+    ignored = (*COMMON_IGNORED, *family.ignored, *constants, *tied, *after, *spare)
     return WeightNames(
         prefix=family.prefix,
         ignored=ignored,
         tied_head=head,
-        constants=family.constants,
+        constants=constants,
         renamed=family.renamed,
+        ends=CACHE_SCALE_ENDS if has_scales else {},
         stacked=family.stacked,
         tensors=tensors,
     )
 
 
+def _spare_biases(config: ModelConfig, tensors: Mapping[str, TensorRef]) -> dict[str, float]:
+    """GPTQ's tools have written biases of zeros beside matrices that have none."""
+    found = config.quantization.formats if config.quantization else ()
+    weights = {weight for _, weight, format in found if isinstance(format, Gptq) and f"{weight}_bias" not in tensors}
+    stems = (re.escape(tensors[weight].hf.removesuffix(".weight")) for weight in sorted(weights))
+    return {rf"^{re.sub(ESCAPED_FIELD, '[0-9]+', stem)}\.bias$": 0.0 for stem in stems}
+
+
 def _tensor(name: str, family: Family, row: Row, *, in_layer: bool) -> TensorRef:
+    if row.exact:  # beside the projections
+        return TensorRef(f"{family.weights['k'].removesuffix('.weight').rpartition('.')[0]}.{row.weight}")
     if row.weight in family.weights:
         return TensorRef(family.weights[row.weight], transpose=family.transposed and row.linear and in_layer)
     base = row.weight.removesuffix("_bias")

@@ -15,18 +15,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Mxfp4, Packed, Quantization, WeightFormat
+from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Mxfp4, Packed, Quantization, Stage, WeightFormat
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.family_spec import WeightNames
 from megalite.model.kinds.base import Layer, LayerKind, Row
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import Experts
+from megalite.model.kinds.latent import LatentAttention
 from megalite.model.kinds.softmax import SoftmaxAttention
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 Choice = Callable[[str], WeightFormat | None]
 """Name of a module -> the format of its weight."""
+FP8_NAMES = ("weight_scale", "input_scale")
+"""What vLLM and compressed-tensors call the scales of codes of 8 bits."""
 LINEAR = "Linear"
 """What compressed-tensors calls all linear maps."""
 
@@ -37,10 +40,11 @@ class _Values:
 
     path: Path
     values: Mapping[str, Any]
+    name: str = "quantization_config"
 
     def refusal(self, key: str, rule: str, value: object = None) -> CheckpointError:
         shown = "" if value is None else f", got {value!r:.80}"
-        return CheckpointError(f"{self.path}: quantization_config.{key} {rule}{shown}")
+        return CheckpointError(f"{self.path}: {self.name}.{key} {rule}{shown}")
 
     def one_of(self, key: str, choices: tuple[object, ...], default: object = None) -> Any:
         value = self.values.get(key)
@@ -64,7 +68,7 @@ class _Values:
         value = self.values.get(key) or {}
         if not isinstance(value, dict):
             raise self.refusal(key, "must be an object", value)
-        return _Values(self.path, value)
+        return _Values(self.path, value, f"{self.name}.{key}")
 
     def group(self, key: str = "group_size", per: int = 8) -> int:
         value = self.values.get(key)
@@ -110,16 +114,52 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
         reason = REFUSED.get(str(method).lower(), f"it is none of {', '.join(READERS)}, mxfp4")
         raise config.refusal("quant_method", f"is not supported: {reason}. Use the model's unquantized weights", method)
     choice = reader(config)
-    if choice("lm_head") is not None:
-        raise config.refusal("ignore", "must name lm_head: a quantized output head is not supported")
-    formats = []
+    model = _with_cache_scales(config, model)
+    formats: list[tuple[Stage, str, WeightFormat]] = []
     for layer in range(model.num_layers):
         rows = [row for row in model.layer_rows(layer) if row.linear]
         formats += [(layer, weight, format) for weight, format in _layer_formats(config, rows, layer, names, choice)]
+    head = _head_format(config, names, choice)
+    formats += [] if head is None else [("last", "lm_head", head)]
     if not formats:
         return model
     model = replace(model, quantization=Quantization(tuple(formats), str(method)))
     return replace(model, layers=tuple(_with_units(model, layer, index) for index, layer in enumerate(model.layers)))
+
+
+def _head_format(config: _Values, names: WeightNames, choice: Choice) -> WeightFormat | None:
+    """Of the head, unless it is the embedding; a list may call it by its name or lm_head."""
+    if "lm_head" not in names.tensors:
+        if config.values.get("lm_head"):
+            raise config.refusal("lm_head", "must be false where the head is the embedding, which has no codes")
+        return None
+    module = names.tensors["lm_head"].hf.removesuffix(".weight")
+    return choice(module) if choice("lm_head") is not None else None
+
+
+def _with_cache_scales(config: _Values, model: ModelConfig) -> ModelConfig:
+    """The model with the scales of keys and values that `kv_cache_scheme` says are in the checkpoint."""
+    if config.values.get("kv_cache_scheme") is None:
+        return model
+    if config.values["kv_cache_scheme"] != "static":  # which is all that vLLM's fp8 says
+        scheme = config.inner("kv_cache_scheme")
+        if scheme.one_of("dynamic", (True, False), False):
+            return model  # made of each token: there are none in the checkpoint
+        scheme.one_of("type", ("float",))
+        scheme.one_of("num_bits", (8,), 8)
+        scheme.one_of("strategy", ("tensor",), "tensor")
+        scheme.one_of("symmetric", (True,), True)
+    if any(model.of(LatentAttention)):
+        raise config.refusal("kv_cache_scheme", "must be absent: caches of latent vectors have no scales")
+
+    def scaled(kind: LayerKind) -> LayerKind:
+        return replace(kind, cache_scales=True) if isinstance(kind, SoftmaxAttention) else kind
+
+    return replace(model, layers=tuple(_with_kinds(layer, scaled) for layer in model.layers))
+
+
+def _with_kinds(layer: Layer, changed: Callable[[LayerKind], LayerKind]) -> Layer:
+    return Layer(tuple(replace(part, kind=changed(part.kind)) for part in layer.sublayers))
 
 
 def format_of(path: Path, given: Mapping[str, Any], module: str) -> WeightFormat | None:
@@ -130,7 +170,8 @@ def format_of(path: Path, given: Mapping[str, Any], module: str) -> WeightFormat
 
 def _microscaled(config: _Values, model: ModelConfig, names: WeightNames) -> ModelConfig:
     """gpt-oss: experts' matrices in MXFP4, which are [out, in] where those of numbers are turned."""
-    skipped, formats, layers = config.names("modules_to_not_convert"), [], list(model.layers)
+    skipped, layers = config.names("modules_to_not_convert"), list(model.layers)
+    formats: list[tuple[Stage, str, WeightFormat]] = []
     for index, layer in enumerate(model.layers):
         if not any(kind.stored == "stacked_turned" for kind in layer.of(Experts)):
             continue
@@ -140,7 +181,7 @@ def _microscaled(config: _Values, model: ModelConfig, names: WeightNames) -> Mod
         if any(size % 32 for kind in layer.of(Experts) for size in (model.hidden_size, kind.intermediate_size)):
             raise config.refusal("quant_method", "needs sizes that are multiples of 32", "mxfp4")
         formats += [(index, weight, Mxfp4()) for weight in ("experts_up", "experts_down")]
-        layers[index] = Layer(tuple(replace(part, kind=_upright(part.kind)) for part in layer.sublayers))
+        layers[index] = _with_kinds(layer, _upright)
     if not formats:
         raise config.refusal(
             "quant_method", "is for experts whose matrices are one tensor, as gpt-oss has them", "mxfp4"
@@ -171,90 +212,96 @@ def _layer_formats(
 
 
 def _with_units(model: ModelConfig, layer: Layer, index: int) -> Layer:
-    """The layer with dense MLPs that are cut where their formats can be cut."""
+    """The layer with MLPs that are cut where their formats can be cut; gate and up have one format."""
 
     def cut(kind: LayerKind) -> LayerKind:
         if isinstance(kind, SoftmaxAttention) and kind.fused_by_head and model.format(index, "q") is not None:
             raise CheckpointError("query, key and value of each head in one quantized tensor are not supported")
-        if not isinstance(kind, DenseMLP):
-            return kind
-        units = [format.units[0] for name in ("gate", "up") if (format := model.format(index, name))]
-        units += [format.units[1] for name in ("down",) if (format := model.format(index, name))]
-        return replace(kind, unit=math.lcm(*units))
+        if isinstance(kind, DenseMLP):
+            return replace(kind, unit=unit("up", "down"))
+        return replace(kind, shared_unit=unit("shared_up", "shared_down")) if isinstance(kind, Experts) else kind
 
-    return Layer(tuple(replace(part, kind=cut(part.kind)) for part in layer.sublayers))
+    def unit(up: str, down: str) -> int:
+        formats = model.format(index, up), model.format(index, down)
+        return math.lcm(*(format.units[side] for side, format in enumerate(formats) if format is not None))
+
+    return _with_kinds(layer, cut)
 
 
 # ---- one reader for each quant_method ----------------------------------------------------------------------------
 
 
-def _unless(format: WeightFormat, skipped: list[str], *, parts: bool = True) -> Choice:
-    """The format for all modules but those that a list names: as a whole, or as a part of their name between dots."""
+def _unless(config: _Values, format: WeightFormat, *lists: str) -> Choice:
+    """The format for all modules but those that lists name, as a whole or as a part of their name between dots; for the
+    head if `lm_head` says so."""
+    skipped, head = config.names(*lists), config.one_of("lm_head", (True, False), False)
 
     def choice(module: str) -> WeightFormat | None:
-        if module.endswith("lm_head"):
+        if module.endswith("lm_head") and not head:
             return None
-        dotted = f".{module}."
-        named = any(f".{name.strip('.')}." in dotted if parts else name == module for name in skipped)
-        return None if named else format
+        return None if any(f".{name.strip('.')}." in f".{module}." for name in skipped) else format
 
     return choice
 
 
 def _fp8(config: _Values) -> Choice:
-    """transformers' FineGrainedFP8 and DeepSeek's (`weight_block_size`); without blocks vLLM's, one scale a matrix."""
+    """transformers' FineGrainedFP8 and DeepSeek's, which say `weight_block_size`, of null one scale a matrix; vLLM's,
+    which do not, with one scale a matrix and other names."""
     config.one_of("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
-    config.one_of("scale_fmt", ("float",), "float")
-    scheme = config.one_of("activation_scheme", ("dynamic", "static"), "dynamic")
-    skipped = config.names("modules_to_not_convert", "ignored_layers")
-    block = config.block("weight_block_size")
-    if block is not None:
-        inputs = "activation_scale" if scheme == "static" else None
-        return _unless(Elementwise(block=block, scale_name="weight_scale_inv", input_scale=inputs), skipped)
-    return _unless(Elementwise(block=None, input_scale="input_scale" if scheme == "static" else None), skipped)
+    config.one_of("scale_fmt", ("float", "ue8m0"), "float")  # powers of two are floats as others
+    if config.values.get("modules_to_convert"):
+        raise config.refusal("modules_to_convert", "must be absent: embeddings are numbers; a head has lm_head: true")
+    is_static = config.one_of("activation_scheme", ("dynamic", "static"), "dynamic") == "static"
+    names = ("weight_scale_inv", "activation_scale") if "weight_block_size" in config.values else FP8_NAMES
+    format = Elementwise(
+        block=config.block("weight_block_size"), scale_name=names[0], input_scale=names[1] if is_static else None
+    )
+    return _unless(config, format, "modules_to_not_convert", "ignored_layers")
 
 
 def _gptq(config: _Values) -> Choice:
     bits = config.one_of("bits", (4, 8))
-    if config.values.get("lm_head"):
-        raise config.refusal("lm_head", "must be false: a quantized output head is not supported")
+    config.one_of("pack_dtype", ("int32",), "int32")
     if config.values.get("dynamic"):
         raise config.refusal("dynamic", "is not supported: all modules must be quantized alike")
     version = config.one_of("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     act_order = config.one_of("desc_act", (True, False), False)
     group = config.group(per=32 // bits)
     format = Gptq(bits=bits, group=group, act_order=act_order and group != ALL, zero_offset=int(version == "gptq"))
-    return _unless(format, config.names("modules_to_not_convert"))
+    return _unless(config, format, "modules_to_not_convert")
 
 
 def _awq(config: _Values) -> Choice:
     config.one_of("bits", (4,))
     config.one_of("version", ("gemm", "GEMM"), "gemm")
     config.one_of("zero_point", (True,), True)
-    return _unless(Awq(group=config.group()), config.names("modules_to_not_convert"))
+    return _unless(config, Awq(group=config.group()), "modules_to_not_convert")
 
 
 def _compressed_tensors(config: _Values) -> Choice:
-    """Groups of modules, each with a scheme; `targets` and `ignore` are names, classes, or `re:` patterns."""
+    """Groups of modules, each with a scheme; `targets` and `ignore` are names, classes, or `re:` patterns.
+
+    Of the targets that mean a module a name goes before a pattern, and a pattern before a class.
+    """
     if (config.values.get("sparsity_config") or {}).get("format") not in (None, "dense"):
         raise config.refusal("sparsity_config", "must be absent: sparse weights are not supported")
     if config.values.get("transform_config"):
         raise config.refusal("transform_config", "must be absent: rotated weights are not supported")
     usual = config.values.get("format")
-    groups: list[tuple[list[str], WeightFormat]] = []
+    formats: dict[str, WeightFormat] = {}
     schemes = config.inner("config_groups")
     for name in schemes.values:
         scheme = schemes.inner(name)
-        groups.append((scheme.names("targets"), _scheme(scheme, scheme.values.get("format") or usual)))
+        if scheme.values.get("weights") is not None:  # else of attention, whose queries stay numbers
+            format = _scheme(scheme, scheme.values.get("format") or usual)
+            formats |= dict.fromkeys(scheme.names("targets"), format)
     ignored = config.names("ignore")
+    targets = sorted(formats, key=lambda target: (target == LINEAR, target.startswith("re:"), target))
 
     def choice(module: str) -> WeightFormat | None:
         if any(_matches(module, pattern) for pattern in ignored):
             return None
-        for targets, format in groups:
-            if any(one == LINEAR or _matches(module, one) for one in targets):
-                return format
-        return None
+        return next((formats[one] for one in targets if one == LINEAR or _matches(module, one)), None)
 
     return choice
 
@@ -277,8 +324,9 @@ def _scheme(scheme: _Values, kind: object) -> WeightFormat:
         group = weights.group(per=32 // bits) if strategy == "group" else ALL
         if strategy not in ("group", "channel"):
             raise weights.refusal("strategy", "must be group or channel where weights are packed", strategy)
-        order = weights.one_of("actorder", ("group", "weight", "static", False), False)
-        return Packed(bits=bits, group=group, symmetric=symmetric, act_order=order == "group")
+        order = weights.one_of("actorder", ("group", "dynamic", "weight", "static", True, False), False)
+        is_by_group = order in ("group", "dynamic", True)
+        return Packed(bits=bits, group=group, symmetric=symmetric, act_order=is_by_group and group != ALL)
     expected = {"float-quantized": "float", "int-quantized": "int", "naive-quantized": number}
     if expected.get(str(kind)) != number or bits != 8:
         raise scheme.refusal("format", f"of {bits} bits ({number}) is not supported", kind)
@@ -289,9 +337,12 @@ def _scheme(scheme: _Values, kind: object) -> WeightFormat:
         block = weights.block("block_structure")
     elif strategy == "group":
         block = (1, weights.group(per=1))
-    static = bool(inputs.values) and inputs.values.get("dynamic") in (None, False)
+    is_static = bool(inputs.values) and inputs.values.get("dynamic") in (None, False)
+    if is_static:
+        inputs.one_of("strategy", ("tensor",), "tensor")
+        inputs.one_of("symmetric", (True,), True)
     dtype = "F8_E4M3" if number == "float" else "I8"
-    return Elementwise(dtype=dtype, block=block, input_scale="input_scale" if static else None)
+    return Elementwise(dtype=dtype, block=block, input_scale=FP8_NAMES[1] if is_static else None)
 
 
 READERS: dict[str, Callable[[_Values], Choice]] = {

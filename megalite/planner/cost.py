@@ -84,7 +84,7 @@ def shard(config: ModelConfig, tp: int) -> ModelShard:
             experts[stage] += count
         elif one.piece.other and stage not in ("first", "last"):
             matrices[stage] += count
-    head = width(config.vocab, tp, 0) * config.hidden_size
+    head = width(config.head_vocab, tp, 0) * config.hidden_size
     if config.tie_embeddings:
         elements["last"] += head
 

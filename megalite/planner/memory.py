@@ -134,7 +134,7 @@ class TrainingMemory:
 
     def footprint(self, tokens: int, micro_batches: int, *, recompute: bool) -> Footprint:
         """All of it."""
-        vocab = width(self.config.vocab, self.layout.tp, self.layout.coord(self.rank).tp)
+        vocab = width(self.config.head_vocab, self.layout.tp, self.layout.coord(self.rank).tp)
         is_last = self.layout.coord(self.rank).pp == self.layout.pp - 1
         return replace(
             self.state(),

@@ -18,7 +18,6 @@ from megalite.model.decoder import Decoder
 from megalite.model.kinds.experts import Experts
 from megalite.model.layers.experts import MixtureOfExperts, Routing
 from megalite.train.micro_batch import MicroBatch
-from megalite.train.model import weight_of
 
 
 class LoadBalance:
@@ -31,7 +30,7 @@ class LoadBalance:
         self.coefficient = coefficient
         self.tp = decoder.state.tp.size
         self.routing = Routing()
-        weight = weight_of(decoder)
+        weight = decoder.some_weight
         self.nothing = torch.zeros(self.num_experts, device=weight.device)
         if self.num_experts:
             for module in decoder.modules():

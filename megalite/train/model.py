@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.core.adapters import learnt_formats
 from megalite.core.collectives import all_reduce_sum, broadcast_from_last
-from megalite.core.layout import Even
 from megalite.core.parallel_state import ParallelState
 from megalite.core.pipeline import Pipeline
 from megalite.core.schedules import forward_only
@@ -33,7 +32,7 @@ class LanguageModel(nn.Module):
     def __init__(self, decoder: Decoder):
         super().__init__()
         self.decoder = decoder
-        self.first_row, _ = Even(decoder.config.vocab_size).range(decoder.state.tp.size, decoder.state.tp.rank)
+        self.first_row, _ = decoder.config.head_vocab.range(decoder.state.tp.size, decoder.state.tp.rank)
         self._attention = lru_cache(maxsize=CONTEXTS)(PackedAttention)
 
     def forward(self, batch: MicroBatch, received: Tensor | None = None, chunk: int = 0) -> Tensor:
@@ -102,14 +101,9 @@ class AdaptersOnly(nn.Module):
         return self._run(batch, received, chunk)
 
 
-def weight_of(decoder: Decoder) -> Tensor:
-    """A parameter in the decoder's dtype, which codes of quantized weights are not."""
-    return next(param for param in decoder.parameters() if hasattr(param, "tensor_model_parallel"))
-
-
 def make_pipeline(decoder: Decoder) -> Pipeline:
     """The connections of a decoder's stages; see `Pipeline`."""
-    weight = weight_of(decoder)
+    weight = decoder.some_weight
     return Pipeline(decoder.state, hidden_size=decoder.config.hidden_size, dtype=weight.dtype, device=weight.device)
 
 
@@ -120,7 +114,7 @@ class Scorer:
         """`model`: what runs a chunk and ends in log-probabilities, by default a `LanguageModel` of the decoder."""
         self.decoder = decoder
         self.state = decoder.state
-        self.device = weight_of(decoder).device
+        self.device = decoder.some_weight.device
         self.model = model or LanguageModel(decoder)
         self.pipeline = pipeline or make_pipeline(decoder)
 

@@ -38,7 +38,6 @@ from megalite.train.model import (
     make_pipeline,
     prepared,
     recompute_blocks,
-    weight_of,
 )
 from megalite.train.optimizer import deepspeed_config, learning_rate, make_optimizer
 from megalite.weights.adapter_table import AdapterTable
@@ -113,7 +112,7 @@ class Trainer:
         self.steps = steps
         self.steps_done = 0
         self.zero_stage = zero_stage
-        weight = weight_of(decoder)
+        weight = decoder.some_weight
         self.device = weight.device
         check_trainable(decoder.config, self.state, zero_stage, adapter)
         if recompute:

@@ -36,7 +36,7 @@ def load_adapters(decoder: Decoder, folders: Mapping[str, str]) -> Adapters:
             lo, hi = one.lo, one.hi
             part = LowRank(index, a, b[lo:hi], one.start) if one.piece.dim == 0 else LowRank(index, a[:, lo:hi], b)
             parts.setdefault(one.piece.param.rpartition(".")[0], []).append(part)
-    weight = next(decoder.parameters())
+    weight = decoder.some_weight
     for name, mine in parts.items():
         linear = decoder.get_submodule(name)
         assert isinstance(linear, Linear)

@@ -13,9 +13,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Protocol
 
-from megalite.core.formats import ALL, Part, Quantization, WeightFormat
+from megalite.core.formats import ALL, Part, Quantization, Stage, WeightFormat
 from megalite.core.layout import Even, InUnits, LayerCosts, Layout, Split, Whole, width
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
@@ -33,8 +33,7 @@ class Piece:
 
     hf: str
     param: str
-    stage: int | Literal["first", "last"]
-    """Global layer index, or the end of the pipeline it is on."""
+    stage: Stage
     dim: int
     """Dimension of the local parameter along which ranges are counted."""
     split: Split
@@ -60,20 +59,21 @@ class Piece:
     weight: str = ""
     """whose tensor, were it stored as numbers, would be called so."""
     spread: tuple[float, float] | None = None
-    """See `Row`, also for `std`."""
+    """See `Row`, also for `std` and `exact`."""
     std: float | None = None
+    exact: bool = False
     numbers: int = 1
     """Numbers of the weight that an element stands for; 0 of scales and the like."""
 
     @property
     def keeps_dtype(self) -> bool:
-        """It is stored as its format says, whatever dtype the model's numbers have."""
-        return self.part is not None
+        """It stays in the dtype that it is stored in, whatever dtype the model's numbers get."""
+        return self.part is not None or self.exact
 
     def itemsize(self, itemsize: int) -> int:
         """Bytes of an element in memory, where the model's numbers take `itemsize`."""
         if self.part is None:
-            return itemsize
+            return 4 if self.exact else itemsize
         return 4 if self.part.is_float else DTYPE_BYTES[self.part.dtypes[0]]
 
     @property
@@ -164,9 +164,7 @@ def pieces(config: Weights) -> tuple[Piece, ...]:
     return tuple(found + _pieces(config, names, config.last_rows(), "last"))
 
 
-def _pieces(
-    config: ModelConfig, names: WeightNames, rows: list[Row], stage: int | Literal["first", "last"]
-) -> list[Piece]:
+def _pieces(config: ModelConfig, names: WeightNames, rows: list[Row], stage: Stage) -> list[Piece]:
     """The rows of one stage with their places in the checkpoint: those of one tensor lie in it in their order."""
     prefix = f"layers.{stage}." if isinstance(stage, int) else ""
     ends: dict[str, int] = {}
@@ -192,8 +190,9 @@ def _pieces(
             stored=row.stored,
             spread=row.spread,
             std=row.std,
+            exact=row.exact,
         )
-        format = config.format(stage, row.weight) if isinstance(stage, int) else None
+        format = config.format(stage, row.weight)
         found += [piece] if format is None else [_stored(piece, format, part) for part in format.parts]
     return found
 

@@ -47,7 +47,7 @@ def build(config: ModelConfig, state: ParallelState, *, dtype: torch.dtype, devi
 
 def twin(decoder: Decoder, state: ParallelState) -> Decoder:
     """Another decoder of the same stage over the very parameters of `decoder`, with the groups of `state`."""
-    weight = next(decoder.parameters())
+    weight = decoder.some_weight
     other = build(decoder.config, state, dtype=weight.dtype, device=torch.device("meta"))
     for path, module in other.named_modules():
         own = decoder.get_submodule(path)

@@ -66,6 +66,8 @@ class Row:
     """A vector's first and last number in a new model, evenly spread between; None: zeros, of norms ones."""
     std: float | None = None
     """Standard deviation of a matrix in a new model; None: that of the model."""
+    exact: bool = False
+    """It is float32 in memory, and stays in the dtype that it is stored in."""
 
 
 def stacked(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megalite.core.layout import Even, Whole, width
+from megalite.core.layout import Even, Groups, Split, Whole, width
 from megalite.model.config import ActivationName
 from megalite.model.kinds.base import LayerKind, Place, Row, projection_back, stacked
 
@@ -77,6 +77,8 @@ class Experts(LayerKind):
     """Of experts' matrices."""
     shared_size: int = 0
     """Hidden width of the shared expert; 0: there is none."""
+    shared_unit: int = 1
+    """Of its inner channels, those that are cut only together, as the format of the weights demands."""
     shared_gate: bool = False
     """Its output is multiplied by the sigmoid of a linear map of the token."""
     correction_is_row: bool = False
@@ -92,8 +94,8 @@ class Experts(LayerKind):
         return self.stored == "stacked_turned"
 
     @property
-    def shared_inner(self) -> Even:
-        return Even(self.shared_size)
+    def shared_inner(self) -> Split:
+        return Even(self.shared_size) if self.shared_unit == 1 else Groups(self.shared_size, self.shared_unit)
 
     def rows(self, hidden: int) -> list[Row]:
         experts = Whole(self.num_experts)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 QKNorm = Literal["head", "head_after_rope", "width", "length_after_rope"]
+CACHE_SCALES = ("k_scale", "v_scale")
+"""Weights and parameters of `SoftmaxAttention.cache_scales`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,8 @@ class SoftmaxAttention(LayerKind):
     after that in the checkpoint (arXiv 2505.06708)."""
     fused_by_head: bool = False
     """The checkpoint has query, key and value of each head one after the other in one tensor."""
+    cache_scales: bool = False
+    """The checkpoint has the numbers by which keys and values are divided in a cache in fp8."""
 
     @property
     def query_heads(self) -> int:
@@ -83,7 +87,9 @@ class SoftmaxAttention(LayerKind):
                 rows.append(Row(weight=name, param=f"{name}.weight", split=Whole(self.head_dim)))
         if self.sinks:
             rows.append(Row(weight="sinks", param="sinks", split=QueryHeads(self.heads, self.kv_heads, 1)))
-        return rows + projection_back("attn_out", "out", self.queries, hidden, bias=self.out_bias)
+        rows += projection_back("attn_out", "out", self.queries, hidden, bias=self.out_bias)
+        scales = CACHE_SCALES if self.cache_scales else ()
+        return rows + [Row(weight=name, param=name, split=Whole(1), spread=(1.0, 1.0), exact=True) for name in scales]
 
     def parameters(self, hidden: int) -> int:
         return ((3 if self.gated else 2) * self.heads + 2 * self.kv_heads) * self.head_dim * hidden

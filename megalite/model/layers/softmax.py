@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,9 +17,10 @@ from megalite.core.layers import Residual, RMSNorm, sharded
 from megalite.core.layout import KVHeads, QueryHeads, width
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.core.parallel_state import ParallelState
+from megalite.errors import CheckpointError
 from megalite.model.attention import AttentionContext, Heads
 from megalite.model.config import AttentionSpec, ModelConfig
-from megalite.model.kinds.softmax import SoftmaxAttention
+from megalite.model.kinds.softmax import CACHE_SCALES, SoftmaxAttention
 from megalite.model.layers.base import LayerModule
 from megalite.model.rope import Rotation
 
@@ -61,10 +64,22 @@ class Attention(LayerModule):
         self.interleaved = kind.rope.rotary_dim if kind.rope is not None and kind.rope.interleaved else 0
         """Leading channels that are rotated as pairs of neighbours."""
         self.sinks = sharded((num_q,)) if kind.sinks else None
+        for name in CACHE_SCALES if kind.cache_scales else ():
+            self.register_parameter(name, nn.Parameter(torch.empty(1, dtype=torch.float32), requires_grad=False))
         self.query_growth = kind.query_growth
         self.eps = config.norm_eps
         usual = kind.qk_norm in (None, "head") and not self.interleaved and kind.query_growth is None
         self.attend = self._by_context if usual else self._step_by_step
+
+    def settle(self, quantization: str | None) -> None:
+        """Once the weights are loaded: take what a cache in fp8 divides keys and values by."""
+        found = [float(scale) for name in CACHE_SCALES if (scale := self._parameters.get(name)) is not None]
+        if not found:
+            return
+        if not all(0 < scale < math.inf for scale in found):
+            rule = f"layer {self.spec.layer}: k_scale and v_scale must be above 0, got {found[0]:g} and {found[1]:g}"
+            raise CheckpointError(rule)
+        self.spec = replace(self.spec, key_scale=found[0], value_scale=found[1])
 
     def update(
         self,
