@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from one_request import make_request
 from pool_replica import make_replica, make_requests
 from slow_generation import EOS, Ask, Completion, Expected, Slow
@@ -25,6 +26,7 @@ from waiting import wait_until
 from megalite.config.schema import SamplingParams
 from megalite.core.agreement import broadcast_bytes
 from megalite.core.layout import Layout
+from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError
 from megalite.inference import channel
 from megalite.inference.channel import News
@@ -752,3 +754,24 @@ def refused_beside(rank: int, folder: Path, store: str):
         outputs += events.outputs
     assert_idle(engine)
     return outputs, None
+
+
+def test_news_reaches_a_stage_past_those_that_compute(ranks, tmp_path):
+    """Each of three stages takes the message only once the one before it has it, whichever comes first."""
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        found = ranks(4).run(one_after_another, order, str(tmp_path / f"store{order[0]}"))
+        assert found == [("stop me",)] * 4
+
+
+def one_after_another(rank: int, order: list[int], path: str) -> tuple[str, ...]:
+    state, store = ParallelState(Layout(pp=4)), dist.FileStore(path, 4)
+    mail = channel.ReplicaChannel(state)
+    if state.is_control:
+        mail.send(channel.StepMessage((), News(aborts=("stop me",))))
+    else:
+        place = order.index(rank)
+        if place:
+            store.wait([f"{order[place - 1]} has it"])
+    aborts = mail.receive(0).news.aborts
+    store.set(f"{rank} has it", "")
+    return aborts
