@@ -1,6 +1,7 @@
 """The structure holds: imports point down, and the check that says so notices when they do not."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,13 @@ def test_public_names_stay_where_programs_find_them():
     from megalite.tokenizer import Tokenizer
 
     assert Tokenizer is tokenizer.Tokenizer
+
+
+def test_the_page_of_the_structure_names_every_module_and_none_that_is_not_there():
+    page = (ROOT / "docs" / "structure.md").read_text(encoding="utf-8")
+    files = [path for path in ROOT.glob("[!.]*/**/*.py") if path.stem != "__init__"]
+    modules = [path for path in files if path.is_relative_to(ROOT / "megalite") and "tools" not in path.parts]
+    words = {*re.findall(r"\w+", page), *(path.stem for path in modules if path.stem.endswith("_rules"))}
+    assert not [path for path in modules if path.stem not in words]
+    named = re.findall(r"`([\w/]+\.py)`", page)
+    assert named and not [name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in files)]

@@ -210,10 +210,6 @@ class ModelConfig:
         """
         return sum(rope.variant(length) for rope in self.ropes)  # none falls as the length grows
 
-    def layer_parameters(self, layer: int) -> int:
-        """Number of parameters of one layer without norms and biases."""
-        return self.layers[layer].parameters(self.hidden_size)
-
     def layer_costs(self) -> LayerCosts:
         """Number of parameters of each layer and of both ends: what a decode step reads and what a rank holds."""
         vocab = self.vocab_size * self.hidden_size

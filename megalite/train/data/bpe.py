@@ -11,8 +11,6 @@ from megalite.files import write_durably, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 """Ends a document; training text is documents with one of these after each."""
-SMALLEST_VOCABULARY = 256 + 1
-"""Every byte and the end-of-text token."""
 
 WORDS = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with one character before it: " return", ".append", "_name"
