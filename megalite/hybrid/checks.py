@@ -10,7 +10,7 @@ from megalite.rewards.pool import check_reward
 
 
 def problems(config: HybridConfig) -> list[Problem]:
-    """Names in the config that lead nowhere."""
+    """Problems with the reward and the task that the config names."""
     found = []
     reward, data = config.hybrid.reward, config.data
     if reward is not None and FUNCTION.fullmatch(reward):

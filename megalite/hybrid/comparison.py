@@ -99,7 +99,7 @@ class Comparison:
 
 
 def describe(found: Sequence[Sequence[int]]) -> str:
-    """Who differs from whom, from the fingerprints [rank][source, target] of one atom.
+    """Which ranks differ from which, by the fingerprints [rank][source, target] of one atom.
 
     What most of the training ranks hold is taken to be right.
     """

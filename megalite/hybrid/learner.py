@@ -39,7 +39,7 @@ Values = Callable[[int], dict[str, list[float]]]
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateResult:
-    """What an iteration's updates came to."""
+    """Results of an iteration's updates."""
 
     scored: list[ScoredRollout]
     """Of each rollout; log-probabilities are those before the updates."""

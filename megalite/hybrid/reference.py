@@ -17,7 +17,7 @@ from megalite.weights.transfer import load_folder, read_parameters
 
 
 class OtherModel:
-    """A model of its own, with all weights."""
+    """The reference as a second model with all its weights."""
 
     def __init__(self, decoder: Decoder):
         self._decoder = decoder.requires_grad_(False)
@@ -36,7 +36,7 @@ class OtherAdapters:
     """The trained model itself, beside whose frozen weights there are other adapters meanwhile, or none."""
 
     def __init__(self, trainer: Trainer, *, off: bool):
-        """As they are now. `off`: they add nothing yet, so that the weights alone are the same."""
+        """Remember the present adapters. `off`: they add nothing yet, so the bare weights serve as the reference."""
         self._trainer = trainer
         self._formats = learnt_formats(trainer.decoder)
         now = {name: one.update for name, one in self._formats.items()}

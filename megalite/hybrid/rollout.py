@@ -41,7 +41,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredRollout:
-    """What became of a rollout; kept with it."""
+    """Reward and other results of a rollout; kept with it."""
 
     reward: float
     failure: str | None

@@ -37,7 +37,7 @@ Verify = Literal["always", "first", "off"]
 
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """What the last push took on this rank, in seconds of the host."""
+    """Seconds of the host that the last push took on this rank."""
 
     moving: float = 0.0
     verifying: float = 0.0

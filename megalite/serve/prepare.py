@@ -227,7 +227,7 @@ class Preparer:
     # ---- tokens without generating
 
     def token_ids(self, body: TokenizeRequest) -> list[int]:
-        """Those of a text or a chat; for a thread. ApiError: it says neither or both; ConfigError: it has none."""
+        """Token ids of a text or a chat; for a thread. ApiError: it says neither or both; ConfigError: it has none."""
         tokenizer = self._tokenizer()
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages.", param="prompt")

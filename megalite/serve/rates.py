@@ -50,7 +50,7 @@ class Speed:
         self._mean: float | None = None
 
     def measured(self, step: Step, max_num_seqs: int, now: float) -> float | None:
-        """Another message; gives the speed, a moving mean, whenever there is a new measurement."""
+        """Take a message into account; gives the speed, a moving mean, whenever it has changed, else None."""
         full = step.waiting > 0 or step.running >= max_num_seqs
         done = step.prompt_tokens - step.prefix_hits + step.output_tokens
         if full and self._last is not None:

@@ -21,7 +21,7 @@ from megalite.train.micro_batch import MicroBatch
 
 
 class LoadBalance:
-    """Of one stage. For a model without experts, or with a coefficient of 0, everything here is nothing."""
+    """The load-balancing loss on one stage. It does nothing without experts, or with a coefficient of 0."""
 
     def __init__(self, decoder: Decoder, coefficient: float):
         specs = decoder.config.of(Experts)

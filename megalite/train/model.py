@@ -76,7 +76,7 @@ def recompute_blocks(decoder: Decoder) -> None:
 
 
 def prepared(batch: MicroBatch, state: ParallelState, device: torch.device) -> MicroBatch:
-    """On the device, and padded to what sequence parallel can cut."""
+    """A batch on the device, padded to a length that sequence parallel can cut."""
     return batch.padded(state.tp.size if state.sequence_parallel else 1).to(device)
 
 

@@ -178,7 +178,7 @@ class Trainer:
         return dict(zip(report.names, (sums / max(report.weight, 1e-9)).tolist(), strict=True))
 
     def gathered(self, names: Sequence[str]) -> AbstractContextManager[None]:
-        """While it lasts, the named parameters of the decoder are whole on this rank, for reading; see `Decoder`.
+        """Context in which the named parameters of the decoder are whole on this rank, for reading; see `Decoder`.
 
         ZeRO stage 3 keeps them cut over dp otherwise.
         """
@@ -198,7 +198,7 @@ class Trainer:
         zero.offload(self.engine, self.optimizer, self.zero_stage)
 
     def reload_optimizer(self) -> None:
-        """Move it back."""
+        """Undo `offload_optimizer`."""
         zero.reload(self.engine, self.optimizer, self.zero_stage)
 
     @property

@@ -67,7 +67,7 @@ def _link_moments(zero: Any) -> None:
 
 
 def accumulated_gradient(zero: Any, param: nn.Parameter) -> Tensor | None:
-    """Stage 1: what the backward passes of this step have left, and the step will reduce over dp."""
+    """Stage 1: the gradient summed over this step's backward passes, before it is reduced over dp."""
     gradient: Tensor | None = zero.get_gradient_for_reduction(param)
     return gradient
 
@@ -232,7 +232,7 @@ def offload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
 
 
 def reload(engine: Any, optimizer: torch.optim.AdamW, stage: int) -> None:
-    """Move it back to `engine`'s device."""
+    """Undo `offload`: back to `engine`'s device."""
     if stage == 3:
         _move_stage3(engine.optimizer, optimizer, engine.device)
         return

@@ -43,7 +43,7 @@ class AdaptedModule:
 
     @property
     def short(self) -> str:
-        """Its last part, such as q_proj."""
+        """The last part of its name, such as q_proj."""
         return self.name.rpartition(".")[2]
 
 
@@ -61,7 +61,7 @@ class AdapterTable:
         return self.model.num_layers
 
     def layer_costs(self) -> LayerCosts:
-        """Those of the model: adapters are where its layers are."""
+        """The model's own: adapters lie on the stage of their layer."""
         return self.model.layer_costs()
 
     def adapted(self) -> dict[str, list[Piece]]:
@@ -75,7 +75,7 @@ class AdapterTable:
         return {param: mine for param, mine in ordered.items() if any(module_of(one) in named for one in mine)}
 
     def pieces(self) -> tuple[Piece, ...]:
-        """A [r, in] of the modules of a linear one below the other, and each module's B [out, r].
+        """Of each linear the A's [r, in] of its modules, stacked, and each module's B [out, r].
 
         Of a linear whose outputs are cut over tp, all of A is on each rank, and B is cut; where its inputs are, A is
         cut, and all of B on each rank.

@@ -52,7 +52,7 @@ class Checkpoint:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Of config.json."""
+        """The values of config.json."""
         return self.beside.values
 
     @property
@@ -66,17 +66,17 @@ class Checkpoint:
 
     @property
     def kinds(self) -> list[str]:
-        """What there is of each parameter: weights, and in training state Adam's moments."""
+        """The kinds of tensors stored for each parameter: weights, and in training state Adam's moments."""
         return self.manifest.kinds if self.manifest else [WEIGHT]
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """Of each Hugging Face tensor."""
+        """The dtype of each Hugging Face tensor."""
         return {extent.part[0]: extent.info.dtype for extent in self.extents if extent.kind == WEIGHT}
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors."""
         return sum(info.nbytes for infos in self.files.values() for info in infos.values())
 
     @property

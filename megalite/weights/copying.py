@@ -47,7 +47,7 @@ class Memory(Protocol):
 
     @property
     def band_bytes(self) -> int:
-        """As large as a band should be."""
+        """The size that bands should have."""
 
     def band(self, lo: int, hi: int, width: int) -> NDArray[np.uint8]:
         """Rows lo..hi of the matrix: [hi - lo, width] bytes, untouched until the next band is asked for."""
@@ -110,7 +110,7 @@ class OpenFiles:
             return self._open[path]
 
     def expecting(self, moves: Iterable[Move]) -> Iterator[Move]:
-        """The moves as they are; the disk is asked for the first bytes of each before it is handed out."""
+        """Yield the moves unchanged, each after its first bytes were requested from the disk."""
         for move in moves:
             for extent in move.sources:
                 count = min(AHEAD_BYTES, extent.shape[0] * extent.stride)
@@ -185,7 +185,7 @@ def _bands(rows: int, row_bytes: int, band_bytes: int) -> Iterator[tuple[int, in
 
 
 def overlap(one: Range, move: Move, lo: int, hi: int) -> tuple[int, slice, slice]:
-    """What a range has of rows lo..hi of a move's matrix: the first of its own rows, and its rows and columns there.
+    """What a range shares with rows lo..hi of a move's matrix: its first row in the range; rows and columns in the matrix.
 
     No rows, if the range lies elsewhere.
     """
@@ -288,7 +288,7 @@ def perform(files: OpenFiles, move: Move, put: Put = lambda extent, row, rows: N
 
 
 def differing(files: OpenFiles, move: Move) -> list[Extent]:
-    """The targets of a move that hold something else than it would write; digests that are known are believed."""
+    """The targets whose content is not what the move would write; known digests are compared instead of bytes."""
     made = zip(move.targets, perform(files, move), strict=True)
     return [extent for extent, digest in made if digest != (extent.digest or digest_extent(files, extent))]
 

@@ -19,7 +19,7 @@ _WHOLE = 64 << 20
 
 
 def sampled_digest(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> str:
-    """Of names, sizes and a sample of the contents of a model folder's files, in hexadecimal digits.
+    """A digest of names, sizes and a sample of the contents of a model folder's files, in hexadecimal digits.
 
     Copies of different models, fine-tuned ones of one model too, differ all over; a few changed bytes are not found,
     which `tools/verify.py` does. OSError: a file can't be read.
@@ -46,7 +46,7 @@ def _update(digest: xxhash.xxh3_128, file: Path, *, whole: bool) -> None:
 
 
 def file_digest(path: str | Path) -> str:
-    """Of a whole file's contents, in hexadecimal digits. OSError: it can't be read."""
+    """A digest of a whole file, in hexadecimal digits. OSError: it can't be read."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(1 << 20):

@@ -61,7 +61,7 @@ class LowRankInfo:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What a PEFT folder holds."""
+    """The adapter in a PEFT folder."""
 
     folder: Path
     modules: Mapping[str, LowRankInfo]
@@ -179,7 +179,7 @@ def rank_of(config: Mapping[str, Any], module: str) -> int:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """What B A of a module is multiplied by: alpha / r, rank-stabilised (arXiv 2312.03732) alpha / sqrt(r)."""
+    """The factor of B A of a module: alpha / r, or rank-stabilised (arXiv 2312.03732) alpha / sqrt(r)."""
     pattern = _pattern(config, "alpha_pattern", module)
     alpha = float(config["alpha_pattern"][pattern] if pattern else config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

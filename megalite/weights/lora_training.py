@@ -53,7 +53,7 @@ def attach(decoder: Decoder, table: AdapterTable) -> None:
 
 
 def parameters(decoder: Decoder) -> dict[str, Tensor]:
-    """Those of its adapters, by their names in the decoder."""
+    """The parameters of a decoder's adapters, by their names in the decoder."""
     formats = learnt_formats(decoder)
     found: dict[str, Tensor] = {}
     for name, one in formats.items():

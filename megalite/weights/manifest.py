@@ -86,7 +86,7 @@ class StoredFile:
 
     @property
     def hf_names(self) -> set[str]:
-        """The Hugging Face tensors of which it holds something."""
+        """The Hugging Face tensors of which it holds at least a part."""
         return {one.hf for tensor in self.tensors.values() for one in tensor.ranges}
 
 
@@ -113,7 +113,7 @@ class Manifest:
 
     @property
     def kinds(self) -> list[str]:
-        """What is stored of each parameter, the weights first."""
+        """The kinds of tensors stored for each parameter, weights first."""
         return sorted({file.kind for file in self.files.values()}, key=lambda kind: (kind != WEIGHT, kind))
 
 
@@ -123,7 +123,7 @@ def file_name(rank: int, kind: str = WEIGHT) -> str:
 
 
 def digest_of(data: bytes | memoryview) -> str:
-    """The digest that manifests hold, of bytes that are in memory."""
+    """The digest of bytes in memory, of the kind that manifests hold."""
     return xxhash.xxh3_128_hexdigest(data)
 
 

@@ -66,12 +66,12 @@ class Extent:
 
     @property
     def offset(self) -> int:
-        """Of the first element, in bytes from the start of the file."""
+        """Position of the first element, in bytes from the start of the file."""
         step = self.stride if self.range.dim == 0 else DTYPE_BYTES[self.info.dtype]
         return self.info.offset + self.range.start * step
 
     def cut(self, lo: int, hi: int) -> Extent:
-        """What of it lies in lo..hi. Only the whole of an extent can be checked."""
+        """The part of it within lo..hi, without a digest unless that is all of it."""
         lo, hi = max(lo, self.range.lo), min(hi, self.range.hi)
         if (lo, hi) == (self.range.lo, self.range.hi):
             return self
@@ -99,17 +99,17 @@ class Move:
 
     @property
     def dtype(self) -> str:
-        """What the sources hold."""
+        """Dtype of the sources."""
         return self.sources[0].info.dtype
 
     @property
     def nbytes(self) -> int:
-        """Written by this move."""
+        """Bytes that this move writes."""
         return sum(extent.nbytes for extent in self.targets)
 
     @property
     def place(self) -> tuple[str, int]:
-        """Where reading begins: disks and caches are quickest where moves are performed in this order."""
+        """Position at which reading begins; moves performed in this order read disks and caches fastest."""
         return str(self.sources[0].file), self.sources[0].offset
 
 

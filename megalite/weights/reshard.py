@@ -52,7 +52,7 @@ class Round:
 
     @property
     def sent(self) -> int:
-        """Elements."""
+        """Number of elements sent."""
         return sum(slot.transfer.elements for slot in self.outgoing)
 
     @property
@@ -137,14 +137,14 @@ class Executor:
         """Counts the rounds, which all ranks of the run go through, for the watch."""
 
     def copy(self, gathers: Iterable[Gather]) -> None:
-        """From parameter to parameter, whatever the order in which either lies in memory."""
+        """Perform the local copies, between parameters of any memory layout."""
         for gather in gathers:
             with self.gathered(gather.names):
                 for slot in gather.slots:
                     _view(self.target, slot.transfer.target).copy_(_view(self.source, slot.transfer.source))
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """The rounds in order. Their buffer is given back at the end."""
+        """Perform the rounds, in order. Their buffer is freed at the end."""
         size = max((one.sent + one.received for one in rounds), default=0)
         buffer = torch.empty(size, dtype=self.dtype, device=self.device)
         wire = buffer if self.transport == self.device else torch.empty_like(buffer, device=self.transport)

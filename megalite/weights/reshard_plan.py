@@ -41,7 +41,7 @@ class Atom:
 
     @property
     def range(self) -> Range:
-        """In one of the target's parameters."""
+        """Its place in a parameter of the target."""
         return self.targets[0].range
 
 

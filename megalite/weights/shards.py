@@ -71,7 +71,7 @@ def stored_layout(layout: Layout) -> Layout:
 
 
 def layout_words(layout: Layout) -> str:
-    """As `--layout` takes it: `tp=4,pp=2`."""
+    """A layout as `--layout` takes it: `tp=4,pp=2`."""
     interleaved = f",interleave={layout.interleave}" if layout.interleave > 1 else ""
     by_hand = f",layers={list(layout.stages)}".replace(" ", "") if layout.stages else ""
     return f"tp={layout.tp},pp={layout.pp}{interleaved}{by_hand}"
@@ -80,7 +80,7 @@ def layout_words(layout: Layout) -> str:
 def rank_header(
     path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]], layout: Layout, rank: int, kind: str
 ) -> tuple[bytes, dict[str, TensorInfo]]:
-    """See `new_header`, of the file of a rank, which says whose it is."""
+    """`new_header` of a rank's file, with the rank and kind among its metadata."""
     said = {"format": "pt", "layout": layout_words(layout), "rank": str(rank), "kind": kind}
     return new_header(path, entries, said)
 

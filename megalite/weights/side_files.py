@@ -121,7 +121,7 @@ def with_dtype(values: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
 
 
 def chosen(folder: Path, values: Mapping[str, Any], dtype: str | None) -> SideFiles:
-    """What is to be put beside the weights: byte for byte, but for config.json where the dtype changes."""
+    """The files to put beside converted weights, unchanged but for config.json where the dtype changes."""
     files: SideFiles = dict(beside(folder))
     if dtype is not None:
         files[CONFIG] = as_json(with_dtype(values, dtype)).encode()
@@ -133,7 +133,7 @@ def nbytes(files: SideFiles) -> int:
 
 
 def write(files: SideFiles, out: Path) -> dict[str, str]:
-    """Put them in place; gives their digests."""
+    """Write files into a folder; gives their digests."""
     digests = {}
     for name, content in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)

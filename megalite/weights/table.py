@@ -67,7 +67,7 @@ class Piece:
 
     @property
     def keeps_dtype(self) -> bool:
-        """It stays in the dtype that it is stored in, whatever dtype the model's numbers get."""
+        """Whether it keeps its stored dtype where the model's numbers are converted."""
         return self.part is not None or self.exact
 
     def itemsize(self, itemsize: int) -> int:
@@ -83,7 +83,7 @@ class Piece:
 
     @property
     def row(self) -> int:
-        """Elements of one index along `dim`."""
+        """Number of elements at one index along `dim`."""
         return math.prod(self.other)
 
     def local_start(self, tp: int, tp_rank: int) -> int | None:
@@ -95,7 +95,7 @@ class Piece:
         return None if first is None else first + start
 
     def as_stored(self) -> Range:
-        """All of the piece, where it lies in the Hugging Face tensor."""
+        """The whole piece as a range of its Hugging Face tensor."""
         return Range(self, self.hf_start, self.hf_start + self.split.total, self.hf_start, self.hf_dim)
 
 
@@ -130,7 +130,7 @@ class Range:
 
 
 class ListedWeights(Protocol):
-    """What stands in for a model's config where not its own weights are meant, but others beside its layers."""
+    """Other weights beside a model's layers, such as adapters; functions take it in place of the model's config."""
 
     @property
     def num_layers(self) -> int: ...

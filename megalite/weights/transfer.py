@@ -184,7 +184,7 @@ def random_matrix(piece: Piece, seed: int, device: torch.device, *, std: float =
 
 
 def uniform_matrix(piece: Piece, seed: int, device: torch.device, *, bound: float) -> Tensor:
-    """The same with numbers from -bound to bound."""
+    """As `random_matrix`, uniform from -bound to bound."""
     whole = _whole_matrix(piece, device)
     return whole.uniform_(-bound, bound, generator=_generator(piece, seed, device))
 
@@ -208,7 +208,7 @@ class Filled:
         self.left = {name: param.numel() for name, param in params.items()}
 
     def view(self, one: Range) -> Tensor:
-        """What of a local parameter a range fills."""
+        """The view of a local parameter that a range fills; counts it as filled."""
         name = one.piece.param
         self.left[name] -= one.elements
         return self.params[name].detach().narrow(one.dim, one.start, one.count)

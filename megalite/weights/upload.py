@@ -22,7 +22,7 @@ RING = 3
 
 
 def page_locked(*shape: int) -> NDArray[np.uint8]:
-    """Memory of the host that a device copies from by itself."""
+    """Uninitialised page-locked host memory, from which a device copies asynchronously."""
     memory: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
     return memory
 
@@ -51,7 +51,7 @@ class Ring(threading.local):
         self.at = 0
 
     def copying(self) -> AbstractContextManager[None]:
-        """Copies go to the stream of the ring."""
+        """Context in which copies go to the stream of the ring."""
         context: AbstractContextManager[None] = torch.cuda.stream(self.stream)
         return context
 
@@ -66,7 +66,7 @@ class Ring(threading.local):
         return self.bands[self.at][: (hi - lo) * width].reshape(hi - lo, width)
 
     def holds(self, band: Elements) -> bool:
-        """Whether it is the one that was given out last, which stays untouched until it is copied."""
+        """Whether a band is the last that was given out; that one stays untouched until it is copied."""
         return bool(self.bands) and np.may_share_memory(band, self.bands[self.at])
 
     def copied(self) -> None:

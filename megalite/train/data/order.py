@@ -24,9 +24,9 @@ class TrainingOrder:
         self._epoch = lru_cache(maxsize=2)(self._indices_of_epoch)
 
     def indices(self, first: int, number: int) -> np.ndarray:
-        """Of the sequences read as `first`..`first + number - 1`, counted over all epochs: int64 [number].
+        """Indices of sequences number `first` to `first + number - 1`, counted over all epochs: int64 [number].
 
-        The index of an example, or of the first token of a window.
+        An index is that of an example, or of the first token of a window.
         """
         epochs, places = np.divmod(np.arange(first, first + number), self.count)
         return np.array([self._epoch(int(e))[p] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)

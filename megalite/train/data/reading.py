@@ -26,7 +26,7 @@ PACKED_AT_ONCE = 16
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """What one step computes."""
+    """The data of one step."""
 
     batches: list[MicroBatch]
     """This replica's; every replica has as many."""
