@@ -185,7 +185,7 @@ def _bands(rows: int, row_bytes: int, band_bytes: int) -> Iterator[tuple[int, in
 
 
 def overlap(one: Range, move: Move, lo: int, hi: int) -> tuple[int, slice, slice]:
-    """What a range shares with rows lo..hi of a move's matrix: its first row in the range; rows and columns in the matrix.
+    """What a range shares with rows lo..hi of a move's matrix: its first row in the range; rows and columns there.
 
     No rows, if the range lies elsewhere.
     """
