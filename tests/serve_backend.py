@@ -16,6 +16,7 @@ from megalite.serve.metrics import ServeMetrics
 from megalite.serve.page import page_router
 
 KEY = "open sesame"
+WRONG_KEY = JSONResponse({"error": {"message": "wrong key", "code": 401}}, status_code=401)
 ANSWER = "I say <b>this</b> & <img src=x onerror=alert(1)>,\n  twice: ü 漢字"
 
 
@@ -32,15 +33,15 @@ class Backend:
         self.endless = False
         self.app = FastAPI()
         self.app.include_router(page_router(ServeMetrics("models/demo"), FakeRouter()))
-        self.app.middleware("http")(self.check_key)
         self.app.get("/v1/models")(self.models)
         self.app.post("/v1/chat/completions")(self.complete)
         self.app.post("/v1/completions")(self.complete)
 
     @contextmanager
     def served(self) -> Iterator[str]:
-        """Its address."""
-        server = uvicorn.Server(uvicorn.Config(self.app, port=0, log_level="warning", lifespan="off"))
+        """Its address. What a browser still holds open at the end is cut off."""
+        how = {"interface": "asgi3", "lifespan": "off", "log_level": "critical", "timeout_graceful_shutdown": 1}
+        server = uvicorn.Server(uvicorn.Config(self.answer, port=0, **how))
         thread = threading.Thread(target=server.run)
         thread.start()
         try:
@@ -50,14 +51,16 @@ class Backend:
             self.endless = False
             server.should_exit = True
             thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+    async def answer(self, scope, receive, send) -> None:
+        """The application behind the key, if one is asked for."""
+        known = (b"authorization", f"Bearer {KEY}".encode()) in scope["headers"]
+        app = self.app if known or scope["path"] == "/" or not self.needs_key else WRONG_KEY
+        await app(scope, receive, send)
 
     async def models(self):
         return {"object": "list", "data": [{"id": "models/demo"}]}
-
-    async def check_key(self, request: Request, call_next):
-        if self.needs_key and request.url.path != "/" and request.headers.get("authorization") != f"Bearer {KEY}":
-            return JSONResponse({"error": {"message": "wrong key", "code": 401}}, status_code=401)
-        return await call_next(request)
 
     async def complete(self, request: Request):
         body = await request.json()

@@ -551,7 +551,8 @@ def test_an_adapter_is_a_model_of_its_name():
     scripted.limits = replace(scripted.limits, adapters=("poet",))
     app = app_over(scripted, lora={"poet": "folder"})
     cards = ask(app, "GET", "/v1/models").json()["data"]
-    assert [(card["id"], card["parent"]) for card in cards] == [("tiny", None), ("poet", "tiny")]
+    shown = [(card["id"], card["root"], card["parent"]) for card in cards]
+    assert shown == [("tiny", "tiny", None), ("poet", "folder", "tiny")]
     for model, adapter in (("poet", "poet"), ("tiny", ""), (None, "")):
         body = {"prompt": "hello", "max_tokens": 2} | ({"model": model} if model else {})
         assert ask(app, "POST", "/v1/completions", json=body).json()["model"] == (model or "tiny")
@@ -606,9 +607,8 @@ def test_where_nothing_is_taken_no_body_is_read():
         yield b"{"
         await asyncio.sleep(30)
 
-    for path in ("completions", "chat/completions"):
-        error(ask(app_over(over), "POST", f"/v1/{path}", content=never(), headers=JSON), 429)
-    assert ask(app_over(over), "POST", "/tokenize", json={"prompt": "a"}).status_code == 200
+    for path in ("v1/completions", "v1/chat/completions", "tokenize", "detokenize"):
+        error(ask(app_over(over), "POST", f"/{path}", content=never(), headers=JSON), 429)
 
 
 def test_a_stream_that_is_lost_ends_with_an_error():

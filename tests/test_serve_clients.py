@@ -9,11 +9,14 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import numpy as np
 import pytest
 from forks import Forks
+from safetensors.numpy import save_file
 from served import Served
 from tiny_tokenizer import with_tokenizer
 from waiting import PATIENCE, wait_until
@@ -39,6 +42,22 @@ PROMPTS = [
 ]
 
 
+def adapter(model: Path, folder: Path) -> Path:
+    """A random LoRA adapter for `model`, as PEFT saves one."""
+    sizes = json.loads((model / "config.json").read_text())
+    random = np.random.default_rng(3)
+    tensors = {}
+    for layer in range(sizes["num_hidden_layers"]):
+        name = f"base_model.model.model.layers.{layer}.mlp.down_proj.lora"
+        for half, shape in (("A", (2, sizes["intermediate_size"])), ("B", (sizes["hidden_size"], 2))):
+            tensors[f"{name}_{half}.weight"] = random.normal(0, 0.5, shape).astype(np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 8, "target_modules": ["down_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def servers(forks: Forks, tiny: Any, tmp_path_factory: Any) -> Iterator[dict[tuple[int, int, int], Served]]:
     """One of each layout; they start at the same time."""
@@ -47,7 +66,9 @@ def servers(forks: Forks, tiny: Any, tmp_path_factory: Any) -> Iterator[dict[tup
     found = {}
     for tp, pp, dp in LAYOUTS:
         (place := folder / f"{tp}{pp}{dp}").mkdir()
-        layout = f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.dp={dp}"
+        layout = [f"parallel.tp={tp}", f"parallel.pp={pp}", f"parallel.dp={dp}"]
+        if dp == 2:  # which changes nothing for requests that don't name it
+            layout.append(f"lora.poet={adapter(model, folder / 'poet')}")
         found[tp, pp, dp] = Served(forks, place, model, *layout, "server.model_names=[tiny]")
     for (_, _, dp), served in found.items():
         served.wait_ready(dp)
@@ -108,8 +129,23 @@ async def _streamed(http: httpx.AsyncClient, path: str, body: dict[str, Any]) ->
     return found
 
 
+def test_an_adapter_is_a_model_beside_its_own(served: Served, client: OpenAI) -> None:
+    cards = served.ask("/v1/models").json()["data"]
+    assert [(card["id"], card["parent"]) for card in cards] == [("tiny", None), ("poet", "tiny")]
+    assert cards[1]["root"].endswith("/poet")
+    asked: dict[str, Any] = {"prompt": "import os", "temperature": 0, "max_tokens": 12}
+    plain, poet = (client.completions.create(model=name, **asked) for name in ("tiny", "poet"))
+    assert poet.model == "poet" and poet.choices[0].text != plain.choices[0].text
+    parts = list(client.completions.create(model="poet", **asked, stream=True))
+    assert "".join(part.choices[0].text for part in parts) == poet.choices[0].text
+    assert {part.model for part in parts} == {"poet"}
+    answer = served.ask("/v1/completions", model="novelist", **asked)
+    words = "The model 'novelist' does not exist; see /v1/models."
+    error = {"message": words, "type": "invalid_request_error", "param": "model", "code": "model_not_found"}
+    assert (answer.status_code, answer.json()) == (404, {"error": error})
+
+
 def test_openais_client(client: OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["tiny"]
     asked: dict[str, Any] = {"model": "tiny", "messages": TALK, "max_tokens": 20, "seed": 1}
     whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
     choice = whole.choices[0]

@@ -97,7 +97,7 @@ def page(browser, backend):
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
     with backend.served() as url:
-        page.goto(url)
+        assert page.goto(url).ok
         yield page
         page.context.close()
     assert [line for line in complaints if "status of 4" not in line] == []

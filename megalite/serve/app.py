@@ -18,7 +18,7 @@ from megalite.serve.chat import chat_completions
 from megalite.serve.completions import completions
 from megalite.serve.envelope import api_error
 from megalite.serve.errors import NoReplica
-from megalite.serve.gate import OPEN_PATHS, Bodies, Gate, GeneratingRoute, StrictRoute, read_api_key, request_id
+from megalite.serve.gate import OPEN_PATHS, AdmittedRoute, Bodies, Gate, StrictRoute, read_api_key, request_id
 from megalite.serve.metrics import ServeMetrics, metrics_router
 from megalite.serve.page import page_router
 from megalite.serve.prepare import Preparer
@@ -91,7 +91,7 @@ def create_app(config: ServeConfig, router: Router, metrics: ServeMetrics) -> Fa
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _error_response)
     app.include_router(_generating(preparer, router, metrics))
-    app.include_router(_describing(preparer, router))
+    app.include_router(_describing(config, preparer, router))
     app.include_router(_tokenising(preparer))
     more = _answers(401)
     app.include_router(metrics_router(metrics, router), responses=more)
@@ -129,7 +129,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> APIRouter:
-    routes = APIRouter(route_class=GeneratingRoute)
+    routes = APIRouter(route_class=AdmittedRoute)
 
     def answer(http: Request, prefix: str, body: CompletionRequest | ChatCompletionRequest) -> Answer:
         kinds = {"cmpl": "text_completion", "chatcmpl": "chat.completion"}
@@ -158,7 +158,7 @@ def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> AP
     return routes
 
 
-def _describing(preparer: Preparer, router: Router) -> APIRouter:
+def _describing(config: ServeConfig, preparer: Preparer, router: Router) -> APIRouter:
     routes = APIRouter(route_class=StrictRoute)
     created = int(time.time())
 
@@ -168,14 +168,14 @@ def _describing(preparer: Preparer, router: Router) -> APIRouter:
             object="model",
             created=created,
             owned_by="megalite",
-            root=preparer.names[0],
+            root=config.lora.get(name) or config.model.path or name,
             parent=preparer.names[0] if name not in preparer.own_names else None,
             max_model_len=preparer.limits.max_model_len,
         )
 
     @routes.get("/v1/models", responses=_answers(401))
     async def list_models() -> ModelList:
-        """The names of the model."""
+        """The names of the model and of its adapters."""
         return ModelList(object="list", data=[card(name) for name in preparer.names])
 
     @routes.get("/v1/models/{model:path}", responses=_answers(401, 404))
@@ -206,18 +206,14 @@ def _describing(preparer: Preparer, router: Router) -> APIRouter:
 
 
 def _tokenising(preparer: Preparer) -> APIRouter:
-    routes = APIRouter(route_class=StrictRoute)
+    routes = APIRouter(route_class=AdmittedRoute)
 
-    @routes.post("/tokenize", responses=_answers(*_BODY))
-    async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
+    @routes.post("/tokenize", response_model=TokenizeAnswer, responses=_answers(*_BODY))
+    async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text or of a chat."""
         preparer.check_unknown(body)
         preparer.model(body.model)
-        ids = await preparer.in_thread(preparer.token_ids, body)
-        strings = [preparer.texts.of(one)[0] for one in ids] if body.return_token_strs else None
-        return TokenizeAnswer(
-            count=len(ids), max_model_len=preparer.limits.max_model_len, tokens=ids, token_strs=strings
-        )
+        return Response(await preparer.in_thread(preparer.tokens, body), media_type="application/json")
 
     @routes.post("/detokenize", responses=_answers(*_BODY))
     async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:

@@ -27,7 +27,7 @@ async def chat_completions(
     preparer.check_unknown(body)
     _check(body)
     names = NAMES | ({"max_tokens": "max_completion_tokens"} if body.max_completion_tokens is not None else {})
-    params = preparer.params(body, _given(body), names, to_the_end=True)
+    params = await preparer.params(body, _given(body), names, to_the_end=True)
     prompts = chat_prompts(body, {"reasoning_effort": body.reasoning_effort})
     if body.tool_choice == "none":
         prompts.variables.pop("tools", None)

@@ -26,7 +26,7 @@ async def completions(
     given = {"best_of": body.best_of, "logprobs": body.logprobs}
     if body.echo and body.logprobs is not None:
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    params = preparer.params(body, given, {})
+    params = await preparer.params(body, given, {})
     prompts = Prompts(values=preparer.several(body.prompt), where="prompt")
     how = {"name": answer.id, "model": answer.model}
     requests = await preparer.requests(prompts, params, stream=bool(body.stream), **how)

@@ -33,8 +33,8 @@ MAX_HEADER_BYTES = 1 << 15
 """Of all names and values together."""
 MAX_BODIES = 32
 """Bodies of the largest size that are read at the same moment."""
-LARGE_BODY = 1 << 16
-"""Bytes; larger ones are parsed in a thread, so that no other answer waits."""
+MAX_FIELDS = 1 << 10
+"""Of a request, unknown ones too."""
 OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
 """Need no key: the page holds nothing secret and asks for it, and who watches over processes has none."""
 
@@ -175,7 +175,7 @@ class Bodies:
         self._held = 0
         """Bytes of bodies that are being read or parsed."""
         self._parsing = asyncio.Lock()
-        """Of a large body: parsing is one call into C, during which nothing else runs, so it is one at a time."""
+        """One at a time, so that between two pieces of it other answers get their turn."""
 
     async def read(self, request: Request) -> Any:
         """The JSON value of a request's body. ApiError, JsonError, Overloaded, ClientGone."""
@@ -198,11 +198,11 @@ class Bodies:
                         break
             if not data:
                 raise ApiError(400, "The request needs a body: a JSON object.")
-            whole = bytes(data)
-            if len(whole) <= LARGE_BODY:
-                return json_text.parse(whole)
             async with self._parsing:
-                return await asyncio.to_thread(json_text.parse, whole)
+                value = await json_text.parse_in_pieces(bytes(data), lambda: asyncio.sleep(0))
+            if isinstance(value, dict) and len(value) > MAX_FIELDS:
+                raise ApiError(400, f"A request may have {MAX_FIELDS} fields.")
+            return value
         except TimeoutError:
             rule = f"The request's body did not arrive within {self._timeout:g} s."
             raise ApiError(408, rule, headers={"Connection": "close"}) from None
@@ -239,8 +239,8 @@ class _StrictRequest(Request):
 class StrictRoute(APIRoute):
     """An endpoint whose body comes through `Bodies`, and whose errors have envelopes."""
 
-    generates = False
-    """Where nothing more is taken on, the body is not read."""
+    is_admitted = False
+    """Where the server takes nothing more on, the body is not read."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -248,7 +248,7 @@ class StrictRoute(APIRoute):
         async def strict(request: Request) -> Response:
             strict_request = _StrictRequest(request.scope, request.receive)
             try:
-                if self.generates:
+                if self.is_admitted:
                     request.app.state.router.admit(1, 1)
                 if self.body_field is not None:
                     strict_request.value = await request.app.state.bodies.read(request)
@@ -263,7 +263,7 @@ class StrictRoute(APIRoute):
         return strict
 
 
-class GeneratingRoute(StrictRoute):
-    """One whose requests are for the replicas."""
+class AdmittedRoute(StrictRoute):
+    """One whose requests are work: they are refused where the queue is full or the server is about to end."""
 
-    generates = True
+    is_admitted = True

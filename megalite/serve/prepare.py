@@ -17,11 +17,12 @@ from pydantic import BaseModel
 from megalite import json_text
 from megalite.config.chat import variables_problem
 from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
-from megalite.config.schema import SamplingParams, ServeConfig
+from megalite.config.schema import MAX_TOKEN_IDS, SamplingParams, ServeConfig
 from megalite.errors import ConfigError
 from megalite.inference.io.inputs import PromptLimits, RawRequest, make_requests
 from megalite.inference.request import Request
 from megalite.json_text import JsonError
+from megalite.serve.answers import encode
 from megalite.serve.envelope import ApiError, problem_error
 from megalite.serve.errors import Overloaded
 from megalite.serve.logprobs import TokenTexts
@@ -43,7 +44,11 @@ KEPT, LONGEST_KEPT = 256, 2048
 THREADS = 4
 """In which prompts are tokenised and chats rendered."""
 AT_ONCE = 1024
-"""Characters of prompts, or four times as many token ids, that are read without a thread."""
+"""Characters of prompts, or four times as many token ids, or entries of a field, that are read without a thread."""
+MAX_TOKENISED = 1 << 20
+"""Characters that `/tokenize` takes in any case; more only where the model does."""
+MAX_ENTRIES = 1 << 14
+"""Parts of contents and tool calls that the messages of a chat may have together."""
 NOT_SAID = SamplingParams().max_tokens
 """max_tokens of a config that does not say it: what OpenAI gives a completion. A chat then has the model's length."""
 
@@ -132,7 +137,7 @@ class Preparer:
             if isinstance(inner, Closed):
                 self.check_unknown(inner)
 
-    def params(
+    async def params(
         self, body: Sampled, given: Mapping[str, Any], names: Mapping[str, str], *, to_the_end: bool = False
     ) -> SamplingParams:
         """How to sample. `given`: sampling parameters whose fields have other names or meanings than ours, null for
@@ -143,7 +148,9 @@ class Preparer:
         form = structured_outputs(body)
         if form is not None:
             name, values["structured_outputs"] = form
-            return self._checked(values, {**names, "structured_outputs": name}, to_the_end)
+            return await self.in_thread(self._checked, values, {**names, "structured_outputs": name}, to_the_end)
+        if any(isinstance(value, list | dict | str) and len(value) > AT_ONCE for value in values.values()):
+            return await self.in_thread(self._checked, values, names, to_the_end)
         key = f"{to_the_end} {values!r}"
         known = self._params.get(key)
         if known is None:
@@ -226,13 +233,25 @@ class Preparer:
 
     # ---- tokens without generating
 
-    def token_ids(self, body: TokenizeRequest) -> list[int]:
-        """Token ids of a text or a chat; for a thread. ApiError: it says neither or both; ConfigError: it has none."""
+    def tokens(self, body: TokenizeRequest) -> bytes:
+        """The answer to `/tokenize`; for a thread. Errors as from `_token_ids`."""
+        ids = self._token_ids(body)
+        texts = self.texts if body.return_token_strs else None
+        strings = texts and [texts.of(one)[0] for one in ids]
+        most = self.limits.max_model_len
+        return encode({"count": len(ids), "max_model_len": most, "tokens": ids, "token_strs": strings})
+
+    def _token_ids(self, body: TokenizeRequest) -> list[int]:
+        """Token ids of a text or a chat. ApiError: it says neither or both; ConfigError: it has none."""
         tokenizer = self._tokenizer()
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "prompt: give either prompt or messages.", param="prompt")
         if body.messages is None:
             assert body.prompt is not None
+            most = max(MAX_TOKENISED, 8 * self.limits.max_model_len)
+            if len(body.prompt) > most:
+                rule = f"prompt: has {len(body.prompt)} characters, and at most {most} are tokenised."
+                raise ApiError(400, rule, param="prompt")
             prompts = Prompts(values=[body.prompt], where="prompt")
         else:
             given = {name: value for name in ChatRequest.model_fields if (value := getattr(body, name)) is not None}
@@ -250,6 +269,9 @@ class Preparer:
         """The text of token ids; for a thread. ApiError: they are none."""
         if ids == []:
             return ""
+        most = max(MAX_TOKEN_IDS, self.limits.max_model_len)
+        if isinstance(ids, list) and len(ids) > most:
+            raise ApiError(400, f"tokens: has {len(ids)} entries, and at most {most} are read.", param="tokens")
         problem = prompt_problem(ids, key="tokens", vocab_size=self.limits.vocab_size)
         if problem is not None or isinstance(ids, str) or isinstance(ids[0], dict):
             raise problem_error(problem) if problem else ApiError(400, "tokens: must be token ids.", param="tokens")
@@ -289,6 +311,10 @@ def is_chat(prompt: Any) -> bool:
 
 def chat_prompts(body: ChatRequest, more: Mapping[str, Any]) -> Prompts:
     """The prompt of a chat; `more` template variables beside its own. ApiError: the chat can't be read."""
+    lists = [one for message in body.messages for one in (message.content, message.tool_calls)]
+    if sum(len(one) for one in lists if isinstance(one, list)) > MAX_ENTRIES:
+        rule = f"messages: all contents and tool_calls together may have {MAX_ENTRIES} entries."
+        raise ApiError(400, rule, param="messages")
     values = {"tools": body.tools, "chat_template_kwargs": body.chat_template_kwargs}
     problem = variables_problem(values)
     if problem is not None:

@@ -18,6 +18,8 @@ from megalite.config.rules import NO_BOUNDS
 from megalite.config.schema import SamplingParams
 from megalite.config.vllm import SAMPLING, Refused
 
+MAX_MESSAGES = 2048
+"""Of a chat; as many as OpenAI takes."""
 Json = dict[str, Any]
 _BOUNDS = {"at_least": "minimum", "above": "exclusiveMinimum", "at_most": "maximum", "below": "exclusiveMaximum"}
 _FIELDS = {field.name: field for field in fields(SamplingParams)}
@@ -190,7 +192,7 @@ class ChatRequest(Closed):
     """What becomes a prompt by the chat template."""
 
     model: str | None = None
-    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     tools: Mappings = None
     """JSON schemas of tools that the chat template shows."""
     add_generation_prompt: bool | None = None
@@ -395,7 +397,9 @@ class ModelCard(BaseModel):
     created: int
     owned_by: str
     root: str
+    """Where the model or adapter was loaded from, as the config names it."""
     parent: str | None
+    """Of an adapter: the model."""
     max_model_len: int
 
 

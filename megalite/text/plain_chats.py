@@ -92,4 +92,4 @@ class PlainChats:
     def _encode(self, text: str) -> list[int]:
         plain, _ = self._plain
         with failing_alone():
-            return plain.encode(text).ids
+            return plain.encode_batch_fast([text])[0].ids  # see Tokenizer.encode

@@ -18,7 +18,7 @@ import tokenizers
 
 from megalite.errors import CheckpointError
 from megalite.text.chat_template import ChatTemplate, TemplateError
-from megalite.text.detokenizer import Detokenizer, TokenizerError, decoded, decoding_of, failing_alone
+from megalite.text.detokenizer import Detokenizer, TokenizerError, decoding_of, failing_alone
 from megalite.text.plain_chats import MARK, PlainChats
 from megalite.text.tokenizer_files import read_tokenizer
 
@@ -93,7 +93,9 @@ class Tokenizer:
 
         ValueError: it is not valid Unicode, or (TokenizerError) the tokenizer fails at it.
         """
-        return self._whole(self._encoding(text), add_special_tokens)
+        _refuse_surrogates(text)
+        with failing_alone():  # a batch of one, since the library's `encode` keeps all other threads waiting
+            return self._whole(self.backend.encode_batch_fast([text])[0], add_special_tokens)
 
     def _whole(self, encoding: tokenizers.Encoding, add_special_tokens: bool) -> list[int]:
         return [*self._head, *encoding.ids, *self._tail] if add_special_tokens else encoding.ids
@@ -107,7 +109,9 @@ class Tokenizer:
         letter before it belongs to the letter's token; what the tokenizer drops, such as white space, to none. What is
         added before a text is at 0, what is added after it at its end. ValueError as for `encode`.
         """
-        encoding = self._encoding(text)
+        _refuse_surrogates(text)
+        with failing_alone():
+            [encoding] = self.backend.encode_batch([text])
         ids, offsets = encoding.ids, []
         following = after = len(text)
         for start, end in reversed(encoding.offsets):
@@ -121,11 +125,6 @@ class Tokenizer:
             ids = [*self._head, *ids, *self._tail]
             offsets = [(0, 0)] * len(self._head) + offsets + [(len(text), len(text))] * len(self._tail)
         return ids, offsets
-
-    def _encoding(self, text: str) -> tokenizers.Encoding:
-        _refuse_surrogates(text)
-        with failing_alone():
-            return self.backend.encode(text)
 
     def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int] | ValueError]:
         """What `encode` gives or raises for each text, on all cores."""
@@ -155,7 +154,9 @@ class Tokenizer:
         if ids and not isinstance(ids[0], int) and isinstance(ids[0], Iterable):
             return [self.decode(one, skip_special_tokens=skip_special_tokens) for one in ids]
         if self._decoding.misread.isdisjoint(ids):
-            return decoded(self.backend, ids, skip_special_tokens=skip_special_tokens)
+            with failing_alone("these tokens"):  # a batch, as in `encode`
+                text: str = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
+            return text
         detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
         return "".join([*map(detokenizer.feed, ids), detokenizer.flush()])
 
