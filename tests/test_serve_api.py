@@ -346,6 +346,15 @@ def test_requests_without_a_seed_differ():
     assert len({one.seed for one in over.requests}) == len({one.id for one in over.requests}) == 4
 
 
+def test_seeds_may_be_negative():
+    """Those of OpenAI are signed; vLLM reads -1 as none."""
+    over = router()
+    for seed in (7, -2, -1, -1):
+        complete({"prompt": "a", "max_tokens": 1, "seed": seed}, over=over)
+    first, second, third, fourth = (one.seed for one in over.requests)
+    assert (first, second) == (7, (1 << 63) - 2) and third != fourth
+
+
 @pytest.mark.parametrize(
     "fields, wanted",
     [
@@ -495,7 +504,8 @@ WRONG: dict[str, tuple[str, Any, int, str | None]] = {
     "max_tokens": ("chat/completions", {**CHAT, "max_completion_tokens": -1}, 400, "max_completion_tokens"),
     "variables": ("chat/completions", {**CHAT, "chat_template_kwargs": {"messages": SECRET}}, 400, None),
     "two forms": ("chat/completions", {**CHAT, "guided_regex": "a", "guided_choice": ["a"]}, 400, "guided_choice"),
-    "a form": ("chat/completions", {**CHAT, "guided_regex": "("}, 400, None),
+    "a form": ("chat/completions", {**CHAT, "guided_regex": "("}, 400, "guided_regex"),
+    "a seed": ("completions", {"prompt": SECRET, "seed": 1 << 63}, 400, "seed"),
     "no schema": ("chat/completions", {**CHAT, "response_format": {"type": "json_schema"}}, 400, "response_format"),
     "functions": ("chat/completions", {**CHAT, "functions": [{"name": SECRET}]}, 400, "functions"),
     "modalities": ("chat/completions", {**CHAT, "modalities": ["audio"]}, 400, "modalities"),

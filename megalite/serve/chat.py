@@ -31,8 +31,7 @@ async def chat_completions(
     prompts = chat_prompts(body, {"reasoning_effort": body.reasoning_effort})
     if body.tool_choice == "none":
         prompts.variables.pop("tools", None)
-    how = {"name": answer.id, "model": answer.model}
-    requests = await preparer.requests(prompts, params, stream=bool(body.stream), **how)
+    requests = await preparer.requests(prompts, params, body, name=answer.id, model=answer.model)
     writer = _Writer(body, answer, preparer.texts, requests[0])
     if body.stream:
         return await EventStream(http, writer, answer, body.stream_options).begin(router, requests)

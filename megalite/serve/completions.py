@@ -28,8 +28,7 @@ async def completions(
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = await preparer.params(body, given, {})
     prompts = Prompts(values=preparer.several(body.prompt), where="prompt")
-    how = {"name": answer.id, "model": answer.model}
-    requests = await preparer.requests(prompts, params, stream=bool(body.stream), **how)
+    requests = await preparer.requests(prompts, params, body, name=answer.id, model=answer.model)
     texts = preparer.texts
     parts: list[tuple[str, list[int]]] = [("", [])] * len(requests)
     if body.echo:

@@ -19,7 +19,7 @@ from megalite.config.chat import variables_problem
 from megalite.config.sampling import prompt_problem, sampling_from_mapping, sampling_problems
 from megalite.config.schema import MAX_TOKEN_IDS, SamplingParams, ServeConfig
 from megalite.errors import ConfigError
-from megalite.inference.io.inputs import PromptLimits, RawRequest, make_requests
+from megalite.inference.io.inputs import GrammarRefused, PromptLimits, RawRequest, make_requests
 from megalite.inference.request import Request
 from megalite.json_text import JsonError
 from megalite.serve.answers import encode
@@ -45,6 +45,7 @@ THREADS = 4
 """In which prompts are tokenised and chats rendered."""
 AT_ONCE = 1024
 """Characters of prompts, or four times as many token ids, or entries of a field, that are read without a thread."""
+MOST_SEEDS = 1 << 63
 MAX_TOKENISED = 1 << 20
 """Characters that `/tokenize` takes in any case; more only where the model does."""
 MAX_ENTRIES = 1 << 14
@@ -145,6 +146,8 @@ class Preparer:
         neither request nor config say max_tokens. ApiError: they break a rule."""
         values = {name: getattr(body, name) for name in SAMPLING_FIELDS} | dict(given)
         values = {name: value for name, value in values.items() if value is not None}
+        if (seed := values.get("seed", 0)) < 0:  # OpenAI and vLLM have signed ones, and vLLM's -1 stands for none
+            values["seed"] = None if seed == -1 else seed + MOST_SEEDS
         form = structured_outputs(body)
         if form is not None:
             name, values["structured_outputs"] = form
@@ -198,9 +201,10 @@ class Preparer:
         return prompt
 
     async def requests(
-        self, prompts: Prompts, params: SamplingParams, *, name: str, stream: bool, model: str
+        self, prompts: Prompts, params: SamplingParams, body: Sampled, *, name: str, model: str
     ) -> list[Request]:
-        """The engine's requests for all prompts; `model`: one of `names`. ApiError, Overloaded, Draining, NoReplica."""
+        """The engine's requests for all prompts of `body`, which is sampled by `params`; `model`: one of `names`.
+        ApiError, Overloaded, Draining, NoReplica."""
         samples = params.best_of or params.n
         count = len(prompts.values) * samples
         if count > self._section.max_samples:
@@ -216,9 +220,12 @@ class Preparer:
         at_once = takes_no_time(prompts.values, params)
         limits = self.limits
         for one in make_requests(raw, limits) if at_once else await self.in_thread(make_requests, raw, limits):
+            if isinstance(one, GrammarRefused):
+                field, _ = structured_outputs(body) or ("structured_outputs", None)
+                raise ApiError(400, f"{field}: {one.problems[0].rule.partition(': ')[2]}", param=field)
             if isinstance(one, ConfigError):
                 raise one
-            made.append(replace(one, stream=True) if stream else one)
+            made.append(replace(one, stream=True) if body.stream else one)
         return made
 
     async def in_thread(self, work: Any, *arguments: Any) -> Any:

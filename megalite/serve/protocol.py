@@ -127,7 +127,7 @@ class Sampled(Closed):
     top_p: float | None = _like("top_p")
     top_k: int | None = _like("top_k")
     min_p: float | None = _like("min_p")
-    seed: int | None = _like("seed")
+    seed: int | None = Field(None, description="Same seed, same answer; null or -1: another one for each request.")
     presence_penalty: float | None = _like("presence_penalty")
     frequency_penalty: float | None = _like("frequency_penalty")
     repetition_penalty: float | None = _like("repetition_penalty")

@@ -112,6 +112,10 @@ class TokenizerFailed(ConfigError):
     """The tokenizer fails at a prompt, which is no fault of the prompt's."""
 
 
+class GrammarRefused(ConfigError):
+    """The form of its output that a prompt's sampling asks for can't be followed; the rule begins with its kind."""
+
+
 Encoded = tuple[list[int], str] | ConfigError
 """Token ids of a prompt and the text that they are of, or why there are none."""
 
@@ -221,7 +225,7 @@ def _grammar(one: RawRequest, limits: PromptLimits) -> str | ConfigError:
         return text
     except GrammarError as error:
         kind = next(name for name in KINDS if name in wanted(one.params.structured_outputs))
-        return _refused(one.where, f"structured_outputs.{kind}: {error}")
+        return GrammarRefused(Problem(key=one.where, rule=f"structured_outputs.{kind}: {error}"))
 
 
 def _too_long(count: int, one: RawRequest, limits: PromptLimits) -> ConfigError | None:
