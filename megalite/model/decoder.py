@@ -10,7 +10,6 @@ constructor. Parameter names carry global layer indices on every stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.core.progress import here
 from megalite.model.attention import AttentionContext
 from megalite.model.config import ModelConfig
-from megalite.model.layers.base import LayerModule
+from megalite.model.layers.base import LayerModule, Norms
 from megalite.model.rope import Rotary, Rotation
 
 
@@ -38,21 +37,12 @@ def make_norm(config: ModelConfig, state: ParallelState) -> RMSNorm | LayerNorm:
     return RMSNorm(*size, zero_centred=config.zero_centred, **marks)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A sublayer's module and what is between it and the residual stream."""
-
-    module: LayerModule
-    norm: nn.Module | None
-    post: Callable[[Tensor], Tensor] | None
-
-
 class Block(nn.Module):
     """One layer on the residual stream: its sublayers one after the other, or beside each other, as the config says."""
 
     def __init__(self, config: ModelConfig, layer: int, state: ParallelState):
         super().__init__()
-        self._groups: list[list[_Part]] = []
+        self._groups: list[list[tuple[LayerModule, Norms]]] = []
         """Sublayers of a group read the same stream."""
         for part in config.layers[layer].sublayers:
             norm = self._norm(part.norm, config, state)
@@ -61,7 +51,7 @@ class Block(nn.Module):
             post = _scaled(self._norm(part.post_norm, config, state), part.scale)
             if not part.beside:
                 self._groups.append([])
-            self._groups[-1].append(_Part(module, norm, post))
+            self._groups[-1].append((module, Norms(norm, post)))
 
     def _norm(self, name: str | None, config: ModelConfig, state: ParallelState) -> nn.Module | None:
         """The norm of that name, made where it is named first."""
@@ -72,8 +62,8 @@ class Block(nn.Module):
     def forward(self, x: Residual, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
         for group in self._groups:
             stream = x if len(group) == 1 else Beside(x)
-            for part in group:
-                part.module.update(stream, part.norm, part.post, ctx, rotations)
+            for module, norms in group:
+                module.update(stream, norms, ctx, rotations)
 
     def whole(self, x: Tensor, ctx: AttentionContext, rotations: Sequence[Rotation]) -> Tensor:
         """The layer by itself: [T, hidden] -> [T, hidden] ([T/tp, hidden] under sequence parallelism)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -10,6 +11,16 @@ from megalite.core.layers import Residual
 from megalite.core.linear import RowParallelLinear
 from megalite.model.attention import AttentionContext
 from megalite.model.rope import Rotation
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """What is between a sublayer and the residual stream."""
+
+    before: nn.Module | None
+    """Of what it reads; None: the stream itself."""
+    after: Callable[[Tensor], Tensor] | None
+    """Of what it adds, with its scale; None: that itself."""
 
 
 class LayerModule(nn.Module):
@@ -21,16 +32,6 @@ class LayerModule(nn.Module):
 
     out: RowParallelLinear
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
-        """Read `norm` of the residual stream, or the stream itself, and add to it, through `post` if there is one.
-
-        `rotations`: one for each of `ModelConfig.ropes`.
-        """
-        self.out.write(x, self(x.normed(norm), ctx, rotations), post)
+    def update(self, x: Residual, norms: Norms, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
+        """Read the residual stream and add to it, both through `norms`; `rotations`: one a rotary embedding."""
+        self.out.write(x, self(x.normed(norms.before), ctx, rotations), norms.after)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.core.functional import PLAIN_ACTIVATIONS
 from megalite.core.layers import Residual, replicated
@@ -15,7 +15,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
 from megalite.model.config import XIELU_BETA, XIELU_EPS, ModelConfig
 from megalite.model.kinds.dense import DenseMLP
-from megalite.model.layers.base import LayerModule
+from megalite.model.layers.base import LayerModule, Norms
 from megalite.model.rope import Rotation
 
 
@@ -39,19 +39,12 @@ class MLP(LayerModule):
         elif not self.gated:
             self.plain = PLAIN_ACTIVATIONS[kind.activation]
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
+    def update(self, x: Residual, norms: Norms, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
         if self.gated:
-            hidden = self.up.read(x, norm, gate=self.activation)
+            hidden = self.up.read(x, norms.before, gate=self.activation)
         else:
-            hidden = self.plain(self.up.read(x, norm))
-        self.down.write(x, hidden, post)
+            hidden = self.plain(self.up.read(x, norms.before))
+        self.down.write(x, hidden, norms.after)
 
     def _xielu(self, x: Tensor) -> Tensor:
         """An integral of ELU with a learned slope on either side of zero (arXiv 2411.13010)."""

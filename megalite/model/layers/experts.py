@@ -6,7 +6,7 @@ one that a row-parallel layer makes anyway, so expert parallelism costs no furth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from megalite.core.linear import DENSE, Coded, ColumnParallelLinear, Format, Qua
 from megalite.core.parallel_state import ParallelState
 from megalite.model.attention import AttentionContext
 from megalite.model.kinds.experts import ClampedGate, Experts, Router
-from megalite.model.layers.base import LayerModule
+from megalite.model.layers.base import LayerModule, Norms
 from megalite.model.rope import Rotation
 
 FEW_TOKENS = 256
@@ -184,15 +184,8 @@ class MixtureOfExperts(LayerModule):
             weights = weights + 0 * self.correction.sum()  # optimizers want a gradient of every parameter
         return weights.to(x.dtype), experts
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
-        x.add(self(x.normed(norm)), post)
+    def update(self, x: Residual, norms: Norms, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
+        x.add(self(x.normed(norms.before)), norms.after)
 
     def forward(self, x: Tensor) -> Tensor:
         whole = enter_tp(x, self.state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,7 +21,7 @@ from megalite.errors import CheckpointError
 from megalite.model.attention import AttentionContext, Heads
 from megalite.model.config import AttentionSpec, ModelConfig
 from megalite.model.kinds.softmax import CACHE_SCALES, SoftmaxAttention
-from megalite.model.layers.base import LayerModule
+from megalite.model.layers.base import LayerModule, Norms
 from megalite.model.rope import Rotation
 
 
@@ -81,19 +81,12 @@ class Attention(LayerModule):
             raise CheckpointError(rule)
         self.spec = replace(self.spec, key_scale=found[0], value_scale=found[1])
 
-    def update(
-        self,
-        x: Residual,
-        norm: nn.Module | None,
-        post: Callable[[Tensor], Tensor] | None,
-        ctx: AttentionContext,
-        rotations: Sequence[Rotation],
-    ) -> None:
-        qkv, gate = self._gate_apart(self.qkv.read(x, norm).unflatten(-1, (-1, self.head_dim)))  # [T, heads, D]
+    def update(self, x: Residual, norms: Norms, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
+        qkv, gate = self._gate_apart(self.qkv.read(x, norms.before).unflatten(-1, (-1, self.head_dim)))  # [T, heads, D]
         attended = self.attend(qkv, ctx, None if self.rotary is None else rotations[self.rotary])
         if gate is not None:
             attended = attended * gate.sigmoid()
-        self.out.write(x, attended.flatten(-2), post)
+        self.out.write(x, attended.flatten(-2), norms.after)
 
     def _gate_apart(self, qkv: Tensor) -> tuple[Tensor, Tensor | None]:
         """Queries, keys and values, and the gate of each query head."""
