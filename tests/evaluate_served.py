@@ -9,15 +9,16 @@ from __future__ import annotations
 import ast
 import calendar
 import inspect
-import json
 import os
 import shlex
 import sys
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from eval_tasks import evaluate, write_tasks
 from serve_demo import DEMO, demo
 
 CLOSE = 1e-4
@@ -45,7 +46,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_tasks(place: Path) -> None:
+def make_tasks(place: Path) -> None:
     """Heads of functions and the line that follows each, with those of other ones to choose from."""
     functions = [text.splitlines(keepends=True) for text in _functions() if text.count("\n") > 4][:16]
     halves = [("".join(lines[:4]), lines[4]) for lines in functions]
@@ -54,11 +55,7 @@ def write_tasks(place: Path) -> None:
         choices = [halves[(place_ + other) % len(halves)][1] for other in (1, 2)]
         choices.insert(place_ % 3, tail)
         lines.append({"head": head, "tail": tail, "choices": choices, "label": place_ % 3})
-    data = place / "data.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, task in TASKS.items():
-        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-        (place / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))
+    write_tasks(place, TASKS, lines)
 
 
 def _functions() -> list[str]:
@@ -72,33 +69,18 @@ def _functions() -> list[str]:
     return found
 
 
-def evaluate(model: str, arguments: str, tasks: Path) -> Any:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    return simple_evaluate(
-        model=model,
-        model_args=arguments,
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        device="cpu",
-        batch_size=4,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-
-
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
         (place / "tasks").mkdir()
-        write_tasks(place / "tasks")
+        make_tasks(place / "tasks")
+        asked = partial(evaluate, tasks=TASKS, place=place / "tasks", batch_size=4)
         with demo(place, "parallel.dp=2") as server:
             where = f"base_url={server.url}/v1/completions,model=demo,tokenizer={DEMO},tokenizer_backend=huggingface"
-            ours = evaluate("local-completions", f"{where},num_concurrent=4,max_length=1024", place / "tasks")
+            ours = asked("local-completions", f"{where},num_concurrent=4,max_length=1024")
             code = server.end()
-        theirs = evaluate("hf", f"pretrained={DEMO},dtype=float32", place / "tasks")
+        theirs = asked("hf", f"pretrained={DEMO},dtype=float32")
     wrong = 0
     for task in TASKS:
         for metric, wanted in theirs["results"][task].items():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 import runpy
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from eval_tasks import evaluate, write_tasks
 from tiny_tokenizer import with_tokenizer
 
 from megalite import cli
@@ -57,11 +57,7 @@ def tasks(tmp_path_factory) -> Path:
         {"text": one, "question": f"Q{n}: {one[:30]}", "choices": [" yes", " no it is", "x"], "label": n % 3}
         for n, one in enumerate(text)
     ]
-    data = place / "data.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, task in TASKS.items():
-        source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
-        (place / f"{name}.yaml").write_text(json.dumps({"task": name, **source, **task}))
+    write_tasks(place, TASKS, lines)
     return place
 
 
@@ -73,26 +69,11 @@ def offline(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def evaluate(model: str, folder: Path, tasks: Path) -> dict:
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    return simple_evaluate(
-        model=model,
-        model_args=f"pretrained={folder},dtype=float32",
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        device="cpu",
-        batch_size=1,
-        bootstrap_iters=0,
-        log_samples=True,
-    )
-
-
 def test_agrees_with_the_hf_backend(folder, tasks):
     import megalite.evals  # noqa: F401
 
-    ours, theirs = evaluate("megalite", folder, tasks), evaluate("hf", folder, tasks)
+    model = f"pretrained={folder},dtype=float32"
+    ours, theirs = (evaluate(backend, model, TASKS, tasks) for backend in ("megalite", "hf"))
     for name in TASKS:
         for metric, value in theirs["results"][name].items():
             same = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value

@@ -16,6 +16,7 @@ from megalite import LLM
 from megalite.kernels.device import synchronize
 from megalite.monitor.metrics import PHASES
 from megalite.tools.benchmarks.floor import Floor
+from megalite.tools.benchmarks.frame import head, row
 
 KINDS = {
     "communication": r"nccl|all_?reduce|allgather|all_gather|reduce_scatter|symm|multimem",
@@ -152,8 +153,7 @@ def decode_account(llm: LLM, work: Callable[[], object], steps: int, contexts: S
     }
     ranks = floor.layout.size
     title = f"A decode step, batch {batch}, context {contexts[0]}: {1000 * floor.decode(contexts):.3g} ms is the floor"
-    lines = [f"**{title}**\n", "| host | ms |", "|---|---|"]
-    lines += [f"| {name} | {1000 * seconds:.3f} |" for name, seconds in host]
+    lines = [f"**{title}**\n", head("host", "ms"), *(row(name, f"{1000 * one:.3f}") for name, one in host)]
     return "\n".join([*lines, "", tables(watch, looked_at, {kind: one / ranks for kind, one in floors.items()})])
 
 
@@ -177,23 +177,22 @@ def tables(watch: Watch, steps: int, floors: dict[str, float]) -> str:
     for kernel in kernels:
         kinds[kernel.kind].append(kernel)
     busy = sum(kernel.seconds for kernel in kernels)
-    lines = ["| kind | kernels a step | ms | floor |", "|---|---|---|---|"]
+    lines = [head("kind", "kernels a step", "ms", "floor")]
 
     def line(name: str, members: list[Kernel], floor: str) -> str:
         count, seconds = sum(one.count for one in members), sum(one.seconds for one in members)
-        return f"| {name} | {count / steps:.4g} | {1000 * seconds / steps:.3f} | {floor} |"
+        return row(name, f"{count / steps:.4g}", f"{1000 * seconds / steps:.3f}", floor)
 
     for kind, members in sorted(kinds.items(), key=lambda item: -sum(one.seconds for one in item[1])):
         lines.append(line(kind, members, f"{1000 * floors[kind]:.3f}" if kind in floors else ""))
     lines.append(line("all", kernels, ""))
     lines.append(f"| (by the clock, while it is looked at) | | {1000 * watch.span / steps:.3f} | |")
-    lines += ["", "| kernel | kind | calls a step | us each | ms a step | share |", "|---|---|---|---|---|---|"]
+    lines += ["", head("kernel", "kind", "calls a step", "us each", "ms a step", "share")]
     for one in kernels[:SHOWN]:
         each, all_ = 1e6 * one.seconds / one.count, 1000 * one.seconds / steps
         share = one.seconds / busy if busy else 0.0
-        lines.append(
-            f"| `{short(one.name)}` | {one.kind} | {one.count / steps:.4g} | {each:.2f} | {all_:.3f} | {share:.1%} |"
-        )
+        cells = f"{one.count / steps:.4g}", f"{each:.2f}", f"{all_:.3f}", f"{share:.1%}"
+        lines.append(row(f"`{short(one.name)}`", one.kind, *cells))
     rest = kernels[SHOWN:]
     if rest:
         count, seconds = sum(one.count for one in rest), sum(one.seconds for one in rest)
