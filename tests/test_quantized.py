@@ -240,6 +240,17 @@ def test_names_of_fp8_are_those_of_who_wrote_it(models):
     assert names == [{"weight", "weight_scale", "input_scale"}, {"weight", "weight_scale_inv", "activation_scale"}]
 
 
+def test_parts_of_a_tensor_begin_where_its_format_can_be_parted(models):
+    """The rows of up begin within the third block of those of gate and up."""
+    folder, _ = models("fp8_uneven")
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0}
+    families.from_values(folder / "config.json", values)
+    values["quantization_config"]["weight_block_size"] = [64, 64]
+    with pytest.raises(CheckpointError, match="gate_up_proj.weight that begin within 64 rows"):
+        families.from_values(folder / "config.json", values)
+
+
 def test_a_head_that_is_the_embedding_has_no_codes(models):
     folder, _ = models("awq")
     values = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}

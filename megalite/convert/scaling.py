@@ -183,6 +183,9 @@ class _Layer:
         parts = self.model.layers[self.layer].sublayers
         known = [part for part in parts if _is_known(part) and self._rounds(part)]
         self.found.left.update(type(part.kind).__name__ for part in parts if part not in known)
+        self.found.left.update(
+            f"inputs of {type(part.kind).__name__}, without a norm" for part in known if not part.norm
+        )
         for norm in dict.fromkeys(part.norm for part in parts if part.norm is not None):
             readers = [part for part in parts if part.norm == norm]
             if all(part in known for part in readers):

@@ -199,6 +199,7 @@ def _layer_formats(
     """The weights of a layer that have a format; matrices that lie in one parameter must have the same."""
     by_weight: dict[str, WeightFormat | None] = {}
     by_param: dict[str, tuple[str, WeightFormat | None]] = {}
+    ends: dict[str, int] = {}
     for row in rows:
         source = names.tensors[row.weight]
         tensor = source.hf.format(layer=layer, expert=row.expert)
@@ -208,6 +209,11 @@ def _layer_formats(
             raise config.refusal("ignore", f"must not part {first} and {tensor}: they are computed as one matrix")
         if format is not None and (source.transpose or not tensor.endswith(".weight")):
             raise config.refusal("quant_method", f"is not supported for {tensor}, which is stored turned or fused")
+        start = ends.get(tensor, 0)
+        ends[tensor] = start + row.split.total
+        if format is not None and start % format.units[0]:
+            kept = f"has parts in {tensor} that begin within {format.units[0]} rows, which it keeps together"
+            raise config.refusal("quant_method", kept)
     return [(weight, format) for weight, format in by_weight.items() if format is not None]
 
 

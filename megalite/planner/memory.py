@@ -217,7 +217,11 @@ class RankMemory:
         vocab = self.config.vocab_size
         scored = min(max_tokens, scored_rows(self.config, max_rows)) if scores else 0
         numbers = max(max_rows, scored) * vocab
-        return 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * sampled_row(vocab)
+        head = 0  # in codes, which become numbers for many rows
+        if self.config.format("last", "lm_head") is not None:
+            mine = width(self.config.head_vocab, self.layout.tp, self.layout.coord(self.rank).tp)
+            head = mine * self.config.hidden_size * self.itemsize
+        return head + 3 * numbers * 4 + 25 * min(numbers, max(SAMPLING_CHUNK, vocab)) + max_rows * sampled_row(vocab)
 
     def rows(self, *, max_rows: int, max_len: int, block_size: int) -> int:
         """Buffers of the running sequences: tokens, block tables (see `Rows`), what the sampler keeps of each, with how

@@ -20,6 +20,7 @@ from megalite.core.progress import here
 from megalite.errors import maybe_fault
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
+from megalite.model.layers.softmax import Attention
 from megalite.weights.checkpoint import extents_for
 from megalite.weights.copying import OpenFiles, in_parallel, matrices, overlap
 from megalite.weights.dtypes import torch_dtype
@@ -54,6 +55,8 @@ def twin(decoder: Decoder, state: ParallelState) -> Decoder:
         module._parameters = dict(own._parameters)
         if isinstance(module, Linear) and isinstance(own, Linear):
             module.format = own.format  # adapters beside the weight, and what it was settled to
+        elif isinstance(module, Attention) and isinstance(own, Attention):
+            module.spec = own.spec  # with scales of a cache in fp8
     return other
 
 
