@@ -15,6 +15,7 @@ import shlex
 import socket
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,13 @@ NUMBER = re.compile(r"\b[0-9a-f]{10,}\b|\d[\d.,]*(e-?\d+)?\s?([KMGT]i?B/s|[KMGT]
 PRELOAD = ("megalite.serve.front", "megalite.serve.worker", "megalite.tools.plan")
 NEEDED = {"accelerate": ("transformers.models.qwen3.modeling_qwen3", "megalite.tools.benchmarks.device_map")}
 """What else is imported before the commands of a block that needs a package."""
+LESS = {
+    "sampling.n=8": "sampling.n=3",
+    "sampling.n=4 sampling.max_tokens=48": "sampling.n=2 sampling.max_tokens=12",
+    "--requests 50 --batch 1000": "--requests 20 --batch 100",
+    "--requests 400 --batch 50": "--requests 100 --batch 20",
+}
+"""How much less work the tests do than the pages, where nothing but numbers depends on it."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +84,17 @@ def compared(command: Command) -> list[str]:
 class Shell:
     """Runs the commands of one block in bash; Python's as forks."""
 
-    def __init__(self, forks: Forks, place: Path, needs: str | None):
+    def __init__(self, forks: Forks, place: Path, needs: str | None, less: Mapping[str, str]):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self._forks, self._preload = forks, (*PRELOAD, *NEEDED.get(needs or "", ()))
-        self._real = {"8000": port, "/tmp/": f"{place}/"}
+        self._real, self._less = {"8000": port, "/tmp/": f"{place}/"}, less
         self._running: list[Program] = []
 
     def run(self, command: str) -> tuple[int, str]:
         """Exit code (0 of what goes on in the background) and what it printed."""
-        for shown, real in self._real.items():
+        for shown, real in (*self._real.items(), *self._less.items()):
             command = command.replace(shown, real)
         code, output = self._run(command)
         for shown, real in self._real.items():
@@ -141,7 +149,9 @@ def test_a_block_runs_and_prints_what_is_shown(number: int, forks: Forks, tmp_pa
     block = blocks(PAGES[0])[number]
     if block.needs and not find_spec(block.needs):
         pytest.skip(f"needs {block.needs}")
-    for command, output in zip(block.commands, printed_by(block, Shell(forks, tmp_path, block.needs)), strict=True):
+    for command, output in zip(
+        block.commands, printed_by(block, Shell(forks, tmp_path, block.needs, LESS)), strict=True
+    ):
         if command.words == "echo $?":
             assert command.shown == (output.strip(),)
         for line in compared(command):
@@ -161,7 +171,9 @@ def refresh(forks: Forks, place: Path) -> None:
     """Put what the commands print now in the place of what the pages show, line by line."""
     texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     for block in blocks(PAGES[0]):
-        for command, output in zip(block.commands, printed_by(block, Shell(forks, place, block.needs)), strict=True):
+        for command, output in zip(
+            block.commands, printed_by(block, Shell(forks, place, block.needs, {})), strict=True
+        ):
             left, lines = output.splitlines(), []
             for line in command.shown:
                 found = None if line == "..." else match(line, left)
