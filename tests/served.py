@@ -16,7 +16,7 @@ from waiting import PATIENCE, wait_until
 from megalite.run.processes import Process, descendants
 
 PRELOAD = ("megalite.serve.front", "megalite.serve.worker")
-TOKENS = 40
+TOKENS = 24
 
 
 class Served:
@@ -60,9 +60,9 @@ class Served:
         return await stream(self.client, asked, place, heard)
 
     async def streams(self, at: int = 0, then: Callable[[], None] = lambda: None) -> list[Any]:
-        """20 streams at once; `then` is called once, when that many events have come."""
+        """12 streams at once; `then` is called once, when that many events have come."""
         heard = after(at, then)
-        return await asyncio.gather(*(self.stream(place, heard) for place in range(20)))
+        return await asyncio.gather(*(self.stream(place, heard) for place in range(12)))
 
 
 async def stream(client: httpx.AsyncClient, asked: dict[str, Any], seed: int, heard: Callable[[], None]) -> list[Any]:

@@ -351,6 +351,8 @@ FILES = {
 NEEDED = sorted(["config.json", "tokenizer.json", "chat_template.jinja", "m-1.safetensors", "m-2.safetensors", INDEX])
 SCRIPT = """
 import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    del sys.modules[name]  # what it imports may stay; it reads the environment when it is imported
 from megalite.errors import CheckpointError
 from megalite.weights.hf import read_headers, resolve
 repo, revision, weights = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"
@@ -378,7 +380,8 @@ def load(hub, forks, tmp_path):
 
     def load(repo=REPO, revision="", weights=True, **env):
         environment = hub.environment(tmp_path / "cache", **env)
-        done = forks.run(script, repo, revision, "weights" if weights else "config", **environment)
+        words = repo, revision, "weights" if weights else "config"
+        done = forks.run(script, *words, preload=("huggingface_hub.hf_api",), **environment)
         assert done.code in (0, 1) and "Traceback" not in done.err, done.err
         return done.out.splitlines(), done.err.splitlines()[-1] if done.code else ""
 

@@ -23,7 +23,7 @@ def test_each_rank_is_killed_in_turn(forks: Forks, tiny: Any, tmp_path: Path) ->
         assert {(len(own[1]), own[2]) for samples in undisturbed for own in samples} == {(TOKENS, "length")}
         for replica, rank in ((0, 0), (1, 1), (0, 0), (1, 1)):  # what was killed is the one that was started last
             victim = ranks(served.program, replica)[rank]
-            assert await served.streams(60, victim.kill) == undisturbed
+            assert await served.streams(40, victim.kill) == undisturbed
             await served.ready(2)
         assert sum(one["restarts"] for one in await served.replicas()) == 4
         served.program.signal(signal.SIGTERM)
