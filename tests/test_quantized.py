@@ -491,6 +491,8 @@ def test_scaling_by_activations_rounds_better(outlying, tmp_path):
         quantize(folder, None, tmp_path / name, "int4", group=32, **more)
     plain, scaled = (logits_of(tmp_path / name, ids) - want for name in ("plain", "scaled"))
     assert scaled.norm() < 0.9 * plain.norm()
+    report = verify(tmp_path / "scaled", folder)  # what is at the model's ends is as it was
+    assert report.is_well and report.ranges == 3 and "scaled by activations" in "".join(report.notes)
 
 
 def test_scales_fold_away(outlying, tmp_path):

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 KINDS = ("fp8", "int8", "int4")
 FP8_MAX = 448.0
+SCALED = "scaled_by_activations"
+"""In config.json: weights of layers, norms too, are not those of the model that they were made from."""
 DEFAULT_GROUP = 128
 """Columns that share a scale in int4."""
 
@@ -80,6 +82,7 @@ def quantize(
     target = families.from_values(source.folder / CONFIG, values, source.beside.generation)
     _check_groups(target, source.model, kind)
     scales = None if calibrate is None else _scales(source, target, Path(calibrate), kind, dtype)
+    values |= {SCALED: True} if scales is not None else {}
     if layout is None:
         more = (how.get("overwrite", False), how.get("progress", SILENT))
         return _write_folder(source, target, values, out, dtype, scales, *more)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megalite.convert.convert import JOBS
 from megalite.convert.output import SILENT, ByteProgress
-from megalite.convert.quantize import rounding_errors
+from megalite.convert.quantize import SCALED, rounding_errors
 from megalite.errors import CheckpointError
 from megalite.model import families
 from megalite.model.config import ModelConfig
@@ -201,8 +201,11 @@ class _Check:
         """Make every range anew from another checkpoint and compare digests."""
         mine, theirs = hf_shapes(model), hf_shapes(other.model)
         if model.quantization is not None and other.model.quantization is None:
-            self._errors(other)
-            kept = {piece.hf for piece in pieces(model) if piece.part is None}
+            codes = open_checkpoint(self.report.folder)
+            was_scaled = bool(codes.values.get(SCALED))
+            self._errors(codes, other, was_scaled)
+            ends = ("first", "last")
+            kept = {one.hf for one in pieces(model) if one.part is None and not (was_scaled and one.stage not in ends)}
             extents = [extent for extent in extents if extent.part[0] in kept]
         elif mine != theirs:
             name = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
@@ -227,9 +230,13 @@ class _Check:
 
             in_parallel(check, files.expecting(moves), self.jobs)
 
-    def _errors(self, other: Checkpoint) -> None:
+    def _errors(self, codes: Checkpoint, other: Checkpoint, was_scaled: bool) -> None:
         """Note how far the numbers that codes stand for are from another checkpoint's."""
-        for name, relative, largest in rounding_errors(open_checkpoint(self.report.folder), other):
+        if was_scaled:
+            rule = "layers were scaled by activations, so that their tensors can't be compared one by one; see --text"
+            self.report.notes.append(rule)
+            return
+        for name, relative, largest in rounding_errors(codes, other):
             self.report.notes.append(f"{name}: rounding error {relative:.2%} of its norm, at most {largest:.3g}")
 
 
