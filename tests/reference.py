@@ -81,7 +81,8 @@ def load(folder: Path):
     text_only = "text_config" not in json.loads((folder / "config.json").read_text())
     kind = transformers.AutoModelForCausalLM if text_only else transformers.AutoModelForImageTextToText
     model = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    text = getattr(model, "language_model", None)  # Llama 4's wrapper can't run without an image
+    return (text if hasattr(text, "lm_head") else model).eval()
 
 
 @torch.no_grad()

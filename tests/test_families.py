@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import BASE, VARIANTS
 
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
@@ -238,8 +239,8 @@ DAMAGED = {
         "rope_parameters differs by layer type",
     ),
     "llama3 frequencies": (
-        scaled(rope_type="llama3", **{**LLAMA3, "high_freq_factor": 1.0}),
-        "high_freq_factor must be above low_freq_factor",
+        scaled(rope_type="llama3", **{**LLAMA3, "high_freq_factor": 0.5}),
+        "high_freq_factor must be at least low_freq_factor",
     ),
     "truncation of yarn": (scaled(rope_type="yarn", factor=4.0, truncate=1), "truncate must be true or false"),
     "experts in groups": (
@@ -341,18 +342,27 @@ def test_unknown_architectures_are_refused_by_name_with_what_is_supported(read):
 
 
 @pytest.mark.parametrize(
-    "name, needed",
+    "name, more, needed",
     [
-        ("DeepseekV32ForCausalLM", "sparse attention"),
-        ("NemotronHForCausalLM", "layer with a state"),
-        ("BailingMoeForCausalLM", "its router"),
-        ("KimiLinearForCausalLM", "gated delta net"),
-        ("LlavaForConditionalGeneration", "the text part"),
+        ("DeepseekV32ForCausalLM", {}, "sparse attention"),
+        ("NemotronHForCausalLM", {}, "a Mamba-2 mixer, attention or MLP alone"),
+        ("Mamba2ForCausalLM", {"state_size": 128}, "a Mamba-2 mixer alone"),
+        ("JambaForCausalLM", {}, "Mamba-1 layers"),
+        ("FalconH1ForCausalLM", {}, "side by side in a layer"),
+        ("RWKV7ForCausalLM", {}, "RWKV's time and channel mixing"),
+        ("MiniMaxText01ForCausalLM", {"layer_types": ["linear_attention"]}, "lightning attention"),
+        ("BailingMoeForCausalLM", {}, "its router"),
+        ("KimiLinearForCausalLM", {}, "gated delta net"),
+        ("LlavaForConditionalGeneration", {}, "the text part"),
+        ("MysteryForCausalLM", {"layer_types": ["full_attention", "conv"]}, "layers of type conv"),
+        ("MysteryForCausalLM", {"num_experts": 8}, "router and experts"),
+        ("MysteryForCausalLM", {"num_experts": 0, "alibi": True}, "ALiBi"),
+        ("MysteryForCausalLM", {}, "an entry that names its tensors"),
     ],
 )
-def test_an_unknown_architecture_is_told_what_it_would_need(read, name, needed):
+def test_an_unknown_architecture_is_told_what_it_would_need(read, name, more, needed):
     with pytest.raises(ConfigError, match=f"{name} is not supported: it would need .*{needed}"):
-        read({**LLAMA, "architectures": [name]})
+        read({**LLAMA, **more, "architectures": [name]})
 
 
 def test_the_readme_has_the_families_of_today():
@@ -388,6 +398,30 @@ def test_fused_tensors_have_offsets_and_plain_ones_do_not(read):
 
 def ignores(config: ModelConfig, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in families.weight_names(config).ignored)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.vision is None])
+def test_an_absent_key_means_what_it_means_to_transformers(name):
+    """Each key of a config.json left out, one by one."""
+    import transformers
+
+    variant = VARIANTS[name]
+    kind = getattr(transformers, f"{variant.model}Config")
+    changes = {**BASE, **variant.changes} if name != "gpt2" else variant.changes
+    full = kind(**changes).to_dict()
+    architecture, path = families.FAMILIES[full["model_type"]].architecture, Path("config.json")
+
+    def model(values: dict) -> ModelConfig:
+        found = families.from_values(path, {**values, "architectures": [architecture]})
+        return replace(found, bos_token_id=None, eos_token_ids=())
+
+    model(full)
+    for key in full.keys() - {"model_type", "architectures"}:
+        less = {other: value for other, value in full.items() if other != key}
+        try:
+            assert model(less) == model(kind(**less).to_dict()), key
+        except CheckpointError:  # a size of some model, which this one's other sizes contradict: refused
+            continue
 
 
 def test_only_known_leftovers_are_ignored(read):
@@ -426,8 +460,6 @@ def test_registering_twice_or_leaving_a_name_out_is_refused(read, registered):
 
 def test_transformers_saves_what_the_names_say(tiny):
     """Every tensor that transformers writes is named, and nothing else is; shapes are the mapping's to check."""
-    from tiny_models import VARIANTS
-
     from megalite.weights.hf import read_headers
     from megalite.weights.table import hf_shapes
 

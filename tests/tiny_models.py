@@ -228,7 +228,13 @@ VARIANTS: dict[str, Variant] = {
     "ernie4_5": Variant(model="Ernie4_5", changes={"head_dim": 12, "use_bias": True}),
     "helium": Variant(model="Helium", changes={"head_dim": 8}),
     "glm4": Variant(model="Glm4", changes={"head_dim": 16}),
-    "hunyuan_v1_dense": Variant(model="HunYuanDenseV1", changes={"head_dim": 12}),
+    "hunyuan_v1_dense": Variant(
+        model="HunYuanDenseV1",
+        changes={
+            "head_dim": 12,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "alpha": 50.0, "factor": 1.0},
+        },
+    ),
     "ministral3": Variant(
         model="Ministral3",
         changes={
@@ -384,6 +390,25 @@ VARIANTS: dict[str, Variant] = {
         vision=QWEN_VISION,
     ),
     "qwen3_5_text": Variant(model="Qwen3_5Text", changes={**DELTA, "tie_word_embeddings": True}),
+    "glm": Variant(model="Glm", changes={"head_dim": 16}),
+    "cohere_norms": Variant(model="Cohere", changes={"logit_scale": 0.5, "use_qk_norm": True}),
+    "glm4_moe_lite": Variant(
+        model="Glm4MoeLite",
+        changes={**LATENT, "n_routed_experts": 6, "mlp_layer_types": ["sparse", "dense", "sparse", "sparse"]},
+    ),
+    "llama4": Variant(
+        model="Llama4",
+        changes={
+            "num_local_experts": 6,
+            "head_dim": 8,
+            "intermediate_size_mlp": 36,
+            "no_rope_layers": [1, 0, 1, 1],
+            "attention_chunk_size": 8,
+            "tie_word_embeddings": False,
+            "rope_parameters": {**LLAMA3_ROPE, "high_freq_factor": 1.0},
+        },
+        vision={**VISION, "projector_input_dim": 8, "projector_output_dim": 8, "vision_output_dim": 8},
+    ),
 }
 
 NOT_IN_GPT2 = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

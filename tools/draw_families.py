@@ -19,14 +19,14 @@ from megalite.core.linear import Quantized
 from megalite.core.quantized import coded
 from megalite.files import write_durably
 from megalite.model.families import FAMILIES, from_values
-from megalite.model.family_spec import (
-    Family,
+from megalite.model.family_experts import (
+    dense,
+)
+from megalite.model.family_rules import (
     attention_everywhere,
     chunked_with_rope,
     delta_apart,
     delta_fused,
-    dense,
-    latent_layers,
     mamba_by_layer_types,
     no_growth,
     no_rope,
@@ -35,6 +35,10 @@ from megalite.model.family_spec import (
     rope_by_list,
     rope_if_stated,
     rope_on_windows,
+)
+from megalite.model.family_spec import (
+    Family,
+    latent_layers,
 )
 from megalite.model.quantization import format_of
 from megalite.tools.toolkit import Parser, main
@@ -49,7 +53,12 @@ NORMS = {
     "layer_zero_centred": "LayerNorm (1 + w)",
     "layer_without_bias": "LayerNorm without bias",
 }
-QK_NORMS = {"head": "q/k norm", "head_after_rope": "q/k norm after rope", "width": "q/k norm over all heads"}
+QK_NORMS = {
+    "head": "q/k norm",
+    "head_after_rope": "q/k norm after rope",
+    "width": "q/k norm over all heads",
+    "layer_by_head": "q/k LayerNorm by head",
+}
 ROPES = {
     no_rope: "learned positions",
     rope_by_list: "layers without rope",

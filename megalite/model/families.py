@@ -6,7 +6,6 @@ built. A family of one's own is one `register("mine", Family(...))` away.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from megalite.model.family_spec import (
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import HFConfig, read_json
 from megalite.model.quantization import quantized
+from megalite.model.unsupported import needed
 
 __all__ = [
     "FAMILIES",
@@ -97,7 +97,8 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
     raise ConfigError(
         Problem(
             key="model.path",
-            rule=f"architecture {unknown}{_of(text_type)} is not supported{_needed(str(unknown), text_type)}",
+            rule=f"architecture {unknown}{_of(text_type)} is not supported: it would need "
+            f"{needed(str(unknown), values)}",
             fix=f"{len(supported)} are, such as LlamaForCausalLM: README.md has a table. One of your own can be "
             "registered from a module named in model.family_module.",
             origin=str(path),
@@ -105,22 +106,5 @@ def _family_of(path: Path, values: Mapping[str, object]) -> str:
     )
 
 
-NEEDED = {
-    r"^DeepseekV": "sparse attention over latent vectors",
-    r"^Longcat": "two attentions in a layer",
-    r"^(KimiLinear|OlmoHybrid)": "its own kind of gated delta net",
-    r"(Mamba|FalconH1|NemotronH|Jamba|Zamba|Bamba|Lfm2)": "its own kind of layer with a state of each sequence",
-    r"ForConditionalGeneration$": "the text part of a multimodal checkpoint to be read by itself",
-    r"(Moe|MoE)": "its router and shared experts",
-    r"(For\w+Classification|ForMaskedLM|ForQuestionAnswering|Model)$": "a causal language model's head",
-}
-"""What architectures would need that are not supported, by their names; the first that fits counts."""
-
-
 def _of(text_type: object) -> str:
     return f" over a text model of type {text_type}" if isinstance(text_type, str) else ""
-
-
-def _needed(architecture: str, text_type: object = None) -> str:
-    needed = next((what for pattern, what in NEEDED.items() if re.search(pattern, architecture)), None)
-    return f": it would need {needed}" if needed else ""

@@ -6,12 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megalite.model.config import XIELU_BETA, XIELU_EPS
-from megalite.model.family_spec import (
-    Family,
-    Multipliers,
-    chunked_with_rope,
-    delta_apart,
-    delta_fused,
+from megalite.model.family_experts import (
     experts_as_stated,
     experts_beside_shared,
     experts_by_interval,
@@ -23,9 +18,13 @@ from megalite.model.family_spec import (
     experts_in_best_groups,
     experts_in_groups,
     experts_stacked,
+)
+from megalite.model.family_rules import (
+    chunked_with_rope,
+    delta_apart,
+    delta_fused,
     gpt2_scale,
     growth_by_rope,
-    latent_layers,
     mamba_by_layer_types,
     no_rope,
     rope_by_layer_kind,
@@ -38,7 +37,14 @@ from megalite.model.family_spec import (
     window_by_pattern,
     window_everywhere,
     window_if_used,
+    window_on_lower_layers,
     window_on_upper_layers,
+    window_without_rope,
+)
+from megalite.model.family_spec import (
+    Family,
+    Multipliers,
+    latent_layers,
 )
 
 LLAMA_WEIGHTS = {
@@ -74,6 +80,14 @@ GEMMA_DEFAULTS = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+GEMMA3_SIZES = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+}
+"""Which multimodal checkpoints leave out where they are these."""
 MOE_WEIGHTS = {
     "router": "model.layers.{layer}.mlp.gate.weight",
     "expert_gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
@@ -164,6 +178,14 @@ DELTA_DEFAULTS = {
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
+}
+GLM_DEFAULTS = {
+    "norm_eps": 1.5625e-7,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
 }
 COHERE_DEFAULTS = {
     "norm_eps": 1e-5,
@@ -339,6 +361,7 @@ FAMILIES: dict[str, Family] = {
         keys={"hidden_act": ("hidden_activation",)},
         defaults={
             **GEMMA_DEFAULTS,
+            **GEMMA3_SIZES,
             "num_key_value_heads": 4,
             "max_position_embeddings": 131072,
             "query_pre_attn_scalar": 256,
@@ -351,6 +374,7 @@ FAMILIES: dict[str, Family] = {
         flags=ATTENTION_BIAS,
         scaled_embedding=True,
         softcaps=True,
+        refused=("attn_logit_softcapping",),
         windows=window_by_pattern,
         ropes=rope_by_layer_kind,
         scale=scale_by_scalar,
@@ -358,7 +382,12 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": Family(
         architecture="SeedOssForCausalLM",
         weights=LLAMA_WEIGHTS,
-        defaults={"max_position_embeddings": 524288, "num_key_value_heads": 8, "attention_bias": True},
+        defaults={
+            "max_position_embeddings": 524288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+        },
         flags={"qkv_bias": "attention_bias", "attention_out_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
     ),
     "starcoder2": Family(
@@ -403,7 +432,7 @@ FAMILIES: dict[str, Family] = {
         },
         flags={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
         reads=("no_rope_layers",),
-        windows=window_if_used,
+        windows=window_without_rope,
         ropes=rope_by_list,
     ),
     "granite": Family(
@@ -477,6 +506,17 @@ FAMILIES: dict[str, Family] = {
         flags={"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         interleaved_rope=True,
     ),
+    "glm": Family(
+        architecture="GlmForCausalLM",
+        weights={
+            **LLAMA_WEIGHTS,
+            **dict.fromkeys(("gate", "up"), "model.layers.{layer}.mlp.gate_up_proj.weight"),
+        },
+        defaults=GLM_DEFAULTS,
+        flags={"qkv_bias": "attention_bias"},
+        partial_rotary=True,
+        interleaved_rope=True,
+    ),
     "glm4": Family(
         architecture="Glm4ForCausalLM",
         weights={
@@ -485,14 +525,7 @@ FAMILIES: dict[str, Family] = {
             "post_attn_norm": "model.layers.{layer}.post_self_attn_layernorm.weight",
             "post_mlp_norm": "model.layers.{layer}.post_mlp_layernorm.weight",
         },
-        defaults={
-            "norm_eps": 1.5625e-7,
-            "num_key_value_heads": 2,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "partial_rotary_factor": 0.5,
-            "attention_bias": True,
-        },
+        defaults=GLM_DEFAULTS,
         fixed={"post_norms": True},
         flags={"qkv_bias": "attention_bias"},
         partial_rotary=True,
@@ -512,7 +545,21 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(
         architecture="Ministral3ForCausalLM",
         weights=LLAMA_WEIGHTS,
-        defaults={"norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144},
+        defaults={
+            "norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rope_theta": 1e6,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
         windows=window_everywhere,
         query_growth=growth_by_rope,
     ),
@@ -539,12 +586,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere": Family(
         architecture="CohereForCausalLM",
-        weights=LLAMA_WEIGHTS,
+        weights={**LLAMA_WEIGHTS, **QK_NORM_WEIGHTS},
         keys={"norm_eps": ("layer_norm_eps",)},
         defaults={**COHERE_DEFAULTS, "rope_theta": 5e5},
-        fixed={"norm": "layer_without_bias", "parallel": True},
+        fixed={"norm": "layer_without_bias", "parallel": True, "qk_norm": "layer_by_head"},
         flags=ATTENTION_BIAS,
-        refused=("use_qk_norm",),
+        qk_norm_flag="use_qk_norm",
         multipliers=Multipliers(logits="logit_scale"),
         interleaved_rope=True,
     ),
@@ -643,6 +690,13 @@ FAMILIES: dict[str, Family] = {
             "norm_eps": 1e-5,
             "max_position_embeddings": 65536,
             "rope_theta": 12e6,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
         },
         fixed={"gated_mlp": False, "qk_norm": "head"},
         flags=ATTENTION_BIAS,
@@ -665,7 +719,7 @@ FAMILIES: dict[str, Family] = {
             "qkv_bias": True,
         },
         flags={"qkv_bias": "qkv_bias"},
-        windows=window_on_upper_layers,
+        windows=window_on_lower_layers,
         moe=experts_by_step,
     ),
     "qwen3_next": Family(
@@ -896,6 +950,12 @@ FAMILIES: dict[str, Family] = {
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
             "router_aux_loss_coef": 0.001,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
         },
         fixed={"sinks": True},
         flags=ATTENTION_BIAS,
@@ -981,6 +1041,31 @@ FAMILIES: dict[str, Family] = {
             "routed_scaling_factor": 2.5,
             "n_group": 8,
             "topk_group": 4,
+        },
+        flags={"qkv_bias": "attention_bias"},
+        interleaved_rope=True,
+        next_token_layers=True,
+        moe=experts_in_groups,
+        layers=latent_layers,
+    ),
+    "glm4_moe_lite": Family(
+        architecture="Glm4MoeLiteForCausalLM",
+        weights=DEEPSEEK_WEIGHTS,
+        keys={"num_experts": ("n_routed_experts",)},
+        defaults={
+            **DEEPSEEK_DEFAULTS,
+            "norm_eps": 1e-5,
+            "max_position_embeddings": 202752,
+            "q_lora_rank": 768,
+            "qk_nope_head_dim": 192,
+            "v_head_dim": 256,
+            "num_experts": 64,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 1536,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.8,
         },
         flags={"qkv_bias": "attention_bias"},
         interleaved_rope=True,

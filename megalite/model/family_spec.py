@@ -1,7 +1,7 @@
 """What a model family is made of (`Family`), and what follows from it; importable without torch.
 
 `model_config` makes a `ModelConfig` of a family's config.json, `names_of` the names of its tensors in a checkpoint. The
-families themselves are in families.py.
+rules among which families choose are in family_rules.py and family_experts.py, the families in family_entries.py.
 """
 
 from __future__ import annotations
@@ -9,39 +9,41 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megalite.core.formats import Gptq
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig, NormName, Rope
+from megalite.model.family_experts import ACTIVATIONS, MoERule, dense
+from megalite.model.family_rules import (
+    AttentionRule,
+    GrowthRule,
+    MixerRule,
+    RopeRule,
+    ScaleRule,
+    WindowRule,
+    as_it_is,
+    attention_everywhere,
+    no_growth,
+    no_windows,
+    same_rope,
+    scale_by_head_dim,
+)
 from megalite.model.generation import GenerationConfig
-from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope, rope_parameters
-from megalite.model.kinds.base import Layer, LayerKind, Row, transformer_layer
-from megalite.model.kinds.delta import GatedDelta
+from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope, rope_values
+from megalite.model.kinds.base import Layer, Row, transformer_layer
 from megalite.model.kinds.dense import DenseMLP
-from megalite.model.kinds.experts import ClampedGate, Experts, Router
 from megalite.model.kinds.latent import LatentAttention
-from megalite.model.kinds.mamba import Mamba2
 from megalite.model.kinds.softmax import QKNorm, SoftmaxAttention
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
 PLAIN_ACTIVATIONS = {**ACTIVATIONS, "relu": "relu", "relu2": "relu2", "xielu": "xielu"}
 """Of MLPs without a gate."""
 MOST_NEXT_LAYERS = 8
 """See `Family.next_token_layers`."""
 ESCAPED_FIELD = r"\\{(layer|expert)\\}"
 """`{layer}` and `{expert}` of a tensor's name in a pattern."""
-MAX_EXPERTS = 1 << 18
-"""Most experts of all layers together: each has tensors of its own, which are listed before any is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,345 +82,6 @@ class WeightNames:
     def embedding(self) -> str:
         """Tensor name of the embedding."""
         return self.tensors["embed"].hf
-
-
-RopeRule = Callable[["Family", HFConfig, int, tuple[int | None, ...]], tuple[Rope | None, ...]]
-WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
-MoERule = Callable[[HFConfig, int], tuple[Experts | None, ...]]
-ScaleRule = Callable[[HFConfig, int, int], float]
-
-
-def no_windows(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    return (None,) * layers
-
-
-def window_everywhere(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    return (config.optional_size("sliding_window"),) * layers
-
-
-def window_if_used(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    return window_everywhere(config, layers) if config.flag("use_sliding_window") else no_windows(config, layers)
-
-
-def window_by_layer_types(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`; without them alternating, the first layer windowed."""
-    window = config.optional_size("sliding_window")
-    kinds = config.raw("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def window_by_pattern(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`; without them on all layers but every `sliding_window_pattern`-th."""
-    window = config.optional_size("sliding_window")
-    if window is None or config.raw("layer_types"):
-        return no_windows(config, layers) if window is None else window_by_layer_types(config, layers)
-    step = config.size("sliding_window_pattern")
-    return tuple(window if (layer + 1) % step else None for layer in range(layers))
-
-
-def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`; without them on the layers from `max_window_layers` up."""
-    if not config.flag("use_sliding_window"):
-        return no_windows(config, layers)
-    if config.raw("layer_types"):
-        return window_by_layer_types(config, layers)
-    window, first = config.optional_size("sliding_window"), config.size("max_window_layers", low=0)
-    return tuple(window if layer >= first else None for layer in range(layers))
-
-
-def dense(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    return (None,) * layers
-
-
-def experts_everywhere(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    return (_experts(config, layers, "intermediate_size", normalize=True),) * layers
-
-
-def experts_as_stated(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """Everywhere, their probabilities divided by their sum if `norm_topk_prob` says so."""
-    return (_experts(config, layers, "intermediate_size", normalize=config.flag("norm_topk_prob")),) * layers
-
-
-def experts_by_step(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """Every `decoder_sparse_step`-th layer, `mlp_only_layers` excepted."""
-    if config.size("num_experts", low=0) == 0:
-        return dense(config, layers)
-    more: dict[str, Any] = {}
-    if config.raw("shared_expert_intermediate_size"):
-        more = {"shared_size": config.size("shared_expert_intermediate_size"), "shared_gate": True}
-    spec = _experts(config, layers, "moe_intermediate_size", normalize=config.flag("norm_topk_prob"), **more)
-    step, dense_layers = config.size("decoder_sparse_step"), config.indices("mlp_only_layers", layers)
-    return tuple(spec if (i + 1) % step == 0 and i not in dense_layers else None for i in range(layers))
-
-
-def experts_stacked(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """Everywhere, stored as one tensor, with a shared expert if `shared_intermediate_size` says so."""
-    shared = config.size("shared_intermediate_size", 0, low=0)
-    return (
-        _experts(config, layers, "intermediate_size", normalize=True, stored="stacked", shared_size=shared),
-    ) * layers
-
-
-def experts_if_any(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """As `experts_stacked`, beside a shared expert of the dense MLP's width, which alone is there without experts."""
-    if config.size("num_experts", low=0) == 0:
-        return dense(config, layers)
-    shared = config.size("intermediate_size")
-    return (
-        _experts(config, layers, "moe_intermediate_size", normalize=True, stored="stacked", shared_size=shared),
-    ) * layers
-
-
-def experts_beside_shared(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """Everywhere, with a shared expert as wide as they are."""
-    shared = config.size("intermediate_size")
-    return (_experts(config, layers, "intermediate_size", normalize=True, shared_size=shared),) * layers
-
-
-def experts_by_range(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """From `moe_layer_start_index` to `moe_layer_end_index`, of which -1 is the last; chosen by corrected scores."""
-    router = {"normalize": True, "least_sum": config.number("moe_norm_min"), "correction": True, "precise": True}
-    spec = _experts(
-        config,
-        layers,
-        "moe_intermediate_size",
-        shared_size=config.size("moe_num_shared_experts", low=0) * config.size("moe_intermediate_size"),
-        correction_is_row=True,
-        **router,
-    )
-    first, step = config.size("moe_layer_start_index", low=0), config.size("moe_layer_interval")
-    end = config.raw("moe_layer_end_index")
-    last = layers - 1 if end in (None, -1) else config.size("moe_layer_end_index", low=0)
-    return tuple(spec if first <= i <= last and (i + 1) % step == 0 else None for i in range(layers))
-
-
-def experts_in_groups(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """From layer `first_k_dense_replace` on; sigmoid scores, corrected where experts are chosen (DeepSeek V3)."""
-    router = _groups(config) | {"score": "sigmoid", "correction": True, "group_score": "two_best"}
-    return _upper_experts(config, layers, normalize=config.flag("norm_topk_prob"), least_sum=1e-20, **router)
-
-
-def experts_in_best_groups(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """From layer `first_k_dense_replace` on; softmax scores (DeepSeek V2)."""
-    methods = {"greedy": "greedy", "group_limited_greedy": "group_limited_greedy"}
-    limited = config.choice("topk_method", methods) == "group_limited_greedy"
-    if config.flag("norm_topk_prob"):
-        raise config.problem("norm_topk_prob", "must be false for this family", True)
-    return _upper_experts(config, layers, normalize=False, **(_groups(config) if limited else {}))
-
-
-def experts_clamped(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """Everywhere, with biases and a clamped gate (gpt-oss)."""
-    spec = _experts(
-        config,
-        layers,
-        "intermediate_size",
-        normalize=True,
-        bias=True,
-        biases=True,
-        stored="stacked_turned",
-        clamped=ClampedGate(alpha=config.number("swiglu_alpha"), limit=config.number("swiglu_limit")),
-    )
-    return (spec,) * layers
-
-
-def experts_by_interval(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """On `moe_layers`, or else every `interleave_moe_layer_step`-th layer, beside a shared expert (Llama 4)."""
-    size = config.size("moe_intermediate_size")
-    router = {"score": "sigmoid", "normalize": False, "weighs_input": True}
-    more: dict[str, Any] = {**router, "stored": "stacked_turned", "shared_size": size}
-    spec = _experts(config, layers, "moe_intermediate_size", **more)
-    step = config.size("interleave_moe_layer_step")
-    listed = config.indices("moe_layers", layers)
-    chosen = listed if config.raw("moe_layers") is not None else range(step - 1, layers, step)
-    return tuple(spec if layer in chosen else None for layer in range(layers))
-
-
-def _groups(config: HFConfig) -> dict[str, Any]:
-    experts, groups, top = config.size("num_experts"), config.size("n_group", 1), config.size("topk_group", 1)
-    if experts % groups:
-        raise config.problem("n_group", f"must divide the number of experts ({experts})", groups)
-    if top > groups or config.size("num_experts_per_tok") > experts // groups * top:
-        raise config.problem("topk_group", "must leave as many experts as a token has, of groups that there are", top)
-    return {"groups": groups, "top_groups": top}
-
-
-def _upper_experts(config: HFConfig, layers: int, **router: Any) -> tuple[Experts | None, ...]:
-    first = config.size("first_k_dense_replace", low=0)
-    if first >= layers:
-        return dense(config, layers)
-    shared = config.size("n_shared_experts", 0, low=0) * config.size("moe_intermediate_size")
-    scale = config.number("routed_scaling_factor", 1.0)
-    spec = _experts(config, layers, "moe_intermediate_size", shared_size=shared, scale=scale, precise=True, **router)
-    return tuple(spec if layer >= first else None for layer in range(layers))
-
-
-MixerRule = Callable[[HFConfig, int], tuple[LayerKind | None, ...]]
-LINEAR_LAYERS = ("linear_attention", "mamba")
-"""What `layer_types` calls layers with something else in place of softmax attention."""
-
-
-def attention_everywhere(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
-    return (None,) * layers
-
-
-def delta_fused(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
-    """Gated delta nets by `layer_types`; without it on all layers but every `full_attention_interval`-th."""
-    return _delta(config, layers, fused=True)
-
-
-def delta_apart(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
-    """As `delta_fused`, with projections that are tensors of their own."""
-    return _delta(config, layers, fused=False)
-
-
-def mamba_by_layer_types(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
-    """Mamba-2 on all layers that `layer_types` does not call attention; without it everywhere."""
-    heads, inner = config.size("mamba_n_heads"), config.size("mamba_expand") * config.size("hidden_size")
-    head_dim = config.raw("mamba_d_head")
-    if head_dim not in (None, "auto", inner // heads) or inner % heads:
-        raise config.problem("mamba_n_heads", f"times mamba_d_head must be {inner}, the width of the layer", heads)
-    groups = config.size("mamba_n_groups")
-    if heads % groups:
-        raise config.problem("mamba_n_groups", f"must divide the number of heads ({heads})", groups)
-    spec = Mamba2(
-        heads=heads,
-        head_dim=inner // heads,
-        groups=groups,
-        state_dim=config.size("mamba_d_state"),
-        taps=config.size("mamba_d_conv", low=2),
-        conv_bias=config.flag("mamba_conv_bias"),
-        bias=config.flag("mamba_proj_bias"),
-        step_limit=_step_limit(config),
-    )
-    if config.choice("hidden_act", ACTIVATIONS) != "silu":
-        raise config.problem("hidden_act", "must be silu for this family", config.raw("hidden_act"))
-    types = config.raw("layer_types") or ["mamba"] * layers
-    return tuple(spec if kind in LINEAR_LAYERS else None for kind in types)
-
-
-def _step_limit(config: HFConfig) -> tuple[float, float]:
-    given = config.raw("time_step_limit")
-    if given is None:
-        return 0.0, math.inf
-    limits = [math.inf if one == {"__float__": "Infinity"} else one for one in given] if isinstance(given, list) else []
-    if len(limits) != 2 or not all(type(one) in (int, float) for one in limits) or not 0 <= limits[0] < limits[1]:
-        raise config.problem(
-            "time_step_limit", "must be two numbers, the first at least 0 and the second above it", given
-        )
-    return float(limits[0]), float(limits[1])
-
-
-def _delta(config: HFConfig, layers: int, *, fused: bool) -> tuple[LayerKind | None, ...]:
-    key_heads, value_heads = config.size("linear_num_key_heads"), config.size("linear_num_value_heads")
-    if value_heads % key_heads:
-        raise config.problem(
-            "linear_num_value_heads", f"must be a multiple of the key heads ({key_heads})", value_heads
-        )
-    if config.choice("hidden_act", ACTIVATIONS) != "silu":
-        raise config.problem("hidden_act", "must be silu for this family", config.raw("hidden_act"))
-    spec = GatedDelta(
-        key_heads=key_heads,
-        value_heads=value_heads,
-        key_dim=config.size("linear_key_head_dim"),
-        value_dim=config.size("linear_value_head_dim"),
-        taps=config.size("linear_conv_kernel_dim", low=2),
-        fused=fused,
-    )
-    step = config.size("full_attention_interval")
-    types = config.raw("layer_types") or ["linear_attention" if (i + 1) % step else "" for i in range(layers)]
-    return tuple(spec if kind in LINEAR_LAYERS else None for kind in types)
-
-
-ROUTER_FIELDS = {one.name for one in fields(Router)}
-
-
-def _experts(config: HFConfig, layers: int, width: str, **more: Any) -> Experts:
-    """`more`: fields of `Router` and `Experts`."""
-    experts, top_k = config.size("num_experts"), config.size("num_experts_per_tok")
-    if top_k > experts:
-        raise config.problem("num_experts_per_tok", f"must be at most the number of experts ({experts})", top_k)
-    if experts * layers > MAX_EXPERTS:
-        raise config.problem("num_experts", f"of {layers} layers must be at most {MAX_EXPERTS} together", experts)
-    router = {name: more.pop(name) for name in ROUTER_FIELDS & more.keys()}
-    return Experts(
-        num_experts=experts,
-        router=Router(top_k=top_k, **router),
-        intermediate_size=config.size(width),
-        activation=config.choice("hidden_act", ACTIVATIONS),
-        **more,
-    )
-
-
-def same_rope(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
-    return (family.rope(config, head_dim),) * len(windows)
-
-
-def no_rope(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
-    return (None,) * len(windows)
-
-
-def rope_by_layer_kind(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
-    """Windows have a rotary embedding of their own."""
-    full = family.rope(config, head_dim, rope_parameters(config, "full_attention"))
-    sliding = family.rope(config, head_dim, rope_parameters(config, "sliding_attention"))
-    return tuple(full if window is None else sliding for window in windows)
-
-
-def rope_on_windows(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
-    """Full attention has none, unless all layers have full attention."""
-    rope = family.rope(config, head_dim)
-    without = any(window is not None for window in windows) or family.rope_only_on_windows
-    return tuple(None if window is None and without else rope for window in windows)
-
-
-def rope_by_list(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
-    """`no_rope_layers` has 0 for a layer without; absent, every `no_rope_layer_interval`-th has none."""
-    rope, layers = family.rope(config, head_dim), len(windows)
-    listed = config.raw("no_rope_layers")
-    if not listed:
-        step = config.size("no_rope_layer_interval")
-        listed = [int((layer + 1) % step != 0) for layer in range(layers)]
-    if not isinstance(listed, list) or len(listed) != layers or any(one not in (0, 1) for one in listed):
-        raise config.problem("no_rope_layers", f"must be a list of {layers} entries, 0 or 1", listed)
-    return tuple(rope if has else None for has in listed)
-
-
-def rope_if_stated(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
-    """Where `position_embedding_type` is rope."""
-    kind = config.raw("position_embedding_type")
-    if kind not in (None, "nope", "rope"):
-        raise config.problem("position_embedding_type", "must be rope, nope or null", kind)
-    return (same_rope if kind == "rope" else no_rope)(family, config, head_dim, windows)
-
-
-def scale_by_head_dim(config: HFConfig, head_dim: int, layer: int) -> float:
-    return float(head_dim**-0.5)
-
-
-def scale_by_scalar(config: HFConfig, head_dim: int, layer: int) -> float:
-    return float(config.number("query_pre_attn_scalar") ** -0.5)
-
-
-def scale_by_multiplier(config: HFConfig, head_dim: int, layer: int) -> float:
-    return config.number("attention_multiplier")
-
-
-def gpt2_scale(config: HFConfig, head_dim: int, layer: int) -> float:
-    scale = scale_by_head_dim(config, head_dim, layer) if config.flag("scale_attn_weights", True) else 1.0
-    return scale / (layer + 1) if config.flag("scale_attn_by_inverse_layer_idx") else scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -482,39 +145,6 @@ class Heads:
         if head_dim is None and hidden % heads:
             raise config.problem("hidden_size", f"must be a multiple of num_attention_heads ({heads})", hidden)
         return cls(heads=heads, kv_heads=kv_heads, head_dim=head_dim or hidden // heads)
-
-
-GrowthRule = Callable[[HFConfig], tuple[float, int, int] | None]
-
-
-def no_growth(config: HFConfig) -> tuple[float, int, int] | None:
-    return None
-
-
-def growth_by_rope(config: HFConfig) -> tuple[float, int, int] | None:
-    """`llama_4_scaling_beta` and the original length, both beside the rotary embedding's."""
-    given = config.values.get("rope_parameters") or config.values.get("rope_scaling") or {}
-    inner = HFConfig(config.path, given if isinstance(given, dict) else {})
-    if inner.raw("llama_4_scaling_beta") is None:
-        return None
-    return inner.number("llama_4_scaling_beta"), inner.size("original_max_position_embeddings"), 0
-
-
-AttentionRule = Callable[[HFConfig, SoftmaxAttention], SoftmaxAttention]
-
-
-def as_it_is(config: HFConfig, attention: SoftmaxAttention) -> SoftmaxAttention:
-    return attention
-
-
-def chunked_with_rope(config: HFConfig, attention: SoftmaxAttention) -> SoftmaxAttention:
-    """Layers with a rotary embedding attend in chunks, the others have growing queries (Llama 4)."""
-    if attention.rope is not None:
-        norm: QKNorm | None = "length_after_rope" if config.flag("use_qk_norm") else None
-        return replace(attention, chunk=config.optional_size("attention_chunk_size"), qk_norm=norm)
-    if not config.flag("attn_temperature_tuning"):
-        return attention
-    return replace(attention, query_growth=(config.number("attn_scale"), config.size("floor_scale"), 1))
 
 
 LayerRule = Callable[["Family", HFConfig, Switches], tuple[Layer, ...]]
@@ -781,7 +411,7 @@ def latent_layers(family: Family, config: HFConfig, switches: Switches) -> tuple
 
 def _yarn_scale(config: HFConfig) -> float:
     """What YaRN's `mscale_all_dim` multiplies scores by."""
-    given = config.values.get("rope_scaling") or config.values.get("rope_parameters") or {}
+    _, given = rope_values(config)
     inner = HFConfig(config.path, given if isinstance(given, dict) else {})
     if not inner.raw("mscale_all_dim") or inner.raw("rope_type") == "default":
         return 1.0

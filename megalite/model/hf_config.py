@@ -132,6 +132,11 @@ class HFConfig:
         """A count of something."""
         return self._checked_size(key, self._given(key, default), low)
 
+    def size_or(self, key: str, null: int, *, low: int = 1) -> int:
+        """A count; `null` where the file has null, or leaves out what the family has no default for."""
+        value = self.raw(key)
+        return null if value is None else self._checked_size(key, value, low)
+
     def optional_size(self, key: str) -> int | None:
         value = self.raw(key)
         return None if value is None else self._checked_size(key, value, 1)
@@ -181,6 +186,12 @@ class HFConfig:
             raise self.problem(key, "must be a token id or a list of token ids", value)
         return tuple(ids)
 
+    def of_layer(self, layer: int, layers: int, *keys: str) -> HFConfig:
+        """With a layer's own entry where one of these keys has a list of as many."""
+        given = {name: self.values.get(name) for name in map(self.spelling, keys)}
+        own = {name: one[layer] for name, one in given.items() if isinstance(one, list) and len(one) == layers}
+        return HFConfig(self.path, {**self.values, **own}, self.keys, self.defaults)
+
     def dtype(self) -> Any:
         """One of DTYPES; float32 when absent."""
         key = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
@@ -220,8 +231,8 @@ def read_rope(
     `partial`: the family reads `partial_rotary_factor`. `kinds`: the family's own names for a scaling. `given`: stands
     for the value of `rope_parameters`, of one kind of layer.
     """
-    key = "rope_scaling" if config.values.get("rope_scaling") and given is None else "rope_parameters"
-    given = (config.values.get(key) or {}) if given is None else given
+    key, stated = rope_values(config)
+    given = stated if given is None else given
     if not isinstance(given, dict):
         raise config.problem(key, "must be an object", given)
     if any(isinstance(value, dict) for value in given.values()):
@@ -245,10 +256,23 @@ def read_rope(
         raise config.problem(key, "has a factor but no rope_type")
     if kind == "default":
         return Rope(theta=theta, rotary_dim=rotary_dim, interleaved=interleaved)
+    if kind == "dynamic" and given.get("alpha") is not None:  # NTK-aware: a fixed alpha is another theta (Hunyuan)
+        if rotary_dim < 4:
+            raise config.problem("rope_type", "dynamic needs 4 rotated channels or more", rotary_dim)
+        theta *= inner.number("alpha") ** (rotary_dim / (rotary_dim - 2))
+        return Rope(theta=theta, rotary_dim=rotary_dim, interleaved=interleaved)
     if kind not in ROPE_KINDS:
         raise config.problem(key, f"has an unsupported rope_type (supported: default, {', '.join(ROPE_KINDS)})", kind)
     scaling = _scaling(config, inner, kind, rotary_dim)
     return Rope(theta=theta, rotary_dim=rotary_dim, scaling=scaling, interleaved=interleaved)
+
+
+def rope_values(config: HFConfig) -> tuple[str, Any]:
+    """The key that says how heads are rotated, and its value: the family's default where the file has none."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if config.values.get(key):
+            return key, config.values[key]
+    return "rope_parameters", config.defaults.get("rope_parameters", {})
 
 
 def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> RopeScaling:
@@ -267,8 +291,8 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> R
     )
     if kind == "llama3":
         low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
-        if high <= low:
-            raise inner.problem("high_freq_factor", f"must be above low_freq_factor ({low})", high)
+        if high < low:
+            raise inner.problem("high_freq_factor", f"must be at least low_freq_factor ({low})", high)
         more: dict[str, Any] = {"factor": inner.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
         return RopeScaling(kind=kind, original_max_position=original, **more)
     factor = inner.optional_number("factor") or longest / original

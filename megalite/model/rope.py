@@ -126,7 +126,8 @@ def _yarn(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
-    ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
+    width = high - low or 1e-3  # below zero where the original context is shorter than a rotation, as in transformers
+    ramp = (torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / width
     kept = 1 - ramp.clamp(0, 1)
     return (plain * (kept + (1 - kept) / scaling.factor))[None]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megalite.model.layers.base import LayerModule
 
 
-QKNorm = Literal["head", "head_after_rope", "width", "length_after_rope"]
+QKNorm = Literal["head", "head_after_rope", "width", "length_after_rope", "layer_by_head"]
 CACHE_SCALES = ("k_scale", "v_scale")
 """Weights and parameters of `SoftmaxAttention.cache_scales`."""
 
@@ -38,7 +38,7 @@ class SoftmaxAttention(LayerKind):
     out_bias: bool = False
     qk_norm: QKNorm | None = None
     """RMSNorm of queries and keys: of each head, before or after the rotation, or over all heads together before it;
-    or of each head after it, without weights."""
+    or of each head after it, without weights. layer_by_head: LayerNorm of each before it, with weights of its own."""
     query_growth: tuple[float, int, int] | None = None
     """(beta, length, first): queries at position p are multiplied by 1 + beta * log(1 + (p + first) // length)
     (Llama 4)."""
@@ -82,6 +82,9 @@ class SoftmaxAttention(LayerKind):
         if self.qk_norm == "width":
             rows.append(Row(weight="q_norm", param="q_norm.weight", split=self.queries))
             rows.append(Row(weight="k_norm", param="k_norm.weight", split=self.keys))
+        elif self.qk_norm == "layer_by_head":
+            for name, split, heads in (("q_norm", self.queries, self.heads), ("k_norm", self.keys, self.kv_heads)):
+                rows.append(Row(weight=name, param=f"{name}.weight", split=split, stored=(heads, self.head_dim)))
         elif self.qk_norm in ("head", "head_after_rope"):
             for name in ("q_norm", "k_norm"):
                 rows.append(Row(weight=name, param=f"{name}.weight", split=Whole(self.head_dim)))

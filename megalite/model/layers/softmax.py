@@ -53,6 +53,8 @@ class Attention(LayerModule):
         if kind.qk_norm == "width":
             wide = partial(WidthNorm, eps=config.norm_eps, state=state)
             self.q_norm, self.k_norm = wide(queries), wide(keys)
+        elif kind.qk_norm == "layer_by_head":
+            self.q_norm, self.k_norm = (HeadsNorm(count, kind.head_dim, config.norm_eps) for count in (num_q, num_k))
         elif kind.qk_norm in ("head", "head_after_rope"):
             marks = {"zero_centred": config.zero_centred, "partial_gradient": state.tp.size > 1}
             norm = partial(RMSNorm, kind.head_dim, config.norm_eps, **marks)
@@ -103,7 +105,7 @@ class Attention(LayerModule):
     def _step_by_step(self, qkv: Tensor, ctx: AttentionContext, rotation: Rotation | None) -> Tensor:
         """One operation after the other, where no kernel joins them."""
         q, k, v = qkv.split(self.heads, 1)
-        if self.qk_norm in ("head", "width"):
+        if self.qk_norm in ("head", "width", "layer_by_head"):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.interleaved:  # in both alike, so that products stay
             q, k = (pairs_apart(x, self.interleaved) for x in (q, k))
@@ -124,6 +126,19 @@ def pairs_apart(x: Tensor, count: int) -> Tensor:
     """The first `count` channels of heads [T, H, D] with those of even index first."""
     turned, rest = x[..., :count], x[..., count:]
     return torch.cat([turned[..., 0::2], turned[..., 1::2], rest], -1)
+
+
+class HeadsNorm(nn.Module):
+    """LayerNorm without bias of each head, with weights of its own (Cohere): [T, heads, D] -> [T, heads, D]."""
+
+    def __init__(self, heads: int, head_dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = sharded((heads * head_dim,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (self.weight.float().view(x.shape[-2:]) * normed).type_as(x)
 
 
 class WidthNorm(nn.Module):
