@@ -72,24 +72,31 @@ def values_of(sizes: Sizes) -> dict[str, object]:
 
 def write_model(folder: Path, sizes: Sizes) -> Path:
     """A model folder with random bytes in every tensor; finite, as a sign and seven bits are kept low."""
+    how = {"dtype": sizes.dtype, "vector_dtype": sizes.vector_dtype, "files": sizes.files, "seed": sizes.seed}
+    return write_folder(folder, values_of(sizes), **how)
+
+
+def write_folder(
+    folder: Path, values: dict[str, object], *, dtype: str, vector_dtype: str = "", files: int = 1, seed: int = 0
+) -> Path:
+    """The same of any config.json."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(values_of(sizes)))
+    (folder / "config.json").write_text(json.dumps({**values, "dtype": CONFIG_DTYPES[dtype]}))
     (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
     (folder / "tokenizer.json").write_text('{"a": "tokenizer"}')
-    random = Random(sizes.seed)
+    random = Random(seed)
     entries = {}
     for name, shape in hf_shapes(families.read(folder)).items():
-        dtype = sizes.vector_dtype if sizes.vector_dtype and len(shape) == 1 else sizes.dtype
-        entries[name] = (dtype, shape)
+        entries[name] = (vector_dtype if vector_dtype and len(shape) == 1 else dtype, shape)
     names = list(entries)
     random.shuffle(names)
     weight_map = {}
-    for index in range(sizes.files):
-        file = "model.safetensors" if sizes.files == 1 else f"model-{index + 1:05d}-of-{sizes.files:05d}.safetensors"
-        mine = {name: entries[name] for name in names[index :: sizes.files]}
+    for index in range(files):
+        file = "model.safetensors" if files == 1 else f"model-{index + 1:05d}-of-{files:05d}.safetensors"
+        mine = {name: entries[name] for name in names[index::files]}
         write_tensors(folder / file, mine, random)
         weight_map |= dict.fromkeys(mine, file)
-    if sizes.files > 1:
+    if files > 1:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

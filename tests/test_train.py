@@ -1,20 +1,25 @@
 """Training in every layout is the training of one plain PyTorch process; the demo model is what its card says."""
 
+import importlib
+import json
 import math
 import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_config
+from test_random_configs import weights
+from tiny_models import VARIANTS, edit_config
 from train_helpers import Case, as_run, build_from, in_parts, logits_of, transformers_logits
 
 from megalite.config.schema import DataSection, OptimizerSection
 from megalite.core.layout import Layout
 from megalite.core.parallel_state import ParallelState
+from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.text.tokenizer import Tokenizer
 from megalite.train.data.records import find_files, is_held_out
@@ -135,37 +140,79 @@ def is_key_bias(model: str, hf: str, start: int) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_plain_pytorch(name, tiny, ranks):
     case = CASES[name]
-    steps, weights = train_plainly(tiny(case.model))
+    steps, weights_of = train_plainly(tiny(case.model))
     assert steps[0][1] > 2 * OPTIMIZER.gradient_clipping, "clipping is part of what is compared"
-    results = ranks(case.layout.size).run(train_in_layout, tiny(case.model), case)
+    check_training(ranks(case.layout.size).run(train_in_layout, tiny(case.model), case), case.model, steps, weights_of)
+
+
+def check_training(results, model: str, steps, whole_weights) -> None:
+    """Every rank's losses, norms and parts of the weights are those of one process."""
     for got, parts in results:
         (losses, norms), (wanted_losses, wanted_norms) = zip(*got, strict=True), zip(*steps, strict=True)
         assert losses == pytest.approx(wanted_losses, rel=2e-5)
         assert norms[0] == pytest.approx(wanted_norms[0], rel=2e-5)
         # Adam makes rounding large where gradients are near zero; a state space moves by 7e-4 for it.
-        assert norms == pytest.approx(wanted_norms, rel=2e-3 if case.model == "granitemoehybrid" else 2e-4)
+        assert norms == pytest.approx(wanted_norms, rel=2e-3 if model == "granitemoehybrid" else 2e-4)
         for (hf, piece, at), values in parts.items():
-            if is_key_bias(case.model, hf, piece):
+            if is_key_bias(model, hf, piece):
                 continue  # where it is not rotated it has no gradient but rounding, which Adam makes large
-            start, end = (whole[hf, piece, 0][at : at + len(values)] for whole in weights)
+            start, end = (whole[hf, piece, 0][at : at + len(values)] for whole in whole_weights)
             same = torch.equal(values, end) if torch.equal(start, end) else False
             assert same or (values - end).norm() < 5e-3 * (end - start).norm(), f"{hf} went elsewhere"
 
 
-def export_untrained(rank: int, folder: Path, layout: Layout, out: Path) -> None:
-    with as_run(rank):
-        trainer = Case("", layout).trainer(folder, OPTIMIZER, steps=STEPS, balance=0.0)
-        export_model(trainer.decoder, out / "model.safetensors", torch.float32)
+OWN_CASES = {
+    "tp2 sp": Case("own", Layout(tp=2), sequence_parallel=True, recompute=True),
+    "tp2 pp2": Case("own", Layout(tp=2, pp=2), accumulate=2),
+}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "qwen3_moe", "granitemoe", "ernie4_5_moe", "llama_tied"])
-def test_an_export_has_the_tensors_that_were_loaded(name, tiny, ranks, tmp_path):
-    """Transposed, fused, cut by expert, tied; cut for 3 ranks, which divides nothing. Bit for bit."""
-    ranks(3).run(export_untrained, tiny(name), Layout(tp=3), tmp_path)
-    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, tiny(name)))
-    assert saved.keys() == original.keys()
-    for key, values in original.items():
-        assert torch.equal(saved[key], values), key
+def train_own(rank: int, folder: Path, case: Case):
+    import own_families  # noqa: F401 (it registers the family, as `model.family_module` does)
+
+    return train_in_layout(rank, folder, case)
+
+
+@pytest.mark.parametrize("name", OWN_CASES)
+def test_a_family_of_ones_own_trains_with_all_kinds(name, ranks, tmp_path):
+    """Latent attention, gated delta nets, a state space, gated attention with sinks, experts, and a kind of its own."""
+    before, case = dict(families.FAMILIES), OWN_CASES[name]
+    try:
+        import own_families
+
+        importlib.reload(own_families)
+        (tmp_path / "config.json").write_text(json.dumps(own_families.VALUES))
+        save_file(weights(families.read(tmp_path), 3), tmp_path / "model.safetensors", {"format": "pt"})
+        steps, parts_of = train_plainly(tmp_path)
+        check_training(ranks(case.layout.size).run(train_own, tmp_path, case), case.model, steps, parts_of)
+    finally:
+        families.FAMILIES.clear()
+        families.FAMILIES.update(before)
+
+
+def export_each(rank: int, folders: dict[str, Path], layout: Layout, out: Path) -> None:
+    """As a training run exports, with the weights of decoders for those of an optimizer."""
+    state = ParallelState(layout)
+    with patch("megalite.train.export.get_whole", lambda param, _: param.detach()):
+        for name, folder in folders.items():
+            export_model(build_from(folder, state), out / f"{name}.safetensors", torch.float32)
+
+
+def test_an_export_has_the_tensors_that_were_loaded(tiny, ranks, tmp_path):
+    """Of every family, bit for bit what transformers saved, so that it loads them with the same logits; of a
+    multimodal model those of its text part."""
+    folders = {families.read(tiny(name)).family: tiny(name) for name in VARIANTS}
+    ranks(2).run(export_each, folders, Layout(tp=2), tmp_path)
+    for name, folder in folders.items():
+        saved, original = load_file(tmp_path / f"{name}.safetensors"), {}
+        for file in folder.glob("*.safetensors"):
+            original |= load_file(file)
+        config = families.read(folder)
+        left = original.keys() - saved.keys()
+        patterns = families.weight_names(config).ignored
+        assert all(any(re.search(pattern, key) for pattern in patterns) for key in left), (name, left)
+        for key, values in saved.items():
+            assert torch.equal(values, original[key]), (name, key)
 
 
 def starve_a_rank(rank: int, folder: Path) -> tuple[float, float]:
