@@ -1,19 +1,25 @@
 """GGUF files into model folders: against the gguf library's dequantisation and transformers' reading of the file."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from test_random_configs import weights
+from tiny_models import YARN
 
 from megalite.convert.from_gguf import from_gguf
+from megalite.convert.gguf_model import GgufModel
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, MegaliteError
+from megalite.model import families
 from megalite.text.tokenizer import Tokenizer
 from megalite.weights.checkpoint import open_checkpoint
 
 gguf = pytest.importorskip("gguf")
+import gguf_models  # noqa: E402
 
 HEADS, KV_HEADS, HIDDEN, WIDTH, LAYERS = 8, 2, 256, 512, 2
 MERGES = ["t h", "th e", "Ġ the", "a n", "Ġ an"]
@@ -207,6 +213,43 @@ def pieces(path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+SAID = {
+    "qwen2_moe": {"mlp_only_layers": []},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 0]},
+    "gpt_oss": {"swiglu_limit": 7.0},
+    "llama4_text": {
+        "no_rope_layers": [1, 1, 1, 0],
+        "layer_types": None,
+        "attention_chunk_size": None,
+        "floor_scale": None,
+    },
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "deepseek_v3": {"attention_bias": False, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    "hunyuan_v1_dense": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+}
+"""Changes to tiny models, to what GGUF files can say; None: left out."""
+
+
+@pytest.mark.parametrize("name", [*gguf_models.ARCHITECTURES, "granitemoehybrid_dense"])
+def test_what_the_converter_changes_is_changed_back(name, tiny, tmp_path):
+    """Config and tensors of a model are what they were before llama.cpp's converter; so it computes the same."""
+    values = json.loads((tiny({"gemma3_text": "gemma3"}.get(name, name)) / "config.json").read_text())
+    changes = SAID.get(name, {})
+    values = {key: changes.get(key, value) for key, value in values.items() if changes.get(key, 0) is not None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    wanted = families.read(tmp_path)
+    tensors = weights(wanted, seed=1)
+    save_file(tensors, tmp_path / "model.safetensors")
+    gguf_models.write(tmp_path, tmp_path / "tiny.gguf")
+    read = GgufModel(tmp_path / "tiny.gguf")
+    other = {"bos_token_id": wanted.bos_token_id, "eos_token_ids": wanted.eos_token_ids}
+    assert replace(read.config, router_aux_loss_coef=wanted.router_aux_loss_coef, **other) == wanted
+    for hf in read.shapes:
+        found = np.concatenate([part.reshape(-1) for part in read.tensor(hf)])
+        rounded = 2.0**-22 if hf.endswith(".A_log") or (hf.endswith("norm.weight") and wanted.zero_centred) else 0.0
+        assert np.abs(found - tensors[hf].numpy().reshape(-1)).max() <= rounded, hf
 
 
 @pytest.mark.parametrize(

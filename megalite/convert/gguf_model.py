@@ -1,7 +1,8 @@
 """Reads a GGUF file (llama.cpp's format) as a Hugging Face model: config.json's values and dequantised tensors.
 
 Needs the gguf library, which knows the file format, how blocks are quantised, and which GGUF tensor stands for which
-Hugging Face one; what is here is how llama.cpp's converter changes values on the way, taken back. Torch-free.
+Hugging Face one; what is here, and in gguf_architectures.py, is how llama.cpp's converter changes values on the way,
+taken back. Torch-free.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megalite.convert.gguf_architectures import ARCHITECTURES, PATTERN, Architecture, Joined, plain
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
@@ -29,60 +32,6 @@ NATIVE = {"F16": "F16", "BF16": "BF16"}
 """Types of matrices that are no wider than what they are stored as; all others become float32."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """How llama.cpp writes one Hugging Face architecture."""
-
-    family: str
-    """Key in families.FAMILIES."""
-    permuted: bool = False
-    """The rows of q and k of each head lie as neighbouring channels are rotated, where Hugging Face rotates halves."""
-    keys: Mapping[str, str] = field(default_factory=dict)
-    """Metadata key, without the architecture -> key of config.json; besides the usual ones."""
-    values: Mapping[str, object] = field(default_factory=dict)
-    """Of config.json, where the file says nothing of them."""
-
-
-_WINDOW = {"attention.sliding_window": "sliding_window"}
-_MOE = {
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-}
-_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-_NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-_GRANITE = {
-    "attention.scale": "attention_multiplier",
-    "embedding_scale": "embedding_multiplier",
-    "residual_scale": "residual_multiplier",
-    "logit_scale": "logits_scaling",
-}
-_PARTIAL = {"rope.dimension_count": "partial_rotary_factor"}
-
-ARCHITECTURES = {
-    "llama": Architecture(family="llama", permuted=True),
-    "llama with experts": Architecture(
-        family="mixtral",
-        permuted=True,
-        keys={"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
-        values={"sliding_window": None},
-    ),
-    "qwen2": Architecture(family="qwen2"),
-    "qwen3": Architecture(family="qwen3"),
-    "qwen3moe": Architecture(family="qwen3_moe", keys=_MOE, values={"norm_topk_prob": True}),
-    "gemma": Architecture(family="gemma"),
-    "gemma2": Architecture(family="gemma2", keys={**_WINDOW, **_CAPS}),
-    "gemma3": Architecture(family="gemma3_text", keys={**_WINDOW, **_CAPS}, values=_NO_CAPS),
-    "phi3": Architecture(family="phi3", keys={**_WINDOW, **_PARTIAL}),
-    "gpt2": Architecture(family="gpt2"),
-    "starcoder2": Architecture(family="starcoder2", values={"use_bias": True}),
-    "stablelm": Architecture(family="stablelm", keys={**_PARTIAL, "use_parallel_residual": "use_parallel_residual"}),
-    "granite": Architecture(family="granite", permuted=True, keys=_GRANITE),
-    "smollm3": Architecture(family="smollm3", permuted=True),
-    "arcee": Architecture(family="arcee", permuted=True),
-    "olmo2": Architecture(family="olmo2", keys=_WINDOW),
-    "seed_oss": Architecture(family="seed_oss"),
-}
 _COMMON = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -95,11 +44,28 @@ _COMMON = {
     "attention.layer_norm_epsilon": "norm_eps",
     "rope.freq_base": "rope_theta",
 }
-_BIASES = {"attn_q": "qkv_bias", "attn_output": "attention_out_bias", "ffn_up": "mlp_bias"}
+_BIASES = {
+    "attn_q": "qkv_bias",
+    "attn_qkv": "qkv_bias",
+    "attn_output": "attention_out_bias",
+    "ffn_up": "mlp_bias",
+}
 """Tensor of a layer whose bias shows -> switch of the family."""
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Divisors of rotary frequencies; config.json has them, or what they are made from."""
-_SWA_THETA = "rope.freq_base_swa"
+_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+SIGMOID = 2
+"""Of `expert_gating_func`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a Hugging Face tensor is in the file."""
+
+    names: tuple[str, ...]
+    expert: int | None
+    """Its index, where those of all experts are one tensor."""
+    joined: Joined | None = None
 
 
 class GgufModel:
@@ -139,9 +105,7 @@ class GgufModel:
         return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
     def _architecture(self) -> Architecture:
-        name = self.name
-        if name == "llama" and self.metadata.get("llama.expert_count"):
-            name = "llama with experts"
+        name = self._variant()
         if name not in ARCHITECTURES:
             raise ConfigError(
                 Problem(
@@ -152,6 +116,22 @@ class GgufModel:
             )
         return ARCHITECTURES[name]
 
+    def _variant(self) -> str:
+        """The architecture, and what else it depends on which family it is."""
+        name = self.name
+        if name == "llama" and self.of("expert_count"):
+            return f"{name} with experts"
+        if name == "granitehybrid" and not self.of("expert_count"):
+            return f"{name} without experts"
+        if name == "olmo2" and self.of("attention.sliding_window"):
+            return f"{name} with windows"
+        if name == "granitemoe" and self.of("expert_shared_feed_forward_length"):
+            return f"{name} with a shared expert"
+        corrected = any(tensor.endswith(".exp_probs_b.bias") for tensor in self._tensors)
+        if name == "deepseek2" and (self.of("expert_gating_func") == SIGMOID or corrected):
+            return f"{name} with sigmoid scores"
+        return name
+
     def of(self, key: str) -> Any:
         """The value of a metadata key of this architecture, or None. CheckpointError if layers differ in it."""
         value = self.metadata.get(f"{self.name}.{key}")
@@ -160,6 +140,14 @@ class GgufModel:
                 raise self.problem(f"{self.name}.{key} differs by layer, which is not supported")
             value = value[0]
         return value
+
+    def listed(self, key: str) -> list[Any] | None:
+        """The value of a metadata key of this architecture for each layer, where it is a list."""
+        value = self.metadata.get(f"{self.name}.{key}")
+        return value if isinstance(value, list) else None
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._tensors
 
     # ---- config.json
 
@@ -171,15 +159,16 @@ class GgufModel:
             **self._kind.values,
         }
         for key, meant in {**_COMMON, **self._kind.keys}.items():
-            value = self.of(key)
+            value = None if key in self._kind.by_layer else self.of(key)
             if value is not None:
-                values[spelled.get(meant, (meant,))[0]] = _plain(value)
+                values[spelled.get(meant, (meant,))[0]] = plain(value)
         for required in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             if spelled.get(required, (required,))[0] not in values:
                 raise self.problem(f"says nothing of the model's {required}")
         if "token_embd.weight" not in self._tensors:
             raise self.problem("has no tensor token_embd.weight")
         values["vocab_size"] = int(self._tensors["token_embd.weight"].shape[1])
+        self._add_layers(values)
         values["tie_word_embeddings"] = "output.weight" not in self._tensors
         for tensor, switch in _BIASES.items():
             if switch in self.family.flags:
@@ -187,25 +176,23 @@ class GgufModel:
                 values[flag] = values.get(flag, False) or f"blk.0.{tensor}.bias" in self._tensors
         if "partial_rotary_factor" in values:
             heads = self.of("attention.key_length") or self.of("embedding_length") // self.of("attention.head_count")
-            values["partial_rotary_factor"] /= heads
-        self._add_scales(values)
+            turned, factor = values["partial_rotary_factor"], values["partial_rotary_factor"] / heads
+            values["partial_rotary_factor"] = factor if int(heads * factor) == turned else math.nextafter(factor, 2)
+        if self._kind.more is not None:
+            self._kind.more(self, values)
         values |= self._rope(values)
         ids = {name: self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
         values |= {f"{name}_token_id": value for name, value in ids.items() if value is not None}
         values["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(self.dtype, "float32")
         return values
 
-    def _add_scales(self, values: dict[str, Any]) -> None:
-        """What Gemma's files leave to whoever runs them."""
-        if self._kind.family not in ("gemma2", "gemma3_text"):
-            return
-        heads, layers = self.of("attention.head_count"), self.of("block_count")
-        large = {"gemma2": 46, "gemma3_text": 62}[self._kind.family]  # of 27B, whose scale is that of hidden / heads
-        values["query_pre_attn_scalar"] = values["hidden_size"] / heads if layers == large else values["head_dim"]
-        if self._kind.family == "gemma3_text":
-            values["rope_local_base_freq"] = _plain(self.of(_SWA_THETA) or 10000.0)
-            pattern = self.of("attention.sliding_window_pattern") or 6
-            values["sliding_window_pattern"] = int(pattern)
+    def _add_layers(self, values: dict[str, Any]) -> None:
+        """Which layers have windows, where the file lists them; and how many there are without further ones."""
+        listed = self.listed(PATTERN)
+        if listed is not None:
+            values["layer_types"] = ["sliding_attention" if one else "full_attention" for one in listed]
+        if "num_nextn_predict_layers" in values:
+            values["num_hidden_layers"] -= values["num_nextn_predict_layers"]
 
     def _rope(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """`rope_scaling`, where there is one."""
@@ -225,28 +212,36 @@ class GgufModel:
             divided = np.asarray(self._tensors["rope_freqs.weight"].data, dtype=np.float64).reshape(-1)
             return {"rope_scaling": self._llama3(divided, float(values["rope_theta"]))}
         if kind in (None, "none") or factor is None:
-            return {}
+            unscaled = {"rope_parameters": {"rope_type": "default", "rope_theta": values.get("rope_theta")}}
+            return unscaled if "rope_parameters" in self.family.defaults else {}
         if kind not in ("linear", "yarn"):
             raise self.problem(f"{self.name}.rope.scaling.type is {kind!r}, which is not read from GGUF")
-        scaling = {"rope_type": kind, "factor": _plain(factor)}
-        return {"rope_scaling": scaling | ({"original_max_position_embeddings": original} if original else {})}
+        scaling = {"rope_type": kind, "factor": plain(factor), "original_max_position_embeddings": original}
+        named = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+        scaling |= {key: self.of(f"rope.scaling.{name}") for key, name in named.items()}
+        if self.name == "deepseek2" and self.of(_LOG_MULTIPLIER) is not None:
+            scale = plain(10 * self.of(_LOG_MULTIPLIER))
+            scaling |= {"mscale": scale, "mscale_all_dim": scale}
+        if self.name == "gpt-oss":
+            scaling["truncate"] = False
+        return {"rope_scaling": {key: plain(value) for key, value in scaling.items() if value is not None}}
 
     def _llama3(self, divisors: Elements, theta: float) -> dict[str, Any]:
         """The scaling of Llama 3.1 that gives these divisors; the file has no more of it. CheckpointError if none."""
         count = len(divisors)
         wavelengths = 2 * math.pi * theta ** (np.arange(count) / count)
         factor = float(divisors.max())
-        for original in (8192, self.of("rope.scaling.original_context_length")):
-            if original is None:
-                continue
-            smooth = np.clip((original / wavelengths - 1.0) / (4.0 - 1.0), 0, 1)
+        originals = [one for one in (8192, self.of("rope.scaling.original_context_length")) if one is not None]
+        for original, high in product(originals, (4.0, 1.0)):  # Llama 4 has no frequencies between
+            turns = original / wavelengths
+            smooth = np.clip((turns - 1.0) / (high - 1.0), 0, 1) if high > 1 else (turns > 1).astype(np.float64)
             expected = 1 / ((1 - smooth) / factor + smooth)
             if np.allclose(divisors, expected, rtol=1e-4):
                 return {
                     "rope_type": "llama3",
                     "factor": factor,
                     "low_freq_factor": 1.0,
-                    "high_freq_factor": 4.0,
+                    "high_freq_factor": high,
                     "original_max_position_embeddings": int(original),
                 }
         raise self.problem("rope_freqs.weight has divisors that are not those of Llama 3.1's scaling")
@@ -259,31 +254,52 @@ class GgufModel:
         types = {tensor.tensor_type.name for tensor in self._tensors.values() if len(tensor.shape) > 1}
         return NATIVE.get(next(iter(types)), "F32") if len(types) == 1 else "F32"
 
-    def _matched(self) -> dict[str, tuple[str, int | None]]:
-        """Hugging Face tensor -> the GGUF tensor, and which of its experts."""
+    def _matched(self) -> dict[str, Source]:
+        """Hugging Face tensor -> where it is."""
         arch = {name: arch for arch, name in self._gguf.MODEL_ARCH_NAMES.items()}[self.name]
         names = self._gguf.get_tensor_name_map(arch, self.config.num_layers)
-        found = {}
-        for hf in self.shapes:
-            expert = re.search(r"\.experts\.(\d+)\.", hf)
-            name = names.get_name(_of_all_experts(hf), try_suffixes=(".weight", ".bias"))
-            found[hf] = (str(name), int(expert[1]) if expert else None)
-        missing = [f"{name} ({hf})" for hf, (name, _) in found.items() if name not in self._tensors]
+        found = {hf: self._source(hf, names) for hf in self.shapes}
+        missing = [f"{name} ({hf})" for hf, one in found.items() for name in one.names if name not in self._tensors]
         if missing:
             raise self.problem(f"lacks {len(missing)} of the model's tensors: {', '.join(missing[:4])}")
-        unknown = sorted(self._tensors.keys() - {name for name, _ in found.values()} - set(_FACTORS))
+        later = tuple(f"blk.{layer}." for layer in range(self.config.num_layers, self.of("block_count")))
+        mine = {name for one in found.values() for name in one.names}
+        unknown = sorted(name for name in self._tensors.keys() - mine - set(_FACTORS) if not name.startswith(later))
         if unknown:
             raise self.problem(f"has {len(unknown)} tensors that are not the model's: {', '.join(unknown[:4])}")
-        for hf, (name, expert_index) in found.items():
-            self._check_shape(hf, name, expert_index)
+        for hf, source in found.items():
+            self._check_shape(hf, source)
         return found
 
-    def _check_shape(self, hf: str, name: str, expert: int | None) -> None:
-        shape = tuple(int(one) for one in reversed(self._tensors[name].shape))
-        shape = shape[1:] if expert is not None else shape
-        shape = shape[::-1] if self._is_transposed(hf) else shape
-        if shape != self.shapes[hf]:
-            raise self.problem(f"{name} has the shape {shape}, the model's {hf} has {self.shapes[hf]}")
+    def _source(self, hf: str, names: Any) -> Source:
+        expert, layer = (re.search(pattern, hf) for pattern in (r"\.experts\.(\d+)\.", r"\.(\d+)\."))
+        joined = next((one for end, one in self._kind.joined.items() if hf.endswith(end)), None)
+        parts = () if joined is None or layer is None else tuple(f"blk.{layer[1]}.{name}" for name in joined.parts)
+        name = names.get_name(_gguf_spelling(hf), try_suffixes=(".weight", ".bias"))
+        if joined is None or (name in self._tensors and len(parts) > 1):  # older files have some as they are
+            return Source((str(name),), int(expert[1]) if expert else None)
+        return Source(parts, None, joined)
+
+    def _check_shape(self, hf: str, source: Source) -> None:
+        shapes = [tuple(int(one) for one in reversed(self._tensors[name].shape)) for name in source.names]
+        wanted, made = self.shapes[hf], shapes[0]
+        if source.joined is not None:
+            alone = source.joined.by_expert
+            wanted = (1, *wanted[1:]) if alone else wanted
+            given = [np.zeros((1, *shape[1:]) if alone else shape, np.float32) for shape in shapes]
+            try:
+                made = source.joined.make(given).shape
+            except ValueError:
+                made = ()
+            if alone and any(shape[0] != self.shapes[hf][0] for shape in shapes):
+                made = ()
+        elif source.expert is not None:
+            made = made[1:]
+        elif self._is_transposed(hf):
+            made = made[::-1]
+        flat = len(wanted) == 1 and math.prod(made) == wanted[0]
+        if not flat and [one for one in made if one != 1] != [one for one in wanted if one != 1]:
+            raise self.problem(f"{source.names[0]} has the shape {shapes[0]}, the model's {hf} has {self.shapes[hf]}")
 
     def _is_transposed(self, hf: str) -> bool:
         return len(self.shapes[hf]) == 2 and self._weight(hf) in self._transposed
@@ -299,15 +315,27 @@ class GgufModel:
         return re.sub(r"\.(\d+)\.", ".{layer}.", hf, count=1)
 
     def tensor(self, hf: str) -> Iterator[Elements]:
-        """A tensor in float32, as Hugging Face has it: parts of whole rows, one after the other."""
-        name, expert = self._sources[hf]
+        """A tensor in float32, as Hugging Face has it: parts of whole rows, or experts, one after the other."""
+        source = self._sources[hf]
+        if source.joined is not None:
+            yield from self._joined(source.names, source.joined)
+            return
+        (name,) = source.names
         stored = self._tensors[name]
-        data = stored.data if expert is None else stored.data[expert]
-        whole = self._is_transposed(hf) or self._heads(hf) is not None or len(self.shapes[hf]) == 1
+        data = stored.data if source.expert is None else stored.data[source.expert]
+        whole = self._is_transposed(hf) or self._is_regrouped(hf) or len(self.shapes[hf]) == 1
         rows = len(data) if whole else max(1, CHUNK_BYTES // (4 * self.shapes[hf][-1]))
         for start in range(0, len(data), rows):
             part = self._dequantised(name, data[start : start + rows], stored.tensor_type)
             yield self._changed_back(hf, part)
+
+    def _joined(self, names: tuple[str, ...], joined: Joined) -> Iterator[Elements]:
+        stored = [self._tensors[name] for name in names]
+        step = 1 if joined.by_expert else len(stored[0].data)
+        for start in range(0, len(stored[0].data), step):
+            given = zip(names, stored, strict=True)
+            parts = [self._dequantised(name, one.data[start : start + step], one.tensor_type) for name, one in given]
+            yield joined.make(parts)
 
     def _dequantised(self, name: str, data: Elements, kind: Any) -> Elements:
         try:
@@ -318,12 +346,21 @@ class GgufModel:
     def _changed_back(self, hf: str, values: Elements) -> Elements:
         """What llama.cpp's converter does to some tensors, undone."""
         heads = self._heads(hf)
+        if self._kind.by_heads and ".query_key_value." in hf:
+            count = self.config.of(SoftmaxAttention)[0].heads
+            apart = values.reshape(3, count, -1, *values.shape[1:])
+            return np.ascontiguousarray(apart.swapaxes(0, 1)).reshape(values.shape)
         if heads is not None:
             pairs = values.reshape(heads, -1, 2, *values.shape[1:])
             return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+        if hf.endswith(".A_log"):
+            return np.log(-values)
         if self.config.zero_centred and hf.endswith("norm.weight"):
             return values - np.float32(1)
         return np.ascontiguousarray(values.T) if self._is_transposed(hf) else values
+
+    def _is_regrouped(self, hf: str) -> bool:
+        return self._heads(hf) is not None or (self._kind.by_heads and ".query_key_value." in hf)
 
     def _heads(self, hf: str) -> int | None:
         """Of a permuted q or k, weight or bias."""
@@ -334,18 +371,13 @@ class GgufModel:
         return kind.heads if match[1] == "q" else kind.kv_heads
 
 
-def _of_all_experts(hf: str) -> str:
-    """The library's name for the tensor of which an expert's is a part; others stay."""
+def _gguf_spelling(hf: str) -> str:
+    """The library's name for a tensor, of all experts where it is one expert's."""
     name = re.sub(r"\.experts\.\d+\.", ".experts.", hf)
+    name = name.removesuffix("_bias") + ".bias" if name.endswith("e_score_correction_bias") else name
+    name = name.removesuffix("_bias") + "_proj.bias" if name.endswith(".dt_bias") else name
+    name = name + ".weight" if name.endswith(".sinks") else name
     return re.sub(r"^model\.(.*)\.block_sparse_moe\.experts\.w", r"\1.feed_forward.experts.w", name)
-
-
-def _plain(value: Any) -> Any:
-    """A number as JSON has it; float32 as the shortest decimal that means it."""
-    if isinstance(value, float):
-        short = float(np.format_float_positional(np.float32(value), unique=True))
-        return int(short) if short.is_integer() and abs(short) > 1e6 else short
-    return value
 
 
 def _library() -> Any:
