@@ -106,7 +106,7 @@ def test_memory_and_dry_run_count_the_optimizer_of_adapters_alone(base):
 @pytest.mark.parametrize(
     ("lora", "more", "says"),
     [
-        ({"lora_dropout": 0.1}, {}, "train.lora.lora_dropout: must be 0"),
+        ({"lora_dropout": 1.0}, {}, "train.lora.lora_dropout"),
         ({"target_modules": ["q_proj", "nope"]}, {}, "train.lora.target_modules: 'nope' is no linear that can be"),
         ({"target_modules": ["embed_tokens"]}, {}, "the embeddings are not adapted"),
         ({"target_modules": 3}, {}, "must be all-linear, a list of names"),
@@ -172,10 +172,10 @@ def test_a_run_goes_on_exactly_and_in_another_layout_and_leaves_what_peft_loads(
     from transformers import AutoModelForCausalLM
 
     whole, broken, moved = (tmp_path / name for name in ("whole", "broken", "moved"))
-    two = {"tp": 2}
-    said = ranks(2).run(run_job, training(base, whole, parallel=two))[0]
+    two, dropping = {"tp": 2}, replace(LORA, lora_dropout=0.2)
+    said = ranks(2).run(run_job, training(base, whole, lora=dropping, parallel=two))[0]
     assert f"the adapter of step 6 is in {whole}" in said.replace("\n  ", " "), said
-    assert "stopped by SIGTERM" in ranks(2).run(run_job, training(base, broken, parallel=two), 4)[0]
+    assert "stopped by SIGTERM" in ranks(2).run(run_job, training(base, broken, lora=dropping, parallel=two), 4)[0]
     path, manifest = newest_state(broken / "training/state")
     assert manifest.training["step"] == 4 and manifest.training["base"]["path"] == str(base)
     assert not (path / "config.json").exists() and (path / "adapter_config.json").exists()
@@ -184,9 +184,10 @@ def test_a_run_goes_on_exactly_and_in_another_layout_and_leaves_what_peft_loads(
     with pytest.raises(CheckpointError, match="the state of LoRA adapters in training beside"):
         open_checkpoint(path)
     shutil.copytree(broken, moved)
-    assert "going on after step 4" in ranks(2).run(run_job, training(base, broken, parallel=two))[0]
+    assert "going on after step 4" in ranks(2).run(run_job, training(base, broken, lora=dropping, parallel=two))[0]
     same_tensors(broken, whole, rtol=0, atol=0)
-    assert "going on after step 4" in ranks(2).run(run_job, training(base, moved, parallel={"pp": 2}, zero_stage=2))[0]
+    other = training(base, moved, lora=dropping, parallel={"pp": 2}, zero_stage=2)
+    assert "going on after step 4" in ranks(2).run(run_job, other)[0]
     same_tensors(moved, whole, rtol=1e-3, atol=1e-4)
 
     prompt = torch.tensor([[5, 9, 33, 7, 21]])

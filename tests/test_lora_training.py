@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from train_helpers import as_run, build_from
 
 from megalite.config.schema import LoraSection, OptimizerSection
+from megalite.core.dropout import Dropout
 from megalite.core.layout import Layout
 from megalite.core.linear import Coded, settle
 from megalite.core.parallel_state import Axis, ParallelState
@@ -25,10 +28,12 @@ from megalite.train.micro_batch import from_windows
 from megalite.train.optimizer import learning_rate
 from megalite.train.trainer import Trainer, check_trainable
 from megalite.weights import lora_training
-from megalite.weights.adapter_table import table_of
+from megalite.weights.adapter_table import AdapterTable, table_of
+from megalite.weights.lora import PREFIX
 from megalite.weights.table import owned
 
 STEPS = 3
+SEED = 5
 SEQUENCES = 4
 LENGTH = 12
 OPTIMIZER = OptimizerSection(
@@ -62,7 +67,28 @@ class Plain:
     end: dict[str, torch.Tensor]
 
 
-def train_with_peft(model: Path, folder: Path, settings: dict) -> Plain:
+class SameDropout(torch.nn.Module):
+    """Drops of what one of PEFT's adapters reads what ours drops: the sequences of a step lie end to end there."""
+
+    def __init__(self, dropout: Dropout, linear: str):
+        super().__init__()
+        self.dropout = dropout
+        self.linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        channels = self.dropout.channels(self.linear, torch.arange(x.shape[-1], dtype=torch.int32))
+        return self.dropout(x.flatten(0, 1), channels).view_as(x)
+
+
+def with_dropout(adapted, dropout: Dropout, table: AdapterTable) -> None:
+    """Put it into PEFT's model."""
+    linears = {module.name: linear for linear, held in table.starts(1, 0).items() for module, _ in held}
+    for name, module in adapted.named_modules():
+        if name.removeprefix(PREFIX) in linears:
+            module.lora_dropout["default"] = SameDropout(dropout, linears[name.removeprefix(PREFIX)])
+
+
+def train_with_peft(model: Path, folder: Path, settings: dict, rate: float = 0.0) -> Plain:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -74,6 +100,9 @@ def train_with_peft(model: Path, folder: Path, settings: dict) -> Plain:
         for one in trained.values():
             one.normal_(0, 0.1)
     adapted.save_pretrained(folder / "start")
+    dropout = Dropout(rate, SEED)
+    if rate:
+        with_dropout(adapted, dropout, table_of(LoraSection(path=str(folder / "start")), read(model)))
     optimizer = torch.optim.AdamW(
         trained.values(), betas=tuple(OPTIMIZER.betas), eps=OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay
     )
@@ -81,7 +110,9 @@ def train_with_peft(model: Path, folder: Path, settings: dict) -> Plain:
     for step, ids in enumerate(token_ids(base.config.vocab_size)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(OPTIMIZER, step, STEPS)
-        logits = adapted(ids[:, :-1]).logits
+        keys = dropout.keys(ids[:, :-1].flatten().numpy(), [LENGTH] * SEQUENCES, step)
+        with dropout.of(keys) if rate else nullcontext():
+            logits = adapted(ids[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -96,14 +127,14 @@ def train_with_peft(model: Path, folder: Path, settings: dict) -> Plain:
 
 @pytest.fixture(scope="module")
 def plain(tiny, tmp_path_factory):
-    """`plain(model, settings)`: by PEFT, once for each."""
-    known: dict[tuple[str, str], Plain] = {}
+    """`plain(model, settings, rate)`: by PEFT, once for each."""
+    known: dict[tuple[str, str, float], Plain] = {}
 
-    def find(model: str, settings: str) -> Plain:
-        if (model, settings) not in known:
+    def find(model: str, settings: str, rate: float = 0.0) -> Plain:
+        if (model, settings, rate) not in known:
             folder = tmp_path_factory.mktemp("peft")
-            known[model, settings] = train_with_peft(tiny(model), folder, SETTINGS[settings])
-        return known[model, settings]
+            known[model, settings, rate] = train_with_peft(tiny(model), folder, SETTINGS[settings], rate)
+        return known[model, settings, rate]
 
     return find
 
@@ -119,12 +150,13 @@ class Case:
     accumulate: int = 1
     sequence_parallel: bool = False
     recompute: bool = False
+    dropout: float = 0.0
 
     def trainer(self, folder: Path, start: Path) -> Trainer:
         """With the adapter of `start`, on this rank."""
         decoder = build_from(folder, ParallelState(self.layout, sequence_parallel=self.sequence_parallel))
         table = table_of(LoraSection(path=str(start)), decoder.config)
-        lora_training.attach(decoder, table)
+        lora_training.attach(decoder, table, Dropout(self.dropout, SEED) if self.dropout else None)
         lora_training.load(decoder, table, start)
         options = {"zero_stage": self.zero, "recompute": self.recompute, "router_aux_loss_coef": 0.0}
         return Trainer(decoder, OPTIMIZER, steps=STEPS, adapter=table, **options)
@@ -158,13 +190,16 @@ CASES = {
     "tp2 sp, experts that stay": Case("qwen3_moe", Layout(tp=2), "attention", sequence_parallel=True),
     "tp2, gated delta nets": Case("qwen3_next", Layout(tp=2), "delta"),
     "tp2 sp, latent attention": Case("deepseek_v3", Layout(tp=2), "latent", sequence_parallel=True),
+    "dropout": Case("llama3", Layout(), "uneven", dropout=0.3, accumulate=2, recompute=True),
+    "tp3 dropout": Case("llama3", Layout(tp=3), "uneven", dropout=0.3, sequence_parallel=True),
+    "pp2 dp2 dropout": Case("llama3", Layout(pp=2, dp=2), "uneven", dropout=0.3, accumulate=2, recompute=True),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_training_is_that_of_peft(name, plain, tiny, ranks, tmp_path):
     case = CASES[name]
-    wanted = plain(case.model, case.settings)
+    wanted = plain(case.model, case.settings, case.dropout)
     out = tmp_path / "adapter_model.safetensors"
     results = ranks(case.layout.size).run(train_in_layout, tiny(case.model), wanted.start, case, out)
     assert wanted.steps[0][1] > 2 * OPTIMIZER.gradient_clipping, "clipping is part of what is compared"
@@ -177,6 +212,37 @@ def test_training_is_that_of_peft(name, plain, tiny, ranks, tmp_path):
     for key, values in end.items():
         moved = (wanted.end[key] - start[key]).norm()
         assert (values - wanted.end[key]).norm() < 5e-3 * moved, f"{key} went elsewhere"
+
+
+def test_what_is_dropped_is_the_right_share_and_depends_on_all_that_it_should():
+    dropout, ids = Dropout(0.25, seed=1), np.arange(400) % 50
+    x, channels = torch.ones(400, 300), dropout.channels("a", torch.arange(300, dtype=torch.int32))
+
+    def dropped(keys: torch.Tensor, channels: torch.Tensor = channels, by: Dropout = dropout) -> torch.Tensor:
+        with by.of(keys):
+            return by(x, channels) == 0
+
+    keys = dropout.keys(ids, [400], step=3)
+    found = dropped(keys)
+    assert torch.equal(dropout(x, channels), x) and torch.equal(dropped(keys), found)
+    with dropout.of(keys):
+        assert dropout(x, channels).max() == pytest.approx(1 / 0.75)
+    share, deviation = found.float(), (0.25 * 0.75) ** 0.5
+    assert share.mean() == pytest.approx(0.25, abs=0.01)
+    assert share.mean(0).std() * 400**0.5 == pytest.approx(deviation, rel=0.15)
+    assert share.mean(1).std() * 300**0.5 == pytest.approx(deviation, rel=0.15)
+    other = [
+        dropped(dropout.keys(ids, [400], step=4)),
+        dropped(dropout.keys(ids + 1, [400], step=3)),
+        dropped(keys, dropout.channels("b", torch.arange(300, dtype=torch.int32))),
+        dropped(Dropout(0.25, seed=2).keys(ids, [400], step=3)),
+        found.roll(1, 0),
+        found.roll(1, 1),
+    ]
+    for one in other:  # independent: alike where both or neither are dropped
+        assert (one == found).float().mean() == pytest.approx(0.25**2 + 0.75**2, abs=0.01)
+    parts = [dropout.keys(ids[:150], [150], 3), dropout.keys(ids[150:], [250], 3)]
+    assert torch.equal(torch.cat(parts), dropout.keys(ids, [150, 250], 3)), "wherever a sequence is computed"
 
 
 @pytest.mark.parametrize("model", ["llama3", "phi3"])

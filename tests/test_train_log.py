@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megalite.config.schema import NewModelSection, TrainConfig, TrainOutputSection
+from megalite.config.schema import LoraSection, NewModelSection, TrainConfig, TrainOutputSection
 from megalite.config.validate import validate
 from megalite.model import families
 from megalite.monitor.collector import Meter
 from megalite.planner.devices import peak_flops
-from megalite.train.flops import active_parameters, training_flops
+from megalite.train.flops import AdapterSize, active_parameters, training_flops
 from megalite.train.log import RunLog, Speed
+from megalite.weights.adapter_table import table_of
 
 DENSE = {
     "model_type": "mistral",
@@ -49,6 +50,20 @@ def test_the_arithmetic_of_a_step():
     assert training_flops(model(), [3, 5]) == 6 * 1664 * 8 + 12 * 2 * 4 * 2 * (3 * 3 + 5 * 5) == 86_400
     windowed = training_flops(model(sliding_window=4), [3, 5])
     assert windowed == 6 * 1664 * 8 + 12 * 2 * 4 * 2 * (3 * 3 + 5 * 4)
+
+
+def test_frozen_weights_have_no_gradient():
+    """Beside adapters: forward and back by 2 N each, where a layer up has one; 6 times what trains."""
+    up = LoraSection(r=2, target_modules=r".*layers\.1\.mlp\.up_proj")
+    size = AdapterSize.of(table_of(up, model()))
+    assert size == AdapterSize(first_layer=1, parameters=2 * (8 + 10))
+    layer = 2 * 64 + 2 * 32 + 3 * 80
+    products = 2 * (2 * layer + 800) + 2 * (layer + 800) + 6 * 36
+    keys = 4 * 4 * 2 * (3 * 3 + 5 * 5)  # of a layer, forward
+    assert training_flops(model(), [3, 5], size) == products * 8 + keys * (2 + 2)
+    whole = AdapterSize.of(table_of(LoraSection(r=2), model()))
+    assert whole is not None and whole.first_layer == 0
+    assert training_flops(model(), [3, 5], whole) == (4 * 1664 + 6 * whole.parameters) * 8 + keys * 2 * 3
 
 
 def test_of_experts_the_chosen_ones_count():

@@ -441,7 +441,8 @@ class LoraSection:
     lora_alpha: float = key(8.0, above=0)
     """The product B A is multiplied by lora_alpha / r."""
     lora_dropout: float = key(0.0, at_least=0, below=1)
-    """Must be 0: what is dropped would depend on the layout."""
+    """Share of what adapters read that is set to 0 while they train, the rest scaled up. Which it is follows from
+    train.seed, the step and the sequence, so it is the same in every layout. Must be 0 in hybrid jobs."""
     target_modules: Any = "all-linear"
     """Which linears of the layers have adapters: all-linear, a list of names such as [q_proj, v_proj], or a regular
     expression for whole names. The embedding, the head, experts and routers have none."""

@@ -66,7 +66,7 @@ def learning_rules(rules: Rules, model: ModelFacts | None, *, steps: int, steps_
         for key, ours in DEEPSPEED_KEYS.items()
         if (value := _inside(config.deepspeed, key)) is not None
     ]
-    _lora_rules(rules.at("train.lora"), config.model)
+    _lora_rules(rules.at("train.lora"), config.model, is_hybrid=isinstance(config, HybridConfig))
     zero = config.deepspeed.get("zero_optimization", {})
     if not isinstance(zero, dict):
         rules.problems.append(problem("deepspeed.zero_optimization", "must be a mapping", zero))
@@ -75,7 +75,7 @@ def learning_rules(rules: Rules, model: ModelFacts | None, *, steps: int, steps_
     rules.at("output").need("tensorboard", there, "TensorBoard is not installed", fix)
 
 
-def _lora_rules(rules: Rules, model: NewModelSection) -> None:
+def _lora_rules(rules: Rules, model: NewModelSection, *, is_hybrid: bool) -> None:
     lora: LoraSection = rules.section
     usual = {one.name: getattr(LoraSection(), one.name) for one in fields(LoraSection)}
     given = [name for name in usual if getattr(lora, name) != usual[name] and name not in ("r", "path")]
@@ -83,8 +83,8 @@ def _lora_rules(rules: Rules, model: NewModelSection) -> None:
         rules.need(name, lora.is_asked, "is of adapters, and there are none", "Set r, their rank, too.")
         rules.need(name, lora.path is None or name == "lora_dropout", "is the adapter's own in path", "Leave it out.")
     rules.need("r", lora.r is None or lora.path is None, "is the adapter's own in path", "Leave it out.")
-    fix = "Leave it 0; fewer steps, a lower rank and optimizer.weight_decay keep adapters from learning by heart."
-    rules.need("lora_dropout", lora.lora_dropout == 0, "must be 0: what is dropped would depend on the layout", fix)
+    rule = "must be 0 in a hybrid job: samples are drawn without it, and probabilities would not be comparable"
+    rules.need("lora_dropout", not is_hybrid or lora.lora_dropout == 0, rule, "Leave it 0.")
     targets = lora.target_modules
     named = isinstance(targets, list) and targets and all(isinstance(one, str) and one for one in targets)
     rules.need("target_modules", bool(named or (isinstance(targets, str) and targets)), _TARGETS)

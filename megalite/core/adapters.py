@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalite.core.dropout import Dropout
 from megalite.core.functional import gated
 from megalite.core.linear import Format, Linear, Norm, Stored
 
@@ -139,15 +140,28 @@ class LowRankUpdate(nn.Module):
     `a` [R, K] is one thin product for all of them; each has its own `b` [rows, r], so that no zeros are kept between.
     """
 
-    def __init__(self, parts: Sequence[LearntPart], a: nn.Parameter, b: Mapping[str, nn.Parameter]):
-        """`b`: by the names of parts, less those of which this rank has no outputs."""
+    def __init__(
+        self,
+        parts: Sequence[LearntPart],
+        a: nn.Parameter,
+        b: Mapping[str, nn.Parameter],
+        *,
+        dropout: Dropout | None = None,
+        channels: Tensor | None = None,
+    ):
+        """`b`: by the names of parts, less those of which this rank has no outputs. `dropout`: of what is read, with
+        the keys of this rank's inputs, int32 [K]."""
         super().__init__()
         self.parts = tuple(parts)
         self.a = a
         self.b = nn.ParameterDict(b)
+        self.dropout = dropout
+        self.channels = channels
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """y [T, N] + scale * B (A x) of x [T, K]; both may be partial sums over tp."""
+        if self.dropout is not None and self.channels is not None:
+            x = self.dropout(x, self.channels)
         return torch.addmm(y, F.linear(x, self.a), self._matrix(y.shape[1]).t())
 
     def _matrix(self, outputs: int) -> Tensor:
@@ -200,6 +214,12 @@ def learnt_formats(module: nn.Module) -> dict[str, Learnt]:
     """The formats of a module's linears beside which adapters train, by the linears' names."""
     parts = ((name, part) for name, part in module.named_modules() if isinstance(part, Linear))
     return {name: part.format for name, part in parts if isinstance(part.format, Learnt)}
+
+
+def dropout_of(module: nn.Module) -> Dropout | None:
+    """The dropout that the adapters in a module share, if there is one."""
+    updates = (one.update for one in learnt_formats(module).values())
+    return next((one.dropout for one in updates if one is not None), None)
 
 
 @contextmanager

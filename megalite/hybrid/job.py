@@ -87,7 +87,15 @@ class Job:
         peak = peak_of_run(
             self.device, config.model.dtype, ranks=self.train_layout.size, local_ranks=runtime.local_world_size
         )
-        self.log = HybridLog(config, self.files.model, self.files.folder, self.files.is_writer, meter=meter, peak=peak)
+        self.log = HybridLog(
+            config,
+            self.files.model,
+            self.files.folder,
+            self.files.is_writer,
+            adapter=self.files.trained.adapter,
+            meter=meter,
+            peak=peak,
+        )
         self.pool: RewardPool | None = None
         """On the rank that rewards."""
         self.generates = False

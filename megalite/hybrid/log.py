@@ -17,8 +17,9 @@ from megalite.hybrid.rollout import Rollout, rollout_file, write_rollouts
 from megalite.model.config import ModelConfig
 from megalite.monitor.collector import Meter
 from megalite.monitor.words import format_duration, format_rate, wrapped
-from megalite.train.flops import training_flops
+from megalite.train.flops import AdapterSize, training_flops
 from megalite.train.log import Board, continued
+from megalite.weights.adapter_table import AdapterTable
 
 
 class HybridLog:
@@ -31,14 +32,16 @@ class HybridLog:
         folder: Path,
         is_writer: bool,
         *,
+        adapter: AdapterTable | None = None,
         meter: Meter,
         peak: float | None,
     ):
-        """`meter`: its parts are those of an iteration. `peak`: operations a second of the devices that train; None if
-        it is not known."""
+        """`adapter`: of those that train in place of the model. `meter`: its parts are those of an iteration. `peak`:
+        operations a second of the devices that train; None if it is not known."""
         self.config = config.hybrid
         self.tensorboard = config.output.tensorboard
         self.model = model
+        self.adapter_size = AdapterSize.of(adapter)
         self.peak = peak
         self.supervised_steps = config.supervised.steps
         self.path = folder / "training" / "log.jsonl"
@@ -96,6 +99,7 @@ class HybridLog:
         agreement = update.agreement
         lengths = [len(one.prompt_token_ids) + len(one.token_ids) for one in rollouts]
         learning = max(self.seconds.get("learning", seconds), 1e-9)
+        flops = training_flops(self.model, lengths, self.adapter_size)
         return {
             "reward": statistics.fmean(rewards),
             "reward_of_best": statistics.fmean(map(max, chunks(rewards, size))),
@@ -112,7 +116,7 @@ class HybridLog:
             "sampled_tokens_per_second": tokens / max(self.seconds.get("sampling", seconds), 1e-9),
             "learnt_tokens_per_second": sum(lengths) / learning,
             # model FLOPs of the update over the seconds of scoring and update together
-            "mfu": training_flops(self.model, lengths) / learning / self.peak if self.peak is not None else None,
+            "mfu": flops / learning / self.peak if self.peak is not None else None,
         }
 
     def say(self, line: str) -> None:

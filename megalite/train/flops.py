@@ -8,13 +8,18 @@ whether the causal mask hides them or not. Recomputed activations are no part of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from megalite.core.layout import Layout
 from megalite.kernels.device import device_name, ranks_on_device
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.base import Layer
 from megalite.planner.devices import peak_flops
+from megalite.weights.adapter_table import AdapterTable
+from megalite.weights.table import local_elements
 
 
 def peak_of_run(device: torch.device, dtype: str, *, ranks: int, local_ranks: int) -> float | None:
@@ -32,12 +37,41 @@ def active_parameters(model: ModelConfig) -> int:
     return layers + model.vocab_size * model.hidden_size
 
 
-def training_flops(model: ModelConfig, lengths: Iterable[int]) -> float:
-    """Operations of a training step over sequences of `lengths` tokens; a window bounds the keys of its layer."""
+@dataclass(frozen=True, slots=True)
+class AdapterSize:
+    """What arithmetic depends on of adapters that train beside frozen weights."""
+
+    first_layer: int
+    """The lowest layer that has any."""
+    parameters: int
+
+    @classmethod
+    def of(cls, adapter: AdapterTable | None) -> AdapterSize | None:
+        if adapter is None:
+            return None
+        layers = (one.stage for one in adapter.pieces() if isinstance(one.stage, int))
+        return cls(min(layers), local_elements(adapter, Layout(), 0))
+
+
+def training_flops(model: ModelConfig, lengths: Iterable[int], adapter: AdapterSize | None = None) -> float:
+    """Operations of a training step over sequences of `lengths` tokens; a window bounds the keys of its layer.
+
+    `adapter`: of adapters that train in place of the model's weights, which have no gradient then: a token is
+    multiplied by them forward, and once backward from the first layer up that has an adapter.
+    """
     lengths = list(lengths)
-    over_keys = sum(
-        count * layer.flops_over_keys(length) * length
-        for layer, count in Counter(model.layers).items()
-        for length in lengths
+    tokens = sum(lengths)
+    whole = _over_keys(model.layers, lengths)
+    if adapter is None:
+        return 6.0 * active_parameters(model) * tokens + 3.0 * whole
+    upper = model.layers[adapter.first_layer :]
+    passed = model.vocab_size * model.hidden_size + sum(one.active_parameters(model.hidden_size) for one in upper)
+    products = 2.0 * active_parameters(model) + 2.0 * passed + 6.0 * adapter.parameters
+    return products * tokens + whole + 2.0 * _over_keys(upper, lengths)
+
+
+def _over_keys(layers: Sequence[Layer], lengths: Sequence[int]) -> float:
+    """Of attention's products of queries, keys and values, forward."""
+    return sum(
+        count * layer.flops_over_keys(length) * length for layer, count in Counter(layers).items() for length in lengths
     )
-    return 6.0 * active_parameters(model) * sum(lengths) + 3.0 * over_keys

@@ -29,7 +29,7 @@ from megalite.train import card
 from megalite.train.checkpoint import load_state, remove_unfinished, state_to_resume
 from megalite.train.data.prepared import PREPARED, Corpus, prepare
 from megalite.train.data.reading import open_reader
-from megalite.train.flops import peak_of_run, training_flops
+from megalite.train.flops import AdapterSize, peak_of_run, training_flops
 from megalite.train.log import RunLog, Speed, print_report
 from megalite.train.micro_batch import MicroBatch
 from megalite.train.model import Scorer
@@ -76,6 +76,7 @@ class Job:
         self.base = self._open_base()
         self.model = self.base.model
         self.trained = trained_of(config.train.lora, self.base)
+        self.adapter_size = AdapterSize.of(self.trained.adapter)
         self.base_licence = card.licence_of(self.base.path)
         self.trainer = make_trainer(config, self.trained, self.state, steps=config.train.steps, device=self.device)
         self.reader = open_reader(self.corpus, config.data, config.train, self.state)
@@ -174,7 +175,7 @@ class Job:
             tokens = sum(data.lengths)
             self.history.sequences += self.reader.sequences_per_step
             self.history.tokens += tokens
-            speed.count(tokens, training_flops(self.model, data.lengths))
+            speed.count(tokens, training_flops(self.model, data.lengths, self.adapter_size))
             step = trainer.steps_done
             reason = self._done() or self._stop_asked()
             if step % train.log_every == 0 or reason is not None:

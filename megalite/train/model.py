@@ -69,7 +69,7 @@ def recompute_blocks(decoder: Decoder) -> None:
     """Keep only each block's input for the backward pass, which computes the rest again (arXiv 1604.06174)."""
 
     def recomputed(block: BlockCall) -> BlockCall:
-        # Nothing in a block is random, so there is no state of random numbers to keep.
+        # What is dropped in a block follows from its tokens, so there is no state of random numbers to keep.
         return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
     decoder.wrap_blocks(recomputed)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megalite.config.schema import LoraSection
+from megalite.core.dropout import Dropout
 from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
@@ -106,7 +107,8 @@ class AdaptersBeside:
     def begin(self, decoder: Decoder, seed: int) -> None:
         """Freeze a decoder that is filled with the base's weights, and begin the adapters beside it."""
         settle(decoder)
-        lora_training.attach(decoder, self.adapter)
+        rate = self.section.lora_dropout
+        lora_training.attach(decoder, self.adapter, Dropout(rate, seed) if rate else None)
         if self.section.path is None:
             state, params = decoder.state, lora_training.parameters(decoder)
             lora_training.initialise(params, self.adapter, state.layout, state.rank, seed)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megalite.config.parallel_rules import zero_refusal
 from megalite.config.schema import OptimizerSection
+from megalite.core.adapters import dropout_of
 from megalite.core.collectives import all_reduce_sum
 from megalite.core.megatron import as_mpu
 from megalite.core.parallel_state import ParallelState
@@ -117,6 +118,7 @@ class Trainer:
         check_trainable(decoder.config, self.state, zero_stage, adapter)
         if recompute:
             recompute_blocks(decoder)
+        self.dropout = dropout_of(decoder)
         self.tied = TiedEmbedding(decoder)
         coefficient = decoder.config.router_aux_loss_coef if router_aux_loss_coef is None else router_aux_loss_coef
         self.balance = LoadBalance(decoder, coefficient)
@@ -233,6 +235,14 @@ class _TrainingWork:
         weight, count = all_reduce_sum(torch.stack([weights, tokens]), state.dp).tolist()
         self.weight, self.tokens = max(weight, 1e-9), max(count, 1.0)
         self.batches = [prepared(batch, state, trainer.device) for batch in batches]
+        self.dropout = trainer.dropout
+        self.keys: list[Tensor] = []
+        """Of the tokens of each micro batch, where some of what adapters read is dropped."""
+        if self.dropout is not None:
+            for batch, whole in zip(batches, self.batches, strict=True):
+                keys = self.dropout.keys(batch.ids.numpy(), batch.lengths, trainer.steps_done)
+                padding = keys.new_zeros(whole.num_tokens - batch.num_tokens)
+                self.keys.append(torch.cat([keys, padding]).to(trainer.device, non_blocking=True))
         self.replicas = state.dp.size  # DeepSpeed takes the mean over them
         self.names = ("loss", *loss.metric_names, *self.balance.metric_names)
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=trainer.device)
@@ -247,7 +257,7 @@ class _TrainingWork:
         if received is not None:
             received, counts = self.balance.unpack(received)
             received.requires_grad_()
-        with self.balance.observing(batch) as seen:
+        with self.balance.observing(batch) as seen, self._dropping(micro_batch):
             output = self.engine(batch, received, chunk)
         counts = counts if seen.counts is None else counts + seen.counts
         if not self.decoder.is_end(chunk):
@@ -275,11 +285,16 @@ class _TrainingWork:
             share = batch.num_real / self.tokens
             self.sums[-1] += part.detach().double() * share * self.weight
             scalar = scalar + part * (self.balance.weigh(share) * self.replicas)
-        self.engine.backward(scalar)
+        with self._dropping(micro_batch):  # what is recomputed drops the same again
+            self.engine.backward(scalar)
         if done.received is None:
             return None
         assert done.received.grad is not None
         return self.balance.pack(done.received.grad, counts)
+
+    def _dropping(self, micro_batch: int) -> AbstractContextManager[None]:
+        """While it lasts, adapters read less of what this micro batch's tokens give them."""
+        return nullcontext() if self.dropout is None else self.dropout.of(self.keys[micro_batch])
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,9 @@ def peft_config(section: LoraSection, model: ModelConfig, base: str) -> dict[str
     """What adapter_config.json says of the adapters that a section asks for, less the modules' names where it was a
     pattern; `base`: the model's path."""
     if section.path is not None:
-        return {**read_json(Path(section.path) / CONFIG), "base_model_name_or_path": base, "inference_mode": True}
+        own = read_json(Path(section.path) / CONFIG)
+        now = {"base_model_name_or_path": base, "inference_mode": True, "lora_dropout": section.lora_dropout}
+        return {**own, **now}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -175,7 +177,7 @@ def peft_config(section: LoraSection, model: ModelConfig, base: str) -> dict[str
         "inference_mode": True,
         "r": section.r,
         "lora_alpha": int(section.lora_alpha) if section.lora_alpha == int(section.lora_alpha) else section.lora_alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": section.lora_dropout,
         "use_rslora": section.use_rslora,
         "target_modules": section.target_modules,
         "bias": "none",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from megalite.core.adapters import LearntPart, LowRankUpdate, learn, learnt_formats
+from megalite.core.dropout import Dropout
 from megalite.core.layers import replicated, sharded
 from megalite.core.layout import Layout, Whole
 from megalite.core.linear import Linear
@@ -17,15 +18,16 @@ from megalite.model.decoder import Decoder
 from megalite.weights.adapter_table import AdapterTable
 from megalite.weights.lora import WEIGHTS
 from megalite.weights.moves import hf_extents
-from megalite.weights.table import Piece, expected, owned
+from megalite.weights.table import Piece, Range, expected, owned
 from megalite.weights.tensor_file import read_header
 from megalite.weights.transfer import Filled, fill, uniform_matrix
 
 
-def attach(decoder: Decoder, table: AdapterTable) -> None:
+def attach(decoder: Decoder, table: AdapterTable, dropout: Dropout | None = None) -> None:
     """Freeze a decoder, and put adapters beside its linears: parameters that train, uninitialised.
 
     Follow with `initialise` or `load`. The decoder's own weights are settled by now: see `core.linear.settle`.
+    `dropout`: of what the adapters read.
     """
     decoder.requires_grad_(False)
     state = decoder.state
@@ -46,10 +48,23 @@ def attach(decoder: Decoder, table: AdapterTable) -> None:
                 [LearntPart(one.short, one.rank, start, one.scale) for one, start in modules],
                 parameter(f"{name}.lora.a"),
                 {short: parameter(param) for short, param in b.items() if param in held},
+                dropout=dropout,
+                channels=None
+                if dropout is None
+                else dropout.channels(name, _inputs_held(*held[f"{name}.lora.a"]).to(like.device)),
             )
             linear = decoder.get_submodule(name)
             assert isinstance(linear, Linear)
             learn(linear, update)
+
+
+def _inputs_held(shape: Sequence[int], ranges: Sequence[Range]) -> Tensor:
+    """The inputs of a linear that a rank has, by their indices among those of all ranks: int32 [K]."""
+    found = torch.arange(shape[1], dtype=torch.int32)
+    for one in ranges:
+        if one.dim == 1:
+            found[one.start : one.start + one.count] = torch.arange(one.lo, one.hi, dtype=torch.int32)
+    return found
 
 
 def parameters(decoder: Decoder) -> dict[str, Tensor]:
