@@ -67,6 +67,18 @@ def pytest_collection_finish(session):
         _pools = Pools(("deepspeed", "torch._dynamo") if trains else ())
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """What a test changes in os.environ is undone: the next one may come from any file."""
+    before = dict(os.environ)
+    yield
+    for name in {name for name, _ in before.items() ^ os.environ.items()} - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """`ranks(n)` is a pool of n gloo ranks: `ranks(2).run(function, *args)`."""

@@ -79,6 +79,13 @@ def _serve_forks(pipe: Connection, preload: Sequence[str]) -> None:
                 _serve_jobs(rank, size, address)
 
 
+def restore(environment: dict[str, str]) -> None:
+    """Undo what was changed in os.environ since."""
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
 def _die_with_parent() -> None:
     """Linux: SIGKILL when the zygote goes, so that no rank outlives a killed test run."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -100,10 +107,12 @@ def _serve_jobs(rank: int, size: int, address: str) -> None:
         while True:
             function, args = pickle.loads(link.recv_bytes())
             errors._passages.clear()  # faults are counted from the beginning of each job
+            environment = dict(os.environ)
             try:
                 answer = (True, function(rank, *args))
             except BaseException:
                 answer = (False, traceback.format_exc())
+            restore(environment)
             link.send_bytes(pickle.dumps(answer))
     except EOFError:
         os._exit(0)
