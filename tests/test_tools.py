@@ -233,6 +233,7 @@ def test_tools_start_without_torch():
         ("export", ["--from", "CUT", "--out", "O", "--max-shard-size", "many"], 2, "must be a size such as 5GB"),
         ("export", ["--from", "CUT", "--out", "CUT"], 2, "error: --out: is the folder that is read"),
         ("verify", ["nowhere"], 3, "error: nowhere: no such model folder"),
+        ("verify", ["CUT", "--against", "CUT", "--text", "nowhere"], 2, "--text: can't be read (No such file"),
         ("verify", ["CUT", "--against", "nowhere"], 3, "error: nowhere: no such model folder"),
         ("describe", ["MODEL", "--bogus"], 2, "error: unrecognized arguments: --bogus"),
         ("describe", ["MODEL", "--family-module", "no_such_module"], 2, "importing it failed: ModuleNotFoundError"),

@@ -13,7 +13,6 @@ from megalite.core.layout import Layout
 from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import CheckpointError, ConfigError, Problem
-from megalite.files import told_clearly
 from megalite.json_text import lines
 from megalite.model.attention import PackedAttention
 from megalite.model.decoder import Decoder
@@ -63,14 +62,12 @@ def windows(ids: Sequence[int], model_length: int) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-def perplexity(folder: Path, text: Path) -> tuple[float, int]:
-    """exp of the mean negative log-likelihood of the tokens of a text file, each given those before it in its window
+def perplexity(folder: Path, text: str) -> tuple[float, int]:
+    """exp of the mean negative log-likelihood of the tokens of a text, each given those before it in its window
     of WINDOW tokens; and the number of those tokens."""
     decoder, tokenizer = whole_model(folder), tokenizer_of(folder)
     total, count = 0.0, 0
-    with told_clearly(text):
-        ids_of_all = tokenizer.encode(text.read_text(encoding="utf-8"))
-    for ids in windows(ids_of_all, decoder.config.max_position_embeddings):
+    for ids in windows(tokenizer.encode(text), decoder.config.max_position_embeddings):
         if len(ids) < 2:
             continue
         hidden = decoder(torch.tensor(ids), PackedAttention([len(ids)]))
@@ -78,5 +75,5 @@ def perplexity(folder: Path, text: Path) -> tuple[float, int]:
         total -= float(logprobs.gather(1, torch.tensor(ids)[1:, None]).double().sum())
         count += len(ids) - 1
     if count == 0:
-        raise ConfigError(Problem(key="--text", rule="must hold two tokens at least", value=str(text)))
+        raise ConfigError(Problem(key="--text", rule="must hold two tokens at least"))
     return math.exp(total / count), count

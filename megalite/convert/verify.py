@@ -15,7 +15,7 @@ from pathlib import Path
 from megalite.convert.convert import JOBS
 from megalite.convert.output import SILENT, ByteProgress
 from megalite.convert.quantize import SCALED, rounding_errors
-from megalite.errors import CheckpointError
+from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.generation import GenerationConfig
@@ -65,6 +65,7 @@ def verify(
     What is wrong with `path` is in the report; CheckpointError is raised if `path` is no checkpoint at all, or for
     whatever is wrong with `against`.
     """
+    words = None if text is None else _read(Path(text))
     folder = resolve(path)
     other = open_checkpoint(against) if against is not None else None
     check = _Check(Report(folder), jobs, progress)
@@ -72,17 +73,26 @@ def verify(
     if other is not None and model is not None:
         check.compare(extents, model, other)
     check.report.findings.sort()
-    if text is not None and other is not None and check.report.is_well:
-        check.report.notes.append(perplexities(folder, other.folder, Path(text)))
+    if words is not None and other is not None and check.report.is_well:
+        check.report.notes.append(f"perplexity of {text} {perplexities(folder, other.folder, words)}")
     return check.report
 
 
-def perplexities(folder: Path, other: Path, text: Path) -> str:
-    """The perplexity of a text by two models, in a line."""
+def _read(text: Path) -> str:
+    """ConfigError: it can't be read."""
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise ConfigError(Problem(key="--text", rule=f"can't be read ({reason})", value=str(text))) from error
+
+
+def perplexities(folder: Path, other: Path, text: str) -> str:
+    """The perplexity of a text by two models, in words."""
     from megalite.convert.sample import perplexity
 
     (here, tokens), (there, _) = perplexity(folder, text), perplexity(other, text)
-    return f"perplexity of {text} ({tokens} tokens): {here:.4f}, of {other} {there:.4f} ({here / there - 1:+.2%})"
+    return f"({tokens} tokens): {here:.4f}, of {other} {there:.4f} ({here / there - 1:+.2%})"
 
 
 class _Check:
