@@ -25,6 +25,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from serve_api import ScriptedRouter, app_over, tokenizer
 from serve_demo import demo
+from waiting import PATIENCE
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -62,7 +63,7 @@ def ask_all(schema: schemathesis.BaseSchema, examples: int) -> None:
             def run(case: schemathesis.Case) -> None:
                 if isinstance(case.body, dict):
                     case.body.pop("model", None)  # no random name is one
-                answer = case.call()
+                answer = case.call(timeout=PATIENCE)
                 seen[case.path, answer.status_code] += 1
                 case.validate_response(answer, checks=CHECKS)
 
