@@ -6,7 +6,7 @@ Everything that can be told from numbers is told before a prompt is tokenised, w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -228,7 +228,7 @@ class Preparer:
             made.append(replace(one, stream=True) if body.stream else one)
         return made
 
-    async def in_thread(self, work: Any, *arguments: Any) -> Any:
+    async def in_thread(self, work: Callable[..., Found], *arguments: Any) -> Found:
         """What `work` gives, computed in one of a few threads; Overloaded: too much waits for them."""
         if self._waiting >= self._section.max_queued_requests:
             raise Overloaded("As many requests as server.max_queued_requests are being read already.", 1.0)
