@@ -71,7 +71,8 @@ def _mixed_words(words: np.ndarray) -> np.ndarray:
     """MurmurHash3's finaliser of uint32."""
     words = (words ^ (words >> np.uint32(16))) * np.uint32(_FIRST)
     words = (words ^ (words >> np.uint32(13))) * np.uint32(_SECOND)
-    return words ^ (words >> np.uint32(16))
+    mixed: np.ndarray = words ^ (words >> np.uint32(16))
+    return mixed
 
 
 def _mixed(words: Tensor) -> Tensor:

@@ -83,8 +83,8 @@ class SoftmaxAttention(LayerKind):
             rows.append(Row(weight="q_norm", param="q_norm.weight", split=self.queries))
             rows.append(Row(weight="k_norm", param="k_norm.weight", split=self.keys))
         elif self.qk_norm == "layer_by_head":
-            for name, split, heads in (("q_norm", self.queries, self.heads), ("k_norm", self.keys, self.kv_heads)):
-                rows.append(Row(weight=name, param=f"{name}.weight", split=split, stored=(heads, self.head_dim)))
+            for name, split, count in (("q_norm", self.queries, self.heads), ("k_norm", self.keys, self.kv_heads)):
+                rows.append(Row(weight=name, param=f"{name}.weight", split=split, stored=(count, self.head_dim)))
         elif self.qk_norm in ("head", "head_after_rope"):
             for name in ("q_norm", "k_norm"):
                 rows.append(Row(weight=name, param=f"{name}.weight", split=Whole(self.head_dim)))
