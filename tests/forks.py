@@ -291,6 +291,8 @@ def _run(words: list[str], environment: dict[str, str], descriptors: Sequence[in
         if callable(signal.getsignal(signum)):
             signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     weakref.finalize._registry.clear()  # temporary folders of the process that was forked
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]  # it reads the environment when it is imported; what it imports may stay
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words if words[0] != "-m" else words[1:]

@@ -351,8 +351,6 @@ FILES = {
 NEEDED = sorted(["config.json", "tokenizer.json", "chat_template.jinja", "m-1.safetensors", "m-2.safetensors", INDEX])
 SCRIPT = """
 import sys
-for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
-    del sys.modules[name]  # what it imports may stay; it reads the environment when it is imported
 from megalite.errors import CheckpointError
 from megalite.weights.hf import read_headers, resolve
 repo, revision, weights = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"

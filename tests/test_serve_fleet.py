@@ -45,16 +45,21 @@ def pids(folder: Path, replica: int) -> list[int]:
 
 
 @asynccontextmanager
-async def running(folder: Path, replicas: int = 2, restarts: int = 5) -> AsyncIterator[tuple[Router, Fleet]]:
-    """A fleet whose replicas were started; left in order."""
+async def running(
+    folder: Path, replicas: int = 2, restarts: int = 5, *, hurried: bool = False
+) -> AsyncIterator[tuple[Router, Fleet]]:
+    """A fleet whose replicas were started; left in order. `hurried`: each says Hello before its start has returned."""
     limits = PromptLimits(tokenizer=None, vocab_size=1 << 16, max_model_len=1024)
     router = Router(ServerSection(balance="round_robin"), limits, replicas, Told())
 
     async def start(replica: int, path: str) -> asyncio.subprocess.Process:
         script = HERE / "fake_replica.py"
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             sys.executable, script, folder, "--replica", str(replica), "--socket", path
         )
+        if hurried:
+            await until(lambda: fleet._doors[replica].early)
+        return process
 
     fleet = Fleet(router, replicas, start, restarts=restarts, backoff=0.0)
     await fleet.listen(str(folder / "socket"))
@@ -91,6 +96,16 @@ def test_each_replica_killed_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 check_whole(one, *got)
             await until(lambda: len(pids(tmp_path, 0)) >= 2 and len(pids(tmp_path, 1)) >= 2)
         assert not any(Process.of(pid) for replica in (0, 1) for pid in pids(tmp_path, replica))
+
+    asyncio.run(test())
+
+
+def test_a_replica_that_is_ready_before_its_process_is_known(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path, hurried=True) as (router, _):
+            await all_ready(router)
+            check_whole(one := request("soon", tokens=10), *await read(router.submit(one)))
+            assert [replica.restarts for replica in router.replicas()] == [0, 0]
 
     asyncio.run(test())
 

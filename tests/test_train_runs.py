@@ -198,7 +198,7 @@ def test_a_save_that_fails_leaves_the_old_state_or_the_new_one(job, ranks):
     ranks(1).run(run_job, broken, 3)
     for fault, survivor in (
         ("state.save#2=raise", 3),  # a state has three files: in the second one
-        ("state.save#5=raise", 3),  # and in the third: the rank counts on
+        ("state.save#3=raise", 3),  # and in the third
         ("state.manifest#1=raise", 3),
         ("state.clean#1=raise", 6),
         ("export.save#1=raise", 6),

@@ -77,12 +77,17 @@ class Link(asyncio.Protocol):
                 return
         try:
             for message in self._frames.feed(data):
-                self._received(message)
+                self.received(message)
         except (ValueError, msgspec.MsgspecError) as error:
-            self._fleet.say(f"warning: a connection is closed that sent what none of us sends ({error})")
-            self.close()
+            self.refuse(error)
 
-    def _received(self, message: FromReplica) -> None:
+    def refuse(self, error: Exception) -> None:
+        """Close the connection, because of what came through it."""
+        self._fleet.say(f"warning: a connection is closed that sent what none of us sends ({error})")
+        self.close()
+
+    def received(self, message: FromReplica) -> None:
+        """ValueError: it was not to be expected."""
         if self._transport is None or self._transport.is_closing():
             return
         if self.door is not None and isinstance(message, Step):
@@ -111,6 +116,8 @@ class _Door:
     def __init__(self, replica: int, process: asyncio.subprocess.Process | None):
         self.replica, self.process = replica, process
         self.began = time.monotonic()
+        self.early: list[tuple[Link, Hello]] | None = None
+        """Who has said Hello; None: it is known which process was started, so that they are answered."""
         self.link: Link | None = None
         self.ranks: list[Process] = []
         """The processes that it had started when it said Hello."""
@@ -172,6 +179,9 @@ class Fleet:
         door = self._doors.get(hello.replica)
         if door is None or door.link is not None or door.gone.done():
             raise ValueError(f"replica {hello.replica} is not awaited")
+        if door.early is not None:
+            door.early.append((link, hello))
+            return
         if door.process is not None:
             door.ranks = descendants(door.process.pid)
             if hello.pid not in [door.process.pid, *(rank.pid for rank in door.ranks)]:
@@ -223,7 +233,7 @@ class Fleet:
         """Start a replica again whenever it is lost, as often as is allowed."""
         restarts: deque[float] = deque()
         while True:
-            door = self._doors[replica] = await self._begin(replica, start)
+            door = await self._begin(replica, start)
             how = await door.gone
             if self._leaving.is_set():
                 await self._remove(door)
@@ -254,15 +264,22 @@ class Fleet:
             self.router.restarting(replica)
 
     async def _begin(self, replica: int, start: Start) -> _Door:
+        early: list[tuple[Link, Hello]] = []
+        door = self._doors[replica] = _Door(replica, None)
+        door.early = early
         try:
-            process = await start(replica, self._path)
+            door.process = process = await start(replica, self._path)
         except OSError as error:
-            door = _Door(replica, None)
             door.is_gone(f"it can't be started ({error.strerror})")
             return door
-        door = _Door(replica, process)
         ended = asyncio.create_task(process.wait())
         ended.add_done_callback(lambda _: door.is_gone("it ended"))
+        door.early = None
+        for link, hello in early:
+            try:
+                link.received(hello)
+            except ValueError as error:
+                link.refuse(error)
         return door
 
     async def _remove(self, door: _Door) -> int:
