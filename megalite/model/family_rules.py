@@ -61,32 +61,37 @@ def window_by_pattern(config: HFConfig, layers: int) -> tuple[int | None, ...]:
 
 def window_on_lower_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
     """By `layer_types`; without them on every other layer below `max_window_layers`, the first included."""
-    if not config.flag("use_sliding_window"):
-        return no_windows(config, layers)
-    if config.raw("layer_types"):
-        return window_by_layer_types(config, layers)
-    window, first = config.optional_size("sliding_window"), config.size("max_window_layers", low=0)
-    return tuple(window if layer < first and layer % 2 == 0 else None for layer in range(layers))
+
+    def lower() -> list[bool]:
+        first = config.size("max_window_layers", low=0)
+        return [layer < first and layer % 2 == 0 for layer in range(layers)]
+
+    return _if_used_by_types_or(config, layers, lower)
 
 
 def window_without_rope(config: HFConfig, layers: int) -> tuple[int | None, ...]:
     """By `layer_types`; without them on the layers that have no rotary embedding (SmolLM3)."""
+    return _if_used_by_types_or(config, layers, lambda: [not has for has in _has_rope(config, layers)])
+
+
+def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+    """By `layer_types`; without them on the layers from `max_window_layers` up."""
+
+    def upper() -> list[bool]:
+        first = config.size("max_window_layers", low=0)
+        return [layer >= first for layer in range(layers)]
+
+    return _if_used_by_types_or(config, layers, upper)
+
+
+def _if_used_by_types_or(config: HFConfig, layers: int, windowed: Callable[[], list[bool]]) -> tuple[int | None, ...]:
+    """Where `use_sliding_window` says so: by `layer_types`, without them on the layers that are `windowed`."""
     if not config.flag("use_sliding_window"):
         return no_windows(config, layers)
     if config.raw("layer_types"):
         return window_by_layer_types(config, layers)
     window = config.optional_size("sliding_window")
-    return tuple(None if has else window for has in _has_rope(config, layers))
-
-
-def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    """By `layer_types`; without them on the layers from `max_window_layers` up."""
-    if not config.flag("use_sliding_window"):
-        return no_windows(config, layers)
-    if config.raw("layer_types"):
-        return window_by_layer_types(config, layers)
-    window, first = config.optional_size("sliding_window"), config.size("max_window_layers", low=0)
-    return tuple(window if layer >= first else None for layer in range(layers))
+    return tuple(window if one else None for one in windowed())
 
 
 def attention_everywhere(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
