@@ -68,15 +68,13 @@ class Dropout:
 
 
 def _mixed_words(words: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finaliser of uint32."""
-    words = (words ^ (words >> np.uint32(16))) * np.uint32(_FIRST)
-    words = (words ^ (words >> np.uint32(13))) * np.uint32(_SECOND)
-    mixed: np.ndarray = words ^ (words >> np.uint32(16))
+    """`_mixed` of uint32, which are left as they are."""
+    mixed: np.ndarray = _mixed(torch.from_numpy(words.view(np.int32).copy())).numpy().view(np.uint32)
     return mixed
 
 
 def _mixed(words: Tensor) -> Tensor:
-    """The same of int32, in place: products wrap, and shifts take the sign along, which is masked out."""
+    """MurmurHash3's finaliser of int32, in place: products wrap; shifts take the sign along, which is masked out."""
     for shift, factor in ((16, _FIRST), (13, _SECOND), (16, None)):
         words ^= (words >> shift) & ((1 << (32 - shift)) - 1)
         if factor is not None:
