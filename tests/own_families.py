@@ -12,9 +12,10 @@ from megalite.core.layout import Even
 from megalite.core.linear import ColumnParallelLinear, RowParallelLinear
 from megalite.model import families
 from megalite.model.config import Rope
-from megalite.model.family_entries import (
+from megalite.model.family_names import (
     DEEPSEEK_WEIGHTS,
     DELTA_WEIGHTS,
+    LLAMA_WEIGHTS,
     MAMBA_WEIGHTS,
     QK_NORM_WEIGHTS,
     SHARED_GATE_WEIGHTS,
@@ -91,6 +92,7 @@ if "own" not in families.FAMILIES:
         Family(
             architecture="OwnForCausalLM",
             weights={
+                **LLAMA_WEIGHTS,
                 **DEEPSEEK_WEIGHTS,
                 **DELTA_WEIGHTS,
                 **{f"delta_{part}": f"model.layers.{{layer}}.delta.{part}.weight" for part in "qkvzba"},

@@ -33,7 +33,7 @@ from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Block
-from megalite.model.family_spec import WeightNames
+from megalite.model.family_names import WeightNames
 from megalite.model.kinds.base import LayerKind, Sublayer
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import Experts

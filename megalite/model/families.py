@@ -11,16 +11,9 @@ from pathlib import Path
 
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
-from megalite.model.family_entries import FAMILIES, LLAMA_WEIGHTS
-from megalite.model.family_spec import (
-    Family,
-    TensorRef,
-    WeightNames,
-    hf_config,
-    model_config,
-    names_of,
-    text_values,
-)
+from megalite.model.family_entries import FAMILIES
+from megalite.model.family_names import LLAMA_WEIGHTS, TensorRef, WeightNames, names_of
+from megalite.model.family_spec import Family, hf_config, model_config, text_values
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import HFConfig, read_json
 from megalite.model.quantization import quantized
@@ -41,14 +34,15 @@ __all__ = [
 
 def register(name: str, family: Family) -> None:
     """Add a family of one's own; ConfigError if the name or the architecture is taken."""
-    taken = [key for key, other in FAMILIES.items() if key == name or _stands_for(other) == _stands_for(family)]
+    stands_for = family.architecture, family.text_model_type
+    taken = [
+        key
+        for key, other in FAMILIES.items()
+        if key == name or (other.architecture, other.text_model_type) == stands_for
+    ]
     if taken:
         raise ConfigError(Problem(key=f"family {name}", rule=f"is already registered, as {taken[0]}"))
     FAMILIES[name] = family
-
-
-def _stands_for(family: Family) -> tuple[str, str | None]:
-    return family.architecture, family.text_model_type
 
 
 def read(folder: str | Path) -> ModelConfig:
@@ -62,7 +56,7 @@ def read(folder: str | Path) -> ModelConfig:
 
 
 def from_values(path: Path, values: Mapping[str, object], generation: GenerationConfig | None = None) -> ModelConfig:
-    """As `read`, of files already parsed; `path` is config.json's, for messages. None: it is all there is."""
+    """As `read`, of files already parsed. `path`: of config.json, for messages; `generation` None: no such file."""
     name = _family_of(path, values)
     family = FAMILIES[name]
     values = values if family.text_model_type is None else text_values(values)
@@ -77,7 +71,7 @@ def weight_names(config: ModelConfig) -> WeightNames:
 
 
 def _family_of(path: Path, values: Mapping[str, object]) -> str:
-    """By `architectures`; by `model_type` where there are none."""
+    """The family's name, by `architectures`, or by `model_type` where no architecture is given."""
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise HFConfig(path, values).problem("architectures", "must be a list of names", architectures)

@@ -5,74 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from megalite.model import family_experts as experts
+from megalite.model import family_rules as rules
 from megalite.model.config import XIELU_BETA, XIELU_EPS
-from megalite.model.family_experts import (
-    experts_as_stated,
-    experts_beside_shared,
-    experts_by_interval,
-    experts_by_range,
-    experts_by_step,
-    experts_clamped,
-    experts_everywhere,
-    experts_if_any,
-    experts_in_best_groups,
-    experts_in_groups,
-    experts_stacked,
+from megalite.model.family_names import (
+    DEEPSEEK_WEIGHTS,
+    DELTA_WEIGHTS,
+    FUSED_GATE_UP_WEIGHTS,
+    GRANITE_MOE_WEIGHTS,
+    HUNYUAN_QK_NORM_WEIGHTS,
+    MAMBA_WEIGHTS,
+    MOE_WEIGHTS,
+    QK_NORM_WEIGHTS,
+    QWEN3_5_WEIGHTS,
+    SANDWICH_WEIGHTS,
+    SHARED_GATE_WEIGHTS,
+    SHARED_WEIGHTS,
+    gated_mlp,
+    llama_with,
 )
-from megalite.model.family_rules import (
-    chunked_with_rope,
-    delta_apart,
-    delta_fused,
-    gpt2_scale,
-    growth_by_rope,
-    mamba_by_layer_types,
-    no_rope,
-    rope_by_layer_kind,
-    rope_by_list,
-    rope_if_stated,
-    rope_on_windows,
-    scale_by_multiplier,
-    scale_by_scalar,
-    window_by_layer_types,
-    window_by_pattern,
-    window_everywhere,
-    window_if_used,
-    window_on_lower_layers,
-    window_on_upper_layers,
-    window_without_rope,
-)
-from megalite.model.family_spec import (
-    Family,
-    Multipliers,
-    latent_layers,
-)
+from megalite.model.family_spec import Family, Multipliers, latent_layers
 
-LLAMA_WEIGHTS = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "lm_head": "lm_head.weight",
-    "attn_norm": "model.layers.{layer}.input_layernorm.weight",
-    "q": "model.layers.{layer}.self_attn.q_proj.weight",
-    "k": "model.layers.{layer}.self_attn.k_proj.weight",
-    "v": "model.layers.{layer}.self_attn.v_proj.weight",
-    "attn_out": "model.layers.{layer}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "gate": "model.layers.{layer}.mlp.gate_proj.weight",
-    "up": "model.layers.{layer}.mlp.up_proj.weight",
-    "down": "model.layers.{layer}.mlp.down_proj.weight",
-}
-QK_NORM_WEIGHTS = {
-    "q_norm": "model.layers.{layer}.self_attn.q_norm.weight",
-    "k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
-}
-SANDWICH_WEIGHTS = {
-    **LLAMA_WEIGHTS,
-    "post_attn_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "mlp_norm": "model.layers.{layer}.pre_feedforward_layernorm.weight",
-    "post_mlp_norm": "model.layers.{layer}.post_feedforward_layernorm.weight",
-}
-"""Norms before and after attention and MLP."""
-POST_NORM_WEIGHTS = {key: name for key, name in SANDWICH_WEIGHTS.items() if key not in ("attn_norm", "mlp_norm")}
 QWEN_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
 GEMMA_DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
@@ -87,37 +40,7 @@ GEMMA3_SIZES = {
     "num_hidden_layers": 26,
     "num_attention_heads": 8,
 }
-"""Which multimodal checkpoints leave out where they are these."""
-MOE_WEIGHTS = {
-    "router": "model.layers.{layer}.mlp.gate.weight",
-    "expert_gate": "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
-    "expert_up": "model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
-    "expert_down": "model.layers.{layer}.mlp.experts.{expert}.down_proj.weight",
-}
-SHARED_WEIGHTS = {
-    "router_correction": "model.layers.{layer}.mlp.gate.e_score_correction_bias",
-    "shared_gate": "model.layers.{layer}.mlp.shared_experts.gate_proj.weight",
-    "shared_up": "model.layers.{layer}.mlp.shared_experts.up_proj.weight",
-    "shared_down": "model.layers.{layer}.mlp.shared_experts.down_proj.weight",
-}
-SHARED_GATE_WEIGHTS = {
-    "shared_gate": "model.layers.{layer}.mlp.shared_expert.gate_proj.weight",
-    "shared_up": "model.layers.{layer}.mlp.shared_expert.up_proj.weight",
-    "shared_down": "model.layers.{layer}.mlp.shared_expert.down_proj.weight",
-    "shared_scale": "model.layers.{layer}.mlp.shared_expert_gate.weight",
-}
-"""Of a shared expert whose output is scaled."""
-GRANITE_MULTIPLIERS = Multipliers(
-    embedding="embedding_multiplier", residual="residual_multiplier", logits_divisor="logits_scaling"
-)
-GRANITE_MOE_WEIGHTS = {
-    **{key: name for key, name in LLAMA_WEIGHTS.items() if key not in ("gate", "up", "down")},
-    "router": "model.layers.{layer}.block_sparse_moe.router.layer.weight",
-    "experts_up": "model.layers.{layer}.block_sparse_moe.input_linear.weight",
-    "experts_down": "model.layers.{layer}.block_sparse_moe.output_linear.weight",
-    **dict.fromkeys(("shared_gate", "shared_up"), "model.layers.{layer}.shared_mlp.input_linear.weight"),
-    "shared_down": "model.layers.{layer}.shared_mlp.output_linear.weight",
-}
+"""Multimodal checkpoints leave out those that have these values."""
 GRANITE_MOE_DEFAULTS = {
     "max_position_embeddings": 2048,
     "attention_multiplier": 1.0,
@@ -125,48 +48,12 @@ GRANITE_MOE_DEFAULTS = {
     "num_experts_per_tok": 2,
     "router_aux_loss_coef": 0.001,
 }
-DEEPSEEK_WEIGHTS = {
-    **{key: name for key, name in LLAMA_WEIGHTS.items() if key not in ("q", "k", "v")},
-    **MOE_WEIGHTS,
-    **SHARED_WEIGHTS,
-    "q_down": "model.layers.{layer}.self_attn.q_a_proj.weight",
-    "q_down_norm": "model.layers.{layer}.self_attn.q_a_layernorm.weight",
-    "q_up": "model.layers.{layer}.self_attn.q_b_proj.weight",
-    "kv_down": "model.layers.{layer}.self_attn.kv_a_proj_with_mqa.weight",
-    "kv_down_norm": "model.layers.{layer}.self_attn.kv_a_layernorm.weight",
-    "kv_up": "model.layers.{layer}.self_attn.kv_b_proj.weight",
-    "q": "model.layers.{layer}.self_attn.q_proj.weight",
-}
 DEEPSEEK_DEFAULTS = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
-}
-DELTA_WEIGHTS = {
-    **dict.fromkeys(("delta_conv_q", "delta_conv_k", "delta_conv_v"), "model.layers.{layer}.linear_attn.conv1d.weight"),
-    "delta_time_shift": "model.layers.{layer}.linear_attn.dt_bias",
-    "delta_log_decay": "model.layers.{layer}.linear_attn.A_log",
-    "delta_norm": "model.layers.{layer}.linear_attn.norm.weight",
-    "delta_out": "model.layers.{layer}.linear_attn.out_proj.weight",
-}
-"""Of gated delta nets, without the projections into them."""
-QWEN3_5_WEIGHTS = {
-    **LLAMA_WEIGHTS,
-    **QK_NORM_WEIGHTS,
-    **DELTA_WEIGHTS,
-    **dict.fromkeys(("delta_q", "delta_k", "delta_v"), "model.layers.{layer}.linear_attn.in_proj_qkv.weight"),
-    **{f"delta_{part}": f"model.layers.{{layer}}.linear_attn.in_proj_{part}.weight" for part in "zba"},
-}
-MAMBA_WEIGHTS = {
-    **{f"ssm_{part}": "model.layers.{layer}.mamba.in_proj.weight" for part in ("gate", "x", "b", "c", "time")},
-    **{f"ssm_conv_{part}": "model.layers.{layer}.mamba.conv1d.weight" for part in "xbc"},
-    "ssm_time_shift": "model.layers.{layer}.mamba.dt_bias",
-    "ssm_log_decay": "model.layers.{layer}.mamba.A_log",
-    "ssm_skip": "model.layers.{layer}.mamba.D",
-    "ssm_norm": "model.layers.{layer}.mamba.norm.weight",
-    "ssm_out": "model.layers.{layer}.mamba.out_proj.weight",
 }
 DELTA_DEFAULTS = {
     "head_dim": 256,
@@ -178,6 +65,15 @@ DELTA_DEFAULTS = {
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
+}
+DELTA_MOE_DEFAULTS = {
+    **DELTA_DEFAULTS,
+    "num_key_value_heads": 2,
+    "norm_topk_prob": True,
+    "router_aux_loss_coef": 0.001,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "decoder_sparse_step": 1,
 }
 GLM_DEFAULTS = {
     "norm_eps": 1.5625e-7,
@@ -193,45 +89,45 @@ COHERE_DEFAULTS = {
     "tie_word_embeddings": True,
     "logit_scale": 0.0625,
 }
-ATTENTION_BIAS = {"qkv_bias": "attention_bias", "attention_out_bias": "attention_bias"}
+QKV_BIAS = {"qkv_bias": "attention_bias"}
+ATTENTION_BIAS = {**QKV_BIAS, "attention_out_bias": "attention_bias"}
+ATTENTION_AND_MLP_BIAS = {**ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
+ONE_FLAG_FOR_ALL_BIASES = dict.fromkeys(("qkv_bias", "attention_out_bias", "mlp_bias"), "use_bias")
+GRANITE_MULTIPLIERS = Multipliers(
+    embedding="embedding_multiplier", residual="residual_multiplier", logits_divisor="logits_scaling"
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        architecture="LlamaForCausalLM",
-        weights=LLAMA_WEIGHTS,
-        defaults={"max_position_embeddings": 2048},
-        flags={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        architecture="LlamaForCausalLM", defaults={"max_position_embeddings": 2048}, flags=ATTENTION_AND_MLP_BIAS
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={"max_position_embeddings": 131072, "sliding_window": 4096, "num_key_value_heads": 8},
-        windows=window_everywhere,
+        windows=rules.window_everywhere,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults=QWEN_DEFAULTS,
         fixed={"qkv_bias": True},
-        windows=window_on_upper_layers,
+        windows=rules.window_on_upper_layers,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        weights={**LLAMA_WEIGHTS, **QK_NORM_WEIGHTS},
+        weights=llama_with(QK_NORM_WEIGHTS),
         defaults={**QWEN_DEFAULTS, "head_dim": 128},
         fixed={"qk_norm": "head"},
         flags=ATTENTION_BIAS,
-        windows=window_on_upper_layers,
+        windows=rules.window_on_upper_layers,
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            "router": "model.layers.{layer}.block_sparse_moe.gate.weight",
-            "expert_gate": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-            "expert_up": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-            "expert_down": "model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-        },
+        weights=llama_with(
+            router="block_sparse_moe.gate.weight",
+            expert_gate="block_sparse_moe.experts.{expert}.w1.weight",
+            expert_up="block_sparse_moe.experts.{expert}.w3.weight",
+            expert_down="block_sparse_moe.experts.{expert}.w2.weight",
+        ),
         keys={"num_experts": ("num_local_experts", "num_experts")},
         defaults={
             "max_position_embeddings": 131072,
@@ -242,16 +138,12 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 2,
             "router_aux_loss_coef": 0.001,
         },
-        windows=window_everywhere,
-        moe=experts_everywhere,
+        windows=rules.window_everywhere,
+        moe=experts.everywhere,
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **QK_NORM_WEIGHTS,
-            **MOE_WEIGHTS,
-        },
+        weights=llama_with(QK_NORM_WEIGHTS, MOE_WEIGHTS),
         keys={"num_experts": ("num_experts", "num_local_experts")},
         defaults={
             **QWEN_DEFAULTS,
@@ -264,12 +156,12 @@ FAMILIES: dict[str, Family] = {
         },
         fixed={"qk_norm": "head"},
         flags=ATTENTION_BIAS,
-        windows=window_if_used,
-        moe=experts_by_step,
+        windows=rules.window_if_used,
+        moe=experts.by_step,
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
-        weights=SANDWICH_WEIGHTS,
+        weights=llama_with(SANDWICH_WEIGHTS),
         keys={"hidden_act": ("hidden_activation",)},
         defaults={
             **GEMMA_DEFAULTS,
@@ -283,24 +175,16 @@ FAMILIES: dict[str, Family] = {
         flags=ATTENTION_BIAS,
         scaled_embedding=True,
         softcaps=True,
-        windows=window_by_layer_types,
-        scale=scale_by_scalar,
+        windows=rules.window_by_layer_types,
+        scale=rules.scale_by_scalar,
     ),
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **dict.fromkeys(("q", "k", "v"), "model.layers.{layer}.self_attn.qkv_proj.weight"),
-            **dict.fromkeys(("gate", "up"), "model.layers.{layer}.mlp.gate_up_proj.weight"),
-        },
-        defaults={
-            "max_position_embeddings": 4096,
-            "original_max_position_embeddings": 4096,
-            "norm_eps": 1e-5,
-        },
+        weights=llama_with(FUSED_GATE_UP_WEIGHTS, **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj.weight")),
+        defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "norm_eps": 1e-5},
         partial_rotary=True,
         rope_kinds={"su": "longrope", "yarn": "longrope"},
-        windows=window_everywhere,
+        windows=rules.window_everywhere,
     ),
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
@@ -343,21 +227,20 @@ FAMILIES: dict[str, Family] = {
             "learned_positions": True,
         },
         wide_mlp_by_default=True,
-        ropes=no_rope,
-        scale=gpt2_scale,
+        ropes=rules.no_rope,
+        scale=rules.gpt2_scale,
     ),
     "gemma": Family(
         architecture="GemmaForCausalLM",
-        weights=LLAMA_WEIGHTS,
         keys={"hidden_act": ("hidden_activation", "hidden_act")},
-        defaults={**GEMMA_DEFAULTS, "hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 16},
+        defaults={**GEMMA_DEFAULTS, "num_key_value_heads": 16},
         fixed={"norm": "rms_zero_centred"},
         flags=ATTENTION_BIAS,
         scaled_embedding=True,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
-        weights={**SANDWICH_WEIGHTS, **QK_NORM_WEIGHTS},
+        weights=llama_with(SANDWICH_WEIGHTS, QK_NORM_WEIGHTS),
         keys={"hidden_act": ("hidden_activation",)},
         defaults={
             **GEMMA_DEFAULTS,
@@ -375,28 +258,18 @@ FAMILIES: dict[str, Family] = {
         scaled_embedding=True,
         softcaps=True,
         refused=("attn_logit_softcapping",),
-        windows=window_by_pattern,
-        ropes=rope_by_layer_kind,
-        scale=scale_by_scalar,
+        windows=rules.window_by_pattern,
+        ropes=rules.rope_by_layer_kind,
+        scale=rules.scale_by_scalar,
     ),
     "seed_oss": Family(
         architecture="SeedOssForCausalLM",
-        weights=LLAMA_WEIGHTS,
-        defaults={
-            "max_position_embeddings": 524288,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "attention_bias": True,
-        },
+        defaults={"max_position_embeddings": 524288, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
         flags={"qkv_bias": "attention_bias", "attention_out_bias": "attention_out_bias", "mlp_bias": "mlp_bias"},
     ),
     "starcoder2": Family(
         architecture="Starcoder2ForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            "up": "model.layers.{layer}.mlp.c_fc.weight",
-            "down": "model.layers.{layer}.mlp.c_proj.weight",
-        },
+        weights=llama_with(up="mlp.c_fc.weight", down="mlp.c_proj.weight"),
         keys={"norm_eps": ("norm_epsilon",)},
         defaults={
             "hidden_act": "gelu_pytorch_tanh",
@@ -407,12 +280,11 @@ FAMILIES: dict[str, Family] = {
             "use_bias": True,
         },
         fixed={"norm": "layer", "gated_mlp": False},
-        flags=dict.fromkeys(("qkv_bias", "attention_out_bias", "mlp_bias"), "use_bias"),
-        windows=window_everywhere,
+        flags=ONE_FLAG_FOR_ALL_BIASES,
+        windows=rules.window_everywhere,
     ),
     "stablelm": Family(
         architecture="StableLmForCausalLM",
-        weights=LLAMA_WEIGHTS,
         keys={"norm_eps": ("layer_norm_eps",)},
         defaults={"norm_eps": 1e-5, "max_position_embeddings": 4096, "partial_rotary_factor": 0.25},
         fixed={"norm": "layer"},
@@ -422,7 +294,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={
             "rope_theta": 2e6,
             "num_key_value_heads": 4,
@@ -430,29 +301,28 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": True,
             "no_rope_layer_interval": 4,
         },
-        flags={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        flags=ATTENTION_AND_MLP_BIAS,
         reads=("no_rope_layers",),
-        windows=window_without_rope,
-        ropes=rope_by_list,
+        windows=rules.window_without_rope,
+        ropes=rules.rope_by_list,
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
-        flags={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        flags=ATTENTION_AND_MLP_BIAS,
         multipliers=GRANITE_MULTIPLIERS,
-        scale=scale_by_multiplier,
+        scale=rules.scale_by_multiplier,
     ),
     "olmo2": Family(
         architecture="Olmo2ForCausalLM",
-        weights={**POST_NORM_WEIGHTS, **QK_NORM_WEIGHTS},
+        weights=llama_with(SANDWICH_WEIGHTS, QK_NORM_WEIGHTS),
         defaults={"norm_eps": 1e-5, "max_position_embeddings": 2048},
         fixed={"pre_norms": False, "post_norms": True, "qk_norm": "width"},
         flags=ATTENTION_BIAS,
     ),
     "olmo3": Family(
         architecture="Olmo3ForCausalLM",
-        weights={**POST_NORM_WEIGHTS, **QK_NORM_WEIGHTS},
+        weights=llama_with(SANDWICH_WEIGHTS, QK_NORM_WEIGHTS),
         defaults={
             "norm_eps": 1e-5,
             "max_position_embeddings": 2048,
@@ -462,12 +332,12 @@ FAMILIES: dict[str, Family] = {
         },
         fixed={"pre_norms": False, "post_norms": True, "qk_norm": "width"},
         flags=ATTENTION_BIAS,
-        windows=window_by_pattern,
-        ropes=rope_by_layer_kind,
+        windows=rules.window_by_pattern,
+        ropes=rules.rope_by_layer_kind,
     ),
     "exaone4": Family(
         architecture="Exaone4ForCausalLM",
-        weights={**POST_NORM_WEIGHTS, **QK_NORM_WEIGHTS},
+        weights=llama_with(SANDWICH_WEIGHTS, QK_NORM_WEIGHTS),
         defaults={
             "norm_eps": 1e-5,
             "num_key_value_heads": 32,
@@ -476,12 +346,11 @@ FAMILIES: dict[str, Family] = {
             "sliding_window_pattern": 4,
         },
         fixed={"pre_norms": False, "post_norms": True, "qk_norm": "head"},
-        windows=window_by_pattern,
-        ropes=rope_on_windows,
+        windows=rules.window_by_pattern,
+        ropes=rules.rope_on_windows,
     ),
     "ernie4_5": Family(
         architecture="Ernie4_5ForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={
             "norm_eps": 1e-5,
             "rope_theta": 5e5,
@@ -490,12 +359,11 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 131072,
             "tie_word_embeddings": True,
         },
-        flags=dict.fromkeys(("qkv_bias", "attention_out_bias", "mlp_bias"), "use_bias"),
+        flags=ONE_FLAG_FOR_ALL_BIASES,
         interleaved_rope=True,
     ),
     "helium": Family(
         architecture="HeliumForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={
             "norm_eps": 1e-8,
             "rope_theta": 1e5,
@@ -508,43 +376,34 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm": Family(
         architecture="GlmForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **dict.fromkeys(("gate", "up"), "model.layers.{layer}.mlp.gate_up_proj.weight"),
-        },
+        weights=llama_with(FUSED_GATE_UP_WEIGHTS),
         defaults=GLM_DEFAULTS,
-        flags={"qkv_bias": "attention_bias"},
+        flags=QKV_BIAS,
         partial_rotary=True,
         interleaved_rope=True,
     ),
     "glm4": Family(
         architecture="Glm4ForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **dict.fromkeys(("gate", "up"), "model.layers.{layer}.mlp.gate_up_proj.weight"),
-            "post_attn_norm": "model.layers.{layer}.post_self_attn_layernorm.weight",
-            "post_mlp_norm": "model.layers.{layer}.post_mlp_layernorm.weight",
-        },
+        weights=llama_with(
+            FUSED_GATE_UP_WEIGHTS,
+            post_attn_norm="post_self_attn_layernorm.weight",
+            post_mlp_norm="post_mlp_layernorm.weight",
+        ),
         defaults=GLM_DEFAULTS,
         fixed={"post_norms": True},
-        flags={"qkv_bias": "attention_bias"},
+        flags=QKV_BIAS,
         partial_rotary=True,
         interleaved_rope=True,
     ),
     "hunyuan_v1_dense": Family(
         architecture="HunYuanDenseV1ForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            "q_norm": "model.layers.{layer}.self_attn.query_layernorm.weight",
-            "k_norm": "model.layers.{layer}.self_attn.key_layernorm.weight",
-        },
+        weights=llama_with(HUNYUAN_QK_NORM_WEIGHTS),
         defaults={"norm_eps": 1e-5, "max_position_embeddings": 2048},
         fixed={"qk_norm": "head_after_rope"},
         flags=ATTENTION_BIAS,
     ),
     "ministral3": Family(
         architecture="Ministral3ForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={
             "norm_eps": 1e-5,
             "num_key_value_heads": 8,
@@ -560,19 +419,17 @@ FAMILIES: dict[str, Family] = {
                 "llama_4_scaling_beta": 0.1,
             },
         },
-        windows=window_everywhere,
-        query_growth=growth_by_rope,
+        windows=rules.window_everywhere,
+        query_growth=rules.growth_by_rope,
     ),
     "arcee": Family(
         architecture="ArceeForCausalLM",
-        weights=LLAMA_WEIGHTS,
         defaults={"hidden_act": "relu2", "norm_eps": 1e-5, "max_position_embeddings": 4096},
         fixed={"gated_mlp": False},
-        flags={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        flags=ATTENTION_AND_MLP_BIAS,
     ),
     "nemotron": Family(
         architecture="NemotronForCausalLM",
-        weights=LLAMA_WEIGHTS,
         keys={"norm_eps": ("norm_eps",)},
         defaults={
             "hidden_act": "relu2",
@@ -581,12 +438,12 @@ FAMILIES: dict[str, Family] = {
             "partial_rotary_factor": 0.5,
         },
         fixed={"norm": "layer_zero_centred", "gated_mlp": False},
-        flags={**ATTENTION_BIAS, "mlp_bias": "mlp_bias"},
+        flags=ATTENTION_AND_MLP_BIAS,
         partial_rotary=True,
     ),
     "cohere": Family(
         architecture="CohereForCausalLM",
-        weights={**LLAMA_WEIGHTS, **QK_NORM_WEIGHTS},
+        weights=llama_with(QK_NORM_WEIGHTS),
         keys={"norm_eps": ("layer_norm_eps",)},
         defaults={**COHERE_DEFAULTS, "rope_theta": 5e5},
         fixed={"norm": "layer_without_bias", "parallel": True, "qk_norm": "layer_by_head"},
@@ -597,26 +454,24 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere2": Family(
         architecture="Cohere2ForCausalLM",
-        weights=LLAMA_WEIGHTS,
         keys={"norm_eps": ("layer_norm_eps",)},
         defaults={**COHERE_DEFAULTS, "sliding_window": 4096, "sliding_window_pattern": 4},
         fixed={"norm": "layer_without_bias", "parallel": True},
         flags=ATTENTION_BIAS,
         multipliers=Multipliers(logits="logit_scale"),
         interleaved_rope=True,
-        windows=window_by_pattern,
-        ropes=rope_on_windows,
+        windows=rules.window_by_pattern,
+        ropes=rules.rope_on_windows,
         rope_only_on_windows=True,
     ),
     "phi": Family(
         architecture="PhiForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            "final_norm": "model.final_layernorm.weight",
-            "attn_out": "model.layers.{layer}.self_attn.dense.weight",
-            "up": "model.layers.{layer}.mlp.fc1.weight",
-            "down": "model.layers.{layer}.mlp.fc2.weight",
-        },
+        weights=llama_with(
+            {"final_norm": "model.final_layernorm.weight"},
+            attn_out="self_attn.dense.weight",
+            up="mlp.fc1.weight",
+            down="mlp.fc2.weight",
+        ),
         keys={"norm_eps": ("layer_norm_eps",)},
         defaults={
             "hidden_act": "gelu_new",
@@ -673,14 +528,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "apertus": Family(
         architecture="ApertusForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **QK_NORM_WEIGHTS,
-            "attn_norm": "model.layers.{layer}.attention_layernorm.weight",
-            "mlp_norm": "model.layers.{layer}.feedforward_layernorm.weight",
-            "alpha_p": "model.layers.{layer}.mlp.act_fn.alpha_p",
-            "alpha_n": "model.layers.{layer}.mlp.act_fn.alpha_n",
-        },
+        weights=llama_with(
+            QK_NORM_WEIGHTS,
+            attn_norm="attention_layernorm.weight",
+            mlp_norm="feedforward_layernorm.weight",
+            alpha_p="mlp.act_fn.alpha_p",
+            alpha_n="mlp.act_fn.alpha_n",
+        ),
         constants={
             r"^model\.layers\.\d+\.mlp\.act_fn\.beta$": XIELU_BETA,
             r"^model\.layers\.\d+\.mlp\.act_fn\.eps$": XIELU_EPS,
@@ -703,11 +557,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **MOE_WEIGHTS,
-            **SHARED_GATE_WEIGHTS,
-        },
+        weights=llama_with(MOE_WEIGHTS, SHARED_GATE_WEIGHTS),
         defaults={
             **QWEN_DEFAULTS,
             "num_experts": 60,
@@ -719,78 +569,55 @@ FAMILIES: dict[str, Family] = {
             "qkv_bias": True,
         },
         flags={"qkv_bias": "qkv_bias"},
-        windows=window_on_lower_layers,
-        moe=experts_by_step,
+        windows=rules.window_on_lower_layers,
+        moe=experts.by_step,
     ),
     "qwen3_next": Family(
         architecture="Qwen3NextForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **QK_NORM_WEIGHTS,
-            **MOE_WEIGHTS,
-            **SHARED_GATE_WEIGHTS,
-            **DELTA_WEIGHTS,
-            "delta_qkvz": "model.layers.{layer}.linear_attn.in_proj_qkvz.weight",
-            "delta_ba": "model.layers.{layer}.linear_attn.in_proj_ba.weight",
-        },
+        weights=llama_with(
+            QK_NORM_WEIGHTS,
+            MOE_WEIGHTS,
+            SHARED_GATE_WEIGHTS,
+            DELTA_WEIGHTS,
+            delta_qkvz="linear_attn.in_proj_qkvz.weight",
+            delta_ba="linear_attn.in_proj_ba.weight",
+        ),
         ignored=(r"^mtp\.",),
-        defaults={
-            **DELTA_DEFAULTS,
-            "num_key_value_heads": 2,
-            "num_experts": 512,
-            "num_experts_per_tok": 10,
-            "norm_topk_prob": True,
-            "router_aux_loss_coef": 0.001,
-            "intermediate_size": 5632,
-            "moe_intermediate_size": 512,
-            "shared_expert_intermediate_size": 512,
-            "decoder_sparse_step": 1,
-        },
+        defaults={**DELTA_MOE_DEFAULTS, "num_experts": 512, "num_experts_per_tok": 10, "intermediate_size": 5632},
         fixed={"norm": "rms_zero_centred", "qk_norm": "head", "gated_attention": True},
         flags=ATTENTION_BIAS,
         partial_rotary=True,
-        moe=experts_by_step,
-        mixers=delta_fused,
+        moe=experts.by_step,
+        mixers=rules.delta_fused,
     ),
     "qwen3_5_text": Family(
         architecture="Qwen3_5ForCausalLM",
-        weights=QWEN3_5_WEIGHTS,
+        weights=llama_with(QWEN3_5_WEIGHTS),
         ignored=(r"^mtp\.", r"^model\.visual\."),
         defaults={**DELTA_DEFAULTS, "num_key_value_heads": 4},
         fixed={"norm": "rms_zero_centred", "qk_norm": "head", "gated_attention": True},
         flags=ATTENTION_BIAS,
         partial_rotary=True,
-        mixers=delta_apart,
+        mixers=rules.delta_apart,
     ),
     "qwen3_5_moe_text": Family(
         architecture="Qwen3_5MoeForCausalLM",
-        weights={**QWEN3_5_WEIGHTS, **MOE_WEIGHTS, **SHARED_GATE_WEIGHTS},
+        weights=llama_with(QWEN3_5_WEIGHTS, MOE_WEIGHTS, SHARED_GATE_WEIGHTS),
         ignored=(r"^mtp\.", r"^model\.visual\."),
         stacked={
             ".experts.gate_up_proj": (".experts.{expert}.gate_proj.weight", ".experts.{expert}.up_proj.weight"),
             ".experts.down_proj": (".experts.{expert}.down_proj.weight",),
         },
-        defaults={
-            **DELTA_DEFAULTS,
-            "num_key_value_heads": 2,
-            "num_experts": 256,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "router_aux_loss_coef": 0.001,
-            "intermediate_size": 512,
-            "moe_intermediate_size": 512,
-            "shared_expert_intermediate_size": 512,
-            "decoder_sparse_step": 1,
-        },
+        defaults={**DELTA_MOE_DEFAULTS, "num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
         fixed={"norm": "rms_zero_centred", "qk_norm": "head", "gated_attention": True},
         flags=ATTENTION_BIAS,
         partial_rotary=True,
-        moe=experts_by_step,
-        mixers=delta_apart,
+        moe=experts.by_step,
+        mixers=rules.delta_apart,
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
-        weights={**LLAMA_WEIGHTS, **QK_NORM_WEIGHTS, **MOE_WEIGHTS},
+        weights=llama_with(QK_NORM_WEIGHTS, MOE_WEIGHTS),
         defaults={
             "norm_eps": 1e-5,
             "max_position_embeddings": 4096,
@@ -801,36 +628,26 @@ FAMILIES: dict[str, Family] = {
         fixed={"qk_norm": "width"},
         flags=ATTENTION_BIAS,
         refused=("clip_qkv",),
-        moe=experts_as_stated,
+        moe=experts.as_stated,
     ),
     "granitemoe": Family(
         architecture="GraniteMoeForCausalLM",
-        weights=GRANITE_MOE_WEIGHTS,
+        weights=llama_with(GRANITE_MOE_WEIGHTS),
         keys={"num_experts": ("num_local_experts",)},
         defaults=GRANITE_MOE_DEFAULTS,
         flags=ATTENTION_BIAS,
         multipliers=GRANITE_MULTIPLIERS,
-        scale=scale_by_multiplier,
-        moe=experts_stacked,
-    ),
-    "granitemoeshared": Family(
-        architecture="GraniteMoeSharedForCausalLM",
-        weights=GRANITE_MOE_WEIGHTS,
-        keys={"num_experts": ("num_local_experts",)},
-        defaults=GRANITE_MOE_DEFAULTS,
-        flags=ATTENTION_BIAS,
-        multipliers=GRANITE_MULTIPLIERS,
-        scale=scale_by_multiplier,
-        moe=experts_stacked,
+        scale=rules.scale_by_multiplier,
+        moe=experts.stacked,
     ),
     "granitemoehybrid": Family(
         architecture="GraniteMoeHybridForCausalLM",
-        weights={
-            **GRANITE_MOE_WEIGHTS,
-            **dict.fromkeys(("gate", "up"), "model.layers.{layer}.shared_mlp.input_linear.weight"),
-            "down": "model.layers.{layer}.shared_mlp.output_linear.weight",
-            **MAMBA_WEIGHTS,
-        },
+        weights=llama_with(
+            GRANITE_MOE_WEIGHTS,
+            MAMBA_WEIGHTS,
+            **dict.fromkeys(("gate", "up"), "shared_mlp.input_linear.weight"),
+            down="shared_mlp.output_linear.weight",
+        ),
         keys={
             "num_experts": ("num_local_experts",),
             "moe_intermediate_size": ("intermediate_size",),
@@ -849,14 +666,14 @@ FAMILIES: dict[str, Family] = {
         },
         flags=ATTENTION_BIAS,
         multipliers=GRANITE_MULTIPLIERS,
-        ropes=rope_if_stated,
-        scale=scale_by_multiplier,
-        moe=experts_if_any,
-        mixers=mamba_by_layer_types,
+        ropes=rules.rope_if_stated,
+        scale=rules.scale_by_multiplier,
+        moe=experts.if_any,
+        mixers=rules.mamba_by_layer_types,
     ),
     "glm4_moe": Family(
         architecture="Glm4MoeForCausalLM",
-        weights={**LLAMA_WEIGHTS, **QK_NORM_WEIGHTS, **MOE_WEIGHTS, **SHARED_WEIGHTS},
+        weights=llama_with(QK_NORM_WEIGHTS, MOE_WEIGHTS, SHARED_WEIGHTS),
         keys={"num_experts": ("n_routed_experts",)},
         defaults={
             "norm_eps": 1e-5,
@@ -871,20 +688,15 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
         },
         fixed={"qk_norm": "head"},
-        flags={"qkv_bias": "attention_bias"},
+        flags=QKV_BIAS,
         qk_norm_flag="use_qk_norm",
         partial_rotary=True,
         next_token_layers=True,
-        moe=experts_in_groups,
+        moe=experts.in_groups,
     ),
     "ernie4_5_moe": Family(
         architecture="Ernie4_5_MoeForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **MOE_WEIGHTS,
-            **SHARED_WEIGHTS,
-            "router_correction": "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias",
-        },
+        weights=llama_with(MOE_WEIGHTS, SHARED_WEIGHTS, router_correction="mlp.moe_statics.e_score_correction_bias"),
         ignored=(r"^model\.mtp_",),
         keys={"num_experts": ("moe_num_experts",), "num_experts_per_tok": ("moe_k",)},
         defaults={
@@ -905,37 +717,29 @@ FAMILIES: dict[str, Family] = {
         refused=("use_bias",),
         interleaved_rope=True,
         next_token_layers=True,
-        moe=experts_by_range,
+        moe=experts.by_range,
     ),
     "hunyuan_v1_moe": Family(
         architecture="HunYuanMoEV1ForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            **MOE_WEIGHTS,
-            "router": "model.layers.{layer}.mlp.gate.wg.weight",
-            "shared_gate": "model.layers.{layer}.mlp.shared_mlp.gate_proj.weight",
-            "shared_up": "model.layers.{layer}.mlp.shared_mlp.up_proj.weight",
-            "shared_down": "model.layers.{layer}.mlp.shared_mlp.down_proj.weight",
-            "q_norm": "model.layers.{layer}.self_attn.query_layernorm.weight",
-            "k_norm": "model.layers.{layer}.self_attn.key_layernorm.weight",
-        },
+        weights=llama_with(
+            HUNYUAN_QK_NORM_WEIGHTS, MOE_WEIGHTS, gated_mlp("shared_", "mlp.shared_mlp"), router="mlp.gate.wg.weight"
+        ),
         keys={"num_experts_per_tok": ("moe_topk",)},
         defaults={"norm_eps": 1e-5, "max_position_embeddings": 2048},
         fixed={"qk_norm": "head_after_rope"},
         flags=ATTENTION_BIAS,
-        moe=experts_beside_shared,
+        moe=experts.beside_shared,
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
-        weights={
-            **{key: name for key, name in LLAMA_WEIGHTS.items() if key not in ("gate", "up", "down")},
-            "sinks": "model.layers.{layer}.self_attn.sinks",
-            "router": "model.layers.{layer}.mlp.router.weight",
-            "experts_up": "model.layers.{layer}.mlp.experts.gate_up_proj",
-            "experts_up_bias": "model.layers.{layer}.mlp.experts.gate_up_proj_bias",
-            "experts_down": "model.layers.{layer}.mlp.experts.down_proj",
-            "experts_down_bias": "model.layers.{layer}.mlp.experts.down_proj_bias",
-        },
+        weights=llama_with(
+            sinks="self_attn.sinks",
+            router="mlp.router.weight",
+            experts_up="mlp.experts.gate_up_proj",
+            experts_up_bias="mlp.experts.gate_up_proj_bias",
+            experts_down="mlp.experts.down_proj",
+            experts_down_bias="mlp.experts.down_proj_bias",
+        ),
         keys={"num_experts": ("num_local_experts",)},
         defaults={
             "norm_eps": 1e-5,
@@ -959,23 +763,18 @@ FAMILIES: dict[str, Family] = {
         },
         fixed={"sinks": True},
         flags=ATTENTION_BIAS,
-        windows=window_by_layer_types,
-        moe=experts_clamped,
+        windows=rules.window_by_layer_types,
+        moe=experts.clamped,
     ),
     "llama4_text": Family(
         architecture="Llama4ForCausalLM",
-        weights={
-            **LLAMA_WEIGHTS,
-            "gate": "model.layers.{layer}.feed_forward.gate_proj.weight",
-            "up": "model.layers.{layer}.feed_forward.up_proj.weight",
-            "down": "model.layers.{layer}.feed_forward.down_proj.weight",
-            "router": "model.layers.{layer}.feed_forward.router.weight",
-            "experts_up": "model.layers.{layer}.feed_forward.experts.gate_up_proj",
-            "experts_down": "model.layers.{layer}.feed_forward.experts.down_proj",
-            "shared_gate": "model.layers.{layer}.feed_forward.shared_expert.gate_proj.weight",
-            "shared_up": "model.layers.{layer}.feed_forward.shared_expert.up_proj.weight",
-            "shared_down": "model.layers.{layer}.feed_forward.shared_expert.down_proj.weight",
-        },
+        weights=llama_with(
+            gated_mlp("", "feed_forward"),
+            gated_mlp("shared_", "feed_forward.shared_expert"),
+            router="feed_forward.router.weight",
+            experts_up="feed_forward.experts.gate_up_proj",
+            experts_down="feed_forward.experts.down_proj",
+        ),
         keys={
             "num_experts": ("num_local_experts",),
             "intermediate_size": ("intermediate_size_mlp",),
@@ -1003,13 +802,13 @@ FAMILIES: dict[str, Family] = {
         flags=ATTENTION_BIAS,
         reads=("no_rope_layers",),
         interleaved_rope=True,
-        ropes=rope_by_list,
-        moe=experts_by_interval,
-        attention=chunked_with_rope,
+        ropes=rules.rope_by_list,
+        moe=experts.by_interval,
+        attention=rules.chunked_with_rope,
     ),
     "deepseek_v2": Family(
         architecture="DeepseekV2ForCausalLM",
-        weights=DEEPSEEK_WEIGHTS,
+        weights=llama_with(DEEPSEEK_WEIGHTS),
         keys={"num_experts": ("n_routed_experts",)},
         defaults={
             **DEEPSEEK_DEFAULTS,
@@ -1022,12 +821,12 @@ FAMILIES: dict[str, Family] = {
         },
         flags={"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
         interleaved_rope=True,
-        moe=experts_in_best_groups,
+        moe=experts.in_best_groups,
         layers=latent_layers,
     ),
     "deepseek_v3": Family(
         architecture="DeepseekV3ForCausalLM",
-        weights=DEEPSEEK_WEIGHTS,
+        weights=llama_with(DEEPSEEK_WEIGHTS),
         keys={"num_experts": ("n_routed_experts",)},
         defaults={
             **DEEPSEEK_DEFAULTS,
@@ -1042,15 +841,15 @@ FAMILIES: dict[str, Family] = {
             "n_group": 8,
             "topk_group": 4,
         },
-        flags={"qkv_bias": "attention_bias"},
+        flags=QKV_BIAS,
         interleaved_rope=True,
         next_token_layers=True,
-        moe=experts_in_groups,
+        moe=experts.in_groups,
         layers=latent_layers,
     ),
     "glm4_moe_lite": Family(
         architecture="Glm4MoeLiteForCausalLM",
-        weights=DEEPSEEK_WEIGHTS,
+        weights=llama_with(DEEPSEEK_WEIGHTS),
         keys={"num_experts": ("n_routed_experts",)},
         defaults={
             **DEEPSEEK_DEFAULTS,
@@ -1067,10 +866,10 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
             "routed_scaling_factor": 1.8,
         },
-        flags={"qkv_bias": "attention_bias"},
+        flags=QKV_BIAS,
         interleaved_rope=True,
         next_token_layers=True,
-        moe=experts_in_groups,
+        moe=experts.in_groups,
         layers=latent_layers,
     ),
 }
@@ -1101,6 +900,7 @@ BESIDE_TEXT = (r"^(model\.)?vision_(tower|model)\.", r"^(model\.)?multi_modal_pr
 """The tensors of a multimodal checkpoint that its text part does without."""
 
 FAMILIES |= {
+    "granitemoeshared": replace(FAMILIES["granitemoe"], architecture="GraniteMoeSharedForCausalLM"),
     "gemma3": text_of(FAMILIES["gemma3_text"], "Gemma3ForConditionalGeneration", "gemma3_text"),
     "llama4": text_of(FAMILIES["llama4_text"], "Llama4ForConditionalGeneration", "llama4_text"),
     "mistral3": text_of(FAMILIES["mistral"], "Mistral3ForConditionalGeneration", "mistral"),

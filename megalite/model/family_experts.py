@@ -20,23 +20,25 @@ ACTIVATIONS = {
 MAX_EXPERTS = 1 << 18
 """Most experts of all layers together: each has tensors of its own, which are listed before any is looked for."""
 ROUTER_FIELDS = {one.name for one in fields(Router)}
-MoERule = Callable[[HFConfig, int], tuple[Experts | None, ...]]
+LayerExperts = tuple[Experts | None, ...]
+"""Of each layer, its experts; None: it has an MLP."""
+MoERule = Callable[[HFConfig, int], LayerExperts]
 
 
-def dense(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def dense(config: HFConfig, layers: int) -> LayerExperts:
     return (None,) * layers
 
 
-def experts_everywhere(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def everywhere(config: HFConfig, layers: int) -> LayerExperts:
     return (_experts(config, layers, "intermediate_size", normalize=True),) * layers
 
 
-def experts_as_stated(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def as_stated(config: HFConfig, layers: int) -> LayerExperts:
     """Everywhere, their probabilities divided by their sum if `norm_topk_prob` says so."""
     return (_experts(config, layers, "intermediate_size", normalize=config.flag("norm_topk_prob")),) * layers
 
 
-def experts_by_step(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def by_step(config: HFConfig, layers: int) -> LayerExperts:
     """Every `decoder_sparse_step`-th layer, `mlp_only_layers` excepted."""
     if config.size("num_experts", low=0) == 0:
         return dense(config, layers)
@@ -48,7 +50,7 @@ def experts_by_step(config: HFConfig, layers: int) -> tuple[Experts | None, ...]
     return tuple(spec if (i + 1) % step == 0 and i not in dense_layers else None for i in range(layers))
 
 
-def experts_stacked(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def stacked(config: HFConfig, layers: int) -> LayerExperts:
     """Everywhere, stored as one tensor, with a shared expert if `shared_intermediate_size` says so."""
     shared = config.size_or("shared_intermediate_size", 0, low=0)
     return (
@@ -56,8 +58,8 @@ def experts_stacked(config: HFConfig, layers: int) -> tuple[Experts | None, ...]
     ) * layers
 
 
-def experts_if_any(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
-    """As `experts_stacked`, beside a shared expert of the dense MLP's width, which alone is there without experts."""
+def if_any(config: HFConfig, layers: int) -> LayerExperts:
+    """As `stacked`, beside a shared expert of the dense MLP's width, which alone is there without experts."""
     if config.size("num_experts", low=0) == 0:
         return dense(config, layers)
     shared = config.size("intermediate_size")
@@ -66,7 +68,7 @@ def experts_if_any(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
     ) * layers
 
 
-def experts_beside_shared(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def beside_shared(config: HFConfig, layers: int) -> LayerExperts:
     """Everywhere, with a shared expert as wide as they are; layers may differ in how many a token has (Hunyuan)."""
     shared = config.size("intermediate_size")
     return tuple(
@@ -81,7 +83,7 @@ def experts_beside_shared(config: HFConfig, layers: int) -> tuple[Experts | None
     )
 
 
-def experts_by_range(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def by_range(config: HFConfig, layers: int) -> LayerExperts:
     """From `moe_layer_start_index` to `moe_layer_end_index`, of which -1 is the last; chosen by corrected scores."""
     router = {"normalize": True, "least_sum": config.number("moe_norm_min"), "correction": True, "precise": True}
     spec = _experts(
@@ -98,13 +100,13 @@ def experts_by_range(config: HFConfig, layers: int) -> tuple[Experts | None, ...
     return tuple(spec if first <= i <= last and (i + 1) % step == 0 else None for i in range(layers))
 
 
-def experts_in_groups(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def in_groups(config: HFConfig, layers: int) -> LayerExperts:
     """From layer `first_k_dense_replace` on; sigmoid scores, corrected where experts are chosen (DeepSeek V3)."""
     router = _groups(config) | {"score": "sigmoid", "correction": True, "group_score": "two_best"}
     return _upper_experts(config, layers, normalize=config.flag("norm_topk_prob"), least_sum=1e-20, **router)
 
 
-def experts_in_best_groups(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def in_best_groups(config: HFConfig, layers: int) -> LayerExperts:
     """From layer `first_k_dense_replace` on; softmax scores (DeepSeek V2)."""
     methods = {"greedy": "greedy", "group_limited_greedy": "group_limited_greedy"}
     limited = config.choice("topk_method", methods) == "group_limited_greedy"
@@ -113,7 +115,7 @@ def experts_in_best_groups(config: HFConfig, layers: int) -> tuple[Experts | Non
     return _upper_experts(config, layers, normalize=False, **(_groups(config) if limited else {}))
 
 
-def experts_clamped(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def clamped(config: HFConfig, layers: int) -> LayerExperts:
     """Everywhere, with biases and a clamped gate (gpt-oss)."""
     spec = _experts(
         config,
@@ -128,7 +130,7 @@ def experts_clamped(config: HFConfig, layers: int) -> tuple[Experts | None, ...]
     return (spec,) * layers
 
 
-def experts_by_interval(config: HFConfig, layers: int) -> tuple[Experts | None, ...]:
+def by_interval(config: HFConfig, layers: int) -> LayerExperts:
     """On `moe_layers`, or else every `interleave_moe_layer_step`-th layer, beside a shared expert (Llama 4)."""
     size = config.size("moe_intermediate_size")
     router = {"score": "sigmoid", "normalize": False, "weighs_input": True}
@@ -149,7 +151,7 @@ def _groups(config: HFConfig) -> dict[str, Any]:
     return {"groups": groups, "top_groups": top}
 
 
-def _upper_experts(config: HFConfig, layers: int, **router: Any) -> tuple[Experts | None, ...]:
+def _upper_experts(config: HFConfig, layers: int, **router: Any) -> LayerExperts:
     sparse = _sparse_layers(config, layers)
     if not any(sparse):
         return dense(config, layers)

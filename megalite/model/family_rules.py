@@ -21,36 +21,42 @@ from megalite.model.kinds.softmax import QKNorm, SoftmaxAttention
 if TYPE_CHECKING:
     from megalite.model.family_spec import Family
 
-RopeRule = Callable[["Family", HFConfig, int, tuple[int | None, ...]], tuple[Rope | None, ...]]
-WindowRule = Callable[[HFConfig, int], tuple[int | None, ...]]
+Windows = tuple[int | None, ...]
+"""Of each layer, the number of positions that it attends; None: all."""
+Ropes = tuple[Rope | None, ...]
+"""Of each layer, its rotary embedding, if any."""
+Mixers = tuple[LayerKind | None, ...]
+"""Of each layer, what it has in place of softmax attention, if anything."""
+RopeRule = Callable[["Family", HFConfig, int, Windows], Ropes]
+WindowRule = Callable[[HFConfig, int], Windows]
 ScaleRule = Callable[[HFConfig, int, int], float]
-MixerRule = Callable[[HFConfig, int], tuple[LayerKind | None, ...]]
+MixerRule = Callable[[HFConfig, int], Mixers]
 GrowthRule = Callable[[HFConfig], tuple[float, int, int] | None]
 AttentionRule = Callable[[HFConfig, SoftmaxAttention], SoftmaxAttention]
 LINEAR_LAYERS = ("linear_attention", "mamba")
-"""What `layer_types` calls layers with something else in place of softmax attention."""
+"""Names in `layer_types` of layers with something else in place of softmax attention."""
 
 
-def no_windows(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def no_windows(config: HFConfig, layers: int) -> Windows:
     return (None,) * layers
 
 
-def window_everywhere(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_everywhere(config: HFConfig, layers: int) -> Windows:
     return (config.optional_size("sliding_window"),) * layers
 
 
-def window_if_used(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_if_used(config: HFConfig, layers: int) -> Windows:
     return window_everywhere(config, layers) if config.flag("use_sliding_window") else no_windows(config, layers)
 
 
-def window_by_layer_types(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_by_layer_types(config: HFConfig, layers: int) -> Windows:
     """By `layer_types`; without them alternating, the first layer windowed."""
     window = config.optional_size("sliding_window")
     kinds = config.raw("layer_types") or ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)]
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def window_by_pattern(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_by_pattern(config: HFConfig, layers: int) -> Windows:
     """By `layer_types`; without them on all layers but every `sliding_window_pattern`-th."""
     window = config.optional_size("sliding_window")
     if window is None or config.raw("layer_types"):
@@ -59,7 +65,7 @@ def window_by_pattern(config: HFConfig, layers: int) -> tuple[int | None, ...]:
     return tuple(window if (layer + 1) % step else None for layer in range(layers))
 
 
-def window_on_lower_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_on_lower_layers(config: HFConfig, layers: int) -> Windows:
     """By `layer_types`; without them on every other layer below `max_window_layers`, the first included."""
 
     def lower() -> list[bool]:
@@ -69,12 +75,12 @@ def window_on_lower_layers(config: HFConfig, layers: int) -> tuple[int | None, .
     return _if_used_by_types_or(config, layers, lower)
 
 
-def window_without_rope(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_without_rope(config: HFConfig, layers: int) -> Windows:
     """By `layer_types`; without them on the layers that have no rotary embedding (SmolLM3)."""
     return _if_used_by_types_or(config, layers, lambda: [not has for has in _has_rope(config, layers)])
 
 
-def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, ...]:
+def window_on_upper_layers(config: HFConfig, layers: int) -> Windows:
     """By `layer_types`; without them on the layers from `max_window_layers` up."""
 
     def upper() -> list[bool]:
@@ -84,7 +90,7 @@ def window_on_upper_layers(config: HFConfig, layers: int) -> tuple[int | None, .
     return _if_used_by_types_or(config, layers, upper)
 
 
-def _if_used_by_types_or(config: HFConfig, layers: int, windowed: Callable[[], list[bool]]) -> tuple[int | None, ...]:
+def _if_used_by_types_or(config: HFConfig, layers: int, windowed: Callable[[], list[bool]]) -> Windows:
     """Where `use_sliding_window` says so: by `layer_types`, without them on the layers that are `windowed`."""
     if not config.flag("use_sliding_window"):
         return no_windows(config, layers)
@@ -94,21 +100,21 @@ def _if_used_by_types_or(config: HFConfig, layers: int, windowed: Callable[[], l
     return tuple(window if one else None for one in windowed())
 
 
-def attention_everywhere(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+def attention_everywhere(config: HFConfig, layers: int) -> Mixers:
     return (None,) * layers
 
 
-def delta_fused(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+def delta_fused(config: HFConfig, layers: int) -> Mixers:
     """Gated delta nets by `layer_types`; without it on all layers but every `full_attention_interval`-th."""
     return _delta(config, layers, fused=True)
 
 
-def delta_apart(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+def delta_apart(config: HFConfig, layers: int) -> Mixers:
     """As `delta_fused`, with projections that are tensors of their own."""
     return _delta(config, layers, fused=False)
 
 
-def mamba_by_layer_types(config: HFConfig, layers: int) -> tuple[LayerKind | None, ...]:
+def mamba_by_layer_types(config: HFConfig, layers: int) -> Mixers:
     """Mamba-2 on all layers that `layer_types` does not call attention; without it everywhere."""
     heads, inner = config.size("mamba_n_heads"), config.size("mamba_expand") * config.size("hidden_size")
     head_dim = config.raw("mamba_d_head")
@@ -145,7 +151,7 @@ def _step_limit(config: HFConfig) -> tuple[float, float]:
     return float(limits[0]), float(limits[1])
 
 
-def _delta(config: HFConfig, layers: int, *, fused: bool) -> tuple[LayerKind | None, ...]:
+def _delta(config: HFConfig, layers: int, *, fused: bool) -> Mixers:
     key_heads, value_heads = config.size("linear_num_key_heads"), config.size("linear_num_value_heads")
     if value_heads % key_heads:
         raise config.problem(
@@ -166,39 +172,29 @@ def _delta(config: HFConfig, layers: int, *, fused: bool) -> tuple[LayerKind | N
     return tuple(spec if kind in LINEAR_LAYERS else None for kind in types)
 
 
-def same_rope(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
+def same_rope(family: Family, config: HFConfig, head_dim: int, windows: Windows) -> Ropes:
     return (family.rope(config, head_dim),) * len(windows)
 
 
-def no_rope(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
+def no_rope(family: Family, config: HFConfig, head_dim: int, windows: Windows) -> Ropes:
     return (None,) * len(windows)
 
 
-def rope_by_layer_kind(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
+def rope_by_layer_kind(family: Family, config: HFConfig, head_dim: int, windows: Windows) -> Ropes:
     """Windows have a rotary embedding of their own."""
     full = family.rope(config, head_dim, rope_parameters(config, "full_attention"))
     sliding = family.rope(config, head_dim, rope_parameters(config, "sliding_attention"))
     return tuple(full if window is None else sliding for window in windows)
 
 
-def rope_on_windows(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
+def rope_on_windows(family: Family, config: HFConfig, head_dim: int, windows: Windows) -> Ropes:
     """Full attention has none, unless all layers have full attention."""
     rope = family.rope(config, head_dim)
     without = any(window is not None for window in windows) or family.rope_only_on_windows
     return tuple(None if window is None and without else rope for window in windows)
 
 
-def rope_by_list(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
+def rope_by_list(family: Family, config: HFConfig, head_dim: int, windows: Windows) -> Ropes:
     """`no_rope_layers` has 0 for a layer without; absent, every `no_rope_layer_interval`-th has none."""
     rope = family.rope(config, head_dim)
     return tuple(rope if has else None for has in _has_rope(config, len(windows)))
@@ -214,9 +210,7 @@ def _has_rope(config: HFConfig, layers: int) -> list[int]:
     return listed
 
 
-def rope_if_stated(
-    family: Family, config: HFConfig, head_dim: int, windows: tuple[int | None, ...]
-) -> tuple[Rope | None, ...]:
+def rope_if_stated(family: Family, config: HFConfig, head_dim: int, windows: Windows) -> Ropes:
     """Where `position_embedding_type` is rope."""
     kind = config.raw("position_embedding_type")
     if kind not in (None, "nope", "rope"):

@@ -1,22 +1,20 @@
 """What a model family is made of (`Family`), and what follows from it; importable without torch.
 
-`model_config` makes a `ModelConfig` of a family's config.json, `names_of` the names of its tensors in a checkpoint. The
-rules among which families choose are in family_rules.py and family_experts.py, the families in family_entries.py.
+`model_config` makes a `ModelConfig` of a family's config.json. The rules among which families choose are in
+family_rules.py and family_experts.py, names of tensors in family_names.py, the families in family_entries.py.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megalite.core.formats import Gptq
-from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig, NormName, Rope
 from megalite.model.family_experts import ACTIVATIONS, MoERule, dense
+from megalite.model.family_names import LLAMA_WEIGHTS
 from megalite.model.family_rules import (
     AttentionRule,
     GrowthRule,
@@ -33,55 +31,13 @@ from megalite.model.family_rules import (
 )
 from megalite.model.generation import GenerationConfig
 from megalite.model.hf_config import REQUIRED, HFConfig, longest_sequence, read_rope, rope_values
-from megalite.model.kinds.base import Layer, Row, transformer_layer
+from megalite.model.kinds.base import Layer, transformer_layer
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.latent import LatentAttention
 from megalite.model.kinds.softmax import QKNorm, SoftmaxAttention
 
 PLAIN_ACTIVATIONS = {**ACTIVATIONS, "relu": "relu", "relu2": "relu2", "xielu": "xielu"}
-"""Of MLPs without a gate."""
-MOST_NEXT_LAYERS = 8
-"""See `Family.next_token_layers`."""
-ESCAPED_FIELD = r"\\{(layer|expert)\\}"
-"""`{layer}` and `{expert}` of a tensor's name in a pattern."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """Where a weight lies in a checkpoint."""
-
-    hf: str
-    """Tensor name with `{layer}` and `{expert}` to be filled in."""
-    transpose: bool = False
-    """Stored [in, out] instead of [out, in]."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WeightNames:
-    """The names of a model's tensors in a checkpoint."""
-
-    prefix: str
-    """What every name but the head's begins with; checkpoints of the bare model leave it out."""
-    ignored: tuple[str, ...]
-    """Anchored patterns of tensors that may be in a checkpoint and are not weights of the model."""
-    tied_head: str | None
-    """What the head would be called, where it is the embedding."""
-    constants: Mapping[str, float] = field(default_factory=dict)
-    """Pattern of tensors that are no weights but numbers that the model's code has -> their value."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Other beginnings that a checkpoint's names may have, where none has `prefix` -> theirs here."""
-    ends: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Other ends that a checkpoint's names may have -> theirs here; of two it is both."""
-    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """End of the name of a tensor [experts, rows, columns] that a checkpoint may have instead of each expert's -> the
-    ends of theirs, which share the rows in this order."""
-    tensors: Mapping[str, TensorRef]
-    """Every weight of the model's rows -> its tensor. Weights of one tensor lie in it in the order of the rows."""
-
-    @property
-    def embedding(self) -> str:
-        """Tensor name of the embedding."""
-        return self.tensors["embed"].hf
+"""Activations of MLPs without a gate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,16 +48,16 @@ class Switches:
     pre_norms: bool = True
     """Normalise what attention and MLP read."""
     post_norms: bool = False
-    """Normalise what attention and MLP add."""
+    """Normalise what attention and MLP add to the residual stream."""
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     gated_mlp: bool = True
     qk_norm: QKNorm | None = None
     parallel: bool = False
-    """Attention and MLP read the same stream,"""
+    """Attention and MLP read the same stream."""
     parallel_norms: Literal["one_norm", "two_norms"] = "one_norm"
-    """through one norm or each through its own."""
+    """Where `parallel`: they read it through one norm, or each through its own."""
     learned_positions: bool = False
     head_bias: bool = False
     fused_by_head: bool = False
@@ -118,7 +74,7 @@ class Multipliers:
 
     embedding: str | None = None
     residual: str | None = None
-    """What attention and MLP add."""
+    """Of what attention and MLP add to the residual stream."""
     logits: str | None = None
     logits_divisor: str | None = None
 
@@ -159,18 +115,19 @@ class Family:
 
     architecture: str
     """The class name in config.json's `architectures`."""
-    weights: Mapping[str, str]
+    weights: Mapping[str, str] = field(default_factory=lambda: LLAMA_WEIGHTS)
     """Weight (as the kinds' rows call it) -> tensor name. A bias that is not listed is named as its weight, with
-    `.bias`. Weights of one name are fused in one tensor, in the order of the rows."""
+    `.bias`. Weights of one name are fused in one tensor, in the order of the rows. A weight that the model lacks is
+    passed over."""
     prefix: str = "model."
     """See WeightNames."""
     constants: Mapping[str, float] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """See WeightNames, as of `constants`, whose tensors are ignored."""
+    """See WeightNames. Tensors of `constants` count as ignored."""
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """See WeightNames."""
     text_model_type: str | None = None
-    """It is the text part of a multimodal checkpoint: `text_config` describes it, and has this `model_type`."""
+    """Of the text part of a multimodal checkpoint: the `model_type` of the `text_config` that describes it."""
     ignored: tuple[str, ...] = ()
     """See WeightNames; besides those that any family may have."""
     transposed: bool = False
@@ -211,13 +168,13 @@ class Family:
     windows: WindowRule = no_windows
     moe: MoERule = dense
     mixers: MixerRule = attention_everywhere
-    """What is in place of attention."""
+    """Which layers have another kind of layer in place of softmax attention."""
     scale: ScaleRule = scale_by_head_dim
     query_growth: GrowthRule = no_growth
     attention: AttentionRule = as_it_is
-    """What else a layer's attention is."""
+    """The last changes to a layer's attention."""
     layers: LayerRule = field(default_factory=lambda: transformer_layers)
-    """What the layers are made of."""
+    """Builds the layers."""
 
     def rope(self, config: HFConfig, head_dim: int, given: Mapping[str, Any] | None = None) -> Rope:
         """The rotary embedding of config.json, or of `given` in place of its `rope_parameters`."""
@@ -240,18 +197,6 @@ COMMON_DEFAULTS = {
 }
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 COMMON_KEYS = {"norm_eps": ("rms_norm_eps",)}
-COMMON_IGNORED = (r"^model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$", r"^model\.rotary_emb\.inv_freq$")
-"""Tables that older transformers saved along with the weights."""
-CACHE_SCALE_ENDS = {
-    ".k_proj.k_scale": (".k_scale",),
-    ".k_proj.output_scale": (".k_scale",),
-    ".v_proj.v_scale": (".v_scale",),
-    ".v_proj.output_scale": (".v_scale",),
-    ".kv_scale": (".k_scale", ".v_scale"),
-}
-"""What the scales of keys and values have been called, as vLLM reads them."""
-UNUSED_SCALES = (r"\.(q_proj\.)?q_scale$", r"\.q_proj\.output_scale$", r"\.prob(_output)?_scale$")
-"""Beside them: of queries and probabilities, which are never codes here."""
 
 
 def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFConfig:
@@ -260,11 +205,11 @@ def hf_config(family: Family, path: Path, values: Mapping[str, object]) -> HFCon
 
 
 OF_WRAPPER = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "compression_config")
-"""Keys of a multimodal config.json that go before those of its text part."""
+"""Keys of a multimodal config.json that override those of its text part."""
 
 
 def text_values(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of the text part, where a config.json has one; token ids may stand on either level."""
+    """The values of a config.json's text part, or all where it has none; token ids may stand on either level."""
     inner = values.get("text_config")
     if not isinstance(inner, dict):
         return values
@@ -362,7 +307,7 @@ def transformer_layers(family: Family, config: HFConfig, switches: Switches) -> 
 
 
 def _windows(family: Family, config: HFConfig, layers: int) -> tuple[int | None, ...]:
-    """Of each layer; CheckpointError where `layer_types` says otherwise."""
+    """The window of each layer; CheckpointError if `layer_types` is no list of one entry a layer."""
     kinds = config.raw("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
         raise config.problem("layer_types", f"must be a list of {layers} entries, one a layer", kinds)
@@ -417,49 +362,3 @@ def _yarn_scale(config: HFConfig) -> float:
         return 1.0
     factor = inner.number("factor")
     return (0.1 * inner.number("mscale_all_dim") * math.log(factor) + 1) ** 2 if factor > 1 else 1.0
-
-
-def names_of(name: str, family: Family, config: ModelConfig) -> WeightNames:
-    """The tensors that a checkpoint of this model must hold. ConfigError if the family does not name one of them."""
-    different = {layer: index for index, layer in enumerate(config.layers)}
-    layer_rows = {row.weight: row for index in different.values() for row in config.layer_rows(index)}
-    end_rows = {row.weight: row for row in (*config.first_rows(), *config.last_rows())}
-    tensors = {weight: _tensor(name, family, row, in_layer=True) for weight, row in layer_rows.items()}
-    tensors |= {weight: _tensor(name, family, row, in_layer=False) for weight, row in end_rows.items()}
-    has_scales = "k_scale" in tensors
-    constants = {**family.constants, **_spare_biases(config, tensors)}
-    head = family.weights["lm_head"] if config.tie_embeddings else None
-    tied = (f"^{re.escape(head)}$",) if head else ()
-    later = range(config.num_layers, config.num_layers + MOST_NEXT_LAYERS) if family.next_token_layers else ()
-    after = tuple(rf"^model\.layers\.{layer}\." for layer in later)
-    spare = UNUSED_SCALES if has_scales else ()
-    ignored = (*COMMON_IGNORED, *family.ignored, *constants, *tied, *after, *spare)
-    return WeightNames(
-        prefix=family.prefix,
-        ignored=ignored,
-        tied_head=head,
-        constants=constants,
-        renamed=family.renamed,
-        ends=CACHE_SCALE_ENDS if has_scales else {},
-        stacked=family.stacked,
-        tensors=tensors,
-    )
-
-
-def _spare_biases(config: ModelConfig, tensors: Mapping[str, TensorRef]) -> dict[str, float]:
-    """GPTQ's tools have written biases of zeros beside matrices that have none."""
-    found = config.quantization.formats if config.quantization else ()
-    weights = {weight for _, weight, format in found if isinstance(format, Gptq) and f"{weight}_bias" not in tensors}
-    stems = (re.escape(tensors[weight].hf.removesuffix(".weight")) for weight in sorted(weights))
-    return {rf"^{re.sub(ESCAPED_FIELD, '[0-9]+', stem)}\.bias$": 0.0 for stem in stems}
-
-
-def _tensor(name: str, family: Family, row: Row, *, in_layer: bool) -> TensorRef:
-    if row.exact:  # beside the projections
-        return TensorRef(f"{family.weights['k'].removesuffix('.weight').rpartition('.')[0]}.{row.weight}")
-    if row.weight in family.weights:
-        return TensorRef(family.weights[row.weight], transpose=family.transposed and row.linear and in_layer)
-    base = row.weight.removesuffix("_bias")
-    if base not in family.weights:
-        raise ConfigError(Problem(key=f"family {name}", rule=f"has no tensor name for {base!r}"))
-    return TensorRef(family.weights[base].removesuffix(".weight") + ".bias")

@@ -18,7 +18,7 @@ from typing import Any
 from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Mxfp4, Packed, Quantization, Stage, WeightFormat
 from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
-from megalite.model.family_spec import WeightNames
+from megalite.model.family_names import WeightNames
 from megalite.model.kinds.base import Layer, LayerKind, Row
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import Experts
