@@ -33,11 +33,11 @@ NO_ADAPTER = -1
 
 @dataclass(eq=False)
 class Adapters:
-    """All adapters of one decoder, by the order of their names, and which of them each token of a pass uses."""
+    """All adapters of one decoder, in the order of `names`, and which one each token of a forward pass uses."""
 
     names: tuple[str, ...]
     tokens: Tensor | None = None
-    """Of the pass that runs: index of each token's adapter, or NO_ADAPTER, int64 [T]; None: no token has any."""
+    """Index of each token's adapter in this pass, or NO_ADAPTER: int64 [T]; None: no token has an adapter."""
     _masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _owners: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
@@ -57,9 +57,9 @@ class Adapters:
 
 
 class _Beside(Format):
-    """The format of a linear with low-rank products added to those of its weight, which another format stores.
+    """A linear's format that adds low-rank products to the weight's product; `base` stores the weight.
 
-    While there are any to add, neither norm nor sum is taken into the kernel of the weight's product.
+    Where there is something to add, norm and residual sum are not fused into the kernel of the weight's product.
     """
 
     def __init__(self, base: Format):
@@ -71,7 +71,7 @@ class _Beside(Format):
         raise NotImplementedError
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [T, N], the weight's product with x [T, K], and the low-rank products."""
+        """y + the low-rank products of x [T, K]; y [T, N] is the weight's product with x."""
         raise NotImplementedError
 
     def matrix(self, stored: Stored) -> Tensor:
@@ -130,14 +130,14 @@ class LearntPart:
     name: str
     rank: int
     start: int
-    """The first of its outputs among those of the linear."""
+    """Index of the module's first output among the linear's outputs."""
     scale: float
 
 
 class LowRankUpdate(nn.Module):
-    """scale * B (A x) as parameters that train, of modules whose weights are stacked in one linear of this rank.
+    """Trainable scale * B (A x) for the modules whose weights are stacked in one linear of this rank.
 
-    `a` [R, K] is one thin product for all of them; each has its own `b` [rows, r], so that no zeros are kept between.
+    `a` [R, K] stacks the A of all modules; each module has its own `b` [rows, r], so no zeros are stored.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class LowRankUpdate(nn.Module):
         dropout: Dropout | None = None,
         channels: Tensor | None = None,
     ):
-        """`b`: by the names of parts, less those of which this rank has no outputs. `dropout`: of what is read, with
-        the keys of this rank's inputs, int32 [K]."""
+        """`b`: by name of the part, for parts that have outputs on this rank. `dropout`: of the input, whose channels
+        have the keys `channels`, int32 [K]."""
         super().__init__()
         self.parts = tuple(parts)
         self.a = a
@@ -165,7 +165,7 @@ class LowRankUpdate(nn.Module):
         return torch.addmm(y, F.linear(x, self.a), self._matrix(y.shape[1]).t())
 
     def _matrix(self, outputs: int) -> Tensor:
-        """scale * B of all parts, with zeros between: [outputs, R]."""
+        """scale * B of all parts as one block-diagonal matrix [outputs, R]."""
         blocks, end = [], 0
         for part in self.parts:
             if part.name not in self.b:
@@ -181,7 +181,7 @@ class LowRankUpdate(nn.Module):
         return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
 
     def copied(self) -> LowRankUpdate:
-        """One with the same numbers, which does not train."""
+        """A frozen copy."""
         a, b = (nn.Parameter(self.a.detach().clone(), requires_grad=False), dict(self.b.items()))
         held = {name: nn.Parameter(one.detach().clone(), requires_grad=False) for name, one in b.items()}
         return LowRankUpdate(self.parts, a, held)
@@ -193,7 +193,7 @@ class Learnt(_Beside):
     def __init__(self, base: Format, update: LowRankUpdate):
         super().__init__(base)
         self.update: LowRankUpdate | None = update
-        """None: the linear as it is without."""
+        """None: nothing is added."""
 
     @property
     def idle(self) -> bool:
@@ -224,7 +224,7 @@ def dropout_of(module: nn.Module) -> Dropout | None:
 
 @contextmanager
 def using(formats: Mapping[str, Learnt], updates: Mapping[str, LowRankUpdate | None]) -> Iterator[None]:
-    """Within this context, linears use other updates than their own, by the linears' names; None: no update."""
+    """Context in which linears use `updates`, by the linears' names, in place of their own; None: no update."""
     before = {name: one.update for name, one in formats.items()}
     try:
         for name, one in formats.items():

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.core.parallel_state import Axis, run_track
+from megalite.core.progress import Track
 from megalite.errors import ConfigError, Problem
 
 
@@ -16,12 +17,17 @@ def _alone(axis: Axis | None) -> bool:
     return not dist.is_initialized() or (axis is not None and axis.size == 1)
 
 
+def _members(axis: Axis | None) -> tuple[dist.ProcessGroup | None, Track]:
+    """Process group and track of an axis; None: of the run."""
+    return (axis.group, axis.track) if axis is not None else (None, run_track())
+
+
 def broadcast_bytes(data: bytes | None, source: int, axis: Axis | None = None) -> bytes:
     """Give every rank of `axis` what global rank `source` has; the others pass None."""
     if _alone(axis):
         assert data is not None
         return data
-    group, track = (axis.group, axis.track) if axis is not None else (None, run_track())
+    group, track = _members(axis)
     size = torch.tensor([0 if data is None else len(data)])
     with track.entering("broadcast"):
         dist.broadcast(size, source, group=group)
@@ -44,8 +50,9 @@ def compare_ranks(digest: bytes, what: str, axis: Axis | None = None) -> None:
     ranks = axis.ranks if axis is not None else range(dist.get_world_size())
     mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
     each = [torch.empty_like(mine) for _ in ranks]
-    with (axis.track if axis is not None else run_track()).entering("all_gather"):
-        dist.all_gather(each, mine, group=axis.group if axis is not None else None)
+    group, track = _members(axis)
+    with track.entering("all_gather"):
+        dist.all_gather(each, mine, group=group)
     different = [rank for rank, other in zip(ranks, each, strict=True) if not torch.equal(other, each[0])]
     if different:
         names = ", ".join(map(str, different))
@@ -62,13 +69,15 @@ def minimum(value: int, axis: Axis) -> int:
 def reduce(values: torch.Tensor, op: dist.ReduceOp.RedOpType, axis: Axis | None = None) -> torch.Tensor:
     """`values`, in host memory, reduced in place over the ranks."""
     if not _alone(axis):
-        with (axis.track if axis is not None else run_track()).entering("all_reduce"):
-            dist.all_reduce(values, op=op, group=axis.group if axis is not None else None)
+        group, track = _members(axis)
+        with track.entering("all_reduce"):
+            dist.all_reduce(values, op=op, group=group)
     return values
 
 
 def wait_for_all(axis: Axis | None = None) -> None:
     """Return once every rank has called it."""
     if not _alone(axis):
-        with (axis.track if axis is not None else run_track()).entering("barrier"):
-            dist.barrier(axis.group if axis is not None else None)
+        group, track = _members(axis)
+        with track.entering("barrier"):
+            dist.barrier(group)

@@ -19,12 +19,12 @@ from torch import Tensor
 _FIRST, _SECOND = 0x85EBCA6B, 0xC2B2AE35
 """Multipliers of MurmurHash3's finaliser, a bijection of 32 bits in which each depends on all."""
 _STRIDE = 0x9E3779B9
-"""Between the counters of neighbours: 2^32 over the golden ratio."""
+"""Step between the counters of neighbours: 2^32 over the golden ratio."""
 _INT32 = 1 << 31
 
 
 class Dropout:
-    """Drops elements with a probability, and scales up the others; nothing while it knows of no tokens."""
+    """Drops elements with probability `rate` and scales up the others, within `of`; outside it does nothing."""
 
     def __init__(self, rate: float, seed: int):
         self.rate = rate
@@ -33,7 +33,7 @@ class Dropout:
         self._tokens: Tensor | None = None
 
     def keys(self, ids: np.ndarray, lengths: Sequence[int], step: int) -> Tensor:
-        """Of the tokens of a micro batch, int64 [T], of sequences of `lengths`, in an optimizer step: int32 [T]."""
+        """Keys of a micro batch's tokens in an step, int32 [T]; `ids`, int64 [T], are sequences of `lengths`."""
         counts = np.array(lengths, dtype=np.int64)
         starts = np.cumsum(counts) - counts
         places = (np.arange(len(ids), dtype=np.int64) - np.repeat(starts, counts)).astype(np.uint32)
@@ -46,7 +46,7 @@ class Dropout:
 
     @contextmanager
     def of(self, tokens: Tensor) -> Iterator[None]:
-        """While it lasts, passes are those of tokens with these keys, on their device: forward or backward."""
+        """Context of forward and backward passes over the tokens with these keys, int32 [T] on their device."""
         self._tokens = tokens
         try:
             yield
@@ -54,13 +54,13 @@ class Dropout:
             self._tokens = None
 
     def channels(self, linear: str, indices: Tensor) -> Tensor:
-        """Keys of a linear's inputs, int32 [K], by their indices among those of all ranks, int32 [K]."""
+        """Keys of a linear's inputs, int32 [K]; `indices`: those of the inputs over all ranks, int32 [K]."""
         salt = zlib.crc32(linear.encode())
         words = indices.cpu().numpy().astype(np.uint32) * np.uint32(_STRIDE) + np.uint32(salt)
         return torch.from_numpy(_mixed_words(words).view(np.int32)).to(indices.device)
 
     def __call__(self, x: Tensor, channels: Tensor) -> Tensor:
-        """x [T, K], less what is dropped."""
+        """x [T, K] after dropout."""
         if self._tokens is None:
             return x
         dropped = _mixed(self._tokens[:, None] ^ channels) < self._border
@@ -68,7 +68,7 @@ class Dropout:
 
 
 def _mixed_words(words: np.ndarray) -> np.ndarray:
-    """`_mixed` of uint32, which are left as they are."""
+    """`_mixed` of a copy of uint32 words."""
     mixed: np.ndarray = _mixed(torch.from_numpy(words.view(np.int32).copy())).numpy().view(np.uint32)
     return mixed
 

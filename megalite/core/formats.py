@@ -24,7 +24,7 @@ ALL = 0
 FLOATS = ("F32", "F16", "BF16")
 INTS = ("I32", "I64")
 Stage = int | Literal["first", "last"]
-"""Global layer index, or the end of the model before or after its layers."""
+"""Global layer index, or the part of the model before its layers (first) or after them (last)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,38 +32,38 @@ class Part:
     """One of the tensors that make a weight: [rows, columns], or a vector."""
 
     name: str
-    """In the checkpoint in place of `weight`, and of the parameter."""
+    """In place of `weight` in the tensor's name, and in the parameter's."""
     rows: int | None = 1
-    """Rows of the weight that share a row of it, or ALL; None: it is a vector along the columns."""
+    """Rows of the weight that share one row of this tensor, or ALL; None: it is a vector along the columns."""
     columns: int | None = 1
-    """Columns of the weight that share a column of it, or ALL; None: it has no such dimension."""
+    """Columns of the weight that share one column of this tensor, or ALL; None: it has no columns."""
     dtypes: tuple[str, ...] = FLOATS
-    """What it may be stored as, by safetensors' names."""
+    """Dtypes that it may be stored in, by safetensors' names."""
     turned: bool = False
     """The checkpoint has it as [columns, rows]."""
     whole: bool = False
     """Its columns are not cut over tp."""
     entries: int = 1
-    """Of a tensor of ALL rows without columns."""
+    """Its length, where `rows` is ALL and `columns` is None."""
     folded: int = 0
-    """Its columns are two dimensions in the checkpoint, the second so long; 0: one."""
+    """Size of the second of the two dimensions that its columns are in the checkpoint; 0: they are one."""
 
     def height(self, rows: int) -> int:
-        """Its rows, or entries, of a weight of so many rows."""
+        """Number of its rows, or entries, for a weight of `rows` rows."""
         return self.entries if self.rows == ALL else -(-rows // (self.rows or 1))
 
     def width(self, columns: int) -> int:
-        """Its columns, of a weight of so many columns."""
+        """Number of its columns for a weight of `columns` columns."""
         return 1 if self.columns == ALL else -(-columns // (self.columns or 1))
 
     @property
     def is_float(self) -> bool:
-        """It holds numbers as they are, which are float32 in memory; else codes, which stay as they are stored."""
+        """It holds floats, which are float32 in memory; else codes, which stay as they are stored."""
         return self.dtypes == FLOATS
 
 
 class WeightFormat(ABC):
-    """How the weights of a model's linear maps are stored: frozen, hashable, equal where all of it is."""
+    """How the weights of linear maps are stored. Subclasses are frozen dataclasses, compared by value."""
 
     bits: int
 
@@ -79,15 +79,15 @@ class WeightFormat(ABC):
 
     @property
     def units(self) -> tuple[int, int]:
-        """Rows and columns of the weight that are cut only together."""
+        """(rows, columns): a weight is cut only at multiples of these."""
         rows = math.lcm(*(part.rows for part in self.parts if part.rows))
         columns = math.lcm(*(part.columns for part in self.parts if part.columns and not part.whole))
         return rows, columns
 
     def shapes(self, segments: Sequence[int], columns: int, all_columns: int) -> dict[str, tuple[int, ...]]:
-        """Of the stored tensors of matrices [rows, columns] that are stacked.
+        """Shapes of the stored tensors of stacked matrices.
 
-        `segments`: the rows of each; `all_columns`: before the weight was cut over tp.
+        `segments`: rows of each matrix; `columns`: on this rank; `all_columns`: before the cut over tp.
         """
         found: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
@@ -104,7 +104,7 @@ class Elementwise(WeightFormat):
     """Each element a code of 8 bits: weight = code * scale (Micikevicius et al., arXiv 2209.05433, for e4m3)."""
 
     dtype: str = "F8_E4M3"
-    """Of the codes; or I8."""
+    """Dtype of the codes: F8_E4M3 or I8."""
     block: tuple[int, int] | None
     """Rows and columns that share a scale, ALL for all; None: one scale for the matrix."""
     scale_name: str = "weight_scale"
@@ -138,8 +138,8 @@ class Gptq(WeightFormat):
     act_order: bool = False
     """Columns are in groups by their importance, not by their place."""
     zero_offset: int = 1
-    """What is stored of a zero point is so much less (v1: 1, v2: 0), subtracted from the int32 that holds several: a
-    zero point of 0 borrows from the next."""
+    """Stored zero points are lower by this (v1: 1, v2: 0). It is subtracted from the int32 that packs several, so one
+    that is 0 borrows from the next."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -229,10 +229,10 @@ def _group_words(group: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Which matrices of a model are stored in which format; the others are numbers as they are."""
+    """Which matrices of a model are stored in which format; the others are plain numbers."""
 
     formats: tuple[tuple[Stage, str, WeightFormat], ...]
-    """Where the weight is, the family's name of it, and its format."""
+    """(stage, key in the family's table of tensor names, format) of each matrix."""
     method: str
     """As config.json and `model.quantization` call it."""
 

@@ -50,10 +50,10 @@ ACTIVATIONS = {
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "none"}),
     "gelu_tanh": Activation(F.gelu, torch.ops.aten.gelu_backward, {"approximate": "tanh"}),
 }
-"""Of gated MLPs, whose kernels know them."""
+"""Activations of gated MLPs; the kernels have them too."""
 PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {name: one.__call__ for name, one in ACTIVATIONS.items()}
 PLAIN_ACTIVATIONS |= {"relu": F.relu, "relu2": relu2}
-"""Of MLPs without a gate."""
+"""Activations of MLPs without a gate."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

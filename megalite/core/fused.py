@@ -16,8 +16,8 @@ from megalite.kernels import training
 def learns_by_kernels(x: Tensor, *weights: Tensor) -> bool:
     """Whether our kernels take `x` and give its gradient: on CUDA, with gradients, where there is Triton.
 
-    `weights`: those of other modules that the kernel reads. One that DeepSpeed has spread over ranks (ZeRO stage 3; it
-    then has a ds_id) may be empty outside its module's call, at the latest in the backward pass.
+    `weights`: parameters of other modules that the kernel reads. Under ZeRO stage 3 (they have a ds_id) they may be
+    empty outside their own module's call, where no kernel can read them.
     """
     return has_kernels(x) and torch.is_grad_enabled() and not any(hasattr(weight, "ds_id") for weight in weights)
 

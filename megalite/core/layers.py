@@ -137,7 +137,7 @@ class Residual:
         self.x = x
         self.update: Tensor | None = None
         self.sums: SymmetricSum | None = None
-        """The update is this rank's part of a sum over tp, which this makes."""
+        """Makes the sum over tp of which `update` is this rank's part; None: `update` is whole."""
 
     def add_partial(self, update: Tensor, state: ParallelState) -> None:
         """x += the sum over tp of partial outputs."""

@@ -39,11 +39,11 @@ class Axis:
     meter: Meter = field(default_factory=Meter, repr=False)
     """Collectives along the axis count as its phase `communication`."""
     name: str = ""
-    """Under which `meter` counts the bytes of collectives along the axis."""
+    """Name under which `meter` counts the bytes of collectives along the axis."""
     track: Track = field(default_factory=lambda: Track("", ()), repr=False, compare=False)
     """Counts the collectives along the axis, for the watch."""
     sums: dict[tuple[int, torch.dtype], SymmetricSum | None] = field(default_factory=dict, repr=False, compare=False)
-    """By width and dtype of rows, how they are summed without NCCL; None: not at all. See `prepare_sums`."""
+    """Sums without NCCL, by width and dtype of the rows; None: NCCL sums these. See `prepare_sums`."""
 
     @property
     def size(self) -> int:
@@ -149,7 +149,7 @@ class ParallelState:
         return self.rank == self.control_rank
 
     def aside(self) -> Axis:
-        """`world` with a gloo group of its own, on which nothing else is on its way. Collective over the run."""
+        """`world` with a gloo group of its own, which carries no other traffic. Collective over the run."""
         if self.world.size == 1:
             return self.world
         track = here.track("aside", self.world.ranks)
@@ -201,7 +201,7 @@ def _make_groups(layout: Layout) -> None:
 
 
 def _world_group(layout: Layout) -> dist.ProcessGroup | None:
-    """The group of all ranks of the layout: the default one, which has a communicator already, where it is that."""
+    """The group of all ranks of the layout; if that is the whole run, torch's default group, made already."""
     if layout.size > 1 and layout.size == dist.get_world_size():
         return dist.group.WORLD
     return _axis_group(tuple(layout.ranks))
@@ -218,7 +218,7 @@ def _flows(layout: Layout) -> list[Flow]:
 
 
 def _flow_group(flow: Flow, layout: Layout) -> dist.ProcessGroup:
-    """Of the run's back end, or with interleaved chunks over gloo, through host memory, between GPUs too.
+    """A training flow's group: of the run's back end, or with interleaved chunks of gloo, through host memory.
 
     An NCCL message occupies the device until its peer is ready for it. What waits for the whole device meanwhile
     (allocating page-locked memory, loading a kernel) could then be what that peer waits for; `receives_with_sends` says
@@ -230,7 +230,7 @@ def _flow_group(flow: Flow, layout: Layout) -> dist.ProcessGroup:
 
 
 def _inference_flows(layout: Layout) -> list[Flow]:
-    """Of each pipeline: hidden states from stage to stage, and ids from the last to the first."""
+    """The flows of every pipeline in inference: hidden states from stage to stage, ids from the last to the first."""
     flows = []
     for ranks in layout.groups("pp"):
         if len(ranks) > 1:
@@ -240,7 +240,7 @@ def _inference_flows(layout: Layout) -> list[Flow]:
 
 
 def _inference_group(flow: Flow) -> dist.ProcessGroup:
-    """Of the run's back end: `StageLink` says in which order its messages can't wait for each other."""
+    """An inference flow's group, of the run's back end; see `StageLink` for the order that avoids a deadlock."""
     return _group((flow.sender, flow.receiver), flow.kind)
 
 

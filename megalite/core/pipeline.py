@@ -7,7 +7,7 @@ tensors (it aborts the process), so over gloo they pass through host memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,7 +19,7 @@ from megalite.core.schedules import Backward, Forward, Instruction, Receive, Sen
 from megalite.monitor.collector import Meter
 
 Message = tuple[dist.Work, Tensor]
-"""On its way: what waits for it, and where it will be."""
+"""A message on its way: its handle, and the tensor that it arrives in."""
 MAX_SENDS = 8
 """Sends in flight before a stage waits for the oldest: a bound on the memory that a slow receiver costs."""
 
@@ -30,16 +30,22 @@ def transport_device(group: dist.ProcessGroup | None, device: torch.device) -> t
     return device if "nccl" in backend else torch.device("cpu")
 
 
-class Outbox:
-    """Sends in flight along one flow; `meter` counts their bytes."""
+class _FlowEnd:
+    """One end of a flow; `meter` records its messages, which lie on the device `transport` while they travel."""
 
-    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
-        self.flow, self.track = str(flow), flow.track
-        self.receiver = flow.receiver
+    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, device: torch.device, meter: Meter):
+        self.flow, self.name, self.track = flow, str(flow), flow.track
         self.meter = meter
         self.group = group
-        self.transport = transport
-        self.sends: deque[tuple[dist.Work, Tensor]] = deque()
+        self.transport = transport_device(group, device)
+
+
+class Outbox(_FlowEnd):
+    """The sending end of a flow."""
+
+    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, device: torch.device, meter: Meter):
+        super().__init__(flow, group, device, meter)
+        self.sends: deque[Message] = deque()
 
     def send(self, tensor: Tensor) -> None:
         """Begin to send a tensor and return at once, unless MAX_SENDS are still on their way."""
@@ -48,8 +54,8 @@ class Outbox:
             while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
                 self.sends.popleft()[0].wait()
             self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
-            self.meter.message(self.flow, begins=True)
-            work = dist.isend(buffer, self.receiver, group=self.group)
+            self.meter.message(self.name, begins=True)
+            work = dist.isend(buffer, self.flow.receiver, group=self.group)
         assert work is not None, "this rank is in the group"
         self.sends.append((work, buffer))
 
@@ -60,20 +66,13 @@ class Outbox:
                 self.sends.popleft()[0].wait()
 
 
-class Inbox:
-    """Where messages of one flow come from."""
-
-    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, transport: torch.device, meter: Meter):
-        self.flow, self.track = str(flow), flow.track
-        self.sender = flow.sender
-        self.meter = meter
-        self.group = group
-        self.transport = transport
+class Inbox(_FlowEnd):
+    """The receiving end of a flow."""
 
     def begin(self, shape: tuple[int, ...], dtype: torch.dtype) -> Message:
         """Begin to receive a tensor into memory of its transport; it is there after `wait`."""
         buffer = torch.empty(shape, dtype=dtype, device=self.transport)
-        work = dist.irecv(buffer, self.sender, group=self.group)
+        work = dist.irecv(buffer, self.flow.sender, group=self.group)
         assert work is not None, "this rank is in the group"
         return work, buffer
 
@@ -81,8 +80,18 @@ class Inbox:
         """The tensor of the earliest message that was begun and not waited for yet."""
         with self.track.entering("receive"):
             message[0].wait()
-        self.meter.message(self.flow, begins=False)
+        self.meter.message(self.name, begins=False)
         return message[1]
+
+
+def _flow_ends(
+    flows: Mapping[Flow, dist.ProcessGroup], state: ParallelState, device: torch.device
+) -> tuple[dict[str, Inbox], dict[str, Outbox]]:
+    """This rank's ends of its flows, by kind of message."""
+    mine = state.rank
+    inward = {one.kind: Inbox(one, group, device, state.meter) for one, group in flows.items() if one.receiver == mine}
+    outward = {one.kind: Outbox(one, group, device, state.meter) for one, group in flows.items() if one.sender == mine}
+    return inward, outward
 
 
 class StageLink:
@@ -100,14 +109,7 @@ class StageLink:
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        self.inward: dict[str, Inbox] = {}
-        self.outward: dict[str, Outbox] = {}
-        for flow, group in state.inference_flows().items():
-            transport = transport_device(group, device)
-            if flow.receiver == state.rank:
-                self.inward[flow.kind] = Inbox(flow, group, transport, state.meter)
-            else:
-                self.outward[flow.kind] = Outbox(flow, group, transport, state.meter)
+        self.inward, self.outward = _flow_ends(state.inference_flows(), state, device)
         self.expected: deque[Message] = deque()
         """Ids on their way, in the order of the steps."""
 
@@ -168,23 +170,19 @@ class Pipeline:
         self.dtype = dtype
         self.device = device
         self.meter = state.meter
-        self.on_device = False
+        flows = state.pipeline_flows()
+        self.inward, self.outward = _flow_ends(flows, state, device)
+        ends = (*self.inward.values(), *self.outward.values())
+        self.on_device = any(end.transport.type != "cpu" for end in ends)
         """Whether messages go from device to device, see `receives_with_sends`; nothing waits for the whole device
         between the messages that it puts side by side."""
-        self.inward: dict[str, Inbox] = {}
-        self.outward: dict[str, Outbox] = {}
-        for flow, group in state.pipeline_flows().items():
-            transport = transport_device(group, device)
+        # NCCL connects two ranks at their first message, for which the hosts of both wait.
+        for flow in flows if self.on_device else ():
             if flow.receiver == state.rank:
-                self.inward[flow.kind] = inbox = Inbox(flow, group, transport, state.meter)
+                inbox = self.inward[flow.kind]
+                inbox.wait(inbox.begin((1,), dtype))
             else:
-                self.outward[flow.kind] = outbox = Outbox(flow, group, transport, state.meter)
-            if transport.type != "cpu":  # NCCL connects two ranks at their first message, for which hosts wait
-                self.on_device = True
-                if flow.receiver == state.rank:
-                    inbox.wait(inbox.begin((1,), dtype))
-                else:
-                    outbox.send(torch.zeros(1, dtype=dtype, device=device))
+                self.outward[flow.kind].send(torch.zeros(1, dtype=dtype, device=device))
 
     def run(self, instructions: Sequence[Instruction], work: StageWork) -> None:
         """Execute a schedule's instructions; afterwards sends may still be on their way, see `drain`."""

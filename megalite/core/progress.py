@@ -23,9 +23,9 @@ class Track:
         self.name, self.ranks, self.flow = name, ranks, flow
         self.entered = 0
         self.operation = ""
-        """The last one."""
+        """Name of the last operation."""
         self.inside = False
-        """This process waits in it for the others."""
+        """This process is in that operation and waits for the others."""
         self._within = _NOTHING
 
     def entering(self, operation: str, within: AbstractContextManager[Any] = _NOTHING) -> Track:
@@ -35,7 +35,7 @@ class Track:
         return self
 
     def waiting(self, operation: str) -> Track:
-        """The same for an operation that was begun, and counted by `begun`, before."""
+        """As `entering`, for an operation that `begun` or `entering` has counted already."""
         self.operation, self._within = operation, _NOTHING
         return self
 
@@ -61,7 +61,7 @@ class Progress:
         self.step: tuple[str, int | None] = ("the start", None)
         """What kind of step, and which if they are numbered; written as it begins."""
         self.layer: int | None = None
-        """That is being computed."""
+        """The layer that is being computed."""
 
     @property
     def where(self) -> str:
@@ -76,7 +76,7 @@ class Progress:
         return self._tracks[key]
 
     def tracks(self) -> list[Track]:
-        """All in use."""
+        """The tracks that have been entered."""
         return [track for track in list(self._tracks.values()) if track.entered]
 
     def mark(self) -> object:

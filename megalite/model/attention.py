@@ -29,14 +29,14 @@ from megalite.model.recurrence import Recurrence, Run
 from megalite.model.rope import Rotation
 
 CHUNK = 512
-"""Queries whose scores exist at a time where no fused attention of torch can be used."""
+"""Queries whose scores are in memory at once, where torch has no fused attention."""
 
 Kernel = Literal["varlen", "cudnn", "batched"]
 """What computes a pack: FlashAttention-2 over sequences of any lengths, cuDNN's attention over equal ones, or
 `_attend_batch` for each run of neighbours of equal length."""
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CUDNN_MULTIPLE = 128
-"""cuDNN plans every new shape, which takes longer than a step: so it gets only lengths that windows of text have."""
+"""cuDNN gets only multiples of this length, as windows of text have: planning a new shape takes longer than a step."""
 
 
 def choose_kernel(
@@ -75,9 +75,9 @@ class Heads:
     counts: tuple[int, int, int]
     """(H, K, K)."""
     norms: tuple[RMSNorm, RMSNorm] | None
-    """Of each query and each key head."""
+    """The norms of each query head and of each key head."""
     rotation: Rotation | None
-    """Of queries and keys, after the norms."""
+    """Of queries and keys, applied after the norms."""
     sinks: Tensor | None = None
     """See `AttentionContext.attend`."""
 
@@ -134,7 +134,7 @@ class AttentionContext(Protocol):
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
         """Causal attention of layer `spec.layer`: q [T, H, D], k and v [T, K, D] -> [T, H, D].
 
-        `sinks` [H]: of each head a further score, of a key whose value is zero.
+        `sinks` [H]: for each head the score of a further key, whose value is zero.
         """
 
     def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
@@ -267,8 +267,8 @@ def attend_written(
 ) -> Tensor:
     """Attention with its scores written out in float32: [..., L, D] and [..., M, D] -> [..., L, D].
 
-    `mask`: as F.scaled_dot_product_attention's: bool, the keys that each query sees, or added to the scores. `sinks`,
-    like the scores of one key: see `AttentionContext.attend`.
+    `mask` as in F.scaled_dot_product_attention: bool, True where the query sees the key; or float, added to the scores.
+    `sinks`, in the shape of one key's scores: see `AttentionContext.attend`.
     """
     if spec.softcap is None:
         scores = q.float() @ k.float().mT * spec.scale

@@ -79,11 +79,11 @@ class AttentionSpec:
     chunk: int | None = None
     """A query sees only keys of its own chunk of so many positions; None: all earlier ones."""
     values: int | None = None
-    """Leading channels of a key that are its value; None: values are given."""
+    """The leading channels of a key that are its value; None: values are tensors of their own."""
     key_scale: float = 1.0
-    """Keys are divided by it in a cache in fp8,"""
+    """An fp8 cache holds keys divided by this."""
     value_scale: float = 1.0
-    """and values by this."""
+    """An fp8 cache holds values divided by this."""
 
     def first_key(self, position: int) -> int:
         """The first position that the query at `position` sees."""
@@ -121,7 +121,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Data type of the checkpoint by its config.json."""
     quantization: Quantization | None = None
-    """Which matrices are stored in a format other than the numbers themselves; None: none."""
+    """Which matrices are stored in which quantized format; None: none."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
@@ -136,21 +136,21 @@ class ModelConfig:
 
     @property
     def num_heads(self) -> int:
-        """Attention heads of the layer that has fewest: so many tp ranks have work in all."""
+        """Attention heads of the layer that has fewest: up to so many tp ranks have heads in every layer."""
         return min((kind.query_heads for layer in self.layers for kind in layer.kinds if kind.query_heads), default=0)
 
     @property
     def has_states(self) -> bool:
-        """Whether layers keep a state of each sequence, without which nothing of its tokens can be used again."""
+        """Whether a layer keeps a state of each sequence; without that state a cached prefix is of no use."""
         return any(layer.has_state for layer in self.layers)
 
     def format(self, stage: Stage, weight: str) -> WeightFormat | None:
-        """How a matrix of a layer or an end, by the family's name for it, is stored; None: as numbers."""
+        """Format of a matrix, by its stage and its key in the family's table; None: plain numbers."""
         return None if self.quantization is None else _formats(self.quantization).get((stage, weight))
 
     @property
     def quantized_as(self) -> str | None:
-        """The checkpoint's `quant_method`; None: it holds numbers."""
+        """The checkpoint's `quant_method`; None: it is not quantized."""
         return None if self.quantization is None else self.quantization.method
 
     def first_rows(self) -> list[Row]:
@@ -189,7 +189,7 @@ class ModelConfig:
 
     @property
     def head_vocab(self) -> Split:
-        """How the head's vocabulary, and so that of logits, is cut over tp: where its format can be cut."""
+        """How the vocabulary of head and logits is cut over tp: only where the head's format can be cut."""
         format = self.format("last", "lm_head")
         return self.vocab if format is None or format.units[0] == 1 else Groups(self.vocab_size, format.units[0])
 

@@ -54,7 +54,7 @@ class Block(nn.Module):
             self._groups[-1].append((module, Norms(norm, post)))
 
     def _norm(self, name: str | None, config: ModelConfig, state: ParallelState) -> nn.Module | None:
-        """The norm of that name, made where it is named first."""
+        """The norm of that name; the first call makes it."""
         if name is not None and name not in self._modules:
             self.add_module(name, make_norm(config, state))
         return None if name is None else self._modules[name]
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         return self.head is not None and chunk == len(self._chunks) - 1
 
     def normed(self, hidden: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Last stage: what the head is applied to, of all hidden states or of `rows`; `logit_scale` is in it."""
+        """Last stage: the head's input, for all hidden states or those at `rows`, times `logit_scale`."""
         assert self.norm is not None
         out: Tensor = self.norm(hidden, rows)
         return out if self.config.logit_scale == 1.0 else out * self.config.logit_scale
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
 
     @property
     def some_weight(self) -> nn.Parameter:
-        """A parameter in the model's dtype, which codes of quantized weights and their scales are not."""
+        """A parameter in the model's dtype, so none of the codes and scales of quantized weights."""
         return next(param for param in self.parameters() if hasattr(param, "tensor_model_parallel"))
 
     @property

@@ -58,7 +58,7 @@ class DeviceAttention:
 
     @property
     def pdl(self) -> bool:
-        """Kernels are launched as dependent on the kernel before, where the device can; see `paged_attention`."""
+        """Whether kernels use programmatic dependent launch; see `paged_attention`."""
         return launches_dependents(self.positions.device)
 
     def attend(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, sinks: Tensor | None = None) -> Tensor:
@@ -67,7 +67,7 @@ class DeviceAttention:
         return self._attend_stored(spec, q, k, v, sinks)
 
     def attend_latent(self, spec: AttentionSpec, heads: Latents) -> Tensor:
-        """With the projections of keys and values absorbed into queries and output, prompts' too."""
+        """Absorbs the projections of keys and values into queries and output, for prompts too."""
         q, latent = heads.absorbed()
         (keys,) = self.cache.layers[spec.layer]
         store_kv(latent, latent, keys, keys, self.slots)
@@ -98,7 +98,7 @@ class DeviceAttention:
     def _attend_stored(
         self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
     ) -> Tensor:
-        """As `attend`, with keys and values in the cache already; k and v are read where no earlier ones are there."""
+        """`attend` once keys and values are in the cache; k and v themselves are read where no row has earlier ones."""
         keys, *_ = self.cache.layers[spec.layer]
         if keys.dtype != FP8:
             return self._attend_kept(spec, q, k, v, sinks)

@@ -42,13 +42,13 @@ class GenerationConfig:
     values: Mapping[str, Any]
     """Every key of generation_config.json; where there is none, those of `KEYS` that config.json has."""
     config: Mapping[str, Any]
-    """Of config.json."""
+    """The values of config.json."""
     content: bytes | None = None
     """The file as it is; None: there is none, or the values were changed."""
 
     @classmethod
     def read(cls, folder: str | Path, config: Mapping[str, Any]) -> GenerationConfig:
-        """That of a model folder, whose config.json holds `config`. CheckpointError if the file is damaged."""
+        """The settings of a model folder whose config.json holds `config`. CheckpointError if the file is damaged."""
         path = Path(folder) / NAME
         if path.exists():
             return cls(path=path, values=read_json(path), config=config, content=path.read_bytes())
@@ -56,7 +56,7 @@ class GenerationConfig:
 
     @classmethod
     def of_config(cls, path: Path, config: Mapping[str, Any]) -> GenerationConfig:
-        """That of a model which has only a config.json, at `path`."""
+        """The settings of a model that has only a config.json, at `path`."""
         values = {key: config[key] for key in KEYS if config.get(key) is not None}
         return cls(path=path, values=values, config=config)
 
@@ -92,7 +92,7 @@ class GenerationConfig:
         return found
 
     def under(self, loaded: Loaded[Generating]) -> Loaded[Generating]:
-        """A generating job's config with these sampling parameters where it sets none, if it asks for them."""
+        """A generating job's config; these sampling parameters fill those that it leaves open, if it asks for them."""
         if loaded.config.model.generation_config == "none":
             return loaded
         return with_defaults(loaded, "sampling", self.sampling, str(self.path))

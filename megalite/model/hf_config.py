@@ -30,7 +30,7 @@ SIZE_LIMITS = {
     "num_experts": 1 << 14,
     "max_position_embeddings": 1 << 30,
 }
-"""Above these a number is a damaged file, not a model."""
+"""Largest plausible values: above them a file is damaged."""
 
 UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "is_encoder_decoder": ((None, False), "only decoders are supported"),
@@ -43,7 +43,7 @@ UNSUPPORTED: dict[str, tuple[tuple[object, ...], str]] = {
     "no_rope_layers": ((None, []), "layers without rotary embedding are not supported"),
     "num_nextn_predict_layers": ((None, 0), "multi-token prediction layers are not supported"),
 }
-"""Keys that change what a model computes in ways no family here does: harmless values, why others are refused."""
+"""Keys that change what a model computes as no family here does -> harmless values, why others are refused."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
@@ -129,7 +129,7 @@ class HFConfig:
         return value
 
     def size(self, key: str, default: Any = REQUIRED, *, low: int = 1) -> int:
-        """A count of something."""
+        """A count, at least `low`."""
         return self._checked_size(key, self._given(key, default), low)
 
     def size_or(self, key: str, null: int, *, low: int = 1) -> int:
@@ -187,7 +187,7 @@ class HFConfig:
         return tuple(ids)
 
     def of_layer(self, layer: int, layers: int, *keys: str) -> HFConfig:
-        """With a layer's own entry where one of these keys has a list of as many."""
+        """These values, with one layer's entry where one of `keys` has a list of an entry for each of `layers`."""
         given = {name: self.values.get(name) for name in map(self.spelling, keys)}
         own = {name: one[layer] for name, one in given.items() if isinstance(one, list) and len(one) == layers}
         return HFConfig(self.path, {**self.values, **own}, self.keys, self.defaults)
@@ -228,8 +228,8 @@ def read_rope(
 ) -> Rope:
     """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
-    `partial`: the family reads `partial_rotary_factor`. `kinds`: the family's own names for a scaling. `given`: stands
-    for the value of `rope_parameters`, of one kind of layer.
+    `partial`: the family reads `partial_rotary_factor`. `kinds`: the family's own names for a scaling. `given`: used in
+    place of `rope_parameters`, for one kind of layer.
     """
     key, stated = rope_values(config)
     given = stated if given is None else given
@@ -276,7 +276,7 @@ def rope_values(config: HFConfig) -> tuple[str, Any]:
 
 
 def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> RopeScaling:
-    """The change of the frequencies; `inner` has the scaling's keys over those of the file."""
+    """The scaling of the frequencies; in `inner` its own keys override those of the file."""
     longest = config.size("max_position_embeddings")
     if kind == "linear":
         original = inner.optional_size("original_max_position_embeddings") or longest
@@ -312,9 +312,9 @@ def _scaling(config: HFConfig, inner: HFConfig, kind: Any, rotary_dim: int) -> R
 
 
 def rope_parameters(config: HFConfig, kind: str) -> Mapping[str, Any]:
-    """`rope_parameters` of one kind of layer, where there may be others: full_attention or sliding_attention.
+    """`rope_parameters` of one kind of layer: full_attention or sliding_attention.
 
-    As older files have it: one scaling, of full attention alone, and perhaps a theta for the windows.
+    Older files have one scaling, of full attention alone, and perhaps a theta of the windows.
     """
     given = config.values.get("rope_parameters") or {}
     if isinstance(given, dict) and any(isinstance(value, dict) for value in given.values()):

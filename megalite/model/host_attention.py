@@ -65,11 +65,11 @@ class CacheRow:
     count: int
     """Number of new tokens."""
     first_slot: int | None
-    """Cache slot of position 0 when all its slots are one run."""
+    """Cache slot of position 0, if the sequence's slots are contiguous."""
     blocks: Tensor | None
-    """Otherwise its block ids, int64, as many as its keys need."""
+    """Otherwise the sequence's block ids, int64, as many as its keys need."""
     row: int = 0
-    """Where the states of the sequence are, if layers keep any."""
+    """Row of the sequence's states, if layers keep any."""
 
     @property
     def length(self) -> int:
@@ -77,12 +77,12 @@ class CacheRow:
 
     @property
     def decodes_in_place(self) -> bool:
-        """One query over keys that are one run."""
+        """It has one query, and its keys are contiguous in the cache."""
         return self.count == 1 and self.first_slot is not None
 
 
 ROW_COST = 256
-"""Keys one attention call could have read in the time it takes to start one, measured on CPU; see `_Lanes`."""
+"""Keys that could be read in the time that starting an attention call takes, measured on a CPU; see `_Lanes`."""
 
 
 class _Lanes:

@@ -40,8 +40,8 @@ class KVCache:
         rows: int = 0,
         fp8: bool = False,
     ):
-        """`layers`: what each layer keeps. `device`: None: the CPU. `rows`: that states are kept of; one more is there
-        for padding. `fp8`: keys and values are float8 e4m3, whatever the model's dtype."""
+        """`layers`: what each layer keeps. `device`: None: the CPU. `rows`: number of rows that have states; padding
+        uses one more. `fp8`: keys and values are float8 e4m3, whatever the model's dtype."""
         self.block_size = block_size
         self.device = device or torch.device("cpu")
         self.num_slots = blocks * block_size

@@ -33,7 +33,7 @@ class Signals:
     decay: Tensor
     """Logarithm of what a state is multiplied by before the token is written, [..., G, R]; at most 0."""
     rate: Tensor | None = None
-    """How far what the state says of the key is replaced by the value, [..., G, R]; None: the value is added."""
+    """Share of the state's value at the key that the new value replaces, [..., G, R]; None: the value is added."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Signals:
         """All tensors changed alike."""
@@ -42,8 +42,8 @@ class Signals:
 
 
 def step(x: Signals, state: Tensor) -> tuple[Tensor, Tensor]:
-    """One token of each of B sequences, state [B, G, R, S, P] -> outputs [B, G, R, P] and the states after it, which
-    are in the place of those before: they may be most of what a step moves."""
+    """One token of each of B sequences, state [B, G, R, S, P] -> outputs [B, G, R, P] and the new states, written over
+    the old ones: states may be most of the memory that a step reads and writes."""
     k, q = x.k[:, :, None, None], x.q[:, :, None, None]  # [B, G, 1, 1, S]
     state = state.mul_(x.decay.exp()[..., None, None])
     written = x.v[..., None, :]
@@ -54,7 +54,7 @@ def step(x: Signals, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Chunks:
-    """N chunks of L tokens, computed as far as no state is needed.
+    """N chunks of L tokens: all that can be computed before their states are known.
 
     Padding at the end of a chunk has zeros everywhere: it writes nothing and decays nothing.
     """
@@ -68,13 +68,13 @@ class Chunks:
         between = (decayed[..., :, None] - decayed[..., None, :]).masked_fill(later, -torch.inf).exp()
         begun = decayed.exp()[..., None]
         self.within = q @ k.mT * between
-        """Of a token, by which it reads what tokens of its chunk write: [N, G, R, L, L]."""
+        """Weight by which a token (row) reads the value of a token of its chunk (column): [N, G, R, L, L]."""
         self.reads = q * begun
         self.writes = (k * (decayed[..., -1:] - decayed).exp()[..., None]).mT
         self.kept = begun[..., -1:, :]
         self.values = x.v.permute(0, 2, 3, 1, 4)  # [N, G, R, L, P]
         self.corrections: Tensor | None = None
-        """What the state at the beginning takes from the values, [N, G, R, L, S]."""
+        """Times the state before the chunk, what is subtracted from `values`: [N, G, R, L, S]; None: nothing."""
         if x.rate is not None:
             rate = x.rate.permute(0, 2, 3, 1)[..., None]
             targets = torch.cat([rate * self.values, rate * begun * k], -1)

@@ -128,7 +128,7 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
 
 
 def _head_format(config: _Values, names: WeightNames, choice: Choice) -> WeightFormat | None:
-    """Of the head, unless it is the embedding; a list may call it by its name or lm_head."""
+    """The head's format; None where it is the embedding. Lists may call it by its tensor's name or lm_head."""
     if "lm_head" not in names.tensors:
         if config.values.get("lm_head"):
             raise config.refusal("lm_head", "must be false where the head is the embedding, which has no codes")
@@ -144,7 +144,7 @@ def _with_cache_scales(config: _Values, model: ModelConfig) -> ModelConfig:
     if config.values["kv_cache_scheme"] != "static":  # which is all that vLLM's fp8 says
         scheme = config.inner("kv_cache_scheme")
         if scheme.one_of("dynamic", (True, False), False):
-            return model  # made of each token: there are none in the checkpoint
+            return model  # computed for each token, not stored
         scheme.one_of("type", ("float",))
         scheme.one_of("num_bits", (8,), 8)
         scheme.one_of("strategy", ("tensor",), "tensor")
@@ -238,8 +238,8 @@ def _with_units(model: ModelConfig, layer: Layer, index: int) -> Layer:
 
 
 def _unless(config: _Values, format: WeightFormat, *lists: str) -> Choice:
-    """The format for all modules but those that lists name, as a whole or as a part of their name between dots; for the
-    head if `lm_head` says so."""
+    """The format for all modules except those that `lists` name by the whole name or a part between dots. The head has
+    it only if `lm_head` is true."""
     skipped, head = config.names(*lists), config.one_of("lm_head", (True, False), False)
 
     def choice(module: str) -> WeightFormat | None:

@@ -30,7 +30,7 @@ class Run:
     """Neighbouring tokens of one sequence in a forward pass."""
 
     offset: int
-    """Of the first among the T tokens."""
+    """Place of the first among the T tokens."""
     count: int
     fresh: bool = True
     """They are the sequence's first."""
@@ -38,7 +38,7 @@ class Run:
 
 
 class _Rows(NamedTuple):
-    """The rows that runs have their states in."""
+    """The rows in which runs have their states."""
 
     numbers: Tensor
     """int64 [B]."""
@@ -56,7 +56,7 @@ class _Rows(NamedTuple):
 
 
 class _Ones(NamedTuple):
-    """Tokens that are their rows' only ones."""
+    """Tokens of rows that have one token each."""
 
     places: Tensor | None
     """Among the T tokens, int64 [B]; None: all in order."""
@@ -70,7 +70,7 @@ class _Packing:
     """
 
     def __init__(self, runs: Sequence[Run], device: torch.device, *, alone: bool):
-        """`alone`: there are no other tokens."""
+        """`alone`: the T tokens are those of the runs."""
         self._send = partial(send, device=device)
         runs = sorted(runs, key=lambda run: -run.count)
         counts = np.array([run.count for run in runs])
@@ -85,10 +85,10 @@ class _Packing:
         before = np.cumsum([0, *self.active])[self._position // length]
         place = (before + self._run) * length + self._position % length
         self.place = self._send(place) if len(place) < chunks.sum() * length or not _is_range(place) else None
-        """Of each token in the chunks laid end to end; None: there as here."""
+        """Place of each token in the chunks laid end to end; None: tokens stay where they are."""
         tokens = np.concatenate([np.arange(run.offset, run.offset + run.count) for run in runs])
         self.tokens = None if alone and _is_range(tokens) else self._send(tokens)
-        """Of the runs, as places among the T tokens; None: all in order."""
+        """Places of the runs' tokens among the T tokens; None: all, in order."""
         self.rows = _Rows.of(runs, device)
         self._taps: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -104,9 +104,9 @@ class _Packing:
         return flat if self.place is None else flat[self.place]
 
     def taps(self, count: int) -> tuple[Tensor, Tensor]:
-        """What a convolution reads for each token, int64 [tokens, count], and what it leaves, [runs, count - 1].
+        """Inputs that a convolution reads for each token, int64 [tokens, count], and keeps of a run, [runs, count - 1].
 
-        Places among the tokens and, after these, the count - 1 inputs before each run.
+        They are places among the tokens followed by the count - 1 inputs before each run.
         """
         if count not in self._taps:
             run = np.arange(len(self._counts))[:, None]

@@ -12,7 +12,7 @@ from megalite.core.functional import has_kernels, rotate, rotate_by_table
 from megalite.model.config import Rope, RopeScaling
 
 MAX_TABLE_BYTES = 1 << 26
-"""Of the angles of every position that a model keeps on an accelerator: 131,072 positions of 128 channels."""
+"""Largest table of all positions' angles that is kept on an accelerator: 131,072 positions of 128 channels."""
 
 
 class Rotary:
@@ -23,7 +23,7 @@ class Rotary:
     """
 
     def __init__(self, rope: Rope, num_positions: int = 0):
-        """`num_positions`: of the longest sequence; 0: not known, and no table of its angles is kept."""
+        """`num_positions`: of the longest sequence; 0: not known, so no table of angles is kept."""
         self.scaling = rope.scaling
         with torch.device("cpu"):
             exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
@@ -138,4 +138,4 @@ def _longrope(plain: Tensor, rope: Rope, scaling: RopeScaling) -> Tensor:
 
 
 _TABLES = {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
-"""Rows [1 or 2, rotary_dim / 2] of which `Rotary.frequencies` makes the angles; one row: the same for every length."""
+"""Makers of the rows [1 or 2, rotary_dim / 2] from which `Rotary.frequencies` follow; one row: for every length."""

@@ -28,7 +28,7 @@ BY_NAME = {
     r"(For\w+Classification|ForMaskedLM|ForQuestionAnswering|Model)$": "a causal language model's head",
     r"(Moe|MoE)": "an entry for its router and experts",
 }
-"""By the architecture's name; the first that fits counts."""
+"""Pattern of an architecture's name -> what it would need; the first that matches counts."""
 KNOWN_LAYERS = {
     *("full_attention", "sliding_attention", "chunked_attention", "attention"),
     *("linear_attention", "mamba"),
@@ -39,12 +39,12 @@ BY_KEY = {
     r"^(kv_lora_rank|q_lora_rank)$": "an entry for its latent attention",
     r"^(num_local_experts|num_experts|n_routed_experts|moe_num_experts)$": "an entry for its router and experts",
 }
-"""By keys of config.json with a value other than null, false, 0."""
+"""Pattern of a key of config.json whose value is not null, false or 0 -> what it would need."""
 AN_ENTRY = "an entry that names its tensors and choices"
 
 
 def needed(architecture: str, values: Mapping[str, object]) -> str:
-    """What it would take, by the name, else by what config.json says, as the end of a sentence."""
+    """What an architecture would need, by its name, else by its config.json: the end of a sentence."""
     for pattern, what in BY_NAME.items():
         if re.search(pattern, architecture):
             return what

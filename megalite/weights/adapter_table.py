@@ -35,7 +35,7 @@ from megalite.weights.table import Piece, pieces
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """The adapter of one linear module: its checkpoint tensor without `.weight`, the rank r, and what B A is times."""
+    """The adapter of one linear: its checkpoint tensor's name without `.weight`, the rank r, and the scale of B A."""
 
     name: str
     rank: int
@@ -75,16 +75,16 @@ class AdapterTable:
         return {param: mine for param, mine in ordered.items() if any(module_of(one) in named for one in mine)}
 
     def pieces(self) -> tuple[Piece, ...]:
-        """Of each linear the A's [r, in] of its modules, stacked, and each module's B [out, r].
+        """For each linear the A's [r, in] of its modules, stacked, and each module's B [out, r].
 
-        Of a linear whose outputs are cut over tp, all of A is on each rank, and B is cut; where its inputs are, A is
-        cut, and all of B on each rank.
+        If a linear's outputs are cut over tp, B is cut and every rank has all of A; if its inputs are cut, A is cut and
+        every rank has all of B.
         """
         known = {module.name: module for module in self.modules}
         return tuple(piece for mine in self.adapted().values() for piece in _low_rank(mine, known))
 
     def starts(self, tp: int, tp_rank: int) -> dict[str, list[tuple[AdaptedModule, int]]]:
-        """The adapted modules of each linear, by its name in a decoder, and the first of each one's outputs there."""
+        """By name of the linear in a decoder: its adapted modules, each with the index of its first output."""
         known = {module.name: module for module in self.modules}
         return {
             param.removesuffix(".weight"): [

@@ -25,7 +25,7 @@ from megalite.weights.table import Weights, hf_shapes, owned, pieces
 from megalite.weights.tensor_file import TensorInfo
 
 BASE = "base"
-"""What the state of adapters in training notes of the model beside which they are."""
+"""Key of what a training state of adapters notes about the frozen model."""
 
 
 @dataclass(frozen=True, kw_only=True)

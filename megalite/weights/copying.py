@@ -33,11 +33,11 @@ LONG_SEGMENT_BYTES = 256 << 10
 BAND_BYTES = 1 << 20
 """Rows of a part that are in memory at once: they stay in the processor's cache between reading and writing."""
 AHEAD_BYTES = 16 << 20
-"""What the system is asked to fetch from the disk of each extent while a band of it is being worked on."""
+"""Bytes of each extent that the system is asked to fetch ahead of the band that is being worked on."""
 REQUEST_BYTES = 1 << 20
-"""Of one such request: of a longer one the kernel may fetch no more than its own read-ahead."""
+"""Size of one such request: the kernel may cut a longer one to its own read-ahead."""
 TILE = 64
-"""Elements of a matrix that are turned at once, this many by twice as many."""
+"""A matrix is transposed in tiles of this many elements by twice as many."""
 
 Item = TypeVar("Item")
 

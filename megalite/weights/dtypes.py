@@ -17,11 +17,11 @@ DTYPE_BYTES = {
 WEIGHT_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The formats that a weight may have -> the names that torch and config.json have for them."""
 SAFETENSORS = {name: dtype for dtype, name in WEIGHT_DTYPES.items()}
-"""The same the other way round."""
+"""The inverse of WEIGHT_DTYPES."""
 CODES = {"F8_E4M3": "float8_e4m3fn", "I64": "int64", "I32": "int32", "I8": "int8", "U8": "uint8"}
 """The formats of codes and indices, which make weights in a format of their own -> torch's names."""
 STORAGE = {**WEIGHT_DTYPES, "BF16": "uint16", **CODES, "F8_E4M3": "uint8"}
-"""-> the numpy types that hold their bits. numpy has no bfloat16, which is the upper half of a float32."""
+"""All formats -> the numpy types that hold their bits. numpy has no bfloat16, which is the upper half of a float32."""
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -33,13 +33,13 @@ class ModelFolder:
     path: Path
     tokenizer_path: Path
     values: dict[str, Any]
-    """Of config.json."""
+    """The values of config.json."""
     generation: GenerationConfig
     model: ModelConfig
 
     @classmethod
     def open(cls, path: str | Path, *, tokenizer: str | Path | None = None) -> ModelFolder:
-        """`tokenizer`: the folder of another one than the model's own.
+        """`tokenizer`: the folder of a tokenizer to use in place of the model's own.
 
         CheckpointError: a file is missing, damaged or contradicts itself; ConfigError: an unknown architecture.
         """

@@ -141,7 +141,7 @@ def _some_rows(info: TensorInfo) -> list[bytes]:
 
 
 def _read_files(folder: Path, may_be_absent: str | None) -> dict[str, TensorInfo]:
-    """Of all weight files, by name. `may_be_absent`: a tensor that an index may list although no file has it."""
+    """Tensors of all weight files, by name. `may_be_absent`: one that an index may list although no file has it."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() or single.is_symlink():
         return read_header(single)
@@ -184,7 +184,7 @@ def check_names(config: ModelConfig, tensors: Mapping[str, TensorInfo | None], w
     """CheckpointError unless the tensors are exactly the model's, in the shapes the config implies.
 
     Tensors that a family is known to store without using (rotary frequencies, masks) are passed over; all else counts.
-    None: of a shape that is not known yet.
+    A tensor that is None has a shape that is not known yet.
     """
     expected = hf_shapes(config)
     ignored = [re.compile(pattern) for pattern in weight_names(config).ignored]
@@ -205,7 +205,7 @@ def check_names(config: ModelConfig, tensors: Mapping[str, TensorInfo | None], w
 
 
 def check_constants(names: WeightNames, tensors: Mapping[str, TensorInfo]) -> None:
-    """CheckpointError where a number that the model's code has is another one in the files."""
+    """CheckpointError if the files have another value for a number that the model's code has as a constant."""
     for pattern, wanted in names.constants.items():
         for name, info in tensors.items():
             if re.search(pattern, name) is None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import xxhash
 
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model")
-"""Of files that a run may read."""
+"""Suffixes of files that a run may read."""
 WEIGHTS = (".safetensors",)
-"""Of those that hold weights."""
+"""Suffixes of files that hold weights."""
 _PIECES, _PIECE = 64, 4 << 10
-"""How much of a large file is read: so many pieces, evenly spaced, of so many bytes."""
+"""Of a large file this many pieces, evenly spaced, of this many bytes are read."""
 _WHOLE = 64 << 20
 """Bytes up to which a file that holds no weights is read whole."""
 

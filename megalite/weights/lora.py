@@ -47,7 +47,7 @@ class LowRankInfo:
     """An adapter's part in one linear module, where it lies."""
 
     module: str
-    """By the base model's tensor without `.weight`."""
+    """Name of the base model's tensor without `.weight`."""
     a: TensorInfo
     """[r, in]."""
     b: TensorInfo

@@ -17,7 +17,7 @@ from megalite.weights.tensor_file import TensorInfo
 
 
 def load_adapters(decoder: Decoder, folders: Mapping[str, str]) -> Adapters:
-    """Read adapters by name from PEFT folders, in place of those that there are.
+    """Read adapters from PEFT folders, by name; they replace those that the decoder has.
 
     CheckpointError: one is damaged, of another model or not supported.
     """

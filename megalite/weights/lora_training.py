@@ -36,7 +36,7 @@ def attach(decoder: Decoder, table: AdapterTable, dropout: Dropout | None = None
 
     def parameter(name: str) -> nn.Parameter:
         shape, ranges = held[name]
-        # What every rank holds whole is used by each for its own outputs or inputs.
+        # Every rank uses what it holds whole for its own outputs or inputs only.
         param = replicated(shape, partial_gradient=True) if isinstance(ranges[0].piece.split, Whole) else sharded(shape)
         param.data = param.data.to(like.device, like.dtype)
         return param

@@ -26,14 +26,14 @@ Part = tuple[str, int, str]
 class Extent:
     """A range and the tensor of a file that it lies in.
 
-    Its bytes are rows of the stored matrix, if the range lies along dim 0, or a piece of each row; a vector is a
-    matrix of one column, and of more dimensions the first are rows and the others columns.
+    Its bytes are rows of the stored matrix, if the range lies along dim 0, or a piece of each row. A vector counts as a
+    matrix of one column; of more than two dimensions the first count as rows and the others as columns.
     """
 
     range: Range
     info: TensorInfo
     digest: str = ""
-    """Of the bytes, row by row as stored; empty if it is not known."""
+    """Digest of the bytes, row by row as stored; empty if it is not known."""
     kind: str = WEIGHT
 
     @property

@@ -23,7 +23,7 @@ from megalite.weights.reshard_plan import Transfer
 from megalite.weights.table import Range
 
 Gathered = Callable[[Sequence[str]], AbstractContextManager[None]]
-"""Makes the named source parameters whole on this rank while it lasts. All replicas enter it alike."""
+"""Context in which the named source parameters are whole on this rank. All replicas enter it alike."""
 
 
 @dataclass(frozen=True, slots=True)

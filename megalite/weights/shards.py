@@ -93,7 +93,7 @@ def rank_extents(
     kind: str = WEIGHT,
     file: StoredFile | None = None,
 ) -> list[Extent]:
-    """The ranges that the file of one rank holds, in the order of `expected`. `file`: which tells their digests."""
+    """The ranges that the file of one rank holds, in the order of `expected`; `file` has their digests."""
     return [
         Extent(one, tensors[name], file.tensors[name].ranges[index].digest if file else "", kind)
         for name, (_, ranges) in expected(config, layout, rank).items()

@@ -36,11 +36,11 @@ TOKENIZER = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-"""What a tokenizer is made of, in all its forms, with the folder of more chat templates."""
+"""The files of a tokenizer in all its forms, and the folder of further chat templates."""
 MODEL = (CONFIG, "generation_config.json", *TOKENIZER, "LICENSE*", "README.md")
-"""What must not be left of one model beside the weights of another."""
+"""Files of one model that must not stay beside the weights of another."""
 _NOT_ALONG = {manifests.NAME, INDEX, JOURNAL}
-"""They tell of weight files, and go with those."""
+"""Files that describe weight files: whoever writes those writes them anew."""
 
 SideFiles = dict[str, Path | bytes]
 """By name, `folder/file` in subfolders: the file to copy, or its new content."""
@@ -79,7 +79,7 @@ def is_of_tokenizer(name: str) -> bool:
 
 
 def _names(folder: Path, prefix: str, seen: set[Path]) -> Iterator[str]:
-    """Of the files in a folder and below; each real folder once, so that links can't go round in circles."""
+    """Names of the files in a folder and below; each real folder once, so that links can't go round in circles."""
     if folder.resolve() in seen:
         return
     seen.add(folder.resolve())

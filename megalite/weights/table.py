@@ -40,7 +40,7 @@ class Piece:
     other: tuple[int, ...]
     """Sizes of the remaining dimensions: () for a vector, (columns,) or (rows,) for a matrix."""
     before: tuple[Split, ...] = ()
-    """What precedes this piece in a stacked local parameter."""
+    """The splits of what precedes this piece in a stacked local parameter."""
     hf_start: int = 0
     transpose: bool = False
     """The file holds the matrix as [in, out]."""
@@ -53,17 +53,17 @@ class Piece:
     stored: tuple[int, ...] = ()
     """Shape of the stored tensor where it has more dimensions; see `Row`."""
     part: Part | None = None
-    """Which of the tensors of a weight in a format of its own it is; None: numbers as they are."""
+    """Which of the tensors of a quantized weight it is; None: a weight of plain numbers."""
     format: WeightFormat | None = None
-    """Of that weight,"""
+    """Format of that quantized weight."""
     weight: str = ""
-    """whose tensor, were it stored as numbers, would be called so."""
+    """Tensor name that the quantized weight would have if it were stored as plain numbers."""
     spread: tuple[float, float] | None = None
     """See `Row`, also for `std` and `exact`."""
     std: float | None = None
     exact: bool = False
     numbers: int = 1
-    """Numbers of the weight that an element stands for; 0 of scales and the like."""
+    """Numbers of the weight that one element stands for; 0 for scales and the like."""
 
     @property
     def keeps_dtype(self) -> bool:
@@ -149,7 +149,7 @@ class ListedWeights(Protocol):
 
 
 Weights = ModelConfig | ListedWeights
-"""Whose weights a table is of."""
+"""What a table lists the weights of: a model, or adapters beside one."""
 
 
 @lru_cache(maxsize=8)
@@ -198,12 +198,12 @@ def _pieces(config: ModelConfig, names: WeightNames, rows: list[Row], stage: Sta
 
 
 def param_of(param: str, part: Part) -> str:
-    """Name of the parameter, or the stored tensor, that a part of a weight in a format of its own is in."""
+    """Name of the parameter, or of the stored tensor, that holds one part of a quantized weight."""
     return f"{param.removesuffix('weight')}{part.name}" if param.endswith(".weight") else f"{param}_{part.name}"
 
 
 def _shape_of(part: Part, stored: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the tensor of a part of stacked weights of shape `stored`."""
+    """Shape of a part's tensor, for stacked weights of shape `stored`."""
     if not stored:
         return ()
     *stacked, rows, columns = stored

@@ -27,13 +27,13 @@ class TensorInfo:
     """Where a tensor lies."""
 
     name: str
-    """As in the file."""
+    """Name in the file."""
     dtype: str
     """safetensors' name, e.g. `BF16`."""
     shape: tuple[int, ...]
     file: Path
     offset: int
-    """Of the first byte, from the start of the file."""
+    """Position of the first byte, from the start of the file."""
     nbytes: int
 
 

@@ -54,7 +54,7 @@ def twin(decoder: Decoder, state: ParallelState) -> Decoder:
         own = decoder.get_submodule(path)
         module._parameters = dict(own._parameters)
         if isinstance(module, Linear) and isinstance(own, Linear):
-            module.format = own.format  # adapters beside the weight, and what it was settled to
+            module.format = own.format  # with its adapters, and as the weight was settled
         elif isinstance(module, Attention) and isinstance(own, Attention):
             module.spec = own.spec  # with scales of a cache in fp8
     return other
@@ -103,14 +103,14 @@ def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterabl
             else:
                 _copy(files, move, one, view)
 
-        # Of a process that was forked, the first thread that computes makes torch's threads anew, and only one may.
+        # In a forked process the first thread that computes starts torch's threads anew, and only one may.
         torch.set_num_threads(torch.get_num_threads())
         moves = files.expecting([move for move, *_ in work])
         in_parallel(copy, zip(moves, work, strict=True), READERS)
 
 
 def _lies_as_stored(move: Move, one: Range, view: Tensor) -> bool:
-    """The bytes that a move reads are, in their order, those of the view of a parameter on the CPU."""
+    """Whether the bytes that a move reads are exactly those of the view, in order, and the view is on the CPU."""
     same = (move.lo, move.hi, move.sources[0].range.dim) == (one.lo, one.hi, one.dim)
     return same and view.device.type == "cpu" and view.dtype == torch_dtype(move.dtype) and view.is_contiguous()
 
@@ -137,7 +137,7 @@ def _upload(files: OpenFiles, move: Move, one: Range, view: Tensor, ring: Ring) 
 
 
 def _pair(move: Move, one: Range, view: Tensor, lo: int, hi: int, band: Elements) -> tuple[Tensor, Tensor]:
-    """Rows of the view, and what of a band fills them."""
+    """Rows of the view, and the elements of a band that fill them."""
     first, rows, columns = overlap(one, move, lo, hi)
     values = torch.from_numpy(band.view(np.uint8)[rows]).view(torch_dtype(move.dtype))
     return view[first : first + len(values)], values[:, columns]

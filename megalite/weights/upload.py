@@ -14,11 +14,11 @@ from torch import Tensor
 from megalite.weights.rounding import Elements
 
 IN_PLACE_BYTES = 16 << 20
-"""Of one request to the disk, where what is read stays where it is."""
+"""Bytes of one read request that goes right into a parameter."""
 BAND_BYTES = 4 << 20
-"""Of one request to the disk and one copy to a device."""
+"""Bytes of one read request and one copy to a device."""
 RING = 3
-"""Bands of a thread: one is read while others are copied."""
+"""Bands in the memory of each thread: one is read while the others are copied."""
 
 
 def page_locked(*shape: int) -> NDArray[np.uint8]:
@@ -40,7 +40,7 @@ class InPlace:
 
 
 class Ring(threading.local):
-    """Page-locked memory of one device, a few bands a thread, each of which is read to when its last copy is done."""
+    """Page-locked memory for one device, RING bands a thread; a band is used again once its last copy is done."""
 
     band_bytes = BAND_BYTES
 
@@ -70,7 +70,7 @@ class Ring(threading.local):
         return bool(self.bands) and np.may_share_memory(band, self.bands[self.at])
 
     def copied(self) -> None:
-        """The copy of the last band has been asked for."""
+        """Note that the copy of the last band has been started."""
         self.done[self.at].record(self.stream)
 
 

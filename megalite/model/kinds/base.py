@@ -26,7 +26,7 @@ class Place:
     """Which unit of a split a row belongs to (an expert, a head); a rank holds the row if it holds that unit."""
 
     split: Split
-    """Of all units, in rows of the local parameter."""
+    """How all units are cut over tp, in rows of the local parameter."""
     index: int
     unit: int
     """Rows of the local parameter that one unit takes."""
@@ -42,7 +42,7 @@ class Row:
     """A weight, or a part of one, and its place in a parameter of the module; see `weights.table.Piece`."""
 
     weight: str
-    """What the family calls by its tensor name; `{name}_bias` for the bias of a matrix."""
+    """Key in the family's table of tensor names; `{name}_bias` for the bias of a matrix."""
     param: str
     """Parameter of the module."""
     split: Split
@@ -52,16 +52,16 @@ class Row:
     dim: int = 0
     """Dimension of the parameter along which ranges are counted."""
     before: tuple[Split, ...] = ()
-    """What precedes it in a stacked parameter."""
+    """The splits of what precedes it in a stacked parameter."""
     linear: bool = False
     """The matrix of a linear map, [out, in]: stored in the format that linears have."""
     expert: int | None = None
     """Index of the expert whose weight it is; fills in `{expert}` in the tensor's name."""
     place: Place | None = None
-    """Held only where this unit is."""
+    """The unit it belongs to: only the rank that has this unit holds the row."""
     stored: tuple[int, ...] = ()
-    """Shape of its tensor in a checkpoint where that has more dimensions than here, of which the first are rows and
-    the others columns, or all a vector; (): it has not."""
+    """Shape of its tensor in a checkpoint where that has more dimensions than here: the first are then the rows and the
+    others the columns, or all of them a vector; (): it has as many."""
     spread: tuple[float, float] | None = None
     """A vector's first and last number in a new model, evenly spread between; None: zeros, of norms ones."""
     std: float | None = None
@@ -73,9 +73,9 @@ class Row:
 def stacked(
     param: str, parts: Iterable[tuple[str, Split]], biases: str | None = None, *, linear: bool = True, **of_each: Any
 ) -> list[Row]:
-    """Rows of weights, by their names, that lie one after the other in one parameter; `of_each` says more of them.
+    """Rows of the weights `parts` (name, split) stacked in one parameter; `of_each`: further fields of every row.
 
-    `biases`: parameter of their biases, which lie in the same order; None: they have none.
+    `biases`: parameter of their biases, stacked in the same order; None: they have none.
     """
     rows: list[Row] = []
     before: tuple[Split, ...] = ()
@@ -99,18 +99,18 @@ class CacheSpec:
     """What one sublayer keeps on one rank while it generates."""
 
     token: tuple[tuple[int, int], ...] = ()
-    """Of each token, in pages: (heads, width) of each tensor, such as keys and values, in the model's dtype."""
+    """Of each token, in pages: (heads, width) of each cached tensor, such as the keys, in the model's dtype."""
     sequence: tuple[tuple[int, ...], ...] = ()
-    """Of each running sequence, without pages: the shape of each state, in float32; see `recurrence.States`."""
+    """The states of each running sequence, outside of pages: the shape of each, float32; see `recurrence.States`."""
 
     @classmethod
     def state(cls, taps: int, channels: int, heads: int, keys: int, values: int) -> CacheSpec:
-        """Of linear attention behind a convolution: its last inputs, and a matrix [keys, values] of each head."""
+        """States of linear attention: the convolution's last inputs, and a matrix [keys, values] of each head."""
         return cls(sequence=((taps - 1, channels), (heads, keys, values)))
 
     @classmethod
     def keys_and_values(cls, heads: int, width: int) -> CacheSpec:
-        """A key and a value of each head, equally wide."""
+        """A key and a value of each head, both `width` wide."""
         return cls(token=((heads, width),) * 2)
 
     @property
@@ -123,7 +123,7 @@ class CacheSpec:
 
 
 class LayerKind(ABC):
-    """A kind of sublayer, with its sizes and choices: frozen, hashable, equal where all of it is.
+    """A kind of sublayer, with its sizes and choices. Subclasses are frozen dataclasses, compared by value.
 
     `hidden` is the width of the residual stream throughout.
     """
@@ -157,15 +157,15 @@ class LayerKind(ABC):
 
     @property
     def flops_per_key(self) -> int:
-        """Operations for each key that a token is compared with, forward."""
+        """Operations for each key that a token attends to, forward."""
         return 0
 
     def widest(self, tp: int, tp_rank: int) -> int:
-        """Numbers of a token that exist at its widest moment, beside what is as wide as the residual stream."""
+        """Most activations of a token at one time, in numbers, besides those as wide as the residual stream."""
         return 0
 
     def kept(self, tp: int, tp_rank: int) -> int:
-        """Numbers of a token that its backward pass needs, beside what is as wide as the residual stream."""
+        """Activations of a token kept for backward, in numbers, besides those as wide as the residual stream."""
         return 0
 
     @property
@@ -184,14 +184,14 @@ class Sublayer:
     """One kind of a layer and how it sits on the residual stream: x + scale * post_norm(kind(norm(x)))."""
 
     name: str
-    """Of the module, and so of its parameters."""
+    """Name of the module; its parameters' names begin with it."""
     kind: LayerKind
     norm: str | None
     """Name of the norm of what it reads, its own or one that it shares; None: it reads the stream as it is."""
     post_norm: str | None = None
     """Name of the norm of what it adds; None: none."""
     beside: bool = False
-    """It reads what the sublayer before it read, not what that one added."""
+    """It reads the same stream as the sublayer before it, without that one's output."""
     scale: float = 1.0
     """Multiplies what it adds."""
 
@@ -220,15 +220,15 @@ class Layer:
         return (one for one in self.kinds if isinstance(one, kind))
 
     def parameters(self, hidden: int) -> int:
-        """Of its matrices."""
+        """Number of parameters of its matrices."""
         return sum(kind.parameters(hidden) for kind in self.kinds)
 
     def active_parameters(self, hidden: int) -> int:
-        """Of matrices that a token is multiplied by."""
+        """Number of parameters of the matrices that a token is multiplied by."""
         return sum(kind.active_parameters(hidden) for kind in self.kinds)
 
     def cache(self, tp: int, tp_rank: int) -> CacheSpec:
-        """What its sublayers keep, all together."""
+        """What its sublayers cache, all together."""
         specs = [kind.cache(tp, tp_rank) for kind in self.kinds]
         return CacheSpec(
             token=tuple(size for spec in specs for size in spec.token),
@@ -241,7 +241,7 @@ class Layer:
         return bool(self.cache(1, 0).sequence)
 
     def flops_over_keys(self, length: int) -> int:
-        """Operations over the keys of the last token of a sequence of `length` tokens, forward."""
+        """Operations of attention for the last token of a sequence of `length` tokens, forward."""
         return sum(kind.flops_per_key * kind.attended(length) for kind in self.kinds)
 
 

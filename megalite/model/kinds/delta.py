@@ -39,22 +39,22 @@ class GatedDelta(LinearAttention):
         return self.value_heads // self.key_heads
 
     def by_head(self, size: int) -> Even:
-        """A dimension with so many elements for each key head."""
+        """The split of a dimension with `size` elements for each key head."""
         return Even(self.key_heads, size)
 
     @property
     def keys(self) -> Even:
-        """Also of the queries."""
+        """The split of the keys, and of the queries."""
         return self.by_head(self.key_dim)
 
     @property
     def values(self) -> Even:
-        """Also of the gates."""
+        """The split of the values, and of the gates."""
         return self.by_head(self.group * self.value_dim)
 
     @property
     def inputs(self) -> tuple[tuple[str, Split], ...]:
-        """What is projected to the width of heads."""
+        """The projections to heads: (name, split) of each."""
         if self.fused:
             return (("delta_qkvz", self.by_head(2 * self.key_dim + 2 * self.group * self.value_dim)),)
         names = ("delta_q", "delta_k", "delta_v", "delta_z")
@@ -62,7 +62,7 @@ class GatedDelta(LinearAttention):
 
     @property
     def rates(self) -> tuple[tuple[str, Split], ...]:
-        """What is projected to a number of each value head."""
+        """The projections to a number for each value head: (name, split) of each."""
         if self.fused:
             return (("delta_ba", self.by_head(2 * self.group)),)
         return ("delta_b", self.numbers), ("delta_a", self.numbers)
@@ -85,7 +85,7 @@ class GatedDelta(LinearAttention):
 
     @property
     def kept_by_head(self) -> int:
-        """Keys, values and what is between tokens."""
+        """Of keys, values, and products between the tokens of a chunk."""
         return 4 * self.key_dim + 4 * self.value_dim + 3 * LINEAR_CHUNK
 
     def rows(self, hidden: int) -> list[Row]:

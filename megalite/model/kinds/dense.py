@@ -27,7 +27,7 @@ class DenseMLP(LayerKind):
     gated: bool = True
     bias: bool = False
     unit: int = 1
-    """Inner channels that are cut only together, as the format of the weights demands."""
+    """The intermediate width is cut over tp at multiples of this, as the format of the weights demands."""
 
     @property
     def inner(self) -> Split:

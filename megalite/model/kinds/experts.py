@@ -27,25 +27,25 @@ class Router:
     top_k: int
     score: Literal["softmax", "sigmoid"] = "softmax"
     normalize: bool
-    """Divide the weights by their sum,"""
+    """Divide the weights by their sum."""
     least_sum: float = 0.0
-    """or by this where it is more."""
+    """The least number that `normalize` divides by."""
     scale: float = 1.0
     """Multiplies the weights."""
     bias: bool = False
-    """The map has one."""
+    """The linear map has a bias."""
     correction: bool = False
     """Experts are chosen by their scores and a vector added to them, which balances their load (arXiv 2408.15664)."""
     groups: int = 1
-    """Experts are chosen in the best of so many groups of neighbours (arXiv 2405.04434):"""
+    """Experts are divided into this many groups of neighbours (arXiv 2405.04434)."""
     top_groups: int = 1
-    """so many,"""
+    """Experts are chosen in this many groups, those with the highest scores."""
     group_score: Literal["best", "two_best"] = "best"
-    """by the score of each group's best expert, or by the sum of its two best."""
+    """A group's score is that of its best expert, or the sum of its two best."""
     weighs_input: bool = False
-    """The weights multiply what experts are given (Llama 4)."""
+    """The weights multiply the inputs of experts, not their outputs (Llama 4)."""
     precise: bool = False
-    """The map is computed in float32."""
+    """The linear map is computed in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,15 +70,15 @@ class Experts(LayerKind):
     """Hidden width of one expert."""
     activation: ActivationName = "silu"
     clamped: ClampedGate | None = None
-    """In place of the activation and its gate."""
+    """Used in place of the activation and its gate."""
     stored: Literal["apart", "stacked", "stacked_turned"] = "apart"
     """In a checkpoint: each expert's matrices are tensors, or all experts' are one, [experts, out, in] or turned."""
     biases: bool = False
-    """Of experts' matrices."""
+    """Experts' matrices have biases."""
     shared_size: int = 0
     """Hidden width of the shared expert; 0: there is none."""
     shared_unit: int = 1
-    """Of its inner channels, those that are cut only together, as the format of the weights demands."""
+    """See `DenseMLP.unit`; of the shared expert."""
     shared_gate: bool = False
     """Its output is multiplied by the sigmoid of a linear map of the token."""
     correction_is_row: bool = False
@@ -122,7 +122,7 @@ class Experts(LayerKind):
             yield from stacked("down", [("expert_down", Whole(hidden))], other=(inner,), expert=index, place=down)
 
     def _stacked(self, hidden: int) -> Iterator[Row]:
-        """Of each expert the rows of its matrix as stored; up has gate and up."""
+        """The rows of every expert's matrices as stored; `up` holds gate and up."""
         for name, rows, columns in (
             ("up", 2 * self.intermediate_size, hidden),
             ("down", hidden, self.intermediate_size),

@@ -27,17 +27,17 @@ class LatentAttention(LayerKind):
     rank: int
     """Width of the latent vector of keys and values."""
     query_rank: int | None
-    """Width of that of queries; None: they are a map of the residual stream."""
+    """Width of the latent vector of queries; None: queries are projected from the residual stream."""
     plain_dim: int
-    """Channels of a key that are not rotated,"""
+    """Channels of a key that are not rotated."""
     rope_dim: int
-    """and that are, which all heads share."""
+    """Channels of a key that are rotated; all heads share them."""
     value_dim: int
     scale: float
     """Multiplies q k^T."""
     rope: Rope
     bias: bool = False
-    """Of the maps to latent vectors and of the output."""
+    """The projections to latent vectors and of the output have biases."""
 
     @property
     def query_heads(self) -> int:
@@ -45,7 +45,7 @@ class LatentAttention(LayerKind):
 
     @property
     def queries_name(self) -> str:
-        """What the map to queries is called by the families' names."""
+        """Key of the projection to queries in a family's table of tensor names."""
         return "q" if self.query_rank is None else "q_up"
 
     @property
@@ -54,7 +54,7 @@ class LatentAttention(LayerKind):
 
     @property
     def expanded(self) -> Even:
-        """Keys without their rotated part and values, head by head."""
+        """The split of keys without their rotated part, and values, head by head."""
         return Even(self.heads, self.plain_dim + self.value_dim)
 
     @property
@@ -63,12 +63,12 @@ class LatentAttention(LayerKind):
 
     @property
     def latent_dim(self) -> int:
-        """What the cache has of a token."""
+        """Width of what the cache holds of a token."""
         return self.rank + self.rope_dim
 
     def rows(self, hidden: int) -> list[Row]:
         def down(name: str, size: int) -> list[Row]:
-            """To a latent vector, whole on every rank."""
+            """Rows of a projection to a latent vector, whole on every rank."""
             biases = f"{name}.bias" if self.bias else None
             return stacked(f"{name}.weight", [(name, Whole(size))], biases, other=(hidden,))
 

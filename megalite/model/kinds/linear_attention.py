@@ -16,42 +16,42 @@ from megalite.model.kinds.base import CacheSpec, LayerKind, Row, stacked
 LINEAR_CHUNK = 64
 """Most tokens that linear attention computes as one product."""
 NEW_DECAY = {"time_shift": (-4.6, -4.6), "log_decay": (0.0, math.log(16))}
-"""Of the heads in a new model: `Row.spread`. A state keeps 0.99 to 0.86 of itself with each token, as Mamba-2's do in
-the middle (arXiv 2405.21060)."""
+"""`Row.spread` of the heads in a new model. A state keeps 0.99 to 0.86 of itself with each token, as the middle ones of
+Mamba-2 do (arXiv 2405.21060)."""
 
 
 class LinearAttention(LayerKind):
     """A kind with a state of each head, a matrix [S, P] that maps keys to values; see `model.linear_attention`."""
 
     taps: int
-    """Of the convolution."""
+    """Length of the convolution, in tokens."""
     flops_per_element: ClassVar[int]
     """Operations of a token for each element of a state, forward."""
 
     @property
     @abstractmethod
     def projected(self) -> tuple[tuple[str, Split], ...]:
-        """What is projected from the residual stream."""
+        """The projections of the residual stream: (name, split) of each."""
 
     @property
     @abstractmethod
     def convolved(self) -> tuple[tuple[str, Split], ...]:
-        """The parts of it that go through the convolution."""
+        """The projections that go through the convolution: (name, split) of each."""
 
     @property
     @abstractmethod
     def values(self) -> Split:
-        """The outputs of all heads."""
+        """The split of the heads' outputs."""
 
     @property
     @abstractmethod
     def numbers(self) -> Split:
-        """One for each head."""
+        """The split of vectors with one number for each head."""
 
     @property
     @abstractmethod
     def state(self) -> tuple[int, int]:
-        """(S, P)."""
+        """The shape (S, P) of a head's state."""
 
     @property
     @abstractmethod
@@ -59,7 +59,7 @@ class LinearAttention(LayerKind):
         """Numbers of a token in float32 that the backward pass needs of each head."""
 
     def convolution(self, biases: str | None = None) -> list[Row]:
-        """Its rows; `biases`: the parameter of its biases."""
+        """Rows of the convolution; `biases`: the parameter of its biases."""
         stored = (sum(split.total for _, split in self.convolved), 1, self.taps)
         more: dict[str, Any] = {"other": (self.taps,), "stored": stored, "std": self.taps**-0.5}
         return stacked("taps", self.convolved, biases, linear=False, **more)
@@ -85,5 +85,5 @@ class LinearAttention(LayerKind):
         return 2 * self.kept(tp, tp_rank)
 
     def kept(self, tp: int, tp_rank: int) -> int:
-        """Most of it in float32, so as twice the numbers."""
+        """Numbers in float32, which most are, count twice."""
         return 4 * self._channels(tp, tp_rank) + 2 * width(self.numbers, tp, tp_rank) * self.kept_by_head

@@ -31,7 +31,7 @@ class Mamba2(LinearAttention):
     taps: int
     conv_bias: bool
     bias: bool
-    """Of both projections."""
+    """Both projections have biases."""
     step_limit: tuple[float, float] = (0.0, float("inf"))
     """Least and greatest time step."""
     flops_per_element: ClassVar[int] = 5
@@ -39,17 +39,17 @@ class Mamba2(LinearAttention):
 
     @property
     def values(self) -> QueryHeads:
-        """The heads' inputs; also their gates and outputs."""
+        """The split of the heads' inputs, gates and outputs."""
         return QueryHeads(self.heads, self.groups, self.head_dim)
 
     @property
     def numbers(self) -> QueryHeads:
-        """One for each head."""
+        """The split of vectors with one number for each head."""
         return QueryHeads(self.heads, self.groups, 1)
 
     @property
     def keys(self) -> KVHeads:
-        """B; also C."""
+        """The split of B, and of C."""
         return KVHeads(self.groups, self.state_dim)
 
     @property
@@ -67,7 +67,7 @@ class Mamba2(LinearAttention):
 
     @property
     def kept_by_head(self) -> int:
-        """Keys, values and what is between tokens."""
+        """Of keys, values, and products between the tokens of a chunk."""
         return 2 * self.state_dim + 5 * self.head_dim + 2 * LINEAR_CHUNK
 
     def rows(self, hidden: int) -> list[Row]:

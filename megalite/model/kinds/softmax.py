@@ -37,8 +37,9 @@ class SoftmaxAttention(LayerKind):
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: QKNorm | None = None
-    """RMSNorm of queries and keys: of each head, before or after the rotation, or over all heads together before it;
-    or of each head after it, without weights. layer_by_head: LayerNorm of each before it, with weights of its own."""
+    """Norm of queries and keys. head: RMSNorm of each head, before the rotation; head_after_rope: after it; width:
+    RMSNorm over all heads together, before it; length_after_rope: RMSNorm of each head, after it, without weights;
+    layer_by_head: LayerNorm of each head, before it, with weights of its own."""
     query_growth: tuple[float, int, int] | None = None
     """(beta, length, first): queries at position p are multiplied by 1 + beta * log(1 + (p + first) // length)
     (Llama 4)."""
@@ -47,8 +48,8 @@ class SoftmaxAttention(LayerKind):
     sinks: bool = False
     """Each head has a learned score of a key without a value (arXiv 2309.17453)."""
     gated: bool = False
-    """What each head attends to is multiplied by the sigmoid of a gate, which is projected like its query, and lies
-    after that in the checkpoint (arXiv 2505.06708)."""
+    """Each head's output is multiplied by the sigmoid of a gate (arXiv 2505.06708); the gate's projection lies after
+    the query's in the checkpoint."""
     fused_by_head: bool = False
     """The checkpoint has query, key and value of each head one after the other in one tensor."""
     cache_scales: bool = False
@@ -64,12 +65,12 @@ class SoftmaxAttention(LayerKind):
 
     @property
     def asked(self) -> QueryHeads:
-        """Queries, and their gates where there are any."""
+        """The split of queries, and of their gates where there are any."""
         return QueryHeads(self.heads, self.kv_heads, 2 * self.head_dim) if self.gated else self.queries
 
     @property
     def keys(self) -> KVHeads:
-        """Also of the values."""
+        """The split of keys, and of values."""
         return KVHeads(self.kv_heads, self.head_dim)
 
     def rows(self, hidden: int) -> list[Row]:

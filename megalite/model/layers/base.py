@@ -1,4 +1,4 @@
-"""What the module of every layer kind is."""
+"""The base class of the modules of layer kinds."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Norms:
     """What is between a sublayer and the residual stream."""
 
     before: nn.Module | None
-    """Of what it reads; None: the stream itself."""
+    """Norm of what the sublayer reads; None: it reads the stream itself."""
     after: Callable[[Tensor], Tensor] | None
-    """Of what it adds, with its scale; None: that itself."""
+    """Norm and scale of what the sublayer adds; None: neither."""
 
 
 class LayerModule(nn.Module):
@@ -33,5 +33,5 @@ class LayerModule(nn.Module):
     out: RowParallelLinear
 
     def update(self, x: Residual, norms: Norms, ctx: AttentionContext, rotations: Sequence[Rotation]) -> None:
-        """Read the residual stream and add to it, both through `norms`; `rotations`: one a rotary embedding."""
+        """Read the residual stream and add to it, both through `norms`; `rotations`: one for each rotary embedding."""
         self.out.write(x, self(x.normed(norms.before), ctx, rotations), norms.after)

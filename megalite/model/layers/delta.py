@@ -20,7 +20,7 @@ from megalite.model.linear_attention import Signals
 from megalite.model.rope import Rotation
 
 UNIT_EPS = 1e-6
-"""Added to the squared length of queries and keys, which are made one long."""
+"""Added to the squared length of queries and keys, which are scaled to length 1."""
 
 
 class GatedDeltaNet(LayerModule):
@@ -81,7 +81,7 @@ class GatedDeltaNet(LayerModule):
         return torch.cat([q, k, v], -1), gate
 
     def _rates(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Rates and time steps [T, G R] each, before what they go through."""
+        """Rates and time steps, [T, G R] each, before their activations."""
         if not self.kind.fused:
             rate, time = projected.chunk(2, -1)
             return rate, time
@@ -96,5 +96,5 @@ class GatedDeltaNet(LayerModule):
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Vectors of length one along the last dimension."""
+    """x scaled to length 1 along the last dimension."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)

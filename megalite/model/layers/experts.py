@@ -25,11 +25,11 @@ from megalite.model.layers.base import LayerModule, Norms
 from megalite.model.rope import Rotation
 
 FEW_TOKENS = 256
-"""Up to here every expert runs on every token on a GPU that has no grouped product for them: which experts a token
-needs only the host could know, and a captured step must not ask it."""
+"""Most tokens for which every expert runs on every token, on a GPU without grouped products: to pick experts the host
+would have to wait, which a captured step must not do."""
 CODED_ROWS = 256
-"""Rows (a token for each of its experts) up to which codes are multiplied as they are read, for each row anew; for
-more all numbers of the layer's experts are written out first."""
+"""Most rows (a token counts once for each of its experts) for which codes are multiplied as they are read; for more,
+all numbers of the layer's experts are written out first."""
 
 
 class Routing:
@@ -82,7 +82,7 @@ class MixtureOfExperts(LayerModule):
         formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None),
         shared_formats: tuple[WeightFormat | None, WeightFormat | None] = (None, None),
     ):
-        """`formats`: of `up` and `down`, of experts and of the shared one; None: as numbers."""
+        """`formats`: of the experts' `up` and `down`; `shared_formats`: of the shared expert's; None: numbers."""
         super().__init__()
         self.state = state
         self._formats: dict[str, Format] = {"up": DENSE, "down": DENSE}
@@ -129,7 +129,7 @@ class MixtureOfExperts(LayerModule):
 
     @torch.no_grad()
     def settle(self, quantization: str | None) -> None:
-        """Once the weights are loaded: keep them in the form in which they are applied."""
+        """Convert the loaded weights to the form in which they are applied."""
         for name, format in list(self._formats.items()):
             if isinstance(format, Quantized):
                 stored = {part.name: self._parameters.pop(f"{name}_{part.name}") for part in format.format.parts}
@@ -217,7 +217,7 @@ class MixtureOfExperts(LayerModule):
         """Each expert on its own tokens, in one product over all; nothing waits for the host."""
         top_k = experts.shape[1]
         local = (experts - self.first).flatten()
-        if self.num_local < self.num_experts:  # those of other ranks come last
+        if self.num_local < self.num_experts:  # assignments to other ranks' experts come last
             local = torch.where((local >= 0) & (local < self.num_local), local, self.num_local)
         order = local.argsort(stable=True)
         sorted_local = local[order]
@@ -227,7 +227,7 @@ class MixtureOfExperts(LayerModule):
         mine = (sorted_local < self.num_local)[:, None] if self.num_local < self.num_experts else None
         if self.choice.weighs_input:
             rows = rows * scales
-        if mine is not None:  # what is computed of them is nothing; their gradients, which are anything, end here
+        if mine is not None:  # rows of other ranks: their undefined gradients end here
             rows = torch.where(mine, rows, 0)
         hidden = self._gate(self._grouped("up", rows, ends, sorted_local, mine))
         out = self._grouped("down", hidden, ends, sorted_local, mine)
@@ -249,7 +249,7 @@ class MixtureOfExperts(LayerModule):
         return out
 
     def _one_by_one(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-        """Each expert on its own tokens, of which the host is told."""
+        """Each expert on its own tokens; the host waits to learn which these are."""
         out = torch.zeros_like(x)
         for local in range(self.num_local):
             token, slot = torch.where(experts == self.first + local)
@@ -294,7 +294,7 @@ class MixtureOfExperts(LayerModule):
 
 
 def _wanted(scores: Tensor, correction: Tensor | None, choice: Router) -> Tensor:
-    """What experts are chosen by, [T, experts]: -inf outside the best groups."""
+    """Scores by which experts are chosen, [T, experts]: -inf outside the best groups."""
     wanted: Tensor = scores if correction is None else scores + correction.view(-1)
     if choice.groups == 1:
         return wanted

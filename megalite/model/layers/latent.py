@@ -22,11 +22,11 @@ from megalite.model.layers.softmax import pairs_apart
 from megalite.model.rope import Rotation
 
 LATENT_EPS = 1e-6
-"""Of the norms of latent vectors, whatever the model's other norms have."""
+"""Epsilon of the norms of latent vectors, whatever the other norms have."""
 
 
 class _WholeLinear(Linear):
-    """Whole on every tp rank, each of which uses what it gives for its own heads: [T, in] -> [T, out]."""
+    """A linear that is whole on every tp rank, which uses its outputs for its own heads: [T, in] -> [T, out]."""
 
     def __init__(
         self, in_features: int, out_features: int, state: ParallelState, format: WeightFormat | None, *, bias: bool
@@ -62,7 +62,7 @@ class LatentHeads:
     up: Callable[[Tensor], Tensor]
     """[T, R] -> [T, H * (N + V)]: of each head its key, then its value."""
     up_matrix: Callable[[], Tensor]
-    """Its matrix [H * (N + V), R]."""
+    """The matrix of `up`, [H * (N + V), R]."""
 
     def expanded(self) -> tuple[Tensor, Tensor, Tensor]:
         heads, plain = self.plain_q.shape[1:]
