@@ -71,14 +71,14 @@ class Agreement:
     """How far sampler and trainer agree on the log-probabilities of the same tokens."""
 
     largest: float = 0.0
-    """Absolute difference."""
+    """Largest absolute difference."""
     mean: float = 0.0
     share_off: float = 0.0
     """Share of the tokens whose probabilities differ by more than 1%."""
 
 
 def agreement(trainer: Sequence[Sequence[float]], sampler: Sequence[Sequence[float]]) -> Agreement:
-    """Over the tokens of all samples."""
+    """The agreement over the tokens of all samples."""
     differences = [
         abs(ours - theirs)
         for one, other in zip(trainer, sampler, strict=True)

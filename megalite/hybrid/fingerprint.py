@@ -18,15 +18,15 @@ from megalite.weights.reshard_plan import Atom, Held
 from megalite.weights.table import Range
 
 BITS = 62
-"""Of a fingerprint: int64 with room for the neutral elements of a minimum."""
+"""Bits of a fingerprint: int64 with room for the neutral elements of a minimum."""
 MASK = (1 << BITS) - 1
 
 _BITS_OF = {2: torch.int16, 4: torch.int32}
 """Integers as wide as a weight of so many bytes."""
 _CACHED_ELEMENTS = 1 << 17
-"""What a CPU works on at once: it stays in its cache."""
+"""Elements that a CPU works on at once: they stay in its cache."""
 _BYTES_PER_ELEMENT = 8
-"""Of temporary memory at most: the element in another dtype, and its bits as int32."""
+"""Most temporary memory for an element: itself in another dtype, and its bits as int32."""
 
 
 @dataclass(frozen=True, slots=True)

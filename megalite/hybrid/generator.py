@@ -53,7 +53,7 @@ class Generator:
         self.places: list[int] = json.loads(
             broadcast_bytes(json.dumps(known).encode() if known is not None else None, first)
         )
-        """Of the examples that can be sampled for, the same everywhere."""
+        """Places of the examples that can be sampled for, the same on every rank."""
         if not self.places:
             raise ConfigError(Problem(key="tokenizer.path", rule="the tokenizer fails at every example"))
 
@@ -74,7 +74,7 @@ class Generator:
         return [rollout for number in range(len(places)) for rollout in groups[number]]
 
     def renew(self) -> None:
-        """The weights have changed."""
+        """Forget what was cached with the weights of before."""
         if self.sampler:
             self.sampler.engine.renew()
 

@@ -97,7 +97,7 @@ class Job:
             peak=peak,
         )
         self.pool: RewardPool | None = None
-        """On the rank that rewards."""
+        """None except on the rank that rewards."""
         self.generates = False
         """The generating decoder has weights."""
 
@@ -205,7 +205,7 @@ class Job:
                 offloads.reload_optimizer()
 
     def _reward(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """Of every rollout, on every rank of the training layout."""
+        """The reward of every rollout, on every rank of the training layout."""
         if self.train_state is None:
             return []
         scored: list[Scored] = []

@@ -42,7 +42,7 @@ class HybridProgress:
     supervised_steps: int = 0
     iterations: int = 0
     weight_version: int = 0
-    """Of the weights that were sampled with last."""
+    """Version of the weights that were sampled with last."""
 
 
 class JobFiles:

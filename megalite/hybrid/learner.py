@@ -42,7 +42,7 @@ class UpdateResult:
     """Results of an iteration's updates."""
 
     scored: list[ScoredRollout]
-    """Of each rollout; log-probabilities are those before the updates."""
+    """Results of each rollout; log-probabilities are those before the updates."""
     agreement: Agreement
     metrics: dict[str, float]
     """Means over the updates: `loss`, those of the loss, `gradient_norm`; empty if there was none."""
@@ -116,7 +116,7 @@ class Learner:
         )
 
     def _advantages(self, rewards: Sequence[float]) -> list[float]:
-        """Of each rollout by its group; for rejection sampling 1 if it is learnt from, else 0."""
+        """Advantage of each rollout in its group; for rejection sampling 1 if it is learnt from, else 0."""
         section = self.section
         groups = chunks(rewards, section.samples_per_prompt)
         if section.algorithm == "grpo":

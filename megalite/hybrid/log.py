@@ -53,8 +53,9 @@ class HybridLog:
         self.seconds: dict[str, float] = {}
         self.began = time.monotonic()
         self.learnt_tokens = 0
-        """Of all iterations of this run; likewise the next, in seconds."""
+        """Tokens learnt in all iterations of this run."""
         self.durations: list[float] = []
+        """Seconds of each iteration of this run."""
 
     def resume(self, supervised_steps: int, iterations: int) -> None:
         """Open the log, without the lines of work that is to be done again."""
@@ -138,7 +139,7 @@ class HybridLog:
 
 
 def _line(number: int, steps: int, values: dict[str, Any], left: float) -> str:
-    """For the terminal; `left`: seconds that the iterations to come will take."""
+    """An iteration's line on the terminal; `left`: seconds that the iterations to come will take."""
     parts = [
         f"iteration {number}/{steps}",
         f"reward {values['reward']:.3f} (best of each prompt {values['reward_of_best']:.3f})",

@@ -25,14 +25,14 @@ class Rollout:
     """The prompt as text, the chat template applied."""
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
-    """All that were sampled, the one that ended it included."""
+    """All sampled tokens, the one that ended it included."""
     text: str
-    """Without what ended it."""
+    """The sampled text, without what ended it."""
     logprobs: tuple[float, ...]
-    """Of each sampled token, by the sampler's full distribution at the sampling temperature."""
+    """Log-probability of each sampled token, by the sampler's full distribution at the sampling temperature."""
     finish_reason: str | None
     weight_version: int
-    """Of the weights that it was sampled with."""
+    """Version of the weights that it was sampled with."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -47,9 +47,9 @@ class ScoredRollout:
     failure: str | None
     """Why there is no reward of its own."""
     advantage: float
-    """By its group; for rejection sampling 1 if it was learnt from, else 0."""
+    """Advantage in its group; for rejection sampling 1 if it was learnt from, else 0."""
     trainer_logprobs: tuple[float, ...]
-    """Of the sampled tokens, by the trainer before the update."""
+    """Log-probabilities of the sampled tokens, by the trainer before the update."""
 
 
 _NUMBERS = ("prompt_token_ids", "token_ids", "logprobs")
@@ -93,5 +93,5 @@ def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], scor
 
 
 def _values(record: Rollout | ScoredRollout) -> dict[str, Any]:
-    """By name. Not `asdict`, which copies every number of every tuple."""
+    """Fields by name. Not `asdict`, which copies every number of every tuple."""
     return {field.name: getattr(record, field.name) for field in fields(record)}

@@ -65,7 +65,7 @@ class Sync:
         gathered: Gathered | None = None,
     ):
         self.version = 0
-        """Of the weights that `target` has; 0 before the first push."""
+        """Version of the weights in `target`; 0 before the first push."""
         self.last = Pushed()
         self.verify = verify
         self.rank = dist.get_rank() if dist.is_initialized() else source_layout.first_rank

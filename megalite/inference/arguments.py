@@ -24,7 +24,7 @@ _ENGINE_NAMES = {"num_gpu_blocks_override": "num_kv_blocks"}
 """vLLM's names of the engine's keys."""
 _KEYS = ("prompt", "prompt_token_ids")
 _EMPTY_KEYS = ("multi_modal_data", "mm_processor_kwargs", "multi_modal_uuids", "cache_salt", "type")
-"""Of vLLM's prompts; accepted where they say nothing."""
+"""Keys of vLLM's prompts, accepted where their value is empty."""
 
 
 # ---- the config

@@ -1,7 +1,7 @@
 """Which replica gets a request: a policy over outstanding tokens and cached prefixes, for servers and for batch jobs.
 
-Pure: no clock, no I/O, no torch here; the same calls give the same answers. Who routes tells what happens (`assign`,
-`started`, `gained`, `finished`, `lost`, `joined`, `speed`) and does what comes back (`assign`, `lost`, `moves`).
+Pure: no clock, no I/O, no torch here; the same calls give the same answers. The router reports events (`assign`,
+`started`, `gained`, `finished`, `lost`, `joined`, `speed`) and does what is returned (`assign`, `lost`, `moves`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Policy = Literal["round_robin", "least_tokens", "prefix"]
 PAGE = 4
 """Blocks of a page of the prefix index."""
 MEMORY = 16
-"""Finished requests over which the share of their limit that they used is averaged, about."""
+"""About how many finished requests the average share of used limits is taken over."""
 IMBALANCE = 0.25
 """See LoadBalancer.imbalance."""
 
@@ -55,11 +55,11 @@ class _Job:
     name: str
     replica: _Replica
     keys: list[int]
-    """Of the full pages of its prompt."""
+    """Keys of the full pages of its prompt."""
     known: int
-    """Leading ones of them that its replica had when it came."""
+    """Number of leading pages that its replica had when it came."""
     prompt: int
-    """Tokens."""
+    """Tokens of its prompt."""
     prefill: int
     """Prompt tokens to compute: without the known pages."""
     predicted: int
@@ -67,13 +67,13 @@ class _Job:
     limit: int
     """Output tokens at most, of all samples."""
     bucket: int
-    """Of limits like its own."""
+    """Index in `_used`, of limits like its own."""
     gained: int = 0
     """Output tokens so far."""
 
     @property
     def tokens(self) -> int:
-        """Outstanding: its prefill, which is running KV later, and its output, so far or expected."""
+        """Outstanding tokens: its prefill, which is running KV later, and its output, so far or expected."""
         return self.prefill + max(self.predicted, self.gained)
 
 
@@ -84,11 +84,11 @@ class _Replica:
     name: int
     slot: int
     tokens: int = 0
-    """Outstanding ones of its requests."""
+    """Outstanding tokens of its requests."""
     jobs: dict[str, _Job] = field(default_factory=dict)
-    """In the order in which they came."""
+    """Its requests, in the order in which they came."""
     queued: dict[str, _Job] = field(default_factory=dict)
-    """Those of them that have not started."""
+    """Its requests that have not started."""
 
 
 class LoadBalancer:
@@ -127,14 +127,14 @@ class LoadBalancer:
         self._members: dict[int, _Replica] = {}
         self._slots: list[_Replica | None] = []
         self._loads: list[float] = []
-        """Of each slot: outstanding tokens over the speed; infinite where there is no replica."""
+        """Load of each slot: outstanding tokens over the speed; infinite where there is no replica."""
         self._speeds: list[float] = []
-        """Of each slot; 0: not measured, or no replica."""
+        """Measured speed of each slot; 0: not measured, or no replica."""
         self._mean_speed = 1.0
-        """Of the measured ones, and taken for the others'; 1 if there is none."""
+        """Mean of the measured speeds, which stands for the others; 1 if there is none."""
         self._jobs: dict[str, _Job] = {}
         self._tokens = 0
-        """Outstanding, in all."""
+        """Outstanding tokens of all replicas."""
         self._turn = 0
         self._used = [1.0] * 64
         """Share of their limit that finished requests used, by the limit's number of bits."""
@@ -208,7 +208,7 @@ class LoadBalancer:
             self._jobs[name].replica.queued.pop(name, None)
 
     def gained(self, name: str, tokens: int = 1) -> None:
-        """A request has so many output tokens more, of all its samples."""
+        """All samples of a request together have this many further output tokens."""
         job = self._jobs.get(name)
         if job is not None:
             more = max(0, job.gained + tokens - max(job.predicted, job.gained))
@@ -274,13 +274,13 @@ class LoadBalancer:
         return best, known
 
     def _weigh(self, replica: _Replica, more: int) -> None:
-        """A replica has so many outstanding tokens more."""
+        """Add `more` to the outstanding tokens of a replica."""
         replica.tokens += more
         self._tokens += more
         self._loads[replica.slot] = replica.tokens / (self._speeds[replica.slot] or self._mean_speed)
 
     def _average_speeds(self) -> None:
-        """The speeds have changed."""
+        """Update what follows from the speeds."""
         zeros = self._speeds.count(0.0)
         measured = len(self._speeds) - zeros
         self._mean_speed = sum(self._speeds) / measured if measured else 1.0

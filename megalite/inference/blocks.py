@@ -35,7 +35,7 @@ def block_keys(parent: bytes, token_ids: Sequence[int], size: int) -> list[bytes
 
 
 def _is_run(blocks: Sequence[int]) -> bool:
-    """Whether a table that grew to one end may be neighbours, judged by its ends."""
+    """Whether the blocks of a table, which grows at its end only, may be neighbours, judged by first and last."""
     return not blocks or blocks[-1] - blocks[0] == len(blocks) - 1
 
 

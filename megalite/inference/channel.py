@@ -57,9 +57,9 @@ class StepMessage:
     """For the sampled rows of the plan that this message answers, in order."""
     news: News
     arriving: int = 0
-    """Sequences of its requests; known on the control rank only."""
+    """Number of sequences of the message's requests; known on the control rank only."""
     state_hash: int = 0
-    """Of the control rank's scheduler when it had made the plan that this message answers; debug mode only."""
+    """Hash of the control rank's scheduler after the plan that this message answers; debug mode only."""
 
 
 class ReplicaChannel:

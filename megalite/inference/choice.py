@@ -14,7 +14,7 @@ FAILURES = {
     -1: "the model's logits are not numbers (NaN); are its weights damaged?",
     NO_TOKEN: "every token is ruled out (logit -inf) by the model or the sampling settings",
 }
-"""What stands in place of an id where a row's logits give none."""
+"""Negative number in place of a token id -> why the row's logits give none."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -42,8 +42,8 @@ class SampledRows:
     token_ids: list[int] = field(default_factory=list)
     """One of FAILURES where the row's logits gave none."""
     logprobs: list[float] = field(default_factory=list)
-    """Of the token, from the raw logits in float32: before penalties and bias, and before the temperature unless the
-    sampler is `at_temperature`."""
+    """Log-probability of the token, from the raw logits in float32: before penalties and bias, and before the
+    temperature unless the sampler is `at_temperature`."""
     top_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """For rows whose params.logprobs is set."""
 
@@ -53,7 +53,7 @@ class Needs:
     """What the rows of a step need beyond temperature, top_k, top_p, min_p and the token's log-probability."""
 
     edits: bool = False
-    """Of bad_words, allowed_token_ids, logit_bias or min_tokens."""
+    """Edits of logits, by bad_words, allowed_token_ids, logit_bias or min_tokens."""
     longest: int = 0
     """If a row has penalties: a length above every row's; else 0."""
     logprobs: tuple[int | None, ...] = ()
@@ -133,7 +133,7 @@ class Choice:
         return replace(self._map(lambda values: values[rows]), needs=needs)
 
     def to_host(self) -> Choice:
-        """Copies in page-locked memory, which are not there before the device's stream has come so far."""
+        """Copies in page-locked memory; they are complete once the device's stream has come this far."""
         if not self.ids.is_cuda:
             return self
         details = () if self.details is None else self.details.columns

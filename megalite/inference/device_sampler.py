@@ -19,11 +19,11 @@ class DeviceSampler:
     """Samples rows by the parameters that are in `table`."""
 
     def __init__(self, tokens: Tensor, vocab_size: int, send: Send, at_temperature: bool):
-        """`tokens` as `Sampler`."""
+        """`tokens`: see `Sampler`."""
         self.send = send
         self.at_temperature = at_temperature
         self.table = torch.zeros((len(tokens), sampling.WIDTH), dtype=torch.int64, device=tokens.device)
-        """Of each row: int64 [rows, sampling.WIDTH]; a row that was never admitted is greedy."""
+        """Parameters of each row: int64 [rows, sampling.WIDTH]; a row that was never admitted is greedy."""
         self._floats = self.table.view(torch.float64)
         self._floats[:, [sampling.TOP_P, sampling.PENALTIES]] = 1
         self.edits = Edits(vocab_size, tokens, self.table[:, sampling.PROMPT], send)
@@ -41,7 +41,7 @@ class DeviceSampler:
     def sample(
         self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None
     ) -> Choice:
-        """As `Sampler.sample`."""
+        """See `Sampler.sample`."""
         changed = needs.edits or needs.longest or masks is not None
         edited = self._edited(logits, rows, positions, needs, masks) if changed else None
         ids, logprobs, stats = sampling.choose(

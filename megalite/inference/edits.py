@@ -49,11 +49,11 @@ class Edits:
         self.prompt_len = prompt_len
         self.send = send
         self.rows: dict[int, _Wishes] = {}
-        """Of rows that ask for anything."""
+        """Wishes of the rows that have any."""
         self._stale = False
 
     def admit(self, row: int, sequence: Sequence) -> bool:
-        """Take over what a sequence that begins in this row asks for; whether that is anything.
+        """Take over the wishes of a sequence that begins in this row; returns whether it has any.
 
         MegaliteError: a biased id doesn't exist.
         """
@@ -189,7 +189,7 @@ class Penalties:
 
     @property
     def times(self) -> Tensor:
-        """See `_times`; there once a row with penalties was admitted."""
+        """See `_times`; made when the first row with penalties is admitted."""
         assert self._times is not None
         return self._times
 

@@ -76,9 +76,9 @@ class _InFlight:
 
     plan: StepPlan
     state_hash: int
-    """Of the scheduler that made it; 0 unless lockstep is checked."""
+    """Hash of the scheduler that made it; 0 unless lockstep is checked."""
     results: StepResults | None
-    """Control rank: of its sampled rows."""
+    """Results of its sampled rows; on the control rank."""
 
 
 class Engine:
@@ -105,11 +105,10 @@ class Engine:
         self.check_lockstep = check_lockstep
         self.channel = ReplicaChannel(state)
         self._begin()
-        # Of all runs; counted on the control rank.
         self.finished = 0
-        """Requests."""
+        """Finished requests of all runs; counted on the control rank, as are the next."""
         self.prompt_tokens = 0
-        """Of the requests taken on."""
+        """Prompt tokens of the requests taken on."""
         self.output_tokens = 0
 
     # ---- what callers use
@@ -191,11 +190,11 @@ class Engine:
         log.info("decode steps were made ready in %.1f s", time.monotonic() - began)
 
     def renew(self) -> None:
-        """Forget every cached prefix: the weights have changed. Between runs."""
+        """Forget every cached prefix, as the weights have changed. Call it between runs."""
         self.scheduler.reset_cache()
 
     def sleep(self) -> None:
-        """Give the KV cache's memory back until `wake`, and forget what it held. Between runs."""
+        """Give the KV cache's memory back until `wake`, and forget what it held. Call it between runs."""
         self.scheduler.reset_cache()
         self.runner.sleep()
 
@@ -333,7 +332,7 @@ class Engine:
         self._begin()
 
     def _begin(self) -> None:
-        """Nothing is on its way."""
+        """Start anew, with nothing on its way."""
         self.channel.sent.clear()
         self._step = 0
         self._unread: deque[_InFlight] = deque()  # control rank: the results are still on the device

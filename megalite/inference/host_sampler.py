@@ -31,7 +31,7 @@ NUMBERS = 64
 
 @dataclass(slots=True, kw_only=True)
 class RowParams:
-    """What a row's tokens are chosen by."""
+    """The sampling parameters of a row."""
 
     seed: int = 0
     """Below 2**64."""
@@ -49,7 +49,7 @@ class RowParams:
     """Repetition, frequency and presence penalty."""
     logprobs: int | None = None
     uniform: tuple[int, list[float]] = (-1, [])
-    """Some of its uniform numbers, from an output position on."""
+    """(position, numbers): uniform numbers for its output tokens from that position on."""
 
     @property
     def penalised(self) -> bool:
@@ -62,7 +62,7 @@ class Peaked:
 
     logits: Tensor
     best: Tensor
-    """int64 [n]: the largest of each row, of equals the lowest."""
+    """int64 [n]: id of the largest logit of each row, the lowest of equals."""
     peaks: Tensor
     """float32 [n, 1]: its logit."""
     failed: list[int] | None = None
@@ -77,7 +77,7 @@ class HostSampler:
     """Samples rows of `params`, which are known by their numbers."""
 
     def __init__(self, tokens: Tensor, vocab_size: int, send: Send, params: list[RowParams], at_temperature: bool):
-        """`tokens` as `Sampler`; `params`: kept up by the caller."""
+        """`tokens`: see `Sampler`; `params`: kept up by the caller."""
         self.vocab_size = vocab_size
         self.params = params
         self.at_temperature = at_temperature
@@ -92,7 +92,7 @@ class HostSampler:
     def sample(
         self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None
     ) -> Choice:
-        """As `Sampler.sample`."""
+        """See `Sampler.sample`."""
         allowed = {} if masks is None else dict(zip(masks.places, masks.wait(), strict=True))
         numbers, places = rows.tolist(), positions.tolist()
         parts = []

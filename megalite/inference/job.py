@@ -117,7 +117,7 @@ def _stdin(config: InferConfig, runtime: Runtime) -> BytesIO | None:
 
 
 def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica) -> None:
-    """What was decided for the user."""
+    """Print what was decided for the user."""
     own = replica.model.max_position_embeddings
     why = "as asked" if replica.settings.max_model_len else "the model's own"
     if not replica.settings.max_model_len and replica.max_model_len < own:
@@ -170,7 +170,7 @@ class Writer:
             self.printer = Printer(batch.order, self.progress)
         self.max_tokens = config.sampling.max_tokens
         self.cut = 0
-        """Prompts of this run with output that ended there."""
+        """Prompts of this run with output that ended at `max_tokens`."""
         self._dp = replica.layout.dp
         self._last_look = 0.0
 

@@ -54,7 +54,7 @@ Chats = list[dict[str, Any]] | list[list[dict[str, Any]]]
 """A conversation, a list of {role, content}, or several."""
 
 _DTYPES: dict[str, Any] = {"half": "float16", "float": "float32"}
-"""Names that vLLM knows besides."""
+"""Further names of dtypes that vLLM knows."""
 _DEFAULT_LENGTH = SamplingParams().max_tokens
 
 
@@ -172,9 +172,9 @@ class LLM:
         self._limits = prompt_limits(self.replica)
         self._calls = 0
         self._streamed: StreamedRun | None = None
-        """The last one."""
+        """The last streamed run."""
         self._hinted = False
-        """That outputs ended where SamplingParams end them by default."""
+        """The hint that outputs end at the default of max_tokens has been given."""
         self._asked = 0
         """Requests so far: what the id of the next one is, and the seed where its parameters have none."""
 

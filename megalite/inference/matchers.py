@@ -46,12 +46,12 @@ class _Row:
 
 
 class Outcome(NamedTuple):
-    """What became of a grammar with a token."""
+    """What became of a row's grammar with a token."""
 
     finished: bool = False
     """Nothing may follow."""
     in_vain: bool = False
-    """Nothing might have followed what a replay was given."""
+    """The output was complete before this token: what a replay was given had finished the grammar."""
     problem: str | None = None
 
 
@@ -63,7 +63,7 @@ class Masks:
 
     def __init__(self, places: list[int], made: Future[np.ndarray]):
         self.places = places
-        """Of these rows among the sampled ones, ascending."""
+        """Places of these rows among the sampled ones, ascending."""
         self._made = made
 
     def wait(self) -> np.ndarray:

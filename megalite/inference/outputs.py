@@ -41,8 +41,8 @@ class CompletionOutput:
     logprobs: list[Logprobs] | FlatLogprobs | None = None
     """One entry a token, if asked for; an empty one where the token was given with the request (`Request.given`)."""
     token_logprobs: list[float] = field(default_factory=list)
-    """Of each token, by the model's full distribution, asked for or not; NaN where it was given. Files of results leave
-    it out."""
+    """Log-probability of each token, by the model's full distribution, asked for or not; NaN where it was given. Files
+    of results leave it out."""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     """The stop string, or the id among stop_token_ids, that ended it; None for end-of-sequence and length."""
@@ -55,7 +55,7 @@ class RequestMetrics:
     arrival_time: float = 0.0
     """When the engine took it, by the clock on the wall (seconds since 1970)."""
     queued_ts: float = 0.0
-    """The same by time.monotonic(), as all that follow."""
+    """The same by time.monotonic(), as are all times below."""
     scheduled_ts: float = 0.0
     """When its first tokens were scheduled."""
     first_token_ts: float = 0.0
@@ -65,7 +65,7 @@ class RequestMetrics:
     first_token_latency: float = 0.0
     """Seconds from queued_ts to first_token_ts."""
     num_generation_tokens: int = 0
-    """Of all samples, those that best_of left out included."""
+    """Tokens of all samples, those that best_of left out included."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,7 +125,7 @@ class TokenDelta:
 
     request_id: str
     index: int
-    """Sample, from 0."""
+    """Number of the sample, from 0."""
     text: str
     """Text that is certain; what may yet turn out to begin a stop string, or half a character, comes later."""
     token_ids: list[int]
@@ -178,7 +178,7 @@ class _Scores:
         self.logprobs: list[float] = []
         self.ranks: list[int] = []
         self.top_ids: list[int] = []
-        """As many of each token."""
+        """The same number of ids for each token."""
         self.top_logprobs: list[float] = []
 
     def append(self, details: TokenLogprobs) -> None:
@@ -189,7 +189,7 @@ class _Scores:
         self.top_logprobs += details.top_logprobs
 
     def __iter__(self) -> Iterator[_Place]:
-        """What `append` got."""
+        """What `append` was given, token by token."""
         width = len(self.top_ids) // max(len(self.ranks), 1)
         for i, (token_id, logprob, rank) in enumerate(zip(self.ids, self.logprobs, self.ranks, strict=True)):
             part = slice(i * width, (i + 1) * width)
@@ -197,7 +197,7 @@ class _Scores:
 
 
 class _Sample:
-    """One completion as it grows. Of the text nothing more comes from where the tokenizer fails."""
+    """One completion as it grows. Where the tokenizer fails, its text ends."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None):
         params = request.params
@@ -216,7 +216,7 @@ class _Sample:
         self.given_out = 0
         """Characters of the text that deltas have had."""
         self.kept_back = ""
-        """The text after them; of a streamed request only."""
+        """The text after those characters; of a streamed request only."""
         self.final_token: int | None = None
         """A stop token that is not in the text yet: it belongs there only if it did not end the output."""
         self.finish_reason: FinishReason | None = None
@@ -230,7 +230,7 @@ class _Sample:
                 self.error = str(error)
 
     def replay(self, given: Iterable[int], *, ended: bool) -> None:
-        """Be where another replica's sample was: these tokens, and their text, were given out there."""
+        """Go on from another replica's sample, which has given out these tokens and their text."""
         for token_id in given:
             self.append(token_id, math.nan, None)
         self.num_given, self.cumulative_logprob = len(self.token_ids), 0.0
@@ -289,12 +289,12 @@ class _Sample:
         self.finish_reason = "stop" if self.match is not None else reason
 
     def text(self) -> str:
-        """Without the stop string, unless that is wanted."""
+        """The text, without the stop string unless that is wanted."""
         text = "".join(self.pieces)
         return text if self.match is None else text[: self._match_end(self.match)]
 
     def _match_end(self, match: StopMatch) -> int:
-        """Characters of the text, which a stop string ends."""
+        """Length in characters of a text that a stop string ends."""
         return match.end if self.request.params.include_stop_str_in_output else match.start
 
     def stop_reason(self) -> str | int | None:
@@ -407,7 +407,7 @@ class OutputProcessor:
         self._running: dict[str, _Running] = {}
 
     def add(self, request: Request) -> RequestOutput | None:
-        """A request has come; its result, if all its samples had ended elsewhere."""
+        """Take a request on; returns its result if all its samples had ended on another replica."""
         state = _Running(request, self.tokenizer)
         if state.unfinished == 0:
             return state.output(self.replica)

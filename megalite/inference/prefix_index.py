@@ -32,7 +32,7 @@ class PrefixIndex:
         self.limit = limit
         self._caches: dict[int, _Cache] = {}
         self._holders: dict[int, int] = {}
-        """Of each known page, the mask of the replicas that have it; never 0."""
+        """By key of a known page: the mask of the replicas that have it; never 0."""
         self._unnamed = 0
 
     def add(self, replica: int, pages: int) -> None:

@@ -252,7 +252,7 @@ class Replica:
 
     @property
     def weight_bytes(self) -> int:
-        """Of this rank's stage."""
+        """Bytes of the weights of this rank's stage."""
         return sum(param.nbytes for param in self.decoder.parameters())
 
     def report(self, engine: Engine, *, failed: int = 0) -> RankReport:

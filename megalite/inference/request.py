@@ -17,9 +17,9 @@ class Request:
 
     id: str
     prompt: str | None = None
-    """As text; None: it was given as token ids."""
+    """The prompt as text; None: it was given as token ids."""
     prompt_token_ids: tuple[int, ...]
-    """At least one."""
+    """At least one token."""
     params: SamplingParams
     seed: int
     """Resolved: params.seed, or derived from engine.seed and the request's place in the input."""

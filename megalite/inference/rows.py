@@ -26,8 +26,8 @@ from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.model.recurrence import Recurrence, Run
 
 FIELDS = 6
-"""Numbers of a row in a step of a padded size: row number; position, block and id of its first token, the last two -1
-where the device knows them; number of tokens; and of the n-th row the place of the n-th one that is sampled, or -1."""
+"""Integers for each row in a step of a padded size: row number; position, block and id of its first token (block and id
+are -1 where the device knows them); number of tokens; and, in place n, which row is the n-th sampled one, or -1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Rows:
         self.device, self.block_size = cache.device, cache.block_size
         self.send = partial(send, device=self.device)
         self.padding_row = num_rows
-        """Its tokens mean nothing."""
+        """The row of padding, whose tokens mean nothing."""
         self.max_len = max_len
         self.max_blocks = -(-max_len // self.block_size)
         sizes = [(num_rows + 1) * width for width in (max_len, self.max_blocks, 1)]

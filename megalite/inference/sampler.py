@@ -78,7 +78,7 @@ class Sampler:
         self._params = [RowParams()] * (max_rows + 1)  # a row that was never admitted is greedy, as padding is
         self.matchers = Matchers(tokenizer, vocab_size)
         self._needy: set[int] = set()
-        """Rows with needs."""
+        """Rows whose `Needs` are more than plain."""
         to_device = partial(send, device=device)
         self._side: HostSampler | DeviceSampler
         if device.type == "cpu":

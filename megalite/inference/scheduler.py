@@ -185,7 +185,7 @@ class Scheduler:
         return ended
 
     def forget_plans(self) -> None:
-        """No results will come of the plans in flight; nothing may be unfinished."""
+        """Drop the plans in flight, of which no results will come; no sequence may be unfinished."""
         assert not self._unfinished, "results are awaited"
         while self._in_flight:
             self._retire(self._in_flight.popleft())
@@ -323,8 +323,8 @@ class Scheduler:
         return Row(seq, seq.row, start, count, sample, token, block, wanted)
 
     def _shares(self, seq: Sequence) -> bool:
-        """Whether anyone else may look for its blocks. Those nobody looks for are blank again once they are released,
-        so that the same memory, which the host has backed with pages already, is used again."""
+        """Whether another sequence may look for its blocks. Else they are blank once they are released and are used
+        again first: their memory is backed by pages of the host already."""
         return not self._has_states and (self._prefix_caching or seq.request.num_samples > 1)
 
     def _register(self, seq: Sequence) -> None:
@@ -447,7 +447,7 @@ class Scheduler:
         return True
 
     def _take(self, seq: Sequence, result: Sampled) -> FinishReason | None:
-        """Append a sampled token; why the sequence ends with it, if it does."""
+        """Append a sampled token; returns why the sequence ends with it, or None."""
         if result.token_id < 0:
             return "error"
         seq.token_ids.append(result.token_id)
@@ -466,7 +466,7 @@ class Scheduler:
         seq.row = -1
 
     def _retire(self, plan: StepPlan) -> None:
-        """The plan is no longer in flight."""
+        """Take the plan off those in flight."""
         self._give_back_rows([row.row for row in plan.rows])
 
     def _give_back_rows(self, rows: Iterable[int]) -> None:

@@ -123,11 +123,11 @@ class StreamedRun:
         self._lock = threading.Lock()
         """Held during a step: one thread may close while another waits for the next delta."""
         self._left = False
-        """What runs is to be given up."""
+        """The run is to be given up."""
         self._events = Events()
-        """Of this replica's last step."""
+        """Events of this replica's last step."""
         self._finished: list[RequestOutput] = []
-        """By this replica, on its control rank."""
+        """Results of this replica; on its control rank."""
 
     def fill(self) -> None:
         """Go on until something was gained, or all has ended."""
@@ -143,7 +143,7 @@ class StreamedRun:
             self.gained.clear()
 
     def discard(self) -> None:
-        """The engine will do nothing more."""
+        """End it after an error: the engine computes nothing more."""
         self.ended = True
 
     def _round(self, *, leaving: bool = False) -> None:
@@ -167,7 +167,7 @@ class StreamedRun:
         self.outputs = [found[name] for name in self.names if name in found]
 
     def _step(self) -> list[TokenDelta]:
-        """One of this replica, if it still runs; collective over the replica."""
+        """A step of this replica, if it still runs; collective over the replica."""
         if self._events.ended:
             return []
         self._events = self._engine.step(self._news, self._feed.requests)

@@ -37,9 +37,9 @@ class LoadBalance:
                 if isinstance(module, MixtureOfExperts):
                     module.routing = self.routing
         self.numbers = self.num_experts * self.nothing.itemsize // weight.itemsize
-        """Of the model's, that hold the counts in a message."""
+        """Numbers of the model's dtype that hold the counts in a message."""
         self.extra_rows = -(-self.numbers // decoder.config.hidden_size)
-        """Rows of a message that hold them."""
+        """Rows of a message that hold those numbers."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ class LoadBalance:
 
     @contextmanager
     def observing(self, batch: MicroBatch) -> Iterator[Routing]:
-        """While a chunk is run on the batch; what its routers did is in the result afterwards."""
+        """Context in which a chunk is run on the batch; its result then says what the routers did."""
         self.routing.begin(batch.num_real)
         try:
             yield self.routing

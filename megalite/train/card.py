@@ -26,7 +26,7 @@ PSF_LICENCE = "https://docs.python.org/3/license.html"
 LICENCE = ("license", "license_name", "license_link")
 """Keys of a model card's front matter."""
 FRONT_MATTER_BYTES = 1 << 16
-"""Within which a card's front matter is looked for."""
+"""Leading bytes of a card in which its front matter is looked for."""
 
 
 @dataclass
@@ -40,9 +40,9 @@ class RunHistory:
     sequences: int = 0
     """Training sequences read; counted, because the number in a step changes with the layout."""
     tokens: int = 0
-    """Tokens of them."""
+    """Tokens of the sequences."""
     best_loss: float | None = None
-    """Lowest held-out loss, of the exported weights; likewise the next four."""
+    """Lowest held-out loss. It and the next four fields are of the exported weights."""
     best_step: int = 0
     best_sequences: int = 0
     best_tokens: int = 0
@@ -153,7 +153,7 @@ def front_matter(config: TrainConfig, base_licence: dict[str, Any]) -> str:
 
 
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"|{''.join(f' {cell} |' if cell != '' else ' |' for cell in line)}\n" for line in lines)
 
@@ -198,7 +198,7 @@ def _text(config: TrainConfig, corpus: Corpus) -> str:
 
 
 def _curve(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most CURVE_ROWS of them, evenly chosen, the last and the best among them."""
+    """At most CURVE_ROWS of the evaluations, evenly chosen, the last and the best among them."""
     if not evaluations:
         return []
     last = len(evaluations) - 1

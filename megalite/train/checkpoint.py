@@ -51,9 +51,9 @@ from megalite.weights.transfer import read_parameters
 
 KINDS = (WEIGHT, *MOMENTS)
 DTYPE = "float32"
-"""Of the weights in a state."""
+"""Dtype of the weights in a state."""
 _NAME = re.compile(r"step-\d{8}(?:-([1-9]\d{0,8}))?")
-"""Of a state's folder; the number is which save of its step it is, where it is not the first."""
+"""Name of a state's folder; the last number counts the saves of one step, from the second on."""
 DIGEST_BYTES = 16
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _states(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """A state that is not needed any more. If it can't be removed, that is not worth ending a run for."""
+    """Remove a state that is not needed any more; if that fails, the run goes on."""
     try:
         shutil.rmtree(path)
     except OSError as error:

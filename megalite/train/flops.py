@@ -39,7 +39,7 @@ def active_parameters(model: ModelConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
-    """What arithmetic depends on of adapters that train beside frozen weights."""
+    """Sizes of adapters beside frozen weights on which the arithmetic of training depends."""
 
     first_layer: int
     """The lowest layer that has any."""
@@ -71,7 +71,7 @@ def training_flops(model: ModelConfig, lengths: Iterable[int], adapter: AdapterS
 
 
 def _over_keys(layers: Sequence[Layer], lengths: Sequence[int]) -> float:
-    """Of attention's products of queries, keys and values, forward."""
+    """Operations of attention's products of queries, keys and values, forward."""
     return sum(
         count * layer.flops_over_keys(length) * length for layer, count in Counter(layers).items() for length in lengths
     )

@@ -73,7 +73,7 @@ class PartialGradients:
         """
         self.tp = decoder.state.tp
         self.holders: dict[str, Tensor] = {}
-        """Of each row of the parameters that have shared rows: how many tp ranks hold it, float32 [rows]."""
+        """By parameter that has shared rows: how many tp ranks hold each row, float32 [rows]."""
         self.partial: list[nn.Parameter] = []
         self.shared: list[tuple[nn.Parameter, Callable[[Tensor], Tensor]]] = []
         if self.tp.size == 1:

@@ -161,7 +161,7 @@ class _Plain:
         return lse, chosen, logs if self.softcap is None else None
 
     def gradient(self, scores: Tensor, local: Tensor, lse: Tensor, grad: Tensor) -> Tensor:
-        """Of the logits; `lse`: over the whole vocabulary, float32 [R]."""
+        """Gradient of the logits; `lse`: over the whole vocabulary, float32 [R]."""
         changed = self._changed(scores)
         into = self._without_slope((changed - lse[:, None]).exp_(), local)
         if self.softcap is not None:  # d (cap tanh(z / cap)) / dz, from the capped logits
@@ -181,7 +181,7 @@ class _Plain:
         return torch.mul(into, slope, out=torch.empty_like(into, dtype=self.dtype))
 
     def _changed(self, scores: Tensor) -> Tensor:
-        """Over the temperature: in the numbers of the model, as generation has them, or float32 once changed."""
+        """After softcap and temperature: in the model's dtype, as in generation, or float32 once changed."""
         if self.softcap is not None:
             scores = scores.float().div_(self.softcap).tanh_().mul_(self.softcap)
         return scores if self.temperature == 1 else scores.float() / self.temperature

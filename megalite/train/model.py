@@ -21,7 +21,7 @@ from megalite.train.loss import target_logprobs
 from megalite.train.micro_batch import MicroBatch
 
 ChunkModel = Callable[[MicroBatch, Tensor | None, int], Tensor]
-"""As `LanguageModel.forward`; a DeepSpeed engine around one is another."""
+"""Called as `LanguageModel.forward`: a `LanguageModel`, or a DeepSpeed engine around one."""
 CONTEXTS = 32
 """Attention contexts kept by their lengths: fixed windows share one, and the chunks of a micro batch do."""
 

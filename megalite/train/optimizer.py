@@ -13,7 +13,7 @@ from megalite.model.decoder import Decoder
 
 
 def learning_rate(section: OptimizerSection, step: int, steps: int) -> float:
-    """Of step `step` (from 0) of `steps`: linear warm-up, then a cosine from the peak to the minimum."""
+    """The learning rate of `step` (from 0) of `steps`: linear warm-up, then a cosine from peak to minimum."""
     if step < section.warmup_steps:
         return section.learning_rate * (step + 1) / section.warmup_steps
     progress = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)

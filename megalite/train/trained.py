@@ -43,7 +43,7 @@ class WholeModel:
         self.beside: SideFiles = files_beside(base)
 
     def check(self, manifest: Manifest) -> None:
-        """ConfigError if a state is not of this."""
+        """ConfigError if a state is of another model."""
         if BASE in manifest.training:
             raise _other_kind("trained adapters, and train.lora.r is null")
         check_same_model(manifest, self.base)

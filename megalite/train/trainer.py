@@ -107,7 +107,7 @@ class Trainer:
 
         self.decoder = decoder
         self.table: Weights = adapter or decoder.config
-        """Of the weights that train."""
+        """Weight table of what trains."""
         self.state = decoder.state
         self.section = optimizer
         self.steps = steps
@@ -237,7 +237,7 @@ class _TrainingWork:
         self.batches = [prepared(batch, state, trainer.device) for batch in batches]
         self.dropout = trainer.dropout
         self.keys: list[Tensor] = []
-        """Of the tokens of each micro batch, where some of what adapters read is dropped."""
+        """Dropout keys of each micro batch's tokens, where adapters have dropout."""
         if self.dropout is not None:
             for batch, whole in zip(batches, self.batches, strict=True):
                 keys = self.dropout.keys(batch.ids.numpy(), batch.lengths, trainer.steps_done)
@@ -247,7 +247,7 @@ class _TrainingWork:
         self.names = ("loss", *loss.metric_names, *self.balance.metric_names)
         self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=trainer.device)
         self.passes: dict[tuple[int, int], _Pass] = {}
-        """Of a micro batch through a chunk, between forward and backward."""
+        """By (micro batch, chunk): the passes between their forward and their backward."""
 
     def rows(self, micro_batch: int) -> int:
         return hidden_rows(self.batches[micro_batch], self.decoder.state) + self.balance.extra_rows
@@ -293,7 +293,7 @@ class _TrainingWork:
         return self.balance.pack(done.received.grad, counts)
 
     def _dropping(self, micro_batch: int) -> AbstractContextManager[None]:
-        """While it lasts, adapters read less of what this micro batch's tokens give them."""
+        """Context of a micro batch's passes: its tokens decide what adapters' dropout drops."""
         return nullcontext() if self.dropout is None else self.dropout.of(self.keys[micro_batch])
 
 
@@ -306,7 +306,7 @@ class _Pass:
     output: Tensor
     """Hidden states, or after the last chunk the scaled loss."""
     probabilities: Tensor | None
-    """Of this chunk's routers, see `Routing`; None without any."""
+    """Probabilities of this chunk's routers, see `Routing`; None: it has no routers."""
     counts: Tensor
     """Assignments to each expert in all layers up to this chunk's end: float32 [E]."""
 

@@ -23,7 +23,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, in PyTorch's names."""
 WEIGHT = "weight"
 LARGE = 1 << 24
-"""Numbers of a gradient from which on our kernel adds it up, on CUDA: launching it takes longer than PyTorch's."""
+"""Elements of a gradient from which on our kernel adds it up on CUDA: its launch takes longer than PyTorch's."""
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def shorten_steps(zero: Any, stage: int) -> None:
 
 
 def _gradient_norm(zero: Any, norm_type: int = 2) -> Tensor:
-    """Of all parameters over all ranks, in few kernels; infinite where a number is not finite.
+    """Gradient norm of all parameters over all ranks, in few kernels; infinite where a number is not finite.
 
     A parameter that several ranks hold whole counts once.
     """
@@ -142,11 +142,11 @@ class FlatGradients:
     def __init__(self, zero: Any):
         self.zero = zero
         self.flats: list[Tensor | None] = [None] * len(zero.bit16_groups)
-        """Of each parameter group, from its first gradient in a step to the update: float32."""
+        """Gradients of each parameter group, float32, from the first one of a step to the update."""
         self.places: dict[nn.Parameter, tuple[int, int]] = {}
         """Group of a parameter, and its first number's place in it."""
         self.gaps: list[list[slice]] = []
-        """Of each group: what belongs to no parameter."""
+        """Parts of each group that belong to no parameter."""
         for number, (params, flat) in enumerate(zip(zero.bit16_groups, zero.bit16_groups_flat, strict=True)):
             starts = [(param.data_ptr() - flat.data_ptr()) // flat.itemsize for param in params]
             self.places |= {param: (number, start) for param, start in zip(params, starts, strict=True)}

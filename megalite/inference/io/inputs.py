@@ -41,7 +41,7 @@ class PromptLimits:
     vocab_size: int
     max_model_len: int
     eos_token_ids: Iterable[int] = ()
-    """Of the model's configuration; the tokenizer's own counts too."""
+    """End-of-sequence ids of the model's configuration; the tokenizer's own counts too."""
     seed: int = 0
     """engine.seed."""
     adapters: tuple[str, ...] = ()
@@ -71,13 +71,13 @@ class RawRequest:
     where: str = "prompt"
     """Names the prompt in messages."""
     chat_variables: Mapping[str, Any] = field(default_factory=dict)
-    """Reach the chat template."""
+    """Variables of the chat template."""
     text: str | None = None
     """The text of a prompt of token ids, where it is known."""
     lora: str | None = None
     """Name of the adapter to run with; None or empty: none."""
     special_tokens: bool = True
-    """Of a chat: what its contents spell like a special token becomes one."""
+    """Text in a chat's contents that spells a special token becomes that token."""
 
     @property
     def ids(self) -> list[int] | tuple[int, ...] | None:
@@ -154,7 +154,7 @@ def _digest(values: Iterable[object]) -> bytes:
 
 
 def _refusal(one: RawRequest, limits: PromptLimits) -> ConfigError | None:
-    """What is wrong with a prompt before anything is made of it."""
+    """Why a prompt is refused before it is tokenised; None: it is not."""
     if one.ids is not None:
         refused = _too_long(len(one.ids), one, limits)  # before each of them is looked at
         if refused is not None:
@@ -217,7 +217,7 @@ def _request(one: RawRequest, limits: PromptLimits, ids: Iterable[int], text: st
 
 
 def _grammar(one: RawRequest, limits: PromptLimits) -> str | ConfigError:
-    """What the output must follow, which is compiled here for the first time."""
+    """The grammar that the output must follow; compiled here once, to find its errors."""
     assert limits.tokenizer is not None and one.params.structured_outputs is not None, "refused before"
     try:
         text = grammar_text(one.params.structured_outputs)
@@ -251,7 +251,7 @@ def _refused(where: str, rule: str, fix: str = "") -> ConfigError:
 
 
 def _encode(written: list[RawRequest], limits: PromptLimits) -> list[Encoded]:
-    """Of prompts that are texts or chats."""
+    """The tokens of prompts that are texts or chats."""
     if not written:
         return []
     assert limits.tokenizer is not None, "refused before"
@@ -315,7 +315,7 @@ def _checked(ids: list[int] | ValueError, text: str, where: str, vocab_size: int
 
 
 def _pack(encoded: list[Encoded]) -> bytes:
-    """For the way to other ranks; `_unpack` is the inverse."""
+    """As bytes, for other ranks; `_unpack` is the inverse."""
     head = [
         [str(one), isinstance(one, TokenizerFailed)] if isinstance(one, ConfigError) else [one[1]] for one in encoded
     ]

@@ -32,7 +32,7 @@ _SHOWN_CHANGES = 8
 def fingerprint(config: InferConfig, *, weights: str, inputs: str) -> dict[str, Any]:
     """What decides the results of a run, by config key, as JSON values.
 
-    The layout, memory and batching are not among it: results do not depend on them. `weights` identifies the weights,
+    Layout, memory and batching are left out: results do not depend on them. `weights` identifies the weights,
     `inputs` what was read (`InputBatch.digest`).
     """
     model, engine = asdict(config.model), asdict(config.engine)
@@ -57,7 +57,7 @@ class OutputFile:
         self._places = {name: place for name, place in places.items() if not place.failed}
         """Where in the file the line of each finished id is."""
         self._failed = {name: place for name, place in places.items() if place.failed}
-        """Where that of each id is which failed in an earlier run."""
+        """Where the line of each id is that failed in an earlier run."""
         self._end = max((place.end for place in places.values()), default=0)
 
     @classmethod
@@ -139,7 +139,7 @@ class _Place:
     start: int
     length: int
     failed: bool = False
-    """It says why the prompt could not run."""
+    """The line says why the prompt could not run."""
 
     @property
     def end(self) -> int:

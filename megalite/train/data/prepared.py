@@ -45,7 +45,7 @@ ARRAYS = {"text": ("",), "examples": ("", "_learnt", "_lengths")}
 """Files of a split of either format: what follows its name."""
 TEXTS_AT_ONCE = 256
 VERSION = 2
-"""Of how text becomes tokens: a folder that an earlier version made holds other tokens, and is not used."""
+"""Version of the way from text to tokens: a folder of an earlier one holds other tokens, and is not used."""
 ONLY_READING = {"text": ("sequence_length", "seed", "too_long", "tools", "chat_template_kwargs"), "examples": ("seed",)}
 """Keys of the data section that do not decide what a folder of either format holds."""
 
@@ -278,7 +278,7 @@ class Split:
     tokens: np.ndarray
     """uint16 or int32 [N]."""
     loss_mask: np.ndarray = field(default_factory=lambda: np.array([], np.int32))
-    """bool [N]; likewise the next, of examples only."""
+    """bool [N]; this and `lengths` for examples only."""
     lengths: np.ndarray = field(default_factory=lambda: np.array([], np.int32))
     """Tokens of each example."""
 
@@ -304,7 +304,7 @@ class Corpus:
     held_out: Split
     vocab_size: int
     eos_token_id: int
-    """Ends texts, and responses that nothing else ends."""
+    """The token that ends texts, and responses that nothing else ends."""
     ends: tuple[int, ...]
     """Every token that a model learns to end with."""
     is_text: bool
@@ -314,7 +314,7 @@ class Corpus:
     digest: str
     """Changes with any token of the training split."""
     held_out_tokens_per_byte: float
-    """Of the text that is predicted."""
+    """Tokens for each byte of the held-out text that is predicted."""
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:

@@ -49,7 +49,7 @@ class WindowReader:
         self._dp = state.dp
         self._share = self._micro * train.gradient_accumulation_steps
         self.sequences_per_step = self._share * self._dp.size
-        """Over all replicas."""
+        """Sequences of a step, over all replicas."""
         # Of the training text one length is left for the offset and the last target.
         windows = _count_windows(len(self._text) - self._length, self._text, self._length, "training")
         self._order = TrainingOrder(windows, data.seed, self._length)

@@ -87,7 +87,7 @@ def is_held_out(name: str, share: float) -> bool:
 
 
 def hash_of(name: str) -> int:
-    """0 to 2^64 - 1."""
+    """A hash of a name, 0 to 2^64 - 1."""
     return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
 
 
@@ -102,7 +102,7 @@ class Records:
         self.files = files
         self.section = section
         self.format: Format = self._format()
-        """What all of them are."""
+        """Format of all records."""
 
     def __iter__(self) -> Iterator[Record]:
         problems: list[Problem] = []
@@ -193,7 +193,7 @@ def _objects(file: SourceFile) -> Iterator[tuple[int, dict[str, Any] | ValueErro
 
 
 def _kind(values: dict[str, Any]) -> tuple[str, ...]:
-    """ValueError: it is none, or several."""
+    """The kind of a line. ValueError: it is of none, or of several."""
     whole = [kind for kind in KINDS if all(key in values for key in kind)]
     if len(whole) > 1:
         raise ValueError(f"holds {' and '.join(map(_words, whole))}, where a line is one of them")
