@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from hmac import compare_digest
 from typing import cast
@@ -75,18 +75,18 @@ class Link(asyncio.Protocol):
             if not compare_digest(self._proof, proof(self._token, self._nonce)):
                 self.close()
                 return
+        self.take(self._frames.feed(data))
+
+    def take(self, messages: Iterable[FromReplica]) -> None:
+        """Do what these say; where one can't be read, or was not to be expected, the connection is closed."""
         try:
-            for message in self._frames.feed(data):
-                self.received(message)
+            for message in messages:
+                self._received(message)
         except (ValueError, msgspec.MsgspecError) as error:
-            self.refuse(error)
+            self._fleet.say(f"warning: a connection is closed that sent what none of us sends ({error})")
+            self.close()
 
-    def refuse(self, error: Exception) -> None:
-        """Close the connection, because of what came through it."""
-        self._fleet.say(f"warning: a connection is closed that sent what none of us sends ({error})")
-        self.close()
-
-    def received(self, message: FromReplica) -> None:
+    def _received(self, message: FromReplica) -> None:
         """ValueError: it was not to be expected."""
         if self._transport is None or self._transport.is_closing():
             return
@@ -276,10 +276,7 @@ class Fleet:
         ended.add_done_callback(lambda _: door.is_gone("it ended"))
         door.early = None
         for link, hello in early:
-            try:
-                link.received(hello)
-            except ValueError as error:
-                link.refuse(error)
+            link.take([hello])
         return door
 
     async def _remove(self, door: _Door) -> int:
