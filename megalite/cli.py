@@ -27,7 +27,7 @@ from megalite import __version__, terminal
 from megalite.config.command_line import RESTARTS, Options, read_arguments, usage, usage_problem
 from megalite.config.explain import table
 from megalite.config.load import COMMAND_LINE, Kind, Loaded, loaded_from, resolve
-from megalite.config.schema import Config, InferConfig, SamplingParams, ServeConfig
+from megalite.config.schema import Config, GeneratingConfig, InferConfig, SamplingParams, ServeConfig
 from megalite.config.structured import structured_problem
 from megalite.config.validate import layout_words, num_ranks, parallel_sections
 from megalite.core.progress import here
@@ -41,7 +41,6 @@ from megalite.errors import (
     ResourceError,
 )
 from megalite.files import read_whole
-from megalite.model.config import ModelConfig
 from megalite.monitor.words import wrapped
 from megalite.preflight import as_sampled, check, given, read_shape
 from megalite.run import restarts
@@ -52,6 +51,7 @@ from megalite.run.launch_env import LaunchEnv, door_of
 from megalite.run.placement import Host
 from megalite.run.processes import die_with_parent
 from megalite.run.start import misplaced, nameless_file, start_hosts, start_ranks
+from megalite.weights.hf import at_hand
 
 COMMANDS = {
     "infer": "generate text, as a config asks",
@@ -72,7 +72,7 @@ COMMANDS = {
 """What `megalite` can be told to do; the first four are jobs (launch/), the others tools (tools/)."""
 
 LINES_SHOWN = 10
-"""Lines of input that can't run, listed by --check."""
+"""Prompts that can't run, listed by --check."""
 QUIET_WAIT = 3.0
 """Seconds that ranks wait which leave the message to another: a launcher kills the rest when the first one ends."""
 
@@ -229,7 +229,7 @@ def _prepare(
     kind: Kind, argv: Sequence[str], place: LaunchEnv | None, program: Sequence[str]
 ) -> Callable[[], int] | None:
     """Check everything, and print what is asked for. What is to be done then; None: no more."""
-    options = replace(read_arguments(argv), program=tuple(program))
+    options = replace(read_arguments(argv, kind), program=tuple(program))
     if "--help" in options.flags:
         _say(usage(kind, installed=len(program) > 1))
         return None
@@ -255,6 +255,10 @@ def _prepare(
     if options.restarts:
         more += _restart_problems(kind, loaded.config, place)
     model = check(loaded, problems, more, read_headers=place is None)
+    if isinstance(loaded.config, InferConfig) and loaded.config.output.file and not options.sha256:
+        from megalite.inference.io.output_file import check_settings
+
+        check_settings(as_sampled(loaded).config)
     if isinstance(loaded.config, ServeConfig) and speaks and not options.sha256:
         from megalite.serve.checks import warnings
 
@@ -266,7 +270,7 @@ def _prepare(
         _say(describe(loaded.config, model, _hosts(place, options)))
     elif "--check" in options.flags:
         if not options.sha256:
-            _check_input(as_sampled(loaded).config, model)
+            _check_input(as_sampled(loaded).config)
         if options.hosts:
             return partial(start_hosts, loaded, options)
         if place is not None and place.world_size > 1:
@@ -351,15 +355,22 @@ def _one_replica(loaded: Loaded[ServeConfig], options: Options) -> tuple[Loaded[
     return loaded_from(config, origins), replace(options, replica=f"{options.replica}/{parallel.dp}")
 
 
-def _check_input(config: Config, model: ModelConfig | None) -> None:
-    """Read the whole input file. ConfigError for lines that can't run, which would cost a run these lines only."""
-    if not isinstance(config, InferConfig) or config.input.file in (None, "-"):
+def _check_input(config: Config) -> None:
+    """Read the model's tokenizer, where it is on this disk, and every prompt. ConfigError for prompts that can't run,
+    which would cost a run these only; CheckpointError: the tokenizer is damaged."""
+    if not isinstance(config, GeneratingConfig):
         return
-    from megalite.inference.io.inputs import input_problems
+    from megalite.inference.io.inputs import PromptLimits, input_problems
+    from megalite.weights.folder import ModelFolder  # imports tokenizers, which --help has no need of
 
-    found = input_problems(config.input, config.sampling, model.vocab_size if model else None)
+    assert config.model.path is not None, "refused before"
+    path = at_hand(config.model.path, config.model.revision)
+    limits = PromptLimits.of(ModelFolder.open(path, tokenizer=config.model.tokenizer), config) if path else None
+    if not isinstance(config, InferConfig) or config.input.file == "-":
+        return
+    found = input_problems(config.input, config.sampling, limits)
     if found:
-        more = [f"and {len(found) - LINES_SHOWN} more lines like these"] if len(found) > LINES_SHOWN else []
+        more = [f"and {len(found) - LINES_SHOWN} more like these"] if len(found) > LINES_SHOWN else []
         raise ConfigError(*found[:LINES_SHOWN], *more)
 
 

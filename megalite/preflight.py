@@ -19,7 +19,7 @@ from megalite.model.hf_config import read_json
 from megalite.run.facts import Given
 from megalite.weights import shards
 from megalite.weights.adapter_table import adapter_of
-from megalite.weights.hf import at_hand, read_headers, resolve
+from megalite.weights.hf import at_hand, read_weights, resolve
 from megalite.weights.identity import file_digest, sampled_digest
 from megalite.weights.lora import read_adapter
 from megalite.weights.table import check_cuts
@@ -196,13 +196,14 @@ def import_family(name: str, key: str) -> None:
 
 
 def _check_weights(config: Config, model: ModelConfig | None) -> None:
-    """The headers of local weight files, so that a damaged folder shows before any rank is started."""
+    """The headers of local weight files, so that one that is damaged or of another model shows before any rank is
+    started."""
     dummy = isinstance(config, GeneratingConfig) and config.model.load_format == "dummy"
     if model is None or config.model.path is None or dummy:
         return
     if shards.is_sharded(config.model.path):  # the headers of rank files are checked by their ranks
         shards.open_manifest(config.model.path)
     else:
-        read_headers(resolve(config.model.path), families.weight_names(model))
+        read_weights(resolve(config.model.path), model)
     for folder in config.lora.values() if isinstance(config, GeneratingConfig) else ():
         read_adapter(folder, model)

@@ -21,7 +21,9 @@ import pytest
 from waiting import PATIENCE
 
 from megalite import cli
+from megalite.config.load import load_config
 from megalite.errors import CheckpointError, RankLost, Stopped
+from megalite.inference.io.output_file import fingerprint
 from megalite.model import families
 from megalite.run import start as starting
 from megalite.weights.table import hf_shapes
@@ -133,10 +135,18 @@ MISTAKES = {
         --config=jop.yaml -> jop.yaml: no such file. Did you mean job.yaml?
         --config model -> model: is a folder
         job.yaml -> --config: is needed | --config job.yaml
+        model -> Write --config configs/infer/demo.yaml model.path=model.
+        """,
+    ("serve", ""): """
+        model -> Write --config configs/serve/demo.yaml model.path=model.
         """,
     ("infer", JOB): r"""
         --nothing -> --nothing: unknown option
         --chek -> --chek: unknown option. Did you mean --check?
+        --model other -> --model: unknown option. Write model.path=other.
+        --tensor-parallel-size=2 -> --tensor-parallel-size: unknown option. Write parallel.tp=2.
+        -tp --check -> -tp: unknown option. Write parallel.tp=VALUE.
+        --max-model-len 64 parallel.tp=2 -> --max-model-len: unknown option. Write engine.max_model_len=64.
         --deepspeed_config ds.json -> DeepSpeed's keys go into a training config's section `deepspeed`
         --check=yes -> --check: takes no value
         --resolved-sha256 -> --resolved-sha256: needs a value
@@ -340,6 +350,8 @@ def changed(**values) -> bytes:
             "quantization_config | not support",
         ),
         ("model/config.json", changed(architectures=["Mamba"], model_type="mamba"), USAGE, "Mamba | LlamaForCausalLM"),
+        ("model/config.json", changed(vocab_size=104), CHECKPOINT, "wrong shapes: | lm_head.weight is [103, 48]"),
+        ("model/config.json", changed(num_hidden_layers=5), CHECKPOINT, "missing tensors: model.layers.4.input_layer"),
         (WEIGHTS, None, CHECKPOINT, "has no weights"),
         (WEIGHTS, b"\xff" * 64, CHECKPOINT, WEIGHTS),
     ],
@@ -506,8 +518,26 @@ def test_a_start_over_hosts_that_can_not_be(job, capfd, args, says):
 
 
 def test_check_stops_after_the_checks(job, capfd):
-    assert start("infer", ("--check", "parallel.tp=2"), config=JOB) == (0, [])
+    assert start("infer", ("--check", "parallel.tp=2", "input.prompts=[[5]]"), config=JOB) == (0, [])
     assert "job.yaml: no problem found; tp=2,pp=1,dp=1: 2 ranks" in capfd.readouterr().out
+
+
+def test_check_reads_the_tokenizer_and_every_prompt(refusal):
+    check = ("--check", "engine.max_model_len=8")
+    assert "input.prompts[0]: the model has no tokenizer.json" in refusal(check)
+    assert "input.prompts[1]: the prompt has 9 tokens" in refusal((*check, f"input.prompts=[[5],{[5] * 9}]"))
+    Path("model/tokenizer.json").write_text("[]")
+    for kind, config in (("infer", JOB), ("serve", MODEL_ALONE)):
+        assert "model/tokenizer.json: is not a tokenizer" in refusal(check, kind=kind, config=config, code=CHECKPOINT)
+
+
+def test_results_of_other_settings_show_before_any_rank_starts(refusal, job, capfd):
+    before = fingerprint(load_config("infer", "job.yaml").config, weights="some", inputs="others")
+    Path("out.jsonl").write_text("{}\n")
+    Path("out.jsonl.run.json").write_text(json.dumps({"decided_by": before}))
+    says = "output.file: holds results of another run (sampling.max_tokens was 16, is 5), got"
+    assert says in refusal(("output.file=out.jsonl", "sampling.max_tokens=5"))
+    assert start("infer", ("output.file=out.jsonl", "output.overwrite=true"), config=JOB)[0] == 0
 
 
 def test_print_config_shows_origins_and_the_owners_sampling(job, capfd):

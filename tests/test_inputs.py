@@ -323,7 +323,7 @@ def test_what_is_wrong_shows_before_a_model_is_read(tmp_path):
     lines = [{"prompt": "a"}, {"promt": "a"}, {"prompt": [300]}, {"prompt": ""}, {"prompt": "a", "sampling": {"n": 0}}]
     path.write_text("\n".join(map(json.dumps, lines)))
     says = ["2: unknown key", "3[0]: the model's token ids", "4: an empty prompt", "5: sampling.n: must be >= 1"]
-    found = input_problems(InputSection(file=str(path)), DEFAULTS, 258)
+    found = input_problems(InputSection(file=str(path)), DEFAULTS, limits())
     assert len(found) == 4
     assert all(one.startswith(f"prompts.jsonl:{start}") for one, start in zip(found, says, strict=True)), found
     assert len(input_problems(InputSection(file=str(path)), DEFAULTS, None)) == 3

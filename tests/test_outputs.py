@@ -557,10 +557,13 @@ def test_fingerprint_is_what_decides_the_results():
     def changed(**sections) -> list[str]:
         config = InferConfig(**{"model": base.model, "sampling": base.sampling, **sections})
         other = fingerprint(config, weights="w", inputs="i" * 64)
-        return [key for key in made if made[key] != other[key]]
+        return [key for key in other if made.get(key) != other[key]]
 
     assert changed(parallel=ParallelSection(tp=2), engine=EngineSection(max_num_seqs=3, block_size=32)) == []
     assert changed(engine=EngineSection(seed=1)) == ["engine.seed"]
+    assert changed(engine=EngineSection(kv_cache_dtype="fp8")) == ["engine.kv_cache_dtype"]
+    assert changed(model=ModelSection(path="m", quantization="fp8")) == ["model.quantization"]
+    assert changed(lora={"a": "folder"}) == ["lora.a"]
     assert changed(sampling=SamplingParams(logit_bias={5: 1.0}, n=2)) == ["sampling.n"]
     assert fingerprint(base, weights="v", inputs="i" * 64) != made != fingerprint(base, weights="w", inputs="j" * 64)
 

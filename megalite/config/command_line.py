@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megalite.config.explain import explain
-from megalite.config.load import COMMAND_LINE, Kind
+from megalite.config.load import COMMAND_LINE, SCHEMAS, Kind
+from megalite.config.typecheck import key_of, printable
 from megalite.errors import ConfigError, Problem
 
 FLAGS = {
@@ -36,6 +37,8 @@ _DEEPSPEED = (
 )
 ELSEWHERE = {"--deepspeed": _DEEPSPEED, "--deepspeed_config": _DEEPSPEED, "--deepspeed-config": _DEEPSPEED}
 """Options of scripts that DeepSpeed's argument parser makes, and what to do here instead."""
+_EXAMPLES = {"infer": "demo", "train": "sft", "hybrid": "grpo_demo", "serve": "demo"}
+"""Configs to begin with, in configs/KIND."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +78,7 @@ class Options:
         return int(number or 0), int(count or 1)
 
 
-def read_arguments(argv: Sequence[str]) -> Options:
+def read_arguments(argv: Sequence[str], kind: Kind = "infer") -> Options:
     """Options apart from overrides; ConfigError for options that don't exist or lack their value."""
     values: dict[str, str] = {}
     flags, overrides, problems = set(), [], []
@@ -92,9 +95,8 @@ def read_arguments(argv: Sequence[str]) -> Options:
         elif name in FLAGS:
             problems.append(usage_problem(name, "takes no value", f"Write {name}."))
         elif name not in VALUED:
-            close = difflib.get_close_matches(name, [*FLAGS, "--config"], n=1)
-            fix = f"Did you mean {close[0]}?" if close else "--help lists all options."
-            fix = ELSEWHERE.get(name, fix)
+            following = rest[0] if rest and "=" not in rest[0] and not rest[0].startswith("-") else ""
+            fix = _instead_of(name, value or following, kind)
             problems.append(usage_problem(name, "unknown option", fix))
         elif not equals and (not rest or rest[0].startswith("-")):
             problems.append(usage_problem(name, "needs a value", f"Write {name} VALUE."))
@@ -109,9 +111,12 @@ def read_arguments(argv: Sequence[str]) -> Options:
     if hosts and "--hostfile" not in values:
         problems.append(usage_problem(hosts[0], "needs --hostfile", "Add --hostfile FILE."))
     if not values.get("--config") and "--resolved-config" not in values:
-        stray = next((one for one in overrides if one.endswith((".yaml", ".yml"))), "")
-        overrides = [one for one in overrides if one != stray]
-        fix = f"Write --config {stray or 'configs/infer/demo.yaml'}."
+        words = [one for one in overrides if "=" not in one]
+        named = next(
+            (one for one in words if one.endswith((".yaml", ".yml"))), f"configs/{kind}/{_EXAMPLES[kind]}.yaml"
+        )
+        model = f" model.path={words[0]}" if words and words[0] != named and not problems else ""
+        fix = f"Write --config {printable(f'{named}{model}')}."
         problems.append(usage_problem("--config", "is needed: the config file", fix))
     restarts = values.get(RESTARTS, "0")
     if not (restarts.isascii() and restarts.isdecimal()):
@@ -130,6 +135,17 @@ def read_arguments(argv: Sequence[str]) -> Options:
         socket=values.get("--socket", ""),
         external=tuple(map(int, filter(None, values.get("--external", "").split(",")))),
     )
+
+
+def _instead_of(name: str, value: str, kind: Kind) -> str:
+    """What to write in place of an option that there is not."""
+    if name in ELSEWHERE:
+        return ELSEWHERE[name]
+    key = key_of(name.lstrip("-").replace("-", "_"), SCHEMAS[kind])
+    if key is not None:
+        return f"Write {printable(f'{key}={value}' if value else f'{key}=VALUE')}."
+    close = difflib.get_close_matches(name, [*FLAGS, "--config", RESTARTS, *HOSTS], n=1, cutoff=0.7)
+    return f"Did you mean {close[0]}?" if close else "--help lists all options."
 
 
 def usage_problem(key: str, rule: str, fix: str) -> Problem:

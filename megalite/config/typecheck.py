@@ -25,6 +25,8 @@ VLLM_NAMES = {
     "data_parallel_size": "parallel.dp",
     "model": "model.path",
     "max_new_tokens": "sampling.max_tokens",
+    "served_model_name": "server.model_names",
+    "lora_modules": "lora",
 }
 """Names that users know from elsewhere, and ours."""
 
@@ -91,11 +93,18 @@ def unknown_key(key: str, schema: type, origin: str = "") -> Problem:
     known = list(_names(schema))
     section, _, name = key.rpartition(".")
     here = [other for other in known if other.rpartition(".")[0] == section]
-    near = [VLLM_NAMES[name]] if VLLM_NAMES.get(name) in known else []
-    near = near or [other for other in known if other.rpartition(".")[2] == name]
+    near = [found] if (found := key_of(name, schema)) else []
     near = near or difflib.get_close_matches(key, here, n=1) or difflib.get_close_matches(key, known, n=1)
     fix = f"Did you mean {near[0]}?" if near else "--help lists all keys."
     return Problem(key=printable(key), rule="unknown key", fix=fix, origin=origin)
+
+
+def key_of(name: str, schema: type) -> str | None:
+    """The key that a name without its section means, here or in vLLM; None: it means none."""
+    known = _names(schema)
+    if VLLM_NAMES.get(name) in known:
+        return VLLM_NAMES[name]
+    return next((key for key in known if key.rpartition(".")[2] == name), None)
 
 
 def nearest_path(path: str | Path, *, folders: bool = False) -> str:

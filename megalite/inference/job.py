@@ -36,6 +36,8 @@ from megalite.run import tracing
 from megalite.run.runtime import Runtime
 from megalite.weights.folder import ModelFolder
 
+FAILURES_SHOWN = 10
+"""Prompts that can't run, listed on standard error; the result of each says why."""
 MAIL_INTERVAL = 0.05
 """Seconds between looks into the mailbox."""
 _MAIL = "results"
@@ -190,8 +192,13 @@ class Writer:
             rest = "; nothing is left to do" if done == total else ""
             line = f"{self.file.path.name}: {done:,} of {total:,} prompts are done already{rest}"
             print(wrapped(line), file=sys.stderr)
-        for failure in batch.failures:
+        for failure in batch.failures[:FAILURES_SHOWN]:
             print(f"error: {failure.error}", file=sys.stderr)
+        if len(batch.failures) > FAILURES_SHOWN:
+            print(
+                f"error: and {len(batch.failures) - FAILURES_SHOWN:,} more; each one's result says why", file=sys.stderr
+            )
+        for failure in batch.failures:
             self.write(failure)
 
     def stream(self, deltas: list[TokenDelta]) -> None:

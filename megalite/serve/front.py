@@ -39,14 +39,7 @@ def main(loaded: Loaded[ServeConfig], options: Options, external: External | Non
     _log_requests()
     with open_socket(config.server) as sock, ExitStack() as stack:
         folder = _folder(config)
-        limits = PromptLimits(
-            tokenizer=folder.tokenizer,
-            vocab_size=folder.model.vocab_size,
-            max_model_len=config.engine.max_model_len or folder.model.max_position_embeddings,
-            eos_token_ids=folder.model.eos_token_ids,
-            seed=config.engine.seed,
-            adapters=tuple(config.lora),
-        )
+        limits = PromptLimits.of(folder, config)
         _announce(config, folder, sock)
         replicas = external or starter(loaded, options, stack)
         try:

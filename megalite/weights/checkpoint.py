@@ -12,16 +12,14 @@ from typing import Any
 
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError
-from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.weights import manifest as manifests
-from megalite.weights.dtypes import WEIGHT_DTYPES
 from megalite.weights.folder import CONFIG, ModelFolder
-from megalite.weights.hf import HFWeights, check_constants, check_names, read_headers, resolve
+from megalite.weights.hf import read_weights, resolve
 from megalite.weights.manifest import WEIGHT, Manifest
 from megalite.weights.moves import Extent, hf_extents
 from megalite.weights.shards import file_extents, is_sharded, open_manifest, stored_layout
-from megalite.weights.table import Weights, hf_shapes, owned, pieces
+from megalite.weights.table import Weights, hf_shapes, owned
 from megalite.weights.tensor_file import TensorInfo
 
 BASE = "base"
@@ -102,7 +100,7 @@ def extents_for(folder: Path, model: Weights, layout: Layout, rank: int, kind: s
     """
     if not is_sharded(folder):
         assert isinstance(model, ModelConfig), "adapters in Hugging Face layout are read by `lora_training`"
-        return hf_extents(model, _hf_weights(folder, model).tensors)
+        return hf_extents(model, read_weights(folder, model).tensors)
     manifest = open_manifest(folder)
     files = [file for file in manifest.files.values() if file.kind == kind]
     if manifest.layout == stored_layout(layout):
@@ -115,22 +113,9 @@ def extents_for(folder: Path, model: Weights, layout: Layout, rank: int, kind: s
     return [extent for file in files for extent in file_extents(folder, file, model, manifest.layout)]
 
 
-def _hf_weights(folder: Path, model: ModelConfig) -> HFWeights:
-    """The weights of a Hugging Face folder, once they are known to be the model's."""
-    weights = read_headers(folder, families.weight_names(model))
-    check_names(model, weights.tensors, str(folder))
-    check_constants(families.weight_names(model), weights.tensors)
-    parts = {piece.hf: piece.part for piece in pieces(model)}
-    for name, part in parts.items():
-        info, known = weights.tensors[name], part.dtypes if part else WEIGHT_DTYPES
-        if info.dtype not in known:
-            raise CheckpointError(f"{info.file}: tensor {info.name} is {info.dtype}; it must be {', '.join(known)}")
-    return weights
-
-
 def _open_hf(folder: Path) -> Checkpoint:
     beside = ModelFolder.open(folder)
-    weights = _hf_weights(folder, beside.model)
+    weights = read_weights(folder, beside.model)
     files: dict[str, dict[str, TensorInfo]] = {}
     for info in weights.tensors.values():
         files.setdefault(info.file.name, {})[info.name] = info

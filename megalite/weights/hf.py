@@ -20,8 +20,8 @@ from megalite.errors import CheckpointError
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
-from megalite.weights.dtypes import STORAGE
-from megalite.weights.table import hf_shapes
+from megalite.weights.dtypes import STORAGE, WEIGHT_DTYPES
+from megalite.weights.table import hf_shapes, pieces
 from megalite.weights.tensor_file import TensorInfo, read_header
 
 SINGLE = "model.safetensors"
@@ -91,6 +91,21 @@ def read_headers(folder: Path, names: WeightNames | None = None) -> HFWeights:
         else:
             tensors[embedding] = tensors.pop(head)
     return HFWeights(dict(_unstacked(tensors, names.stacked)), bare)
+
+
+def read_weights(folder: Path, model: ModelConfig) -> HFWeights:
+    """The weights of a folder, once they are known to be the model's: `read_headers`, `check_names`,
+    `check_constants`. CheckpointError: they are not."""
+    names = weight_names(model)
+    weights = read_headers(folder, names)
+    check_names(model, weights.tensors, str(folder))
+    check_constants(names, weights.tensors)
+    parts = {piece.hf: piece.part for piece in pieces(model)}
+    for name, part in parts.items():
+        info, known = weights.tensors[name], part.dtypes if part else WEIGHT_DTYPES
+        if info.dtype not in known:
+            raise CheckpointError(f"{info.file}: tensor {info.name} is {info.dtype}; it must be {', '.join(known)}")
+    return weights
 
 
 def _unstacked(

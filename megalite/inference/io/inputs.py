@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from megalite.config.chat import section_variables
 from megalite.config.sampling import price_problem, prompt_problem, sampling_from_mapping, sampling_problems
-from megalite.config.schema import InputSection, SamplingParams
+from megalite.config.schema import GeneratingConfig, InputSection, SamplingParams
 from megalite.config.structured import KINDS, wanted
 from megalite.errors import ConfigError, Problem
 from megalite.inference.constraints import leaves_nothing, spellings
@@ -25,6 +25,7 @@ from megalite.text.chat_template import TemplateError
 from megalite.text.detokenizer import TokenizerError
 from megalite.text.grammar import GrammarError, grammar_text, grammars_of
 from megalite.text.tokenizer import MAX_TEXT, MAX_TOKEN, Tokenizer
+from megalite.weights.folder import ModelFolder
 
 if TYPE_CHECKING:
     from megalite.inference.run import Ranks
@@ -46,6 +47,19 @@ class PromptLimits:
     """engine.seed."""
     adapters: tuple[str, ...] = ()
     """Names of the LoRA adapters that are loaded."""
+
+    @classmethod
+    def of(cls, folder: ModelFolder, config: GeneratingConfig) -> PromptLimits:
+        """Those of a model that is not loaded: what it runs with may be shorter. CheckpointError: its tokenizer is
+        damaged."""
+        return cls(
+            tokenizer=folder.tokenizer,
+            vocab_size=folder.model.vocab_size,
+            max_model_len=config.engine.max_model_len or folder.model.max_position_embeddings,
+            eos_token_ids=folder.model.eos_token_ids,
+            seed=config.engine.seed,
+            adapters=tuple(config.lora),
+        )
 
     def stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Token ids that end the output."""
@@ -369,11 +383,13 @@ def read_inputs(
     )
 
 
-def input_problems(section: InputSection, defaults: SamplingParams, vocab_size: int | None) -> list[str]:
-    """What is wrong with the prompts that `section` names, as far as it shows before a model or tokenizer is read."""
-    read, _ = _read(section, defaults, vocab_size or 1 << 62, None)
+def input_problems(section: InputSection, defaults: SamplingParams, limits: PromptLimits | None) -> list[str]:
+    """What is wrong with the prompts that `section` names; without `limits`, as far as it shows of no model."""
+    if limits is not None:
+        return [str(one.error) for one in read_inputs(section, defaults, limits).failures]
+    read, _ = _read(section, defaults, 1 << 62, None)
     problems = [
-        prompt_problem(one.prompt, key=one.where, vocab_size=vocab_size) if isinstance(one, RawRequest) else one.error
+        prompt_problem(one.prompt, key=one.where, vocab_size=None) if isinstance(one, RawRequest) else one.error
         for one in read.values()
     ]
     return [str(problem) for problem in problems if problem is not None]

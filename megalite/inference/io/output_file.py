@@ -27,6 +27,7 @@ from megalite.inference.outputs import RequestOutput
 
 _NEW_FILE = "Set output.overwrite=true to start anew, or write to another file."
 _SHOWN_CHANGES = 8
+_WEIGHTS, _INPUT = "the weights", "the input"
 
 
 def fingerprint(config: InferConfig, *, weights: str, inputs: str) -> dict[str, Any]:
@@ -36,12 +37,24 @@ def fingerprint(config: InferConfig, *, weights: str, inputs: str) -> dict[str, 
     `inputs` what was read (`InputBatch.digest`).
     """
     model, engine = asdict(config.model), asdict(config.engine)
-    decides = {f"model.{key}": model[key] for key in ("path", "revision", "tokenizer", "dtype", "load_format")}
+    keys = ("path", "revision", "tokenizer", "dtype", "load_format", "quantization")
+    decides = {f"model.{key}": model[key] for key in keys}
     decides |= {f"engine.{key}": engine[key] for key in ("max_model_len", "seed")}
+    if config.engine.kv_cache_dtype != "auto":
+        decides["engine.kv_cache_dtype"] = config.engine.kv_cache_dtype
+    decides |= {f"lora.{name}": folder for name, folder in config.lora.items()}
     decides |= {f"sampling.{key}": value for key, value in asdict(config.sampling).items()}
-    decides |= {"the weights": weights, "the input": inputs[:16]}
+    decides |= {_WEIGHTS: weights, _INPUT: inputs[:16]}
     as_read: dict[str, Any] = json.loads(json.dumps(decides))
     return as_read
+
+
+def check_settings(config: InferConfig) -> None:
+    """ConfigError if the output file is of a run that its settings tell from this one, without a look at weights or
+    input."""
+    path = Path(os.path.realpath(config.output.file or ""))
+    if config.output.file and not config.output.overwrite and path.is_file() and path.stat().st_size:
+        _compare(path, fingerprint(config, weights="", inputs=""), but=(_WEIGHTS, _INPUT))
 
 
 class OutputFile:
@@ -75,13 +88,12 @@ class OutputFile:
         LineFile(path).close()
         with ExitStack() as undo:
             lock = undo.enter_context(_locked(path))
-            record = path.with_name(f"{path.name}.run.json")
             if path.stat().st_size and not overwrite:
-                _compare(path, record, fingerprint)
+                _compare(path, fingerprint)
             else:
                 # Emptied first: stopped between the two, no old result stands beside a new record.
                 LineFile(path, anew=True).close()
-                write_json(record, {"made_by": "megalite", "decided_by": dict(fingerprint)})
+                write_json(_record(path), {"made_by": "megalite", "decided_by": dict(fingerprint)})
             for other in left_behind(path.parent):
                 if other.name.startswith(f".{path.name}."):  # killed while it put this file in order
                     other.unlink()
@@ -167,8 +179,14 @@ def _locked(path: Path) -> BinaryIO:
         lock.close()  # the other run put its file in order meanwhile: this is the one from before
 
 
-def _compare(path: Path, record: Path, fingerprint: Mapping[str, Any]) -> None:
-    """ConfigError unless the file's run is the same as this one."""
+def _record(path: Path) -> Path:
+    """Where it stands what run an output file is of."""
+    return path.with_name(f"{path.name}.run.json")
+
+
+def _compare(path: Path, fingerprint: Mapping[str, Any], but: Collection[str] = ()) -> None:
+    """ConfigError unless the file's run is the same as this one, but for the keys of `but`."""
+    record = _record(path)
     try:
         before = dict(json.loads(record.read_bytes())["decided_by"])
     except FileNotFoundError:
@@ -178,7 +196,7 @@ def _compare(path: Path, record: Path, fingerprint: Mapping[str, Any]) -> None:
         raise ConfigError(
             problem("output.file", f"its {printable(record.name)} can't be read", str(path), _NEW_FILE)
         ) from error
-    keys = [key for key in {**before, **fingerprint} if before.get(key) != fingerprint.get(key)]
+    keys = [key for key in {**before, **fingerprint} if before.get(key) != fingerprint.get(key) and key not in but]
     if not keys:
         return
     changes = [f"{key} was {shown(before.get(key))}, is {shown(fingerprint.get(key))}" for key in keys[:_SHOWN_CHANGES]]
