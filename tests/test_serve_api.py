@@ -721,6 +721,19 @@ def test_large_bodies_are_read_beside_other_answers():
     assert choice["text"] == "hello"
 
 
+def test_small_bodies_do_not_wait_until_a_large_one_is_read():
+    async def both() -> None:
+        transport = httpx.ASGITransport(app_over(router()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", headers=JSON) as client:
+            large = asyncio.create_task(client.post("/v1/completions", content=b'{"prompt": [%s1]}' % (b"1," * 300000)))
+            await asyncio.sleep(0)  # it is sent first
+            small = await client.post("/v1/completions", content=b'{"prompt": "a", "max_tokens": 1}')
+            assert (small.status_code, large.done()) == (200, False)
+            error(await large, 400)
+
+    asyncio.run(both())
+
+
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("after", [0, 2])

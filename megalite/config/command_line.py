@@ -12,7 +12,7 @@ from megalite.config.typecheck import key_of, printable
 from megalite.errors import ConfigError, Problem
 
 FLAGS = {
-    "--check": "stop after the checks, to which each line of input.file belongs then; with --hostfile or under a "
+    "--check": "stop after the checks, to which the tokenizer and every prompt belong then; with --hostfile or under a "
     "launcher the ranks also meet, and show in a table what each has",
     "--print-config": "print every value and where it came from, then stop",
     "--dry-run": "print which rank would hold what, and the bytes of it, then stop; loads nothing",

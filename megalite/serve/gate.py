@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,8 @@ class Bodies:
         self._held = 0
         """Bytes of bodies that are being read or parsed."""
         self._parsing = asyncio.Lock()
-        """One at a time, so that between two pieces of it other answers get their turn."""
+        """One large one at a time, so that between two pieces of it other answers get their turn; small ones, which are
+        one piece, do not wait for it."""
 
     async def read(self, request: Request) -> Any:
         """The JSON value of a request's body. ApiError, JsonError, Overloaded, ClientGone."""
@@ -198,7 +199,7 @@ class Bodies:
                         break
             if not data:
                 raise ApiError(400, "The request needs a body: a JSON object.")
-            async with self._parsing:
+            async with self._parsing if len(data) > json_text.PIECE else nullcontext():
                 value = await json_text.parse_in_pieces(bytes(data), lambda: asyncio.sleep(0))
             if isinstance(value, dict) and len(value) > MAX_FIELDS:
                 raise ApiError(400, f"A request may have {MAX_FIELDS} fields.")
