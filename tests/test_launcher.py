@@ -336,6 +336,35 @@ def test_the_true_exit_code(capsys, said, codes, code, says):
     assert capsys.readouterr().err == (f"{says}.\n" if says else "")
 
 
+class Draining:
+    """A rank that ends when it is sent a signal."""
+
+    def __init__(self):
+        self.returncode, self.pid = None, 77
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def send_signal(self, signum: int) -> None:
+        self.returncode = 128 + signum
+
+
+def test_a_signal_sent_because_the_run_began_never_comes_before_it(monkeypatch, capsys):
+    """The door has just listened, in vain, when the run begins, and who waited for that sends a signal at once."""
+    door = launcher._Door(1, 60.0)
+    door._ranks = [Draining()]
+    listen, rank_says = door._listen, [b"megalite: running\n", b"megalite: ended 143\n"]
+
+    def listened() -> None:
+        listen()
+        if rank_says:
+            os.write(door._their_end, rank_says.pop(0))
+            door._on_signal(signal.SIGTERM, None)
+
+    monkeypatch.setattr(door, "_listen", listened)
+    assert (door._until_end(), capsys.readouterr().err) == (143, "")
+
+
 def test_a_script_that_fails_before_the_run_begins(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     script = tmp_path / "script.py"

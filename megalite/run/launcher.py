@@ -114,9 +114,9 @@ class _Door:
         passed_on, looked = False, time.monotonic()
         self._moving = [looked] * self._size
         while self._living():
-            now = time.monotonic()
-            self._listen()
-            if self._signals and not passed_on:
+            now, signalled = time.monotonic(), bool(self._signals)
+            self._listen()  # after that look: who sends a signal because the run began is told so
+            if signalled and not passed_on:
                 passed_on = True
                 if not self._heard:
                     return self._stopped("before the run began")
