@@ -236,6 +236,8 @@ def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: T
     if plain:
         mask = causal_mask(range(length), range(length), spec, q.device)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale)
+    again = partial(checkpoint, attend_written, use_reentrant=False, preserve_rng_state=False)
+    attend = again if torch.is_grad_enabled() else attend_written  # `checkpoint` imports the compiler, for seconds
     chunks = []
     for first in range(0, length, CHUNK):
         last = min(first + CHUNK, length)
@@ -243,7 +245,7 @@ def _attend_batch(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: T
         mask = causal_mask(range(first, last), range(low, last), spec, q.device)
         parts = q[:, :, first:last], k[:, :, low:last], v[:, :, low:last], spec, mask
         of_heads = None if sinks is None else sinks[:, None, None]
-        chunks.append(checkpoint(attend_written, *parts, of_heads, use_reentrant=False, preserve_rng_state=False))
+        chunks.append(attend(*parts, of_heads))
     return torch.cat(chunks, 2)
 
 
