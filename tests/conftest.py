@@ -60,11 +60,12 @@ def pytest_collection_finish(session):
     """Fork the zygote while the test process is still clean, if any test will need ranks."""
     global _pools
     if not session.config.option.collectonly and any("ranks" in item.fixturenames for item in session.items):
+        from forks import TRAINING
         from rank_pool import Pools
 
         # Seconds for each of the ranks that train, of which there are ten and more.
         trains = {"megalite.train.trainer", "train_helpers"} & sys.modules.keys()
-        _pools = Pools(("deepspeed", "torch._dynamo") if trains else ())
+        _pools = Pools(TRAINING if trains else ())
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,10 @@ from waiting import PATIENCE
 ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ("cli", "inference.job", "serve.worker", "tools.convert", "tools.describe", "tools.export")
 """What the server imports of megalite when it starts."""
-TRAINING = ("megalite.hybrid.job", "deepspeed", "torch._dynamo")
+TRAINING = (
+    *("megalite.hybrid.job", "deepspeed", "torch._dynamo", "deepspeed.ops.op_builder.all_ops"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer"),
+)
 """`preload` for programs that train."""
 
 
@@ -95,7 +98,8 @@ class Forks:
         """`folder`: for what the programs print."""
         self._folder, self._address = folder, str(folder / "socket")
         command = [sys.executable, __file__, self._address]
-        options = {"cwd": ROOT, "env": {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}}
+        environment = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)}  # as jobs that train
+        options = {"cwd": ROOT, "env": {**os.environ, **environment}}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
         self._server = subprocess.Popen(command, **options, **pipes)
         assert self._server.stdout.readline() == b"ready\n"

@@ -64,7 +64,7 @@ def _serve_forks(pipe: Connection, preload: Sequence[str]) -> None:
     """The zygote's life: ends, by os._exit, when the test process closes its end or dies."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # deepspeed looks when it is imported; the ranks are on the CPU
+    os.environ.update(DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1")  # deepspeed looks when it is imported
     for name in preload:
         import_module(name)
     gc.freeze()  # what was imported stays, and is shared by all ranks until a collection looks at it

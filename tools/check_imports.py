@@ -104,6 +104,9 @@ TORCH_FREE = (
 """Files and folders whose modules must not import torch when they are imported, neither themselves nor through others.
 So must every module whose docstring says so."""
 
+BLOCKS = ("body", "orelse", "handlers", "finalbody", "cases")
+"""Where a statement has others."""
+
 CLAIM = re.compile(r"torch-free|(importable|imported) without torch|imports no torch|no torch here", re.IGNORECASE)
 
 
@@ -118,29 +121,31 @@ class Import:
     """Inside a function or under TYPE_CHECKING: not run when the module is imported."""
 
 
-@cache
-def parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+def parsed(file: Path) -> tuple[str, list[Import]]:
+    """The docstring of a module, and every import statement."""
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    return ast.get_docstring(tree) or "", list(_imports(file, tree))
 
 
-def imports_of(file: Path) -> Iterator[Import]:
-    """Every import statement of a file, those in functions too."""
-    left: list[tuple[ast.AST, bool]] = [(parsed(file), False)]
+def _imports(file: Path, tree: ast.Module) -> Iterator[Import]:
+    """Those in functions too."""
+    left: list[tuple[ast.AST, bool]] = [(tree, False)]
     while left:
         node, deferred = left.pop(0)
-        for child in ast.iter_child_nodes(node):
+        for child in (one for block in BLOCKS for one in getattr(node, block, ())):
             if isinstance(child, ast.Import):
                 for alias in child.names:
                     yield Import(file, child.lineno, alias.name, deferred)
             elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
                 for alias in child.names:
                     yield Import(file, child.lineno, f"{child.module}.{alias.name}", deferred)
-            elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):  # no expression holds an import
+            else:
                 inner = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
                 typing_only = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
                 left.append((child, deferred or inner or typing_only))
 
 
+@cache
 def room_of(module: str) -> tuple[int, str] | None:
     """Level and name of the room that a dotted module name is in."""
     for level, rooms in enumerate(LEVELS):
@@ -150,9 +155,8 @@ def room_of(module: str) -> tuple[int, str] | None:
     return None
 
 
-def wrong(root: Path, item: Import) -> str | None:
-    """Why an import is against the rules, or None."""
-    path = item.file.relative_to(root).as_posix()
+def wrong(path: str, item: Import) -> str | None:
+    """Why an import of the module at `path` is against the rules, or None."""
     package = item.module.split(".")[0]
     if package in PLACES and not path.startswith(PLACES[package]):
         return f"{package} may be imported only in {', '.join(PLACES[package]) or 'no module'}"
@@ -181,31 +185,26 @@ def loads_torch(modules: Mapping[str, Sequence[Import]], name: str, seen: set[st
     return None
 
 
-def claims(root: Path, file: Path) -> bool:
+def claims(path: str, docstring: str) -> bool:
     """Whether a module must be importable without torch."""
-    if file.relative_to(root).as_posix().startswith(TORCH_FREE):
-        return True
-    docstring = ast.get_docstring(parsed(file)) or ""
-    return CLAIM.search(" ".join(docstring.split())) is not None
+    return path.startswith(TORCH_FREE) or CLAIM.search(" ".join(docstring.split())) is not None
 
 
 def check(root: Path) -> list[str]:
     """Every wrong import below `root`, as `file:line: import module: reason`."""
     files = [file for top in ("megalite", "launch", "tools", "tests") for file in sorted((root / top).rglob("*.py"))]
-    imports = {file: list(imports_of(file)) for file in files}
+    sources = {file: parsed(file) for file in files}
     names = {file: ".".join(file.relative_to(root).with_suffix("").parts) for file in files}
-    modules = {names[file]: items for file, items in imports.items()}
+    modules = {names[file]: items for file, (_, items) in sources.items()}
     found = []
-    for file, items in imports.items():
-        reasons = [(item, wrong(root, item)) for item in items]
-        loads = (
-            loads_torch(modules, names[file], set())
-            if file.is_relative_to(root / "megalite") and claims(root, file)
-            else None
-        )
+    for file, (docstring, items) in sources.items():
+        path = file.relative_to(root).as_posix()
+        reasons = [(item, wrong(path, item)) for item in items]
+        held = path.startswith("megalite/") and claims(path, docstring)
+        loads = loads_torch(modules, names[file], set()) if held else None
         if loads is not None:
             reasons.append((loads, "this module must be importable without torch"))
-        found += [f"{file.relative_to(root)}:{item.line}: import {item.module}: {why}" for item, why in reasons if why]
+        found += [f"{path}:{item.line}: import {item.module}: {why}" for item, why in reasons if why]
     return found
 
 

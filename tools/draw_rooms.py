@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from check_imports import LEVELS, imports_of, room_of
+from check_imports import LEVELS, parsed, room_of
 
 from megalite.files import write_durably
 from megalite.tools.svg import page, text
@@ -32,7 +32,7 @@ def measure(root: Path) -> tuple[dict[str, int], set[tuple[str, str]]]:
         if here is None:
             continue
         lines[here[1]] = lines.get(here[1], 0) + file.read_text(encoding="utf-8").count("\n")
-        for item in imports_of(file):
+        for item in parsed(file)[1]:
             there = room_of(item.module)
             if there is not None and there[1] != here[1]:
                 arrows.add((here[1], there[1]))

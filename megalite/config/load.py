@@ -67,10 +67,14 @@ class Loaded(Generic[C]):
     """For every `section.key`: `FILE:LINE`, `the command line` or `default`."""
     text: str
     """Every value, as YAML; read again it gives an equal config."""
-    given: str
-    """The values that were set, as YAML; read again it gives an equal config with the same keys at their defaults."""
     sha256: str
     """Of `text`: equal configs have equal digests, however they were written."""
+
+    @property
+    def given(self) -> str:
+        """The values that were set, as YAML; read again it gives an equal config with the same keys at their
+        defaults."""
+        return _written(self.config, [key for key, origin in self.origins.items() if origin != DEFAULT])
 
 
 def load_config(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> Loaded[Any]:
@@ -95,18 +99,19 @@ def resolve(kind: Kind, path: str | Path, overrides: Sequence[str] = ()) -> tupl
 
 def loaded_from(config: C, origins: dict[str, str] | None = None) -> Loaded[C]:
     """A config object, e.g. one made in Python, with its canonical text and digest."""
-    tree: dict[str, Any] = {}
-    given: dict[str, Any] = {}
-    origins = dict.fromkeys(hints(type(config)), DEFAULT) | (origins or {})
-    for key, hint in hints(type(config)).items():
-        path = key.split(".")
-        value = with_floats(hint, reduce(getattr, path, config))
-        tree = _put(tree, path, value)
-        if origins[key] != DEFAULT:
-            given = _put(given, path, value)
-    text = yaml_lines.write(tree)
+    keys = hints(type(config))
+    text = _written(config, keys)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
-    return Loaded(config=config, origins=origins, text=text, given=yaml_lines.write(given), sha256=sha256)
+    return Loaded(config=config, origins=dict.fromkeys(keys, DEFAULT) | (origins or {}), text=text, sha256=sha256)
+
+
+def _written(config: Config, keys: Iterable[str]) -> str:
+    """The values of `keys`, in their order, as YAML."""
+    tree: dict[str, Any] = {}
+    for key in keys:
+        path = key.split(".")
+        tree = _put(tree, path, with_floats(hints(type(config))[key], reduce(getattr, path, config)))
+    return yaml_lines.write(tree)
 
 
 def with_defaults(loaded: Loaded[C], section: str, values: dict[str, Any], origin: str) -> Loaded[C]:
