@@ -98,7 +98,8 @@ class Forks:
         """`folder`: for what the programs print."""
         self._folder, self._address = folder, str(folder / "socket")
         command = [sys.executable, __file__, self._address]
-        environment = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)}  # as jobs that train
+        # As jobs have it that train.
+        environment = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": str(ROOT)}
         options = {"cwd": ROOT, "env": {**os.environ, **environment}}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
         self._server = subprocess.Popen(command, **options, **pipes)
