@@ -16,10 +16,13 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
+from megalite.model.quantization import in_fp8
 from megalite.planner import choose, device_map, devices
+from megalite.planner.applied import Matrices, Rates
 from megalite.planner.cost import Batch, Cluster, StageCosts, Times
 from megalite.planner.devices import named
 from megalite.planner.generation import Workload, parse, predict
+from megalite.planner.memory import RankMemory
 from megalite.planner.search import layouts, search, search_training
 from megalite.planner.training import TrainingWork
 from megalite.run.placement import consecutive
@@ -42,7 +45,57 @@ def test_stages_weigh_what_their_widest_rank_holds(name, tiny):
     for layout in (Layout(), Layout(2), Layout(3), Layout(1, 2), Layout(2, 2)):
         costs = StageCosts(config, layout, Cluster(named("h100"), layout.size), itemsize=2)
         held = [local_elements(config, layout, layout.rank(pp=stage)) for stage in range(layout.pp)]
-        assert [elements for _, elements in costs.stages] == held, layout
+        assert [stage.elements for stage in costs.stages] == held, layout
+
+
+NUMBERS = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+"""Of a layer of the 8B shape, in four products of three times 4,096 and once 14,336 inputs,"""
+OUTPUTS = 4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096
+"""and their outputs."""
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+
+
+def layers_of(config: ModelConfig, rows: int, device: str = "h100", **more) -> Times:
+    """Of a layer, when so many sequences of 1,000 tokens gain one each."""
+    batch, found = Batch(rows=rows, keys=1000 * rows), Times()
+    found.add(StageCosts(config, Layout(), Cluster(named(device), 1), 2, **more).forward(0, batch), 1 / 32)
+    return found
+
+
+def test_codes_are_read_as_they_are_for_few_rows():
+    read, plain = named("h100").read, shape("llama-8B")
+    in_int4 = families.from_values(Path("x"), {**SHAPES["llama-8B"], "dtype": "bfloat16", "quantization_config": AWQ})
+    assert layers_of(plain, 1).weights == pytest.approx(2 * NUMBERS / read)
+    assert layers_of(in_fp8(plain), 64).weights == pytest.approx((NUMBERS + 4 * OUTPUTS) / read)
+    assert layers_of(in_int4, 1).weights == pytest.approx((NUMBERS / 2 + NUMBERS / 128 * (2 + 2)) / read)
+    assert layers_of(in_int4, 1, "a100").weights == pytest.approx(2 * NUMBERS / named("a100").read), "numbers there"
+    assert layers_of(plain, 1, kv_cache_dtype="fp8").attention == pytest.approx(2 * 8 * 128 * 1000 / read)
+    kept = StageCosts(in_fp8(plain), Layout(), Cluster(named("h100"), 1), 2).stages[0].nbytes
+    ends_and_norms = 2 * (2 * 128256 * 4096 + 65 * 4096)
+    assert kept == 32 * (NUMBERS + 4 * OUTPUTS) + ends_and_norms, "embedding and head stay numbers"
+
+
+def test_codes_of_many_rows_are_written_out_or_multiplied_as_fp8():
+    device, plain = named("h100"), shape("llama-8B")
+    in_int4 = families.from_values(Path("x"), {**SHAPES["llama-8B"], "dtype": "bfloat16", "quantization_config": AWQ})
+    work, codes = 2 * 512 * NUMBERS, NUMBERS / 2 + NUMBERS / 128 * (2 + 2)
+    found, dense = layers_of(in_int4, 512), layers_of(plain, 512)
+    assert found.products == pytest.approx(dense.products) and dense.weights == pytest.approx(2 * NUMBERS / device.read)
+    assert found.weights == pytest.approx(dense.weights + (codes + 2 * NUMBERS) / device.read), "read, written, read"
+    found, codes = layers_of(in_fp8(plain), 512), NUMBERS + 4 * OUTPUTS
+    held = [RankMemory(one, Layout(), 0, 2).activations(max_tokens=512) for one in (plain, in_fp8(plain), in_int4)]
+    assert held[0] == held[1] == held[2] - 2 * 2 * 14336 * 4096, "gate and up are written out at once"
+    converted = 512 * (3 * 4096 + 14336) * (2 + 2 + 1) / device.read
+    both = math.hypot(codes / device.read, work / (2 * device.matmul))
+    assert found.weights + found.products == pytest.approx(both + converted)
+
+
+def test_experts_in_codes_are_read_by_each_row_and_written_out_for_many():
+    rates, experts = Rates(1e12, 1e15, 2e15), Matrices("codes", 8 * 10**8, 4 * 10**8)
+    reading, beyond = experts.seconds_of_experts(4, 2, 8, rates, 2)
+    assert reading == pytest.approx(8 * 0.5e8 / 1e12) and reading + beyond == math.hypot(reading, 16 * 10**8 / 1e15)
+    reading, _ = experts.seconds_of_experts(1000, 2, 8, rates, 2)
+    assert reading == pytest.approx((4e8 + 2 * 16e8) / 1e12)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -26,8 +27,9 @@ from megalite.core.quantized import E2M1, coded
 from megalite.errors import CheckpointError, ConfigError
 from megalite.model import families
 from megalite.model.attention import PackedAttention
+from megalite.planner.applied import applied
 from megalite.weights.checkpoint import open_checkpoint
-from megalite.weights.table import check_cuts, hf_shapes, local_bytes, local_elements
+from megalite.weights.table import check_cuts, hf_shapes, local_bytes, local_elements, owned
 from megalite.weights.transfer import build, load_folder
 
 MIXTURES = ("awq", "fp8_blocks", "fp8_scalar", "packed_4_zeros")
@@ -310,9 +312,12 @@ def decoded(kind: str, tensors: dict) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_for_kernels(kind, models):
     """Every format as codes of 4 or 8 bits with scales of groups, but for mixed orders in one parameter, and groups of
-    several lengths."""
+    several lengths. The planner knows their bytes without the weights."""
     codes, _ = models(kind)
-    decoder = build(families.read(codes), ParallelState(WHOLE), dtype=torch.float32, device=torch.device("cpu"))
+    config, planned = families.read(codes), Counter()
+    for one in owned(config, WHOLE, 0):
+        planned[one.piece.param.rpartition(".")[0]] += applied(one, 2, codes=True).nbytes
+    decoder = build(config, ParallelState(WHOLE), dtype=torch.float32, device=torch.device("cpu"))
     load_folder(decoder, codes)
     layer = decoder.layers["0"]
     head = [decoder.head] if KINDS[kind].head else []
@@ -324,6 +329,8 @@ def test_codes_for_kernels(kind, models):
             assert kind in ("gptq_act_order", "packed_act_order", "fp8_uneven") and linear in places
         else:
             assert torch.equal(decoded(*found), format.matrix(linear.stored))
+            [name] = [name for name, module in decoder.named_modules() if module is linear]
+            assert planned[name] == sum(tensor.nbytes for tensor in found[1].values())
 
 
 def test_codes_of_experts_for_kernels(models):

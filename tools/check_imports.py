@@ -71,6 +71,7 @@ TORCH_FREE = (
     "megalite/json_text.py",
     "megalite/monitor/",
     "megalite/planner/__init__.py",
+    "megalite/planner/applied.py",
     "megalite/planner/choose.py",
     "megalite/planner/cost.py",
     "megalite/planner/device_map.py",

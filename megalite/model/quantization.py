@@ -127,6 +127,20 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
     return replace(model, layers=tuple(_with_units(model, layer, index) for index, layer in enumerate(model.layers)))
 
 
+def in_fp8(model: ModelConfig) -> ModelConfig:
+    """A model of numbers with its layers' linear maps and experts in fp8, a scale a row, as `model.quantization` makes
+    them while it is loaded."""
+    format = Elementwise(block=(1, ALL))
+    stored = {
+        (layer, row.weight): format
+        for layer in range(model.num_layers)
+        for row in model.layer_rows(layer)
+        if (row.linear and row.param != "router") or row.expert is not None
+    }
+    formats = tuple((layer, weight, found) for (layer, weight), found in stored.items())
+    return replace(model, quantization=Quantization(formats, "fp8"))
+
+
 def _head_format(config: _Values, names: WeightNames, choice: Choice) -> WeightFormat | None:
     """The head's format; None where it is the embedding. Lists may call it by its tensor's name or lm_head."""
     if "lm_head" not in names.tensors:

@@ -2,9 +2,9 @@
 
 A layer's matmuls take sqrt(r^2 + c^2): r seconds to read their weights, c to compute. The smaller of both never hides
 entirely behind the larger; this sum of squares is within 7% of what matmuls took in steps of 32 to 256 rows of a 0.6B
-and an 8B model (docs/planner.md). Attention reads every cached key and value once; norms, rotation, gate and residual
-read and write what they work on; every kernel costs a little beside. Sums over tp cost a latency and bytes over the
-link's rate, as do messages between stages.
+and an 8B model (docs/planner.md). What weights in codes take is said in `applied`. Attention reads every cached key and
+value once, and a state is read and written; norms, rotation, gate and residual read and write what they work on; every
+kernel costs a little beside. Sums over tp cost a latency and bytes over the link's rate, as do messages between stages.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
+from megalite.core import formats
 from megalite.core.layout import Layout, width
 from megalite.model.config import ModelConfig
+from megalite.model.kinds.base import LayerKind
 from megalite.model.kinds.dense import DenseMLP
 from megalite.model.kinds.experts import Experts
 from megalite.model.kinds.softmax import SoftmaxAttention
+from megalite.planner.applied import Matrices, Rates, applied
 from megalite.planner.devices import Device
 from megalite.planner.memory import CAPTURED_WORK, kv_itemsize
 from megalite.weights.table import owned
@@ -40,20 +44,34 @@ SUMS = 2
 
 @dataclass(frozen=True, slots=True)
 class LayerShard:
-    """What the widest tp rank has of one layer, in numbers."""
+    """What the widest tp rank has of one layer."""
 
-    matrices: int
+    matrices: tuple[Matrices, ...]
     """Every token is multiplied by them."""
-    experts: int
-    """In experts, of which a token takes `share`."""
-    share: float
+    experts: tuple[Matrices, ...]
+    """Of experts, of which a token takes `top_k`."""
     num_experts: int
     top_k: int
     queries: int
+    """Numbers of a token's queries,"""
     keys: int
+    """and of its keys."""
+    cached: int
+    """Numbers that a token leaves in pages of the cache."""
+    scored: float
+    """Operations for each key that a token is compared with,"""
+    stepped: float
+    """and those of a token on the state of its sequence,"""
+    state: int
+    """which takes so many bytes."""
     inner: int
     """Width of what gate and activation work on, gate included."""
-    window: int | None
+    span: int | None
+    """Keys that a token is compared with, at most."""
+
+    @property
+    def in_codes(self) -> bool:
+        return any(one.way != "numbers" for one in self.matrices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +80,40 @@ class ModelShard:
 
     layers: tuple[LayerShard, ...]
     elements: tuple[int, ...]
-    """Of each layer, all of them."""
-    first: int
-    last: int
-    """Of both ends, the head included where it is tied as well."""
-    head: int
+    """Of each layer, all of them,"""
+    nbytes: tuple[int, ...]
+    """and what they take."""
+    first: tuple[int, int]
+    last: tuple[int, int]
+    """Both of each end, the head included where it is tied as well."""
+    head: Matrices
 
 
 @lru_cache(maxsize=64)
-def shard(config: ModelConfig, tp: int) -> ModelShard:
-    """The widest rank is the first: shares differ by at most one unit, larger ones first."""
-    matrices: Counter[object] = Counter()
-    experts: Counter[object] = Counter()
-    elements: Counter[object] = Counter()
-    head = 0
+def shard(config: ModelConfig, tp: int, itemsize: int, codes: bool) -> ModelShard:
+    """The widest rank is the first: shares differ by at most one unit, larger ones first. `codes`: see `applied`."""
+    matrices: dict[tuple[formats.Stage, bool], dict[str, Matrices]] = {}
+    elements: Counter[formats.Stage] = Counter()
+    nbytes: Counter[formats.Stage] = Counter()
+    head = Matrices(numbers=(size := width(config.head_vocab, tp, 0) * config.hidden_size), nbytes=size * itemsize)
     for one in owned(config, Layout(tp, 1, 1), 0):
-        stage = one.piece.stage
-        count = one.elements * one.piece.numbers
-        elements[stage] += count
-        if one.piece.expert is not None:
-            experts[stage] += count
-        elif one.piece.other and stage not in ("first", "last"):
-            matrices[stage] += count
-    head = width(config.head_vocab, tp, 0) * config.hidden_size
+        stage, part = one.piece.stage, applied(one, itemsize, codes=codes)
+        elements[stage] += part.numbers
+        nbytes[stage] += part.nbytes
+        if one.piece.param.startswith("head.") and one.piece.other and part.numbers:
+            head = part
+        elif one.piece.other and part.numbers:
+            alike = matrices.setdefault((stage, one.piece.expert is not None), {})
+            alike[part.way] = alike.get(part.way, Matrices(part.way)) + part
     if config.tie_embeddings:
-        elements["last"] += head
+        elements["last"] += head.numbers
+        nbytes["last"] += head.nbytes
+
+    def shared(kind: LayerKind) -> float:
+        """Of the work over keys, the part of the widest rank."""
+        if isinstance(kind, SoftmaxAttention):
+            return width(kind.queries, tp, 0) / kind.queries.total
+        return math.ceil(kind.query_heads / tp) / max(1, kind.query_heads)
 
     def layer(index: int) -> LayerShard:
         made = config.layers[index]
@@ -94,24 +121,30 @@ def shard(config: ModelConfig, tp: int) -> ModelShard:
         inner = sum((2 if mlp.gated else 1) * width(mlp.inner, tp, 0) for mlp in made.of(DenseMLP))
         if moe is not None:
             inner += 2 * math.ceil(moe.top_k * moe.intermediate_size / min(tp, moe.num_experts))
+        most, cache = config.max_position_embeddings, made.cache(tp, 0)
+        span = max((kind.attended(most) for kind in made.kinds if kind.cache(tp, 0).token), default=0)
         return LayerShard(
-            matrices=matrices[index],
-            experts=experts[index],
-            share=1.0 if moe is None else moe.top_k / moe.num_experts,
+            matrices=tuple(matrices.get((index, False), {}).values()),
+            experts=tuple(matrices.get((index, True), {}).values()),
             num_experts=0 if moe is None else moe.num_experts,
             top_k=0 if moe is None else moe.top_k,
             queries=width(attention.queries, tp, 0) if attention else 0,
             keys=width(attention.keys, tp, 0) if attention else 0,
+            cached=cache.token_elements,
+            scored=sum(kind.flops_per_key * shared(kind) for kind in made.kinds if kind.cache(tp, 0).token),
+            stepped=sum(kind.flops_per_key / tp for kind in made.kinds if kind.cache(tp, 0).sequence),
+            state=cache.sequence_bytes,
             inner=inner,
-            window=attention.window if attention else None,
+            span=None if span == most else span,
         )
 
     layers = range(config.num_layers)
     return ModelShard(
         layers=tuple(map(layer, layers)),
         elements=tuple(elements[index] for index in layers),
-        first=elements["first"],
-        last=elements["last"],
+        nbytes=tuple(nbytes[index] for index in layers),
+        first=(elements["first"], nbytes["first"]),
+        last=(elements["last"], nbytes["last"]),
         head=head,
     )
 
@@ -202,6 +235,16 @@ class Cluster:
         return device.hop_latency + latency + nbytes / rate
 
 
+class Stage(NamedTuple):
+    """What the widest rank of a pipeline stage has."""
+
+    kinds: Counter[LayerShard]
+    """Its layers, by kind."""
+    elements: int
+    nbytes: int
+    """Of its weights."""
+
+
 @dataclass(frozen=True)
 class StageCosts:
     """The stages of one layout on a cluster."""
@@ -214,7 +257,8 @@ class StageCosts:
 
     @cached_property
     def shard(self) -> ModelShard:
-        return shard(self.config, self.layout.tp)
+        device = self.cluster.device
+        return shard(self.config, self.layout.tp, self.itemsize, device.kind == "cuda" and device.fp8 > 0)
 
     @cached_property
     def tp_hosts(self) -> int:
@@ -224,19 +268,17 @@ class StageCosts:
         return max(self.cluster.spread(range(first, first + tp)) for first in firsts)
 
     @cached_property
-    def stages(self) -> tuple[tuple[Counter[LayerShard], int], ...]:
-        """Of each stage its layers by kind, and its numbers on the widest rank."""
-        found = []
-        for stage in range(self.layout.pp):
-            layers = self.layout.layers(stage, self.config.layer_costs())
-            kinds = Counter(self.shard.layers[layer] for layer in layers)
-            elements = sum(self.shard.elements[layer] for layer in layers)
-            elements += self.shard.first if stage == 0 else 0
-            if stage == self.layout.pp - 1 and not (self.config.tie_embeddings and self.layout.pp == 1):
-                elements += self.shard.last
-            elif stage == self.layout.pp - 1:
-                elements += self.shard.last - self.shard.head
-            found.append((kinds, elements))
+    def stages(self) -> tuple[Stage, ...]:
+        """What the widest rank of each has."""
+        found, made, layout = [], self.shard, self.layout
+        for place in range(layout.pp):
+            layers = layout.layers(place, self.config.layer_costs())
+            held = [(made.elements[layer], made.nbytes[layer]) for layer in layers]
+            held += [made.first] * (place == 0) + [made.last] * (place == layout.pp - 1)
+            if self.config.tie_embeddings and layout.pp == 1:
+                held.append((-made.head.numbers, -made.head.nbytes))  # one parameter serves as both
+            elements, nbytes = map(sum, zip(*held, strict=True))
+            found.append(Stage(Counter(made.layers[layer] for layer in layers), elements, nbytes))
         return tuple(found)
 
     @cached_property
@@ -263,7 +305,7 @@ class StageCosts:
 
     def step(self, stage: int, batch: Batch, *, busy: float = 1.0) -> Times:
         """Seconds of one step of one cohort on a stage that generates, the host's part included."""
-        device, (kinds, elements) = self.cluster.device, self.stages[stage]
+        device, (kinds, elements, _) = self.cluster.device, self.stages[stage]
         found = self.forward(stage, batch, busy=busy)
         host = device.step + device.row * batch.sampled
         if not device.overlaps:
@@ -277,39 +319,46 @@ class StageCosts:
     def forward(self, stage: int, batch: Batch, *, busy: float = 1.0) -> Times:
         """Seconds of the device for a batch on a stage. `busy`: share of the ranks that work at a time."""
         config, device, item = self.config, self.cluster.device, self.itemsize
-        kept = kv_itemsize(self.kv_cache_dtype, item)
-        crowd = self.crowd(busy)
-        read, matmul = device.read / crowd, device.matmul / crowd
-        if device.kind == "cuda" and item == 4:
-            matmul *= FLOAT32_SHARE
-        kinds, _ = self.stages[stage]
+        rates = self.rates(busy)
+        kinds = self.stages[stage].kinds
         found = Times()
+        kernels: float = END_KERNELS
         for layer, count in kinds.items():
-            found.add(_layer(layer, batch, config.hidden_size, (item, kept), read, matmul), count)
+            found.add(
+                _layer(layer, batch, config.hidden_size, (item, kv_itemsize(self.kv_cache_dtype, item)), rates), count
+            )
+            kernels += count * (KERNELS_OF_ONE if batch.tokens <= 1 and not layer.in_codes else KERNELS)
         layers = sum(kinds.values())
-        kernels: float = layers * (KERNELS_OF_ONE if batch.tokens <= 1 else KERNELS) + END_KERNELS
         turns = self.turns(busy)
         found.kernels = kernels * device.kernel * turns
         found.attention += layers * batch.rows * device.row_layer * turns
         numbers = batch.tokens * config.hidden_size * item
         found.sums = layers * SUMS * self.cluster.all_reduce(numbers, self.layout.tp, self.tp_hosts) if layers else 0.0
         if stage == self.layout.pp - 1 and batch.sampled:
-            found.add(self._sampling(batch.sampled, read, matmul))
+            found.add(self._sampling(batch.sampled, rates))
         found.sums *= turns  # every rank of a sum must get a core
         return found
 
-    def _sampling(self, rows: float, read: float, matmul: float) -> Times:
+    def rates(self, busy: float) -> Rates:
+        """What a rank gets of its device when this share of the ranks works at a time."""
+        device, crowd = self.cluster.device, self.crowd(busy)
+        matmul = device.matmul / crowd
+        if device.kind == "cuda" and self.itemsize == 4:
+            matmul *= FLOAT32_SHARE
+        return Rates(device.read / crowd, matmul, matmul * device.fp8)
+
+    def _sampling(self, rows: float, rates: Rates) -> Times:
         """The head, the gather of logits and what draws from them."""
-        numbers, vocab = self.shard.head, self.config.vocab_size
-        head = math.hypot(numbers * self.itemsize / read, 2 * numbers * rows / matmul)
-        found = Times(sampling=head + 2 * rows * vocab * 4 / read)
+        vocab = self.config.vocab_size
+        head = sum(self.shard.head.seconds(rows, rates, self.itemsize))
+        found = Times(sampling=head + 2 * rows * vocab * 4 / rates.read)
         if self.layout.tp > 1:
             found.sums = self.cluster.all_reduce(rows * vocab * 4, self.layout.tp, self.tp_hosts) / 2
         return found
 
     def sent(self, stage: int, batch: Batch) -> float:
         """Bytes that a rank of the stage sends in a step: sums over tp, and to the next stage."""
-        kinds, _ = self.stages[stage]
+        kinds = self.stages[stage].kinds
         tp, numbers = self.layout.tp, batch.tokens * self.config.hidden_size * self.itemsize
         sums = sum(kinds.values()) * SUMS * 2 * (tp - 1) / tp * numbers
         return sums + (numbers if stage < self.layout.pp - 1 else 0.0)
@@ -342,23 +391,21 @@ class Round:
     """Share of the round that each stage waits."""
 
 
-def _layer(layer: LayerShard, batch: Batch, hidden: int, items: tuple[int, int], read: float, matmul: float) -> Times:
+def _layer(layer: LayerShard, batch: Batch, hidden: int, items: tuple[int, int], rates: Rates) -> Times:
     """One layer of a step, without its sums and kernels' own costs. `items`: bytes of a number, and of a cached one."""
     item, kept = items
-    touched = 1.0
-    if layer.num_experts:
-        touched = 1 - (1 - layer.share) ** batch.tokens  # of experts that some token chose, all alike
-    reading = (layer.matrices + layer.experts * touched) * item / read
-    products = 2 * batch.tokens * (layer.matrices + layer.experts * layer.share) / matmul
+    parts = [one.seconds(batch.tokens, rates, item) for one in layer.matrices]
+    chosen = (batch.tokens, layer.top_k, layer.num_experts)
+    parts += [one.seconds_of_experts(*chosen, rates, item) for one in layer.experts]
     keys, fresh_keys = batch.keys, batch.fresh_keys
-    if layer.window is not None:
-        keys, fresh_keys = min(keys, batch.rows * layer.window), min(fresh_keys, batch.fresh * layer.window)
-    attention = max(keys * 2 * layer.keys * kept / read, 4 * layer.queries * keys / matmul)
-    attention += 4 * layer.queries * fresh_keys / (matmul * SCORE_SHARE)
+    if layer.span is not None:
+        keys, fresh_keys = min(keys, batch.rows * layer.span), min(fresh_keys, batch.fresh * layer.span)
+    attention = max(keys * layer.cached * kept / rates.read, layer.scored * keys / rates.matmul)
+    attention += (layer.scored * fresh_keys + layer.stepped * batch.fresh) / (rates.matmul * SCORE_SHARE)
     width_ = 8 * hidden + 2 * (layer.queries + 2 * layer.keys) + 1.5 * layer.inner
     return Times(
-        weights=reading,
-        products=math.hypot(reading, products) - reading,
-        attention=attention,
-        elements=batch.tokens * width_ * item / read,
+        weights=sum(reading for reading, _ in parts),
+        products=sum(beyond for _, beyond in parts),
+        attention=attention + 2 * batch.rows * layer.state / rates.read,
+        elements=batch.tokens * width_ * item / rates.read,
     )

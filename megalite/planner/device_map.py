@@ -32,9 +32,9 @@ class DeviceMap:
 
 def spread(config: ModelConfig, devices: int, itemsize: int) -> tuple[int, ...]:
     """Layers on each device."""
-    whole = shard(config, 1)
-    embedding, head = whole.first * itemsize, 0 if config.tie_embeddings else whole.head * itemsize
-    sizes = [elements * itemsize for elements in whole.elements]
+    whole = shard(config, 1, itemsize, codes=False)
+    embedding, head = whole.first[1], 0 if config.tie_embeddings else whole.head.nbytes
+    sizes = whole.nbytes
     room = (embedding + sum(sizes) + head) // devices + int(1.25 * max(sizes))
     kept = max(sizes) if config.tie_embeddings else max(*sizes, embedding, head)
     found, used, device = [0] * devices, 0, 0

@@ -46,6 +46,8 @@ class Device:
     """Bytes that programs find free."""
     matmul: float
     """Operations a second, in bfloat16 on a GPU and in float32 on a CPU."""
+    fp8: float = 2.0
+    """Times that rate in float8, where kernels multiply codes of weights; 0: they do not, and codes become numbers."""
     read: float
     """Bytes a second from its memory."""
     link: float
@@ -103,7 +105,7 @@ PROFILES = {
     for one in (
         _from_sheet(
             "A100", memory=79.0, read=2039, link=300, network=25,
-            source="NVIDIA A100 80GB SXM data sheet; HDR InfiniBand a GPU, as in DGX A100",
+            source="NVIDIA A100 80GB SXM data sheet; HDR InfiniBand a GPU, as in DGX A100", fp8=0.0,
         ),
         _from_sheet(
             "H100", memory=79.0, read=3350, link=450, network=50,
@@ -159,6 +161,7 @@ def processor() -> Device:
         name="cpu",
         kind="cpu",
         memory=host_memory(),
+        fp8=0.0,
         matmul=40e9 * cores,
         read=10e9 * min(cores, 16),
         link=2e9,

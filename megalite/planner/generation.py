@@ -152,10 +152,10 @@ def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> t
     device = costs.cluster.device
     ranks_here = min(costs.cluster.per_host, costs.layout.size) if device.shared else 1
     room = device.memory // ranks_here
-    most = max(elements for _, elements in costs.stages)
+    most = max(stage.elements for stage in costs.stages)
     found, short, tokens = [], 0, math.inf
-    for rank, (_, elements) in zip(_stage_ranks(costs), costs.stages, strict=True):
-        weights = elements * costs.itemsize if costs.config.quantization is None else rank.weights
+    for rank, stage in zip(_stage_ranks(costs), costs.stages, strict=True):
+        weights = stage.nbytes
         captures = device.kind == "cuda" and not engine.enforce_eager
         longest_here = longest if device.kind == "cuda" else 0
         beside = rank.beside(engine, stage_weights=most, captures=captures, longest=longest_here)

@@ -14,6 +14,7 @@ from megalite.errors import Problem, ResourceError
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.base import CacheSpec
 from megalite.monitor.words import format_bytes
+from megalite.planner.applied import written_out
 from megalite.weights.table import Weights, local_bytes, local_elements
 
 GIB = 2**30
@@ -195,11 +196,13 @@ class RankMemory:
 
     def activations(self, *, max_tokens: int) -> int:
         """Upper estimate of the layers' temporary memory in a step of `max_tokens` tokens: the widest moment of a layer
-        (residual, norm, stacked projection and its activation)."""
+        (residual, norm, stacked projection and its activation), beside the largest matrix of codes that is written out
+        as numbers."""
         place, tp = self.layout.coord(self.rank), self.layout.tp
         kinds = {kind for layer in self.config.layers for kind in layer.kinds}
         widest = max(kind.widest(tp, place.tp) for kind in kinds)
-        return max_tokens * (3 * self.config.hidden_size + widest) * self.itemsize
+        numbers = written_out(self.config, self.layout, self.rank, self.itemsize)
+        return max_tokens * (3 * self.config.hidden_size + widest) * self.itemsize + numbers
 
     def states_in_use(self, *, max_rows: int) -> int:
         """States of one layer on their way through a step: as they were, decayed, and what is written."""

@@ -147,7 +147,7 @@ def _step(
     spent.waiting += seconds - count * slowest.total
     idle = tuple(1 - count * one.total / seconds for one in stages)
     bubble = 1 - count * slowest.total / seconds
-    most = max(elements for _, elements in costs.stages)
+    most = max(stage.elements for stage in costs.stages)
     if work.adapter is not None:
         most = max(local_elements(work.adapter, layout, layout.rank(pp=stage)) for stage in range(layout.pp))
     exchange, exchanged = _exchange(costs, work, most, count)

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from megalite.config.schema import EngineSection
 from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
+from megalite.model.quantization import in_fp8
 from megalite.monitor.words import aligned, format_bytes
 from megalite.planner.cost import Cluster
 from megalite.planner.device_map import compare
@@ -53,6 +54,9 @@ def add_arguments(parser: Parser) -> None:
     text = "tokens and requests: input=1024,output=512,concurrency=256; requests=N: a job of so many"
     parser.add_argument("--workload", type=str, default="", metavar="WHAT", help=f"{text} (these are the defaults)")
     parser.add_argument("--dtype", choices=("auto", *SAFETENSORS), default="auto", help="default: the checkpoint's")
+    text = "fp8: as `model.quantization: fp8` makes weights of a model of numbers (default: as the checkpoint says)"
+    parser.add_argument("--quantization", choices=("fp8",), help=text)
+    parser.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto", help="see engine.kv_cache_dtype")
     text = "what the best layout is best at (default: throughput)"
     parser.add_argument("--objective", choices=get_args(Objective), default="throughput", help=text)
     text = "a job that trains: --workload sequence=4096,batch=256,micro=1,zero=1 (the defaults)"
@@ -73,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(Problem(key="--model", rule="is needed", fix="Give a folder with config.json, or a hub id."))
     folder = resolve(args.model, args.revision, weights=False)
     config = families.read(folder)
+    if args.quantization and config.quantization is None:
+        config = in_fp8(config)
     cluster = Cluster(named(args.device), args.devices, args.hosts)
     itemsize = DTYPE_BYTES[SAFETENSORS[args.dtype if args.dtype != "auto" else _usual(config, cluster)]]
     if args.hybrid:
@@ -85,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         if args.compare_device_map:  # one call of `generate` takes a batch, so both get one
             load = replace(load, requests=load.requests or load.concurrency)
             load = replace(load, concurrency=load.requests or 0)
-        what, engine = str(load), _engine(load)
+        what, engine = str(load), _engine(load, args.kv_cache_dtype)
         choices = search(config, cluster, load, engine, itemsize=itemsize, objective=args.objective)
     if args.compare_device_map and not args.train:
         facts = _device_map(folder, config, cluster, load, choices, itemsize)
@@ -99,10 +105,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _engine(load: Workload) -> EngineSection:
+def _engine(load: Workload, kv_cache_dtype: Literal["auto", "fp8"]) -> EngineSection:
     """One that takes as many requests as there are."""
     return EngineSection(
         max_model_len=load.longest,
+        kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=min(load.concurrency, 1024),
         max_num_batched_tokens=max(8192, min(load.concurrency, 1024)),
     )
@@ -126,7 +133,7 @@ def _hybrid(config: ModelConfig, cluster: Cluster, args: argparse.Namespace, ite
     assert load.requests is not None
     length = load.longest
     work = TrainingWork(sequence=length, batch=load.requests)
-    pairs, trained = search_pairs(config, cluster, work, load, _engine(load), itemsize=itemsize)
+    pairs, trained = search_pairs(config, cluster, work, load, _engine(load, args.kv_cache_dtype), itemsize=itemsize)
     if not pairs:
         best = trained[0] if trained else None
         raise ResourceError(f"no two layouts fit together; to train: {best.reason if best else 'none can'}")
