@@ -59,11 +59,12 @@ class Play:
     def job(self, kind: str, config: str, slots: int, *values: str) -> Over:
         """`slots`: ranks a host."""
         command = [sys.executable, f"launch/{kind}.py", "--hostfile", self.hostfiles[slots]]
-        return self.over(self.hosts.start(*command, "--config", f"configs/{config}", *values))
+        light = kind == "infer"  # its ranks need no deepspeed
+        return self.over(self.hosts.start(*command, "--config", f"configs/{config}", *values, light=light))
 
     def door(self, slots: int, *command: object, host: str = "mega-a", options: Sequence[str] = ()) -> Run:
         where = ["--hostfile", self.hostfiles[slots], "--master_addr", "10.77.0.1", *options]
-        return self.hosts.start(sys.executable, "-c", DOOR, *where, "--", *command, host=host)
+        return self.hosts.start(sys.executable, "-c", DOOR, *where, "--", *command, host=host, light=True)
 
     def at_work(self, run: Run, marks: str, count: int) -> None:
         """Wait until so many ranks have left their mark."""

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from waiting import wait_until
@@ -21,6 +22,28 @@ from megalite.run.runtime import INTERFACES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "openssh-server openssh-client pdsh iproute2 procps"
+LAUNCHER_ONLY = {
+    "__init__": "__path__.append({real!r})",
+    "autotuning": "Autotuner = None",
+    "utils": """
+import logging
+logger = logging.getLogger("deepspeed")
+get_numactl_cmd = None
+def set_log_level_from_string(level):
+    logger.setLevel(level.upper())
+""",
+    "accelerator": """
+class CPU:
+    export_envs = list
+    def visible_devices_envs(self):
+        return ["CUDA_VISIBLE_DEVICES"]
+    def set_visible_devices_envs(self, environment, devices):
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+def get_accelerator():
+    return CPU()
+""",
+}
+"""Modules of a package `deepspeed` with DeepSpeed's own launcher, and without the seconds of imports before it."""
 SLOTS = {"mega-a": "10.77.0.1", "mega-b": "10.77.0.2"}
 """The hosts and their addresses."""
 
@@ -67,7 +90,7 @@ def missing() -> str | None:
 
 
 def prepare(folder: Path) -> None:
-    """What all pairs of hosts share: keys, known hosts, a hostfile, and an ssh that uses them."""
+    """What all pairs of hosts share: keys, known hosts, an ssh that uses them, and a launcher that starts quickly."""
     for name in ("host_key", "key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
     key = " ".join((folder / "host_key.pub").read_text().split()[:2])
@@ -78,6 +101,11 @@ def prepare(folder: Path) -> None:
         f"IdentityFile {folder}/key\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known_hosts\nLogLevel ERROR\n"
         "ServerAliveInterval 2\nServerAliveCountMax 2\n"
     )
+    (light := folder / "light" / "deepspeed").mkdir(parents=True)
+    found = find_spec("deepspeed")
+    assert found is not None and found.submodule_search_locations
+    for module, text in LAUNCHER_ONLY.items():
+        (light / f"{module}.py").write_text(text.replace("{real!r}", repr(found.submodule_search_locations[0])))
     (folder / "bin").mkdir()
     ssh = folder / "bin" / "ssh"
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
@@ -144,10 +172,12 @@ class TwoHosts:
             self._outer.kill()
             self._outer.wait()
 
-    def start(self, *command: object, host: str = "mega-a") -> Run:
-        """Start a command on a host, in the checkout."""
+    def start(self, *command: object, host: str = "mega-a", light: bool = False) -> Run:
+        """Start a command on a host, in the checkout. `light`: with a launcher that imports no more than it needs, for
+        ranks that need no deepspeed."""
         env = {name: value for name, value in os.environ.items() if name not in INTERFACES}  # runs in this process set
-        env |= {"PATH": f"{self._shared}/bin:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        python = f"{self._shared}/light:{ROOT}" if light else str(ROOT)
+        env |= {"PATH": f"{self._shared}/bin:{os.environ['PATH']}", "PYTHONPATH": python}
         out, err = (self.folder / f"{host}.{name}" for name in ("out", "err"))
         process = subprocess.Popen(
             [*self._enter(host), f"--wd={ROOT}", *map(str, command)],
