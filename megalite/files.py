@@ -134,9 +134,9 @@ def as_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_json(path: str | os.PathLike[str], value: object, *, mode: int = 0o666) -> None:
+def write_json(path: str | os.PathLike[str], value: object) -> None:
     """Replace the file by `value` as `as_json` gives it."""
-    write_durably(path, as_json(value), mode=mode)
+    write_durably(path, as_json(value))
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

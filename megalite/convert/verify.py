@@ -24,10 +24,10 @@ from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, differing, digest_extent, in_parallel
 from megalite.weights.folder import CONFIG
 from megalite.weights.hf import resolve
+from megalite.weights.identity import file_digest
 from megalite.weights.manifest import Manifest, StoredFile
 from megalite.weights.moves import Extent, Move, Part, plan
 from megalite.weights.shards import file_extents, is_sharded
-from megalite.weights.side_files import digest_of_file
 from megalite.weights.table import hf_shapes, pieces
 from megalite.weights.tensor_file import MAX_HEADER_BYTES
 
@@ -142,7 +142,7 @@ class _Check:
         for name, digest in manifest.copies.items():
             path = self.report.folder / name
             try:
-                if digest_of_file(path) != digest:
+                if file_digest(path) != digest:
                     self.wrong(f"{path}: not as it was when the shards were written")
             except OSError as error:
                 self.wrong(f"{path}: can't be read: {error.strerror}")

@@ -88,9 +88,13 @@ def _flow_ends(
     flows: Mapping[Flow, dist.ProcessGroup], state: ParallelState, device: torch.device
 ) -> tuple[dict[str, Inbox], dict[str, Outbox]]:
     """This rank's ends of its flows, by kind of message."""
-    mine = state.rank
-    inward = {one.kind: Inbox(one, group, device, state.meter) for one, group in flows.items() if one.receiver == mine}
-    outward = {one.kind: Outbox(one, group, device, state.meter) for one, group in flows.items() if one.sender == mine}
+    inward: dict[str, Inbox] = {}
+    outward: dict[str, Outbox] = {}
+    for flow, group in flows.items():
+        if flow.receiver == state.rank:
+            inward[flow.kind] = Inbox(flow, group, device, state.meter)
+        else:
+            outward[flow.kind] = Outbox(flow, group, device, state.meter)
     return inward, outward
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,7 +27,6 @@ from megalite.inference.scheduler import Scheduler
 from megalite.kernels.device import free_memory, has_fp8, ranks_on_device
 from megalite.model.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.model.kinds.base import CacheSpec
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.collector import Meter
 from megalite.monitor.memory import peak_memory, reset_peak_memory
@@ -188,13 +187,14 @@ class Replica:
             contiguous=self.device.type == "cpu",
             key_variant=self.model.key_variant,
         )
-        cache = self._cache(scheduler.max_num_seqs)
+        own = {**self._cache_arguments(self.num_blocks), "rows": scheduler.max_num_seqs}
+        cache = HostCache(**own) if self.device.type == "cpu" else DeviceCache(**own, device=self.device)
         self.kv_bytes = cache.nbytes
         rows = Rows(scheduler.max_num_seqs, self.max_model_len, cache=cache)
         self._runner = Runner(
             self.decoder,
             rows,
-            self._host_cache(self.host_blocks) if self.host_blocks else None,
+            HostCache(**self._cache_arguments(self.host_blocks)) if self.host_blocks else None,
             sampler=Sampler(
                 self.model.vocab_size,
                 max_rows=scheduler.max_num_seqs,
@@ -223,32 +223,19 @@ class Replica:
             check_lockstep=settings.check_lockstep,
         )
 
-    def _cache(self, rows: int) -> HostCache | DeviceCache:
-        if self.device.type == "cpu":
-            return self._host_cache(self.num_blocks, rows)
-        return DeviceCache(
-            self._cache_specs(),
-            self.num_blocks,
-            block_size=self.settings.block_size,
-            dtype=self.dtype,
-            device=self.device,
-            rows=rows,
-            fp8=self._caches_fp8,
-        )
-
-    def _host_cache(self, blocks: int, rows: int = 0) -> HostCache:
-        size = self.settings.block_size
-        return HostCache(
-            self._cache_specs(), blocks, block_size=size, dtype=self.dtype, rows=rows, fp8=self._caches_fp8
-        )
+    def _cache_arguments(self, blocks: int) -> dict[str, Any]:
+        """What makes a cache of this many blocks for this rank's stage."""
+        return {
+            "layers": dict(zip(self.decoder.layer_range, self.memory.cache, strict=True)),
+            "blocks": blocks,
+            "block_size": self.settings.block_size,
+            "dtype": self.dtype,
+            "fp8": self._caches_fp8,
+        }
 
     @property
     def _caches_fp8(self) -> bool:
         return self.settings.kv_cache_dtype == "fp8"
-
-    def _cache_specs(self) -> dict[int, CacheSpec]:
-        """What each layer of this rank's stage keeps."""
-        return dict(zip(self.decoder.layer_range, self.memory.cache, strict=True))
 
     @property
     def weight_bytes(self) -> int:

@@ -62,9 +62,9 @@ class Scored:
     """Why the reward could not be computed and is the pool's `failure_reward`: `took longer than 2 s`."""
 
 
-def check_reward(name: str, *, key: str = "hybrid.reward") -> Problem | None:
+def check_reward(name: str) -> Problem | None:
     """What is wrong with the reward function that the config names, if anything; imports it in another process."""
-    return NamedFunction(name=name, key=key, positional=ARGUMENTS).check()
+    return NamedFunction(name=name, key="hybrid.reward", positional=ARGUMENTS).check()
 
 
 class RewardPool:

@@ -124,8 +124,8 @@ async def _error_response(request: Request, error: Exception) -> Response:
     return found.response()
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(encode(value), status, media_type="application/json")
+def _json(value: Any) -> Response:
+    return Response(encode(value), media_type="application/json")
 
 
 def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> APIRouter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -33,22 +34,17 @@ def sampled_digest(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> str:
 
 
 def _update(digest: xxhash.xxh3_128, file: Path, *, whole: bool) -> None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with open(file, "rb", buffering=0) as opened:
+        descriptor = opened.fileno()
         size = os.fstat(descriptor).st_size
         if (whole and size <= _WHOLE) or size <= _PIECES * _PIECE:
             digest.update(os.pread(descriptor, size, 0))
             return
         for piece in range(_PIECES):  # the first has the header's beginning, the last the file's end
             digest.update(os.pread(descriptor, _PIECE, piece * (size - _PIECE) // (_PIECES - 1)))
-    finally:
-        os.close(descriptor)
 
 
 def file_digest(path: str | Path) -> str:
     """A digest of a whole file, in hexadecimal digits. OSError: it can't be read."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

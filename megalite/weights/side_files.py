@@ -5,7 +5,6 @@ Torch-free.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -13,13 +12,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megalite.errors import CheckpointError, maybe_fault
 from megalite.files import DurableFile, as_json, left_behind, write_durably
 from megalite.weights import manifest as manifests
 from megalite.weights.folder import CONFIG
 from megalite.weights.hf import CODE, INDEX, TEMPLATES, is_weights
+from megalite.weights.identity import file_digest
 from megalite.weights.manifest import digest_of
 from megalite.weights.shards import JOURNAL, STEP
 from megalite.weights.tensor_file import is_plain_name
@@ -142,7 +140,7 @@ def write(files: SideFiles, out: Path) -> dict[str, str]:
         else:
             with open(content, "rb") as source, DurableFile(out / name) as target:
                 shutil.copyfileobj(source, target)
-        digests[name] = digest_of_file(out / name)
+        digests[name] = file_digest(out / name)
         maybe_fault(STEP)
     return digests
 
@@ -151,12 +149,6 @@ def are_in(files: SideFiles, out: Path) -> bool:
     """Whether a folder holds all of them, as they are now."""
     return all(
         (out / name).is_file()
-        and digest_of_file(out / name) == (digest_of(one) if isinstance(one, bytes) else digest_of_file(one))
+        and file_digest(out / name) == (digest_of(one) if isinstance(one, bytes) else file_digest(one))
         for name, one in files.items()
     )
-
-
-def digest_of_file(path: Path) -> str:
-    """The digest of a whole file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

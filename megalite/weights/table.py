@@ -2,9 +2,9 @@
 
 `owned(config, layout, rank)` is the only shard arithmetic in the project. Loading reads its ranges, export copies them
 back, resharding (on disk or between processes) intersects the ranges of two layouts. Ranges are in Hugging Face
-coordinates, along one dimension of the stored tensor, and values are never changed. Which weights a layer has its kinds
-say (`model/kinds`), how they are called its family, and which tensors a weight is made of its format (`core.formats`).
-Importable without torch.
+coordinates, along one dimension of the stored tensor, and values are never changed. The kinds of a layer say which
+weights it has (`model/kinds`), the family how these are called, and the format which tensors store a weight
+(`core.formats`). Importable without torch.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ class Piece:
     def hf_dim(self) -> int:
         """Dimension of the stored tensor along which ranges are counted."""
         return 1 - self.dim if self.transpose else self.dim
+
+    def shape(self, dim: int, size: int) -> tuple[int, ...]:
+        """Shape of a tensor of this piece that has `size` indices along `dim`."""
+        return (*self.other[:dim], size, *self.other[dim:])
 
     @property
     def row(self) -> int:
@@ -301,9 +305,7 @@ def hf_shapes(config: Weights) -> dict[str, tuple[int, ...]]:
         extent = piece.hf_start + piece.split.total
         if piece.hf in shapes and not piece.stored:  # another part of a fused tensor
             extent = max(extent, shapes[piece.hf][piece.hf_dim])
-        shape = list(piece.other)
-        shape.insert(piece.hf_dim, extent)
-        shapes[piece.hf] = piece.stored or tuple(shape)
+        shapes[piece.hf] = piece.stored or piece.shape(piece.hf_dim, extent)
     return shapes
 
 
@@ -324,9 +326,7 @@ def expected(config: Weights, layout: Layout, rank: int) -> dict[str, tuple[tupl
             assert one.start == end and same, f"the weight table leaves a gap in {name}"
             end += one.count
         assert piece.dim == 0 or len(mine) == 1, f"{name}: ranges along dim 1 would not lie one after another"
-        shape = list(piece.other)
-        shape.insert(piece.dim, end)
-        found[name] = (tuple(shape), mine)
+        found[name] = (piece.shape(piece.dim, end), mine)
     return found
 
 

@@ -1,6 +1,6 @@
-"""Fills a decoder with weights: out of a checkpoint of any form and layout by byte ranges, or at random.
+"""Fills a decoder with weights: from a checkpoint of any form and layout, by byte ranges, or at random.
 
-Every piece goes through `owned`.
+The weight table's `owned` says which ranges.
 """
 
 from __future__ import annotations
@@ -74,12 +74,11 @@ def load_folder(decoder: Decoder, folder: str | Path, *, whole: bool = False) ->
 
 @torch.no_grad()
 def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterable[Extent], *, whole: bool) -> None:
-    """Read local parameters, by name, which are made of `ranges`, out of the files that `extents` of one kind lie in.
+    """Read the `ranges` of local parameters, by name, from the files that `extents`, all of one kind, lie in.
 
-    They may be of any dtype and on any device. Files are read in order, by a few threads: on the CPU right into the
-    parameters, where these have the dtype and the rows of the file; else a band of rows at a time, from which a GPU
-    takes one while the next is read. Of a matrix that the file holds turned (GPT-2) a thread holds the whole. `whole`:
-    see `moves.reading`.
+    Parameters may be of any dtype and on any device. A few threads read the files in order: right into parameters on
+    the CPU that have the dtype and the rows of the file; else a band of rows at a time, which a GPU copies while the
+    next one is read. A matrix that the file holds turned (GPT-2) is in memory whole. `whole`: see `moves.reading`.
     """
     there = {part[:2]: mine for part, mine in by_part(extents).items()}
     filled = Filled(params)
@@ -193,9 +192,7 @@ def uniform_matrix(piece: Piece, seed: int, device: torch.device, *, bound: floa
 
 
 def _whole_matrix(piece: Piece, device: torch.device) -> Tensor:
-    shape = list(piece.other)
-    shape.insert(piece.dim, piece.split.total)
-    return torch.empty(shape, dtype=torch.float32, device=device)
+    return torch.empty(piece.shape(piece.dim, piece.split.total), dtype=torch.float32, device=device)
 
 
 def _generator(piece: Piece, seed: int, device: torch.device) -> torch.Generator:
