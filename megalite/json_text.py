@@ -177,7 +177,7 @@ class _Reader:
         return values, at + end - 2  # both brackets count
 
     async def _object(self, at: int, depth: int) -> tuple[dict[str, Any], int]:
-        """As `_array`."""
+        """Read an object; see `_array`."""
         pairs: list[tuple[str, Any]] = []
         at, ended = self._begin(at, "}")
         while not ended:
@@ -195,7 +195,7 @@ class _Reader:
         return self._unique(pairs), at
 
     def _begin(self, at: int, closed: str) -> tuple[int, bool]:
-        """As `_next`, behind the bracket that opens an array or object."""
+        """See `_next`; behind the bracket that opens an array or object."""
         at = self._after_space(at)
         ended = self._text[at : at + 1] == closed
         return at + ended, ended

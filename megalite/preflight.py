@@ -83,7 +83,7 @@ def _adapter_problems(config: Config, model: ModelConfig | None) -> list[Problem
 
 
 def _unforeseen(rules: list[Problem], problems: list[Problem]) -> list[Problem]:
-    """Those rules' problems that are not merely the consequence of a value that could not be taken."""
+    """The problems of rules that do not merely follow from a value that could not be taken."""
     known = {problem.key for problem in problems}
     known |= {problem.fix.removeprefix("Did you mean ").removesuffix("?") for problem in problems}
     return [one for one in rules if not any(f"{key}.".startswith(f"{one.key}.") for key in known)]
@@ -109,7 +109,7 @@ def layouts_of(config: Config) -> dict[str, Layout]:
 
 
 def _digests_of_files(config: Config) -> dict[str, str]:
-    """Of what every rank reads, by its key; '' for what is not on this disk yet. CheckpointError: it can't be read."""
+    """Digests of what every rank reads, by its key; '': not on this disk yet. CheckpointError: it can't be read."""
     found: dict[str, str] = {}
     try:
         for key, path in _files_read(config).items():

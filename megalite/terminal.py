@@ -20,7 +20,7 @@ class _Descriptor(io.FileIO):
     """Takes everything."""
 
     failure: OSError | None = None
-    """Of the first write that did not succeed; after a reader has left, nothing is written any more."""
+    """Error of the first write that failed; after a reader has left, nothing is written any more."""
 
     def write(self, data: Any) -> int:
         try:

@@ -68,7 +68,7 @@ class Loaded(Generic[C]):
     text: str
     """Every value, as YAML; read again it gives an equal config."""
     sha256: str
-    """Of `text`: equal configs have equal digests, however they were written."""
+    """Digest of `text`: equal configs have equal digests, however they were written."""
 
     @property
     def given(self) -> str:
@@ -115,7 +115,7 @@ def _written(config: Config, keys: Iterable[str]) -> str:
 
 
 def with_defaults(loaded: Loaded[C], section: str, values: dict[str, Any], origin: str) -> Loaded[C]:
-    """The same with other values, from `origin`, for those keys of a section that nobody has set."""
+    """The config with `values`, from `origin`, for those keys of a section that nobody has set."""
     taken = {key: value for key, value in values.items() if loaded.origins[f"{section}.{key}"] == DEFAULT}
     if not taken:
         return loaded
@@ -140,7 +140,7 @@ class _Reader:
 
     def __init__(self, schema: type):
         self.values: dict[str, Any] = {}
-        """By dotted key; each has passed the checks of single values."""
+        """Values by dotted key; each has passed the checks of single values."""
         self.origins: dict[str, str] = {}
         self.problems: list[Problem] = []
         self._schema, self._hints, self._sections = schema, hints(schema), sections(schema)

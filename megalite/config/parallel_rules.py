@@ -8,7 +8,7 @@ from megalite.errors import Problem
 
 
 def layout_rules(rules: Rules, model: ModelFacts | None, *, first_rank: bool = False) -> None:
-    """Of any layout; `first_rank`: where it begins means something here."""
+    """Rules of any layout; `first_rank`: this layout may have one."""
     parallel: ParallelSection = rules.section
     _, pp, _ = parallel.sizes
     if parallel.layers is not None:
@@ -21,7 +21,7 @@ def layout_rules(rules: Rules, model: ModelFacts | None, *, first_rank: bool = F
 
 
 def _layers_rules(rules: Rules, model: ModelFacts | None) -> None:
-    """Of stages by hand."""
+    """Rules of stages that are set by hand."""
     parallel: ParallelSection = rules.section
     _, pp, _ = parallel.sizes
     counts = parallel.layers or []
@@ -33,7 +33,7 @@ def _layers_rules(rules: Rules, model: ModelFacts | None) -> None:
 
 
 def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | None, *, adapts: bool = False) -> None:
-    """Of a layout that trains; `zero_stage` is the key `train.zero_stage`. `adapts`: adapters beside the model do."""
+    """Rules of a layout that trains; `zero_stage`: that of `train`; `adapts`: adapters beside the model train."""
     parallel: ParallelSection = rules.section
     tp, pp, _ = parallel.sizes
     rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
@@ -59,7 +59,7 @@ def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | Non
 
 
 def generating_layout_rules(rules: Rules) -> None:
-    """Of a layout that generates."""
+    """Rules of a layout that generates."""
     rule = "is for training; generating has no use for it"
     rules.need("sequence_parallel", not rules.section.sequence_parallel, rule, "Leave it false.")
     rules.need("interleave", rules.section.interleave == 1, rule, "Leave it 1.")

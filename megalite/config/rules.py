@@ -20,7 +20,7 @@ class Bounds:
     """Bounds of a key: of its number, or of each number in its list or mapping. Null is always within."""
 
     limits: Mapping[str, float]
-    """By the names of `_COMPARE`."""
+    """Limits, by the names of `_COMPARE`."""
     cap: int | None = None
     """Largest number, or most entries, that is accepted for the sake of memory."""
     unit: str = ""
@@ -75,7 +75,7 @@ def key(
 
 
 def bounds_problems(section: Any, prefix: str = "") -> Iterator[Problem]:
-    """Of each value of a section, and of the sections within, that is out of its bounds."""
+    """Problems with values out of their bounds, in a section and the sections within."""
     known, inner = hints(type(section)), sections(type(section))
     for one in fields(section):
         value = getattr(section, one.name)

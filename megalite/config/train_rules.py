@@ -49,7 +49,7 @@ def train_rules(rules: Rules, model: ModelFacts | None) -> None:
 
 
 def learning_rules(rules: Rules, model: ModelFacts | None, *, steps: int, steps_are: str) -> None:
-    """Of the sections that every job which trains has; `steps`: optimizer steps, and what they are called."""
+    """Rules of the sections that all training jobs have; `steps`: optimizer steps, `steps_are`: their name."""
     config: TrainConfig | HybridConfig = rules.section
     _model_rules(rules, model)
     optimizer = rules.at("optimizer")

@@ -258,7 +258,7 @@ def _engine_rules(rules: Rules, model: ModelFacts | None) -> None:
 def _sampling_rules(
     rules: Rules, engine: EngineSection, model: ModelFacts | None, *, samples: int | None = None
 ) -> None:
-    """Of the sampling section; `samples` of a prompt, None: as it says."""
+    """Rules of the sampling section; `samples`: of a prompt, None: as the section says."""
     vocab_size = model.vocab_size if model else None
     params = rules.section.sampling
     sampling_rules(rules.at("sampling"), vocab_size)

@@ -32,7 +32,7 @@ class Foreign:
     """The arguments of one of vLLM's callables that are none of ours."""
 
     name: str
-    """Of the callable, for messages."""
+    """Name of the callable, for messages."""
     without_effect: frozenset[str]
     refused: Mapping[str, Refused]
 

@@ -226,7 +226,7 @@ def _is_same(moves: list[Move], jobs: int, progress: ByteProgress) -> bool:
 
 
 def _fingerprint(form: str, source: Checkpoint, files: list[NewFile], copies: side_files.SideFiles, more: Any) -> str:
-    """Of everything that decides what the output will be."""
+    """A digest of everything that decides what the output will be."""
     state = xxhash.xxh3_128(json.dumps([form, manifests.VERSION, source.identity, more]).encode())
     for file in files:
         state.update(file.name.encode() + file.header)

@@ -71,7 +71,7 @@ def _once(model: ModelConfig) -> list[Piece]:
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
-    """Its shape, in the words of a model card."""
+    """The model's shape, in the words of a model card."""
     experts = next(iter(model.of(Experts)), None)
     attention = next(iter(model.of(SoftmaxAttention)), None)
     scalings = sorted({rope.scaling.kind for rope in model.ropes if rope.scaling is not None})
@@ -177,7 +177,7 @@ def _local(extents: list[Extent], statistics: bool) -> dict[str, Any]:
 
 
 def _statistics(moves: list[Move]) -> dict[str, Any]:
-    """Of all elements of the moves' parts; NaN and infinities are counted and left out of the rest."""
+    """Statistics of all elements of the moves' parts; NaN and infinities are counted and left out of the rest."""
     totals = _Totals()
     with OpenFiles() as files:
         for move in moves:

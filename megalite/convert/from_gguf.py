@@ -81,7 +81,7 @@ def _generation(source: GgufModel) -> side_files.SideFiles:
 
 
 def _fingerprint(source: GgufModel, files: list[NewFile]) -> str:
-    """Of everything that decides what the output will be."""
+    """A digest of everything that decides what the output will be."""
     state = source.path.stat()
     what = f"gguf {source.path.resolve()} {state.st_size} {state.st_mtime_ns} ".encode()
     return digest_of(what + b"".join(file.header for file in files))

@@ -56,7 +56,7 @@ class Architecture:
     keys: Mapping[str, str] = field(default_factory=dict)
     """Metadata key, without the architecture -> key of config.json; besides the usual ones."""
     values: Mapping[str, object] = field(default_factory=dict)
-    """Of config.json, where the file says nothing of them."""
+    """Values of config.json for keys on which the file says nothing."""
     joined: Mapping[str, Joined] = field(default_factory=dict)
     """End of a Hugging Face tensor's name -> what it is made of."""
     by_layer: tuple[str, ...] = ()
@@ -87,7 +87,7 @@ def _alternating_turned(parts: list[Elements]) -> Elements:
 
 
 def _latent(parts: list[Elements]) -> Elements:
-    """Of each head the map to its key, turned [H, R, N], and to its value [H, V, R]."""
+    """Join the maps of each head to its key, turned [H, R, N], and to its value [H, V, R]."""
     keys, values = parts
     return np.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, values.shape[-1])
 

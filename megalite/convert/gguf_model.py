@@ -64,7 +64,7 @@ class Source:
 
     names: tuple[str, ...]
     expert: int | None
-    """Its index, where those of all experts are one tensor."""
+    """Index of the expert, where one tensor holds all experts'."""
     joined: Joined | None = None
 
 
@@ -363,7 +363,7 @@ class GgufModel:
         return self._heads(hf) is not None or (self._kind.by_heads and ".query_key_value." in hf)
 
     def _heads(self, hf: str) -> int | None:
-        """Of a permuted q or k, weight or bias."""
+        """Number of heads, of a permuted weight or bias of q or k; None for others."""
         match = re.search(r"\.([qk])_proj\.", hf) if self._kind.permuted else None
         if match is None:
             return None

@@ -99,7 +99,7 @@ def import_checkpoint(
 
 
 def _fingerprint(checkpoint: Path, files: list[NewFile]) -> str:
-    """Of everything that decides what the output will be."""
+    """A digest of everything that decides what the output will be."""
     states = [
         [str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(checkpoint.rglob("*"))

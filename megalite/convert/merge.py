@@ -119,6 +119,6 @@ def _read(info: TensorInfo) -> Elements:
 
 
 def _fingerprint(source: Checkpoint, adapter: Adapter, files: list[NewFile]) -> str:
-    """Of everything that decides what the output will be."""
+    """A digest of everything that decides what the output will be."""
     parts = [(adapter.folder / name).read_bytes() for name in (CONFIG, WEIGHTS)]
     return digest_of(b"".join([b"merge", repr(source.identity).encode(), *parts, *(file.header for file in files)]))

@@ -113,7 +113,7 @@ class Output:
         self._open: dict[Path, tuple[DurableFile, int]] = {}
         """Files under construction and their descriptors."""
         self._digests: dict[tuple[Path, int], str] = {}
-        """By file and offset."""
+        """Digests of what was written, by file and offset."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> Output:

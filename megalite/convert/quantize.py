@@ -97,7 +97,7 @@ def quantize(
 
 
 def _scales(source: Checkpoint, target: ModelConfig, prompts: Path, kind: str, dtype: str | None) -> Scales:
-    """Of the weights, by the activations that prompts have."""
+    """Scales of the weights, by the activations of prompts."""
     import torch
 
     from megalite.convert.scaling import search
@@ -198,8 +198,7 @@ def _write_folder(
 def _dtypes(
     source: Checkpoint, target: ModelConfig, dtype: str | None
 ) -> tuple[dict[str, str], dict[str, tuple[str, str, WeightFormat]]]:
-    """Of each tensor of the target its dtype; of each that makes a quantized weight that weight, the tensor's part of
-    it, and the format."""
+    """Dtype of every tensor of the target; and, for tensors of quantized weights, (weight, part of it, format)."""
     own = source.dtypes
     usual = SAFETENSORS[dtype] if dtype else None
     dtypes, formats = {}, {}
@@ -277,7 +276,7 @@ def whole_tensor(source: Checkpoint, files: OpenFiles, name: str) -> tuple[Eleme
 
 
 def rounding_errors(codes: Checkpoint, numbers: Checkpoint) -> Iterator[tuple[str, float, float]]:
-    """Of each quantized weight: its name; its distance from the numbers, relative to their norm; the largest one."""
+    """For each quantized weight its name, its relative distance from the numbers in norm, and the largest distance."""
     import torch
 
     from megalite.core.quantized import dequantize

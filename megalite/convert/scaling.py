@@ -61,7 +61,7 @@ class Scales:
     rows: dict[str, Elements] = field(default_factory=dict)
     columns: dict[str, Elements] = field(default_factory=dict)
     norms: dict[str, Elements] = field(default_factory=dict)
-    """Of weights of norms; those that are zero-centred are multiplied after 1 was added."""
+    """Factors of norms' weights; zero-centred ones are multiplied after 1 was added."""
     zero_centred: bool = False
     left: Counter[str] = field(default_factory=Counter)
     """What has no scales, and how often it is so."""
@@ -84,7 +84,7 @@ class Scales:
 
     @property
     def digest(self) -> str:
-        """Of all of them."""
+        """A digest of all factors."""
         parts = [(self.rows, b"rows"), (self.columns, b"columns"), (self.norms, b"norms")]
         return digest_of(b"".join(word + name.encode() + by[name].tobytes() for by, word in parts for name in by))
 
@@ -168,7 +168,7 @@ class _Layer:
     round_trip: Round
     formats: Mapping[tuple[Stage, str], WeightFormat]
     shapes: Mapping[str, tuple[int, ...]]
-    """Of the checkpoint's tensors."""
+    """Shapes of the checkpoint's tensors."""
 
     @cached_property
     def names(self) -> WeightNames:
@@ -248,7 +248,7 @@ class _Layer:
         return [self._module(part.name, "qkv" if isinstance(part.kind, SoftmaxAttention) else "up")]
 
     def _terms(self, part: Sublayer) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of a sublayer the matrices that read its norm, and the Gram matrices of what each is given."""
+        """The matrices that read a sublayer's norm, each with the Gram matrix of its inputs."""
         for reader in self._linears(part):
             if not isinstance(reader, MixtureOfExperts):
                 yield self._term(reader)
@@ -260,7 +260,7 @@ class _Layer:
         return linear.get_parameter("weight"), self.inputs.gram[linear]
 
     def _routed(self, mixture: MixtureOfExperts) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each expert the tokens that it is given, [T, K], and their weights, [T, 1]."""
+        """For each expert the tokens that it is given, [T, K], and their weights, [T, 1]."""
         x = torch.cat(self.inputs.given[mixture])
         weights, experts = mixture.route(x)
         for expert in range(mixture.num_experts):
@@ -315,13 +315,13 @@ class _Layer:
         self._norm(norm, scales)
 
     def _columns(self, weights: Iterable[str], scales: Tensor, expert: int | None = None) -> None:
-        """Of those weights that there are."""
+        """Scale the columns of those weights that there are."""
         for weight in weights:
             if weight in self.heights:
                 self.found.columns[self._hf(weight, expert)] = scales.numpy()
 
     def _rows(self, weight: str, scales: Tensor, before: Sequence[str], expert: int | None = None) -> None:
-        """Of a weight, and its bias, that lies behind others where these are in the same tensor."""
+        """Scale the rows of a weight and its bias; it lies behind the weights `before` that are in the same tensor."""
         for suffix in ("", "_bias"):
             if f"{weight}{suffix}" not in self.heights:
                 continue
@@ -368,7 +368,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _is_known(part: Sublayer) -> bool:
-    """Its only matrices are known here, and each has its own rows of a tensor."""
+    """Whether all matrices of a sublayer are known here, each with its own rows of a tensor."""
     if isinstance(part.kind, SoftmaxAttention):
         return not part.kind.fused_by_head
     if isinstance(part.kind, Experts):

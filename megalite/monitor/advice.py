@@ -43,7 +43,7 @@ def hints(ranks: list[RankReport]) -> list[str]:
 
 
 def control_ranks(ranks: list[RankReport]) -> list[RankReport]:
-    """Of each replica, tp rank 0 of the last stage: what it counts, it counts for the replica."""
+    """Tp rank 0 of each replica's last stage: what it counts, it counts for the replica."""
     last = max(report.pp for report in ranks)
     return [report for report in ranks if report.pp == last and report.tp == 0]
 
@@ -94,7 +94,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _replicas(ranks: list[RankReport]) -> dict[int, list[list[RankReport]]]:
-    """Of each replica its stages, of each stage its ranks."""
+    """The stages of each replica, and the ranks of each stage."""
     found: dict[int, dict[int, list[RankReport]]] = {}
     for report in ranks:
         found.setdefault(report.dp, {}).setdefault(report.pp, []).append(report)

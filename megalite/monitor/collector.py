@@ -142,7 +142,7 @@ class Meter:
         self._spent: dict[Phase, float] = dict.fromkeys(PHASES, 0.0)
         self._on_device: dict[Phase, float] = {}
         self.traffic: dict[str, Traffic] = {}
-        """By group."""
+        """Traffic by group."""
         self._parts: dict[str, float] = {}
         """Seconds, by name, until somebody takes them."""
         self._began = self._step_began = self.clock()

@@ -20,7 +20,7 @@ class Traffic:
     bytes: int = 0
     messages: int = 0
     timed_bytes: int = 0
-    """Of these, of collectives that were waited for: what `seconds` are of. Not those inside captured graphs."""
+    """The bytes of collectives that were waited for, which `seconds` count; none inside captured graphs."""
 
     @property
     def bandwidth(self) -> float:
@@ -29,7 +29,7 @@ class Traffic:
 
     @property
     def message_bytes(self) -> int:
-        """Of a message, on average."""
+        """Mean bytes of a message."""
         return self.bytes // self.messages if self.messages else 0
 
 
@@ -75,7 +75,7 @@ class RankReport:
     """Sequences that ran, summed over the time; likewise those that waited for a place."""
     queued_seconds: float = 0.0
     traffic: dict[str, Traffic] = field(default_factory=dict)
-    """By group: tp, pp (messages between stages included), dp, replica, world."""
+    """Traffic by group: tp, pp (messages between stages included), dp, replica, world."""
     device: dict[Phase, float] = field(default_factory=dict)
     """Seconds of phases on the device, by its own events; empty where nothing runs beside the host."""
 

@@ -171,7 +171,7 @@ def read_timeline(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _unpacked(data: bytes) -> bytes:
-    """Of whole gzip members, and of the torn one at the end what there is."""
+    """The content of whole gzip members, and what there is of a torn one at the end."""
     found = b""
     while data:
         member = zlib.decompressobj(wbits=31)

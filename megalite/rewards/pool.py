@@ -173,7 +173,7 @@ class _Worker:
         return reward, failure
 
     def _await_ready(self) -> None:
-        """Its first line says that it is ready, or why it can't be: MegaliteError."""
+        """Wait for the worker's first line, which says that it is ready, or why it can't be: MegaliteError."""
         if self.is_ready:
             return
         try:

@@ -42,7 +42,7 @@ class Given:
     """Digest of the config."""
     config_text: str
     layouts: Mapping[str, Layout] = field(default_factory=dict)
-    """By the keys of their sections."""
+    """The run's layouts, by the keys of their sections."""
     files: Callable[[], dict[str, str]] = dict
     """Digests of the files that every rank reads, by key of the config; takes as long as reading some of them."""
 

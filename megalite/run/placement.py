@@ -119,7 +119,7 @@ def _of_replica(layout: Layout, dp: int) -> str:
 
 
 def _whole(items: Sequence[_T], count: int) -> list[_T]:
-    """Those that occur `count` times, once each."""
+    """The items that occur `count` times, once each."""
     return [one for one in dict.fromkeys(items) if items.count(one) == count]
 
 

@@ -39,7 +39,7 @@ class Process:
         return Process.of(stat.parent) if stat and stat.start == self.start else None
 
     def command(self) -> list[str]:
-        """Its command line; empty when it is gone or not ours to see."""
+        """The process's command line; empty when it is gone or not ours to see."""
         return _read(self.pid, "cmdline").decode(errors="replace").split("\0")[:-1]
 
     def environment(self) -> list[bytes]:
@@ -82,7 +82,7 @@ def this_process() -> Process:
 
 
 def is_stopped(pid: int) -> bool:
-    """By a signal (SIGSTOP), not by a debugger."""
+    """Whether a process is stopped by a signal (SIGSTOP), not by a debugger."""
     stat = _stat(pid)
     return stat is not None and stat.state == "T"
 

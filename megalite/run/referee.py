@@ -89,7 +89,7 @@ class Referee:
         self._lost.setdefault(rank, why)
 
     def stopped(self, rank: int, why: str, now: float, meanwhile: str = "") -> None:
-        """The same of a rank that is killed because it was stopped, whatever its connection says of its end."""
+        """Note that a rank is lost: it is killed as it was stopped, whatever its connection says of its end."""
         self.lost(rank, why, now, meanwhile)
         self._lost[rank] = why
 

@@ -95,7 +95,7 @@ class Runtime:
         """Called at the end of a run that went well: gives back what holds on to its process groups."""
         self.ranks, self.folder, self._common_store = ranks, folder, store
         self._launched = folder is not None
-        """By a launcher, with which this process has to end."""
+        """A launcher started this process, which has to end with it."""
         self._stopped = False
         self._watchdog: Watchdog
 

@@ -48,7 +48,7 @@ class Account(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     layer: int | None
     places: tuple[Place, ...]
     stack: tuple[str, ...]
-    """Of its main thread, the innermost call last."""
+    """The stack of its main thread, the innermost call last."""
 
     @property
     def where(self) -> str:

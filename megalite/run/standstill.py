@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
     line: str
     """For the user."""
     silent: list[int]
-    """Those of them whose watch does not answer."""
+    """The ranks whose watch does not answer."""
 
 
 class Standstill:
@@ -59,7 +59,7 @@ class Standstill:
         self._beaten = now
 
     def look(self, now: float, finished: bool) -> None:
-        """To be called a few times a second. `finished`: this rank waits for the end of the run."""
+        """Look for a standstill; call it a few times a second. `finished`: this rank waits for the end of the run."""
         mark = self._progress.mark(), finished
         if mark != self._mark:
             self._mark, self._moved, self._unheard = mark, now, None

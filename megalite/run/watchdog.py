@@ -125,7 +125,7 @@ class Watchdog:
         self._wake, self._woken = socket.socketpair()
         self._commands: queue.SimpleQueue[Callable[[float], None]] = queue.SimpleQueue()
         self._connections: list[Connection] = []
-        """To rank 0, or on rank 0 from the others and from strangers (`rank` is None)."""
+        """The connection to rank 0; on rank 0 those from the others and from strangers (`rank` is None)."""
         self._ranks = {rank}
         """On the hub: those that have come."""
         self._signals: dict[int, float] = {}
@@ -265,7 +265,7 @@ class Watchdog:
             self._last_resort = self._last_resort or (now + _HUB_WAIT, End(code=code, line=line))
 
     def _say(self, kind: str, *values: object) -> None:
-        """To rank 0, or from rank 0 to all."""
+        """Send a message to rank 0, or from rank 0 to all."""
         for connection in self._connections:
             if connection.rank is not None:
                 connection.send(kind, *values)

@@ -89,7 +89,7 @@ class Remote:
                 raise ServerError(f"{self.url}: the connection broke ({error})") from None
 
     def _open(self, method: str, path: str, body: dict[str, Any] | None = None) -> HTTPResponse:
-        """Its answer, if that says 200; to be closed."""
+        """The server's answer, if its status is 200; the caller closes it."""
         kind = HTTPSConnection if self._secure else HTTPConnection
         connection = kind(self._host or "", self._port, timeout=CONNECT)
         headers = {"Connection": "close"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})

@@ -116,7 +116,7 @@ def problem_error(problem: Problem, names: Mapping[str, str] | None = None) -> A
 
 
 def _invalid(errors: Sequence[Any]) -> ApiError:
-    """Of the first thing that a model of `protocol` refuses."""
+    """The error of the first thing that a model of `protocol` refuses."""
     first = errors[0]
     place = [str(part)[:100] for part in first["loc"] if part not in ("body", "query", "path")]
     key = ".".join(place)

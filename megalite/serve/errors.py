@@ -14,7 +14,7 @@ class Refused(MegaliteError):
 
 
 class Overloaded(Refused):
-    """As many requests, or as many tokens, wait and run as the config allows together."""
+    """The requests that wait and run, or their tokens, have reached the limit of the config."""
 
 
 class Draining(Refused):

@@ -154,7 +154,7 @@ class Fleet:
         self._keepers: list[asyncio.Task[None]] = []
         self._servers: list[asyncio.Server] = []
         self._path = ""
-        """Of the unix socket, where it was made here."""
+        """Path of the unix socket, where it was made here."""
         self._leaving = asyncio.Event()
         self._was_whole = False
         """All replicas have been ready."""

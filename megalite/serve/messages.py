@@ -25,7 +25,7 @@ class Hello(msgspec.Struct, tag=True, array_like=True):
     replica: int
     pid: int
     max_model_len: int
-    """As it fits on this replica."""
+    """The longest sequence that fits on this replica."""
     num_kv_blocks: int
     block_size: int
     max_num_seqs: int
@@ -39,7 +39,7 @@ class Step(msgspec.Struct, tag=True, array_like=True):
     """What came of the steps since the last one; also sent, empty, once a second by a replica with nothing to do."""
 
     deltas: list[TokenDelta]
-    """Of streamed requests, in order."""
+    """What streamed requests gained, in order."""
     outputs: list[RequestOutput]
     """Requests that ended."""
     step: int

@@ -100,7 +100,7 @@ class _TokenGaps:
     def __init__(self, model_name: str):
         self._model_name = model_name
         self._counts: dict[str, list[int]] = {}
-        """Of each engine: how many lie in each bucket, the last one has no bound."""
+        """By engine: the count of each bucket, of which the last has no bound."""
         self._sums: dict[str, float] = {}
 
     def add(self, engine: str, seconds: Sequence[float]) -> None:

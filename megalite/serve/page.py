@@ -59,7 +59,7 @@ class Stats:
     model: str
     version: str
     state: str
-    """Of the server: starting, ready, draining or lost."""
+    """State of the server: starting, ready, draining or lost."""
     replicas: list[ReplicaStats]
 
 

@@ -87,7 +87,7 @@ class Prompts:
 
 
 class Preparer:
-    """Of one server."""
+    """Prepares the requests of one server."""
 
     def __init__(self, config: ServeConfig, router: Router):
         self._section = config.server
@@ -96,12 +96,12 @@ class Preparer:
         self._threads = ThreadPoolExecutor(THREADS, "prompts")
         self._texts: TokenTexts | None = None
         self._params: dict[str, SamplingParams] = {}
-        """Those that were found right, by what they were made of."""
+        """Sampling parameters that were found right, by the JSON that they were made of."""
         self._waiting = 0
         self._count = 0
         """Prompts so far: what makes their ids unique, and their seeds differ."""
         self.own_names = config.server.model_names or [config.model.path or "model"]
-        """Of the model itself."""
+        """Names of the model itself, beside those of adapters."""
         self.names = [*self.own_names, *config.lora]
         """With those of its adapters."""
 

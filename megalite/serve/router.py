@@ -66,7 +66,7 @@ class ReplicaView:
     tokens: int
     """Prompt and output tokens that it has yet to compute, as the balancer counts them."""
     hello: Hello | None
-    """Its last one."""
+    """The replica's last Hello."""
     step: Step | None
     """The last one that it sent; None since it was lost."""
 
@@ -81,7 +81,7 @@ class _Replica:
     send: Callable[[Sequence[ToReplica]], None] = lambda _: None
     step: Step | None = None
     jobs: dict[str, Job] = field(default_factory=dict)
-    """Those that it has."""
+    """The requests that the replica has."""
     moved: float = 0.0
     """When it last finished a step, or had nothing to do."""
     speed: Speed = field(default_factory=Speed)
@@ -117,11 +117,11 @@ class Router:
         """Their prices."""
         self._arrivals = 0
         self._waiting: dict[str, Job] = {}
-        """Those that no replica can have yet."""
+        """Requests that no replica can have yet."""
         self._suspect: Job | None = None
         """The one suspect (see MOST_FRUITLESS) that may run now."""
         self._suspects: deque[Job] = deque()
-        """Those that wait for it."""
+        """The suspects that wait for it to end."""
         self._turnover = Turnover()
         self._aborting = False
         self._ticked = clock()
@@ -186,7 +186,7 @@ class Router:
         )
 
     def replicas(self) -> list[ReplicaView]:
-        """By number."""
+        """The replicas, by number."""
         return [
             ReplicaView(
                 replica=name,

@@ -72,7 +72,7 @@ class Server:
         self._signals: list[tuple[int, float]] = []
         """What this process was sent, and when."""
         self._shall_end = False
-        """By a signal, or one that rank 0 of a launcher's run passed on."""
+        """A signal asked for the end, to this process or passed on by rank 0 of a launcher's run."""
 
     async def run(self, replicas: Start | External) -> int:
         """Serve until a signal comes or no replica is left; gives the exit code.

@@ -111,7 +111,7 @@ def _place(info: RankInfo) -> tuple[str, str]:
 
 
 def _descriptor(path: str) -> int:
-    """Of a nameless file."""
+    """Descriptor of a nameless file."""
     return int(os.path.basename(path))
 
 

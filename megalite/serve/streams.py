@@ -135,7 +135,7 @@ class _Sample:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
     def output(self, index: int, last: CompletionOutput | None, wants_logprobs: bool) -> CompletionOutput:
-        """As a result; `last`: what the replica that ended the request says of this sample, if it does."""
+        """The sample's result; `last`: what the replica that ended the request says of it, if anything."""
         own = [entry[token].logprob for entry, token in zip(self.logprobs, self.token_ids, strict=False)]
         return CompletionOutput(
             index=index,
@@ -178,7 +178,7 @@ class Job:
         self.gained = False
         """It has gained something from `at`."""
         self._replayed = False
-        """Its results are of several replicas."""
+        """Its results come from several replicas."""
 
     @property
     def left(self) -> int:

@@ -127,7 +127,7 @@ class Grammars:
 
 @lru_cache(maxsize=4)
 def grammars_of(tokenizer: Tokenizer, vocab_size: int) -> Grammars:
-    """Those of a tokenizer: one object for all who ask in this process."""
+    """The grammars of a tokenizer: one object for all who ask in this process."""
     return Grammars(tokenizer, vocab_size)
 
 

@@ -27,7 +27,7 @@ _CODES = re.compile(rf"{MARK}[01]|\\udbff\\udffe[01]")
 
 
 class PlainChats:
-    """Of one tokenizer."""
+    """Renders and tokenises plain chats for one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend

@@ -147,7 +147,7 @@ def read_tokenizer(
 
 
 def _content(path: Path) -> bytes:
-    """Of one of the files, empty if it does not exist. CheckpointError: it is none, or too large for what it is."""
+    """Content of one of the files, empty if there is none. CheckpointError: no file, or too large for what it is."""
     try:
         return read_whole(path, MAX_BYTES)
     except FileNotFoundError:
