@@ -99,7 +99,7 @@ def _visits(stages: int, micro_batches: int, chunks: int) -> list[tuple[int, int
 
 
 def _with_messages(order: list[Compute], stages: int, stage: int, chunks: int) -> list[Instruction]:
-    """With receives before and sends after; a receive begins one computation early, so that it overlaps with it."""
+    """Computations with their receives and sends; a receive begins one computation early, to overlap with it."""
     last = stages * chunks - 1
     receives: list[list[Instruction]] = []
     sends: list[list[Instruction]] = []

@@ -102,7 +102,7 @@ class _Sampler:
         self.replica = replica
         self.stop_requested = stop_requested
         self.requests: dict[int, Request] = {}
-        """By the place of the example; ids and seeds are those of the iteration that asks."""
+        """Requests by the place of their example; every iteration gives them its own ids and seeds."""
         self._prepare(examples, params)
         longest = max((len(one.prompt_token_ids) + one.max_tokens for one in self.requests.values()), default=1)
         self.engine = replica.engine(longest=longest, sequences=params.n * at_once, at_temperature=True)

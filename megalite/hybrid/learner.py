@@ -71,7 +71,7 @@ class Learner:
         self.reference = reference
 
     def supervise(self, examples: Sequence[Encoded]) -> dict[str, float]:
-        """One step on responses; loss and gradient norm."""
+        """Take one step on responses; returns loss and gradient norm."""
         packs = self._packs(range(len(examples)), [len(example.ids) for example in examples])
         batches = [
             from_sequences(
@@ -148,7 +148,7 @@ class Learner:
     # ---- common
 
     def _packs(self, indices: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """Those of `indices` that this replica computes, a list for each micro batch; `lengths` in tokens by index."""
+        """This replica's share of `indices`, a list for each micro batch; `lengths`: tokens by index."""
         dp = self.trainer.state.dp
         mine = pack([lengths[index] - 1 for index in indices], self.capacity, dp.size)[dp.rank]
         return [[indices[place] for place in packed] for packed in mine]

@@ -83,7 +83,7 @@ def rollout_file(folder: Path, iteration: int) -> Path:
 
 
 def write_rollouts(path: Path, iteration: int, rollouts: Iterable[Rollout], scored: Iterable[ScoredRollout]) -> None:
-    """One JSON line a sample; the file is there whole or not at all."""
+    """Write a JSON line for each sample; the file is there whole or not at all."""
     lines = []
     for rollout, score in zip(rollouts, scored, strict=True):
         values: dict[str, Any] = {"iteration": iteration, **_values(rollout), **_values(score)}

@@ -41,7 +41,7 @@ class Example:
     """What a chat's template sees beside the messages, e.g. `tools`."""
     response: str | None
     record: Mapping[str, Any]
-    """All of it, as rewards see it; JSON-like."""
+    """The whole record, as rewards see it; JSON-like."""
 
 
 def check_source(source: str, options: Mapping[str, Any]) -> list[Problem]:

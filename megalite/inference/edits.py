@@ -31,7 +31,7 @@ class _Wishes:
     allowed: list[int] | None = None
     bias: dict[int, float] = field(default_factory=dict)
     stops: list[int] = field(default_factory=list)
-    """Withheld before `min_tokens`."""
+    """Stop ids, which are withheld before `min_tokens`."""
     min_tokens: int = 0
     words: list[tuple[int, ...]] = field(default_factory=list)
 

@@ -146,7 +146,7 @@ def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica
 
 
 def _is_one(batch: InputBatch) -> bool:
-    """One prompt with one completion, and nothing else."""
+    """Whether the input is one prompt with one completion."""
     return len(batch.order) == len(batch.requests) == 1 and batch.requests[0].num_samples == 1
 
 

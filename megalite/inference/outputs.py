@@ -32,7 +32,7 @@ class CompletionOutput:
     index: int
     """Place among the prompt's completions, from 0."""
     text: str
-    """Without the stop string or stop token that ended it, unless include_stop_str_in_output; empty without a
+    """The text without the stop string or token that ended it, unless include_stop_str_in_output; empty without a
     tokenizer."""
     token_ids: list[int]
     """All that were sampled, a stop token or the tokens of a stop string included."""

@@ -46,7 +46,7 @@ class Generation:
 
     @property
     def request_ids(self) -> list[str]:
-        """In the order of the prompts: what `TokenDelta.request_id` refers to."""
+        """Ids of the requests in the order of the prompts, to which `TokenDelta.request_id` refers."""
         return self._run.names
 
     @property

@@ -77,7 +77,7 @@ class Heads:
     norms: tuple[RMSNorm, RMSNorm] | None
     """The norms of each query head and of each key head."""
     rotation: Rotation | None
-    """Of queries and keys, applied after the norms."""
+    """The rotation of queries and keys, applied after the norms."""
     sinks: Tensor | None = None
     """See `AttentionContext.attend`."""
 

@@ -74,7 +74,7 @@ class Multipliers:
 
     embedding: str | None = None
     residual: str | None = None
-    """Of what attention and MLP add to the residual stream."""
+    """Multiplies what attention and MLP add to the residual stream."""
     logits: str | None = None
     logits_divisor: str | None = None
 

@@ -57,7 +57,7 @@ class KVCache:
         """Take the memory; what the cache held is gone."""
         self.layers: dict[int, tuple[Tensor, ...]] = {}
         self.stacks: dict[int, list[Tensor]] = {}
-        """The same memory, the tensors of a layer that are of one shape together: [tensors, heads, slots, width]."""
+        """The same memory, with the tensors of a layer that have one shape stacked: [tensors, heads, slots, width]."""
         self.states: dict[int, tuple[Tensor, ...]] = {}
         for layer, spec in self._specs.items():
             if self._rows and spec.sequence:

@@ -162,7 +162,7 @@ def _write_files(trainer: Trainer, layout: Layout, target: Path) -> dict[str, by
 
 
 def _collect_files(trainer: Trainer, layout: Layout, digests: Mapping[str, bytearray]) -> dict[str, StoredFile]:
-    """On the first rank what the manifest says of the files, once every rank has written its own."""
+    """The manifest's entries of all files, on the first rank, once every rank has written its own."""
     state = trainer.state
     files = {}
     for rank in layout.ranks:

@@ -188,7 +188,7 @@ class _Plain:
 
 
 class _Fused(_Plain):
-    """The same by kernels that read the logits once and put the gradient in their place."""
+    """`_Plain` by kernels that read the logits once and put the gradient in their place."""
 
     def __init__(self, temperature: float, softcap: float | None, hidden: Tensor):
         super().__init__(temperature, softcap, hidden)

@@ -33,7 +33,7 @@ class Checkpoint:
     beside: ModelFolder
     """What the folder holds beside its weights."""
     manifest: Manifest | None
-    """Of rank shards; None for Hugging Face layout."""
+    """The manifest of rank shards; None for Hugging Face layout."""
     extents: list[Extent]
     files: dict[str, dict[str, TensorInfo]]
     """Weight files by name, and their tensors by the names in the file."""

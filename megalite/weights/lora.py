@@ -81,7 +81,7 @@ def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def unquantized(model: ModelConfig) -> ModelConfig:
-    """The same model with its weights as numbers, cut over tp as they are: beside them are the adapters."""
+    """The model with plain weights, cut over tp as the quantized ones are, beside which adapters lie."""
     return replace(model, quantization=None)
 
 

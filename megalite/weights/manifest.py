@@ -109,7 +109,7 @@ class Manifest:
     copies: dict[FilePath, Digest] = field(default_factory=dict)
     """Digests of the files beside the shards: config.json, tokenizer, generation settings."""
     files: dict[str, StoredFile]
-    """By name: one for each rank and kind."""
+    """Files by name, one for each rank and kind."""
 
     @property
     def kinds(self) -> list[str]:

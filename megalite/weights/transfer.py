@@ -124,7 +124,7 @@ def _copy(files: OpenFiles, move: Move, one: Range, view: Tensor) -> None:
 
 @torch.no_grad()
 def _upload(files: OpenFiles, move: Move, one: Range, view: Tensor, ring: Ring) -> None:
-    """The same on a GPU, which copies a band while the next is read."""
+    """As `_copy`, to a GPU, which copies a band while the next is read."""
     with ring.copying():
         for lo, hi, band in matrices(files, move, one.dim, ring):
             target, values = _pair(move, one, view, lo, hi, band)

@@ -50,7 +50,7 @@ class PromptLimits:
 
     @classmethod
     def of(cls, folder: ModelFolder, config: GeneratingConfig) -> PromptLimits:
-        """Those of a model that is not loaded: what it runs with may be shorter. CheckpointError: its tokenizer is
+        """The limits of a model that is not loaded: what it runs with may be shorter. CheckpointError: its tokenizer is
         damaged."""
         return cls(
             tokenizer=folder.tokenizer,

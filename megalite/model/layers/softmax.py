@@ -44,10 +44,10 @@ class Attention(LayerModule):
         num_k = self.qkv.widths[1] // kind.head_dim
         num_q, num_v = width(queries, state.tp.size, state.tp.rank) // kind.head_dim, num_k
         self.heads = num_q, num_k, num_v
-        """Of this rank: queries, keys, values."""
+        """Numbers of query, key and value heads of this rank."""
         self.gated = kind.gated
         self.norms: tuple[RMSNorm, RMSNorm] | None = None
-        """Of each head, where the context applies them."""
+        """Norms of query and key heads, where the context applies them."""
         self.q_norm: nn.Module
         self.k_norm: nn.Module
         if kind.qk_norm == "width":
@@ -74,7 +74,7 @@ class Attention(LayerModule):
         self.attend = self._by_context if usual else self._step_by_step
 
     def settle(self, quantization: str | None) -> None:
-        """Once the weights are loaded: take what a cache in fp8 divides keys and values by."""
+        """Take from the loaded weights what a cache in fp8 divides keys and values by."""
         found = [float(scale) for name in CACHE_SCALES if (scale := self._parameters.get(name)) is not None]
         if not found:
             return

@@ -28,7 +28,7 @@ class Encoded:
 
     ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
-    """Of each token whether it is of a response and so counts in the loss."""
+    """Whether each token is part of a response, and so counts in the loss."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -38,7 +38,7 @@ class Encoded:
         return Encoded(self.ids[:length], self.loss_mask[:length])
 
     def ends(self, end_tokens: Collection[int]) -> set[int]:
-        """Those of `end_tokens` that end a response: what a model that is trained on this stops with."""
+        """Those of `end_tokens` that end a response; a model that is trained on this stops with them."""
         following = (*self.loss_mask[1:], False)
         counted = zip(self.ids, self.loss_mask, following, strict=True)
         return {token for token, counts, more in counted if counts and not more and token in end_tokens}
@@ -123,7 +123,7 @@ def _conversation(tokenizer: Tokenizer, text: str, spans: Sequence[tuple[int, in
 
 
 def _encoded(ids: Sequence[int], loss_mask: Sequence[bool], end: int | None) -> Encoded:
-    """With `end` at the end, unless it is there already or None."""
+    """The example with `end` as its last token, unless that is there already or None."""
     if end is not None and ids[-1:] != [end]:
         ids, loss_mask = [*ids, end], [*loss_mask, True]
     if len(ids) < 2:
