@@ -104,7 +104,7 @@ class Job:
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run the whole job. A SIGTERM saves and ends it well; a SIGINT saves and raises Stopped."""
+        """Run the job. A SIGTERM saves and ends it well; a SIGINT saves and raises Stopped."""
         with ExitStack() as stack:
             stack.callback(self.log.close)
             if self.runtime.rank == self.home:

@@ -89,7 +89,7 @@ class Job:
         self.began = time.monotonic()
 
     def run(self) -> None:
-        """Run the whole job. A signal makes it save and end, and a later run goes on; raises Stopped if that was a SIGINT.
+        """Run the job. A signal makes it save and end, and a later run goes on; raises Stopped if that was a SIGINT.
 
         A scheduler that takes a machine away sends SIGTERM, and what has saved all it has in time did not fail.
         """

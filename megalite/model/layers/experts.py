@@ -67,8 +67,8 @@ class MixtureOfExperts(LayerModule):
     """[T, dim] -> [T, dim]: a router weights the top_k experts of each token, which are gated MLPs.
 
     Parameters, with E experts on this rank, I wide: `router` [num_experts, dim]; `up` [E * 2 I, dim], of each expert
-    its gate rows, then its up rows (alternating, if the gate is clamped); `down` [E * dim, I]; each expert's matrix
-    turned where the checkpoint has it so.
+    its gate rows, then its up rows (alternating, if the gate is clamped); `down` [E * dim, I]. Each expert's matrix is
+    transposed where the checkpoint has it so.
     """
 
     up: Tensor
@@ -240,12 +240,9 @@ class MixtureOfExperts(LayerModule):
         """Every expert on every token."""
         out = torch.zeros_like(x)
         for local in range(self.num_local):
-            scale = (weights * (experts == self.first + local)).sum(-1, keepdim=True)
-            if self.choice.weighs_input:
-                chosen = (experts == self.first + local).any(-1, keepdim=True)
-                out = out + torch.where(chosen, self._expert(local, x * scale), 0)
-            else:
-                out = out + self._expert(local, x) * scale
+            chosen = experts == self.first + local
+            made = self._weighted(local, x, (weights * chosen).sum(-1, keepdim=True))
+            out = out + (torch.where(chosen.any(-1, keepdim=True), made, 0) if self.choice.weighs_input else made)
         return out
 
     def _one_by_one(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -255,12 +252,12 @@ class MixtureOfExperts(LayerModule):
             token, slot = torch.where(experts == self.first + local)
             # In training also for no token: every rank's backward pass must reach the same parameters and sums.
             if token.numel() or torch.is_grad_enabled():
-                scale = weights[token, slot, None]
-                if self.choice.weighs_input:
-                    out = out.index_add(0, token, self._expert(local, x[token] * scale))
-                else:
-                    out = out.index_add(0, token, self._expert(local, x[token]) * scale)
+                out = out.index_add(0, token, self._weighted(local, x[token], weights[token, slot, None]))
         return out
+
+    def _weighted(self, local: int, x: Tensor, scale: Tensor) -> Tensor:
+        """One expert on x [N, dim], with the weights `scale` [N, 1] on its inputs or its outputs."""
+        return self._expert(local, x * scale) if self.choice.weighs_input else self._expert(local, x) * scale
 
     def _grouped(self, name: str, x: Tensor, ends: Tensor, expert: Tensor, mine: Tensor | None) -> Tensor:
         """x [N, K] times the matrices [E, M, K] of `up` or `down` -> [N, M]; row n is expert[n]'s, those of e end at
