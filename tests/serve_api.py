@@ -12,7 +12,7 @@ from tokenizer_family import byte_level
 
 from megalite.config.schema import ModelSection, SamplingParams, ServeConfig, ServerSection
 from megalite.inference.io.inputs import PromptLimits
-from megalite.inference.outputs import OutputProcessor
+from megalite.inference.output_processor import OutputProcessor
 from megalite.inference.request import Request, Sequence
 from megalite.inference.sampler import TokenLogprobs
 from megalite.serve.app import create_app

@@ -25,12 +25,8 @@ from megalite.inference.io.output_file import OutputFile, fingerprint
 from megalite.inference.io.packed_outputs import pack_outputs, unpack_outputs
 from megalite.inference.io.printing import print_output
 from megalite.inference.logprobs import Logprob
-from megalite.inference.outputs import (
-    CompletionOutput,
-    OutputProcessor,
-    RequestMetrics,
-    RequestOutput,
-)
+from megalite.inference.output_processor import OutputProcessor
+from megalite.inference.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from megalite.inference.request import Request, Sequence
 from megalite.inference.stopping import StopChecker
 from megalite.monitor.progress import ProgressBar

@@ -26,7 +26,8 @@ from megalite.inference.channel import News, ReplicaChannel, StepMessage
 from megalite.inference.choice import FAILURES, NO_TOKEN, TokenLogprobs
 from megalite.inference.feeds import Feed
 from megalite.inference.matchers import FOLLOWED
-from megalite.inference.outputs import OutputProcessor, RequestOutput, TokenDelta
+from megalite.inference.output_processor import OutputProcessor
+from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.request import Request, Sampled, Sequence, StepPlan
 from megalite.inference.runner import Runner, StepResults
 from megalite.inference.scheduler import Scheduler

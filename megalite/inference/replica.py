@@ -19,7 +19,7 @@ from megalite.core.linear import settle, store_by_input
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.inference.engine import Engine
-from megalite.inference.outputs import OutputProcessor
+from megalite.inference.output_processor import OutputProcessor
 from megalite.inference.rows import Rows
 from megalite.inference.runner import Runner
 from megalite.inference.sampler import Sampler

@@ -98,7 +98,7 @@ class GenerationConfig:
         return with_defaults(loaded, "sampling", self.sampling, str(self.path))
 
     def with_ends(self, token_ids: Iterable[int]) -> GenerationConfig:
-        """These settings with `token_ids` as further end tokens. If all are listed, the file's bytes stay as they are."""
+        """These settings with `token_ids` as further end tokens. If all are listed, the bytes of the file stay."""
         if set(token_ids) <= set(self.token_ids("eos_token_id") or ()):
             return self
         ends = list(dict.fromkeys([*self.eos_token_ids, *token_ids]))

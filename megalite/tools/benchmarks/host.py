@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from megalite.config.schema import SamplingParams
-from megalite.inference.outputs import OutputProcessor
+from megalite.inference.output_processor import OutputProcessor
 from megalite.inference.request import Request, Sampled, StepPlan
 from megalite.inference.rows import Rows
 from megalite.inference.scheduler import Scheduler
