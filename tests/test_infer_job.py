@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from forks import Forks, Program
+from launcher_only import launcher_only
 from tiny_tokenizer import with_tokenizer
 from waiting import PATIENCE, wait_until
 
@@ -27,7 +28,7 @@ DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2"
 CONFIG = """
 model: {{path: {model}, dtype: float32}}
 engine: {{max_num_seqs: 16, max_model_len: 100, block_size: 8, check_lockstep: true}}
-sampling: {{temperature: 0.9, max_tokens: 40, ignore_eos: true, seed: 4}}
+sampling: {{temperature: 0.9, max_tokens: 24, ignore_eos: true, seed: 4}}
 """
 GOOD = [
     *({"prompt": "x" * (1 + place % 7), "id": f"text {place}"} for place in range(28)),
@@ -108,7 +109,7 @@ def restarted(jobs: Jobs) -> list[Run]:
     """One rank of two is killed, and the run starts again by itself, over what an earlier one has left."""
     (jobs.folder / "restarted.jsonl").write_text("not ours\n")
     again = ("--max-restarts", "2", "output.overwrite=true", "parallel.dp=2", "engine.max_num_seqs=3")
-    return [jobs.run("restarted", *again, fault="decode.step@1#150=kill")]
+    return [jobs.run("restarted", *again, fault="decode.step@1#80=kill")]
 
 
 def stopped(jobs: Jobs) -> list[Run]:
@@ -120,10 +121,11 @@ def stopped(jobs: Jobs) -> list[Run]:
 
 
 def under_deepspeed(jobs: Jobs) -> Run:
-    """With the real launcher, which the user's standard input has to come through."""
+    """With the launcher's own code, which the user's standard input has to come through."""
     out = jobs.folder / "deepspeed.jsonl"
     command = [*DEEPSPEED, "--config", str(jobs.config), f"output.file={out}", "input.file=-", "parallel.pp=2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    python = f"{launcher_only(jobs.folder / 'light')}:{ROOT}"
+    env = {**os.environ, "PYTHONPATH": python, "DS_ACCELERATOR": "cpu"}
     options = {"capture_output": True, "text": True, "timeout": PATIENCE}
     done = subprocess.run(command, env=env, stdin=jobs.input.open("rb"), **options)
     return Run(done.returncode, done.stdout, done.stderr, [json.loads(line) for line in out.read_text().splitlines()])
@@ -207,7 +209,7 @@ def test_a_job_from_file_to_file(undisturbed):
         assert ("error" in result) == (number in BAD) != bool(result["outputs"])
     results = {result["id"]: result for result in undisturbed.results}
     assert len(results["100"]["outputs"]) == 3 and results["100"]["prompt"] == "<s>user: hi\nassistant: "
-    assert len(results["text 27"]["outputs"][0]["token_ids"]) == 40
+    assert len(results["text 27"]["outputs"][0]["token_ids"]) == 24
 
 
 def test_bad_lines_are_named(undisturbed):

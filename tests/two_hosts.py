@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
+from launcher_only import launcher_only
 from waiting import wait_until
 
 from megalite.run.processes import Process, descendants
@@ -22,28 +22,6 @@ from megalite.run.runtime import INTERFACES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "openssh-server openssh-client pdsh iproute2 procps"
-LAUNCHER_ONLY = {
-    "__init__": "__path__.append({real!r})",
-    "autotuning": "Autotuner = None",
-    "utils": """
-import logging
-logger = logging.getLogger("deepspeed")
-get_numactl_cmd = None
-def set_log_level_from_string(level):
-    logger.setLevel(level.upper())
-""",
-    "accelerator": """
-class CPU:
-    export_envs = list
-    def visible_devices_envs(self):
-        return ["CUDA_VISIBLE_DEVICES"]
-    def set_visible_devices_envs(self, environment, devices):
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-def get_accelerator():
-    return CPU()
-""",
-}
-"""Modules of a package `deepspeed` with DeepSpeed's own launcher, and without the seconds of imports before it."""
 SLOTS = {"mega-a": "10.77.0.1", "mega-b": "10.77.0.2"}
 """The hosts and their addresses."""
 
@@ -101,11 +79,7 @@ def prepare(folder: Path) -> None:
         f"IdentityFile {folder}/key\nIdentitiesOnly yes\nUserKnownHostsFile {folder}/known_hosts\nLogLevel ERROR\n"
         "ServerAliveInterval 2\nServerAliveCountMax 2\n"
     )
-    (light := folder / "light" / "deepspeed").mkdir(parents=True)
-    found = find_spec("deepspeed")
-    assert found is not None and found.submodule_search_locations
-    for module, text in LAUNCHER_ONLY.items():
-        (light / f"{module}.py").write_text(text.replace("{real!r}", repr(found.submodule_search_locations[0])))
+    launcher_only(folder / "light")
     (folder / "bin").mkdir()
     ssh = folder / "bin" / "ssh"
     ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
@@ -173,8 +147,7 @@ class TwoHosts:
             self._outer.wait()
 
     def start(self, *command: object, host: str = "mega-a", light: bool = False) -> Run:
-        """Start a command on a host, in the checkout. `light`: with a launcher that imports no more than it needs, for
-        ranks that need no deepspeed."""
+        """Start a command on a host, in the checkout; `light`: see launcher_only.py."""
         env = {name: value for name, value in os.environ.items() if name not in INTERFACES}  # runs in this process set
         python = f"{self._shared}/light:{ROOT}" if light else str(ROOT)
         env |= {"PATH": f"{self._shared}/bin:{os.environ['PATH']}", "PYTHONPATH": python}
