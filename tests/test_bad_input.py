@@ -253,6 +253,12 @@ MISTAKES = {
         train.zero_stage=0 -> train.zero_stage: 0 has no gradient norm to report in float32
         'deepspeed={bf16: {enabled: true}}' -> deepspeed.bf16: is set by model.dtype
         deepspeed.zero_optimization.stage=2 -> is set by train.zero_stage
+        deepspeed.gradient_allreduce_op=sum -> deepspeed.gradient_allreduce_op: is set by megalite itself
+        deepspeed.wall_clock_breakdwn=true -> no key of DeepSpeed's that has an effect | wall_clock_breakdown?
+        deepspeed.nonsense=1 -> deepspeed.nonsense: is no key of DeepSpeed's that has an effect | Leave it out
+        optimizer.lr=1 -> optimizer.lr: unknown key. Did you mean optimizer.learning_rate?
+        train.num_train_epochs=3 -> Did you mean train.steps?
+        optimizer.amsgrad=true -> optimizer.amsgrad: unknown key. --help lists all keys.
         data.sequence_length=4096 -> the model has 2048 positions
         tokenizer.vocab_size=256 -> tokenizer.vocab_size: must be above 256
         optimizer.betas=[0.9] -> optimizer.betas: must be two numbers
@@ -269,6 +275,7 @@ MISTAKES = {
         'data.options={digts: 1}' -> data.options | digts
         data.source=null -> data.source: is needed
         data.source=prompts.jsonl -> data.source: no such file
+        hybrid.num_generations=8 -> Did you mean hybrid.samples_per_prompt?
         hybrid.samples_per_prompt=1 -> must be >= 2 for grpo | got 1
         hybrid.updates_per_step=3 -> must divide prompts_per_step = 16 | got 3
         hybrid.sync_every=2 -> hybrid.sync_every | hybrid.importance_correction

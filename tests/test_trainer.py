@@ -316,6 +316,27 @@ def test_parameters_are_whole_while_gathered_and_optimizer_state_comes_back_as_i
     ranks(2).run(give_room, tiny("qwen3"), zero_stage)
 
 
+def offloaded(rank: int, folder: Path, zero_stage: int) -> None:
+    with as_run(rank):
+        state, keys = ParallelState(Layout()), {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+        made = [
+            make_trainer(build_from(folder, state), zero_stage=zero_stage, deepspeed_keys=one) for one in (None, keys)
+        ]
+        batches = batches_of(sequences(made[0].decoder.config.vocab_size))
+        for _ in range(2):
+            one, other = (trainer.read(trainer.step(batches))["loss"] for trainer in made)
+            assert one == other
+        with pytest.raises(
+            ConfigError, match="deepspeed: DeepSpeed refuses it: .*nonsense.*Change the section deepspeed"
+        ):
+            make_trainer(made[0].decoder, zero_stage=1, deepspeed_keys={"zero_optimization": {"nonsense": 1}})
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_an_offloaded_optimizer_takes_the_same_steps_and_what_deepspeed_refuses_is_the_configs(zero_stage, tiny, ranks):
+    ranks(1).run(offloaded, tiny("qwen3"), zero_stage)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

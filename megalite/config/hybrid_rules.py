@@ -8,7 +8,7 @@ from typing import Any
 
 from megalite.config.chat import section_problems
 from megalite.config.rules import ModelFacts, Rules
-from megalite.config.schema import HybridConfig, HybridDataSection, HybridSection, ParallelSection, SamplingParams
+from megalite.config.schema import HybridConfig, HybridSection, ParallelSection, SamplingParams
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
@@ -80,11 +80,7 @@ def _loop_rules(rules: Rules) -> None:
 
 
 def _data_rules(rules: Rules) -> None:
-    data: HybridDataSection = rules.section
-    is_file = data.source is not None and not FUNCTION.fullmatch(data.source)
-    fix = "Leave them out; a file has no arguments."
-    rules.need("options", not (is_file and data.options), "are for a task's function", fix)
-    rules.problems += section_problems(data, rules.prefix)
+    rules.problems += section_problems(rules.section, rules.prefix)
 
 
 def _sampling_rules(rules: Rules, hybrid: HybridSection, model: ModelFacts | None) -> None:

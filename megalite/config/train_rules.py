@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ DEEPSPEED_KEYS = {
     "gradient_clipping": "optimizer.gradient_clipping",
     "zero_optimization.stage": "train.zero_stage",
     "bf16": "model.dtype",
+    "bfloat16": "model.dtype",
     "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
     "optimizer": "the optimizer section",
     "scheduler": "the optimizer section",
     "steps_per_print": "train.log_every",
@@ -33,8 +37,30 @@ DEEPSPEED_KEYS = {
     "zero_allow_untested_optimizer": "megalite itself",
     "tensor_parallel": "parallel.tp",
     "pipeline": "parallel.pp",
+    "gradient_allreduce_op": "megalite itself",
+    "managed_gradient_accumulation": "megalite itself",
+    "activation_checkpointing": "train.recompute",
+    "checkpoint": "train.save_every",
+    "data_efficiency": "the data section",
+    "dataloader_drop_last": "the data section",
+    "expert_parallel": "parallel.tp",
 }
 """Keys of DeepSpeed's config that follow from ours, and from which."""
+DEEPSPEED_PASSED = (
+    *("zero_optimization", "zero_force_ds_cpu_optimizer", "aio", "prescale_gradients", "gradient_predivide_factor"),
+    *(
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "timers",
+        "flops_profiler",
+        "comms_logger",
+        "log_level",
+    ),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "disable_python_gc", "disable_allgather"),
+    "weight_quantization",
+)
+"""Keys that DeepSpeed gets as they are; it passes over all others, with their misprints."""
 
 _TARGETS = "must be all-linear, a list of names such as [q_proj, v_proj], or a regular expression for whole names"
 _NO_BASE = "asks for adapters, which are trained beside a model that there is"
@@ -54,25 +80,38 @@ def learning_rules(rules: Rules, model: ModelFacts | None, *, steps: int, steps_
     _model_rules(rules, model)
     optimizer = rules.at("optimizer")
     least, peak = config.optimizer.min_learning_rate, config.optimizer.learning_rate
-    optimizer.need("min_learning_rate", least <= peak, f"must be between 0 and learning_rate = {peak}")
-    late = f"must be at most {steps_are} = {steps}"
-    optimizer.need("warmup_steps", config.optimizer.warmup_steps <= max(steps, 1), late)
+    if optimizer.sound("learning_rate"):
+        optimizer.need("min_learning_rate", least <= peak, f"must be between 0 and learning_rate = {peak}")
+    if rules.sound(steps_are):
+        late = f"must be at most {steps_are} = {steps}"
+        optimizer.need("warmup_steps", config.optimizer.warmup_steps <= max(steps, 1), late)
     optimizer.need("betas", len(config.optimizer.betas) == 2, "must be two numbers, each at least 0 and below 1")
     fits = config.optimizer.gradient_dtype == "float32" or config.model.dtype != "float32"
     rule, fix = "model.dtype is float32, and so are its gradients", "Leave it out, or train in bfloat16."
     optimizer.need("gradient_dtype", fits, rule, fix)
-    rules.problems += [
-        problem(f"deepspeed.{key}", f"is set by {ours}", value, "Leave it out here.")
-        for key, ours in DEEPSPEED_KEYS.items()
-        if (value := _inside(config.deepspeed, key)) is not None
-    ]
+    rules.problems += _deepspeed_problems(config.deepspeed)
     _lora_rules(rules.at("train.lora"), config.model, is_hybrid=isinstance(config, HybridConfig))
-    zero = config.deepspeed.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        rules.problems.append(problem("deepspeed.zero_optimization", "must be a mapping", zero))
     there = not config.output.tensorboard or find_spec("tensorboard") is not None
     fix = "pip install tensorboard, or leave it null."
     rules.at("output").need("tensorboard", there, "TensorBoard is not installed", fix)
+
+
+def _deepspeed_problems(section: Mapping[str, Any]) -> list[Problem]:
+    """Of keys that are set by ours, and of those that DeepSpeed would pass over."""
+    found = [
+        problem(f"deepspeed.{key}", f"is set by {ours}", value, "Leave it out here.")
+        for key, ours in DEEPSPEED_KEYS.items()
+        if (value := _inside(section, key)) is not None
+    ]
+    for key, value in section.items():
+        if key not in DEEPSPEED_PASSED and not any(key == one.partition(".")[0] for one in DEEPSPEED_KEYS):
+            near = get_close_matches(key, (*DEEPSPEED_PASSED, *DEEPSPEED_KEYS), n=1)
+            fix = f"Did you mean deepspeed.{near[0]}?" if near else "Leave it out."
+            rule = "is no key of DeepSpeed's that has an effect on a training step"
+            found.append(problem(f"deepspeed.{key}", rule, value, fix))
+    if not isinstance(zero := section.get("zero_optimization", {}), dict):
+        found.append(problem("deepspeed.zero_optimization", "must be a mapping", zero))
+    return found
 
 
 def _lora_rules(rules: Rules, model: NewModelSection, *, is_hybrid: bool) -> None:
@@ -104,7 +143,7 @@ def _pattern_problem(rules: Rules, targets: Any) -> Problem | None:
     return None
 
 
-def _inside(tree: dict[str, Any], dotted: str) -> Any:
+def _inside(tree: Mapping[str, Any], dotted: str) -> Any:
     value: Any = tree
     for part in dotted.split("."):
         value = value.get(part) if isinstance(value, dict) else None

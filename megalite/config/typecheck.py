@@ -19,16 +19,56 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megalite.errors import Problem
 
-VLLM_NAMES = {
-    "tensor_parallel_size": "parallel.tp",
-    "pipeline_parallel_size": "parallel.pp",
-    "data_parallel_size": "parallel.dp",
-    "model": "model.path",
-    "max_new_tokens": "sampling.max_tokens",
-    "served_model_name": "server.model_names",
-    "lora_modules": "lora",
+NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "tensor_parallel_size": ("parallel.tp",),
+    "pipeline_parallel_size": ("parallel.pp",),
+    "data_parallel_size": ("parallel.dp",),
+    "tensor_model_parallel_size": ("parallel.tp",),
+    "pipeline_model_parallel_size": ("parallel.pp",),
+    "model": ("model.path",),
+    "model_name_or_path": ("model.path",),
+    "max_new_tokens": ("sampling.max_tokens",),
+    "served_model_name": ("server.model_names",),
+    "lora_modules": ("lora",),
+    "lr": ("optimizer.learning_rate",),
+    "min_lr": ("optimizer.min_learning_rate",),
+    "lr_warmup_iters": ("optimizer.warmup_steps",),
+    "warmup_ratio": ("optimizer.warmup_steps",),
+    "wd": ("optimizer.weight_decay",),
+    "max_grad_norm": ("optimizer.gradient_clipping",),
+    "clip_grad": ("optimizer.gradient_clipping",),
+    "adam_epsilon": ("optimizer.eps",),
+    "adam_beta1": ("optimizer.betas",),
+    "adam_beta2": ("optimizer.betas",),
+    "bf16": ("model.dtype",),
+    "fp16": ("model.dtype",),
+    "torch_dtype": ("model.dtype",),
+    "max_steps": ("train.steps", "hybrid.steps"),
+    "train_iters": ("train.steps", "hybrid.steps"),
+    "epochs": ("train.steps", "hybrid.steps"),
+    "num_train_epochs": ("train.steps", "hybrid.steps"),
+    "batch_size": ("train.micro_batch_size", "hybrid.prompts_per_step"),
+    "per_device_train_batch_size": ("train.micro_batch_size", "train.micro_batch_tokens"),
+    "train_micro_batch_size_per_gpu": ("train.micro_batch_size", "train.micro_batch_tokens"),
+    "global_batch_size": ("train.gradient_accumulation_steps", "hybrid.prompts_per_step"),
+    "gradient_checkpointing": ("train.recompute",),
+    "activation_checkpointing": ("train.recompute",),
+    "logging_steps": ("train.log_every", "hybrid.log_every"),
+    "save_steps": ("train.save_every", "hybrid.save_every"),
+    "eval_steps": ("train.eval_every",),
+    "save_interval": ("train.save_every", "hybrid.save_every"),
+    "output_dir": ("output.folder",),
+    "resume_from_checkpoint": ("output.resume",),
+    "max_seq_length": ("data.sequence_length",),
+    "max_length": ("data.sequence_length", "sampling.max_tokens"),
+    "seq_length": ("data.sequence_length",),
+    "lora_r": ("train.lora.r",),
+    "num_generations": ("hybrid.samples_per_prompt",),
+    "beta": ("hybrid.kl_coefficient",),
+    "epsilon": ("hybrid.clip_low",),
+    "reward_funcs": ("hybrid.reward",),
 }
-"""Names that users know from elsewhere, and ours."""
+"""Names that users know from elsewhere, and ours, of which a config has the first that its schema has."""
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _PLURALS = {int: "whole numbers", float: "numbers", bool: "booleans", str: "texts", Any: "values"}
@@ -92,19 +132,21 @@ def unknown_key(key: str, schema: type, origin: str = "") -> Problem:
     """The problem of a key that `schema` doesn't have, with the nearest one that it has."""
     known = list(_names(schema))
     section, _, name = key.rpartition(".")
+    last = {other: other.rpartition(".")[2] for other in known}
     here = [other for other in known if other.rpartition(".")[0] == section]
     near = [found] if (found := key_of(name, schema)) else []
-    near = near or difflib.get_close_matches(key, here, n=1) or difflib.get_close_matches(key, known, n=1)
+    for some in (here, known) if not (section and here) else (here,):  # in a section that there is, a key of it
+        alike = difflib.get_close_matches(name, [last[other] for other in some], n=1)
+        near = near or [other for other in some if [last[other]] == alike]
     fix = f"Did you mean {near[0]}?" if near else "--help lists all keys."
     return Problem(key=printable(key), rule="unknown key", fix=fix, origin=origin)
 
 
 def key_of(name: str, schema: type) -> str | None:
-    """The key that a name without its section means, here or in vLLM; None: it means none."""
+    """The key that a name without its section means, here or elsewhere; None: it means none."""
     known = _names(schema)
-    if VLLM_NAMES.get(name) in known:
-        return VLLM_NAMES[name]
-    return next((key for key in known if key.rpartition(".")[2] == name), None)
+    ours = (key for key in NAMES_ELSEWHERE.get(name, ()) if key in known)
+    return next(ours, None) or next((key for key in known if key.rpartition(".")[2] == name), None)
 
 
 def nearest_path(path: str | Path, *, folders: bool = False) -> str:

@@ -37,6 +37,7 @@ def deepspeed_config(
     """DeepSpeed's configuration: ours, and `more` from the `deepspeed` section (the config's rules keep them apart)."""
     gradients = "bf16" if dtype == torch.bfloat16 and optimizer.gradient_dtype == "bfloat16" else "fp32"
     return {
+        "zero_force_ds_cpu_optimizer": False,  # ours serves where it is offloaded, too, and needs no compiling
         **more,
         "steps_per_print": 1 << 40,
         "timers": {"throughput": {"enabled": False}, **more.get("timers", {})},  # it waits for the GPU twice a step

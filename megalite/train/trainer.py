@@ -127,7 +127,7 @@ class Trainer:
         self.optimizer = make_optimizer(decoder, optimizer)
         keys = deepspeed_config(optimizer, zero_stage=zero_stage, dtype=weight.dtype, more=deepspeed_keys or {})
         model = LanguageModel(decoder)
-        with zero.one_optimizer_for_stages_1_and_2():
+        with zero.one_optimizer_for_stages_1_and_2(), zero.refusals_named(deepspeed_keys or {}):
             self.engine, *_ = deepspeed.initialize(
                 model=model if adapter is None else AdaptersOnly(model),
                 optimizer=self.optimizer,

@@ -6,7 +6,7 @@ group over dp; stage 3 cuts every parameter by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megalite.config.typecheck import problem
 from megalite.core.functional import has_kernels
 from megalite.core.progress import here
+from megalite.errors import ConfigError
 from megalite.kernels.training import accumulate_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,6 +45,22 @@ def one_optimizer_for_stages_1_and_2() -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine._do_optimizer_sanity_check = check
+
+
+@contextmanager
+def refusals_named(given: Mapping[str, Any]) -> Iterator[None]:
+    """While DeepSpeed makes an engine, what it says against `given`, the config's keys for it, is a ConfigError."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    try:
+        yield
+    except (DeepSpeedConfigError, ZeRORuntimeException, AssertionError, ValueError, TypeError) as error:
+        if not given:
+            raise
+        fix = "Change the section deepspeed, or what it does not go with."
+        said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ConfigError(problem("deepspeed", f"DeepSpeed refuses it: {said}", dict(given), fix)) from error
 
 
 def begin_optimizer(optimizer: torch.optim.AdamW, zero: Any, stage: int) -> None:
