@@ -111,6 +111,7 @@ BAD = {
     "two kinds": (b'{"text": "a", "messages": []}', "holds 'text' and 'messages', where a line is one of them"),
     "half a pair": (b'{"prompt": "a"}', "has 'prompt' but no 'response'"),
     "none": (b'{"question": "a"}', "needs 'text', 'prompt'/'response' or 'messages'; it has ['question']"),
+    "a pair of TRL's": (b'{"prompt": "a", "completion": "b"}', "'completion' is called 'response' here"),
     "a number": (b'{"prompt": 1, "response": "a"}', "'prompt' must be a text, got int"),
     "half a character": (rb'{"prompt": "\ud800", "response": "a"}', "'prompt' has half a surrogate pair"),
     "nothing": (b'{"prompt": "a", "response": ""}', "'response' is empty"),

@@ -169,6 +169,22 @@ def test_a_folder_that_can_not_be_used_is_refused(source, prepared, tmp_path):
             Corpus.open(tmp_path)
 
 
+def test_of_an_empty_split_is_said_what_became_of_what_was_found(tmp_path):
+    (tmp_path / "all.txt").write_text("a b c " * 50)
+    (tmp_path / "codes.bin").write_bytes(b"\xff\xfe\xfd")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a", "response": "b " * 50}) + "\n")
+    cases = {
+        "all.txt": ["held_out split: 1 found that can be used, files 1", "A file is held out as a whole"],
+        "codes.bin": ["train split: 0 found", "not UTF-8 text 1"],
+        "long.jsonl": ["train split: 0 found", "1 too long and left out", "Raise data.sequence_length"],
+    }
+    for name, says in cases.items():
+        data = section(tmp_path / name, sequence_length=16, too_long="skip")
+        with pytest.raises(ConfigError) as error:
+            prepare(data, TokenizerSection(vocab_size=300), tmp_path / "prepared")
+        assert all(words in str(error.value) for words in says), error.value
+
+
 def test_what_the_tokenizer_fails_at_costs_itself_only(tmp_path, caplog):
     """A pattern that backtracks for ever panics; the tokenizer's other texts, and examples, are trained on."""
     folder = tmp_path / "tokenizer"

@@ -34,7 +34,7 @@ from megalite.text.detokenizer import TokenizerError
 from megalite.text.tokenizer import Tokenizer
 from megalite.train.data import bpe
 from megalite.train.data.examples import Encoded, encode_chat, encode_pair
-from megalite.train.data.records import MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
+from megalite.train.data.records import JSON_LINES, MOST_PROBLEMS, Record, Records, find_files, hash_of, line_problems
 from megalite.weights import side_files
 
 PREPARED = Path("training/data")
@@ -96,6 +96,7 @@ def prepare(
     end = end_of_text(known, ends)
     splits = (_tokenised_texts if records.format == "text" else _tokenised_examples)(records, known, end)
     known.close()
+    _require_both(splits, records)
     values = {
         "format": records.format,
         "version": VERSION,
@@ -178,10 +179,7 @@ class _NewSplit:
         """Tokens that responses end with."""
 
     def write(self, folder: Path, name: str) -> dict[str, Any]:
-        """Write the arrays; what the manifest says of the split. ConfigError if it is empty."""
-        if not self.counts["documents"]:
-            fix = "Give more files, or another data.held_out."
-            raise ConfigError(Problem(key="data.source", rule=f"leaves no {self.form} for the {name} split", fix=fix))
+        """Write the arrays; what the manifest says of the split, which is not empty."""
         digest = hashlib.sha256()
         whole = {suffix: np.concatenate(parts) for suffix, parts in self.arrays.items()}
         for suffix, values in whole.items():
@@ -190,6 +188,28 @@ class _NewSplit:
                 np.save(file, values)
         ends = {"ends": sorted(self.ends)} if self.ends else {}
         return {**self.counts, "tokens": len(whole[""]), **ends, "sha256": digest.hexdigest()}
+
+
+def _require_both(splits: Mapping[str, _NewSplit], records: Records) -> None:
+    """ConfigError if a split is empty, with what became of what was found."""
+    empty = next((name for name, split in splits.items() if not split.counts["documents"]), None)
+    if empty is None:
+        return
+    form, is_lines = records.format, any(file.is_lines for file in records.files)
+    kept, left_out = (sum(split.counts.get(key, 0) for split in splits.values()) for key in ("documents", "left_out"))
+    found = [f"{kept:,} found that can be used, files {len(records.files):,}"]
+    found += [f"{left_out:,} too long and left out"] if left_out else []
+    found += [f"not UTF-8 text {len(records.passed_over):,}"] if records.passed_over else []
+    fix = "Give more of them, or another data.held_out."
+    if left_out and not kept:
+        fix = "Raise data.sequence_length, or set data.too_long to truncate."
+    elif not is_lines:
+        fix = (
+            "A file is held out as a whole: give several, or its parts as lines of a file whose name ends in "
+            f'{JSON_LINES}, such as {{"text": "..."}}.'
+        )
+    rule = f"leaves no {form} for the {empty} split: {'; '.join(found)}"
+    raise ConfigError(Problem(key="data.source", rule=rule, value=records.section.source, fix=fix))
 
 
 def _dtype(tokenizer: Tokenizer) -> type[np.generic]:

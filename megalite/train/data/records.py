@@ -29,6 +29,13 @@ MOST_PROBLEMS = 10
 TEXT, PAIR, CHAT = ("text",), ("prompt", "response"), ("messages",)
 KINDS = (TEXT, PAIR, CHAT)
 """The keys that make a line what it is."""
+NAMES_ELSEWHERE = {
+    **dict.fromkeys(("completion", "output", "answer", "target"), "response"),
+    **dict.fromkeys(("instruction", "question", "input"), "prompt"),
+    **dict.fromkeys(("conversations", "conversation"), "messages"),
+    "content": "text",
+}
+"""What other trainers call the keys of a line, and ours."""
 
 Format = Literal["text", "examples"]
 log = logging.getLogger(__name__)
@@ -76,7 +83,7 @@ def find_files(section: DataSection) -> list[SourceFile]:
         if path.is_file() and not any(fnmatchcase(name, pattern) for pattern in excluded)
     ]
     if not kept:
-        fix = "Give `stdlib`, a file, a folder with files that match data.pattern, or a glob."
+        fix = f"Give `stdlib`, a file, a folder with files that match data.pattern = {section.pattern!r}, or a glob."
         raise ConfigError(Problem(key="data.source", rule="must name some files", value=section.source, fix=fix))
     return kept
 
@@ -103,6 +110,8 @@ class Records:
         self.section = section
         self.format: Format = self._format()
         """Format of all records."""
+        self.passed_over: set[str] = set()
+        """Files that are not UTF-8, of those that have been read."""
 
     def __iter__(self) -> Iterator[Record]:
         problems: list[Problem] = []
@@ -139,6 +148,7 @@ class Records:
             text = file.path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
             log.info("%s: not UTF-8, passed over", file.path)
+            self.passed_over.add(file.name)
             return
         if text:
             yield Record(str(file.path), is_held_out(file.name, self.section.held_out), {"text": text})
@@ -199,11 +209,14 @@ def _kind(values: dict[str, Any]) -> tuple[str, ...]:
         raise ValueError(f"holds {' and '.join(map(_words, whole))}, where a line is one of them")
     if whole:
         return whole[0]
+    foreign = [(key, ours) for key, ours in NAMES_ELSEWHERE.items() if key in values and ours not in values]
+    renamed = [f"{key!r} is called {ours!r} here" for key, ours in foreign]
+    hint = f": {', '.join(renamed)}" if renamed else ""
     for kind in KINDS:
         for key in kind:
             if key in values:
-                raise ValueError(f"has {key!r} but no {next(one for one in kind if one not in values)!r}")
-    raise ValueError(f"needs {_words(TEXT)}, {_words(PAIR)} or {_words(CHAT)}; it has {list(values)}")
+                raise ValueError(f"has {key!r} but no {next(one for one in kind if one not in values)!r}{hint}")
+    raise ValueError(f"needs {_words(TEXT)}, {_words(PAIR)} or {_words(CHAT)}; it has {list(values)}{hint}")
 
 
 def _words(kind: tuple[str, ...]) -> str:
