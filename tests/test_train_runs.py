@@ -287,6 +287,23 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_state(job, ranks):
     assert state_of(config).name == "step-00000001"
 
 
+def test_weights_that_are_no_numbers_never_become_the_best_model(job, ranks):
+    config = changed(job("first", eval_every=1, log_every=8), "optimizer", learning_rate=1e38, warmup_steps=0)
+    assert "MegaliteError: step 1: the held-out loss is nan" in ranks(1).run(run_job, config)[0].splitlines()[-1]
+    assert not (output(config) / "model.safetensors").exists()
+    assert "NaN" not in (output(config) / "training" / "log.jsonl").read_text()
+
+
+def test_a_run_that_was_stopped_before_it_had_a_model_and_is_to_do_no_more_gets_one(job, ranks):
+    config = job("short")
+    ranks(1).run(run_job, config, 3)
+    assert not (output(config) / "model.safetensors").exists()
+    short = changed(config, "train", steps=3)
+    assert "the model of step 3 is in" in ranks(1).run(run_job, short)[0]
+    (state_of(config) / "manifest.json").unlink()
+    assert "there is a log, but no whole state in" in ranks(1).run(run_job, short)[0]
+
+
 class Interrupted:
     """`write_samples`, while which the last rank gets a signal."""
 

@@ -153,6 +153,8 @@ class Job:
 
     def _resume(self) -> None:
         if self.found is None:
+            if (self.folder / "training" / "log.jsonl").exists():
+                self._say(f"there is a log, but no whole state in {self.states}: training begins anew")
             return
         path, manifest = self.found
         self.trained.check(manifest)
@@ -169,6 +171,8 @@ class Job:
         train, trainer = self.config.train, self.trainer
         speed = Speed(self.state.meter)
         reason = self._done()
+        if reason is not None and self.history.best_loss is None:  # it was stopped before there was a model
+            self._evaluate()
         while reason is None:
             data = self.reader.step(self.history.sequences)
             report = trainer.step(data.batches)
@@ -230,19 +234,25 @@ class Job:
         """Mean loss and gradient norm of the last step; MegaliteError if the weights can't be right after it."""
         value, norm = self.trainer.read(report)["loss"], self.trainer.gradient_norm
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise MegaliteError(
-                f"step {self.trainer.steps_done}: the loss is {value:g}, the gradient norm {norm:g}. Lower "
-                f"optimizer.learning_rate (now {self.config.optimizer.learning_rate:g}) or lengthen "
-                "optimizer.warmup_steps; run again, training goes on from the last good state."
-            )
+            raise self._diverged(f"the loss is {value:g}, the gradient norm {norm:g}")
         return value, norm
 
+    def _diverged(self, sign: str) -> MegaliteError:
+        """By what `sign` the weights can't be right any more."""
+        return MegaliteError(
+            f"step {self.trainer.steps_done}: {sign}. Lower optimizer.learning_rate (now "
+            f"{self.config.optimizer.learning_rate:g}) or lengthen optimizer.warmup_steps; run again, training goes on "
+            "from the last good state, if there is one."
+        )
+
     def _evaluate(self) -> None:
-        """Measure the held-out loss; keep the model if it is the best so far."""
+        """Measure the held-out loss; keep the model if it is the best so far. MegaliteError: it is no number."""
         history, step = self.history, self.trainer.steps_done
         if history.evaluations and history.evaluations[-1]["step"] == step:
             return
         loss = self.trainer.evaluate(self.reader.held_out(self.config.train.eval_batches))
+        if not math.isfinite(loss):
+            raise self._diverged(f"the held-out loss is {loss:g}")
         bits = card.bits_per_byte(loss, self.corpus)
         history.evaluations.append({"step": step, "loss": loss, "bits_per_byte": bits})
         history.evaluations_since_best += 1
