@@ -236,10 +236,13 @@ def record(folder) -> HybridLog:
     return HybridLog(config, MODEL, folder, is_writer=True, meter=Meter(), peak=None)
 
 
-def iterate(job: HybridLog, number: int) -> None:
+def iterate(job: HybridLog, number: int, failures=(None,) * 4) -> None:
     rollouts = [replace(ROLLOUT, text="", sample=place) for place in (0, 1, 0, 1)]
     rewards = (0.0, 1.0, 0.0, 0.0)
-    scored = [ScoredRollout(reward=one, failure=None, advantage=0, trainer_logprobs=(0.0,) * 3) for one in rewards]
+    scored = [
+        ScoredRollout(reward=one, failure=failure, advantage=0, trainer_logprobs=(0.0,) * 3)
+        for one, failure in zip(rewards, failures, strict=True)
+    ]
     job.begin()
     with job.meter.part("sampling"):
         pass
@@ -261,6 +264,16 @@ def test_the_log_says_how_good_the_samples_are(tmp_path, capsys):
     assert (line["reward"], line["reward_of_best"], line["length"], line["finished"]) == (0.25, 0.5, 3, 1)
     assert line["seconds"] >= line["seconds_sampling"] >= 0 and line["weight_version"] == 7
     assert "iteration 1/3  reward 0.250 (best of each prompt 0.500)" in capsys.readouterr().out
+
+
+def test_the_log_says_why_rewards_failed(tmp_path, capsys):
+    job = record(tmp_path)
+    job.resume(0, 0)
+    for number, failures in enumerate([("slow", None, "slow", None), ("slow", "odd", None, "odd")], 1):
+        iterate(job, number, failures)
+    job.close()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "2 rewards failed: slow" in said and "3 rewards failed, 2 of them for one reason: odd" in said
 
 
 def test_a_job_that_goes_on_forgets_what_it_will_do_again(tmp_path):

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from waiting import PATIENCE, wait_until
 
 from megalite.errors import MegaliteError
-from megalite.rewards import confined, sandbox
+from megalite.rewards import confined, sandbox, worker
 from megalite.rewards.functions import (
     exact_match,
     length_close,
@@ -23,7 +24,7 @@ from megalite.rewards.functions import (
     parses_as_python,
     passes_asserts,
 )
-from megalite.rewards.pool import RewardPool, Sample, Scored, check_reward
+from megalite.rewards.pool import ARGUMENTS, RewardPool, Sample, Scored, check_reward
 from megalite.run.processes import Process
 
 # ---- the rewards
@@ -317,6 +318,7 @@ def test_the_filter_decides_alike_on_every_machine(machine, may_open):
 OWN_REWARDS = '''
 import ctypes, os, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 def reward(prompt, completion, example):
     """Computes what the completion says."""
@@ -395,6 +397,7 @@ BAD_REWARDS = [
     ("float('-inf')", "returned -inf, which is not a finite number"),
     ("'1'", "returned '1', which is not a finite number"),
     ("None", "returned None, which is not a finite number"),
+    ("-1.7e308", r"returned -1.7e\+308, which is beyond 1e\+30, up or down"),
     ("10**400", "raised OverflowError.*"),
     ("sys.exit(0)", "raised SystemExit: 0.*"),
     ("os._exit(3)", r"its process died \(exit status 3\)"),
@@ -404,6 +407,11 @@ BAD_REWARDS = [
     ("os.write(int(sys.argv[2]), b'?\\n')", "wrote into the pipe of its process"),
     ("os.write(int(sys.argv[2]), b'{}\\n')", "wrote into the pipe of its process"),
 ]
+
+
+def test_a_tensor_of_one_number_is_a_number():
+    given = SimpleNamespace(ndim=0, item=lambda: 0.5)
+    assert worker._scored(lambda *_: given, dict.fromkeys(ARGUMENTS)) == {"reward": 0.5, "failure": None}
 
 
 def test_a_bad_reward_costs_one_sample(own):
@@ -526,6 +534,7 @@ def test_a_reward_that_can_not_be_imported_stops_the_pool(own):
         ("nothing_like_it:reward", "there is no module nothing_like_it,.* PYTHONPATH"),
         ("own_rewards:rewrd", "own_rewards has no function rewrd,.* Did you mean own_rewards:reward?"),
         ("own_rewards:number", "is not a function"),
+        ("waits:f", "must not be async.* use asyncio.run inside"),
         (
             "own_rewards:two",
             r"must be callable as \(prompt, completion, example\).* signature is \(prompt, completion\)",
@@ -538,6 +547,7 @@ def test_a_reward_that_can_not_be_imported_stops_the_pool(own):
 def test_a_reward_that_can_not_be_used_is_named_before_the_start(own, name, message):
     (own / "raises.py").write_text("print('loud')\nraise ValueError('too few')\n")
     (own / "needs.py").write_text("import absent_package\n")
+    (own / "waits.py").write_text("async def f(prompt, completion, example): ...\n")
     (own / "crashes.py").write_text("import os\nos._exit(3)")
     found = check_reward(name)
     assert re.search(message, str(found)), found

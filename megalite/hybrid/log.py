@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class HybridLog:
         line = None
         if number % self.config.log_every == 0 or number == self.config.steps:
             left = (self.config.steps - number) * statistics.median(self.durations)
-            line = _line(number, self.config.steps, values, left)
+            line = _line(number, self.config.steps, values, left, [one.failure for one in update.scored if one.failure])
         self._write(line, {"iteration": number, **values})
         if self.board is not None:
             self.board.write(number, values)
@@ -138,11 +139,11 @@ class HybridLog:
             self.board.close()
 
 
-def _line(number: int, steps: int, values: dict[str, Any], left: float) -> str:
-    """An iteration's line on the terminal; `left`: seconds that the iterations to come will take."""
+def _line(number: int, steps: int, values: dict[str, Any], left: float, failures: Sequence[str]) -> str:
+    """An iteration's line on the terminal; `left`: seconds that those to come will take, `failures`: of rewards."""
     parts = [
         f"iteration {number}/{steps}",
-        f"reward {values['reward']:.3f} (best of each prompt {values['reward_of_best']:.3f})",
+        f"reward {_reward(values['reward'])} (best of each prompt {_reward(values['reward_of_best'])})",
         f"{values['length']:.0f} tokens",
     ]
     if "loss" in values:
@@ -157,9 +158,15 @@ def _line(number: int, steps: int, values: dict[str, Any], left: float) -> str:
     ]
     if values["mfu"] is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
-    if values["reward_failures"]:
-        parts.append(f"{values['reward_failures']} rewards failed")
+    if failures:
+        (why, times), *others = Counter(failures).most_common()
+        words = f"{len(failures)} reward{'s' if len(failures) > 1 else ''} failed"
+        parts.append(f"{words}, {times} of them for one reason: {why}" if others else f"{words}: {why}")
     return "  ".join(parts)
+
+
+def _reward(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _is_done(values: Mapping[str, Any], supervised_steps: int, iterations: int) -> bool:

@@ -106,6 +106,8 @@ class NamedFunction:
             raise self._error(f"there is no module {missing}", fix or where) from error
 
     def _check_call(self, function: Callable[..., Any]) -> None:
+        if inspect.iscoroutinefunction(function):
+            raise self._error("must not be async", "What it gives is not awaited: use asyncio.run inside.")
         signature = inspect.signature(function)
         parameters = signature.parameters.values()
         given = {*self.positional, *self.keywords}

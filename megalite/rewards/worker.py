@@ -24,14 +24,20 @@ from megalite.rewards.named import NamedFunction, described
 from megalite.rewards.pool import ARGUMENTS
 from megalite.run.processes import adopt_orphans, die_with_parent
 
+LARGEST = 1e30
+"""Size of a reward, so that means and differences of many are finite, in float32 too."""
+
 
 def _scored(reward: Callable[..., Any], sample: dict[str, Any]) -> dict[str, Any]:
     try:
-        value = reward(*(sample[name] for name in ARGUMENTS))
-        if not isinstance(value, Real) or not math.isfinite(value):
-            shown = repr(value)
-            shown = shown if len(shown) <= 60 else str(type(value))
-            return {"reward": None, "failure": f"returned {shown}, which is not a finite number"}
+        given = reward(*(sample[name] for name in ARGUMENTS))
+        value = given.item() if getattr(given, "ndim", None) == 0 else given  # an array or tensor of one number
+        if not isinstance(value, Real) or not abs(value) <= LARGEST:
+            shown = repr(given)
+            shown = shown if len(shown) <= 60 else str(type(given))
+            beyond = isinstance(value, Real) and math.isfinite(value)
+            wrong = f"beyond {LARGEST:g}, up or down" if beyond else "not a finite number"
+            return {"reward": None, "failure": f"returned {shown}, which is {wrong}"}
         return {"reward": float(value), "failure": None}
     except BaseException as error:  # whatever a reward does costs its sample, no more
         return {"reward": None, "failure": f"raised {described(error)}"}
