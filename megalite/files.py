@@ -125,7 +125,8 @@ def read_whole(path: str | os.PathLike[str], most: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB, so not what it should be", os.fspath(path))
+        size = f"{most >> 20} MiB" if most >= 1 << 20 else f"{most >> 10} KiB"
+        raise OSError(errno.EFBIG, f"larger than {size}, so not what it should be", os.fspath(path))
     return content
 
 

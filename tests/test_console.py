@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -20,6 +21,7 @@ from waiting import PATIENCE, wait_until
 
 from megalite.errors import ConfigError
 from megalite.serve.console import Console, Remote, ServerError
+from megalite.tools import toolkit
 from megalite.tools.chat import read_key, serve_command, serve_config
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +100,8 @@ def test_keys_are_read_where_they_are_and_never_said(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="must say where the key is") as error:
         read_key("secret")
     assert "secret" not in str(error.value)
+    with pytest.raises(ConfigError, match="--api-key: the file can't be read: No such file"):
+        read_key(f"file:{tmp_path / 'nothing'}")
 
 
 def test_at_a_terminal(backend, url, tmp_path):
@@ -166,6 +170,16 @@ def test_the_config_of_an_inference_job_or_a_server(tmp_path):
     with pytest.raises(ConfigError, match="unknown key") as error:
         serve_config(str(file), ["parallel.pp=99", "sampling.temperatur=1"])
     assert {problem.key for problem in error.value.problems} == {"parallel.pp", "sampling.temperatur"}
+    with pytest.raises(ConfigError, match="nothing.yaml: no such file"):
+        serve_config(str(tmp_path / "nothing.yaml"), [])
+
+
+def test_options_of_the_other_kind_of_chat_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    for wrong in (["--model", "x"], ["--api-key", "env:X"]):
+        monkeypatch.setattr(sys, "argv", ["chat", "--config", "job.yaml", *wrong])
+        assert toolkit.tool("chat") == 2
+        assert f"error: {wrong[0]}: goes with --url" in capsys.readouterr().err
 
 
 @pytest.mark.slow

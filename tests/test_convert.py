@@ -247,8 +247,8 @@ def test_what_can_not_be_done_is_refused_and_leaves_nothing(model, tmp_path, out
     linked = shutil.copytree(model, tmp_path / "linked")
     (linked / "tokenizer_config.json").symlink_to(file)
     for action, reason in (
-        (lambda: convert(cut, Layout(), out), "tools/reshard.py --from"),
-        (lambda: reshard(model, Layout(), out), "tools/convert.py --model"),
+        (lambda: convert(cut, Layout(), out), "megalite reshard --from"),
+        (lambda: reshard(model, Layout(), out), "megalite convert --model"),
         (lambda: convert(linked, Layout(), out), "outside the model folder"),
         (lambda: reshard(cut, Layout(1, 4), out), "pp must be at most the model's 3 layers, got 4"),
         (lambda: reshard(cut, Layout(), cut, overwrite=True), "is the folder that is read"),

@@ -465,7 +465,7 @@ def test_gguf_is_answered_with_the_way_out(hub, load, tmp_path, capsys):
         with pytest.raises(CheckpointError, match="tiny-q8.gguf: GGUF is not read as it is. Give the folder") as error:
             action()
         command = shlex.split(str(error.value).splitlines()[1])
-        assert command[:4] == ["python", "tools/convert.py", "--model", str(file)]
+        assert command[:4] == ["megalite", "convert", "--model", str(file)]
     (tmp_path / "job.yaml").write_text("{}")
     for job in ("infer", "train", "hybrid"):
         for path in (folder, file):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from megalite.convert.convert import convert
 from megalite.convert.verify import verify
 from megalite.core.layout import Layout
 from megalite.tokenizer import Tokenizer
+from megalite.tools import toolkit
 from megalite.weights import manifest as manifests
 from megalite.weights.shards import JOURNAL
 
@@ -220,7 +222,12 @@ def test_tools_start_without_torch():
     ("name", "arguments", "code", "message"),
     [
         ("convert", [], 2, "error: the following arguments are required: --model, --out"),
-        ("convert", ["--model", "M", "--layout", "tp=0", "--out", "O"], 2, "error: --layout: must be tp and pp, got"),
+        (
+            "convert",
+            ["--model", "M", "--layout", "tp=0", "--out", "O"],
+            2,
+            "--layout: must be sizes of tp and pp from 1",
+        ),
         ("convert", ["--model", "M", "--layout", "tp=2", "--out", "O", "--jobs", "0"], 2, "must be a whole number"),
         ("convert", ["--model", "M", "--layout", "tp=2", "--out", "O", "--dtype", "int8"], 2, "invalid choice: 'int8'"),
         (
@@ -235,6 +242,13 @@ def test_tools_start_without_torch():
         ("verify", ["nowhere"], 3, "error: nowhere: no such model folder"),
         ("verify", ["CUT", "--against", "CUT", "--text", "nowhere"], 2, "--text: can't be read (No such file"),
         ("verify", ["CUT", "--against", "nowhere"], 3, "error: nowhere: no such model folder"),
+        (
+            "convert",
+            ["--model", "MODEL", "--quantize", "int4", "--group", "7", "--out", "O"],
+            2,
+            "--group: must be",
+        ),
+        ("describe", ["MODEL", "--tensor", "nothing"], 2, "--all lists all names"),
         ("describe", ["MODEL", "--bogus"], 2, "error: unrecognized arguments: --bogus"),
         ("describe", ["MODEL", "--family-module", "no_such_module"], 2, "importing it failed: ModuleNotFoundError"),
     ],
@@ -243,6 +257,26 @@ def test_mistakes_have_their_line_and_exit_code(name, arguments, code, message, 
     places = {"CUT": cut, "MODEL": cut.parent / "model"}
     said = tool(name, *(places.get(one, one) for one in arguments), code=code)
     assert message in said and len(said.splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "folder/file"), 3, "folder/file: Permission denied."),
+        (OSError(errno.ENOSPC, "", "folder/file"), 4, "folder/file: No space left on device. Free some space"),
+        (MemoryError(), 4, "out of memory. Use more"),
+        (OSError(errno.EBADF, "Bad file descriptor"), 1, "Traceback"),
+    ],
+)
+def test_what_the_machine_refuses_is_no_crash(monkeypatch, capsys, error, code, says):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert toolkit.main(toolkit.Parser("does nothing"), run) == code
+    said = capsys.readouterr().err
+    assert said.startswith(says if code == 1 else f"error: {says}") and ("Traceback" in said) == (code == 1)
 
 
 def test_a_family_of_ones_own_can_be_converted(tool, tmp_path):

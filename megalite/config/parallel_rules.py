@@ -39,7 +39,7 @@ def training_layout_rules(rules: Rules, zero_stage: int, model: ModelFacts | Non
     rules.need("dp_mode", parallel.dp_mode == "sync", "replicas of a training run go in step", "Leave it at sync.")
     if model is not None and model.quantized_as is not None and not adapts:
         rule = f"holds weights stored as {model.quantized_as}, and codes have no gradients"
-        fix = "Train adapters beside it (train.lora.r), or the unquantized model, to be quantized by tools/convert.py."
+        fix = "Train adapters beside it (train.lora.r), or the unquantized model, to be quantized by megalite convert."
         rules.problems.append(Problem(key="model.path", rule=rule, fix=fix))
     if model is not None:
         rule = f"must be at most the model's {model.num_heads} attention heads in training"

@@ -169,7 +169,7 @@ def nearest_path(path: str | Path, *, folders: bool = False) -> str:
 def gguf_advice(folder: str | Path, name: str) -> str:
     """What to do with a GGUF file, which no job reads as it is: `folder` is where it lies, a hub id too."""
     file = Path(folder) / name
-    command = f"python tools/convert.py --model {shlex.quote(str(file))} --dtype bfloat16 --out NEW_FOLDER"
+    command = f"megalite convert --model {shlex.quote(str(file))} --dtype bfloat16 --out NEW_FOLDER"
     if not file.exists():
         download = f"hf download {shlex.quote(str(folder))} {shlex.quote(name)} --local-dir ."
         command = f"{download} && {command.replace(shlex.quote(str(file)), shlex.quote(name))}"

@@ -46,7 +46,7 @@ _QUANTIZATIONS = {
     "marlin": "it is a kernel of vLLM's; the formats that it runs are read by their own names",
     "bitsandbytes": "it needs a CUDA-only library and its own kernels",
     "gguf": "it is a file format of llama.cpp's; only safetensors are read",
-    "int8": "only fp8 is made while a model is loaded; tools/convert.py --quantize int8 writes a checkpoint",
+    "int8": "only fp8 is made while a model is loaded; megalite convert --quantize int8 writes a checkpoint",
 }
 _FORMATS = ("fp8", "gptq", "awq", "compressed-tensors", "mxfp4")
 """What checkpoints may be stored as, by `quant_method`; fp8 is also made from weights that are not quantized."""

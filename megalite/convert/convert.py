@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import xxhash
@@ -58,7 +59,7 @@ def parse_layout(text: str) -> Layout:
         if key == "dp":
             raise ConfigError(Problem(key="--layout", rule="has no dp: replicas share the same files", fix=fix))
         if key not in sizes or not (value.isascii() and value.isdecimal()) or not 1 <= int(value) <= 4096:
-            raise ConfigError(Problem(key="--layout", rule="must be tp and pp", value=text, fix=fix))
+            raise ConfigError(Problem(key="--layout", rule="must be sizes of tp and pp from 1", value=text, fix=fix))
         sizes[key] = int(value)
     if sizes["interleave"] > 1 and sizes["pp"] == 1:
         raise ConfigError(Problem(key="--layout", rule="has interleave only with pp", value=text, fix=fix))
@@ -69,7 +70,7 @@ def convert(model: str | Path, layout: Layout, out: str | Path, *, revision: str
     """A Hugging Face folder or hub id into one file a rank of `layout`; `how` as in `write_shards`."""
     source = open_checkpoint(model, revision)
     if source.manifest:
-        fix = f"Use python tools/reshard.py --from {source.folder} ..."
+        fix = f"Use megalite reshard --from {quote(str(source.folder))} ..."
         raise ConfigError(Problem(key="--model", rule=f"{source.folder} holds rank shards", fix=fix))
     return write_shards(source, layout, Path(out), **how)
 
@@ -78,7 +79,7 @@ def reshard(shards: str | Path, layout: Layout, out: str | Path, **how: Any) -> 
     """Rank shards or training state of one layout into another; `how` as in `write_shards`."""
     source = open_checkpoint(shards)
     if not source.manifest:
-        fix = f"Use python tools/convert.py --model {source.folder} ..."
+        fix = f"Use megalite convert --model {quote(str(source.folder))} ..."
         raise ConfigError(Problem(key="--from", rule=f"{source.folder} is a model in Hugging Face layout", fix=fix))
     return write_shards(source, layout, Path(out), **how)
 

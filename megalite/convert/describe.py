@@ -159,7 +159,7 @@ def describe_tensor(
     if not ranks:
         known = sorted({*source.dtypes, *(name for infos in source.files.values() for name in infos)})
         close = difflib.get_close_matches(name, known, n=1)
-        fix = f"Did you mean {close[0]}?" if close else "Without --tensor, all names are listed."
+        fix = f"Did you mean {close[0]}?" if close else "--all lists all names."
         raise ConfigError(Problem(key="--tensor", rule=f"no tensor is called {name}", fix=fix))
     return {"name": name, "ranks": ranks}
 

@@ -130,6 +130,8 @@ def quantization_config(model: ModelConfig, kind: str, group: int | None) -> dic
     weights: dict[str, Any] = {"num_bits": bits, "type": number, "symmetric": True, "dynamic": False}
     if kind == "fp8" and group != -1:
         raise ConfigError(Problem(key="--group", rule="is for int4 and int8; fp8 has a scale a row", value=group))
+    if group != -1 and (group < 8 or group % 8):
+        raise ConfigError(Problem(key="--group", rule="must be a multiple of 8, or -1", value=group))
     weights |= {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
     inputs = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if kind == "fp8" else None}

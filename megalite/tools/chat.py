@@ -72,11 +72,14 @@ def _chat(args: argparse.Namespace, params: dict[str, Any]) -> None:
     with ExitStack() as stack:
         if args.url is not None:
             if args.overrides:
-                raise ConfigError(
-                    Problem(key=args.overrides[0], rule="goes with --config; --url has --temperature ...")
-                )
+                rule = "goes with --config; --url has --temperature ..."
+                raise ConfigError(Problem(key=args.overrides[0], rule=rule))
             remote = Remote(args.url, model=args.model, key=read_key(args.api_key), params=params)
         else:
+            for name, value in (("--model", args.model), ("--api-key", args.api_key)):
+                if value is not None:
+                    fix = "Write model.path=FOLDER for another model." if name == "--model" else ""
+                    raise ConfigError(Problem(key=name, rule="goes with --url", value=value, fix=fix))
             loaded = serve_config(args.config, args.overrides)
             remote = stack.enter_context(served(loaded, serve_command(sys.orig_argv), params))
         Console(remote, system=args.system).run()
@@ -89,7 +92,11 @@ def read_key(place: str | None) -> str | None:
     kind, _, name = place.partition(":")
     if kind not in ("env", "file") or not name:
         raise ConfigError(Problem(key="--api-key", rule="must say where the key is, as env:NAME or file:PATH"))
-    key = os.environ.get(name, "") if kind == "env" else read_whole(name, 1 << 16).decode()
+    try:
+        key = os.environ.get(name, "") if kind == "env" else read_whole(name, 1 << 16).decode()
+    except (OSError, ValueError) as error:
+        rule = f"the file can't be read: {getattr(error, 'strerror', None) or 'it is no text'}"
+        raise ConfigError(Problem(key="--api-key", rule=rule, value=place)) from None
     if not key.strip():
         raise ConfigError(Problem(key="--api-key", rule="no key is there", value=place))
     return key.strip()
@@ -100,7 +107,9 @@ def serve_config(path: str, overrides: Sequence[str]) -> Loaded[ServeConfig]:
 
     ConfigError with everything that is wrong with it.
     """
-    is_servers = re.search(rb"(?m)^[\"']?server[\"']?\s*:", read_whole(path, 1 << 20)) is not None
+    is_servers = False
+    with suppress(OSError, ValueError):  # which `resolve` tells
+        is_servers = re.search(rb"(?m)^[\"']?server[\"']?\s*:", read_whole(path, 1 << 20)) is not None
     loaded, problems = resolve("serve" if is_servers else "infer", path, overrides)
     sections = {one.name: getattr(loaded.config, one.name, None) for one in fields(ServeConfig)}
     config = ServeConfig(**{name: section for name, section in sections.items() if section is not None})

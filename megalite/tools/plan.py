@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
@@ -93,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
             load = replace(load, concurrency=load.requests or 0)
         what, engine = str(load), _engine(load, args.kv_cache_dtype)
         choices = search(config, cluster, load, engine, itemsize=itemsize, objective=args.objective)
+        if load.longest > config.max_position_embeddings:
+            rule = f"requests of {load.longest:,} tokens, and the model was made for {config.max_position_embeddings:,}"
+            print(f"warning: --workload: {rule}", file=sys.stderr)
     if args.compare_device_map and not args.train:
         facts = _device_map(folder, config, cluster, load, choices, itemsize)
         print(json.dumps(facts, indent=2) if args.json else "\n".join(aligned(facts)))

@@ -4,8 +4,8 @@ The timeline is what `monitor.timeline=FILE` of infer, train, hybrid or serve wr
 each other on one scale of time, such as before and after a change of parallel.layers.
 
 example:
-  python launch/infer.py --config configs/infer/demo.yaml parallel.pp=4 monitor.timeline=before.json.gz
-  python tools/plot_timeline.py before.json.gz --out before.svg
+  megalite infer --config configs/infer/demo.yaml parallel.pp=4 monitor.timeline=before.json.gz
+  megalite plot_timeline before.json.gz --out before.svg
 """
 
 from __future__ import annotations

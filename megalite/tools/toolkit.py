@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megalite import terminal
 from megalite.convert.convert import JOBS
 from megalite.convert.output import ByteProgress, Written
-from megalite.errors import EXIT_CRASH, ConfigError, MegaliteError, Problem
+from megalite.errors import EXIT_CRASH, CheckpointError, ConfigError, MegaliteError, Problem, resource_error
 from megalite.model.hf_config import DTYPES as CONFIG_DTYPES
 from megalite.monitor.words import format_bytes, format_count, format_duration
 from megalite.preflight import import_family
@@ -165,14 +165,24 @@ def main(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
         signal.signal(number, parser.stop)
     try:
         return _run(parser, run)
-    except MegaliteError as error:
-        if debug:
+    except Exception as error:
+        told = _told(error)
+        if debug or told is None:
             traceback.print_exc()
-        sys.stderr.write("".join(f"{line}\n" for line in error.lines()))
-        return error.exit_code
-    except Exception:
-        traceback.print_exc()
-        return EXIT_CRASH
+        if told is None:
+            return EXIT_CRASH
+        sys.stderr.write("".join(f"{line}\n" for line in told.lines()))
+        return told.exit_code
+
+
+def _told(error: Exception) -> MegaliteError | None:
+    """What the user is told of an error; None: it is a crash."""
+    if isinstance(error, MegaliteError):
+        return error
+    found = resource_error(error)
+    if found is None and isinstance(error, OSError) and error.filename is not None:
+        return CheckpointError(f"{error.filename}: {error.strerror}.")
+    return found
 
 
 def _run(parser: Parser, run: Callable[[argparse.Namespace], int]) -> int:
