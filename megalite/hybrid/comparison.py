@@ -82,7 +82,7 @@ class Comparison:
     def _message(self, version: int, different: list[int], mine: Tensor) -> str:
         named = mine[different[:_NAMED]].contiguous()
         ranks = [named]
-        if _several_ranks():
+        if dist.is_initialized():
             ranks = [torch.empty_like(named) for _ in range(dist.get_world_size())]
             with run_track().entering("all_gather"):
                 dist.all_gather(ranks, named)
@@ -123,7 +123,3 @@ def lowest(values: Tensor) -> Tensor:
     """The minimum over all ranks of the run, element by element, in place. On the CPU: ranks without a decoder take
     part, and every run has gloo."""
     return reduce(values, dist.ReduceOp.MIN)
-
-
-def _several_ranks() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1

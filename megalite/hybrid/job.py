@@ -70,7 +70,7 @@ class Job:
         self.home = self.train_layout.first_rank
         """The rank that rewards, logs and keeps the samples."""
         self.progress = HybridProgress()
-        self.files = JobFiles(config, is_writer=runtime.rank == self.home, wait=self._wait_for_all)
+        self.files = JobFiles(config, is_writer=runtime.rank == self.home, wait=wait_for_all)
         compare_ranks(sha256(repr(self.files.examples).encode()).digest(), "data.source")
         self.meter = meter = Meter()  # one for both sides, which take turns
         sequence_parallel = config.train.parallel.sequence_parallel
@@ -324,9 +324,6 @@ class Job:
     def _save(self) -> None:
         if self.trainer is not None:
             self.files.save_state(self.trainer, self.progress)
-
-    def _wait_for_all(self) -> None:
-        wait_for_all()
 
 
 def _layout(parallel: ParallelSection) -> Layout:

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from megalite.config.chat import section_variables
 from megalite.config.schema import HybridConfig
@@ -46,7 +45,7 @@ class HybridProgress:
 
 
 class JobFiles:
-    """Every rank constructs it alike; one writes."""
+    """The files of a hybrid job. Every rank constructs it alike; one writes."""
 
     def __init__(self, config: HybridConfig, *, is_writer: bool, wait: Callable[[], None]):
         """`wait` returns when every rank has called it. ConfigError names what can't be used."""
@@ -121,8 +120,8 @@ class JobFiles:
     # ---- checkpoints and the model
 
     def save_state(self, trainer: Trainer, progress: HybridProgress) -> None:
-        """Collective over the training layout."""
-        self._save(trainer, self.states, {"progress": asdict(progress)})
+        """Save model, optimizer and progress. Collective over the training layout."""
+        self.trained.save(trainer, self.states, {"progress": asdict(progress)})
 
     def load_state(self, trainer: Trainer | None) -> HybridProgress | None:
         """Go on from the newest state, if there is one: its progress. Collective; `trainer` where there is one."""
@@ -139,7 +138,7 @@ class JobFiles:
 
     def save_reference(self, trainer: Trainer) -> None:
         """Keep the model as it is now for `load_reference`. Collective over the training layout."""
-        self._save(trainer, self.references, {})
+        self.trained.save(trainer, self.references, {})
 
     def reference_state(self) -> Path:
         """The folder of what `save_reference` kept. ConfigError if it kept nothing."""
@@ -150,9 +149,6 @@ class JobFiles:
             value = self.config.hybrid.kl_coefficient
             raise ConfigError(Problem(key="hybrid.kl_coefficient", rule=rule, value=value, fix=fix))
         return found[0]
-
-    def _save(self, trainer: Trainer, folder: Path, training: dict[str, Any]) -> None:
-        self.trained.save(trainer, folder, training)
 
     def export(self, trainer: Trainer) -> None:
         """Make the folder hold the present model. Collective over the training layout."""

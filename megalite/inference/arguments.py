@@ -70,13 +70,10 @@ def as_prompts(prompts: Any) -> list[tuple[Any, str | None]]:
     ...}`; what is none of these is left for `prompt_problem` to refuse. ConfigError: a mapping of other keys.
     """
     prompts = plain(prompts)
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable) or _are_ids(prompts):
+    is_ids = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
+    if is_ids or isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         prompts = [prompts]
     return [_as_prompt(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)]
-
-
-def _are_ids(prompts: Any) -> bool:
-    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], int)
 
 
 def _as_prompt(prompt: Any, where: str) -> tuple[Any, str | None]:

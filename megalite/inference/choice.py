@@ -123,14 +123,11 @@ class Choice:
     details: Details | None = None
     needs: Needs = PLAIN
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Choice:
-        details = None if self.details is None else self.details.map(change)
-        return replace(self, ids=change(self.ids), logprobs=change(self.logprobs), details=details)
-
     def __getitem__(self, rows: slice) -> Choice:
         """Some of the rows."""
+        details = None if self.details is None else self.details.map(lambda values: values[rows])
         needs = replace(self.needs, logprobs=self.needs.logprobs[rows])
-        return replace(self._map(lambda values: values[rows]), needs=needs)
+        return replace(self, ids=self.ids[rows], logprobs=self.logprobs[rows], details=details, needs=needs)
 
     def to_host(self) -> Choice:
         """Copies in page-locked memory; they are complete once the device's stream has come this far."""

@@ -145,11 +145,6 @@ def _announce(loaded: Loaded[InferConfig], folder: ModelFolder, replica: Replica
     print("\n".join(map(wrapped, told)), file=sys.stderr)
 
 
-def _is_one(batch: InputBatch) -> bool:
-    """Whether the input is one prompt with one completion."""
-    return len(batch.order) == len(batch.requests) == 1 and batch.requests[0].num_samples == 1
-
-
 class Writer:
     """Takes the results of all replicas to the output file or the terminal. Lives on one rank."""
 
@@ -162,7 +157,8 @@ class Writer:
         self.finished = self.file.finished if self.file else frozenset()
         """Ids that an earlier run has finished; prompts that failed there are tried again."""
         self.printer: Printer | StreamPrinter | None = None
-        self.streams = self.file is None and sys.stdout.isatty() and _is_one(batch)
+        is_one = len(batch.order) == len(batch.requests) == 1 and batch.requests[0].num_samples == 1
+        self.streams = self.file is None and sys.stdout.isatty() and is_one
         """The completion is shown as it grows, and no bar is in its way."""
         shown = config.monitor.progress and not self.streams and not config.monitor.live
         self.progress = ProgressBar(len(batch.order), done=len(self.finished), enabled=shown)

@@ -56,15 +56,15 @@ class Memory(Protocol):
 class _Buffers(threading.local):
     """Memory that a thread uses again for every band: new pages from the system would cost more than the copying."""
 
+    def __init__(self) -> None:
+        self._kept: dict[str, NDArray[np.uint8]] = {}
+
     @property
     def band_bytes(self) -> int:
         return BAND_BYTES
 
     def band(self, lo: int, hi: int, width: int) -> NDArray[np.uint8]:
         return self.take("matrix", hi - lo, width)
-
-    def __init__(self) -> None:
-        self._kept: dict[str, NDArray[np.uint8]] = {}
 
     def take(self, use: str, rows: int, width: int) -> NDArray[np.uint8]:
         """[rows, width] bytes, until the same use is asked for again on this thread."""

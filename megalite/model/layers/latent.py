@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -133,9 +134,5 @@ class MultiHeadLatentAttention(LayerModule):
         if self.interleaved:
             turned = pairs_apart(turned, self.rope_dim)
         turned_q, turned_k = rotation(turned).split((self.heads, 1), 1)
-        return LatentHeads(
-            plain_q, turned_q, self.kv_norm(latent.contiguous()), turned_k[:, 0], self.kv_up, self._up_matrix
-        )
-
-    def _up_matrix(self) -> Tensor:
-        return self.kv_up.format.matrix(self.kv_up.stored)
+        up_matrix = partial(self.kv_up.format.matrix, self.kv_up.stored)
+        return LatentHeads(plain_q, turned_q, self.kv_norm(latent.contiguous()), turned_k[:, 0], self.kv_up, up_matrix)
