@@ -132,18 +132,14 @@ class Job:
         before = self.progress.iterations
         measured = self.trainer.decoder if self.trainer else self.decoder
         assert measured is not None, "a rank is in one layout or in both"
-        tracing.begin(self.config.monitor.timeline, self.runtime, measured.state)
-        measured.state.meter.start()
-        shows = self.runtime.rank == self.home
-        with tracing.live(self.config.monitor.live, self.runtime, measured.state, shows=shows):
+        writes = self.runtime.rank == self.home
+        with tracing.measured(self.config.monitor, self.runtime, measured.state, shows=writes):
             while self.progress.iterations < self.config.hybrid.steps:
                 self._iterate()
                 self._stop_if_asked()
-        measured.state.meter.stop()
-        tracing.end(self.runtime, self.meter)
         steps = self.progress.iterations - before
         if self.config.monitor.report and steps:
-            tokens, writes = self.log.learnt_tokens, self.runtime.rank == self.home
+            tokens = self.log.learnt_tokens
             print_report(measured, self.runtime.rank, steps=steps, tokens=tokens, writes=writes)
 
     def _supervise(self) -> None:

@@ -92,14 +92,10 @@ def _generate(loaded: Loaded[InferConfig], runtime: Runtime) -> int:
             on_step=lambda tokens: writer.step(tokens, mail) if writer else None,
             stop_requested=lambda: runtime.signal_received() is not None or (writer or mail).reader_has_left,
         )
-        tracing.begin(config.monitor.timeline, runtime, replica.state)
-        replica.meter.start()
         # Only the control rank, which is the writer's, asks which requests are streamed.
         requests = [replace(one, stream=True) for one in left.requests] if writer and writer.streams else left.requests
-        with tracing.live(config.monitor.live, runtime, replica.state, shows=writer is not None):
+        with tracing.measured(config.monitor, runtime, replica.state, shows=writer is not None):
             completed = engine.run(make_feed(replica, requests, _MAIL + "/next"), hooks)
-        replica.meter.stop()
-        tracing.end(runtime, replica.meter)
         mail.finish(writer)
         reports = gather_reports(replica.report(engine, failed=len(left.failures) if writer else 0))
         agree_on_end(replica, completed)

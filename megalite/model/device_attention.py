@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -108,35 +109,26 @@ class DeviceAttention:
         return out if spec.value_scale == 1 else out.mul_(spec.value_scale)
 
     def _attend_kept(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        common: dict[str, Any] = {
+            "query_start": self.query_start,
+            "scale": spec.scale,
+            "window": spec.window,
+            "chunk": spec.chunk,
+            "softcap": spec.softcap,
+            "sinks": sinks,
+            "max_query_len": self.max_query_len,
+            "pdl": self.pdl,
+        }
         if self.fresh:
-            return fresh_attention(
-                q,
-                k,
-                v,
-                query_start=self.query_start,
-                scale=spec.scale,
-                window=spec.window,
-                chunk=spec.chunk,
-                softcap=spec.softcap,
-                sinks=sinks,
-                max_query_len=self.max_query_len,
-                pdl=self.pdl,
-            )
+            return fresh_attention(q, k, v, **common)
         keys, *values = self.cache.layers[spec.layer]
         return paged_attention(
             q,
             keys,
             values[0] if values else keys[..., : spec.values],
-            query_start=self.query_start,
             context_len=self.context_len,
             block_table=self.block_table,
             table_rows=self.table_rows,
             block_size=self.cache.block_size,
-            scale=spec.scale,
-            window=spec.window,
-            chunk=spec.chunk,
-            softcap=spec.softcap,
-            sinks=sinks,
-            max_query_len=self.max_query_len,
-            pdl=self.pdl,
+            **common,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megalite.config.schema import MonitorSection
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.kernels.device import timing_event
@@ -86,7 +87,7 @@ def end(runtime: Runtime, meter: Meter) -> None:
 
 @contextmanager
 def live(wanted: bool, runtime: Runtime, state: ParallelState, *, shows: bool) -> Iterator[None]:
-    """While it lasts, this rank tells how it is doing, and the one that `shows` draws it all, if it has a terminal.
+    """Context in which this rank tells how it is doing; the one that `shows` draws it all, if it has a terminal.
 
     Every rank of the run calls it; none waits for another.
     """
@@ -107,6 +108,20 @@ def live(wanted: bool, runtime: Runtime, state: ParallelState, *, shows: bool) -
             yield
         finally:
             feed.close()
+
+
+@contextmanager
+def measured(section: MonitorSection, runtime: Runtime, state: ParallelState, *, shows: bool) -> Iterator[None]:
+    """Context of a run's work, which is measured, traced and shown as `section` says; an error leaves it at once.
+
+    Collective over the run. `shows`: see `live`.
+    """
+    begin(section.timeline, runtime, state)
+    state.meter.start()
+    with live(section.live, runtime, state, shows=shows):
+        yield
+    state.meter.stop()
+    end(runtime, state.meter)
 
 
 def clock_offset(store: dist.Store, rank: int, far: Sequence[int], clock: Callable[[], float]) -> float:

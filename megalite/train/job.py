@@ -100,12 +100,8 @@ class Job:
                 self.log = RunLog(self.folder / "training", step=self.trainer.steps_done, tensorboard=board)
             self._say(self.reader.describe())
             before, read = self.trainer.steps_done, self.history.tokens
-            tracing.begin(self.config.monitor.timeline, self.runtime, self.state)
-            self.state.meter.start()
-            with tracing.live(self.config.monitor.live, self.runtime, self.state, shows=self.is_writer):
+            with tracing.measured(self.config.monitor, self.runtime, self.state, shows=self.is_writer):
                 reason = self._train()
-            self.state.meter.stop()
-            tracing.end(self.runtime, self.state.meter)
             steps, tokens = self.trainer.steps_done - before, self.history.tokens - read
             if self.config.monitor.report and steps:
                 print_report(self.trainer.decoder, self.state.rank, steps=steps, tokens=tokens, writes=self.is_writer)
