@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalite.config.schema import MonitorSection
+from megalite.config.schema import MonitorSection, TrainMonitorSection
 from megalite.core.parallel_state import ParallelState
 from megalite.errors import ConfigError, Problem
 from megalite.kernels.device import timing_event
@@ -111,7 +111,9 @@ def live(wanted: bool, runtime: Runtime, state: ParallelState, *, shows: bool) -
 
 
 @contextmanager
-def measured(section: MonitorSection, runtime: Runtime, state: ParallelState, *, shows: bool) -> Iterator[None]:
+def measured(
+    section: MonitorSection | TrainMonitorSection, runtime: Runtime, state: ParallelState, *, shows: bool
+) -> Iterator[None]:
     """Context of a run's work, which is measured, traced and shown as `section` says; an error leaves it at once.
 
     Collective over the run. `shows`: see `live`.
