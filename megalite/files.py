@@ -8,6 +8,7 @@ file the mode the umask asks for, rename it over the target and flush the folder
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -147,6 +148,21 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_at_once(file: BinaryIO | int) -> bool:
+    """Lock a file that is open for writing (NFS wants that) until it is closed; False: another process has it locked.
+
+    A file system without locks is taken at its word.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    return True
 
 
 class LineFile:

@@ -41,7 +41,7 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import FAULT_VARIABLE, MegaliteError, Stopped
 from megalite.hybrid.samples import write_samples
 from megalite.text.tokenizer import Tokenizer
-from megalite.train.checkpoint import newest_state
+from megalite.train.checkpoint import claim, newest_state
 from megalite.train.data.records import find_files
 from megalite.train.job import Job
 
@@ -255,6 +255,9 @@ def test_what_a_run_can_not_go_on_from_is_said(job, ranks):
     assert "is not the model that the run began with: rope_theta" in ended(changed(begun, "model", config=other))
     assert "data.held_out: is not what the run began with" in ended(changed(job("begun"), "data", held_out=0.3))
     assert text.read_bytes() == before, "none of them touched the run"
+    with claim(output(begun), patience=0):
+        held = changed(job("begun"), "distributed", peer_timeout=0.01)
+        assert "output.folder: another run is writing it" in ended(held)
     file = state_of(begun) / "exp_avg-000.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1

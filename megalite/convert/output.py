@@ -8,8 +8,6 @@ only the others. Torch-free.
 from __future__ import annotations
 
 import ctypes
-import errno
-import fcntl
 import json
 import os
 import re
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.errors import CheckpointError, ConfigError, Problem, ResourceError, maybe_fault
-from megalite.files import DurableFile, LineFile, left_behind, sync_folder, told_clearly
+from megalite.files import DurableFile, LineFile, left_behind, lock_at_once, sync_folder, told_clearly
 from megalite.monitor.words import format_bytes
 from megalite.weights import manifest as manifests
 from megalite.weights.copying import OpenFiles, allow_open_files, digest_extent, in_parallel, perform
@@ -207,16 +205,10 @@ class Output:
         """
         lock = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         maybe_fault(STEP)
-        problem = ""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_nlink == 0:
-                problem = "has just finished with it"
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                problem = "is writing to it"
-        if problem:
+        free = lock_at_once(lock)
+        if not free or os.fstat(lock).st_nlink == 0:
             os.close(lock)
+            problem = "has just finished with it" if free else "is writing to it"
             raise CheckpointError(f"{self.folder}: another process {problem}")
         return lock
 

@@ -106,6 +106,7 @@ class Job:
     def run(self) -> None:
         """Run the job. A SIGTERM saves and ends it well; a SIGINT saves and raises Stopped."""
         with ExitStack() as stack:
+            stack.callback(self.files.close)
             stack.callback(self.log.close)
             if self.runtime.rank == self.home:
                 self.pool = stack.enter_context(self._make_pool())

@@ -22,7 +22,7 @@ from megalite.files import remove_left_behind
 from megalite.hybrid.tasks import Example, load_examples
 from megalite.text.detokenizer import TokenizerError
 from megalite.text.tokenizer import Tokenizer
-from megalite.train.checkpoint import load_state, newest_state, remove_unfinished, state_to_resume
+from megalite.train.checkpoint import claim, load_state, newest_state, remove_unfinished, state_to_resume
 from megalite.train.data import bpe
 from megalite.train.data import examples as supervised
 from megalite.train.data.prepared import end_of_text
@@ -56,6 +56,8 @@ class JobFiles:
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
         self.references = self.folder / "training" / "reference"
+        self.claim = claim(self.folder, patience=config.distributed.peer_timeout) if is_writer else None
+        wait()  # before any rank looks for a state, which another run could still replace
         self.found = state_to_resume(self.states, resume=config.output.resume)
         variables = section_variables(data)
         self.examples = load_examples(data.source, data.options, split="train", seed=data.seed, variables=variables)
@@ -116,6 +118,11 @@ class JobFiles:
         if example.messages is None:
             return supervised.encode_pair(self.tokenizer, example.prompt or "", response, self.end)
         return supervised.encode_answer(self.tokenizer, example.messages, response, self.end, **example.variables)
+
+    def close(self) -> None:
+        """Let other runs write the folder."""
+        if self.claim is not None:
+            self.claim.close()
 
     # ---- checkpoints and the model
 

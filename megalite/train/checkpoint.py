@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -33,7 +34,7 @@ from megalite.core.collectives import all_reduce_sum
 from megalite.core.layout import Layout
 from megalite.core.progress import here
 from megalite.errors import CheckpointError, ConfigError, Problem, maybe_fault
-from megalite.files import DurableFile, as_json, sync_folder
+from megalite.files import DurableFile, as_json, lock_at_once, sync_folder, told_clearly
 from megalite.model.config import ModelConfig
 from megalite.train.export import as_bytes
 from megalite.train.gradients import is_shared
@@ -55,7 +56,33 @@ DTYPE = "float32"
 _NAME = re.compile(r"step-\d{8}(?:-([1-9]\d{0,8}))?")
 """Name of a state's folder; the last number counts the saves of one step, from the second on."""
 DIGEST_BYTES = 16
+CLAIM = Path("training/.lock")
+"""Locked in an output folder while a run writes there."""
 log = logging.getLogger(__name__)
+
+
+# ---- whose folder it is ----------------------------------------------------------------------------------------------
+
+
+def claim(folder: Path, *, patience: float) -> BinaryIO:
+    """Keep other runs out of an output folder, until what this gives is closed or this process ends.
+
+    ConfigError: another run is still there after `patience` seconds; one that was killed takes a moment to be gone.
+    """
+    path = folder / CLAIM
+    with told_clearly(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab", buffering=0)
+    give_up = time.monotonic() + patience
+    while not lock_at_once(file):
+        if time.monotonic() >= give_up:
+            file.close()
+            fix = "Wait for it, or choose another folder."
+            raise ConfigError(
+                Problem(key="output.folder", rule="another run is writing it", value=str(folder), fix=fix)
+            )
+        time.sleep(0.05)
+    return file
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

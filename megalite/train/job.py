@@ -26,7 +26,7 @@ from megalite.preflight import given
 from megalite.run import runtime as distributed
 from megalite.run import tracing
 from megalite.train import card
-from megalite.train.checkpoint import load_state, remove_unfinished, state_to_resume
+from megalite.train.checkpoint import claim, load_state, remove_unfinished, state_to_resume
 from megalite.train.data.prepared import PREPARED, Corpus, prepare
 from megalite.train.data.reading import open_reader
 from megalite.train.flops import AdapterSize, peak_of_run, training_flops
@@ -71,6 +71,8 @@ class Job:
         assert config.output.folder is not None, "the config's rules see to it"
         self.folder = Path(config.output.folder)
         self.states = self.folder / "training" / "state"
+        self.claim = claim(self.folder, patience=config.distributed.peer_timeout) if self.is_writer else None
+        wait_for_all(self.state.world)  # before any rank looks for a state, which another run could still replace
         self.found = state_to_resume(self.states, resume=config.output.resume)
         self.corpus = self._open_corpus()
         self.base = self._open_base()
@@ -113,6 +115,8 @@ class Job:
         finally:
             if self.log is not None:
                 self.log.close()
+            if self.claim is not None:
+                self.claim.close()
 
     # ---- putting it together -----------------------------------------------------------------------------------
 

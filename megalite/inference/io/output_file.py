@@ -8,8 +8,6 @@ that changes a line, the old one stays until the file is put in order.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import stat
@@ -22,7 +20,7 @@ from typing import Any, BinaryIO
 from megalite.config.schema import InferConfig
 from megalite.config.typecheck import printable, problem, shown
 from megalite.errors import ConfigError, maybe_fault
-from megalite.files import DurableFile, LineFile, left_behind, write_json
+from megalite.files import DurableFile, LineFile, left_behind, lock_at_once, write_json
 from megalite.inference.outputs import RequestOutput
 
 _NEW_FILE = "Set output.overwrite=true to start anew, or write to another file."
@@ -159,21 +157,13 @@ class _Place:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """An open file that keeps other runs from writing `path` until it is closed or this process ends.
-
-    Open for writing, without which NFS gives no exclusive lock (flock(2): EBADF).
-    """
+    """An open file that keeps other runs from writing `path` until it is closed or this process ends."""
     while True:
         lock = path.open("r+b", buffering=0)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock_at_once(lock):
             lock.close()
             fix = "Wait for it, or write to another file."
-            raise ConfigError(problem("output.file", "another run is writing it", str(path), fix)) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
-                raise
+            raise ConfigError(problem("output.file", "another run is writing it", str(path), fix))
         if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             return lock
         lock.close()  # the other run put its file in order meanwhile: this is the one from before
