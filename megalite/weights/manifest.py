@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -117,6 +117,9 @@ class Manifest:
         return sorted({file.kind for file in self.files.values()}, key=lambda kind: (kind != WEIGHT, kind))
 
 
+_CONTAINERS = dict | list | tuple | StoredFile | StoredTensor
+
+
 def file_name(rank: int, kind: str = WEIGHT) -> str:
     """`rank-003.safetensors` for the weights of rank 3, `exp_avg-003.safetensors` for what training adds."""
     return f"{'rank' if kind == WEIGHT else kind}-{rank:03d}.safetensors"
@@ -143,21 +146,25 @@ def encode(manifest: Manifest) -> bytes:
     if manifest.layout.stages:
         layout["layers"] = list(manifest.layout.stages)
     values = {"format": FORMAT, "version": VERSION, **vars(manifest), "layout": layout}
-    values["files"] = {name: asdict(file) for name, file in manifest.files.items()}
     body = "{\n" + ",\n".join(f"  {_json(key)}: {_lines(value, '  ')}" for key, value in values.items()) + ","
     return f'{body}\n  "digest": "{digest_of(body.encode())}"\n}}\n'.encode()
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in _hints(type(value))}
+
+
+_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_fields).encode
 
 
 def _lines(value: Any, indent: str) -> str:
     """JSON in which every container has a line of its own but the innermost, which share one with what they hold."""
-    if isinstance(value, dict) and any(isinstance(one, dict | list | tuple) and one for one in value.values()):
+    if is_dataclass(value):
+        value = _fields(value)
+    if isinstance(value, dict) and any(isinstance(one, _CONTAINERS) and one for one in value.values()):
         inner = [f"{indent}  {_json(key)}: {_lines(one, indent + '  ')}" for key, one in value.items()]
         return "{\n" + ",\n".join(inner) + f"\n{indent}}}"
-    if isinstance(value, list | tuple) and any(isinstance(one, dict) for one in value):
+    if isinstance(value, list | tuple) and any(isinstance(one, dict | StoredRange) for one in value):
         return "[\n" + ",\n".join(f"{indent}  {_json(one)}" for one in value) + "]"
     return _json(value)
 

@@ -309,10 +309,11 @@ def hf_shapes(config: Weights) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@lru_cache(maxsize=32)
 def expected(config: Weights, layout: Layout, rank: int) -> dict[str, tuple[tuple[int, ...], list[Range]]]:
     """Shape of each local parameter that `rank` stores, and the ranges it is made of, in the order they lie in it.
 
-    Parameters of which this rank has nothing are left out.
+    Kept, so not to be changed. Parameters of which this rank has nothing are left out.
     """
     ranges: dict[str, list[Range]] = {}
     for one in owned(config, layout, rank):
