@@ -51,7 +51,7 @@ def layouts_of(name: str) -> list[tuple[int, int, int]]:
 
 CASES = [(name, layout) for name in VARIANT_NAMES for layout in layouts_of(name)]
 TOLERANCE = 1e-4
-MAX_TOKENS = 6
+MAX_TOKENS = 4
 
 _random = random.Random(1)
 PROMPTS = [[_random.randrange(3, VOCAB) for _ in range(length)] for length in (1, 7, 19, 40)]
