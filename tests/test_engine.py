@@ -32,7 +32,7 @@ from megalite.inference import channel
 from megalite.inference.channel import News
 from megalite.inference.engine import LOOKAHEAD, Engine, Hooks
 from megalite.inference.io.inputs import RawRequest
-from megalite.inference.outputs import RequestOutput, TokenDelta
+from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
 from megalite.inference.replica import Replica
 from megalite.inference.request import Request
 from megalite.inference.run import make_feed, prepare, prompt_limits, run_everywhere
@@ -229,7 +229,6 @@ SETTINGS = {
     "overlap": Setting(engine=OVERLAP),
     "overlap, recomputed": Setting(engine={**TIGHT, **OVERLAP}),
     "overlap, tp2 pp2 swapped": Setting(layout=Layout(2, 2, 1), engine={**SWAP, **OVERLAP}),
-    "tp2": Setting(layout=Layout(2, 1, 1), engine=SMALL),
     "pp2": Setting(layout=Layout(1, 2, 1), engine=SMALL),
     "dp2": Setting(layout=Layout(1, 1, 2), engine=SMALL),
     "pp2 swapped": Setting(layout=Layout(1, 2, 1), engine={**TIGHT, "swap_space": 120 * GIB_A_BLOCK}),
@@ -361,19 +360,24 @@ def talking(tiny, tmp_path_factory) -> Path:
     return with_tokenizer(tiny(MODEL), tmp_path_factory.mktemp("talking") / "model")
 
 
+@pytest.fixture(scope="module")
+def unstopped(talking, ranks, tmp_path_factory) -> list[tuple[Ask, CompletionOutput]]:
+    """Requests, and the outputs that nothing stops; a layout changes none of them."""
+    free = [Ask(place, SHORT[place], SamplingParams(max_tokens=40, ignore_eos=True, seed=place)) for place in range(6)]
+    [[(outputs, _)]] = ranks(1).run(generate, talking, Setting(), free, str(tmp_path_factory.mktemp("free") / "store"))
+    return [(ask, output.outputs[0]) for ask, output in zip(free, outputs, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("layout", "overlap"),
     [(Layout(), False), (Layout(), True), (Layout(2, 1, 1), True), (Layout(1, 3, 1), False), (Layout(1, 3, 1), True)],
     ids=str,
 )
-def test_stop_strings_end_every_stage(layout, overlap, talking, ranks, tmp_path):
-    free = [Ask(place, SHORT[place], SamplingParams(max_tokens=40, ignore_eos=True, seed=place)) for place in range(6)]
+def test_stop_strings_end_every_stage(layout, overlap, talking, unstopped, ranks, tmp_path):
     setting = Setting(layout=layout, engine={**SMALL, "num_kv_blocks": 40, "async_scheduling": overlap})
-    run = ranks(layout.size).run
-    unstopped = [output.outputs[0] for output in run(generate, talking, setting, free, str(tmp_path / "free"))[0][0][0]]
     text_of = Tokenizer.load(talking).decode
     stopped, wanted = [], []
-    for ask, one in zip(free, unstopped, strict=True):
+    for ask, one in unstopped:
         stop = one.text[8:11] if ask.place % 2 else one.text[9]
         changes = {"stop": ["never written", stop], "min_tokens": 0}
         # the output ends with the first token that completes the text
@@ -384,7 +388,7 @@ def test_stop_strings_end_every_stage(layout, overlap, talking, ranks, tmp_path)
             text += stop
         stopped.append(replace(ask, params=replace(ask.params, **changes)))
         wanted.append((one.token_ids[:length], text, "stop", stop))
-    for rounds in run(generate, talking, setting, stopped, str(tmp_path / "stopped")):
+    for rounds in ranks(layout.size).run(generate, talking, setting, stopped, str(tmp_path / "stopped")):
         got = [output.outputs[0] for output in rounds[0][0]]
         assert [(one.token_ids, one.text, one.finish_reason, one.stop_reason) for one in got] == wanted
 

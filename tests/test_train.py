@@ -30,7 +30,7 @@ from megalite.train.zero import WEIGHT, get_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "checkpoints" / "demo"
-STEPS = 4
+STEPS = 3
 LENGTH = 12
 SEQUENCES = 8
 """Of one optimizer step, over all replicas and micro batches."""

@@ -148,8 +148,16 @@ def shortened_steps(rank: int, folder: Path, layout: Layout, shortened: bool):
         return norms, states[0], states[-1]
 
 
-@pytest.mark.parametrize("model", ["qwen3", "qwen3_moe"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2), Layout(tp=2, dp=2)], ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("qwen3", Layout()),
+        ("qwen3_moe", Layout()),
+        ("qwen3", Layout(dp=2)),
+        ("qwen3_moe", Layout(tp=2, dp=2)),
+    ],
+    ids=str,
+)
 def test_a_shorter_step_gives_what_that_of_deepspeed_gives(model, layout, tiny, ranks):
     """Partitions end within parameters; some experts get no token.
 
