@@ -81,6 +81,14 @@ def test_errors_are_shown_and_the_chat_goes_on(backend, url):
     assert backend.asked[-1] == ("/v1/completions", {"model": "models/demo", "stream": True, "prompt": "Once upon"})
 
 
+def test_a_text_without_an_answer_is_no_success_of_a_script(backend, url, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["chat", "--url", url])
+    for backend.mishap, code in (("halfway", 1), ("", 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+        assert toolkit.tool("chat") == code
+
+
 def test_a_server_that_refuses_or_is_not_there(backend, url):
     backend.needs_key = True
     with pytest.raises(ServerError, match="answers 401: wrong key"):

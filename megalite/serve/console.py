@@ -142,6 +142,8 @@ class Console:
         self._messages: list[dict[str, str]] = []
         self._chats = True
         """False: the model has no chat template, so texts are completed."""
+        self.failed = False
+        """The server refused a text, or broke off."""
 
     def run(self, read: Callable[[str], str] = input) -> None:
         """Answer what `read` gives, until it raises EOFError. Ctrl-C stops the answer, or empties the line.
@@ -208,6 +210,7 @@ class Console:
                 self._answer(text)
                 return
             self._say(f"{chr(10) if said else ''}error: {shown(str(error))}\n")
+            self.failed = True
         if said:
             self._messages.append({"role": "assistant", "content": said})
         else:

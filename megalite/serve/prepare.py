@@ -22,6 +22,7 @@ from megalite.errors import ConfigError
 from megalite.inference.io.inputs import GrammarRefused, PromptLimits, RawRequest, make_requests
 from megalite.inference.request import Request
 from megalite.json_text import JsonError
+from megalite.monitor.words import format_count
 from megalite.serve.answers import encode
 from megalite.serve.envelope import ApiError, problem_error
 from megalite.serve.errors import Overloaded
@@ -208,7 +209,7 @@ class Preparer:
         samples = params.best_of or params.n
         count = len(prompts.values) * samples
         if count > self._section.max_samples:
-            rule = f"{len(prompts.values)} prompts with {samples} samples each are {count} completions"
+            rule = f"{format_count(len(prompts.values), 'prompt')} with {samples} samples each: {count} completions"
             most = f"{rule}, and one request may have {self._section.max_samples} (server.max_samples)."
             raise ApiError(400, most, param="n" if samples > 1 else prompts.where)
         least = sum(len(prompt) if isinstance(prompt, list) else 1 for prompt in prompts.values)

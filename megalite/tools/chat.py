@@ -30,7 +30,7 @@ from megalite.files import read_whole
 from megalite.preflight import check
 from megalite.run.processes import die_with_parent
 from megalite.run.start import nameless_file
-from megalite.serve.console import Console, Remote
+from megalite.serve.console import Console, Remote, ServerError
 from megalite.tools.toolkit import Parser
 
 KEY = "MEGALITE_CHAT_KEY"
@@ -62,13 +62,14 @@ def run(args: argparse.Namespace) -> int:
         import readline  # noqa: F401 (input() edits lines with it)
     params = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     try:
-        _chat(args, params)
+        failed = _chat(args, params)
     except KeyboardInterrupt:  # before the first question could be asked
         return EXIT_SIGINT
-    return 0
+    return ServerError.exit_code if failed and not sys.stdin.isatty() else 0  # nobody has seen it fail
 
 
-def _chat(args: argparse.Namespace, params: dict[str, Any]) -> None:
+def _chat(args: argparse.Namespace, params: dict[str, Any]) -> bool:
+    """Whether a question had no answer, or half of one."""
     with ExitStack() as stack:
         if args.url is not None:
             if args.overrides:
@@ -82,7 +83,9 @@ def _chat(args: argparse.Namespace, params: dict[str, Any]) -> None:
                     raise ConfigError(Problem(key=name, rule="goes with --url", value=value, fix=fix))
             loaded = serve_config(args.config, args.overrides)
             remote = stack.enter_context(served(loaded, serve_command(sys.orig_argv), params))
-        Console(remote, system=args.system).run()
+        console = Console(remote, system=args.system)
+        console.run()
+        return console.failed
 
 
 def read_key(place: str | None) -> str | None:
