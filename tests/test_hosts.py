@@ -112,13 +112,20 @@ def test_the_planner_keeps_tp_inside_hosts():
         ("a slots=2\na slots=2\n", [], "hosts:2: a has a line already"),
         ("# none\n", [], "names no host"),
         (None, [], "--hostfile: can't be read: .*No such file"),
+        ("a slots=2\n", ["--node_rank", "0", "--master_addr", "a", "--no_ssh"], {"a": (0, 1)}),
+        ("a slots=2\n", ["--node_rank", "1", "--no_ssh"], "--node_rank: must be a whole number from 0 to 0, got '1'"),
+        ("a slots=2\n", ["--node_rank", "0", "--no_ssh"], "--no_ssh: needs --master_addr"),
+        ("a slots=2\n", ["--no_ssh"], "--no_ssh: needs --node_rank and --master_addr"),
+        ("a slots=2\n", ["--node_rank", "0"], "--node_rank: needs --no_ssh"),
+        ("a slots=2\n", ["--ssh_port", "ssh"], "--ssh_port: must be a whole number from 1 to 65535, got 'ssh'"),
+        ("a slots=2\n", ["--master_port", "0"], "--master_port: must be a whole number from 1 to 65535, got '0'"),
     ],
 )
-def test_hostfiles_with_deepspeeds_filters(tmp_path, lines, options, expected):
+def test_hostfiles_with_deepspeeds_options(tmp_path, lines, options, expected):
     path = tmp_path / "hosts"
     if lines is not None:
         path.write_text(lines)
-    words = ["--hostfile", str(path), *options, "--no_ssh"]
+    words = ["--hostfile", str(path), *options]
     if isinstance(expected, str):
         with pytest.raises(ConfigError, match=expected):
             hosts_of_file(words)

@@ -178,7 +178,8 @@ def prompt_problem(prompt: Any, *, key: str, vocab_size: int | None = None) -> P
         return None if prompt else problem(key, "an empty prompt", prompt, "A prompt holds at least one token.")
     if not isinstance(prompt, list | tuple):
         rule = "a prompt must be text, a list of token ids, or a chat (a list of {role, content})"
-        return problem(key, rule, prompt, "Text that YAML reads as something else goes in quotes.")
+        in_config = key.startswith("input.prompts")
+        return problem(key, rule, prompt, "Text that YAML reads as something else goes in quotes." * in_config)
     if not prompt:
         return problem(key, "an empty prompt", prompt, "A prompt holds at least one token.")
     kinds = set(map(type, prompt))  # prompts are long, so no look at each of their tokens from Python

@@ -50,7 +50,25 @@ def hosts_of(options: Sequence[str]) -> list[Host]:
     hosts = consecutive((name, len(each)) for name, each in slots.items() if each)
     if not hosts:
         raise ConfigError(Problem(key=_EXCLUDE, rule=f"leaves no host of {path}", value=given.get(_EXCLUDE)))
+    _check_others(given, "--no_ssh" in options, len(hosts))
     return hosts
+
+
+def _check_others(given: Mapping[str, str], is_without_ssh: bool, hosts: int) -> None:
+    """ConfigError where deepspeed's launcher would fail at what it is told besides hosts."""
+    bounds = {"--master_port": (1, 65535), "--ssh_port": (1, 65535), "--node_rank": (0, hosts - 1)}
+    for option, (least, most) in bounds.items():
+        value = given.get(option, str(least))
+        if not (value.isascii() and value.isdecimal() and least <= int(value[:9]) <= most):
+            fix = "Hosts are counted from 0, in the hostfile's order." if option == "--node_rank" else ""
+            rule = f"must be a whole number from {least} to {most}"
+            raise ConfigError(Problem(key=option, rule=rule, value=value, fix=fix))
+    missing = [option for option in ("--node_rank", "--master_addr") if option not in given]
+    if is_without_ssh and missing:
+        rule, fix = f"needs {' and '.join(missing)}", "Start each host by itself: docs/hosts.md shows how."
+        raise ConfigError(Problem(key="--no_ssh", rule=rule, fix=fix))
+    if "--node_rank" in given and not is_without_ssh:
+        raise ConfigError(Problem(key="--node_rank", rule="needs --no_ssh: else the launcher numbers the hosts"))
 
 
 def _filter(option: str, text: str, slots: Mapping[str, list[int]]) -> dict[str, list[int]]:
