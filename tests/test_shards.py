@@ -174,7 +174,7 @@ def test_knows_shards_from_models(cut):
 def test_the_door_accepts_shards_of_any_layout(cut, tmp_path, capsys):
     shutil.copy(ROOT / "checkpoints" / "demo" / "tokenizer.json", cut)
     config = tmp_path / "infer.yaml"
-    config.write_text(f"model: {{path: {cut}}}\ninput: {{prompts: [a]}}\n")
+    config.write_text(f"model: {{path: {cut}}}\ninput: {{prompts: [[1, 2]]}}\n")
     arguments = ["--config", str(config), "--check", "parallel.tp=2"]
     assert cli.main("infer", [*arguments, "parallel.pp=2"], []) == EXIT_DONE
     assert cli.main("infer", arguments, []) == EXIT_DONE
