@@ -117,7 +117,7 @@ class Manifest:
         return sorted({file.kind for file in self.files.values()}, key=lambda kind: (kind != WEIGHT, kind))
 
 
-_CONTAINERS = dict | list | tuple | StoredFile | StoredTensor
+_CONTAINERS = (dict, list, tuple, StoredFile, StoredTensor)
 
 
 def file_name(rank: int, kind: str = WEIGHT) -> str:
@@ -151,7 +151,8 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in _hints(type(value))}
+    kind: Any = type(value)
+    return {name: getattr(value, name) for name in _hints(kind)}
 
 
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_fields).encode
