@@ -34,6 +34,9 @@ NEEDED = {"accelerate": ("transformers.models.qwen3.modeling_qwen3", "megalite.t
 LESS = {
     "sampling.n=8": "sampling.n=3",
     "sampling.n=4 sampling.max_tokens=48": "sampling.n=2 sampling.max_tokens=12",
+    "sampling.max_tokens=16": "sampling.max_tokens=6",
+    "--tokens 1 256": "--tokens 1 256 --rounds 5",
+    "--workload input=32,output=32": "--workload input=16,output=8",
     "--requests 50 --batch 1000": "--requests 20 --batch 100",
     "--requests 400 --batch 50": "--requests 100 --batch 20",
 }
