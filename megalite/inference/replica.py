@@ -174,19 +174,7 @@ class Replica:
             concurrent = min(sequences or settings.max_num_seqs, settings.max_num_seqs)
             needed = self._blocks_for(min(longest or self.max_model_len, self.max_model_len))
             self.num_blocks = min(self.num_blocks, concurrent * needed)
-        scheduler = Scheduler(
-            num_blocks=self.num_blocks,
-            block_size=settings.block_size,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-            cohorts=self.layout.pp,
-            prefix_caching=self.shares_prefixes,
-            has_states=self.model.has_states,
-            host_blocks=self.host_blocks,
-            contiguous=self.device.type == "cpu",
-            key_variant=self.model.key_variant,
-        )
+        scheduler = self._scheduler()
         own = {**self._cache_arguments(self.num_blocks), "rows": scheduler.max_num_seqs}
         cache = HostCache(**own) if self.device.type == "cpu" else DeviceCache(**own, device=self.device)
         self.kv_bytes = cache.nbytes
@@ -221,6 +209,22 @@ class Replica:
             self.meter,
             overlap=self._overlaps(),
             check_lockstep=settings.check_lockstep,
+        )
+
+    def _scheduler(self) -> Scheduler:
+        settings = self.settings
+        return Scheduler(
+            num_blocks=self.num_blocks,
+            block_size=settings.block_size,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            cohorts=self.layout.pp,
+            prefix_caching=self.shares_prefixes,
+            has_states=self.model.has_states,
+            host_blocks=self.host_blocks,
+            contiguous=self.device.type == "cpu",
+            key_variant=self.model.key_variant,
         )
 
     def _cache_arguments(self, blocks: int) -> dict[str, Any]:
