@@ -467,6 +467,14 @@ def test_a_reward_that_hangs_is_killed_with_all_that_it_started(own):
     assert children and all(gone(int(pid)) for pid in children)
 
 
+def test_rewards_are_given_up_when_the_job_is_to_stop(own):
+    samples = [Sample(prompt="", completion=text, example={}) for text in ("1", "time.sleep(999)", "2")]
+    asked = iter([False, False, True])
+    with RewardPool("own_rewards:reward", workers=1, time_limit=900, failure_reward=-1) as pool:
+        assert pool.evaluate(samples, lambda: next(asked)) == []
+        assert pool.evaluate(samples[:1]) == [Scored(reward=1)]
+
+
 def test_a_process_that_a_reward_leaves_behind_is_killed(own):
     child, forked, after = evaluate(["leaves_a_child()", "fork_returns()", "7"], workers=1)
     assert child.failure is None and gone(int(child.reward))

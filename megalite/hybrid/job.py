@@ -202,19 +202,22 @@ class Job:
                 offloads.reload_optimizer()
 
     def _reward(self, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """The reward of every rollout, on every rank of the training layout."""
-        if self.train_state is None:
-            return []
+        """The reward of every rollout, on every rank of the training layout.
+
+        Collective over the run; Stopped on every rank, if a signal has come: rewards may take long.
+        """
         scored: list[Scored] = []
-        rewards = None
         if self.pool is not None:
             records = [self.files.examples[one.example].record for one in rollouts]
             samples = [
                 Sample(prompt=one.prompt, completion=one.text, example=record)
                 for one, record in zip(rollouts, records, strict=True)
             ]
-            scored = self.pool.evaluate(samples)
-            rewards = json.dumps([one.reward for one in scored]).encode()
+            scored = self.pool.evaluate(samples, lambda: self.runtime.signal_received() is not None)
+        self._stop_if_asked()
+        if self.train_state is None:
+            return []
+        rewards = json.dumps([one.reward for one in scored]).encode() if self.pool is not None else None
         found = json.loads(broadcast_bytes(rewards, self.home, self.train_state.world))
         return scored or [Scored(reward=reward) for reward in found]
 

@@ -20,8 +20,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -36,6 +36,8 @@ START_SECONDS = 120.0
 """Time for a worker to import the reward's module."""
 _FAREWELL = 2.0
 """Seconds an idle worker has to leave by itself."""
+_LOOK = 0.2
+"""Seconds between looks at whether to stop."""
 _KILL = 5.0
 """Seconds for killed processes to vanish."""
 
@@ -103,22 +105,29 @@ class RewardPool:
             self._threads.shutdown()
             self._threads = None
 
-    def evaluate(self, samples: Sequence[Sample]) -> list[Scored]:
-        """The rewards of `samples`, in their order; each worker computes one at a time."""
+    def evaluate(self, samples: Sequence[Sample], stop_requested: Callable[[], bool] = lambda: False) -> list[Scored]:
+        """The rewards of `samples`, in their order; each worker computes one at a time.
+
+        `stop_requested` is asked while they compute; once it is true, they are given up and the list is empty.
+        """
         if self._threads is None:
             raise RuntimeError("the pool has not been entered")
         requests = [{name: getattr(sample, name) for name in ARGUMENTS} for sample in samples]
         lines = [json.dumps(request, default=dict).encode() + b"\n" for request in requests]
         futures = [self._threads.submit(self._score, line) for line in lines]
         try:
-            return [future.result() for future in futures]
-        except BaseException:  # broken off: the samples in work are given up
+            while not stop_requested():
+                done, left = wait(futures, _LOOK, FIRST_EXCEPTION)
+                found = [future.result() for future in (futures if not left else done)]
+                if not left:
+                    return found
+            return []
+        finally:  # where it is broken off, the samples in work are given up
             for future in futures:
                 future.cancel()
             for worker in list(self._busy):
                 worker.child.process.kill()
             wait(futures)
-            raise
 
     def _score(self, request: bytes) -> Scored:
         worker = self._idle.get()
