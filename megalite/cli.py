@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
@@ -366,6 +367,8 @@ def _check_input(config: Config) -> None:
     assert config.model.path is not None, "refused before"
     path = at_hand(config.model.path, config.model.revision)
     limits = PromptLimits.of(ModelFolder.open(path, tokenizer=config.model.tokenizer), config) if path else None
+    if limits and limits.tokenizer is None and not Path(config.model.path).is_dir():
+        limits = None  # of a hub id there may be no more than config.json here yet
     if not isinstance(config, InferConfig) or config.input.file == "-":
         return
     found = input_problems(config.input, config.sampling, limits)

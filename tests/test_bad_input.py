@@ -176,6 +176,7 @@ MISTAKES = {
         parallel..tp=2 -> parallel..tp: unknown key
         parallel=2 -> parallel: is a section. Set one of its keys, e.g. parallel.tp=VALUE
         parallel.tp=[ -> parallel.tp: not YAML | (from the command line)
+        sampling.structured_outputs.regex=[a-z]+ -> not YAML | 'sampling.structured_outputs.regex="[a-z]+"'
         'parallel.tp=!!python/name:os.system ' -> parallel.tp:
         'model.path=${oc.env:HOME}' -> model.path: must be a plain value
         'model.tokenizer=${model.path}' -> are not expanded

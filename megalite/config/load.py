@@ -206,7 +206,11 @@ class _Reader:
             try:
                 value = yaml_lines.read(text, typed)
             except ConfigError as error:
-                self.problems.append(replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE))
+                wrong = replace(error.problems[0], key=printable(typed), origin=COMMAND_LINE)
+                if text[0] in "[{" and (hint is Any or inside):
+                    quoted = printable(f"{typed}={json.dumps(text, ensure_ascii=False)}")
+                    wrong = replace(wrong, fix=f"A text that begins so goes in quotes: '{quoted}'.")
+                self.problems.append(wrong)
                 return None
         if key == "sampling.logit_bias":
             inside = [token_key(part) for part in inside]
