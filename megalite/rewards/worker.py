@@ -32,13 +32,13 @@ def _scored(reward: Callable[..., Any], sample: dict[str, Any]) -> dict[str, Any
     try:
         given = reward(*(sample[name] for name in ARGUMENTS))
         value = given.item() if getattr(given, "ndim", None) == 0 else given  # an array or tensor of one number
-        if not isinstance(value, Real) or not abs(value) <= LARGEST:
+        number = float(value) if isinstance(value, Real) else math.nan
+        if not abs(number) <= LARGEST:
             shown = repr(given)
             shown = shown if len(shown) <= 60 else str(type(given))
-            beyond = isinstance(value, Real) and math.isfinite(value)
-            wrong = f"beyond {LARGEST:g}, up or down" if beyond else "not a finite number"
+            wrong = f"beyond {LARGEST:g}, up or down" if math.isfinite(number) else "not a finite number"
             return {"reward": None, "failure": f"returned {shown}, which is {wrong}"}
-        return {"reward": float(value), "failure": None}
+        return {"reward": number, "failure": None}
     except BaseException as error:  # whatever a reward does costs its sample, no more
         return {"reward": None, "failure": f"raised {described(error)}"}
 
