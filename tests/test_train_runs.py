@@ -302,7 +302,10 @@ def test_a_run_that_was_stopped_before_it_had_a_model_and_is_to_do_no_more_gets_
     ranks(1).run(run_job, config, 3)
     assert not (output(config) / "model.safetensors").exists()
     short = changed(config, "train", steps=3)
-    assert "the model of step 3 is in" in ranks(1).run(run_job, short)[0]
+    other = changed(short, "data", seed=5, sequence_length=8)
+    said = " ".join(ranks(1).run(run_job, other)[0].split())
+    assert "the model of step 3 is in" in said and "data.seed was 0, is 5; data.sequence_length was 16, is 8" in said
+    assert "another order" not in ranks(1).run(run_job, short)[0]
     (state_of(config) / "manifest.json").unlink()
     assert "there is a log, but no whole state in" in ranks(1).run(run_job, short)[0]
 

@@ -163,6 +163,17 @@ class Job:
         load_state(self.trainer, path)
         self.history = card.RunHistory(**manifest.training["progress"])
         self._say(f"going on after step {self.trainer.steps_done}, from {path}")
+        order = manifest.training.get("order", self._order())
+        changed = [
+            f"{key} was {order.get(key)}, is {value}" for key, value in self._order().items() if order.get(key) != value
+        ]
+        if changed:
+            self._say(f"what is read comes in another order than the run began with: {'; '.join(changed)}")
+
+    def _order(self) -> dict[str, int]:
+        """What the order of the data follows from, besides how much has been read."""
+        length = {"data.sequence_length": self.config.data.sequence_length} if self.corpus.is_text else {}
+        return {"data.seed": self.config.data.seed, **length}
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
@@ -191,7 +202,8 @@ class Job:
             if step % train.save_every == 0 or reason is not None:
                 with self.state.meter.part("checkpoint"):
                     self._require_finite(report)
-                    training = {"data": self.corpus.digest, "progress": asdict(self.history)}
+                    progress = asdict(self.history)
+                    training = {"data": self.corpus.digest, "order": self._order(), "progress": progress}
                     self.trained.save(trainer, self.states, training)
         return reason
 
