@@ -111,7 +111,7 @@ class Grammars:
         if self._tokens is None:
             try:
                 source = self.tokenizer.backend.to_str()
-                self._tokens = LLTokenizer(source, n_vocab=self._size, eos_token=[self.end])
+                self._tokens = LLTokenizer(source, n_vocab=self._size, eos_token=self.end)
             except ValueError as error:
                 raise GrammarError(f"the model's tokenizer can't be used for it: {shortened(error)}") from error
         return self._tokens
