@@ -62,7 +62,9 @@ def _load_tile(
     slot = key.to(tl.int64)
     if PAGE > 0:
         block = tl.load(blocks + key // PAGE, mask=present, other=0) if MASKED else tl.load(blocks + key // PAGE)
-        slot = block.to(tl.int64) * PAGE + key % PAGE
+        # Triton 3.6 takes sums of two multiples of PAGE, of which one counts up from there, for multiples of PAGE, and
+        # would read rows of no multiple of 16 bytes in pieces that are not aligned.
+        slot = tl.multiple_of(block.to(tl.int64) * PAGE + key % PAGE, 1)
     place = data + slot[:, None] * slot_stride + dim[None, :]
     BARE: tl.constexpr = not MASKED and DIM == dim.shape[0]
     if BARE:
