@@ -25,6 +25,7 @@ from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
 from megalite.core.quantized import E2M1, coded
 from megalite.errors import CheckpointError, ConfigError
+from megalite.kernels.codes import block_of
 from megalite.model import families
 from megalite.model.attention import PackedAttention
 from megalite.planner.applied import applied
@@ -298,7 +299,8 @@ def decoded(kind: str, tensors: dict) -> torch.Tensor:
     """The weight that codes as kernels take them stand for."""
     codes, scales = tensors["codes"], tensors["scales"].float()
     if kind in ("int4", "fp4"):
-        codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)
+        half = block_of(2 * codes.shape[1] // scales.shape[1]) // 2
+        codes = torch.stack([codes & 15, codes >> 4], 1).unflatten(2, (-1, half)).transpose(1, 2).flatten(1)
     values = codes.view(torch.float8_e4m3fn).float() if kind == "fp8" else codes.float()
     if kind == "fp4":
         values = torch.tensor([*E2M1, *(-x for x in E2M1)])[codes.int()] * 2

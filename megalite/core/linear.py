@@ -25,7 +25,7 @@ from megalite.core.functional import by_kernels, gated
 from megalite.core.layers import Residual, RMSNorm, VocabParallelEmbedding, replicated, sharded
 from megalite.core.layout import Split, width
 from megalite.core.parallel_state import ParallelState
-from megalite.core.quantized import coded, dequantize, largest_of, to_fp8
+from megalite.core.quantized import SCALED_BLOCK, coded, dequantize, has_nan, largest_of, to_fp8
 from megalite.kernels import codes as codes_kernels
 from megalite.kernels.codes import LEAST_BLOCK, block_of
 from megalite.kernels.device import has_fp8
@@ -38,6 +38,8 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(input [T, K], weight [N, K], bias [N]) -> [T, ...], as `F.linear`."""
 Norm = tuple[Tensor, float, bool]
 """Of an RMSNorm: its weight [K], eps, whether it is zero-centred."""
+SCALED_ROWS = 16
+"""Rows up to which multiplying by fp8 as it is read is as fast as making them fp8 first, and exacter."""
 
 
 class Format:
@@ -183,8 +185,9 @@ def _present(stored: Stored) -> dict[str, Tensor]:
 class Coded(Format):
     """A weight as the kernels of `kernels.codes` take it: `codes`, `scales`, perhaps `zeros` and `order`.
 
-    Up to MAX_ROWS rows codes are multiplied as they are read. More rows are multiplied by the numbers written out, or,
-    in fp8 with a scale a row, as fp8 with a scale a token. Codes are frozen: inputs have gradients, weights none.
+    Up to MAX_ROWS rows are multiplied by the codes as they are read, more by the numbers written out. In fp8 more than
+    SCALED_ROWS are made fp8 too, with a scale a token, or for 128 channels of it, where cuBLAS multiplies by such
+    weights. Codes are frozen: inputs have gradients, weights none.
     """
 
     def __init__(self, kind: str, dtype: torch.dtype):
@@ -222,10 +225,12 @@ class Coded(Format):
         order = stored.get("order")
         assert codes is not None and scales is not None
         x = x if order is None else x[:, order]
+        if self.kind == "fp8" and x.shape[0] > SCALED_ROWS and x.dtype == torch.bfloat16:
+            y = _scaled_product(x, codes, scales, stored.get("blocks"))
+            if y is not None:
+                return y if bias is None else y + bias
         if x.shape[0] <= codes_kernels.MAX_ROWS and x.dtype.itemsize == 2:
             return codes_kernels.codes_linear(x, codes, scales, zeros, bias, kind=self.kind)
-        if self.kind == "fp8" and scales.shape[1] == 1 and x.dtype == torch.bfloat16 and _suits_scaled_mm(codes):
-            return _scaled_product(x, codes.view(torch.float8_e4m3fn), scales, bias)
         return F.linear(x, codes_kernels.expand(codes, scales, zeros, kind=self.kind, dtype=x.dtype), bias)
 
     def of_experts(self, x: Tensor, stored: Stored, bias: Tensor | None, experts: Tensor) -> Tensor:
@@ -250,18 +255,30 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.format.matrix(ctx.stored), None, None, None
 
 
-def _suits_scaled_mm(codes: Tensor) -> bool:
-    """Whether cuBLAS multiplies fp8 of this shape."""
-    return codes.is_cuda and codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0
+def _scaled_product(x: Tensor, codes: Tensor, scales: Tensor, blocks: Tensor | None) -> Tensor | None:
+    """x [T, K], made fp8, times fp8 [N, K] with scales [N, 1] or `blocks` -> [T, N]; None where cuBLAS has
+    no such product."""
+    outputs, dim = codes.shape
+    if not codes.is_cuda or outputs % 16 or dim % 16:
+        return None
+    weight = codes.view(torch.float8_e4m3fn).t()
+    if scales.shape[1] == 1:
+        inputs, mine = codes_kernels.fp8_rows(x)
+        return torch._scaled_mm(inputs, weight, mine, scales.t(), out_dtype=x.dtype, use_fast_accum=True)
+    if blocks is None or dim % (4 * SCALED_BLOCK) or not _multiplies_blocks(x.device):
+        return None
+    rows = x.shape[0]
+    x = F.pad(x, (0, 0, 0, -rows % 4))  # rows of scales are aligned to 16 bytes
+    inputs, mine = codes_kernels.fp8_rows(x, SCALED_BLOCK)
+    kinds = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    y: Tensor = F.scaled_mm(inputs, weight, mine, kinds[0], blocks.t(), kinds[1], output_dtype=x.dtype)
+    return y[:rows]
 
 
-def _scaled_product(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """x [T, K] times codes [N, K] with scales [N, 1] -> [T, N], with x in fp8 too, a scale a row."""
-    inputs, mine = to_fp8(x)
-    found: Tensor = torch._scaled_mm(
-        inputs, codes.t(), scale_a=mine, scale_b=scales.t(), bias=bias, out_dtype=x.dtype, use_fast_accum=True
-    )
-    return found
+def _multiplies_blocks(device: torch.device) -> bool:
+    """Whether torch multiplies fp8 with scales of blocks: on Hopper, from CUDA 12.9 on."""
+    cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return hasattr(F, "scaled_mm") and cuda >= (12, 9) and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _keeps_codes(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -282,8 +299,12 @@ def _torch_dtype(name: str) -> torch.dtype:
 def in_fp8(weight: Tensor, largest: Tensor | None = None) -> tuple[Format, dict[str, Tensor]]:
     """A matrix of numbers in fp8, see `to_fp8`, as this device applies it: without kernels as numbers again."""
     codes, scales = to_fp8(weight, largest)
-    if _keeps_codes(weight, weight.dtype) and weight.numel() and block_of(weight.shape[1]) >= LEAST_BLOCK:
-        return Coded("fp8", weight.dtype), {"codes": codes.view(torch.uint8), "scales": scales}
+    suited = _keeps_codes(weight, weight.dtype) and weight.numel() and block_of(weight.shape[1]) >= LEAST_BLOCK
+    if suited and not has_nan(codes):
+        return Coded("fp8", weight.dtype), {
+            "codes": codes.view(torch.uint8),
+            "scales": scales,
+        }
     return DENSE, {"weight": codes.float().mul_(scales).to(weight.dtype)}
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from megalite.core.formats import ALL, Awq, Elementwise, Gptq, Mxfp4, Packed, WeightFormat
-from megalite.kernels.codes import LEAST_BLOCK, block_of
+from megalite.kernels.codes import LEAST_BLOCK, block_of, in_bytes
 
+SCALED_BLOCK = 128
+"""Rows and columns that share a scale where cuBLAS multiplies by blocks."""
 FP8_MAX = 448.0
 """The largest number of float8 e4m3."""
 AWQ_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -73,9 +75,13 @@ def _segments(
 def _microscaled(blocks: Tensor, exponents: Tensor) -> Tensor:
     """Codes [N, K / 2], the lower half of a byte first, and exponents [N, K / 32] -> float32 [N, K]."""
     numbers = torch.tensor([*E2M1, *(-x for x in E2M1)], device=blocks.device)
-    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(1)
-    weight: Tensor = numbers[codes.int()].unflatten(1, (-1, 32)).mul_(_powers(exponents)[:, :, None])
+    weight: Tensor = numbers[_nibbles(blocks).int()].unflatten(1, (-1, 32)).mul_(_powers(exponents)[:, :, None])
     return weight.flatten(1)
+
+
+def _nibbles(blocks: Tensor) -> Tensor:
+    """Codes of 4 bits, two in a byte, the lower half first [N, K / 2] -> uint8 [N, K]."""
+    return torch.stack([blocks & 15, blocks >> 4], -1).flatten(1)
 
 
 def _powers(exponents: Tensor) -> Tensor:
@@ -126,10 +132,11 @@ def _codes(
 def coded(
     format: WeightFormat, stored: Mapping[str, Tensor], segments: Sequence[int], columns: int
 ) -> tuple[str, dict[str, Tensor]] | None:
-    """A weight's codes as the kernels of `kernels.codes` take them: their kind; codes, scales and zeros, and `order`,
-    the columns in the order of their groups, where it is not their own.
+    """A weight's codes as the kernels of `kernels.codes` take them: their kind; codes, scales and zeros; `order`,
+    the columns in the order of their groups, where it is not their own; and `blocks`, the scales of fp8 by blocks of
+    SCALED_BLOCK rows and columns.
 
-    None where groups are not as long as each other, or too short; and of nothing.
+    None where groups are not as long as each other, or too short, or a code is not a number; and of nothing.
     """
     if not sum(segments) or not columns:
         return None
@@ -138,7 +145,8 @@ def coded(
         return _coded_elements(format, mine, columns)
     if isinstance(format, Mxfp4):  # halves of whole numbers, which is what the kernel makes of codes
         scales = torch.cat([_powers(tensors["scales"]) for _, tensors in mine]) / 2
-        return "fp4", {"codes": torch.cat([tensors["blocks"] for _, tensors in mine]), "scales": _shortest(scales)}
+        codes = torch.cat([in_bytes(_nibbles(tensors["blocks"]), 4, 32) for _, tensors in mine])
+        return "fp4", {"codes": codes, "scales": _shortest(scales)}
     made = [codes_of(format, tensors, rows, columns) for rows, tensors in mine]
     groups = made[0].groups
     order = torch.argsort(groups, stable=True)
@@ -150,20 +158,19 @@ def coded(
         return None
     if any(not torch.equal(one.groups, groups) for one in made):
         return None
-    found = {"scales": _shortest(scales), "zeros": zeros.to(torch.int16)}
+    found = {"scales": _shortest(scales), "zeros": zeros.half()}
     if not torch.equal(order, there):
         found["order"] = order
     codes = torch.cat([one.codes[:, order] for one in made])
-    if format.bits == 8:
-        return "int8", {"codes": codes, **found}
-    return "int4", {"codes": codes[:, 0::2] | (codes[:, 1::2] << 4), **found}
+    return f"int{format.bits}", {"codes": in_bytes(codes, format.bits, columns // count), **found}
 
 
 def _coded_elements(
     format: Elementwise, segments: Sequence[tuple[int, dict[str, Tensor]]], columns: int
 ) -> tuple[str, dict[str, Tensor]] | None:
     width = format.block[1] if format.block is not None else ALL
-    if columns % (width or columns) or block_of(width or columns) < LEAST_BLOCK:
+    group = width or columns
+    if columns % group or block_of(group) < LEAST_BLOCK:
         return None
     tall = None if format.block is None else replace(format, block=(format.block[0], ALL))
     scales = []
@@ -171,11 +178,18 @@ def _coded_elements(
         own = mine[format.scale_name]
         scales.append(own.expand(rows, 1) if tall is None else element_scales(tall, own, rows, columns))
     found = {"scales": torch.cat(scales).float().contiguous()}
+    if format.block == (SCALED_BLOCK, SCALED_BLOCK) and not any(rows % SCALED_BLOCK for rows, _ in segments):
+        found["blocks"] = torch.cat([mine[format.scale_name] for _, mine in segments]).float()
     codes = torch.cat([mine["weight"] for _, mine in segments])
     if format.dtype == "F8_E4M3":
-        return "fp8", {"codes": codes.view(torch.uint8), **found}
-    zeros = torch.full_like(found["scales"], 128, dtype=torch.int16)
-    return "int8", {"codes": (codes.to(torch.int16) + 128).to(torch.uint8), "zeros": zeros, **found}
+        return None if has_nan(codes) else ("fp8", {"codes": in_bytes(codes.view(torch.uint8), 8, group), **found})
+    zeros = torch.full_like(found["scales"], 128, dtype=torch.float16)
+    return "int8", {"codes": in_bytes((codes.to(torch.int16) + 128).to(torch.uint8), 8, group), "zeros": zeros, **found}
+
+
+def has_nan(codes: Tensor) -> bool:
+    """Whether a code of float8 e4m3 is not a number, of which the kernels know nothing."""
+    return bool((codes.view(torch.uint8) & 127 == 127).any())
 
 
 def _shortest(scales: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """How a device applies weights in formats of their own, as arithmetic: what `core.linear` and experts do with them.
 
 A GPU with float8 keeps codes, with scales and zero points as its kernels take them, and multiplies them as they are
-read where rows are few. For more rows, fp8 with a scale a row is multiplied as fp8, and all else by the numbers written
-out first. Other devices, and models in float32, make numbers of codes once, while weights are loaded. Imports no torch.
+read where rows are few. For more rows, fp8 with a scale a row, or a block of 128 x 128, is multiplied as fp8, and all
+else by the numbers written out first. Other devices, and models in float32, make numbers of codes once, while weights
+are loaded. Imports no torch.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ Way = Literal["numbers", "codes", "fp8"]
 """How many rows are multiplied: by numbers that lie there, by numbers that codes are made into each time, or in fp8."""
 CODED_ROWS = 64
 """Rows up to which codes are multiplied as they are read,"""
+SCALED_ROWS = 16
+"""in fp8, of which more rows are made fp8 too,"""
 CODED_EXPERT_ROWS = 256
 """and of experts, a row being one token's of one expert, each of which reads that expert's codes."""
+SCALED_BLOCK = 128
+"""Rows and columns that share a scale where fp8 is multiplied by blocks."""
 LEAST_BLOCK = 32
 """Channels that share a scale, at least, that kernels take; with fewer a device keeps numbers."""
 ZERO_BYTES = 2
@@ -61,7 +66,7 @@ class Matrices:
 
     def seconds(self, rows: float, rates: Rates, itemsize: int) -> tuple[float, float]:
         """To read them for so many rows, and what their product takes beyond that."""
-        if self.way == "numbers" or rows <= CODED_ROWS:
+        if self.way == "numbers" or rows <= (SCALED_ROWS if self.way == "fp8" else CODED_ROWS):
             return _roofline(self.nbytes / rates.read, 2 * rows * self.numbers / rates.matmul)
         if self.way == "fp8":
             converted = rows * self.inputs * (2 * itemsize + 1)  # read for the scale, read again, written
@@ -133,6 +138,9 @@ def coded(format: WeightFormat, rows: int, columns: int, *, cut: bool) -> tuple[
     entries = rows * (columns // group)
     nbytes = rows * columns * format.bits // 8 + entries * (scale + zero)
     suits = is_fp8 and entries == rows and rows % 16 == columns % 16 == 0  # as cuBLAS takes it
+    if isinstance(format, Elementwise) and format.block == (SCALED_BLOCK, SCALED_BLOCK) and rows % SCALED_BLOCK == 0:
+        nbytes += 4 * (rows // SCALED_BLOCK) * (columns // SCALED_BLOCK)
+        suits = is_fp8 and columns % (4 * SCALED_BLOCK) == 0
     return "fp8" if suits else "codes", nbytes
 
 
