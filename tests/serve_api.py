@@ -111,6 +111,8 @@ class ScriptedRouter:
             for delta in deltas if request.stream else ():
                 job.take(delta)
             deltas.clear()
+            for _ in range(3):  # readers get each delta by itself
+                await asyncio.sleep(0)
             if self.pause is not None:
                 await asyncio.sleep(self.pause)
         self.running.pop(request.id, None)

@@ -13,7 +13,7 @@ from megalite.config.schema import SamplingParams, ServerSection
 from megalite.errors import ConfigError
 from megalite.inference.io.inputs import PromptLimits
 from megalite.inference.logprobs import Logprob
-from megalite.inference.outputs import RequestOutput
+from megalite.inference.outputs import RequestOutput, TokenDelta
 from megalite.inference.request import Request
 from megalite.serve.errors import Draining, NoReplica, Overloaded, RequestLost
 from megalite.serve.messages import Step, ToReplica
@@ -122,6 +122,25 @@ async def test_streams_in_order_and_whole() -> None:
         check_whole(one, *await read(stream))
     assert {len(engine.submitted) for engine in bench.engines.values()} == {4}
     assert bench.router.replicas()[0].requests == 0
+
+
+@in_loop
+async def test_what_comes_while_the_reader_is_busy_is_one_delta() -> None:
+    bench = Bench()
+    stream = bench.router.submit(one := request("late", tokens=5))
+    bench.step()
+    first = await anext(stream)
+    bench.run()
+    rest = [delta async for delta in stream]
+    assert [len(first.token_ids), *(len(delta.token_ids) for delta in rest)] == [1, 4]
+    assert [first.token_ids + rest[0].token_ids] == expected(one)
+    assert first.text + rest[0].text == text_of(expected(one)[0])
+    assert rest[0].finish_reason == "length"
+    scored = [
+        TokenDelta(request_id="late", index=0, text="a", token_ids=[i], logprobs=[{i: Logprob(-1.0)}]) for i in range(2)
+    ]
+    scored[0].extend(scored[1])
+    assert scored[0].token_ids == [0, 1] and [list(entry) for entry in scored[0].logprobs or ()] == [[0], [1]]
 
 
 @in_loop

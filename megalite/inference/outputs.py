@@ -121,6 +121,14 @@ class TokenDelta:
     """Set on the last one."""
     stop_reason: str | int | None = None
 
+    def extend(self, later: TokenDelta) -> None:
+        """Add what the sample gained after this."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if later.logprobs:
+            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
 
 def _is_unicode(text: str) -> bool:
     try:

@@ -335,7 +335,8 @@ def in_bytes(codes: Tensor, bits: int, group: int) -> Tensor:
     if bits == 8:
         return codes
     low, high = codes.unflatten(1, (-1, 2, block_of(group) // 2)).unbind(2)
-    return (low | (high << 4)).flatten(1)
+    found: Tensor = (low | (high << 4)).flatten(1)
+    return found
 
 
 def codes_linear(

@@ -32,8 +32,8 @@ class Stream:
         self._job, self._cancel = job, cancel
 
     def __aiter__(self) -> Stream:
-        """What each sample gains, in order, across losses of replicas; one reader. Ends with the request; nothing
-        comes unless request.stream."""
+        """What each sample gains, in order, across losses of replicas; one reader. What comes while the reader is busy
+        is one delta. Ends with the request; nothing comes unless request.stream."""
         return self
 
     async def __anext__(self) -> TokenDelta:
@@ -203,7 +203,10 @@ class Job:
             return
         self.gained = True
         self.samples[delta.index].add(delta)
-        self.unread.append(delta)
+        if self.unread and self.unread[-1].index == delta.index:  # its reader lags: one event will say both
+            self.unread[-1].extend(delta)
+        else:
+            self.unread.append(delta)
         self.news.set()
 
     @property
