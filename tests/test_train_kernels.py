@@ -208,7 +208,7 @@ def test_a_model_learns_the_same_by_kernels(name, tiny, monkeypatch):
     results = []
     for used in (False, True):
         monkeypatch.setattr(loss, "has_kernels", lambda x, used=used: used)
-        monkeypatch.setattr(fused, "learns_by_kernels", lambda x, used=used: used and torch.is_grad_enabled())
+        monkeypatch.setattr(fused, "learns_by_kernels", lambda x, *weights, used=used: used and torch.is_grad_enabled())
         decoder = build(
             families.read(tiny(name)), ParallelState(Layout()), dtype=torch.float32, device=torch.device(DEVICE)
         )
