@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from megalite.inference.balancer import LoadBalancer as LoadBalancer
     from megalite.inference.llm import LLM as LLM
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 __all__ = ["LLM", "LoadBalancer", "SamplingParams", "StructuredOutputsParams"]
 
 
