@@ -10,6 +10,7 @@ from megalite.core.layout import KVHeads, Layout, QueryHeads
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.softmax import SoftmaxAttention
+from megalite.model.quantization import as_applied
 from megalite.monitor.words import aligned, format_bytes
 from megalite.planner.memory import STATES_NOTE, RankMemory, TrainingMemory
 from megalite.preflight import layouts_of
@@ -46,6 +47,7 @@ def describe(config: Config, model: ModelConfig | None, hosts: Sequence[Host] = 
     elif isinstance(config, TrainConfig):
         tables = [("", layouts["parallel"], _training_columns(config.train.zero_stage, config.model.dtype, adapter))]
     else:
+        model = as_applied(model, config.model.quantization)
         said = f"{model.dtype} (as the checkpoint says)" if config.model.dtype == "auto" else config.model.dtype
         tables = [("", layouts["parallel"], _engine_columns(config.engine, said, model))]
     shown = [_table(model, purpose, layout, columns) for purpose, layout, columns in tables]

@@ -76,7 +76,10 @@ def test_who_does_not_come_is_found_among_a_thousand():
 
 
 def test_published_training_runs_are_near():
-    """Tensor parallel 8 on A100, as Megatron-LM's authors ran them."""
-    runs = [one for one in published_training.TRAINED if one.device == "a100" and one.layout.tp == 8]
-    rows = [one.row() for one in runs if one.layout.size > published_training.MOST_SEARCHED]
-    assert rows and all(0.75 < row["ratio"] < 1.25 for row in rows), rows
+    """All of Megatron-LM's; Llama 3's where its stages have one chunk at least and a chunk a layer at most."""
+    known = {one.name: one.predicted() / one.tokens_a_second for one in published_training.TRAINED if not one.missing}
+    assert len(known) == 8 and all(abs(ratio - 1) < 0.2 for ratio in known.values()), known
+    for one in published_training.TRAINED:
+        if one.missing:
+            once, often = (one.predicted(interleave=chunks) / one.tokens_a_second for chunks in (1, 7))
+            assert 0.5 < once < 0.75 < often < 1.3, one

@@ -41,17 +41,19 @@ class _FlowEnd:
 
 
 class Outbox(_FlowEnd):
-    """The sending end of a flow."""
+    """The sending end of a flow. In host memory it keeps `most` messages, as gloo says that one has arrived only to
+    who waits for it."""
 
-    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, device: torch.device, meter: Meter):
+    def __init__(self, flow: Flow, group: dist.ProcessGroup | None, device: torch.device, meter: Meter, most: int):
         super().__init__(flow, group, device, meter)
+        self.most = most if self.transport.type == "cpu" else MAX_SENDS
         self.sends: deque[Message] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """Begin to send a tensor and return at once, unless MAX_SENDS are still on their way."""
+        """Begin to send a tensor and return at once, unless the most are still on their way."""
         buffer = tensor.to(self.transport).contiguous()
         with self.track.entering("send"):
-            while len(self.sends) >= MAX_SENDS or (self.sends and self.sends[0][0].is_completed()):
+            while len(self.sends) >= self.most or (self.sends and self.sends[0][0].is_completed()):
                 self.sends.popleft()[0].wait()
             self.meter.count_bytes("pp", buffer.numel() * buffer.element_size())
             self.meter.message(self.name, begins=True)
@@ -85,7 +87,7 @@ class Inbox(_FlowEnd):
 
 
 def _flow_ends(
-    flows: Mapping[Flow, dist.ProcessGroup], state: ParallelState, device: torch.device
+    flows: Mapping[Flow, dist.ProcessGroup], state: ParallelState, device: torch.device, most: int
 ) -> tuple[dict[str, Inbox], dict[str, Outbox]]:
     """This rank's ends of its flows, by kind of message."""
     inward: dict[str, Inbox] = {}
@@ -94,7 +96,7 @@ def _flow_ends(
         if flow.receiver == state.rank:
             inward[flow.kind] = Inbox(flow, group, device, state.meter)
         else:
-            outward[flow.kind] = Outbox(flow, group, device, state.meter)
+            outward[flow.kind] = Outbox(flow, group, device, state.meter, most)
     return inward, outward
 
 
@@ -107,13 +109,16 @@ class StageLink:
     page-locked memory, loading a kernel) waits for it too. No such wait can close a circle as long as every stage
     handles one step after the other: `receive`, `send` and `return_ids` of a step before those of the next, and
     `expect_ids` right after the step's `send`.
+
+    As many messages as stages are on their way at most: a stage begins a step once it knows the results of the one so
+    many before, of which the next stage has received all.
     """
 
     def __init__(self, state: ParallelState, *, hidden_size: int, dtype: torch.dtype, device: torch.device):
         self.hidden_size = hidden_size
         self.dtype = dtype
         self.device = device
-        self.inward, self.outward = _flow_ends(state.inference_flows(), state, device)
+        self.inward, self.outward = _flow_ends(state.inference_flows(), state, device, most=state.pp.size)
         self.expected: deque[Message] = deque()
         """Ids on their way, in the order of the steps."""
 
@@ -175,7 +180,7 @@ class Pipeline:
         self.device = device
         self.meter = state.meter
         flows = state.pipeline_flows()
-        self.inward, self.outward = _flow_ends(flows, state, device)
+        self.inward, self.outward = _flow_ends(flows, state, device, most=MAX_SENDS)
         ends = (*self.inward.values(), *self.outward.values())
         self.on_device = any(end.transport.type != "cpu" for end in ends)
         """Whether messages go from device to device, see `receives_with_sends`; nothing waits for the whole device

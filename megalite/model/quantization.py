@@ -127,9 +127,11 @@ def quantized(path: Path, values: Mapping[str, Any], model: ModelConfig, names: 
     return replace(model, layers=tuple(_with_units(model, layer, index) for index, layer in enumerate(model.layers)))
 
 
-def in_fp8(model: ModelConfig) -> ModelConfig:
-    """A model of numbers with its layers' linear maps and experts in fp8, a scale a row, as `model.quantization` makes
-    them while it is loaded."""
+def as_applied(model: ModelConfig, asked: str | None) -> ModelConfig:
+    """A model as `model.quantization` has it: fp8 makes the layers' linear maps and experts of a model of numbers so, a
+    scale a row, while it is loaded; all else is as the checkpoint says."""
+    if asked != "fp8" or model.quantization is not None:
+        return model
     format = Elementwise(block=(1, ALL))
     stored = {
         (layer, row.weight): format

@@ -20,7 +20,7 @@ from megalite.config.validate import parallel_sections
 from megalite.core.layout import Layout, share
 from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model.config import ModelConfig
-from megalite.model.quantization import in_fp8
+from megalite.model.quantization import as_applied
 from megalite.planner import devices
 from megalite.planner.cost import Cluster
 from megalite.planner.generation import Span, Workload
@@ -86,9 +86,8 @@ def choose(
         rule = "null needs the model's config.json on this disk"
         fix = "Download the model (hf download) and give the folder, or set tp, pp and dp."
         raise ConfigError(Problem(key=next(iter(sections)), rule=rule, fix=fix))
-    generates = not isinstance(config, TrainConfig | HybridConfig)
-    if generates and config.model.quantization == "fp8" and model.quantization is None:
-        model = in_fp8(model)
+    if not isinstance(config, TrainConfig | HybridConfig):
+        model = as_applied(model, config.model.quantization)
     itemsize = _itemsize(config.model.dtype, model, cluster)
     candidates = {key: place.inside(_candidates(key, one, cluster, model)) for key, one in sections.items()}
     if isinstance(config, HybridConfig):

@@ -17,7 +17,7 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.planner.cost import Batch, Cluster, Round, StageCosts, Times
-from megalite.planner.memory import PROCESS, Footprint, RankMemory, blocks_for, fitting_blocks
+from megalite.planner.memory import Footprint, RankMemory, blocks_for, fitting_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,20 +152,22 @@ def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> t
     device = costs.cluster.device
     ranks_here = min(costs.cluster.per_host, costs.layout.size) if device.shared else 1
     room = device.memory // ranks_here
+    threads = max(1, device.cores // ranks_here)
     most = max(stage.elements for stage in costs.stages)
     found, short, tokens = [], 0, math.inf
     for rank, stage in zip(_stage_ranks(costs), costs.stages, strict=True):
         weights = stage.nbytes
+        process = rank.process(max_tokens=engine.max_num_batched_tokens, threads=threads) if device.shared else 0
         captures = device.kind == "cuda" and not engine.enforce_eager
         longest_here = longest if device.kind == "cuda" else 0
         beside = rank.beside(engine, stage_weights=most, captures=captures, longest=longest_here)
-        left = room - weights - (PROCESS if device.shared else 0)
+        left = room - weights - process
         budget = left * engine.gpu_memory_utilization - beside.total
         block = rank.kv_block(engine.block_size)
         wanted = engine.max_num_seqs * blocks_for(longest, engine.block_size)
         blocks = engine.num_kv_blocks or fitting_blocks(budget, block, most=wanted)
         tokens = min(tokens, blocks * engine.block_size)
-        reserve = int(left * (1 - engine.gpu_memory_utilization)) + (PROCESS if device.shared else 0)
+        reserve = int(left * (1 - engine.gpu_memory_utilization)) + process
         found.append((replace(beside, weights=weights, reserve=max(reserve, 0)), block))
         if budget < block:
             short = max(short, int((block - budget) if left >= 0 else block + beside.total - left))

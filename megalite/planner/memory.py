@@ -27,8 +27,16 @@ GRAPH_OVERHEAD = 12 << 20
 ROW_OVERHEAD = 256
 """Bytes of a row's sampling parameters."""
 
-PROCESS = 28 << 20
-"""Bytes that torch, gloo and the allocator take of a process on a CPU once it works: 17 to 43 MiB, measured."""
+CODE = 18 << 20
+"""Bytes of torch's and gloo's code that a process on a CPU reads in once it works,"""
+OBJECTS = 10 << 20
+"""of its Python objects, and of what loading leaves of the heap in pieces;"""
+PACKED, MOST_PACKED = 4, 24 << 20
+"""Times a step's widest inputs that MKL keeps for each thread, packed for matmuls, and bytes of it at most."""
+HOLES = 2.0
+"""Times what is alive at once that the heap holds, as sizes do not fit the holes of others: 1.2 to 2.2, measured."""
+SEGMENT = 1 << 20
+"""Bytes that gloo sums at a time, of which it keeps two."""
 
 
 STATES_NOTE = (
@@ -196,13 +204,38 @@ class RankMemory:
 
     def activations(self, *, max_tokens: int) -> int:
         """Upper estimate of the layers' temporary memory in a step of `max_tokens` tokens: the widest moment of a layer
-        (residual, norm, stacked projection and its activation), beside the largest matrix of codes that is written out
-        as numbers."""
+        (residual, norm, stacked projection and its activation), messages on their way, and the largest matrix of codes
+        that is written out as numbers."""
         place, tp = self.layout.coord(self.rank), self.layout.tp
         kinds = {kind for layer in self.config.layers for kind in layer.kinds}
         widest = max(kind.widest(tp, place.tp) for kind in kinds)
         numbers = written_out(self.config, self.layout, self.rank, self.itemsize)
-        return max_tokens * (3 * self.config.hidden_size + widest) * self.itemsize + numbers
+        token = (3 * self.config.hidden_size + widest) * self.itemsize + self.messages
+        return max_tokens * token + numbers
+
+    @property
+    def messages(self) -> int:
+        """Bytes of a token's hidden states on their way to the next stage, one message of each cohort."""
+        pp = self.layout.pp
+        return 0 if self.layout.coord(self.rank).pp == pp - 1 else pp * self.config.hidden_size * self.itemsize
+
+    def process(self, *, max_tokens: int, threads: int) -> int:
+        """What a process on a CPU takes of `threads` threads that compute, beside weights, cache and what a step
+        needs."""
+        hidden, place = self.config.hidden_size, self.layout.coord(self.rank)
+        rows = (row for layer in self.config.layers for kind in set(layer.kinds) for row in kind.rows(hidden))
+        inputs = {(row.split, row.other, row.dim) for row in rows if row.linear}
+        widest = max(width(split, self.layout.tp, place.tp) if dim else other[0] for split, other, dim in inputs)
+        packed = min(MOST_PACKED, PACKED * max_tokens * widest * self.itemsize)
+        return CODE + OBJECTS + threads * packed
+
+    def step(self, *, max_tokens: int, max_rows: int) -> int:
+        """What the heap of a process on a CPU holds of the steps of an engine: layers and sampling work one after the
+        other."""
+        sampling = self.logits(max_tokens=max_tokens, max_rows=max_rows, scores=False)
+        sampling -= max_rows * sampled_row(self.config.vocab_size) if sampling else 0  # of kernels on a GPU
+        summed = min(SEGMENT, max_tokens * self.config.hidden_size * self.itemsize) if self.layout.tp > 1 else 0
+        return int(HOLES * max(self.activations(max_tokens=max_tokens) + 2 * summed, sampling))
 
     def states_in_use(self, *, max_rows: int) -> int:
         """States of one layer on their way through a step: as they were, decayed, and what is written."""

@@ -24,7 +24,7 @@ from megalite.config.schema import EngineSection
 from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
-from megalite.model.quantization import in_fp8
+from megalite.model.quantization import as_applied
 from megalite.monitor.words import aligned, format_bytes
 from megalite.planner.cost import Cluster
 from megalite.planner.device_map import compare
@@ -77,9 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.model is None:
         raise ConfigError(Problem(key="--model", rule="is needed", fix="Give a folder with config.json, or a hub id."))
     folder = resolve(args.model, args.revision, weights=False)
-    config = families.read(folder)
-    if args.quantization and config.quantization is None:
-        config = in_fp8(config)
+    config = as_applied(families.read(folder), args.quantization)
     cluster = Cluster(named(args.device), args.devices, args.hosts)
     itemsize = DTYPE_BYTES[SAFETENSORS[args.dtype if args.dtype != "auto" else _usual(config, cluster)]]
     if args.hybrid:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from megalite.model import families
 from megalite.planner.cost import Cluster
 from megalite.planner.devices import Device, named, visible_gpus
 from megalite.planner.generation import Prediction, Span, Workload, predict
-from megalite.planner.memory import PROCESS, RankMemory
+from megalite.planner.memory import RankMemory
 from megalite.planner.search import layouts
 from megalite.tools.benchmarks import published
 from megalite.tools.benchmarks.frame import LayoutTask, head, row, write_figures
@@ -148,9 +149,11 @@ def _kept(task: Task, predicted: Prediction, layout: Layout, rank: dict[str, Any
     if task.device == "cuda":
         return stage.total - stage.kv - stage.reserve + int(rank["kv"])
     memory = RankMemory(families.read(task.folder), layout, rank["rank"], 4)
-    logits = memory.logits(max_tokens=task.batched_tokens, max_rows=task.requests, scores=False)
-    activations = memory.activations(max_tokens=task.batched_tokens)
-    return memory.weights + activations + logits + PROCESS + int(rank["kv"])
+    threads = max(1, len(os.sched_getaffinity(0)) // task.ranks)
+    rows = -(-engine_keys(task)["max_num_seqs"] // task.pp)
+    beside = memory.process(max_tokens=task.batched_tokens, threads=threads)
+    beside += memory.step(max_tokens=task.batched_tokens, max_rows=rows)
+    return memory.weights + beside + int(rank["kv"])
 
 
 def foresee(task: Task, device: Device) -> Prediction:
@@ -166,7 +169,7 @@ def foresee(task: Task, device: Device) -> Prediction:
 def engine_keys(task: Task) -> dict[str, Any]:
     return {
         "max_model_len": task.input[1] + task.output[1],
-        "max_num_seqs": task.requests,
+        "max_num_seqs": -(-task.requests // task.dp),
         "max_num_batched_tokens": task.batched_tokens,
     }
 
@@ -190,7 +193,7 @@ def _ranking(rows: list[dict[str, Any]]) -> list[str]:
 
 def rank(task: Task) -> int:
     """One rank: generate twice, and tell the second time and the memory."""
-    from megalite import SamplingParams
+    from megalite import LLM, SamplingParams  # noqa: F401 (imported before memory is looked at)
     from megalite.kernels.device import memory_in_use, synchronize
     from megalite.monitor.memory import peak_memory, reset_peak_memory
 
