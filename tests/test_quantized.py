@@ -20,14 +20,19 @@ from megalite.convert.convert import convert, export, reshard
 from megalite.convert.quantize import quantize, to_e4m3
 from megalite.convert.sample import whole_model
 from megalite.convert.verify import verify
+from megalite.core import linear as linears
+from megalite.core import quantized
 from megalite.core.layout import Layout
 from megalite.core.linear import settle
 from megalite.core.parallel_state import ParallelState
 from megalite.core.quantized import E2M1, coded
 from megalite.errors import CheckpointError, ConfigError
+from megalite.kernels import codes as codes_kernels
 from megalite.kernels.codes import block_of
 from megalite.model import families
 from megalite.model.attention import PackedAttention
+from megalite.model.layers import experts
+from megalite.planner import applied as planned
 from megalite.planner.applied import applied
 from megalite.weights.checkpoint import open_checkpoint
 from megalite.weights.table import check_cuts, hf_shapes, local_bytes, local_elements, owned
@@ -333,6 +338,13 @@ def test_codes_for_kernels(kind, models):
             assert torch.equal(decoded(*found), format.matrix(linear.stored))
             [name] = [name for name, module in decoder.named_modules() if module is linear]
             assert planned[name] == sum(tensor.nbytes for tensor in found[1].values())
+
+
+def test_the_planner_has_the_limits_of_the_kernels():
+    """It imports no torch, and so none of them."""
+    assert planned.CODED_ROWS == codes_kernels.MAX_ROWS and planned.LEAST_BLOCK == codes_kernels.LEAST_BLOCK
+    assert planned.SCALED_ROWS == linears.SCALED_ROWS and planned.SCALED_BLOCK == quantized.SCALED_BLOCK
+    assert planned.CODED_EXPERT_ROWS == experts.CODED_ROWS
 
 
 def test_codes_of_experts_for_kernels(models):
