@@ -112,9 +112,8 @@ def test_a_file_is_not_taken_for_a_closed_stream(tmp_path):
 
 def written(names: str) -> Writer:
     """A writer to the terminal that was given the results of these of the prompts a to e, in this order."""
-    writer = Writer(
-        InferConfig(), SimpleNamespace(layout=SimpleNamespace(dp=2)), "", SimpleNamespace(order=tuple("abcde"))
-    )
+    batch = SimpleNamespace(order=tuple("abcde"), requests=[None] * 5)
+    writer = Writer(InferConfig(), SimpleNamespace(layout=SimpleNamespace(dp=2)), "", batch)
     for name in names:
         writer.write(RequestOutput(request_id=name, prompt=f"prompt {name}", prompt_token_ids=[1]))
     return writer
