@@ -11,6 +11,7 @@ Checkpoint ranges and parameters agree because both are cut by the same `Split`s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -275,6 +276,7 @@ def _scaled_product(x: Tensor, codes: Tensor, scales: Tensor, blocks: Tensor | N
     return y[:rows]
 
 
+@cache
 def _multiplies_blocks(device: torch.device) -> bool:
     """Whether torch multiplies fp8 with scales of blocks: on Hopper, from CUDA 12.9 on."""
     cuda = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
@@ -301,10 +303,7 @@ def in_fp8(weight: Tensor, largest: Tensor | None = None) -> tuple[Format, dict[
     codes, scales = to_fp8(weight, largest)
     suited = _keeps_codes(weight, weight.dtype) and weight.numel() and block_of(weight.shape[1]) >= LEAST_BLOCK
     if suited and not has_nan(codes):
-        return Coded("fp8", weight.dtype), {
-            "codes": codes.view(torch.uint8),
-            "scales": scales,
-        }
+        return Coded("fp8", weight.dtype), {"codes": codes.view(torch.uint8), "scales": scales}
     return DENSE, {"weight": codes.float().mul_(scales).to(weight.dtype)}
 
 
