@@ -169,10 +169,11 @@ CODES = {"raise": 1, "kill": 70, "stop": 70, "exit": 70, "hang": 70, "memory": 4
 def says(case: Case) -> str:
     """What the user must be told: which rank, where it was, and why; a regular expression."""
     place, other = PLACES[case.place], RANKS - 1 - case.rank
+    anywhere = f"({'|'.join(PLACES.values())})"  # the other rank may not have come so far yet, or gone on
     full = r"File too large\. Free some space, or write to another disk\.$"
     own = rf"^\[rank {case.rank} on \S+, {place}\] "
     lost = rf"^error: rank {case.rank} \(pid \d+ on \S+\) was lost: "
-    when = rf"\), when rank {other} was in {place}\. The other ranks were stopped\.$"
+    when = rf"\), when rank {other} was in {anywhere}\. The other ranks were stopped\.$"
     return (
         "(?m)"
         + {
