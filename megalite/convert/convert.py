@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -31,8 +32,9 @@ from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, differing, in_parallel
 from megalite.weights.dtypes import DTYPE_BYTES, SAFETENSORS
 from megalite.weights.hf import INDEX, SINGLE
-from megalite.weights.manifest import WEIGHT, Manifest, file_name
+from megalite.weights.manifest import WEIGHT, Manifest, digest_of, file_name
 from megalite.weights.moves import Extent, Move, hf_extents, plan
+from megalite.weights.rounding import Elements
 from megalite.weights.shards import (
     JOURNAL,
     layout_words,
@@ -166,7 +168,7 @@ def export(
     copies = side_files.chosen(source.folder, source.values, dtype)
     work = _fingerprint("export", source, files, copies, [])
     moves = plan(source.extents, hf_extents(source.model, tensors))
-    index = index_of(tensors) if len(files) > 1 else {}
+    index = index_of(tensors)
     progress.begin(sum(move.nbytes for move in moves))
     if not overwrite and _looks_exported(out, files, copies | index) and _is_same(moves, jobs, progress):
         return Written(out, files=len(files), was_done=True)
@@ -176,6 +178,61 @@ def export(
         output.finish(lambda: side_files.write(index, out))
     output.written.notes = tuple(source.notes)
     return output.written
+
+
+class NewFolder:
+    """A folder in Hugging Face layout whose tensors are made one after the other, not copied.
+
+    Interrupted, the same call begins anew in the same folder.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        out: Path,
+        dtypes: Mapping[str, str],
+        beside: side_files.SideFiles,
+        work: list[Any],
+        *,
+        prefix: str = "",
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        overwrite: bool = False,
+    ):
+        """`dtypes`, `prefix`: as in `hf_files`. `work`: what decides the tensors besides, in values of JSON."""
+        self._beside = beside
+        self._files, self.tensors = hf_files(model, out, dtypes, max_shard_bytes, prefix)
+        told = digest_of(json.dumps(work).encode() + b"".join(file.header for file in self._files))
+        size = side_files.nbytes(beside)
+        self.output = Output(out, self._files, told, overwrite=overwrite, extra_bytes=size)
+
+    def write(self, make: Callable[[str, TensorInfo], Iterable[Elements]], progress: ByteProgress) -> Written:
+        """`make`: the elements of a tensor as they are stored, by its full name: parts of it, end to end."""
+        out = self.output.folder
+
+        def content(file: Path) -> Iterator[memoryview]:
+            mine = {name: info for name, info in self.tensors.items() if info.file == file}
+            for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
+                for part in make(name, info):
+                    yield part.reshape(-1).view("uint8").data
+                progress.advance(info.nbytes)
+
+        progress.begin(sum(info.nbytes for info in self.tensors.values()))
+        with self.output as output:
+            for file in self._files:
+                output.fill(file.name, content(out / file.name))
+            side_files.write(self._beside, out)
+            output.finish(lambda: side_files.write(index_of(self.tensors), out))
+        return output.written
+
+
+def write_shards_of(write: Callable[[Path], object], layout: Layout, out: Path, **how: Any) -> Written:
+    """Rank files of a model that `write` writes to a folder in Hugging Face layout, which is beside `out` meanwhile."""
+    whole = out.with_name(f".{out.name}.whole")
+    write(whole)
+    try:
+        return write_shards(open_checkpoint(whole), layout, out, **how)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
 
 
 # ---- checks before anything is written ---------------------------------------------------------------------------
@@ -299,7 +356,9 @@ def hf_files(
 
 
 def index_of(tensors: Mapping[str, TensorInfo]) -> side_files.SideFiles:
-    """The file that makes several weight files one model."""
+    """The file that makes several weight files one model; a single one needs none."""
+    if len({info.file for info in tensors.values()}) == 1:
+        return {}
     total = sum(info.nbytes for info in tensors.values())
     weight_map = {info.name: info.file.name for info in tensors.values()}
     return {INDEX: as_json({"metadata": {"total_size": total}, "weight_map": weight_map}).encode()}

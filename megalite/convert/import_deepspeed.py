@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, index_of
-from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
+from megalite.convert.convert import DEFAULT_SHARD_BYTES, NewFolder
+from megalite.convert.output import SILENT, ByteProgress, Written
 from megalite.errors import CheckpointError, ConfigError, Problem
 from megalite.model import families
 from megalite.model.config import ModelConfig
@@ -33,8 +33,9 @@ from megalite.weights import side_files
 from megalite.weights.dtypes import SAFETENSORS, torch_dtype
 from megalite.weights.folder import CONFIG
 from megalite.weights.hf import check_names, resolve
-from megalite.weights.manifest import digest_of
+from megalite.weights.rounding import Elements
 from megalite.weights.table import hf_shapes, pieces
+from megalite.weights.tensor_file import TensorInfo
 
 WRAPPERS = ("module.", "_forward_module.", "_orig_mod.")
 """What training frameworks put before a model's own names."""
@@ -74,38 +75,20 @@ def import_checkpoint(
     checkpoint, out = Path(checkpoint), Path(out)
     folder = resolve(model, weights=False, beside=True)
     config = families.read(folder)
-    files, infos = hf_files(config, out, dict.fromkeys(hf_shapes(config), SAFETENSORS[dtype]), max_shard_bytes)
     copies = side_files.chosen(folder, read_json(folder / CONFIG), dtype)
-    work = _fingerprint(checkpoint, files)
-    output = Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies))
-    output.check()
+    dtypes, files = dict.fromkeys(hf_shapes(config), SAFETENSORS[dtype]), filter(Path.is_file, checkpoint.rglob("*"))
+    states = [[str(one.relative_to(checkpoint)), one.stat().st_size, one.stat().st_mtime_ns] for one in sorted(files)]
+    how: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
+    new = NewFolder(config, out, dtypes, copies, ["import", states], **how)
+    new.output.check()
     with contextlib.ExitStack() as stack:
         tensors = _whole(config, _open(checkpoint, tag, stack), str(checkpoint))
 
-        def converted(file: Path) -> Iterator[memoryview]:
-            mine = {name: info for name, info in infos.items() if info.file == file}
-            for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
-                values = tensors[name]().to(torch_dtype(info.dtype)).contiguous()
-                yield values.view(-1).view(torch.uint8).numpy().data
-                progress.advance(info.nbytes)
+        def make(name: str, info: TensorInfo) -> list[Elements]:
+            values = tensors[name]().to(torch_dtype(info.dtype)).contiguous()
+            return [values.view(-1).view(torch.uint8).numpy()]
 
-        progress.begin(sum(info.nbytes for info in infos.values()))
-        with output:
-            for file in files:
-                output.fill(file.name, converted(out / file.name))
-            side_files.write(copies, out)
-            output.finish(lambda: side_files.write(index_of(infos) if len(files) > 1 else {}, out))
-    return output.written
-
-
-def _fingerprint(checkpoint: Path, files: list[NewFile]) -> str:
-    """A digest of everything that decides what the output will be."""
-    states = [
-        [str(path.relative_to(checkpoint)), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    ]
-    return digest_of(json.dumps(["import", states]).encode() + b"".join(file.header for file in files))
+        return new.write(make, progress)
 
 
 # ---- DeepSpeed's files -------------------------------------------------------------------------------------------

@@ -5,22 +5,22 @@ Torch-free. A tensor without an adapter keeps its very bytes; the sums are made 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megalite.convert.convert import DEFAULT_SHARD_BYTES, check_places, hf_files, index_of
-from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
+from megalite.convert.convert import DEFAULT_SHARD_BYTES, NewFolder, check_places
+from megalite.convert.output import SILENT, ByteProgress, Written
 from megalite.errors import CheckpointError
 from megalite.model import families
 from megalite.weights import side_files
 from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, perform
 from megalite.weights.dtypes import SAFETENSORS, STORAGE
+from megalite.weights.identity import file_digest
 from megalite.weights.lora import CONFIG, WEIGHTS, Adapter, LowRankInfo, linears, module_of, read_adapter
-from megalite.weights.manifest import WEIGHT, digest_of
+from megalite.weights.manifest import WEIGHT
 from megalite.weights.moves import Extent, hf_extents, plan
 from megalite.weights.rounding import Elements, convert, to_float
 from megalite.weights.table import pieces
@@ -49,25 +49,18 @@ def merge(
     read = read_adapter(adapter, source.model)
     dtypes = {name: SAFETENSORS[dtype] if dtype else own for name, own in source.dtypes.items()}
     prefix = families.weight_names(source.model).prefix if source.bare else ""
-    files, tensors = hf_files(source.model, out, dtypes, max_shard_bytes, prefix)
     copies = side_files.chosen(source.folder, source.values, dtype)
-    work = _fingerprint(source, read, files)
-    with (
-        OpenFiles() as opened,
-        Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies)) as output,
-    ):
-        merged = _Merged(source, read, tensors, opened)
-        progress.begin(sum(info.nbytes for info in tensors.values()))
-        for file in files:
-            output.fill(file.name, merged.of_file(out / file.name, progress))
-        side_files.write(copies, out)
-        output.finish(lambda: side_files.write(index_of(tensors) if len(files) > 1 else {}, out))
-    output.written.notes = tuple(source.notes)
-    return output.written
+    digests = [file_digest(read.folder / name) for name in (CONFIG, WEIGHTS)]
+    how: dict[str, Any] = {"prefix": prefix, "max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
+    new = NewFolder(source.model, out, dtypes, copies, ["merge", source.identity, *digests], **how)
+    with OpenFiles() as opened:
+        written = new.write(_Merged(source, read, new.tensors, opened).tensor, progress)
+    written.notes = tuple(source.notes)
+    return written
 
 
 class _Merged:
-    """The tensors of the merged model, one after the other."""
+    """Makes the tensors of the merged model."""
 
     def __init__(self, source: Checkpoint, adapter: Adapter, tensors: dict[str, TensorInfo], files: OpenFiles):
         self._adapter, self._tensors, self._files = adapter, tensors, files
@@ -78,13 +71,8 @@ class _Merged:
         known = linears(source.model)
         self._turned = {one.hf: one.transpose for one in pieces(source.model) if module_of(one) in known}
 
-    def of_file(self, path: Path, progress: ByteProgress) -> Iterator[memoryview]:
-        mine = {name: info for name, info in self._tensors.items() if info.file == path}
-        for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
-            yield self._tensor(name, info).reshape(-1).view(np.uint8).data
-            progress.advance(info.nbytes)
-
-    def _tensor(self, name: str, info: TensorInfo) -> Elements:
+    def tensor(self, name: str, info: TensorInfo) -> list[Elements]:
+        """A tensor as it is stored: see `NewFolder.write`."""
         values: Elements = np.empty(info.shape, STORAGE[info.dtype])
 
         def put(extent: Extent, row: int, rows: Elements) -> None:
@@ -98,10 +86,10 @@ class _Merged:
             perform(self._files, move, put)
         part = self._adapter.modules.get(name.removesuffix(".weight"))
         if part is None:
-            return values
+            return [values]
         added = _product(part)
         total = to_float(values, info.dtype) + (added.T if self._turned[name] else added)
-        return convert(np.ascontiguousarray(total, np.float32), "F32", info.dtype, f"{self._adapter.folder}: {name}")
+        return [convert(np.ascontiguousarray(total, np.float32), "F32", info.dtype, f"{self._adapter.folder}: {name}")]
 
 
 def _product(part: LowRankInfo) -> Elements:
@@ -116,9 +104,3 @@ def _read(info: TensorInfo) -> Elements:
         file.seek(info.offset)
         stored = np.frombuffer(file.read(info.nbytes), STORAGE[info.dtype])
     return to_float(stored, info.dtype).reshape(info.shape).astype(np.float32)
-
-
-def _fingerprint(source: Checkpoint, adapter: Adapter, files: list[NewFile]) -> str:
-    """A digest of everything that decides what the output will be."""
-    parts = [(adapter.folder / name).read_bytes() for name in (CONFIG, WEIGHTS)]
-    return digest_of(b"".join([b"merge", repr(source.identity).encode(), *parts, *(file.header for file in files)]))

@@ -10,16 +10,14 @@ Embedding, head, routers, norms and biases stay as they are. Torch-free.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalite.convert.convert import DEFAULT_SHARD_BYTES, hf_files, index_of, write_shards
-from megalite.convert.output import SILENT, ByteProgress, NewFile, Output, Written
+from megalite.convert.convert import NewFolder, write_shards_of
+from megalite.convert.output import SILENT, ByteProgress, Written
 from megalite.core.formats import ALL, Elementwise, Packed, Part, WeightFormat
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
@@ -33,7 +31,7 @@ from megalite.weights.checkpoint import Checkpoint, open_checkpoint
 from megalite.weights.copying import OpenFiles, matrices
 from megalite.weights.dtypes import SAFETENSORS
 from megalite.weights.folder import CONFIG
-from megalite.weights.manifest import WEIGHT, digest_of
+from megalite.weights.manifest import WEIGHT
 from megalite.weights.moves import move_of
 from megalite.weights.rounding import Elements, convert, to_float
 from megalite.weights.table import hf_shapes, pieces
@@ -83,17 +81,16 @@ def quantize(
     _check_groups(target, source.model, kind)
     scales = None if calibrate is None else _scales(source, target, Path(calibrate), kind, dtype)
     values |= {SCALED: True} if scales is not None else {}
+    notes = () if scales is None else scales.notes
     if layout is None:
         more = (how.get("overwrite", False), how.get("progress", SILENT))
-        return _write_folder(source, target, values, out, dtype, scales, *more)
-    whole = out.with_name(f".{out.name}.quantized")
-    _write_folder(source, target, values, whole, dtype, scales, True, ByteProgress())
-    try:
-        written = write_shards(open_checkpoint(whole), layout, out, **how)
-        written.notes = (*written.notes, *(scales.notes if scales is not None else ()))
-        return written
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
+        written = _write_folder(source, target, values, out, dtype, scales, *more)
+    else:
+        written = write_shards_of(
+            lambda whole: _write_folder(source, target, values, whole, dtype, scales, True, SILENT), layout, out, **how
+        )
+    written.notes = (*written.notes, *notes)
+    return written
 
 
 def _scales(source: Checkpoint, target: ModelConfig, prompts: Path, kind: str, dtype: str | None) -> Scales:
@@ -175,26 +172,13 @@ def _write_folder(
 ) -> Written:
     dtypes, formats = _dtypes(source, target, dtype)
     prefix = families.weight_names(source.model).prefix if source.bare else ""
-    files, infos = hf_files(target, out, dtypes, DEFAULT_SHARD_BYTES, prefix)
     copies = {**side_files.chosen(source.folder, source.values, dtype), CONFIG: as_json(values).encode()}
-    told = ["quantize", source.identity, values, scales.digest if scales is not None else ""]
-    work = digest_of(json.dumps(told).encode() + b"".join(one.header for one in files))
-    made = _Made(source, formats, dtypes, scales)
-
-    def converted(file: NewFile) -> Iterator[memoryview]:
-        mine = {name: info for name, info in infos.items() if info.file == out / file.name}
-        for name, info in sorted(mine.items(), key=lambda item: item[1].offset):
-            yield np.ascontiguousarray(made.tensor(name)).reshape(-1).view(np.uint8).data
-            progress.advance(info.nbytes)
-
-    progress.begin(sum(info.nbytes for info in infos.values()))
-    with Output(out, files, work, overwrite=overwrite, extra_bytes=side_files.nbytes(copies)) as output, made:
-        for file in files:
-            output.fill(file.name, converted(file))
-        side_files.write(copies, out)
-        output.finish(lambda: side_files.write(index_of(infos) if len(files) > 1 else {}, out))
-    output.written.notes = (*source.notes, *(scales.notes if scales is not None else ()))
-    return output.written
+    work = ["quantize", source.identity, values, scales.digest if scales is not None else ""]
+    new = NewFolder(target, out, dtypes, copies, work, prefix=prefix, overwrite=overwrite)
+    with _Made(source, formats, dtypes, scales) as made:
+        written = new.write(lambda name, info: [np.ascontiguousarray(made.tensor(name))], progress)
+    written.notes = tuple(source.notes)
+    return written
 
 
 def _dtypes(

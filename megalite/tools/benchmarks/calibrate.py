@@ -22,18 +22,8 @@ from megalite.planner.cost import END_KERNELS, KERNELS, KERNELS_OF_ONE
 from megalite.planner.devices import keep, named, visible_gpus
 from megalite.run.facts import Given
 from megalite.run.launcher import run_ranks
+from megalite.tools.benchmarks.shapes import decoder
 
-TINY = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 512,
-    "max_position_embeddings": 128,
-    "dtype": "float32",
-}
 DEPTHS = (2, 18)
 """Layers of the two tiny models."""
 ROWS = 32
@@ -97,7 +87,8 @@ def _decode(kind: DeviceKind, layers: int) -> tuple[float, float]:
     from megalite import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": layers}))
+        model = decoder("llama", layers, 64, 4, 4, 128, vocab_size=512, max_position_embeddings=128, dtype="float32")
+        Path(folder, "config.json").write_text(json.dumps(model))
         sizes: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": ROWS, "max_num_batched_tokens": 512}
         with LLM(folder, device=kind, dtype="float32", load_format="dummy", skip_tokenizer_init=True, **sizes) as llm:
 

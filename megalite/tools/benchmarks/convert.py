@@ -11,7 +11,6 @@ printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from megalite.monitor.words import format_bytes
 from megalite.tools.benchmarks.frame import head, row, write_figures
+from megalite.tools.benchmarks.shapes import SHAPES, save_weights
 from megalite.tools.toolkit import say_time_left
 from megalite.weights.tensor_file import read_header
 
@@ -42,33 +42,6 @@ TRANSFORMERS = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
-"""
-
-GENERATE = """
-import json, sys
-from pathlib import Path
-import numpy as np
-from megalite.model import families
-from megalite.convert.convert import hf_files, index_of
-from megalite.weights import side_files
-from megalite.weights.table import hf_shapes
-folder, values = Path(sys.argv[1]), json.loads(sys.argv[2])
-(folder / "config.json").write_text(json.dumps(values))
-model = families.read(folder)
-files, infos = hf_files(model, folder, dict.fromkeys(hf_shapes(model), "BF16"), 5 * 10**9)
-random = np.random.default_rng(0)
-pool = random.integers(0, 1 << 16, 32 << 20, np.uint16)
-pool = (pool & 0x80FF | 0x3B00).view(np.uint8)
-for file in files:
-    with open(folder / file.name, "wb") as target:
-        target.write(file.header)
-        left = file.nbytes - len(file.header)
-        while left:
-            start = 2 * int(random.integers(0, 1 << 20))
-            target.write(pool[start : start + min(left, 60 << 20)].data)
-            left -= min(left, 60 << 20)
-if len(files) > 1:
-    side_files.write(index_of(infos), folder)
 """
 
 
@@ -269,22 +242,8 @@ def evict(folder: Path) -> None:
 
 def generate(folder: Path, gigabytes: float) -> Path:
     """A Llama of about that size with random bfloat16 weights; hidden 4096, as an 8B model has."""
-    folder.mkdir()
-    hidden, inner, vocab = 4096, 14336, 32000
-    layer = 2 * hidden * (2 * hidden + 2 * 1024 + 3 * inner)
-    values = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": max(3, round((gigabytes * 1e9 - 4 * vocab * hidden) / layer)),
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": vocab,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-    subprocess.run([sys.executable, "-c", GENERATE, str(folder), json.dumps(values)], check=True)
-    sync(folder)
+    hidden, vocab = 4096, 32000
+    layer = 2 * hidden * (2 * hidden + 2 * 1024 + 3 * SHAPES["llama-8B"]["intermediate_size"])
+    layers = max(3, round((gigabytes * 1e9 - 4 * vocab * hidden) / layer))
+    save_weights({**SHAPES["llama-8B"], "num_hidden_layers": layers, "vocab_size": vocab}, folder)
     return folder

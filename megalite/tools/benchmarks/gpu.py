@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
         for shape in args.shapes:
             folder = save_config(shape, Path(place) / shape)
             if args.disk:
-                save_weights(shape, Path(folder))
+                save_weights(SHAPES[shape], Path(folder))
             for layout in layouts(args):
                 out = Path(place) / "rows"
                 out.write_text("")

@@ -22,34 +22,15 @@ from megalite.planner.devices import PROFILES, READ_SHARE, named
 from megalite.planner.generation import Span, Workload, predict
 from megalite.planner.memory import RankMemory
 from megalite.tools.benchmarks.frame import head, row
+from megalite.tools.benchmarks.shapes import decoder
 
-LLAMA_7B: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
-_WIDE = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
-_EXPERTS = {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2}
-SHAPES: dict[str, dict[str, Any]] = {
-    "LLaMA 7B": LLAMA_7B,
-    "Mistral 7B": {**LLAMA_7B, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "Mixtral 8x7B": {
-        **LLAMA_7B,
-        **_EXPERTS,
-        "model_type": "mixtral",
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-    },
-    "LLaMA 70B": {**LLAMA_7B, **_WIDE, "num_key_value_heads": 8},
-    "LLaMA v3 70B": {**LLAMA_7B, **_WIDE, "num_key_value_heads": 8, "vocab_size": 128256},
+_REST: dict[str, Any] = {"vocab_size": 32000, "max_position_embeddings": 32768, "dtype": "bfloat16"}
+SHAPES = {
+    "LLaMA 7B": decoder("llama", 32, 4096, 32, 32, 11008, **_REST),
+    "Mistral 7B": decoder("llama", 32, 4096, 32, 8, 14336, **_REST),
+    "Mixtral 8x7B": decoder("mixtral", 32, 4096, 32, 8, 14336, num_local_experts=8, num_experts_per_tok=2, **_REST),
+    "LLaMA 70B": decoder("llama", 80, 8192, 64, 8, 28672, **_REST),
+    "LLaMA v3 70B": decoder("llama", 80, 8192, 64, 8, 28672, **{**_REST, "vocab_size": 128256}),
 }
 """What config.json says of each model."""
 SOURCE = "TensorRT-LLM, docs/source/performance/perf-overview.md"

@@ -19,6 +19,7 @@ from megalite.planner.cost import SCORE_SHARE, Cluster
 from megalite.planner.devices import named
 from megalite.planner.search import search_training
 from megalite.planner.training import TrainingWork, predict
+from megalite.tools.benchmarks.shapes import decoder
 
 MEGATRON = "arXiv 2104.04473, table 1"
 LLAMA = "arXiv 2407.21783, table 4"
@@ -37,19 +38,9 @@ def gpt(layers: int, hidden: int, heads: int) -> dict[str, Any]:
     return {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes, "dtype": "float16"}
 
 
-LLAMA_405B: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 16384,
-    "intermediate_size": 53248,
-    "num_hidden_layers": 126,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
+LLAMA_405B = decoder(
+    *("llama", 126, 16384, 128, 8, 53248), vocab_size=128256, max_position_embeddings=8192, dtype="bfloat16"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

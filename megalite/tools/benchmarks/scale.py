@@ -30,6 +30,7 @@ from megalite.monitor.words import aligned, format_bytes
 from megalite.tools import toolkit
 from megalite.tools.benchmarks import published, published_training
 from megalite.tools.benchmarks.frame import write_figures
+from megalite.tools.benchmarks.shapes import decoder
 from megalite.tools.benchmarks.simulated_ranks import ADDRESS, HOST, Task
 from megalite.weights.reshard_plan import buckets, plan
 from megalite.weights.table import pieces
@@ -227,26 +228,17 @@ def _told(hub: Process, ranks: list[Process], at: float, cpu: float) -> dict[str
 
 # ---- plans of weight moves
 
-EXPERTS: dict[str, Any] = {
-    "model_type": "qwen3_moe",
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 151936,
-    "hidden_size": 5120,
-    "intermediate_size": 8192,
-    "moe_intermediate_size": 3072,
-    "num_hidden_layers": 64,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
+EXPERTS = decoder(
+    *("qwen3_moe", 64, 5120, 64, 8, 8192),
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=8192,
+    dtype="bfloat16",
+    moe_intermediate_size=3072,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+)
 SHAPES = {"LLaMA v3 70B": published.SHAPES["LLaMA v3 70B"], "mixture of 394B": EXPERTS}
 MOVES = (
     ("LLaMA v3 70B", Layout(8, 8, 8), Layout(8, 1, 64)),

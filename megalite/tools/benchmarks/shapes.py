@@ -3,63 +3,56 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megalite.tools.benchmarks.convert import GENERATE
+import numpy as np
+
+from megalite.convert.convert import NewFolder
+from megalite.convert.output import SILENT
+from megalite.files import as_json
+from megalite.model import families
+from megalite.weights.folder import CONFIG
+from megalite.weights.rounding import Elements
+from megalite.weights.side_files import SideFiles
+from megalite.weights.table import hf_shapes
+from megalite.weights.tensor_file import TensorInfo
+
+
+def decoder(kind: str, layers: int, hidden: int, heads: int, kv_heads: int, inner: int, **more: Any) -> dict[str, Any]:
+    """What config.json says of a decoder: model type, layers, width of the stream, heads, width of the MLP."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
+    heads_ = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return {
+        "model_type": kind,
+        **sizes,
+        **heads_,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-10M": {  # checkpoints/demo
-        "model_type": "qwen3",
-        "hidden_size": 320,
-        "intermediate_size": 768,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "vocab_size": 4096,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-    },
-    "llama-34M": {
-        "model_type": "llama",
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "vocab_size": 8192,
-        "max_position_embeddings": 1024,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    },
-    "qwen3-0.6B": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    },
-    "llama-8B": {  # Llama 3.1
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 4096,
-        "rope_theta": 500000.0,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
+    "qwen3-10M": decoder(  # checkpoints/demo
+        *("qwen3", 8, 320, 8, 2, 768),
+        head_dim=64,
+        vocab_size=4096,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    ),
+    "llama-34M": decoder(
+        *("llama", 8, 512, 8, 8, 1408),
+        vocab_size=8192,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=None,
+    ),
+    "qwen3-0.6B": decoder("qwen3", 28, 1024, 16, 8, 3072, head_dim=128, vocab_size=151936, tie_word_embeddings=True),
+    "llama-8B": decoder(  # Llama 3.1
+        "llama", 32, 4096, 32, 8, 14336, vocab_size=128256, rope_theta=500000.0, rms_norm_eps=1e-5
+    ),
 }
 """What config.json says of each."""
 
@@ -104,10 +97,22 @@ def save_config(name: str, folder: Path) -> str:
     return str(folder)
 
 
-def save_weights(name: str, folder: Path) -> None:
-    """Save random bfloat16 weights of a shape, in files of at most 5 GB."""
-    values = json.dumps({**SHAPES[name], "dtype": "bfloat16"})
-    subprocess.run([sys.executable, "-c", GENERATE, str(folder), values], check=True)
+def save_weights(values: dict[str, Any], folder: Path) -> None:
+    """Save a model of such a config.json with random bfloat16 weights, in files of at most 5 GB."""
+    model = families.from_values(folder / CONFIG, values)
+    random = np.random.default_rng(0)
+    pool = random.integers(0, 1 << 16, 32 << 20, np.uint16) & 0x80FF | 0x3B00
+
+    def make(name: str, info: TensorInfo) -> Iterator[Elements]:
+        left = info.nbytes // 2
+        while left:
+            start = int(random.integers(0, 1 << 20))
+            yield (part := pool[start : start + min(left, 30 << 20)])
+            left -= len(part)
+
+    beside: SideFiles = {CONFIG: as_json({**values, "dtype": "bfloat16"}).encode()}
+    dtypes = dict.fromkeys(hf_shapes(model), "BF16")
+    NewFolder(model, folder, dtypes, beside, ["random", values], overwrite=True).write(make, SILENT)
 
 
 def save_random(name: str, folder: Path) -> str:
