@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from waiting import PATIENCE
+from waiting import PATIENCE, free_port
 
 from megalite import cli
 from megalite.config.load import load_config
@@ -496,9 +496,8 @@ def test_ranks_get_the_resolved_file(job, monkeypatch):
 
 
 def test_text_in_arguments_of_a_bare_multi_host_launch_is_refused(job, monkeypatch, capfd):
-    put_under_launcher(monkeypatch, 0, 2)
-    monkeypatch.setenv("CROSS_SIZE", "2")
-    monkeypatch.setenv("LOCAL_SIZE", "1")
+    put_under_launcher(monkeypatch, 0, 2, CROSS_SIZE="2", LOCAL_SIZE="1", MASTER_PORT=str(free_port()))
+    monkeypatch.setattr("megalite.run.rendezvous._AFTER_PROBLEM", 0.0)  # the other host's rank does not come
     assert start("infer", ("parallel.tp=2", "sampling.seed=3", "model.dtype=float32"), config=JOB)[0] == 0
     assert start("infer", ("parallel.tp=2", "input.prompts=[/root]"), config=JOB) == (USAGE, [])
     error = capfd.readouterr().err

@@ -22,6 +22,8 @@ from launcher_only import launcher_only
 from tiny_tokenizer import with_tokenizer
 from waiting import PATIENCE, wait_until
 
+from megalite.run.processes import Process, descendants, is_stopped
+
 ROOT = Path(__file__).parent.parent
 INFER = str(ROOT / "launch" / "infer.py")
 DEEPSPEED = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", INFER]
@@ -92,31 +94,46 @@ class Jobs:
     def run(self, name: str, *overrides: str, **options) -> Run:
         return self.ended(name, self.start(name, *overrides, **options))
 
-    def stop(self, name: str, signum: int, after: int, *overrides: str) -> Run:
-        """Send a signal once the output has more than `after` lines. One prompt at a time: it shall take a while."""
-        program = self.start(name, "engine.max_num_seqs=1", *overrides)
-        output = self.folder / f"{name}.jsonl"
+    def stop(self, name: str, signum: int, ranks: int, *overrides: str) -> Run:
+        """Send a signal in the middle of the work, where the ranks stand still until they have it."""
+        program = self.start(name, "engine.max_num_seqs=1", WAITS, *overrides, fault="decode.step#80=stop")
 
-        def has_more() -> bool:
+        def standing() -> list[Process]:
             assert program.runs, program.ended()
-            return output.exists() and output.read_bytes().count(b"\n") > after
+            there = [Process.of(program.pid), *descendants(program.pid)]
+            return [one for one in there if one and is_stopped(one.pid)]
 
-        wait_until(has_more, f"more than {after} lines")
+        wait_until(lambda: len(standing()) == ranks, "all ranks stand still")
+        stopped = standing()
         program.signal(signum)
+        wait_until(lambda: all(pending(one.pid, signum) for one in stopped), "it has come to all")
+        for one in stopped:
+            one.kill(signal.SIGCONT)
         return self.ended(name, program)
+
+
+WAITS = f"distributed.peer_timeout={PATIENCE}"
+"""A rank that is stopped does not count as lost meanwhile."""
+
+
+def pending(pid: int, signum: int) -> bool:
+    """A signal waits for the process to go on."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(mask >> signum - 1 & 1 for mask in masks)
 
 
 def restarted(jobs: Jobs) -> list[Run]:
     """One rank of two is killed, and the run starts again by itself, over what an earlier one has left."""
     (jobs.folder / "restarted.jsonl").write_text("not ours\n")
     again = ("--max-restarts", "2", "output.overwrite=true", "parallel.dp=2", "engine.max_num_seqs=3")
-    return [jobs.run("restarted", *again, fault="decode.step@1#80=kill")]
+    return [jobs.run("restarted", *again, fault="decode.step@1#40=kill")]
 
 
 def stopped(jobs: Jobs) -> list[Run]:
     """SIGTERM, SIGINT, a refusal of other sampling, and the rest."""
-    runs = [jobs.stop("stopped", signal.SIGTERM, len(BAD) + 2, "parallel.dp=2", "parallel.dp_mode=async")]
-    runs.append(jobs.stop("stopped", signal.SIGINT, len(runs[0].results) + 1))
+    runs = [jobs.stop("stopped", signal.SIGTERM, 2, "parallel.dp=2", "parallel.dp_mode=async")]
+    runs.append(jobs.stop("stopped", signal.SIGINT, 1))
     runs.append(jobs.run("stopped", "sampling.temperature=0.8", "engine.seed=1"))
     return [*runs, jobs.run("stopped")]
 

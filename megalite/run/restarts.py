@@ -21,6 +21,7 @@ from megalite.errors import (
     EXIT_RESOURCES,
     EXIT_SIGINT,
     EXIT_SIGTERM,
+    FAULT_VARIABLE,
     Problem,
 )
 
@@ -32,6 +33,7 @@ _SETTLED = {
     EXIT_PROMPTS_FAILED,
     EXIT_SIGINT,
     EXIT_SIGTERM,
+    FAULT_VARIABLE,
     128 + signal.SIGHUP,
 }
 """Exit codes of runs that would end so again, or were meant to end."""
@@ -62,6 +64,7 @@ def run(loaded: Loaded[Any], start: Callable[[Loaded[Any]], int], most: int) -> 
         pause = min(_LONGEST_PAUSE, 2.0**restart)
         _say(f"the run ended with code {code}; restart {restart + 1} of {most} in {pause:g} s, from what is on disk.")
         time.sleep(pause)
+        os.environ.pop(FAULT_VARIABLE, None)  # what a test injects, one start meets
         loaded = _going_on(loaded, begun=_written(loaded.config) != began)
     return code
 
