@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, multiprocessors, require_triton, shared_memory, tl, triton
+from megalite.kernels.jit import jit, multiprocessors, next_power_of_2, require_triton, shared_memory, tl
 from megalite.kernels.store import as_bytes
 
 MAX_SPLITS = 32
@@ -465,7 +466,7 @@ def _launch(
     require_triton()
     group = heads // kv_heads
     tile = tile or _tile(group, dim, q.dtype, one_query, shared_memory(q.device))
-    block_rest = max(16, triton.next_power_of_2(rest)) if rest else 0
+    block_rest = max(16, next_power_of_2(rest)) if rest else 0
     tiles = num_rows if one_query else tokens // (tile.rows // group) + num_rows  # at least as many as the rows need
     partial, lse = out, out  # not used
     if splits > 1:
@@ -476,7 +477,7 @@ def _launch(
     score_factor, cap_factor = scale * math.log2(math.e), 1.0
     if softcap is not None:
         score_factor, cap_factor = scale / softcap, softcap * math.log2(math.e)
-    dims = {"DIM": dim, "BLOCK_DIM": max(16, triton.next_power_of_2(dim)), "SPLITS": splits, "PDL": pdl}
+    dims = {"DIM": dim, "BLOCK_DIM": max(16, next_power_of_2(dim)), "SPLITS": splits, "PDL": pdl}
     launch = {"launch_pdl": True} if pdl else {}
     tensors = (q, k, v, out, partial, lse, *(rows[0] if tensor is None else tensor for tensor in (*rows, sinks)))
     table_stride = 0 if rows[2] is None else rows[2].stride(0)
@@ -522,9 +523,10 @@ class Tile:
     num_stages: int
 
 
+@cache
 def _tile(group: int, dim: int, dtype: torch.dtype, one_query: bool, shared: int) -> Tile:
     """For a device with `shared` bytes of shared memory. float32 has no tensor cores here, so its tiles are small."""
-    fewest = max(16, triton.next_power_of_2(group))  # 16: the least a matrix product takes
+    fewest = max(16, next_power_of_2(group))  # 16: the least a matrix product takes
     if dtype == torch.float32:
         return Tile(fewest, 32 if dim <= 128 else 16, 4, 1)
     keys = 64 if dim <= 128 else 32

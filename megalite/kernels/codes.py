@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, launches_dependents, multiprocessors, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, launches_dependents, multiprocessors, next_power_of_2, require_triton, tl
 
 ROW_WORDS = {4: 256, 8: 512}
 """By bits of a code: words of a row that a program multiplies at a time, four to a thread."""
@@ -365,9 +365,9 @@ def codes_linear(
     options = {**_blocks(dim, scales, kind), "BIAS": bias is not None}
     tensors = (x, codes, scales, scales if zeros is None else zeros, x if bias is None else bias, out)
     strides = (x.stride(0), codes.stride(0), out.stride(0))
-    rows = max(16, triton.next_power_of_2(tokens))
+    rows = max(16, next_power_of_2(tokens))
     block_n = max(16, _outputs_of_program(outputs, 32 if rows <= 32 else 16, x.device))
-    slices = min(4, triton.next_power_of_2(options["DIM"] // options["BLOCK"]))
+    slices = min(4, next_power_of_2(options["DIM"] // options["BLOCK"]))
     options |= {
         "ROWS": rows,
         "BLOCK_N": block_n,
@@ -375,7 +375,7 @@ def codes_linear(
         "num_warps": 4,
         "num_stages": 3 if rows <= 32 else 2,
     }
-    _few_rows_kernel[(triton.cdiv(outputs, block_n),)](*tensors, tokens, outputs, *strides, **options)
+    _few_rows_kernel[(cdiv(outputs, block_n),)](*tensors, tokens, outputs, *strides, **options)
     return out
 
 
@@ -417,9 +417,9 @@ def _by_rows(
     (rows, outputs), dim = out.shape, x.shape[1]
     options = _blocks(dim, scales, kind)
     block_n = _outputs_of_program(outputs * rows, 8, x.device)
-    words = max(2, min(ROW_WORDS[bits_of(kind)], triton.next_power_of_2(x.shape[1] * bits_of(kind) // 32)))
+    words = max(2, min(ROW_WORDS[bits_of(kind)], next_power_of_2(x.shape[1] * bits_of(kind) // 32)))
     pdl = experts is None and launches_dependents(x.device)
-    _one_row_kernel[triton.cdiv(outputs, block_n), rows](
+    _one_row_kernel[cdiv(outputs, block_n), rows](
         x,
         codes,
         scales,
@@ -468,7 +468,7 @@ def expand(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, kind: str, dt
     if outputs == 0:
         return out
     blocks = _blocks(dim, scales, kind)
-    _expand_kernel[triton.cdiv(outputs, 32), dim // blocks["BLOCK"]](
+    _expand_kernel[cdiv(outputs, 32), dim // blocks["BLOCK"]](
         codes,
         scales,
         scales if zeros is None else zeros,
@@ -495,7 +495,7 @@ def fp8_rows(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     scales = torch.empty((dim // group if group else 1, tokens), dtype=torch.float32, device=x.device)
     if tokens:
         assert x.stride(1) == 1
-        width = min(4096, triton.next_power_of_2(dim))
+        width = min(4096, next_power_of_2(dim))
         sizes = {"DIM": dim, "WIDTH": width, "GROUP": group or 0, "num_warps": 8}
         _fp8_rows_kernel[(tokens,)](x, codes, scales, x.stride(0), scales.stride(0), **sizes)
     return codes.view(torch.float8_e4m3fn), scales.t()

@@ -6,12 +6,12 @@ is the fastest there is on Hopper. It makes a plan for each shape, so only lengt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megalite.kernels.attention import Tile, attend_own_tokens
 
@@ -19,6 +19,28 @@ PLANNED_LENGTHS = 256
 """Lengths that cuDNN is given are multiples of this: few shapes, each planned once."""
 PLANNED_TOKENS = 2048
 """Tokens of a step from which the host time of cuDNN's attention is hidden behind the device's."""
+
+
+class _OnlyCudnn:
+    """Other attention kernels of torch are switched off inside: `torch.nn.attention.sdpa_kernel`, which takes the host
+    ten times as long."""
+
+    def __enter__(self) -> None:
+        self.before = [enabled() for enabled, _ in _OTHERS]
+        for _, enable in _OTHERS:
+            enable(False)
+
+    def __exit__(self, *failure: object) -> None:
+        for (_, enable), before in zip(_OTHERS, self.before, strict=True):
+            enable(before)
+
+
+_backends: Any = torch.backends.cuda  # whose types say nothing of their arguments
+_OTHERS: list[tuple[Callable[[], bool], Callable[[bool], None]]] = [
+    (_backends.flash_sdp_enabled, _backends.enable_flash_sdp),
+    (_backends.mem_efficient_sdp_enabled, _backends.enable_mem_efficient_sdp),
+    (_backends.math_sdp_enabled, _backends.enable_math_sdp),
+]
 
 
 def which(
@@ -69,12 +91,13 @@ def fresh_attention(
     if q.is_cuda and tokens and heads and tile is None and plain:
         capability = torch.cuda.get_device_capability(q.device)
         if which(tokens, rows, max_query_len, dim, q.dtype, window, softcap, capability) == "cudnn":
-            batched_q, batched_k, batched_v = (x.unflatten(0, (rows, max_query_len)).transpose(1, 2) for x in (q, k, v))
+            batched_q, batched_k, batched_v = (
+                x.view(rows, max_query_len, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+            )
             grouped = heads > k.shape[1]
-            chosen: Any = torch.backends.cuda  # whose types say nothing of these arguments
-            given = chosen.SDPAParams(batched_q, batched_k, batched_v, None, 0.0, True, grouped)
-            if chosen.can_use_cudnn_attention(given):
-                with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            given = _backends.SDPAParams(batched_q, batched_k, batched_v, None, 0.0, True, grouped)
+            if _backends.can_use_cudnn_attention(given):
+                with _OnlyCudnn():
                     out = F.scaled_dot_product_attention(
                         batched_q, batched_k, batched_v, is_causal=True, scale=scale, enable_gqa=grouped
                     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, require_triton, tl
 from megalite.kernels.thin import activated
 
 BLOCK = 1024
@@ -73,7 +73,7 @@ def gate(hidden: Tensor, activation: str, *, pdl: bool = False) -> Tensor:
     out = torch.empty((tokens, dim), dtype=hidden.dtype, device=hidden.device)
     if out.numel():
         extra = {"launch_pdl": True} if pdl else {}
-        _gate_kernel[(tokens, triton.cdiv(dim, BLOCK))](
+        _gate_kernel[(tokens, cdiv(dim, BLOCK))](
             hidden, out, hidden.stride(0), DIM=dim, BLOCK=BLOCK, ACTIVATION=activation, PDL=pdl, num_warps=4, **extra
         )
     return out
@@ -87,7 +87,7 @@ def gate_backward(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
     out = torch.empty((tokens, 2 * dim), dtype=hidden.dtype, device=hidden.device)
     if out.numel():
         strides = grad.stride(0), hidden.stride(0)
-        _gate_backward_kernel[(tokens, triton.cdiv(dim, BLOCK))](
+        _gate_backward_kernel[(tokens, cdiv(dim, BLOCK))](
             grad, hidden, out, *strides, DIM=dim, BLOCK=BLOCK, ACTIVATION=activation, num_warps=4
         )
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, next_power_of_2, require_triton, tl
 
 READ, WRITTEN = 8192, 4096
 """Columns of a row that a program of the first and of the second kernel works on at a time, at most."""
@@ -82,7 +82,7 @@ def softmax_statistics(
     lse = torch.empty(rows, dtype=torch.float32, device=scores.device)
     chosen = torch.empty_like(lse)
     if rows:
-        block = min(READ, triton.next_power_of_2(width))
+        block = min(READ, next_power_of_2(width))
         _statistics_kernel[(rows,)](
             scores,
             targets,
@@ -118,8 +118,8 @@ def softmax_gradient_(
     rows, width = scores.shape
     assert scores.stride(1) == 1 and lse.is_contiguous() and slopes.is_contiguous() and targets.is_contiguous()
     if scores.numel():
-        block = min(WRITTEN, triton.next_power_of_2(width))
-        _gradient_kernel[(rows, triton.cdiv(width, block))](
+        block = min(WRITTEN, next_power_of_2(width))
+        _gradient_kernel[(rows, cdiv(width, block))](
             scores,
             targets,
             lse,

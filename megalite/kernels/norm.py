@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import jit, next_power_of_2, require_triton, tl
 
 
 @jit
@@ -76,7 +76,7 @@ def rms_norm(
     out = torch.empty((count, dim), dtype=x.dtype, device=x.device)
     if count == 0:
         return out
-    block = triton.next_power_of_2(dim)
+    block = next_power_of_2(dim)
     _norm_kernel[(count,)](
         x,
         x if update is None else update,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, require_triton, tl
 from megalite.kernels.weights import _load
 
 CHUNK = 8192
@@ -93,7 +93,7 @@ def copy(logits: Tensor, out: Tensor) -> None:
     assert logits.stride(1) == 1 and out.is_contiguous()
     if n:
         require_triton()
-        grid = (triton.cdiv(vocab, CHUNK), n)
+        grid = (cdiv(vocab, CHUNK), n)
         _copy_kernel[grid](logits, logits.stride(0), out, vocab, CHUNK=CHUNK, num_warps=8)
 
 
@@ -108,7 +108,7 @@ def copy_allowed(logits: Tensor, out: Tensor, masks: Tensor, which: Tensor) -> N
     assert masks.shape[1] * 32 >= vocab and masks.numel() < 2**31
     if n:
         require_triton()
-        grid = (triton.cdiv(vocab, CHUNK), n)
+        grid = (cdiv(vocab, CHUNK), n)
         _copy_allowed_kernel[grid](
             logits, logits.stride(0), out, vocab, masks, masks.shape[1], which, CHUNK=CHUNK, num_warps=8
         )
@@ -133,7 +133,7 @@ def penalise(
     assert tokens.stride() == times.stride() and source.stride(1) == 1 and out.is_contiguous()
     if n and most:
         require_triton()
-        _penalise_kernel[(triton.cdiv(most, PLACES), n)](
+        _penalise_kernel[(cdiv(most, PLACES), n)](
             *(source, source.stride(0), out, rows, positions, table, tokens, tokens.stride(0), times, vocab),
             PLACES=PLACES,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, require_triton, tl
 
 CHUNK = 1 << 16
 """Numbers that one program reads."""
@@ -27,7 +27,7 @@ def _read_kernel(x, sums, length, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
 def read_all(x: Tensor) -> Tensor:
     """Sums of a float32 vector's chunks: every byte is read once and next to nothing is written."""
     require_triton()
-    count = triton.cdiv(x.numel(), CHUNK)
+    count = cdiv(x.numel(), CHUNK)
     sums = torch.empty(count, dtype=torch.float32, device=x.device)
     _read_kernel[(count,)](x, sums, x.numel(), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
     return sums

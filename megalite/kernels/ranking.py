@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, require_triton, tl
 from megalite.kernels.sampling import CHUNK
 from megalite.kernels.weights import _load
 
@@ -48,7 +48,7 @@ def rank(raw: Tensor, ids: Tensor) -> Tensor:
     ranks = torch.ones_like(ids)
     if n:
         require_triton()
-        _rank_kernel[(triton.cdiv(vocab, CHUNK), n)](raw, raw.stride(0), ids, ranks, vocab, CHUNK=CHUNK, num_warps=8)
+        _rank_kernel[(cdiv(vocab, CHUNK), n)](raw, raw.stride(0), ids, ranks, vocab, CHUNK=CHUNK, num_warps=8)
     return ranks
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import jit, next_power_of_2, require_triton, tl
 
 MAX_WIDTH = 16_384
 """Longest row that one program takes at once."""
@@ -177,7 +177,7 @@ def _launch(
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     _sum_kernel[(min(rows, peers.blocks),)](
         x,
         out,

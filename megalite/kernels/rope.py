@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, next_power_of_2, require_triton, tl
 from megalite.kernels.store import as_bytes, as_kept
 
 TILE = 1024
@@ -166,10 +166,10 @@ def rotate_and_store(
     if tokens == 0 or heads == 0:
         return
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
-    block_half, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(rest, 1))
-    most = triton.next_power_of_2(max(queries, keys))
-    block_heads = min(most, max(1, TILE // triton.next_power_of_2(dim)))
-    tiles = triton.cdiv(queries, block_heads) + 2 * triton.cdiv(keys, block_heads)
+    block_half, block_rest = next_power_of_2(half), next_power_of_2(max(rest, 1))
+    most = next_power_of_2(max(queries, keys))
+    block_heads = min(most, max(1, TILE // next_power_of_2(dim)))
+    tiles = cdiv(queries, block_heads) + 2 * cdiv(keys, block_heads)
     _rope_kernel[(tokens, tiles)](
         qkv,
         k_cache,
@@ -257,8 +257,8 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor | None, *, back: bool = F
     assert x.stride(2) == 1 and table.is_contiguous() and 0 < 2 * half <= dim
     out = torch.empty((tokens, heads, dim), dtype=x.dtype, device=x.device)
     if out.numel():
-        block_heads = min(triton.next_power_of_2(heads), max(1, TILE // triton.next_power_of_2(dim)))
-        _rotate_kernel[(tokens, triton.cdiv(heads, block_heads))](
+        block_heads = min(next_power_of_2(heads), max(1, TILE // next_power_of_2(dim)))
+        _rotate_kernel[(tokens, cdiv(heads, block_heads))](
             x,
             out,
             table,
@@ -268,8 +268,8 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor | None, *, back: bool = F
             HEADS=heads,
             DIM=dim,
             HALF=half,
-            BLOCK_HALF=triton.next_power_of_2(half),
-            BLOCK_REST=triton.next_power_of_2(max(dim - 2 * half, 1)),
+            BLOCK_HALF=next_power_of_2(half),
+            BLOCK_REST=next_power_of_2(max(dim - 2 * half, 1)),
             BLOCK_HEADS=block_heads,
             BACK=back,
             BY_POSITION=positions is not None,

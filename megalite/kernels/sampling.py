@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from megalite.kernels.cut import _cut_kernel
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, next_power_of_2, require_triton, tl
 from megalite.kernels.weights import (
     _fractions,
     _keys,
@@ -358,7 +358,7 @@ def choose(
     require_triton()
     chosen_from = raw if edited is None else edited
     assert raw.stride(1) == chosen_from.stride(1) == 1 and table.shape[1] == WIDTH and table.is_contiguous()
-    splits, spans = triton.cdiv(vocab, CHUNK), triton.cdiv(vocab, SPAN)
+    splits, spans = cdiv(vocab, CHUNK), cdiv(vocab, SPAN)
     parts = torch.empty((4, n, splits), device=raw.device)
     best = torch.empty((n, splits), dtype=torch.int32, device=raw.device)
     sums = torch.empty((2, n, spans), dtype=torch.int64, device=raw.device)
@@ -369,7 +369,7 @@ def choose(
     scale = {"SCALE": 2.0**bits}
     top = {"TOP": (127 + bits) << 23}
     kind = {"AT_TEMPERATURE": at_temperature}
-    lanes = {"SPANS": triton.next_power_of_2(spans), "SPAN": SPAN}
+    lanes = {"SPANS": next_power_of_2(spans), "SPAN": SPAN}
     _survey_kernel[(splits, n)](
         *(*raw_in, *edited_in, rows, table, parts, best, n * splits, vocab),
         EDITED=edited is not None,
@@ -380,7 +380,7 @@ def choose(
     _merge_kernel[(n,)](
         *(*raw_in, *edited_in, rows, table, parts, best, n * splits, splits, vocab, stats, state, ids, logprobs),
         **(kind | scale | top),
-        SPLITS=triton.next_power_of_2(splits),
+        SPLITS=next_power_of_2(splits),
         SAMPLE=SAMPLE,
         GROUP=GROUP,
         BINS=BINS,
@@ -388,7 +388,7 @@ def choose(
         num_warps=8,
         maxnreg=128,  # so that two programs fit into a multiprocessor, and below four
     )
-    _window_kernel[(triton.cdiv(spans, SPANS_EACH), n)](
+    _window_kernel[(cdiv(spans, SPANS_EACH), n)](
         *(*edited_in, rows, table, stats, state, sums, n * spans, spans, listed, vocab),
         **scale,
         SPAN=SPAN,

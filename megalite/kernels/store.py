@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, require_triton, tl, triton
+from megalite.kernels.jit import jit, next_power_of_2, require_triton, tl
 
 
 @jit
@@ -77,7 +77,7 @@ def store_kv(
     require_triton()
     k_cache, v_cache = as_bytes(k_cache), as_bytes(v_cache)
     strides = (*k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:2])
-    blocks = {"BLOCK_HEADS": triton.next_power_of_2(heads), "BLOCK_DIM": triton.next_power_of_2(dim)}
+    blocks = {"BLOCK_HEADS": next_power_of_2(heads), "BLOCK_DIM": next_power_of_2(dim)}
     inverses = (1 / scales[0], 1 / scales[1])
     _store_kernel[(tokens,)](k, v, k_cache, v_cache, slots, *strides, *inverses, HEADS=heads, DIM=dim, **blocks)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, multiprocessors, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, multiprocessors, next_power_of_2, require_triton, tl
 
 MAX_ROWS = 8
 """Rows up to which these kernels are meant: measured as fast as cuBLAS with norm and gate apart, with more slower."""
@@ -310,7 +310,7 @@ def thin_linear(
         "num_warps": tile.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     }
-    grid = (triton.cdiv(outputs, tile.block_n),)
+    grid = (cdiv(outputs, tile.block_n),)
     if tokens == 1:
         _one_row_kernel[grid](*tensors, outputs, weight.stride(0), eps, BLOCK_K=tile.block_k, **options)
         return out
@@ -321,7 +321,7 @@ def thin_linear(
         outputs,
         *strides,
         eps,
-        ROWS=max(8, triton.next_power_of_2(tokens)),
+        ROWS=max(8, next_power_of_2(tokens)),
         SLICES=tile.slices,
         SLICE_K=tile.block_k // tile.slices,
         num_stages=tile.num_stages,
@@ -337,14 +337,14 @@ def tile_of(tokens: int, outputs: int, dim: int, paired: bool, x: Tensor) -> Til
         block_n = 4 if dim == 4096 else 2
         return Tile(block_n, 2048, 1, 4 if block_n == 4 else 8, 1, 0)
     if tokens == 1:
-        block_k = min(1024, max(32, triton.next_power_of_2(dim)))
+        block_k = min(1024, max(32, next_power_of_2(dim)))
         block_n = _outputs_of_program(outputs, 4 if paired else 8, processors)
         rest = block_n * (dim - min(dim, block_k)) * x.element_size() // LINE
-        lines = min(256, triton.next_power_of_2(rest)) if rest else 0
+        lines = min(256, next_power_of_2(rest)) if rest else 0
         return Tile(block_n, block_k, 1, max(1, block_k // 256), 1, lines)
     block_n = max(16, _outputs_of_program(outputs, 16 if paired else 32, processors))
-    lines = min(256, triton.next_power_of_2(max(1, block_n * dim * x.element_size() // LINE)))
-    slices = min(4, max(1, triton.next_power_of_2(dim) // 64))
+    lines = min(256, next_power_of_2(max(1, block_n * dim * x.element_size() // LINE)))
+    slices = min(4, max(1, next_power_of_2(dim) // 64))
     return Tile(block_n, 64 * slices, slices, 4, 3, lines)
 
 

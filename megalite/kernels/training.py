@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalite.kernels.jit import jit, multiprocessors, require_triton, tl, triton
+from megalite.kernels.jit import cdiv, jit, multiprocessors, next_power_of_2, require_triton, tl
 
 PROGRAMS = 8
 """Programs for each multiprocessor where every one of them sums the gradient of a weight."""
@@ -67,7 +67,7 @@ def add_norm(
     stream = x if update is None else torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
     out = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
     if tokens:
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
         _add_norm_kernel[(tokens,)](
             x,
             x if update is None else update,
@@ -142,7 +142,7 @@ def norm_gradient(
     programs = min(tokens, PROGRAMS * multiprocessors(stream.device))
     sums = torch.empty((programs, dim), dtype=torch.float32, device=stream.device)
     if tokens:
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
         _norm_gradient_kernel[(programs,)](
             stream,
             weight,
@@ -426,12 +426,12 @@ def heads_gradient(
     queries, keys = into_q.shape[1], into_k.shape[1]
     into_q, into_k, into_v = (one if one.stride(2) == 1 else one.contiguous() for one in (into_q, into_k, into_v))
     into = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
-    programs = min(triton.cdiv(tokens * max(queries, keys), HEADS), PROGRAMS * multiprocessors(qkv.device))
+    programs = min(cdiv(tokens * max(queries, keys), HEADS), PROGRAMS * multiprocessors(qkv.device))
     sums = torch.empty((programs, 2, dim), dtype=torch.float32, device=qkv.device)
     q_weight, k_weight, eps = norms or (qkv, qkv, 0.0)
     if into.numel():
         half = table.shape[1] // 2
-        block_half, block_rest = (triton.next_power_of_2(max(1, channels)) for channels in (half, dim - 2 * half))
+        block_half, block_rest = (next_power_of_2(max(1, channels)) for channels in (half, dim - 2 * half))
         _heads_gradient_kernel[(programs, 3)](
             qkv,
             q_weight,
@@ -485,14 +485,14 @@ def accumulate_(total: Tensor, gradient: Tensor, *, first: bool) -> Tensor:
     require_triton()
     assert total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32
     if total.numel():
-        grid = (triton.cdiv(total.numel(), ACCUMULATED),)
+        grid = (cdiv(total.numel(), ACCUMULATED),)
         _accumulate_kernel[grid](total, gradient, total.numel(), ADD=not first, BLOCK=ACCUMULATED, num_warps=4)
     return total
 
 
 def _tile(queries: int, keys: int, dim: int) -> tuple[int, int]:
     """Channels and heads of a program's tile: all heads of one kind."""
-    return triton.next_power_of_2(dim), triton.next_power_of_2(max(queries, keys))
+    return next_power_of_2(dim), next_power_of_2(max(queries, keys))
 
 
 def _warps(numbers: int) -> int:

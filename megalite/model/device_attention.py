@@ -93,7 +93,7 @@ class DeviceAttention:
             scales=(spec.key_scale, spec.value_scale),
             pdl=self.pdl,
         )
-        q, k, v = heads.qkv.split(heads.counts, 1)
+        q, k, v = heads.qkv.split_with_sizes(heads.counts, 1)
         return self._attend_stored(spec, q, k, v, heads.sinks)
 
     def _attend_stored(
