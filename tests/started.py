@@ -35,15 +35,17 @@ class Started:
         self.size = 0
 
     def ready(self, ranks: int, mark: str = "ready") -> Started:
-        wait_until(lambda: self._marks(mark) == ranks or self.process.poll() is not None, mark)
-        assert self._marks(mark) == ranks, self.err
+        wait_until(lambda: self.marks(mark) == ranks or self.process.poll() is not None, mark)
+        assert self.marks(mark) == ranks, self.err
         self.all = [Process.of(self.process.pid), *descendants(self.process.pid)]
         return self
 
-    def _marks(self, mark: str) -> int:
+    def marks(self, mark: str) -> int:
+        """The ranks that have left it."""
         return len(list(self.folder.glob(f"{mark}-*")))
 
-    def rank(self, rank: int) -> Process:
+    def rank(self, rank: int) -> Process | None:
+        """None once it has gone."""
         return Process.of(json.loads((self.folder / f"card-{rank}").read_text())["pid"])
 
     def ended(self) -> int:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,13 +52,12 @@ def stop_group(run: Started) -> int:
 
 
 def signal_twice(run: Started) -> int:
+    """The second once the first has come through to the ranks, and so late that it is no echo of that."""
     run.process.send_signal(signal.SIGTERM)
-    time.sleep(1)
+    wait_until(lambda: run.marks("signalled") == 2, "both ranks are to drain")
+    time.sleep(launcher._AGAIN)
     assert run.process.poll() is None
-    while run.process.poll() is None:  # until it is one of its own: a starved process sees several as one
-        run.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            run.process.wait(20)
+    run.process.send_signal(signal.SIGTERM)
     return 0
 
 
@@ -74,11 +73,11 @@ DOORS = {
         "ready",
         stop_group,
         70,
-        r"^error: rank 1 \(pid PID\) was lost: stopped for 3 s\.$",
+        r"^error: rank 1 \(pid PID\) was lost: stopped for 1 s\.$",
     ),
     "a rank stopped while it loads": (
         *("late,late", "loads", kill(0, signal.SIGSTOP, loads=True), 70),
-        r"^error: rank 0 \(pid PID\) was lost: stopped for 3 s\.$",
+        r"^error: rank 0 \(pid PID\) was lost: stopped for 1 s\.$",
     ),
     **{
         f"{name} while it loads": ("late,late", "loads", kill(1, signal.Signals[name], loads=True), code, says)
@@ -95,7 +94,7 @@ DOORS = {
     "an exception": ("stuck,fail:3", None, None, 3, "^rank 1 speaks: fail:3$"),
     "an interrupt": ("work,work", "ready", to_door(signal.SIGINT, group=True), 130, "^rank 0 speaks: work$"),
     "a second signal": (
-        *("stuck,stuck", "ready", signal_twice, 143),
+        *("deaf,deaf", "ready", signal_twice, 143),
         "^stopped by SIGTERM at once; unfinished work is given up.$",
     ),
     "a signal before the run": (
@@ -108,24 +107,28 @@ DOORS = {
 
 @pytest.fixture(scope="module")
 def doors(tmp_path_factory):
-    """Runs under the door, by name, all started at once over torch-free ranks."""
-    started = {}
-    for place, (name, (behaviours, *_)) in enumerate(DOORS.items()):
-        folder = tmp_path_factory.mktemp(f"door{place}")
-        started[name] = Started(folder, [sys.executable, DOOR, 2, "no", WATCHED, folder, behaviours])
-    yield started
-    for run in started.values():
+    """The runs under the door by name, all at once, over torch-free ranks: each once it has ended, its code, and PID."""
+    folder, runs = tmp_path_factory.mktemp("doors"), []
+
+    def whole(place: int, name: str) -> tuple[Started, int, int]:
+        behaviours, mark, act, *_ = DOORS[name]
+        here = folder / str(place)
+        runs.append(run := Started(here, [sys.executable, DOOR, 2, "no", WATCHED, here, behaviours]))
+        if mark:
+            run.ready(1 if mark == "come" else 2, mark)
+        return run, act(run) if act else 0, run.ended()
+
+    with ThreadPoolExecutor(len(DOORS)) as pool:
+        yield {name: pool.submit(whole, place, name) for place, name in enumerate(DOORS)}
+    for run in runs:
         run.kill()
 
 
 @pytest.mark.parametrize("name", DOORS)
 def test_the_door_ends_with_the_runs_code_one_line_and_no_process(doors, name):
-    run, (_, mark, act, code, line) = doors[name], DOORS[name]
-    pid = 0
-    if mark:
-        run.ready(1 if mark == "come" else 2, mark)
-        pid = act(run)
-    assert run.ended() == code
+    run, pid, ended = doors[name].result()
+    *_, code, line = DOORS[name]
+    assert ended == code
     assert len(run.err) == 1 and re.search(line.replace("PID", str(pid)), run.err[0]), run.err
 
 
@@ -160,17 +163,17 @@ def test_a_whole_run_through_the_door_is_quiet(joined, tmp_path):
 
 def test_a_run_whose_groups_never_go_is_done_all_the_same(joined, tmp_path):
     """They have longer than the ranks are watched for signs of life, and its work is done."""
-    run = joined(a_config(tmp_path, steps=2, peer_timeout=4, goodbye=6))
+    run = joined(a_config(tmp_path, steps=2, peer_timeout=1, goodbye=2))
     assert run.code == 0 and len(run.out.splitlines()) == 2
-    why = "its process groups were not destroyed within 6 s; it leaves without that"
+    why = "its process groups were not destroyed within 2 s; it leaves without that"
     assert sorted(run.err.splitlines()) == [f"rank {rank}: {why}" for rank in range(2)]
 
 
 def test_a_missing_rank(joined, tmp_path):
-    run = joined(a_config(tmp_path, steps=2, start_timeout=2), MEGALITE_FAULT="start@1=hang")
+    run = joined(a_config(tmp_path, steps=2, start_timeout=1), MEGALITE_FAULT="start@1=hang")
     assert run.code == 70
     [line] = run.err.splitlines()
-    assert line.startswith("error: ") and "rank 1 never came within 2 s (of 2; here are 0 on" in line
+    assert line.startswith("error: ") and "rank 1 never came within 1 s (of 2; here are 0 on" in line
 
 
 def test_two_hosts_lose_a_rank(forks, tmp_path):

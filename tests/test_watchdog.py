@@ -31,13 +31,13 @@ from megalite.run.watchdog import Watchdog, listen
 SCRIPT = Path(__file__).with_name("watched_rank.py")
 
 
-def watched(folder: Path, behaviours: Sequence[str], timeout: float) -> Started:
+def watched(folder: Path, behaviours: Sequence[str], timeout: float, step_timeout: float = 3.0) -> Started:
     """Ranks of watched_rank.py under their launcher."""
     path = os.pathsep.join(
         [str(SCRIPT.parents[1]), *filter(None, sys.path)]
     )  # -S starts quickly, and knows no packages
     command = [sys.executable, "-S", SCRIPT, "launch", folder, timeout, *behaviours]
-    run = Started(folder, command, PYTHONPATH=path)
+    run = Started(folder, command, PYTHONPATH=path, STEP_TIMEOUT=str(step_timeout))
     run.size = len(behaviours)
     return run
 
@@ -76,7 +76,7 @@ def signal_twice(run: Started) -> None:
 def suspend(run: Started) -> None:
     """The whole job, for longer than one rank alone would be waited for."""
     send((-2, signal.SIGSTOP))(run)
-    time.sleep(7)
+    time.sleep(4)
     os.killpg(run.process.pid, signal.SIGCONT)
     time.sleep(1)
     (run.folder / "over").touch()
@@ -95,9 +95,9 @@ CASES = {
         (70, None, [1]),
         LOST_1 + WORDLESS,
     ),
-    "a stopped rank": (["stuck", "work", "stuck", 6], send((1, 19)), [70, -9, 70], (70, None, [1]), LOST_1 + SILENT),
-    "a stopped hub": (["stuck", "work", 4], send((0, 19)), [-9, 70], (70, None, [0]), f"rank 0 .*{SILENT}"),
-    "a call that holds Python's lock": (["hog:7", "work:1", "hog:7", 4], None, [0, 0, 0], (0, None, []), ""),
+    "a stopped rank": (["stuck", "work", "stuck", 2], send((1, 19)), [70, -9, 70], (70, None, [1]), LOST_1 + SILENT),
+    "a stopped hub": (["stuck", "work", 2], send((0, 19)), [-9, 70], (70, None, [0]), f"rank 0 .*{SILENT}"),
+    "a call that holds Python's lock": (["hog:4", "work:1", "hog:4", 2], None, [0, 0, 0], (0, None, []), ""),
     "two lost together": (
         ["stuck"] * 4,
         send((1, 9), (3, 9)),
@@ -142,36 +142,49 @@ CASES = {
         (70, None, [0]),
         r"rank 0 .* has not entered all_reduce #7 of tp group .*was last heard \d+ s ago: a native call holds",
     ),
-    "a job that was suspended": (["work", "work", 4], suspend, [0, 0], (0, None, []), ""),
+    "a job that was suspended": (["work", "work", 2], suspend, [0, 0], (0, None, []), ""),
 }
 """How the ranks behave (and their time-out, 30 s if none), what is done to them, their exit codes, the end that is
 decided (code, speaker, lost), and the one line that is said."""
 
 
+PATIENT = 20
+"""A machine so busy that one rank was taken for another one's loss sees the case again, with time-outs so much longer."""
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """The runs by name, each once it has ended, six at a time."""
+    """Starts a case, with so many times its time-outs: the run once it has ended. All are started now."""
     folder, runs = tmp_path_factory.mktemp("watched"), []
 
-    def whole(place: int, name: str) -> Started:
+    def whole(name: str, times: int) -> Started:
         (*behaviours, last), act, *_ = CASES[name]
         timeout = 30 if isinstance(last, str) else last
-        run = watched(folder / str(place), behaviours if timeout == last else [*behaviours, last], timeout)
+        behaviours = behaviours if timeout == last else [*behaviours, last]
+        run = watched(folder / f"{name} {times}", behaviours, times * timeout, times * 3.0)
         runs.append(run)
         if act:
             act(run)
         run.ended()
         return run
 
-    with ThreadPoolExecutor(6) as pool:
-        yield {name: pool.submit(whole, place, name) for place, name in enumerate(CASES)}
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        found = {name: pool.submit(whole, name, 1) for name in CASES}
+        yield lambda name, times=1: found[name].result() if times == 1 else whole(name, times)
     for run in runs:
         run.kill()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_how_a_run_ends(ended, name):
-    run, (_, _, codes, end, line) = ended[name].result(), CASES[name]
+    try:
+        check_end(ended(name), name)
+    except AssertionError:
+        check_end(ended(name, PATIENT), name)
+
+
+def check_end(run: Started, name: str) -> None:
+    _, _, codes, end, line = CASES[name]
     said, *stack = run.err or [""]
     assert bool(said) == bool(line) and re.search(line, said), run.err
     if stack:  # of who did not come
@@ -189,7 +202,7 @@ def test_who_does_not_know_the_token_stays_outside(tmp_path):
     run = watched(tmp_path, ["stuck", "stranger", "work"], 30.0)
     missing = run.folder / "missing-0"
     wait_until(lambda: missing.exists() and missing.read_text() == "[1]", "the others are there")
-    time.sleep(2)
+    wait_until(lambda: not ((stranger := run.rank(1)) and stranger.alive()), "it is refused, and leaves")
     assert missing.read_text() == "[1]" and not list(run.folder.glob("ready-*"))
     run.kill()
 

@@ -3,7 +3,7 @@
 test_watchdog.py and test_launcher.py run it.
 
 `watched_rank.py launch FOLDER TIMEOUT BEHAVIOUR...` starts one rank for each behaviour and waits for them all.
-`watched_rank.py rank FOLDER TIMEOUT RANK WORLD BEHAVIOUR` is such a rank.
+`watched_rank.py rank FOLDER TIMEOUT RANK WORLD BEHAVIOUR` is such a rank. STEP_TIMEOUT: seconds, in the environment.
 `watched_rank.py FOLDER BEHAVIOUR,BEHAVIOUR...` is one that the door started; with a timeout behind, on one of several
 hosts, which share the folder.
 """
@@ -28,7 +28,7 @@ from megalite.run.referee import Peer
 from megalite.run.status import StatusFile
 from megalite.run.watchdog import ORPHAN_WAIT, Watchdog, listen
 
-STEP_TIMEOUT = 3.0
+STEP_TIMEOUT = float(os.environ.get("STEP_TIMEOUT", "3"))
 LOOPBACK = "127.0.0.1"
 PATIENCE = 300.0
 """Seconds for the ranks to meet."""
@@ -123,6 +123,11 @@ def rank(folder: Path, timeout: float, rank: int, world: int, behaviour: str, ad
     if what == "hog":
         ctypes.PyDLL(None).sleep(int(detail))  # holds the interpreter's lock, as one long json.dumps does
     if what == "stuck":
+        threading.Event().wait()
+    if what == "deaf":  # to what it is asked
+        while watchdog.signal_received is None:
+            time.sleep(0.02)
+        (folder / f"signalled-{rank}").touch()
         threading.Event().wait()
     if what == "vanish":
         os._exit(0)
