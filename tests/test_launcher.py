@@ -107,7 +107,7 @@ DOORS = {
 
 @pytest.fixture(scope="module")
 def doors(tmp_path_factory):
-    """The runs under the door by name, all at once, over torch-free ranks: each once it has ended, its code, and PID."""
+    """The runs under the door by name, all at once, over torch-free ranks: once it has ended; its code; PID."""
     folder, runs = tmp_path_factory.mktemp("doors"), []
 
     def whole(place: int, name: str) -> tuple[Started, int, int]:

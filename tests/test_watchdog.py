@@ -149,7 +149,7 @@ decided (code, speaker, lost), and the one line that is said."""
 
 
 PATIENT = 20
-"""A machine so busy that one rank was taken for another one's loss sees the case again, with time-outs so much longer."""
+"""Where a machine is so busy that a case ends as another, it is seen again with time-outs so many times as long."""
 
 
 @pytest.fixture(scope="module")
