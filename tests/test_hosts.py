@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from waiting import PATIENCE, free_port
 
 from megalite.config.load import load_config
+from megalite.config.schema import InferConfig
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError, RankLost
 from megalite.planner import choose
@@ -30,6 +32,7 @@ from megalite.run.hostfile import check_ranks
 from megalite.run.hostfile import hosts_of as hosts_of_file
 from megalite.run.launch_env import LaunchEnv, first_host, outside
 from megalite.run.placement import Host, by_host, consecutive, tp_inside, warnings
+from megalite.run.start import misplaced
 from megalite.weights.identity import sampled_digest
 
 # ---- a layout by host
@@ -157,6 +160,9 @@ def test_a_task_of_a_slurm_step_is_a_rank():
     env = LaunchEnv.of(STEP)
     assert (env.rank, env.local_rank, env.world_size, env.started_here, env.hosts) == (3, 1, 5, 2, 3)
     assert (env.master_addr, env.launcher, env.over_hosts) == ("gpu07", "srun", True)
+    one = Namespace(config=InferConfig(), sha256="")
+    said = misplaced(one, env, [], Namespace(program=["a.py"], hosts=[], sha256=""))
+    assert "srun started 5 ranks, " in str(*said) and str(*said).endswith("srun --ntasks 1 python a.py")
     assert (
         20000 <= env.master_port < 30000 and env.master_port != LaunchEnv.of({**STEP, "SLURM_STEP_ID": "1"}).master_port
     )
@@ -279,8 +285,10 @@ def test_hosts_of_one_name_are_told_apart():
 
 
 def test_reasons_not_to_take_part_are_said_once():
-    some = [replace(one, problem=text) for one, text in zip(RANKS, ("", "p\nq", "q"), strict=True)]
-    assert refusals(some) == ["rank 1 (a): p", "ranks 1-2 (a and b): q"]
+    some = [
+        replace(one, problem=text) for one, text in zip(RANKS, ("", "p\nq: type\n  x", "q: type\n  x"), strict=True)
+    ]
+    assert refusals(some) == ["rank 1 (a): p", "ranks 1-2 (a and b): q: type\n  x"]
     assert refusals([replace(one, problem="p") for one in RANKS]) == ["p"]
 
 
@@ -346,7 +354,7 @@ def test_a_rank_of_another_host_says_why_it_does_not_come(monkeypatch):
     mine = {"pid": me.pid, "start": me.start}
     with ThreadPoolExecutor(2) as pool:
         told = pool.submit(first)
-        assert pool.submit(joining.refuse, envs[1], CheckpointError("model.path: no such folder")).result() is None
+        assert pool.submit(joining.refuse, envs[1], CheckpointError("model.path: no such folder.")).result() is None
         error = told.result()
     assert error.exit_code == CheckpointError.exit_code
     assert error.lines() == [f"error: rank 1 ({socket.gethostname()}): model.path: no such folder."]

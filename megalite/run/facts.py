@@ -183,12 +183,13 @@ def _names(ranks: Sequence[RankInfo]) -> str:
 
 
 def refusals(ranks: Sequence[RankInfo]) -> list[str]:
-    """Why ranks can't take part, each reason once, with those that have it unless all do."""
+    """Why ranks can't take part, each reason once, with those that have it unless all do. Indented lines of a reason
+    go on from the one before."""
     reasons: dict[str, list[RankInfo]] = {}
     for info in ranks:
-        for line in info.problem.splitlines():
-            reasons.setdefault(line, []).append(info)
-    return [line if len(some) == len(ranks) else f"{_names(some)}: {line}" for line, some in reasons.items()]
+        for reason in re.split(r"\n(?! )", info.problem) if info.problem else ():
+            reasons.setdefault(reason, []).append(info)
+    return [reason if len(some) == len(ranks) else f"{_names(some)}: {reason}" for reason, some in reasons.items()]
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -58,6 +58,18 @@ class Deadline:
         return time.monotonic() >= self._end + extra
 
 
+class RanksRefuse(ConfigError):
+    """Ranks can't take part, for reasons that are said as they came."""
+
+    def __init__(self, reasons: Sequence[str], exit_code: int):
+        MegaliteError.__init__(self, "\n".join(reasons))
+        self._reasons = reasons
+        self.exit_code = exit_code
+
+    def lines(self) -> list[str]:
+        return [f"error: {reason}" for reason in self._reasons]
+
+
 class RanksDiffer(ConfigError):
     """Ranks do not have alike what they must; shown with the table of all."""
 
@@ -214,10 +226,8 @@ def _gather(env: LaunchEnv, store: Store, deadline: Deadline, here: list[RankInf
 
 
 def _compare(store: Store, ranks: Sequence[RankInfo]) -> None:
-    if lines := refusals(ranks):
-        error = ConfigError(*lines)
-        error.exit_code = next(info.code for info in ranks if info.problem)
-        raise error
+    if reasons := refusals(ranks):
+        raise RanksRefuse(reasons, next(info.code for info in ranks if info.problem))
 
     def config_of(rank: int) -> dict[str, object]:
         return _flat(yaml.safe_load(store.get(f"text/{rank}")))

@@ -46,11 +46,11 @@ def misplaced(loaded: Loaded[Any], place: LaunchEnv | None, argv: Sequence[str],
 
 def _launched(place: LaunchEnv, wanted: int, argv: Sequence[str]) -> tuple[str, str]:
     """How this rank was started, and the command that starts `wanted` ranks instead; `argv`: its script and options."""
-    hosts = place.hosts or max(1, place.world_size // (place.started_here or place.world_size))
+    hosts = min(wanted, place.hosts or max(1, place.world_size // (place.started_here or place.world_size)))
     each = -(-wanted // hosts)
     started = f"{place.launcher} started {place.world_size} rank{'s' if place.world_size != 1 else ''}"
     if place.launcher == "srun":
-        command = f"srun --ntasks {wanted}{f' --nodes {hosts}' if hosts > 1 else ''}"
+        command = f"srun --ntasks {wanted}{f' --nodes {hosts}' if hosts > 1 else ''} python"
     elif place.launcher == "torchrun":
         command = f"torchrun {f'--nnodes {hosts} ' if hosts > 1 else ''}--nproc_per_node {each}"
     else:
