@@ -6,12 +6,16 @@ Nothing is compiled or launched here: a stand-in for the driver and for what is 
 from __future__ import annotations
 
 import random
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels import needs_triton  # first: it chooses the interpreter
+from test_kernels import CUDA, needs_triton  # first: it chooses the interpreter
+from test_sampler import random_masks
 
+from megalite.inference.choice import PLAIN, Needs
+from megalite.inference.device_sampler import DeviceSampler
 from megalite.kernels.jit import NOT_ALIGNED, NOT_SPECIALIZED, cdiv, next_power_of_2, quick_launches, tl, triton
 
 
@@ -40,8 +44,8 @@ class Compiled:
 
 
 @pytest.fixture
-def make(monkeypatch):
-    """Makes a kernel of a class whose compilations are noted in `.made`."""
+def driver(monkeypatch):
+    """Triton has a device."""
     from triton.backends.compiler import GPUTarget
 
     driver = SimpleNamespace(
@@ -50,6 +54,11 @@ def make(monkeypatch):
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+
+
+@pytest.fixture
+def make(driver):
+    """Makes a kernel of a class whose compilations are noted in `.made`."""
 
     def make(base):
         class Noting(base):
@@ -98,6 +107,46 @@ def test_profilers_hear_of_launches(make):
         hooks.remove(heard.append)
     launch()
     assert len(heard) == 1 and len(kernel.made) == 1 and len(kernel.made[0].launches) == 4
+
+
+@needs_triton
+@pytest.mark.skipif(CUDA, reason="the interpreter tells what is launched")
+@pytest.mark.parametrize("at_temperature", [False, True])
+def test_after_the_warm_up_no_request_has_anything_compiled(driver, monkeypatch, at_temperature):
+    from triton.runtime.interpreter import InterpretedFunction
+
+    compiled = set()
+
+    @cache
+    def binder(function):
+        places = {"do_not_specialize": NOT_SPECIALIZED, "do_not_specialize_on_alignment": NOT_ALIGNED}
+        return triton.runtime.JITFunction(function, **places).device_caches[0][4]
+
+    def note(self, *args, grid, warmup, **options):
+        _, found, rest = binder(self.fn)(*args, **options)
+        compiled.add((self.fn.__name__, *found, *rest.items()))
+
+    monkeypatch.setattr(InterpretedFunction, "run", note)
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # ids that no kernel has written
+    most, vocab = 16, 150
+    tokens = torch.zeros((most + 1, 48), dtype=torch.int32)
+    sampler = DeviceSampler(tokens, vocab, torch.from_numpy, at_temperature)
+
+    def sample(count, needs=PLAIN, masks=None):
+        rows, logits = torch.arange(count), torch.zeros((count, vocab), dtype=torch.bfloat16)
+        sampler.sample(logits, rows, torch.full_like(rows, 7), needs, masks)
+
+    with torch.inference_mode():
+        sample(1)  # as every step does
+        sampler.warm_up(torch.bfloat16)
+        known = len(compiled)
+        assert known > 15
+        for count in (3, most):
+            masks = random_masks([0, 2], vocab, torch.Generator())
+            for needs in (Needs(True), Needs(longest=16), Needs(True, 40, (5,) * count), Needs(logprobs=(1,) * count)):
+                sample(count, needs)
+                sample(count, needs, masks)
+    assert len(compiled) == known
 
 
 @needs_triton

@@ -10,7 +10,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from test_kernels import DEVICE, needs_triton
+from reference import attention
+from test_kernels import DEVICE, close, make_spec, needs_triton
 
 from megalite.config.schema import SamplingParams
 from megalite.inference.request import Request, Sampled
@@ -127,3 +128,16 @@ def make_alike(host: Rows, device: Rows, plan) -> list[int]:
     device.write(padded.rows, padded.positions, torch.tensor(ids + in_vain, device=DEVICE))
     assert torch.equal(host.tokens[:NUM_ROWS], device.tokens[:NUM_ROWS])
     return ids
+
+
+def test_a_prompt_of_padding_attends_and_leaves_nothing():
+    """As steps that are launched kernel by kernel are warmed up with."""
+    layout = CacheSpec.keys_and_values(1, 16)
+    cache = DeviceCache({0: layout}, 4, block_size=4, dtype=torch.float32, device=torch.device(DEVICE))
+    rows = Rows(NUM_ROWS, 16, cache=cache)
+    batch = rows.padding_prompt(9)
+    q, k, v = (torch.randn(9, heads, 16, device=DEVICE) for heads in (2, 1, 1))
+    spec = make_spec(16)
+    close(batch.context.attend(spec, q, k, v), attention(q, k, v, spec), 1e-5)
+    assert not any(one.any() for one in cache.layers[0]) and not rows.tokens.any()
+    assert batch.rows.tolist() == [NUM_ROWS] and batch.logit_rows.tolist() == [8]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,6 +39,17 @@ class DeviceSampler:
         values = np.column_stack([np.array(rows), whole, np.array(shares, np.float64).view(np.int64)])
         sent = self.send(values)
         self.table.index_copy_(0, sent[:, 0], sent[:, 1:])
+
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what rows with special needs take, for logits in `dtype`: padding has all needs in turn."""
+        rows = torch.tensor([len(self.table) - 1], device=self.table.device)
+        logits = torch.zeros((1, self.edits.vocab_size), dtype=dtype, device=rows.device)
+        everything: Future[np.ndarray] = Future()
+        everything.set_result(np.full((1, logits.shape[1] // 32 + 1), -1, np.int32))
+        self.penalties.begin()
+        for masks in (None, Masks([0], everything)):
+            for needs in (Needs(edits=True), Needs(longest=1), Needs(True, 1, (1,))):
+                self.sample(logits, rows, torch.zeros_like(rows), needs, masks)
 
     def sample(
         self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None

@@ -50,7 +50,7 @@ class Edits:
         self.send = send
         self.rows: dict[int, _Wishes] = {}
         """Wishes of the rows that have any."""
-        self._stale = False
+        self._stale = True
 
     def admit(self, row: int, sequence: Sequence) -> bool:
         """Take over the wishes of a sequence that begins in this row; returns whether it has any.
@@ -189,18 +189,23 @@ class Penalties:
 
     @property
     def times(self) -> Tensor:
-        """See `_times`; made when the first row with penalties is admitted."""
+        """See `_times`."""
         assert self._times is not None
         return self._times
 
+    def begin(self) -> None:
+        """Make `times`, where that has not been done: at the latest when the first row with penalties is admitted."""
+        if self._times is not None:
+            return
+        if self.tokens.is_cuda:
+            self._times = torch.zeros_like(self.tokens)
+        else:  # untouched pages of host memory cost nothing
+            self._times = torch.from_numpy(np.zeros(self.tokens.shape, np.int32))
+            self._arrays = self.tokens.numpy(), self._times.numpy(), self.prompt_len.numpy()
+
     def admit(self, sequences: Iterable[tuple[int, Sequence]]) -> None:
         """Count the outputs of sequences that begin, or go on, in the given rows."""
-        if self._times is None:
-            if self.tokens.is_cuda:
-                self._times = torch.zeros_like(self.tokens)
-            else:  # untouched pages of host memory cost nothing
-                self._times = torch.from_numpy(np.zeros(self.tokens.shape, np.int32))
-                self._arrays = self.tokens.numpy(), self._times.numpy(), self.prompt_len.numpy()
+        self.begin()
         places, counts = [], []
         for row, sequence in sequences:
             ids = np.array(sequence.token_ids, np.int64)

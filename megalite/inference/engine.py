@@ -180,15 +180,20 @@ class Engine:
         """Requests are on their way, wait or run; known on the control rank."""
         return self.scheduler.has_work() or self.channel.num_arriving > 0
 
-    def warm_up(self, sequences: int | None = None) -> None:
+    def warm_up(self, sequences: int | None = None, *, for_any: bool = False) -> None:
         """Compile and capture what decoding needs, for up to that many sequences at once; else it happens on the way.
 
-        Collective over the replica. On a CPU there is nothing to do.
+        `for_any`: what any request may ask for is compiled too; see `Runner.warm_up`. Collective over the replica. On a
+        CPU there is nothing to do.
         """
         began = time.monotonic()
         most = self.scheduler.max_num_seqs if sequences is None else min(sequences, self.scheduler.max_num_seqs)
-        self.runner.warm_up(-(-most // self.state.pp.size))
-        log.info("decode steps were made ready in %.1f s", time.monotonic() - began)
+        self.runner.warm_up(-(-most // self.state.pp.size), for_any=for_any)
+        log.info(
+            "%s were made ready in %.1f s",
+            "steps, and what requests may ask for," if for_any else "decode steps",
+            time.monotonic() - began,
+        )
 
     def renew(self) -> None:
         """Forget every cached prefix, as the weights have changed. Call it between runs."""

@@ -173,6 +173,26 @@ class Rows:
         new = torch.where(sampled, (first + count)[chosen], 0)
         return Batch(self.tokens[row[of], position].long(), context, logit_rows, index[:0], rows, new, row[of])
 
+    def padding_prompt(self, size: int) -> Batch:
+        """A prompt of `size` tokens of padding on an accelerator, whose keys are not kept, as `batch` gives prompts."""
+        assert isinstance(self.cache, DeviceCache)
+        row, index = self.padding_row, torch.arange(size, device=self.device)
+        context = DeviceAttention(
+            cache=self.cache,
+            positions=index,
+            lengths=torch.full_like(index, size),
+            slots=torch.full_like(index, -1),
+            query_start=torch.tensor([0, size], dtype=torch.int32, device=self.device),
+            context_len=torch.tensor([size], dtype=torch.int32, device=self.device),
+            block_table=self.block_table,
+            table_rows=torch.tensor([row], dtype=torch.int32, device=self.device),
+            max_query_len=size,
+            fresh=True,
+            make_recurrence=lambda: Recurrence.of_runs([Run(0, size, True, row)], self.device, self.cache.states),
+        )
+        rows = torch.full_like(index, row)
+        return Batch(torch.zeros_like(index), context, index[-1:], index[:0], rows[:1], index[:1], rows)
+
     # ---- any step
 
     def batch(self, plan: StepPlan) -> Batch:

@@ -22,6 +22,7 @@ from megalite.inference.sampler import Sampler
 from megalite.model.decoder import Decoder
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.collector import Meter
+from megalite.planner.memory import PROMPT_SIZES
 
 PromptLogits = Callable[[int, Tensor], None]
 """Takes logits [C, vocab] of a plan's prompt rows from the given one on; all of them come, in order."""
@@ -100,10 +101,24 @@ class Runner:
             )
 
     @torch.inference_mode()
-    def warm_up(self, most: int) -> None:
-        """Capture the decode steps of up to `most` rows, where they are captured. Collective over the stage."""
-        if self.graphs is not None:
-            self.graphs.capture_all(most)
+    def warm_up(self, most: int, *, for_any: bool) -> None:
+        """Capture the decode steps of up to `most` rows, where they are captured. Collective over the stage.
+
+        `for_any`: also compile what only some requests take: long prompts, which are launched kernel by kernel,
+        penalties, edits of logits, grammars and listed log-probabilities.
+        """
+        if self.graphs is None:
+            return
+        self.graphs.capture_all(most)
+        if for_any:
+            batch, x = self.rows.padding_prompt(PROMPT_SIZES[0]), self.graphs.hidden
+            if self.adapters is not None:
+                self.adapters.choose(batch)
+            hidden = self.decoder(batch.token_ids if x is None else x[: PROMPT_SIZES[0]], batch.context)
+            logits = self._sampled(batch, hidden).hidden
+            if self.state.is_last_stage:
+                self.sampler.sample(logits, batch.rows, batch.positions, PLAIN)
+                self.sampler.warm_up(logits.dtype)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan, on_prompt: PromptLogits = lambda first, logits: None) -> StepResults | None:

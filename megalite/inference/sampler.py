@@ -144,6 +144,12 @@ class Sampler:
     # Sampling
 
     @torch.inference_mode()
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile on a GPU what rows with special needs take, for logits in `dtype`, before the first of them comes."""
+        if isinstance(self._side, DeviceSampler):
+            self._side.warm_up(dtype)
+
+    @torch.inference_mode()
     def sample(
         self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None = None
     ) -> Choice:

@@ -23,8 +23,8 @@ __all__ = [
 
 LAUNCHED = "3.6."
 """The versions of Triton whose way to launch is known here; others launch by themselves."""
-NOT_SPECIALIZED = ["num_rows", "num_outputs", "table_stride"]
-NOT_ALIGNED = ["slots", "positions", "rows", "query_start", "context_len", "table_rows"]
+NOT_SPECIALIZED = ["num_rows", "num_outputs", "num_parts", "num_best", "table_stride"]
+NOT_ALIGNED = ["slots", "positions", "rows", "query_start", "context_len", "table_rows", "masks"]
 """Of each token or row one number, read one by one: parts of a tensor that begin where the parts before them end."""
 
 

@@ -26,16 +26,16 @@ def _rank_kernel(raw, raw_stride, ids, ranks, vocab, CHUNK: tl.constexpr):
 
 
 @jit
-def _best_kernel(raw, raw_stride, found, vocab, K: tl.constexpr, CHUNK: tl.constexpr):
-    """One program a chunk of a row: `found` int64 [n, chunks, K], best first: the logit's bits, made to order like it,
-    and below them the id, of equals the lowest largest."""
+def _best_kernel(raw, raw_stride, found, vocab, num_best, CHUNK: tl.constexpr):
+    """One program a chunk of a row: `found` int64 [n, chunks, num_best], best first: the logit's bits, made to order
+    like it, and below them the id, of equals the lowest largest."""
     n = tl.program_id(1).to(tl.int64)
     places = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     bits = (_load(raw, n, raw_stride, places, vocab) + 0.0).to(tl.int32, bitcast=True)
     none = tl.full([CHUNK], -2147483648, tl.int32)
     keys = tl.where(places < vocab, bits ^ ((bits >> 31) & 0x7FFFFFFF), none)
-    out = found + (n * tl.num_programs(0) + tl.program_id(0)) * K
-    for k in range(K):
+    out = found + (n * tl.num_programs(0) + tl.program_id(0)) * num_best
+    for k in range(num_best):
         key = tl.max(keys, 0)
         place = tl.min(tl.where(keys == key, places, 2147483647), 0)
         tl.store(out + k, (key.to(tl.int64) << 32) | tl.maximum(vocab - 1 - place, 0).to(tl.int64))
@@ -60,7 +60,7 @@ def best(raw: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found = torch.empty((n, splits, k), dtype=torch.int64, device=raw.device)
     if n:
         require_triton()
-        _best_kernel[(splits, n)](raw, raw.stride(0), found, vocab, K=k, CHUNK=CHUNK, num_warps=8)
+        _best_kernel[(splits, n)](raw, raw.stride(0), found, vocab, k, CHUNK=CHUNK, num_warps=8)
     keys = found.view(n, -1).topk(k).values
     high = (keys >> 32).int()
     return vocab - 1 - (keys & 0xFFFFFFFF), (high ^ ((high >> 31) & 0x7FFFFFFF)).view(torch.float32)

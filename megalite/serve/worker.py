@@ -61,7 +61,7 @@ def run(loaded: Loaded[ServeConfig], options: Options) -> int:
             number += replica.state.coord.dp
             engine = replica.engine()
             engine.outputs.replica = number
-            engine.warm_up()
+            engine.warm_up(for_any=True)
             if replica.state.is_last_stage:
                 engine.runner.sampler.matchers.prepare()
             gc.freeze()  # what was imported and built stays; collections need not look at it
