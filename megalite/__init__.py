@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,23 +14,16 @@ if TYPE_CHECKING:
 __version__ = "0.7.0"
 __all__ = ["LLM", "LoadBalancer", "SamplingParams", "StructuredOutputsParams"]
 
+_HOMES = {
+    "LLM": "inference.llm",
+    "LoadBalancer": "inference.balancer",
+    "SamplingParams": "config.schema",
+    "StructuredOutputsParams": "config.structured",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that `import megalite` stays light (no torch, deepspeed or tokenizers)."""
-    if name == "LLM":
-        from megalite.inference.llm import LLM
-
-        return LLM
-    if name == "LoadBalancer":
-        from megalite.inference.balancer import LoadBalancer
-
-        return LoadBalancer
-    if name == "SamplingParams":
-        from megalite.config.schema import SamplingParams
-
-        return SamplingParams
-    if name == "StructuredOutputsParams":
-        from megalite.config.structured import StructuredOutputsParams
-
-        return StructuredOutputsParams
-    raise AttributeError(f"module 'megalite' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'megalite' has no attribute {name!r}")
+    return getattr(import_module(f"megalite.{_HOMES[name]}"), name)

@@ -48,13 +48,12 @@ class DurableFile:
     """A file under construction: `with DurableFile(path) as file: file.write(...)`.
 
     The target appears, whole, when the block ends without an error; until then, and after an error, it is as it was.
-    Missing parent folders are made. `mode`: permission bits before the umask.
+    Missing parent folders are made.
     ResourceError when the disk is full, CheckpointError when the path can't be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, mode: int = 0o666):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._mode = mode
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}-{threading.get_ident():x}.tmp")
         self._file: BinaryIO | None = None
 
@@ -65,7 +64,7 @@ class DurableFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # open(2) applies the umask, unlike the temporary files of the standard library, which stay at 0600
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            self._file = os.fdopen(os.open(self._temporary, flags, self._mode), "w+b")
+            self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "w+b")
         return self._file
 
     def __exit__(
@@ -95,9 +94,9 @@ def _abandon(file: BinaryIO) -> None:
             raise
 
 
-def write_durably(path: str | os.PathLike[str], content: bytes | str, *, mode: int = 0o666) -> None:
+def write_durably(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Replace the file by `content` (text as UTF-8), as `DurableFile` does."""
-    with DurableFile(path, mode=mode) as file:
+    with DurableFile(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

@@ -40,18 +40,6 @@ def test_what_templates_see_is_the_records_before_the_configs(tmp_path):
     assert seen == [given, {"tools": [{"name": "f"}], "mood": "wild", "think": False}, {}]
 
 
-def test_held_out_records_depend_on_themselves_alone(tmp_path):
-    lines = [{"prompt": f"question {number}"} for number in range(200)]
-    splits = {}
-    for name, some in (("all", lines), ("half", lines[::2])):
-        source = write(tmp_path / f"{name}.jsonl", *some)
-        for split in ("train", "held_out"):
-            splits[name, split] = {one.prompt for one in load_examples(source, {}, split=split, held_out=0.2)}
-    assert splits["all", "train"] | splits["all", "held_out"] == {line["prompt"] for line in lines}
-    assert not splits["all", "train"] & splits["all", "held_out"] and 20 < len(splits["all", "held_out"]) < 60
-    assert splits["half", "held_out"] == splits["all", "held_out"] & {line["prompt"] for line in lines[::2]}
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -83,9 +71,6 @@ def test_many_bad_records_are_counted(tmp_path):
 
 
 def test_a_source_without_examples_is_an_error(tmp_path):
-    source = write(tmp_path / "tasks.jsonl", {"prompt": "x"})
-    with pytest.raises(ConfigError, match="data.source: has no held_out examples.* Raise data.held_out"):
-        load_examples(source, {}, split="held_out")
     with pytest.raises(ConfigError, match="data.source: has no train examples"):
         load_examples(write(tmp_path / "empty.jsonl"), {}, split="train")
 

@@ -24,7 +24,7 @@ from megalite.weights.manifest import WEIGHT
 from megalite.weights.moves import Extent, hf_extents, plan
 from megalite.weights.rounding import Elements, convert, to_float
 from megalite.weights.table import pieces
-from megalite.weights.tensor_file import TensorInfo
+from megalite.weights.tensor_file import TensorInfo, stored_bytes
 
 
 def merge(
@@ -100,7 +100,5 @@ def _product(part: LowRankInfo) -> Elements:
 
 
 def _read(info: TensorInfo) -> Elements:
-    with open(info.file, "rb") as file:
-        file.seek(info.offset)
-        stored = np.frombuffer(file.read(info.nbytes), STORAGE[info.dtype])
+    stored = np.frombuffer(stored_bytes(info), STORAGE[info.dtype])
     return to_float(stored, info.dtype).reshape(info.shape).astype(np.float32)

@@ -21,7 +21,6 @@ from megalite.config.chat import chat_problem, chat_variables
 from megalite.config.typecheck import nearest_path, shown
 from megalite.errors import ConfigError, Problem
 from megalite.rewards.named import NamedFunction, described
-from megalite.train.data.records import is_held_out
 
 Split = Literal["train", "held_out"]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -66,14 +65,13 @@ def load_examples(
     *,
     split: Split,
     seed: int = 0,
-    held_out: float = 0.0,
     variables: Mapping[str, Any] = NOTHING,
 ) -> list[Example]:
     """Every example of a split, in the source's order; at least one.
 
-    `held_out`: for a file, the share of its records kept for evaluation, chosen by a hash of each record. `variables`:
-    what the chat template sees beside the messages and what a record gives it. ConfigError names the file and line, or
-    the function and the place in what it gave, of everything that is wrong there.
+    All records of a file are for training. `variables`: what the chat template sees beside the messages and what a
+    record gives it. ConfigError names the file and line, or the function and the place in what it gave, of everything
+    that is wrong there.
     """
     if ":" in source:
         entries = _made(_function(source, options).load(), source, split, seed, options)
@@ -81,7 +79,7 @@ def load_examples(
         problems = check_source(source, options)
         if problems:
             raise ConfigError(*problems)
-        entries = _read(Path(source), split, held_out)
+        entries = _read(Path(source))
     problems, examples = [], []
     for where, record in entries:
         try:
@@ -94,8 +92,7 @@ def load_examples(
         more = [f"and {len(problems) - _SHOWN} more like these"] if len(problems) > _SHOWN else []
         raise ConfigError(*problems[:_SHOWN], *more)
     if not examples:
-        fix = "Raise data.held_out, or give more of them." if split == "held_out" and ":" not in source else ""
-        raise ConfigError(Problem(key="data.source", rule=f"has no {split} examples", value=source, fix=fix))
+        raise ConfigError(Problem(key="data.source", rule=f"has no {split} examples", value=source))
     return examples
 
 
@@ -123,14 +120,12 @@ def _made(
         yield f"{source}[{place}]", record
 
 
-def _read(path: Path, split: Split, held_out: float) -> Iterator[tuple[str, Any]]:
-    """The split's records of a file of JSON lines; a ValueError for one that can't be read."""
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a file of JSON lines; a ValueError for one that can't be read."""
     try:
         with path.open("rb") as file:
             for line in json_text.lines(file):
-                text = line.raw.decode(errors="surrogateescape")
-                if is_held_out(text, held_out) == (split == "held_out"):
-                    yield f"{path.name}:{line.number}", line.value if line.problem is None else line.problem
+                yield f"{path.name}:{line.number}", line.value if line.problem is None else line.problem
     except OSError as error:
         raise ConfigError(Problem(key="data.source", rule=f"{error.strerror}", value=str(path))) from error
 

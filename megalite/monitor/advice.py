@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from megalite.monitor.metrics import Phase, RankReport
 from megalite.monitor.words import format_bytes, format_count, format_percent
@@ -88,11 +88,6 @@ class StageCosts:
         return spent
 
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
-
-
 def _replicas(ranks: list[RankReport]) -> dict[int, list[list[RankReport]]]:
     """The stages of each replica, and the ranks of each stage."""
     found: dict[int, dict[int, list[RankReport]]] = {}
@@ -117,7 +112,7 @@ def _starved(ranks: list[RankReport]) -> list[str]:
 def _waiting(ranks: list[RankReport]) -> list[str]:
     found = []
     for replica, stages in _replicas(ranks).items():
-        waits = [_mean(report.share("waiting") for report in stage) for stage in stages]
+        waits = [fmean(report.share("waiting") for report in stage) for stage in stages]
         if len(stages) == 1:
             found += _waiting_on_control(stages[0])
         elif min(waits) > WAITING_IS_MUCH and not stages[0][0].learnt_tokens:
@@ -133,7 +128,7 @@ def _waiting(ranks: list[RankReport]) -> list[str]:
 def _uneven_stages(replica: int, stages: list[list[RankReport]], waits: list[float]) -> list[str]:
     """Stages that wait for another, which has more to do than they."""
     work: tuple[Phase, ...] = ("compute", "communication", "sampling")
-    seconds = [_mean(sum(report.spent(phase) for phase in work) for report in stage) for stage in stages]
+    seconds = [fmean(sum(report.spent(phase) for phase in work) for report in stage) for stage in stages]
     layers = [stage[0].layers[1] - stage[0].layers[0] for stage in stages]
     slow = seconds.index(max(seconds))
     if min(layers) < 1 or seconds[slow] <= 0:
@@ -168,10 +163,10 @@ def _uneven_stages(replica: int, stages: list[list[RankReport]], waits: list[flo
 def _bubble(replica: int, stages: list[list[RankReport]], waits: list[float]) -> list[str]:
     """Training: a pipeline that fills and drains in every step."""
     first = stages[0][0]
-    if not first.learnt_tokens or _mean(waits) < BUBBLE_IS_MUCH:
+    if not first.learnt_tokens or fmean(waits) < BUBBLE_IS_MUCH:
         return []
     return [
-        f"replica {replica}: the {len(stages)} stages waited {format_percent(_mean(waits))} of the time for the "
+        f"replica {replica}: the {len(stages)} stages waited {format_percent(fmean(waits))} of the time for the "
         "pipeline to fill and to drain. More micro batches a step (train.gradient_accumulation_steps, in a hybrid job "
         "a smaller train.micro_batch_tokens) or parallel.interleave=2 shorten that."
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from statistics import fmean
 
 from megalite.monitor.advice import control_ranks, hints
 from megalite.monitor.metrics import RankReport
@@ -55,17 +56,12 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
     return ["".join(cell.rjust(width) for cell, width in zip(row, padded, strict=True)) for row in rows]
 
 
-def _mean(shares: Iterable[float]) -> float:
-    values = list(shares)
-    return sum(values) / len(values)
-
-
 def _pipeline_idle(ranks: list[RankReport]) -> str:
     shares = []
     for stage in sorted({report.pp for report in ranks}):
-        idle = _mean(report.share("waiting") for report in ranks if report.pp == stage)
+        idle = fmean(report.share("waiting") for report in ranks if report.pp == stage)
         shares.append(f"stage {stage}: {format_percent(idle)}")
-    return f"pipeline idle: {format_percent(_mean(report.share('waiting') for report in ranks))} ({', '.join(shares)})"
+    return f"pipeline idle: {format_percent(fmean(report.share('waiting') for report in ranks))} ({', '.join(shares)})"
 
 
 def _moved(ranks: list[RankReport]) -> list[str]:

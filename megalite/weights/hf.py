@@ -22,7 +22,7 @@ from megalite.model.families import WeightNames, weight_names
 from megalite.model.hf_config import read_json
 from megalite.weights.dtypes import STORAGE, WEIGHT_DTYPES
 from megalite.weights.table import hf_shapes, pieces
-from megalite.weights.tensor_file import TensorInfo, read_header
+from megalite.weights.tensor_file import TensorInfo, read_header, stored_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -231,9 +231,7 @@ def check_constants(names: WeightNames, tensors: Mapping[str, TensorInfo]) -> No
 
             from megalite.weights.rounding import to_float
 
-            with open(info.file, "rb") as file:
-                stored = np.frombuffer(os.pread(file.fileno(), info.nbytes, info.offset), STORAGE[info.dtype])
-            found = to_float(stored, info.dtype)
+            found = to_float(np.frombuffer(stored_bytes(info), STORAGE[info.dtype]), info.dtype)
             wrong = found[~np.isclose(found, wanted, rtol=1e-2, atol=0)]
             if wrong.size:
                 raise CheckpointError(f"{info.file}: {name} is {wrong[0]:g}; only {wanted:g} is supported")

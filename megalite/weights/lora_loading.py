@@ -13,7 +13,7 @@ from megalite.model.decoder import Decoder
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.lora import LowRankInfo, is_adaptable, module_of, read_adapter, unquantized
 from megalite.weights.table import owned
-from megalite.weights.tensor_file import TensorInfo
+from megalite.weights.tensor_file import TensorInfo, stored_bytes
 
 
 def load_adapters(decoder: Decoder, folders: Mapping[str, str]) -> Adapters:
@@ -51,7 +51,4 @@ def low_rank(info: LowRankInfo) -> tuple[Tensor, Tensor]:
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """A stored tensor in float32."""
-    with open(info.file, "rb") as file:
-        file.seek(info.offset)
-        data = bytearray(file.read(info.nbytes))
-    return torch.frombuffer(data, dtype=torch_dtype(info.dtype)).view(info.shape).float()
+    return torch.frombuffer(stored_bytes(info), dtype=torch_dtype(info.dtype)).view(info.shape).float()

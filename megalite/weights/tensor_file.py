@@ -92,6 +92,13 @@ def _raw_header(path: Path) -> tuple[int, int, bytes]:
         raise CheckpointError(f"{path}: can't be read: {error.strerror}") from error
 
 
+def stored_bytes(info: TensorInfo) -> bytearray:
+    """All of a tensor, which must be small."""
+    with open(info.file, "rb") as file:
+        file.seek(info.offset)
+        return bytearray(file.read(info.nbytes))
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a tensor name can't be mistaken for a path: no separators, no `..`, nothing unprintable."""
     return bool(name) and name.isprintable() and ".." not in name and not set(name) & set("/\\")

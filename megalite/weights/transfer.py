@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from megalite.weights.checkpoint import extents_for
 from megalite.weights.copying import OpenFiles, in_parallel, matrices, overlap
 from megalite.weights.dtypes import torch_dtype
 from megalite.weights.moves import Extent, Move, by_part, reading
-from megalite.weights.rounding import Elements
 from megalite.weights.table import Piece, Range, Weights, expected, owned
 from megalite.weights.upload import InPlace, Ring, uploading
 
@@ -97,10 +97,8 @@ def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterabl
             if _lies_as_stored(move, one, view):
                 for _ in matrices(files, move, one.dim, InPlace(view)):
                     pass
-            elif view.device in rings:
-                _upload(files, move, one, view, rings[view.device])
             else:
-                _copy(files, move, one, view)
+                _copy(files, move, one, view, rings.get(view.device))
 
         # In a forked process the first thread that computes starts torch's threads anew, and only one may.
         torch.set_num_threads(torch.get_num_threads())
@@ -115,31 +113,17 @@ def _lies_as_stored(move: Move, one: Range, view: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _copy(files: OpenFiles, move: Move, one: Range, view: Tensor) -> None:
-    """Fill the view of a parameter that a range lies in."""
-    for lo, hi, band in matrices(files, move, one.dim):
-        target, values = _pair(move, one, view, lo, hi, band)
-        target.copy_(values)
-
-
-@torch.no_grad()
-def _upload(files: OpenFiles, move: Move, one: Range, view: Tensor, ring: Ring) -> None:
-    """As `_copy`, to a GPU, which copies a band while the next is read."""
-    with ring.copying():
-        for lo, hi, band in matrices(files, move, one.dim, ring):
-            target, values = _pair(move, one, view, lo, hi, band)
-            if ring.holds(band):
-                target.copy_(values, non_blocking=True)
+def _copy(files: OpenFiles, move: Move, one: Range, view: Tensor, ring: Ring | None) -> None:
+    """Fill the view of a parameter that a range lies in; with `ring` a GPU copies a band while the next is read."""
+    dtype = torch_dtype(move.dtype)
+    with ring.copying() if ring is not None else nullcontext():
+        for lo, hi, band in matrices(files, move, one.dim, *([ring] if ring is not None else [])):
+            first, rows, columns = overlap(one, move, lo, hi)
+            values = torch.from_numpy(band.view(np.uint8)[rows]).view(dtype)
+            held = ring is not None and ring.holds(band)
+            view[first : first + len(values)].copy_(values[:, columns], non_blocking=held)
+            if ring is not None and held:
                 ring.copied()
-            else:
-                target.copy_(values)
-
-
-def _pair(move: Move, one: Range, view: Tensor, lo: int, hi: int, band: Elements) -> tuple[Tensor, Tensor]:
-    """Rows of the view, and the elements of a band that fill them."""
-    first, rows, columns = overlap(one, move, lo, hi)
-    values = torch.from_numpy(band.view(np.uint8)[rows]).view(torch_dtype(move.dtype))
-    return view[first : first + len(values)], values[:, columns]
 
 
 def read_parameters(

@@ -34,6 +34,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 import megalite
 from megalite.errors import ConfigError, MegaliteError, Problem
 from megalite.files import write_json
@@ -360,9 +362,9 @@ class Offline:
 
 def cpu_seconds(pid: int) -> float:
     """That all threads of a process have taken so far; 0: it has ended."""
-    with suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    with suppress(psutil.NoSuchProcess):
+        taken = psutil.Process(pid).cpu_times()
+        return float(taken.user + taken.system)
     return 0.0
 
 

@@ -13,6 +13,7 @@ from megalite.convert.convert import NewFolder
 from megalite.convert.output import SILENT
 from megalite.files import as_json
 from megalite.model import families
+from megalite.text.detokenizer import BYTES
 from megalite.weights.folder import CONFIG
 from megalite.weights.rounding import Elements
 from megalite.weights.side_files import SideFiles
@@ -82,16 +83,15 @@ def save_config(name: str, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SHAPES[name], "dtype": "bfloat16"}))
     size = SHAPES[name]["vocab_size"]
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that byte-level BPE writes as they are
-    letters = [chr(byte) for byte in plain] + [chr(256 + number) for number in range(256 - len(plain))]
-    words = [f"{chr(288)}{number}" for number in range(size - len(letters))]  # 288 stands for a space
+    space = next(letter for letter, byte in BYTES.items() if byte == ord(" "))
+    words = [f"{space}{number}" for number in range(size - len(BYTES))]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
         "version": "1.0",
         "added_tokens": [],
         "pre_tokenizer": level,
         "decoder": level,
-        "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate(letters + words)}, "merges": []},
+        "model": {"type": "BPE", "vocab": {text: i for i, text in enumerate([*BYTES, *words])}, "merges": []},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
     return str(folder)
