@@ -152,7 +152,7 @@ class Forks:
 
 def main(address: str) -> None:
     """Ends with the test process, and all that it has started with it."""
-    for name in (f"megalite.{name}" for name in PRELOAD):
+    for name in (*(f"megalite.{name}" for name in PRELOAD), "omegaconf"):  # which config/ imports when it reads one
         import_module(name)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -1,7 +1,7 @@
 """From a config file and overrides to a frozen config, the origin of every value, and one canonical text of it all.
 
 The file and each `section.key=value` become settings; settings are checked one by one, so that every problem is found
-at once. Nothing in a value is expanded: no `${...}`, no environment variable, no `~`.
+at once; OmegaConf builds the dataclasses. Nothing in a value is expanded: no `${...}`, no environment variable, no `~`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megalite.config.typecheck import (
     hints,
     is_mapping,
     is_text,
+    mentions,
     misfit,
     nearest_path,
     printable,
@@ -271,10 +272,19 @@ def _read_text(path: Path) -> str:
 
 
 def _build(schema: type, values: dict[str, Any]) -> Any:
-    """The frozen config; `values` have been checked."""
-    config = schema()
-    for key, value in values.items():
-        config = _with(config, key.split("."), with_floats(hints(schema)[key], value))
+    """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it.
+
+    Merged through OmegaConf, so that every class of the schema is one that its users can take as a structured config.
+    """
+    from omegaconf import OmegaConf  # slow to import, and a config made in Python needs none of it
+
+    free = [key for key in values if mentions(hints(schema)[key], Any) or key in LITERAL_KEYS]
+    settled: dict[str, Any] = {}
+    for key in values.keys() - set(free):
+        settled = _put(settled, key.split("."), values[key])
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settled))
+    for key in free:
+        config = _with(config, key.split("."), values[key])
     return config
 
 

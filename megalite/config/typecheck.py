@@ -1,4 +1,4 @@
-"""What a value of one config field may look like, in types and in words; stricter than Python.
+"""What a value of one config field may look like, in types and in words; stricter than Python and than OmegaConf.
 
 No value is converted, except a whole number where a number is wanted: `"2"`, `2.0` and `true` are not 2.
 """
