@@ -5,10 +5,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megalite.config.command_line import read_arguments
 from megalite.monitor.collector import Meter
-from megalite.monitor.live import EVERY, Gpu, LiveBoard, LiveFeed, table
+from megalite.monitor.live import EVERY, LiveBoard, LiveFeed, table
+from megalite.run.tracing import gpu_use
 
 console = pytest.importorskip("rich.console")
 
@@ -71,21 +73,13 @@ def test_the_board_draws_until_it_is_closed_and_survives_nonsense():
     assert "tokens/s" in out.getvalue()
 
 
-def test_a_gpu_that_cannot_be_read_is_left_out():
-    assert Gpu.find(-1) is None
-
-    class Broken(Exception):
-        pass
-
-    library = SimpleNamespace(NVMLError=Broken)
-    assert Gpu(SimpleNamespace(**vars(library), nvmlDeviceGetUtilizationRates=_raise(Broken)), 0).read() is None
-
-
-def _raise(error):
-    def call(handle):
-        raise error
-
-    return call
+def test_a_gpu_is_read_and_left_out_where_it_cannot_be(monkeypatch):
+    for name, value in (("utilization", 90), ("power_draw", 412_300), ("device_memory_used", 3 << 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    gpu = torch.device("cuda", 1)
+    assert gpu_use(gpu) == {"use": 0.9, "watts": 412.3, "memory": 3 << 30}
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 1 / 0)
+    assert gpu_use(gpu) is gpu_use(torch.device("cpu")) is None
 
 
 def test_the_option_is_the_key():

@@ -225,10 +225,15 @@ class NewFolder:
         return output.written
 
 
-def write_shards_of(write: Callable[[Path], object], layout: Layout, out: Path, **how: Any) -> Written:
-    """Rank files of a model that `write` writes to a folder in Hugging Face layout, which is beside `out` meanwhile."""
+def write_model(
+    write: Callable[[Path, bool, ByteProgress], Written], layout: Layout | None, out: Path, **how: Any
+) -> Written:
+    """A model that `write(folder, overwrite, progress)` writes in Hugging Face layout: to `out`, or for `layout` its
+    rank files, beside which that folder lies until they are there. `how`: as in `write_shards`."""
+    if layout is None:
+        return write(out, how.get("overwrite", False), how.get("progress", SILENT))
     whole = out.with_name(f".{out.name}.whole")
-    write(whole)
+    write(whole, True, SILENT)
     try:
         return write_shards(open_checkpoint(whole), layout, out, **how)
     finally:

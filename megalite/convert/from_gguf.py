@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megalite.convert.convert import NewFolder, write_shards_of
+from megalite.convert.convert import NewFolder, write_model
 from megalite.convert.gguf_model import GgufModel
-from megalite.convert.output import SILENT, ByteProgress, Written
+from megalite.convert.output import ByteProgress, Written
 from megalite.core.layout import Layout
 from megalite.files import as_json
 from megalite.text.gguf_tokenizer import tokenizer_files
@@ -34,13 +35,10 @@ def from_gguf(
     `convert.write_shards`. For a layout the whole model lies beside `out` until the rank files are there.
     ConfigError and CheckpointError as `GgufModel` and `tokenizer_files`.
     """
-    source, out = GgufModel(model), Path(out)
-    if layout is None:
-        return _write_folder(source, out, dtype, how.get("overwrite", False), how.get("progress", SILENT))
-    return write_shards_of(lambda whole: _write_folder(source, whole, dtype, True, SILENT), layout, out, **how)
+    return write_model(partial(_write_folder, GgufModel(model), dtype), layout, Path(out), **how)
 
 
-def _write_folder(source: GgufModel, out: Path, dtype: str | None, overwrite: bool, progress: ByteProgress) -> Written:
+def _write_folder(source: GgufModel, dtype: str | None, out: Path, overwrite: bool, progress: ByteProgress) -> Written:
     stored = SAFETENSORS[dtype] if dtype else source.dtype
     beside: side_files.SideFiles = {
         CONFIG: as_json(side_files.with_dtype(source.values, dtype)).encode(),

@@ -11,13 +11,14 @@ Embedding, head, routers, norms and biases stay as they are. Torch-free.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megalite.convert.convert import NewFolder, write_shards_of
-from megalite.convert.output import SILENT, ByteProgress, Written
+from megalite.convert.convert import NewFolder, write_model
+from megalite.convert.output import ByteProgress, Written
 from megalite.core.formats import ALL, Elementwise, Packed, Part, WeightFormat
 from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
@@ -81,15 +82,8 @@ def quantize(
     _check_groups(target, source.model, kind)
     scales = None if calibrate is None else _scales(source, target, Path(calibrate), kind, dtype)
     values |= {SCALED: True} if scales is not None else {}
-    notes = () if scales is None else scales.notes
-    if layout is None:
-        more = (how.get("overwrite", False), how.get("progress", SILENT))
-        written = _write_folder(source, target, values, out, dtype, scales, *more)
-    else:
-        written = write_shards_of(
-            lambda whole: _write_folder(source, target, values, whole, dtype, scales, True, SILENT), layout, out, **how
-        )
-    written.notes = (*written.notes, *notes)
+    written = write_model(partial(_write_folder, source, target, values, dtype, scales), layout, out, **how)
+    written.notes = (*written.notes, *(() if scales is None else scales.notes))
     return written
 
 
@@ -164,9 +158,9 @@ def _write_folder(
     source: Checkpoint,
     target: ModelConfig,
     values: Mapping[str, Any],
-    out: Path,
     dtype: str | None,
     scales: Scales | None,
+    out: Path,
     overwrite: bool,
     progress: ByteProgress,
 ) -> Written:

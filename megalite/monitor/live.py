@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from importlib import import_module
 from typing import Any, TextIO
 
 from megalite.monitor.collector import Meter
@@ -24,10 +23,12 @@ EVERY = 0.5
 class LiveFeed:
     """Tells of one rank, through `publish`, what its collector has measured lately."""
 
-    def __init__(self, meter: Meter, publish: Callable[[str], None], **place: int):
-        """`place`: where the rank is: tp, pp and dp."""
-        self._meter, self._publish, self._place = meter, publish, place
-        self._gpu = Gpu.find(place.pop("device", -1))
+    def __init__(
+        self, meter: Meter, publish: Callable[[str], None], gpu: Callable[[], object] = lambda: None, **place: int
+    ):
+        """`gpu`: what the rank's GPU does now: `use` (share of the time), `watts` and `memory` (bytes), None: unknown.
+        `place`: where the rank is: tp, pp and dp."""
+        self._meter, self._publish, self._gpu, self._place = meter, publish, gpu, place
         self._told = meter.clock()
         self._spent: dict[str, float] = {}
         self._tokens = self._done = 0
@@ -53,7 +54,7 @@ class LiveFeed:
             "steps": self._done / seconds,
             "running": running,
             "queued": queued,
-            "gpu": self._gpu.read() if self._gpu else None,
+            "gpu": self._gpu(),
         }
         self._publish(json.dumps(told))
         self._told, self._spent, self._tokens, self._done = now, spent, 0, 0
@@ -111,33 +112,3 @@ def table(told: dict[int, dict[str, Any]]) -> Any:
             cells += [format_percent(gpu["use"]), f"{gpu['watts']:.0f} W", format_bytes(gpu["memory"])]
         found.add_row(*cells)
     return found
-
-
-class Gpu:
-    """A GPU as its driver sees it, by NVIDIA's management library (package nvidia-ml-py)."""
-
-    def __init__(self, library: Any, handle: Any):
-        self._library, self._handle = library, handle
-
-    @classmethod
-    def find(cls, device: int) -> Gpu | None:
-        """None: there is no such GPU here, or nothing that reads it."""
-        if device < 0:
-            return None
-        try:
-            pynvml: Any = import_module("pynvml")  # not there without the extra
-
-            pynvml.nvmlInit()
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByIndex(device))
-        except Exception:
-            return None
-
-    def read(self) -> dict[str, float] | None:
-        """Share of the time with a kernel at work, watts, bytes in use."""
-        try:
-            use = self._library.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100
-            watts = self._library.nvmlDeviceGetPowerUsage(self._handle) / 1000
-            memory = self._library.nvmlDeviceGetMemoryInfo(self._handle).used
-        except self._library.NVMLError:
-            return None
-        return {"use": use, "watts": watts, "memory": memory}

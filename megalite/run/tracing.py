@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megalite.config.schema import MonitorSection, TrainMonitorSection
@@ -94,10 +96,9 @@ def live(wanted: bool, runtime: Runtime, state: ParallelState, *, shows: bool) -
     if not wanted:
         yield
         return
-    store, place, device = runtime.store, state.coord, runtime.device
-    index = -1 if device.type != "cuda" else device.index or 0
-    key = f"live/{runtime.rank}"
-    feed = LiveFeed(state.meter, lambda text: store.set(key, text), tp=place.tp, pp=place.pp, dp=place.dp, device=index)
+    store, place, key = runtime.store, state.coord, f"live/{runtime.rank}"
+    gpu = partial(gpu_use, runtime.device)
+    feed = LiveFeed(state.meter, lambda text: store.set(key, text), gpu, tp=place.tp, pp=place.pp, dp=place.dp)
 
     def read() -> dict[int, str]:
         keys = {rank: f"live/{rank}" for rank in range(runtime.world_size)}
@@ -108,6 +109,17 @@ def live(wanted: bool, runtime: Runtime, state: ParallelState, *, shows: bool) -
             yield
         finally:
             feed.close()
+
+
+def gpu_use(device: torch.device) -> dict[str, float] | None:
+    """What a GPU does now, by its driver: see `LiveFeed`. None: there is none, or nothing that reads it."""
+    if device.type != "cuda":
+        return None
+    try:
+        use, watts = torch.cuda.utilization(device) / 100, torch.cuda.power_draw(device) / 1000
+        return {"use": use, "watts": watts, "memory": torch.cuda.device_memory_used(device)}
+    except Exception:  # without the extra `live`, or a driver that does not say
+        return None
 
 
 @contextmanager
