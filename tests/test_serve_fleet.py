@@ -291,11 +291,11 @@ def test_a_second_signal_ends_at_once(forks: Forks, tmp_path: Path) -> None:
 
 def test_no_replica_left(forks: Forks, tmp_path: Path) -> None:
     order(tmp_path, 0, 1, dies=2)
-    served = Served(forks, tmp_path, restarts=0)
+    served = Served(forks, tmp_path, restarts=0, drain_timeout=10 * PATIENCE)  # for which it does not wait
     status, *got = served.stream("lost", 10)
     assert status == 200 and sum(len(line["tokens"]) for line in got[:-1]) == 2
     assert "no replica is left" in got[-1]["error"]
-    ended = served.program.ended(within=10.0)
+    ended = served.program.ended()
     assert ended.code == 70 and "replica 0 was lost" in ended.err and "exit code 137" in ended.err
 
 
