@@ -44,7 +44,9 @@ class Installed:
         # not what a .pth file of theirs names, such as the checkout
         seen = [path for path in sys.path if path.endswith("-packages")]
         (packages / "dependencies.pth").write_text("\n".join(seen))
-        call([self.venv / "bin" / "python", "-m", "pip", "--quiet", "install", "--no-deps", "--no-index", self.wheel])
+        # what is imported is compiled then
+        install = ["install", "--no-compile", "--no-deps", "--no-index", self.wheel]
+        call([self.venv / "bin" / "python", "-m", "pip", "--quiet", *install])
         self.folder.mkdir()
         (self.folder / "demo").symlink_to(DEMO)
 
@@ -65,22 +67,19 @@ def installed(tmp_path_factory):
     return Installed(tmp_path_factory.mktemp("wheel"))
 
 
-def test_types_are_shipped_and_nothing_beside_the_package(installed):
+def test_the_package_is_shipped_whole_with_types_and_nothing_beside_it(installed):
     names = zipfile.ZipFile(installed.wheel).namelist()
-    assert {"megalite/py.typed", "megalite/serve/page.html"} <= set(names)
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "megalite").rglob("*.py")}
+    assert modules | {"megalite/py.typed", "megalite/serve/page.html"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"megalite"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["usage: megalite COMMAND", "  hybrid ", "  describe ", "  bench "]),
         (["--version"], [f"megalite {megalite.__version__}"]),
-        (["infer", "--help"], ["usage: megalite infer --config FILE", "sampling:"]),
-        (["bench", "--help"], ["usage: megalite bench", "weights between two layouts"]),
         (["bench", "convert", "--help"], ["usage: megalite bench convert"]),
         (["verify", "demo"], ["demo: all is well"]),
-        (["describe", "demo"], ["demo: Hugging Face folder", "qwen3"]),
     ],
 )
 def test_commands(installed, arguments, words):
