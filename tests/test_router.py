@@ -18,6 +18,7 @@ from megalite.inference.request import Request
 from megalite.serve.errors import Draining, NoReplica, Overloaded, RequestLost
 from megalite.serve.messages import Step, ToReplica
 from megalite.serve.router import Router, Stream
+from megalite.serve.streams import Gain, Merged
 
 
 class Told:
@@ -141,6 +142,49 @@ async def test_what_comes_while_the_reader_is_busy_is_one_delta() -> None:
     ]
     scored[0].extend(scored[1])
     assert scored[0].token_ids == [0, 1] and [list(entry) for entry in scored[0].logprobs or ()] == [[0], [1]]
+
+
+@in_loop
+async def test_what_a_ready_writer_is_given_wakes_nobody() -> None:
+    bench, writes, ready = Bench(), [], True
+    merged = Merged(bench.router.submit_all([one := request("given", tokens=7, n=2)]))
+
+    def write(found: list[Gain]) -> None:
+        writes.append([delta.token_ids for _, delta in found])
+        if len(writes) > 2:
+            raise ValueError("no room")
+
+    async def turn(steps: int) -> None:
+        for _ in range(steps):
+            bench.step()
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    merged.give_to(write, lambda: ready)
+    reading = asyncio.ensure_future(merged.next())
+    await turn(0)
+    first, second = expected(one)
+    await turn(1)
+    await turn(2)
+    gained = [[token] for pair in zip(first[1:3], second[1:3], strict=True) for token in pair]
+    assert writes == [[first[:1], second[:1]], gained]
+    assert not reading.done()
+    ready = False  # its client lags: what comes is the reader's again, in order
+    await turn(1)
+    assert [(delta.index, delta.token_ids) for _, delta in await reading] == [(0, first[3:4]), (1, second[3:4])]
+    ready = True
+    await turn(1)  # nobody waits: it is kept
+    assert len(writes) == 2 and [delta.token_ids for _, delta in await merged.next()] == [first[4:5], second[4:5]]
+    reading = asyncio.ensure_future(merged.next())
+    await turn(0)
+    await turn(1)
+    with pytest.raises(ValueError, match="no room"):
+        await reading
+    reading = asyncio.ensure_future(merged.next())
+    await turn(0)
+    bench.run()  # the end comes with the last tokens, and wakes the reader
+    assert [delta.token_ids for _, delta in await reading] == [first[6:], second[6:]]
+    assert await merged.next() == []
 
 
 @in_loop

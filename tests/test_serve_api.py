@@ -20,6 +20,7 @@ from waiting import wait_until
 
 from megalite.config.schema import SamplingParams
 from megalite.errors import ConfigError
+from megalite.serve.connection import Connection
 from megalite.serve.errors import Draining, NoReplica, Overloaded
 from megalite.serve.prepare import structured_outputs
 from megalite.serve.protocol import ChatCompletionRequest
@@ -260,7 +261,7 @@ def test_openais_client_reads_every_answer(openai):
 
 def test_openais_client_streams_over_a_real_connection(openai):
     over = router(pause=0.001)
-    server = uvicorn.Server(uvicorn.Config(app_over(over), log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app_over(over), http=Connection, log_level="error", lifespan="off"))
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
         thread = Thread(target=asyncio.run, args=(server.serve([door]),))

@@ -11,7 +11,7 @@ from typing import Any
 from waiting import PATIENCE
 
 from megalite.config.schema import ServerSection
-from megalite.serve.connection import MAX_HEAD
+from megalite.serve.connection import BODY, MAX_HEAD
 from megalite.serve.listener import Listener, open_socket
 
 GOOD = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -24,9 +24,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
 
 
 @asynccontextmanager
-async def listening(head_timeout: float) -> AsyncIterator[int]:
+async def listening(head_timeout: float, served: Any = app) -> AsyncIterator[int]:
     with open_socket(ServerSection(port=0)) as sock:
-        listener = Listener(app, sock, head_timeout=head_timeout, patience=1)
+        listener = Listener(served, sock, head_timeout=head_timeout, patience=1)
         try:
             yield sock.getsockname()[1]
         finally:
@@ -66,6 +66,40 @@ def test_what_is_no_request_has_an_envelope() -> None:
             ]
 
     asyncio.run(test())
+
+
+def test_who_writes_without_waiting_hears_of_a_client_that_lags() -> None:
+    chunk, direct = b"x" * 50_000, []
+
+    async def writes(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        body = scope["extensions"][BODY]
+        for number in range(400):
+            direct.append(body.is_ready())
+            if direct[-1]:
+                body.write(b"%d;" % number + chunk)
+                body.write(b"")
+            else:
+                await send({"type": "http.response.body", "body": b"%d;" % number + chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test() -> None:
+        async with listening(PATIENCE, writes) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 16)
+            writer.write(GOOD.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+            async with asyncio.timeout(PATIENCE):
+                while False not in direct:
+                    await asyncio.sleep(0)
+                data = (await reader.read()).partition(b"\r\n\r\n")[2]
+            writer.close()
+        assert True in direct and len(direct) == 400
+        assert data == b"".join(_chunk(b"%d;" % number + chunk) for number in range(400)) + b"0\r\n\r\n"
+
+    asyncio.run(test())
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def test_a_head_that_does_not_come_is_not_waited_for() -> None:

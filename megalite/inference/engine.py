@@ -288,7 +288,8 @@ class Engine:
             outcomes = self.runner.sampler.matchers.follow(answered.plan.sampled, sampled.token_ids)
             columns = (sampled.token_ids, sampled.logprobs, sampled.top_logprobs)
             for place, (row, token_id, logprob, top) in enumerate(zip(answered.plan.sampled, *columns, strict=True)):
-                sequence, stopped, outcome = row.sequence, False, outcomes.get(place, FOLLOWED)
+                sequence, stopped = row.sequence, False
+                outcome = outcomes.get(place, FOLLOWED) if outcomes else FOLLOWED
                 if outcome.problem is not None:
                     token_id = NO_TOKEN
                 if sequence.finish_reason is not None:  # sampled in vain

@@ -114,10 +114,10 @@ class _Sample:
         self.token_logprobs.append(logprob)
         if details is not None:
             self.scores.append(details)
-        text = self._release()
+        text = "" if self.final_token is None else self._release()
         if token_id in self.request.stop_token_ids:
             self.final_token = token_id
-        else:
+        elif self._detokenizer is not None:
             text += self._decode(token_id)
         self._add(text)
         return self.match is not None
@@ -165,6 +165,10 @@ class _Sample:
     def gained(self) -> str:
         """Text that is certain to stay and has not been given out."""
         count = len(self.kept_back)
+        if not self.checker.stops:
+            gained, self.kept_back = self.kept_back, ""
+            self.given_out += count
+            return gained
         if self.match is not None:
             count = max(0, self._match_end(self.match) - self.given_out)
         elif self.finish_reason is None and self.checker.stops:
@@ -320,12 +324,13 @@ class OutputProcessor:
             metrics.first_token_latency = metrics.first_token_ts - metrics.queued_ts
         stopped = sample.append(token_id, logprob, details)
         if sequence.request.stream and deltas is not None:
-            entries = None if details is None else [state.entry(details)]
-            deltas.append(self._delta(sequence, sample, token_ids=[token_id], logprobs=entries))
+            delta = TokenDelta(
+                request_id=sequence.request.id, index=sequence.index, text=sample.gained(), token_ids=[token_id]
+            )
+            if details is not None:
+                delta.logprobs = [state.entry(details)]
+            deltas.append(delta)
         return stopped
-
-    def _delta(self, sequence: Sequence, sample: _Sample, **gained: Any) -> TokenDelta:
-        return TokenDelta(request_id=sequence.request.id, index=sequence.index, text=sample.gained(), **gained)
 
     def fail(self, sequence: Sequence, reason: str) -> None:
         """The sample gets no more tokens, for this reason."""
@@ -347,8 +352,9 @@ class OutputProcessor:
         sample = state.samples[sequence.index]
         sample.finish(sequence.finish_reason)
         if sequence.request.stream and deltas is not None:
-            ended = {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason()}
-            deltas.append(self._delta(sequence, sample, token_ids=[], **ended))
+            delta = TokenDelta(request_id=name, index=sequence.index, text=sample.gained(), token_ids=[])
+            delta.finish_reason, delta.stop_reason = sample.finish_reason, sample.stop_reason()
+            deltas.append(delta)
         state.unfinished -= 1
         return None if state.unfinished else self._running.pop(name).output(self.replica)
 

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from megalite import json_text
 from megalite.inference.logprobs import FlatLogprobs, Logprobs, finite, from_json, number, to_json
 from megalite.inference.request import FinishReason
@@ -105,9 +107,9 @@ class RequestOutput:
         )
 
 
-@dataclass(kw_only=True, slots=True)
-class TokenDelta:
-    """What one sample of a streamed request gained with a step."""
+class TokenDelta(msgspec.Struct, kw_only=True, array_like=True, gc=False):
+    """What one sample of a streamed request gained with a step. There is one for each token, so it is made to cost
+    little: to make, to send (a list of its fields) and to the garbage collector, which need not look at it."""
 
     request_id: str
     index: int

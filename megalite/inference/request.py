@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megalite.config.schema import SamplingParams
 
@@ -173,9 +173,8 @@ class StepPlan:
         return len(self.sampled) == self.num_tokens and not any(row.prompt_logits[1] for row in self.rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The result of one sampled row."""
+class Sampled(NamedTuple):
+    """The result of one sampled row; a tuple, as there is one for each token."""
 
     token_id: int
     """Below 0: the row's logits gave none, see `sampler.FAILURES`."""

@@ -21,12 +21,13 @@ from starlette.types import Receive, Scope, Send
 
 from megalite.inference.outputs import CompletionOutput, RequestOutput, TokenDelta
 from megalite.inference.request import Request as EngineRequest
+from megalite.serve.connection import BODY, Body
 from megalite.serve.envelope import ApiError, api_error
 from megalite.serve.gate import ClientGone, until_gone
 from megalite.serve.metrics import ServeMetrics
 from megalite.serve.protocol import StreamOptions
 from megalite.serve.router import Router
-from megalite.serve.streams import Merged, Stream
+from megalite.serve.streams import Gain, Merged, Stream
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,9 @@ class EventStream(Response):
 
         async with self._stack, until_gone(self._http):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            body = (scope.get("extensions") or {}).get(BODY)
+            if isinstance(body, Body):
+                self._merged.give_to(lambda ready: body.write(self._events(ready)), body.is_ready)
             try:
                 await self._write(write)
             except (asyncio.CancelledError, ClientGone):
@@ -198,15 +202,22 @@ class EventStream(Response):
                 await write(b"data: " + found.body + b"\n\n" + DONE)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    def _events(self, ready: Sequence[Gain]) -> bytes:
+        """What its client is to read of this; may be nothing."""
+        if len(self._first_tokens) < len(self._merged.streams):
+            now = time.monotonic()
+            for place, _ in ready:
+                self._first_tokens.setdefault(place, now)
+        events = self._writer.delta
+        if len(ready) == 1:
+            [(place, delta)] = ready
+            return events(place, delta)
+        return b"".join([events(place, delta) for place, delta in ready])
+
     async def _write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
-        merged, events, ready = self._merged, self._writer.delta, self._first
+        merged, ready = self._merged, self._first
         while ready:
-            if len(self._first_tokens) < len(merged.streams):
-                now = time.monotonic()
-                for place, _ in ready:
-                    self._first_tokens.setdefault(place, now)
-            chunk = b"".join([events(place, delta) for place, delta in ready])
-            if chunk:
+            if chunk := self._events(ready):
                 await write(chunk)
             ready = await merged.next()
         outputs = [await stream.result() for stream in merged.streams]

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from megalite import __version__
 from megalite.config.schema import ServeConfig
@@ -18,7 +19,7 @@ from megalite.serve.chat import chat_completions
 from megalite.serve.completions import completions
 from megalite.serve.envelope import api_error
 from megalite.serve.errors import NoReplica
-from megalite.serve.gate import OPEN_PATHS, AdmittedRoute, Bodies, Gate, StrictRoute, read_api_key, request_id
+from megalite.serve.gate import OPEN_PATHS, AdmittedRoute, Bodies, Gate, StrictRoute, direct, read_api_key, request_id
 from megalite.serve.metrics import ServeMetrics, metrics_router
 from megalite.serve.page import page_router
 from megalite.serve.prepare import Preparer
@@ -87,10 +88,11 @@ def create_app(config: ServeConfig, router: Router, metrics: ServeMetrics) -> Fa
         None if error.status_code in (429, 503) else metrics.rejected(error.code or "invalid")
     )
     api_key = read_api_key(config.server.api_key)
-    app.add_middleware(Gate, api_key=api_key)
+    generating, by_path = _generating(preparer, router, metrics)
+    app.add_middleware(Gate, api_key=api_key, direct=by_path)
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _error_response)
-    app.include_router(_generating(preparer, router, metrics))
+    app.include_router(generating)
     app.include_router(_describing(config, preparer, router))
     app.include_router(_tokenising(preparer))
     more = _answers(401)
@@ -128,7 +130,8 @@ def _json(value: Any) -> Response:
     return Response(encode(value), media_type="application/json")
 
 
-def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> APIRouter:
+def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> tuple[APIRouter, dict[str, ASGIApp]]:
+    """The endpoints that generate: as routes, which describe them, and by their paths what answers their requests."""
     routes = APIRouter(route_class=AdmittedRoute)
 
     def answer(http: Request, prefix: str, body: CompletionRequest | ChatCompletionRequest) -> Answer:
@@ -155,7 +158,10 @@ def _generating(preparer: Preparer, router: Router, metrics: ServeMetrics) -> AP
         """The next turn of a chat."""
         return await chat_completions(http, body, answer(http, "chatcmpl", body), preparer, router)
 
-    return routes
+    return routes, {
+        "/v1/completions": direct(create_completion, CompletionRequest),
+        "/v1/chat/completions": direct(create_chat_completion, ChatCompletionRequest),
+    }
 
 
 def _describing(config: ServeConfig, preparer: Preparer, router: Router) -> APIRouter:

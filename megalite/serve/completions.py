@@ -75,6 +75,9 @@ class _Writer(Writer):
         self._prompt_logprobs = body.prompt_logprobs
         self._echo = bool(body.echo)
         self._open = [f'{{"index":{index},"text":'.encode() for index in range(self._n * len(requests))]
+        self._begins = [self._head + one for one in self._open]
+        self._plain = b',"finish_reason":null,"logprobs":null}' + self._tail
+        self._is_plain = not (self._echo or self._logprobs or self._continuous)
         self._offsets: dict[int, OutputOffsets] = {}
 
     # ---- whole
@@ -111,6 +114,8 @@ class _Writer(Writer):
         index = place * self._n + delta.index
         self._made += len(delta.token_ids)
         text = delta.text
+        if self._is_plain and delta.finish_reason is None:
+            return b"%b%b%b" % (self._begins[index], encode(text), self._plain) if text else b""
         if self._echo and index not in self._begun:
             self._begun.add(index)
             text = self._parts[place][0] + text

@@ -5,13 +5,35 @@ from __future__ import annotations
 import asyncio
 from http import HTTPStatus
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from megalite.serve.envelope import ApiError
 from megalite.serve.gate import MAX_HEADER_BYTES
 
 MAX_HEAD = 2 * MAX_HEADER_BYTES
 """Bytes of a request's first line and headers, as they come."""
+
+
+BODY = "megalite.body"
+"""The name of a `Body` among the extensions of a request's ASGI scope."""
+
+
+class Body:
+    """The rest of a streamed answer whose head is sent, for who writes without waiting."""
+
+    __slots__ = ("_cycle", "_flow")
+
+    def __init__(self, cycle: RequestResponseCycle):
+        self._cycle, self._flow = cycle, cycle.flow
+
+    def is_ready(self) -> bool:
+        """Its client is there and keeps up. If not, write through ASGI's `send`, which waits."""
+        return not self._flow.write_paused and not self._cycle.disconnected
+
+    def write(self, data: bytes) -> None:
+        """Send `data`, if there is any, as one chunk of an answer of unknown length; only while `is_ready`."""
+        if data:
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class Connection(HttpToolsProtocol):
@@ -50,6 +72,8 @@ class Connection(HttpToolsProtocol):
         self._has_head()
         self._is_whole = False
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            self.scope.setdefault("extensions", {})[BODY] = Body(self.cycle)  # type: ignore[typeddict-item]
 
     def on_message_complete(self) -> None:
         self._has_rest()

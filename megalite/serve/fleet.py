@@ -57,6 +57,7 @@ class Link(asyncio.Protocol):
         self._proof = b""
         self._frames = Frames.of_replica()
         self._transport: asyncio.Transport | None = None
+        self._unsent: list[ToReplica] = []
         self.door: _Door | None = None
         """Whose it is, once it has said so."""
 
@@ -98,6 +99,13 @@ class Link(asyncio.Protocol):
             raise ValueError("Hello comes first, and once")
 
     def send(self, messages: Sequence[ToReplica]) -> None:
+        """In order; all of one turn of the event loop are one frame and one write."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += messages
+
+    def _flush(self) -> None:
+        messages, self._unsent = self._unsent, []
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame(messages))
 

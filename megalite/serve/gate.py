@@ -9,14 +9,15 @@ import os
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, nullcontext
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megalite import json_text
@@ -111,8 +112,10 @@ class Gate:
     """The outermost layer: no request passes without an id, a key where one is asked for, and headers within bounds;
     no failure leaves without an envelope."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None = None):
+    def __init__(self, app: ASGIApp, *, api_key: str | None = None, direct: Mapping[str, ASGIApp] | None = None):
+        """`direct`: what answers POST requests of these paths instead of `app`."""
         self.app = app
+        self._direct = direct or {}
         self._digest = None if api_key is None else sha256(api_key.encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -136,7 +139,8 @@ class Gate:
 
         try:
             refused = self._refusal(scope)
-            await (self.app if refused is None else refused.response())(scope, receive, sending)
+            following = self._direct.get(scope["path"], self.app) if scope["method"] == "POST" else self.app
+            await (following if refused is None else refused.response())(scope, receive, sending)
         except ClientGone:
             status = 499  # nginx's number for it; in the log only
         except Exception as error:
@@ -248,20 +252,49 @@ class StrictRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             strict_request = _StrictRequest(request.scope, request.receive)
-            try:
+
+            async def answer() -> Response:
                 if self.is_admitted:
                     request.app.state.router.admit(1, 1)
                 if self.body_field is not None:
                     strict_request.value = await request.app.state.bodies.read(request)
                 return await handler(strict_request)
-            except Exception as error:
-                found = api_error(error)
-                if found is None:
-                    raise
-                request.app.state.rejected(found)
-                return found.response()
+
+            return await _in_envelope(request, answer)
 
         return strict
+
+
+async def _in_envelope(request: Request, answer: Callable[[], Awaitable[Response]]) -> Response:
+    """What `answer` gives, or what it raises as an error that clients understand."""
+    try:
+        return await answer()
+    except Exception as error:
+        found = api_error(error)
+        if found is None:
+            raise
+        request.app.state.rejected(found)
+        return found.response()
+
+
+B = TypeVar("B", bound=BaseModel)
+
+
+def direct(endpoint: Callable[[B, Request], Awaitable[Response]], model: type[B]) -> ASGIApp:
+    """An `AdmittedRoute`'s endpoint, whose body is a `model`, without FastAPI's layers: they find nothing to do for it,
+    and take as long as the rest of the request."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+
+        async def answer() -> Response:
+            request.app.state.router.admit(1, 1)
+            value = await request.app.state.bodies.read(request)
+            return await endpoint(model.model_validate(value), request)
+
+        await (await _in_envelope(request, answer))(scope, receive, send)
+
+    return app
 
 
 class AdmittedRoute(StrictRoute):

@@ -69,6 +69,7 @@ class Listener:
             log_config=None,
             log_level="warning",
             access_log=False,
+            proxy_headers=False,  # nothing here asks where a client is
             ws="none",
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE,

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from bisect import bisect_left
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -103,11 +104,14 @@ class _TokenGaps:
         """By engine: the count of each bucket, of which the last has no bound."""
         self._sums: dict[str, float] = {}
 
-    def add(self, engine: str, seconds: Sequence[float]) -> None:
+    def add(self, engine: str, gaps: Sequence[tuple[float, int]]) -> None:
+        """`gaps`: seconds for so many tokens; most samples of a step have the same."""
         counts = self._counts.setdefault(engine, [0] * (len(_TOKEN_GAPS) + 1))
-        for one in seconds:
-            counts[bisect_left(_TOKEN_GAPS, one)] += 1
-        self._sums[engine] = self._sums.get(engine, 0.0) + sum(seconds)
+        total = 0.0
+        for (seconds, tokens), samples in Tally(gaps).items():
+            counts[bisect_left(_TOKEN_GAPS, seconds / tokens)] += samples
+            total += samples * seconds / tokens
+        self._sums[engine] = self._sums.get(engine, 0.0) + total
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self.NAME, "Between the tokens of a streamed sample.", labels=_LABELS)
@@ -263,10 +267,10 @@ class ServeMetrics:
         gaps, last_tokens = [], self._last_tokens
         for delta in message.deltas:
             sample = delta.request_id, delta.index
-            if delta.token_ids:
+            if tokens := len(delta.token_ids):
                 last = last_tokens.get(sample)
                 if last is not None:
-                    gaps.append((now - last) / len(delta.token_ids))
+                    gaps.append((now - last, tokens))
                 last_tokens[sample] = now
             if delta.finish_reason is not None:
                 last_tokens.pop(sample, None)

@@ -23,7 +23,7 @@ from megalite.inference.request import Request
 from megalite.serve.errors import Draining, NoReplica, Overloaded
 from megalite.serve.messages import Abort, Hello, Step, Submit, ToReplica
 from megalite.serve.rates import Speed, Turnover
-from megalite.serve.streams import Job, Stream
+from megalite.serve.streams import Job, Stream, Turn
 
 __all__ = ["Metrics", "ReplicaState", "ReplicaView", "Router", "Stream"]
 
@@ -40,6 +40,8 @@ READY_WITHIN = 10.0
 """Seconds since the last step of a replica that is at work, for `ready`."""
 SUSPENDED = 2.0
 """Seconds between two ticks after which this process has been suspended itself, perhaps with its replicas."""
+COUNTED_EVERY = 16
+"""Tokens of a streamed request after which the balancer hears of them, and at its end."""
 RETRY_AFTER = 5.0
 """Seconds after which a client may try again where nothing better is known."""
 
@@ -123,6 +125,7 @@ class Router:
         self._suspects: deque[Job] = deque()
         """The suspects that wait for it to end."""
         self._turnover = Turnover()
+        self._turn: Turn | None = None
         self._aborting = False
         self._ticked = clock()
         self._idle = asyncio.Event()
@@ -141,7 +144,8 @@ class Router:
 
     def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
         """Take all on, or none."""
-        jobs = [Job(request, self._arrivals + place) for place, request in enumerate(requests)]
+        self._turn = self._turn or Turn()
+        jobs = [Job(request, self._arrivals + place, self._turn) for place, request in enumerate(requests)]
         self.admit(len(jobs), sum(job.price for job in jobs))
         for job in jobs:
             assert job.request.id not in self._jobs, "ids are unique"
@@ -233,11 +237,14 @@ class Router:
         for name in step.started:
             if name in one.jobs and not one.jobs[name].recalled:
                 self._balancer.started(name)
+        jobs = one.jobs
         for delta in step.deltas:
-            job = one.jobs.get(delta.request_id)
+            job = jobs.get(delta.request_id)
             if job is not None:
                 job.take(delta)
-                self._balancer.gained(delta.request_id, len(delta.token_ids))
+                job.uncounted += len(delta.token_ids)
+                if job.uncounted >= COUNTED_EVERY:
+                    self._count(job)
                 if job is self._suspect:
                     self._acquit(job)
         for output in step.outputs:
@@ -409,9 +416,15 @@ class Router:
             if following.request.id in self._jobs:
                 self._dispatch(following)
 
+    def _count(self, job: Job) -> None:
+        """Tell the balancer what a job has gained since the last time."""
+        gained, job.uncounted = job.uncounted, 0
+        self._balancer.gained(job.request.id, gained)
+
     def _leave(self, job: Job) -> None:
         """A job has ended, however."""
         name = job.request.id
+        self._count(job)
         del self._jobs[name]
         self._tokens -= job.price
         self._waiting.pop(name, None)

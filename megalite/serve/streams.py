@@ -72,6 +72,10 @@ class Stream:
         self.cancel()
 
 
+Gain = tuple[int, TokenDelta]
+"""What a sample gained, and the place of its stream."""
+
+
 class Merged:
     """The deltas of several streams for one reader, each with the index of its stream; read instead of the streams."""
 
@@ -82,32 +86,96 @@ class Merged:
         for job in self._jobs:
             job.news = self._news
 
-    async def next(self) -> list[tuple[int, TokenDelta]]:
-        """(index, delta) of all that has come since the last call, at least one; empty: all streams have ended.
+    async def next(self) -> list[Gain]:
+        """All that has come since the last call, at least one; empty: all streams have ended.
 
         RequestLost: one is lost, and what came of the others has been given out.
         """
         while True:
-            found = []
-            for place, job in enumerate(self._jobs):
-                if job.unread:
-                    found += [(place, delta) for delta in job.unread]
-                    job.unread.clear()
+            found = self._unread()
             if found or all([stream.has_ended() for stream in self.streams]):
                 return found
             await self._news.wait()
+
+    def _unread(self) -> list[Gain]:
+        found: list[Gain] = []
+        for place, job in enumerate(self._jobs):
+            if job.unread:
+                found += [(place, delta) for delta in job.unread]
+                job.unread.clear()
+        return found
+
+    def give_to(self, write: Callable[[list[Gain]], object], is_ready: Callable[[], bool]) -> None:
+        """From now on, what comes while the reader waits in `next` goes to `write`, and the reader sleeps on: a task
+        that wakes costs more than all else of a token. What comes while not `is_ready` wakes the reader, as the end
+        does, and what `write` raises."""
+
+        def hand_over() -> bool:
+            if not is_ready():
+                return False
+            write(self._unread())
+            return True
+
+        self._news.hand_over = hand_over
+
+
+class Turn:
+    """One turn of the event loop: what all requests gain in it goes out at its end, in one call."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._gained: list[News] = []
+
+    def add(self, news: News) -> None:
+        """`news` is to be offered what has come for it."""
+        if not self._gained:
+            self._loop.call_soon(self._end)
+        self._gained.append(news)
+
+    def _end(self) -> None:
+        gained, self._gained = self._gained, []
+        for news in gained:
+            news.offer()
 
 
 class News:
     """Wakes the one that waits. An asyncio.Event costs several times as much, which counts with every token."""
 
-    __slots__ = ("_loop", "_waiting")
+    __slots__ = ("_is_due", "_loop", "_turn", "_waiting", "hand_over")
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
+        self._turn = turn
         self._loop = asyncio.get_running_loop()
         self._waiting: asyncio.Future[None] | None = None
+        self._is_due = False
+        """`offer` is about to be called."""
+        self.hand_over: Callable[[], bool] | None = None
+        """Takes what is unread off the one that waits, which sleeps on if this is True; see `Merged.give_to`."""
+
+    def gained(self) -> None:
+        """Something is unread."""
+        if self.hand_over is None:
+            self.set()
+        elif not self._is_due:
+            self._is_due = True
+            self._turn.add(self)
+
+    def offer(self) -> None:
+        """The turn ends in which something was gained."""
+        self._is_due = False
+        waiting = self._waiting
+        if waiting is None or waiting.done() or self.hand_over is None:
+            return
+        try:
+            taken = self.hand_over()
+        except Exception as error:
+            waiting.set_exception(error)
+        else:
+            if not taken:
+                waiting.set_result(None)
 
     def set(self) -> None:
+        """Wake it."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
 
@@ -127,13 +195,6 @@ class _Sample:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
-    def add(self, delta: TokenDelta) -> None:
-        self.token_ids += delta.token_ids
-        if delta.text:
-            self.pieces.append(delta.text)
-        self.logprobs += delta.logprobs or ()
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
-
     def output(self, index: int, last: CompletionOutput | None, wants_logprobs: bool) -> CompletionOutput:
         """The sample's result; `last`: what the replica that ended the request says of it, if anything."""
         own = [entry[token].logprob for entry, token in zip(self.logprobs, self.token_ids, strict=False)]
@@ -152,14 +213,14 @@ class _Sample:
 class Job:
     """A request from its admission to its end. The router says where it is, `Stream` reads what comes."""
 
-    def __init__(self, request: Request, arrival: int):
+    def __init__(self, request: Request, arrival: int, turn: Turn | None = None):
         self.request = request
         self.arrival = arrival
         """Place among all requests, in which they are served again after a loss."""
         self.price = request.num_samples * request.longest
         """Tokens that it may take up at most."""
         self.unread: deque[TokenDelta] = deque()
-        self.news = News()
+        self.news = News(turn or Turn())
         """Something is unread, or it has ended."""
         self.done: asyncio.Future[RequestOutput] = asyncio.get_running_loop().create_future()
         self.done.add_done_callback(lambda done: done.cancelled() or done.exception())  # its reader may have gone
@@ -171,6 +232,8 @@ class Job:
         """The replica that is to have it once `at` has given it back."""
         self.recalled = False
         """`at` was asked to give it back, and has not answered."""
+        self.uncounted = 0
+        """Tokens gained of which the balancer has not heard."""
         self.losses = 0
         """Replicas that were lost while they had it."""
         self.fruitless = 0
@@ -202,12 +265,19 @@ class Job:
         if delta.finish_reason == "abort" and self.recalled:  # it goes on elsewhere
             return
         self.gained = True
-        self.samples[delta.index].add(delta)
-        if self.unread and self.unread[-1].index == delta.index:  # its reader lags: one event will say both
-            self.unread[-1].extend(delta)
+        sample, unread = self.samples[delta.index], self.unread
+        sample.token_ids += delta.token_ids
+        if delta.text:
+            sample.pieces.append(delta.text)
+        if delta.logprobs:
+            sample.logprobs += delta.logprobs
+        if delta.finish_reason is not None:
+            sample.finish_reason, sample.stop_reason = delta.finish_reason, delta.stop_reason
+        if unread and unread[-1].index == delta.index:  # its reader lags: one event will say both
+            unread[-1].extend(delta)
         else:
-            self.unread.append(delta)
-        self.news.set()
+            unread.append(delta)
+        self.news.gained()
 
     @property
     def has_all(self) -> bool:

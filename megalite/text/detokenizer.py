@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from os.path import commonprefix
 from typing import Any, Protocol
@@ -99,6 +99,7 @@ class _Bytes:
         self._backend = backend
         added = {i: (backend.id_to_token(i) or "").encode() for i in backend.get_added_tokens_decoder()}
         self._known: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
         self.misread = frozenset(i for i, content in added.items() if self.bytes_of(i) != content)
         self._known |= added
 
@@ -112,6 +113,16 @@ class _Bytes:
             found = bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode()
             self._known[token_id] = found
         return found
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The text of a token that is whole characters; None: it is not."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            text: str | None = None
+            with suppress(UnicodeDecodeError):
+                text = self.bytes_of(token_id).decode()
+            return self._texts.setdefault(token_id, text)
 
     def alone(self, token_id: int) -> str:
         return self.bytes_of(token_id).decode(errors="replace")
@@ -132,9 +143,17 @@ class _ByteDetokenizer:
             if len(tail) >= 4:  # longer than any unfinished character
                 break
         self._utf8.decode(tail)
+        self._is_between = not self._utf8.buffer
+        """No character is begun."""
 
     def feed(self, token_id: int) -> str:
-        return "" if token_id in self._skipped else self._utf8.decode(self._table.bytes_of(token_id))
+        if token_id in self._skipped:
+            return ""
+        if self._is_between and (text := self._table.whole_text(token_id)) is not None:
+            return text
+        text = self._utf8.decode(self._table.bytes_of(token_id))
+        self._is_between = not self._utf8.buffer
+        return text
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)

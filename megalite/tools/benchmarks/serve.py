@@ -71,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new", type=positive, default=128, help="tokens of each answer (default: %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, help="of each kind (default: %(default)s)")
     parser.add_argument("--rates", type=float, nargs="*", help="requests a second, 0: all at once")
+    parser.add_argument("--parts", action="store_true", help="only the processor time of both sides, without a model")
+    parser.add_argument("--step-ms", type=float, default=25.0, help="with --parts: of a step (default: %(default)g)")
     parser.add_argument("--json", help="write the figures here")
 
 
@@ -159,6 +161,10 @@ def line(found: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.parts:
+        from megalite.tools.benchmarks import serve_parts
+
+        return serve_parts.run(args)
     load = Load(args.requests, args.prompt, args.new)
     rows: list[dict[str, Any]] = []
 
@@ -315,11 +321,16 @@ class Started:
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path) -> Iterator[Started]:
+def started(command: Sequence[str], log: Path, *, pass_fds: Sequence[int] = ()) -> Iterator[Started]:
     """Run a program; it is gone afterwards."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=die_with_parent
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            preexec_fn=die_with_parent,
+            pass_fds=pass_fds,
         )
     try:
         yield Started(process, log)
