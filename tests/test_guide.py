@@ -28,13 +28,15 @@ from waiting import PATIENCE, wait_until
 PAGES = [ROOT / "docs" / name for name in ("guide.md", "guide.zh.md")]
 BLOCK = re.compile(r"(?:<!-- needs: (?P<needs>\w+) -->\n\n?)?```console\n(?P<body>.*?)```\n", re.DOTALL)
 NUMBER = re.compile(r"\b[0-9a-f]{10,}\b|\d[\d.,]*(e-?\d+)?\s?([KMGT]i?B/s|[KMGT]i?B|B/s|B\b|%|ms\b|us\b|s\b)?")
-PRELOAD = ("megalite.serve.front", "megalite.serve.worker", "megalite.tools.plan")
+PRELOAD = ("megalite.serve.front", "megalite.serve.worker", "megalite.tools.plan", "torch.distributed.tensor")
 NEEDED = {"accelerate": ("transformers.models.qwen3.modeling_qwen3", "megalite.tools.benchmarks.device_map")}
 """What else is imported before the commands of a block that needs a package."""
 LESS = {
     "sampling.n=8": "sampling.n=3",
     "sampling.n=4 sampling.max_tokens=48": "sampling.n=2 sampling.max_tokens=12",
     "sampling.max_tokens=16": "sampling.max_tokens=6",
+    "parallel.dp_mode=async sampling.max_tokens=24": "parallel.dp_mode=async sampling.max_tokens=6",
+    "parallel.pp=2 sampling.max_tokens=32 'input": "parallel.pp=2 sampling.max_tokens=8 'input",
     "--tokens 1 256": "--tokens 1 256 --rounds 5",
     "--workload input=32,output=32": "--workload input=16,output=8",
     "--requests 50 --batch 1000": "--requests 20 --batch 100",

@@ -33,12 +33,12 @@ SCHEMA = {
     "additionalProperties": False,
 }
 PROMPTS = [
-    {"prompt": "import os", "temperature": 0, "max_tokens": 30, "logprobs": 1},
-    {"prompt": ["def f(x):", "a list of\n"], "n": 2, "seed": 5, "max_tokens": 20},
-    {"prompt": "some words and " * 5, "seed": 6, "max_tokens": 30, "frequency_penalty": 0.5, "top_p": 0.9},
-    {"prompt": [5, 6, 7, 8], "seed": 7, "max_tokens": 25, "logit_bias": {"40": 3.0}, "stop": ["zz", "Q"]},
+    {"prompt": "import os", "temperature": 0, "max_tokens": 12, "logprobs": 1},
+    {"prompt": ["def f(x):", "a list of\n"], "n": 2, "seed": 5, "max_tokens": 12},
+    {"prompt": "some words and " * 5, "seed": 6, "max_tokens": 12, "frequency_penalty": 0.5, "top_p": 0.9},
+    {"prompt": [5, 6, 7, 8], "seed": 7, "max_tokens": 12, "logit_bias": {"40": 3.0}, "stop": ["zz", "Q"]},
     {"prompt": "a number: ", "seed": 8, "guided_regex": "[0-9]{3,5}", "max_tokens": 12},
-    {"messages": TALK, "seed": 9, "max_tokens": 30, "n": 3},
+    {"messages": TALK, "seed": 9, "max_tokens": 12, "n": 3},
 ]
 
 
