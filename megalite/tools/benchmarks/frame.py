@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from megalite.run.launcher import run_ranks
 from megalite.run.processes import die_with_parent
@@ -18,6 +18,7 @@ from megalite.run.processes import die_with_parent
 if TYPE_CHECKING:
     from megalite import LLM
 
+T = TypeVar("T")
 STOPPED_TIMEOUT = 60.0
 """Seconds without a sign of life after which a rank is taken for stopped: what is compiled first may take some."""
 
@@ -39,18 +40,19 @@ def row(*cells: object) -> str:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """How long something took."""
+class Timed(Generic[T]):
+    """How long something took, and what it gave."""
 
     seconds: float
     cpu_seconds: float
     """Of this process."""
+    result: T
 
 
-def timed(work: Callable[[], object]) -> Timed:
+def timed(work: Callable[[], T]) -> Timed[T]:
     clock, cpu = time.perf_counter(), time.process_time()
-    work()
-    return Timed(time.perf_counter() - clock, time.process_time() - cpu)
+    result = work()
+    return Timed(time.perf_counter() - clock, time.process_time() - cpu, result)
 
 
 @dataclass(frozen=True, kw_only=True)

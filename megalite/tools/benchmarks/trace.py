@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +19,7 @@ from megalite.config.schema import SamplingParams
 from megalite.monitor.collector import Meter
 from megalite.monitor.timeline import Timeline
 from megalite.tools import toolkit
-from megalite.tools.benchmarks.frame import head, row, write_figures
+from megalite.tools.benchmarks.frame import head, row, timed, write_figures
 
 MODES = ("none", "collector", "timeline")
 
@@ -41,10 +40,9 @@ def run(args: argparse.Namespace) -> int:
         for number in range(args.rounds + 1):
             for mode in MODES[number % 3 :] + MODES[: number % 3]:
                 with _measuring(llm.replica.meter, mode, Path(folder) / "t.json.gz"):
-                    began, cpu = time.perf_counter(), time.process_time()
-                    llm.generate(prompts, params, use_tqdm=False)
+                    took = timed(lambda: llm.generate(prompts, params, use_tqdm=False))
                     if number:
-                        found[mode].append((time.perf_counter() - began, time.process_time() - cpu))
+                        found[mode].append((took.seconds, took.cpu_seconds))
     tokens = args.batch * args.new
     figures = {}
     print(head("measured by", "tokens/s", "of none", "CPU time, of none"))

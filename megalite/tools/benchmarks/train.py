@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from megalite.run.launch_env import LaunchEnv
 from megalite.run.launcher import run_ranks
 from megalite.run.runtime import prepare_deepspeed, start
 from megalite.tools.benchmarks.floor import matmul_rate
-from megalite.tools.benchmarks.frame import write_figures
+from megalite.tools.benchmarks.frame import Timed, timed, write_figures
 from megalite.tools.benchmarks.shapes import SHAPES, save_config, save_random
 from megalite.tools.toolkit import say_time_left
 from megalite.train.data.packing import pack
@@ -170,21 +170,21 @@ def measure(
     vocab = model.vocab_size
     rates: list[tuple[float, float]] = []
     generator = torch.Generator().manual_seed(0)
-    rounds: list[dict[str, Timed]] = []
+    rounds: list[dict[str, Timed[float]]] = []
     for number in range(args.rounds + 1):
         began = time.monotonic()
         lengths = lengths_of(args, generator)
         rows = [torch.randint(vocab, (length + 1,), generator=generator) for length in lengths]
         order = list(sides) if number % 2 else list(reversed(sides))
-        found = {side: timed(sides[side], rows) for side in order}
-        losses = {side: one.loss for side, one in found.items()}
+        found = {side: timed(partial(sides[side], rows)) for side in order}
+        losses = {side: one.result for side, one in found.items()}
         assert max(losses.values()) - min(losses.values()) < TOLERANCE[dtype], f"the losses differ: {losses}"
         if args.ragged is not None:
             even = as_equal(lengths)
             rows = list(torch.randint(vocab, (len(even), even[0] + 1), generator=generator))
-            one = timed(sides["megalite"], rows)
+            one = timed(partial(sides["megalite"], rows))
             scale = sum(lengths) / sum(even)  # what rounding has changed
-            found["equal"] = Timed(one.seconds * scale, one.cpu_seconds * scale, one.loss)
+            found["equal"] = Timed(one.seconds * scale, one.cpu_seconds * scale, one.result)
             for name in sides:  # the others learn from the same, or their losses would part
                 if name != "megalite":
                     sides[name](rows)
@@ -229,23 +229,8 @@ def measure_ranks(folder: str, dtype: str, device: torch.device, args: argparse.
     return f"{1000 * step:.4g} ms a step, {sum(lengths) / step:.4g} tokens/s{share}{memory}"
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One step of one side."""
-
-    seconds: float
-    cpu_seconds: float
-    loss: float
-
-
 Step = Callable[[list[Tensor]], float]
 """A step over sequences [L + 1]; gives its mean loss."""
-
-
-def timed(step: Step, rows: list[Tensor]) -> Timed:
-    clock, cpu = time.perf_counter(), time.process_time()
-    loss = step(rows)
-    return Timed(time.perf_counter() - clock, time.process_time() - cpu, loss)
 
 
 def ours(folder: Path, dtype: str, device: torch.device) -> Step:
