@@ -7,23 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megalite.weights.rounding import Elements
 
+if TYPE_CHECKING:
+    from megalite.convert.gguf_model import GgufModel
+
 PATTERN = "attention.sliding_window_pattern"
-
-
-class File(Protocol):
-    """What a GGUF file says: see `GgufModel`."""
-
-    def of(self, key: str) -> Any: ...
-
-    def listed(self, key: str) -> list[Any] | None: ...
-
-    def has(self, tensor: str) -> bool: ...
 
 
 def plain(value: Any) -> Any:
@@ -61,7 +54,7 @@ class Architecture:
     """End of a Hugging Face tensor's name -> what it is made of."""
     by_layer: tuple[str, ...] = ()
     """Metadata keys that have a value for each layer, of which `more` makes something."""
-    more: Callable[[File, dict[str, Any]], None] | None = None
+    more: Callable[[GgufModel, dict[str, Any]], None] | None = None
     """Adds to the values of config.json what follows from others and from the tensors that there are."""
     by_heads: bool = False
     """Queries, keys and values of all heads lie one after the other, where Hugging Face has those of each head so."""
@@ -115,33 +108,33 @@ _GRANITE_DENSE = {
 }
 
 
-def _gemma2(file: File, values: dict[str, Any]) -> None:
+def _gemma2(file: GgufModel, values: dict[str, Any]) -> None:
     _query_scale(file, values, large=46)
 
 
-def _gemma3(file: File, values: dict[str, Any]) -> None:
+def _gemma3(file: GgufModel, values: dict[str, Any]) -> None:
     _query_scale(file, values, large=62)
     values["rope_local_base_freq"] = plain(file.of("rope.freq_base_swa") or 10000.0)
     if "layer_types" not in values:
         values["sliding_window_pattern"] = int(file.of(PATTERN) or 6)
 
 
-def _query_scale(file: File, values: dict[str, Any], *, large: int) -> None:
+def _query_scale(file: GgufModel, values: dict[str, Any], *, large: int) -> None:
     """What Gemma's files leave to whoever runs them. `large`: layers of the 27B, whose scale is of hidden / heads."""
     heads, is_large = file.of("attention.head_count"), file.of("block_count") == large
     values["query_pre_attn_scalar"] = values["hidden_size"] / heads if is_large else values["head_dim"]
 
 
-def _qk_norm_if_there(file: File, values: dict[str, Any]) -> None:
+def _qk_norm_if_there(file: GgufModel, values: dict[str, Any]) -> None:
     values["use_qk_norm"] = file.has("blk.0.attn_q_norm.weight")
 
 
-def _llama4(file: File, values: dict[str, Any]) -> None:
+def _llama4(file: GgufModel, values: dict[str, Any]) -> None:
     """Maverick, which has 128 experts, has no q/k norm; files don't say so."""
     values["use_qk_norm"] = values["num_local_experts"] != 128
 
 
-def _latent_heads(file: File, values: dict[str, Any]) -> None:
+def _latent_heads(file: GgufModel, values: dict[str, Any]) -> None:
     keys = file.of("attention.key_length_mla") or file.of("attention.key_length")
     values["qk_nope_head_dim"] = keys - values["qk_rope_head_dim"]
     values["num_key_value_heads"] = values["num_attention_heads"]
@@ -149,7 +142,7 @@ def _latent_heads(file: File, values: dict[str, Any]) -> None:
     values["topk_method"] = "group_limited_greedy" if values["n_group"] > 1 else "greedy"
 
 
-def _hybrid(file: File, values: dict[str, Any]) -> None:
+def _hybrid(file: GgufModel, values: dict[str, Any]) -> None:
     """Layers without KV heads are Mamba-2."""
     heads = file.listed("attention.head_count_kv") or [file.of("attention.head_count_kv")]
     values["num_key_value_heads"] = max(max(heads), 1)

@@ -169,7 +169,8 @@ def _write_folder(
     copies = {**side_files.chosen(source.folder, source.values, dtype), CONFIG: as_json(values).encode()}
     work = ["quantize", source.identity, values, scales.digest if scales is not None else ""]
     new = NewFolder(target, out, dtypes, copies, work, prefix=prefix, overwrite=overwrite)
-    with _Made(source, formats, dtypes, scales) as made:
+    with OpenFiles() as files:
+        made = _Made(source, files, formats, dtypes, scales)
         written = new.write(lambda name, info: [np.ascontiguousarray(made.tensor(name))], progress)
     written.notes = tuple(source.notes)
     return written
@@ -201,6 +202,7 @@ class _Made:
     def __init__(
         self,
         source: Checkpoint,
+        files: OpenFiles,
         formats: Mapping[str, tuple[str, str, WeightFormat]],
         dtypes: Mapping[str, str],
         scales: Scales | None,
@@ -209,17 +211,11 @@ class _Made:
         self.scales = scales
         self.formats = formats
         self.dtypes = dtypes
-        self.files = OpenFiles()
+        self.files = files
         self.shapes = hf_shapes(source.model)
         self._small: dict[str, Elements] = {}
         """Scales of weights whose codes have been made."""
         self._last: tuple[str, dict[str, Elements]] = ("", {})
-
-    def __enter__(self) -> _Made:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.files.__exit__(*error)
 
     def tensor(self, name: str) -> Elements:
         """One tensor, as it is to be stored."""

@@ -3,7 +3,7 @@
 Every second counts once: a phase within a phase stops the outer one's watch. On a device the same phases are marked by
 events in its stream, which are read a step or more later, so that nothing waits for it. What a captured graph holds is
 one phase, around its replay; the bytes of the collectives inside are counted at its capture and added on each replay.
-A `Sink` (the timeline) also gets every span as it ends.
+The timeline, if there is one, also gets every span as it ends.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megalite.monitor.memory import peak_memory, run_delays
 from megalite.monitor.metrics import PHASES, Phase, RankReport, Traffic
 
-Lane = Literal["steps", "parts", "host", "device", "queue"] | str
-"""A track of the timeline, within those of its rank; all other names are groups'."""
+if TYPE_CHECKING:
+    from megalite.monitor.timeline import Timeline
 
 _OF_STEPS = ("steps", "prefill_tokens", "decode_tokens", "prefill_seconds", "decode_seconds")
 """Fields of RankReport that `Meter.step` counts up."""
@@ -33,20 +33,6 @@ class Event(Protocol):
     def query(self) -> bool: ...
 
     def elapsed_time(self, end: Any) -> float: ...
-
-
-class Sink(Protocol):
-    """What takes spans; times are of the meter's clock, in seconds."""
-
-    def span(
-        self, lane: Lane, name: str, begin: float, end: float, *, phase: str = "", values: dict[str, Any] | None = None
-    ) -> None: ...
-
-    def flow(self, name: str, number: int, at: float, *, begins: bool) -> None: ...
-
-    def values(self, lane: Lane, at: float, values: dict[str, float]) -> None: ...
-
-    def tick(self, now: float) -> None: ...
 
 
 class _Span:
@@ -119,7 +105,7 @@ class Meter:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self.clock = clock
-        self.sink: Sink | None = None
+        self.sink: Timeline | None = None
         self.on_step: list[Callable[[int, int], None]] = []
         """Told of the end of every step: its prefill and decode tokens."""
         self._open: list[tuple[_Span, float]] = []

@@ -27,7 +27,7 @@ TRACKS = ("steps", "parts", "host", "device", "queue")
 
 
 class Timeline:
-    """Takes the spans of one rank to the file; a `Sink`."""
+    """Takes the spans of one rank to the file; times are of its meter's clock, in seconds."""
 
     def __init__(
         self, path: Path, *, rank: int, ranks: int, label: str, to_origin: Callable[[float], float], ends: bool

@@ -76,7 +76,7 @@ def begin(file: str | None, runtime: Runtime, state: ParallelState) -> None:
 def end(runtime: Runtime, meter: Meter) -> None:
     """Write the rest; the file is whole then. Collective over the run."""
     timeline, meter.sink = meter.sink, None
-    if not isinstance(timeline, Timeline):
+    if timeline is None:
         return
     timeline.close()
     if timeline.dropped:

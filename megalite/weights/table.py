@@ -13,15 +13,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Union
 
-from megalite.core.formats import ALL, Part, Quantization, Stage, WeightFormat
-from megalite.core.layout import Even, InUnits, LayerCosts, Layout, Split, Whole, width
+from megalite.core.formats import ALL, Part, Stage, WeightFormat
+from megalite.core.layout import Even, InUnits, Layout, Split, Whole, width
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.families import WeightNames, weight_names
 from megalite.model.kinds.base import Place, Row
 from megalite.weights.dtypes import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from megalite.weights.adapter_table import AdapterTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +136,7 @@ class Range:
         return f"{self.piece.hf} {'columns' if self.piece.hf_dim else 'rows'} {self.lo}..{self.hi}"
 
 
-class ListedWeights(Protocol):
-    """Other weights beside a model's layers, such as adapters; functions take it in place of the model's config."""
-
-    @property
-    def num_layers(self) -> int: ...
-
-    @property
-    def tie_embeddings(self) -> bool: ...
-
-    @property
-    def quantization(self) -> Quantization | None: ...
-
-    def layer_costs(self) -> LayerCosts: ...
-
-    def pieces(self) -> tuple[Piece, ...]: ...
-
-    def __hash__(self) -> int: ...
-
-
-Weights = ModelConfig | ListedWeights
+Weights = Union[ModelConfig, "AdapterTable"]
 """What a table lists the weights of: a model, or adapters beside one."""
 
 

@@ -77,5 +77,5 @@ def _measuring(meter: Meter, mode: str, file: Path) -> Iterator[None]:
         meter.sink = Timeline(file, rank=0, ranks=1, label="rank 0", to_origin=lambda at: at, ends=True)
     yield
     timeline, meter.sink = meter.sink, None
-    if isinstance(timeline, Timeline):
+    if timeline is not None:
         timeline.close()
