@@ -6,7 +6,6 @@ To add one, add a line to `MISTAKES`. Bounds of keys, sampling rules and YAML ar
 from __future__ import annotations
 
 import json
-import math
 import os
 import runpy
 import shlex
@@ -15,9 +14,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from unittest.mock import patch
 
 import pytest
+from random_models import write_tensors
 from waiting import PATIENCE, free_port
 
 from megalite import cli
@@ -54,23 +55,13 @@ hybrid: {{reward: "megalite.rewards:exact_match"}}
 USAGE, CHECKPOINT, RESOURCES = 2, 3, 4
 
 
-def write_model(folder: Path) -> None:
-    """A tiny model folder, all zeros, made without torch."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(MODEL))
-    header, end = {}, 0
-    for name, shape in hf_shapes(families.read(folder)).items():
-        size = 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
-
-
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("good") / "model"
-    write_model(folder)
+    """Of a tiny model."""
+    folder = tmp_path_factory.mktemp("good")
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    entries = {name: ("F32", shape) for name, shape in hf_shapes(families.read(folder)).items()}
+    write_tensors(folder / "model.safetensors", entries, Random(0))
     return folder
 
 
