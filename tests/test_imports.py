@@ -39,11 +39,11 @@ def test_wrong_imports_are_found(tmp_path, file, line, reason):
 
 
 def test_importing_megalite_is_light():
-    assert imported("import megalite", "torch", "deepspeed", "transformers", "tokenizers", "fastapi") == []
+    assert imported("import megalite", "torch", "deepspeed", "transformers", "tokenizers", "fastapi", "omegaconf") == []
 
 
 def test_generation_imports_only_what_it_needs():
-    others = "deepspeed", "transformers", "jinja2", "huggingface_hub", "torch._dynamo", "pandas", "scipy"
+    others = "deepspeed", "transformers", "omegaconf", "jinja2", "huggingface_hub", "torch._dynamo", "pandas", "scipy"
     assert imported("from megalite import LLM", *others) == []
 
 
