@@ -229,13 +229,23 @@ def launch(job: str, config: Path | str, *overrides: str) -> None:
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}, check=True, timeout=300)
 
 
-@pytest.mark.parametrize("layout", [["parallel.tp=2"], ["parallel.pp=2"], ["parallel.tp=2", "parallel.pp=2"]], ids=str)
-def test_ranks_share_a_gpu(tmp_path, layout):
-    """TP and PP code on CUDA tensors, over gloo, through the real door."""
+@pytest.mark.parametrize(
+    ("layout", "sampling"),
+    [
+        (["parallel.tp=2"], ["sampling.temperature=0"]),
+        (["parallel.tp=2"], ["sampling.temperature=0.8", "sampling.top_p=0.95", "sampling.top_k=40"]),
+        (["parallel.pp=2"], ["sampling.temperature=0"]),
+        (["parallel.tp=2", "parallel.pp=2"], ["sampling.temperature=0"]),
+    ],
+    ids=str,
+)
+def test_ranks_together_give_what_one_gives(tmp_path, layout, sampling):
+    """TP and PP on CUDA tensors through the real door: over NCCL and symmetric memory where each rank has a GPU of its
+    own, over gloo where they share one."""
     texts = {}
     for name, overrides in (("one", []), ("several", layout)):
         file = tmp_path / f"{name}.jsonl"
-        options = [f"output.file={file}", "model.dtype=float32", "sampling.temperature=0", "sampling.max_tokens=24"]
+        options = [f"output.file={file}", "model.dtype=float32", "sampling.max_tokens=24", *sampling]
         options += ["engine.gpu_memory_utilization=0.1", "distributed.device=cuda", *overrides]
         launch("infer", "configs/infer/demo.yaml", *options)
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from plain_sampler import INF, TooClose, next_token, philox, ruled_out, uniform
 
 from megalite.config.schema import SamplingParams
+from megalite.core.layout import Even, Layout, width
+from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
 from megalite.inference import draws
 from megalite.inference.choice import FAILURES, PLAIN, Needs
@@ -19,6 +21,7 @@ from megalite.inference.host_sampler import CPU_CHUNK, FEW
 from megalite.inference.matchers import Masks
 from megalite.inference.request import Request
 from megalite.inference.sampler import Sampler
+from megalite.inference.vocabulary import Vocabulary
 
 VOCAB = 24
 """Of the comparison over all options."""
@@ -502,3 +505,47 @@ def test_a_choice_of_some_rows():
     assert part.token_ids == whole.token_ids[1:] and part.logprobs == whole.logprobs[1:]
     assert part.top_logprobs == whole.top_logprobs[1:] and whole.top_logprobs[0] is None
     assert len(part.top_logprobs[1].top) == VOCAB
+
+
+# ---- a vocabulary cut over ranks
+
+
+def awkward_logits(vocab):
+    """Rows with ties over the cuts, nothing in some ranks' columns, NaN, infinity, and nothing at all."""
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab)).mul(2).round().div(2)
+    logits[1, :] = 1.5
+    logits[2, : vocab // 2] = -INF
+    logits[3, vocab // 2 :] = -INF
+    logits[4, -1], logits[5, 0] = math.nan, INF
+    logits[6, :] = -INF
+    logits[7, vocab // 2] = -INF
+    return logits
+
+
+def choose_by_columns(rank, size, vocab, temperature):
+    """(tokens, log-probabilities) from this rank's columns, and from all; None for those of the columns if refused."""
+    tp, widths = ParallelState(Layout(tp=size)).tp, [width(Even(vocab), size, each) for each in range(size)]
+    logits = awkward_logits(vocab)
+    placed = [make_row(SamplingParams(temperature=0.0)) for _ in logits]
+    placed[3] = make_row(SamplingParams(temperature=temperature))
+    engine = Engine(vocab, placed)
+    rows, positions = torch.tensor([one.row for one in placed]), torch.ones(len(placed), dtype=torch.int64)
+    vocabulary = Vocabulary(tp, widths, max_rows=len(placed), sums=None, dtype=torch.float32)
+    mine = logits[:, vocabulary.begin : vocabulary.begin + widths[rank]]
+    assert torch.equal(vocabulary.whole(mine).nan_to_num(7), logits.nan_to_num(7))
+    found = [
+        None if choice is None else (choice.ids.tolist(), choice.logprobs.tolist())
+        for choice in (
+            engine.sampler.sample_columns(mine, rows, positions, vocabulary),
+            engine.sampler.sample(logits, rows, positions, PLAIN),
+        )
+    ]
+    return found
+
+
+@pytest.mark.parametrize("size, vocab", [(2, 5000), (4, 50), (4, 3)])
+def test_ranks_choose_from_their_columns_what_one_would_from_all(ranks, size, vocab):
+    for found, (ids, scores) in ranks(size).run(choose_by_columns, size, vocab, 0.0):
+        assert found[0] == ids and ids[4] == -1 and ids[6] == -2
+        assert [found[1][i] for i in (0, 1, 2, 3, 5, 7, 8)] == pytest.approx([scores[i] for i in (0, 1, 2, 3, 5, 7, 8)])
+    assert all(found is None for found, _ in ranks(size).run(choose_by_columns, size, vocab, 0.5))

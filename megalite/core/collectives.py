@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.core.parallel_state import Axis, ParallelState, run_track
-from megalite.kernels.symmetric import SymmetricSum, Unavailable
+from megalite.kernels.symmetric import SymmetricColumns, SymmetricSum, Unavailable
 from megalite.monitor.metrics import RankReport
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,25 @@ def prepare_sums(axis: Axis, *, width: int, dtype: torch.dtype, device: torch.de
         axis.sums[key] = None
         if axis.is_first:
             log.warning("sums over ranks %s go through NCCL, the slower way for few tokens: %s", axis.ranks, reason)
+
+
+def prepare_columns(
+    axis: Axis, sums: SymmetricSum | None, *, widths: Sequence[int], max_rows: int, dtype: torch.dtype
+) -> SymmetricColumns | None:
+    """Prepare to gather columns of `widths` of at most `max_rows` rows, of those that need it, past NCCL.
+
+    `sums`: of the axis; None: they go through NCCL, and so do columns. Collective over the axis as `prepare_sums`.
+    """
+    if sums is None:
+        return None
+    assert axis.group is not None
+    try:
+        device = sums.memory.device
+        return SymmetricColumns(sums, axis.group, widths=widths, max_rows=max_rows, dtype=dtype, device=device)
+    except Unavailable as reason:
+        if axis.is_first:
+            log.warning("logits of ranks %s are gathered by NCCL, the slower way: %s", axis.ranks, reason)
+        return None
 
 
 def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:

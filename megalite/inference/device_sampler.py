@@ -13,6 +13,7 @@ from megalite.inference.choice import Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.host_sampler import LARGEST, RowParams
 from megalite.inference.matchers import Masks
+from megalite.inference.vocabulary import Vocabulary
 from megalite.kernels import penalties, ranking, sampling
 from megalite.planner.memory import SAMPLING_CHUNK
 
@@ -68,6 +69,17 @@ class DeviceSampler:
                 stats = sampling.choose(logits, None, rows, positions, self.table)[2]
             details = _details(logits, ids, stats, needs.most(logits.shape[1]))
         return Choice(ids, logprobs, details, needs)
+
+    def sample_columns(self, logits: Tensor, rows: Tensor, positions: Tensor, vocabulary: Vocabulary) -> Choice | None:
+        """See `Sampler.sample_columns`."""
+        columns = vocabulary.columns
+        if columns is None:
+            return None
+        with vocabulary.axis.track.entering("all_gather"):
+            ids, logprobs, _ = sampling.choose(
+                logits, None, rows, positions, self.table, at_temperature=self.at_temperature, columns=columns
+            )
+        return Choice(ids, logprobs)
 
     def _edited(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None) -> Tensor:
         """A changed copy of logits [n, V], float32."""

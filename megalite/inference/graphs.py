@@ -29,7 +29,7 @@ class StepOutput:
 
     batch: Batch
     hidden: Tensor
-    """Hidden states [T, hidden]; on the last stage the logits of the sampled rows, [R, vocab]."""
+    """Hidden states [T, hidden]; on the last stage this rank's columns [R, vocab/tp] of the sampled rows' logits."""
     choice: Choice | None
     """Last stage, captured steps: the sampled tokens, as rows without special needs get them."""
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from megalite.inference import draws
-from megalite.inference.choice import Choice, Details, Needs
+from megalite.inference.choice import NO_TOKEN, Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.matchers import Masks
+from megalite.inference.vocabulary import Largest, Vocabulary
 from megalite.planner.memory import SAMPLING_CHUNK
 
 CPU_CHUNK = 2**17
@@ -115,6 +116,15 @@ class HostSampler:
             columns = zip(*((x.logprobs, x.ranks, x.top_ids, x.top_logprobs) for x in every), strict=True)
             found = Details(*(_joined(list(column)) for column in columns))
         return Choice(ids, scores, found, needs)
+
+    def sample_columns(self, logits: Tensor, rows: Tensor, positions: Tensor, vocabulary: Vocabulary) -> Choice | None:
+        """See `Sampler.sample_columns`."""
+        if any(self.params[row].temperature > 0 for row in rows.tolist()):
+            return None
+        found = vocabulary.largest(largest(logits))
+        failed = found.peaks.isnan(), found.peaks == -math.inf
+        ids = torch.where(failed[0], -1, torch.where(failed[1], NO_TOKEN, found.ids))
+        return Choice(ids, -found.sums.log())
 
     def _sample(
         self,
@@ -262,6 +272,25 @@ def peaked(logits: Tensor) -> Peaked:
     ended = torch.tensor(failed, device=logits.device) < 0
     logits = logits.clamp(max=LARGEST).masked_fill_(ended[:, None], 0)
     return replace(peaked(logits), failed=failed if any(failed) else None)
+
+
+def largest(logits: Tensor) -> Largest:
+    """Of each row of logits [n, V], V perhaps 0, what its largest is; none counts as more than LARGEST."""
+    n = len(logits)
+    if logits.shape[1] == 0:
+        return Largest(torch.full((n,), -1), torch.full((n,), -math.inf), torch.zeros(n))
+    step, parts = chunk_rows(logits), []
+    for start in range(0, n, step):
+        values = logits[start : start + step].float()
+        ids = torch.from_numpy(values.numpy().argmax(-1))
+        peaks = values.gather(1, ids[:, None])
+        if not bool((peaks <= LARGEST).all()):
+            values = values.clamp(max=LARGEST)
+            ids = torch.from_numpy(values.numpy().argmax(-1))
+            peaks = values.gather(1, ids[:, None])
+        sums = (values - torch.where(peaks == -math.inf, 0.0, peaks)).exp_().sum(-1)
+        parts.append((ids, peaks[:, 0], sums))
+    return Largest(*map(_joined, map(list, zip(*parts, strict=True))))
 
 
 def details(raw: Tensor, logprobs: Tensor, ids: Tensor, k: int) -> Details:

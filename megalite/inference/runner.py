@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from megalite.core.adapters import Adapters
-from megalite.core.collectives import gather_columns, prepare_sums
+from megalite.core.collectives import prepare_sums
 from megalite.core.pipeline import StageLink
 from megalite.errors import maybe_fault
 from megalite.inference.adapter_rows import AdapterRows
-from megalite.inference.choice import PLAIN, Choice, SampledRows
+from megalite.inference.choice import PLAIN, Choice, Needs, SampledRows
 from megalite.inference.graphs import StepGraphs, StepOutput
 from megalite.inference.matchers import Masks
 from megalite.inference.request import StepPlan
 from megalite.inference.rows import Batch, Rows
 from megalite.inference.sampler import Sampler
+from megalite.inference.vocabulary import Vocabulary
 from megalite.model.decoder import Decoder
 from megalite.model.kv_cache import DeviceCache, HostCache
 from megalite.monitor.collector import Meter
@@ -82,6 +83,16 @@ class Runner:
         width = decoder.config.hidden_size
         self.link = StageLink(self.state, hidden_size=width, dtype=weight.dtype, device=weight.device)
         prepare_sums(self.state.tp, width=width, dtype=weight.dtype, device=weight.device)
+        self.vocabulary = None
+        """On the last stage: how its ranks, each with some columns of the logits, choose together."""
+        if self.state.is_last_stage:
+            self.vocabulary = Vocabulary(
+                self.state.tp,
+                decoder.vocab_widths,
+                max_rows=max_rows,
+                sums=self.state.tp.sums.get((width, weight.dtype)),
+                dtype=weight.dtype,
+            )
         self.adapters = AdapterRows(adapters, rows) if adapters is not None else None
         self.return_ids = return_ids and self.state.pp.size > 1
         self._returning: deque[tuple[int, Tensor, Tensor]] = deque()
@@ -117,7 +128,7 @@ class Runner:
             hidden = self.decoder(batch.token_ids if x is None else x[: PROMPT_SIZES[0]], batch.context)
             logits = self._sampled(batch, hidden).hidden
             if self.state.is_last_stage:
-                self.sampler.sample(logits, batch.rows, batch.positions, PLAIN)
+                self._choose(logits, batch.rows, batch.positions, PLAIN, None)
                 self.sampler.warm_up(logits.dtype)
 
     @torch.inference_mode()
@@ -174,7 +185,7 @@ class Runner:
         if choice is None or needs != PLAIN or masks is not None:
             rows, positions = batch.rows[:count], batch.positions[:count]
             with self.meter.phase("sampling"):
-                choice = self.sampler.sample(output.hidden[:count], rows, positions, needs, masks)
+                choice = self._choose(output.hidden[:count], rows, positions, needs, masks)
                 self.rows.write(rows, positions, choice.ids)
         if self.return_ids:
             with self.meter.phase("communication", "send", "pp"):
@@ -196,28 +207,35 @@ class Runner:
         hidden = self.decoder(batch.token_ids if x is None else x, batch.context)
         if not self.state.is_last_stage:
             return StepOutput(batch, hidden, None)
-        logits = self._gathered(self.decoder.logits(hidden, batch.logit_rows))
-        choice = self.sampler.sample(logits, batch.rows, batch.positions, PLAIN)
+        logits = self.decoder.logits(hidden, batch.logit_rows)
+        choice = self._choose(logits, batch.rows, batch.positions, PLAIN, None)
         self.rows.write(batch.rows, batch.positions, choice.ids)
         return StepOutput(batch, logits, choice)
+
+    def _choose(self, logits: Tensor, rows: Tensor, positions: Tensor, needs: Needs, masks: Masks | None) -> Choice:
+        """The next tokens from this rank's columns of the logits."""
+        vocabulary, choice = self.vocabulary, None
+        assert vocabulary is not None
+        if self.state.tp.size > 1 and needs == PLAIN and masks is None:
+            choice = self.sampler.sample_columns(logits, rows, positions, vocabulary)
+        if choice is None:
+            choice = self.sampler.sample(vocabulary.whole(logits), rows, positions, needs, masks)
+        return choice
 
     def _sampled(self, batch: Batch, hidden: Tensor) -> StepOutput:
         """Of a step in which rows may have several tokens: the logits of the sampled rows."""
         if not self.state.is_last_stage or not len(batch.rows):
             return StepOutput(batch, hidden, None)
         with self.meter.phase("compute", "head"):
-            return StepOutput(batch, self._gathered(self.decoder.logits(hidden, batch.logit_rows)), None)
+            return StepOutput(batch, self.decoder.logits(hidden, batch.logit_rows), None)
 
     def _score(self, batch: Batch, hidden: Tensor, on_prompt: PromptLogits) -> None:
         """Give `on_prompt` the logits of prompts that are scored."""
+        assert self.vocabulary is not None
         for first in range(0, batch.prompt_rows.shape[0], self.scored_rows):
             with self.meter.phase("compute", "head"):
                 logits = self.decoder.logits(hidden, batch.prompt_rows[first : first + self.scored_rows])
-            on_prompt(first, self._gathered(logits))
-
-    def _gathered(self, logits: Tensor) -> Tensor:
-        """This rank's columns -> all of them."""
-        return gather_columns(logits, self.decoder.vocab_widths, self.state.tp)
+            on_prompt(first, self.vocabulary.whole(logits))
 
     def _copy_blocks(self, plan: StepPlan) -> None:
         for copy in plan.copies:

@@ -35,6 +35,7 @@ from megalite.inference.draws import largest_weight
 from megalite.inference.host_sampler import HostSampler, RowParams, chunk_rows, details, peaked
 from megalite.inference.matchers import Masks, Matchers
 from megalite.inference.request import Sequence
+from megalite.inference.vocabulary import Vocabulary
 from megalite.kernels.device import send
 from megalite.text.tokenizer import Tokenizer
 
@@ -160,6 +161,14 @@ class Sampler:
         """
         assert logits.shape == (len(rows), self.vocab_size)
         return self._side.sample(logits, rows, positions, needs, masks)
+
+    @torch.inference_mode()
+    def sample_columns(self, logits: Tensor, rows: Tensor, positions: Tensor, vocabulary: Vocabulary) -> Choice | None:
+        """As `sample` of rows without special needs, from this rank's columns of the logits [n, width].
+
+        None, on every rank alike: all columns are needed. Collective over the axis of `vocabulary`.
+        """
+        return self._side.sample_columns(logits, rows, positions, vocabulary)
 
     @torch.inference_mode()
     def prompt_logprobs(self, logits: Tensor, next_ids: list[int] | tuple[int, ...], k: int) -> list[TokenLogprobs]:

@@ -17,8 +17,15 @@ except ImportError:
     triton = tl = None
 
 __all__ = [
-    *("cdiv", "jit", "launches_dependents", "multiprocessors", "next_power_of_2", "require_triton", "shared_memory"),
-    *("tl", "triton"),
+    "cdiv",
+    "jit",
+    "launches_dependents",
+    "multiprocessors",
+    "next_power_of_2",
+    "require_triton",
+    "shared_memory",
+    "tl",
+    "triton",
 ]
 
 LAUNCHED = "3.6."

@@ -6,7 +6,7 @@ turn, change no token. A float32 holds such a weight exactly, and its bits, the 
 
 Nothing is sorted. Six launches, which greedy rows leave at once after the second:
 
-1. survey: peak, its id and the sum of exponentials of each chunk (one pass over the logits);
+1. survey: peak, its id and the sum of exponentials of each chunk (one pass over the logits; kernels/survey.py);
 2. merge: those of the row; a greedy row's token. For top_k and top_p, a histogram of a sample of the row's weights says
    between which two keys the last token that stays most probably is;
 3. window: the weight of each span above that window, and a list of what is inside it (another pass);
@@ -21,11 +21,14 @@ Log-sum-exp is over chunks of one length whatever the batch, so log-probabilitie
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from megalite.kernels.cut import _cut_kernel
 from megalite.kernels.jit import cdiv, jit, next_power_of_2, require_triton, tl
+from megalite.kernels.survey import _merge_kernel, _survey_kernel
 from megalite.kernels.weights import (
     _fractions,
     _keys,
@@ -85,150 +88,19 @@ def _uniform(seed, index, position):
     return bits.to(tl.float64) * 1.1102230246251565e-16  # 2**-53
 
 
-# ---- 1 and 2: peaks, greedy tokens, windows
+class Columns(Protocol):
+    """The vocabulary cut over ranks."""
 
+    widths: list[int]
+    """Columns of each rank."""
+    begins: Tensor
+    """int32 [ranks + 1]: the first of each, and their number."""
 
-@jit
-def _survey_kernel(
-    raw,
-    raw_stride,
-    edited,
-    edited_stride,
-    rows,
-    table,
-    parts,
-    best,
-    num_parts,
-    vocab,
-    EDITED: tl.constexpr,
-    AT_TEMPERATURE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """One program a chunk of a row. `parts` float32 [4, n, chunks]: the raw logits' peak, NaN if one is, and sum of
-    exponentials over it; the same of the edited ones, the sum at the row's temperature where top_p wants it."""
-    n = tl.program_id(1).to(tl.int64)
-    ids = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    place = n * tl.num_programs(0) + tl.program_id(0)
-    top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
-    x = _load(raw, n, raw_stride, ids, vocab)
-    damaged = tl.max((x != x).to(tl.int32), 0) > 0
-    x = tl.where(x != x, float("-inf"), x)
-    peak = tl.max(x, 0)
-    shifted = x - tl.where(peak == float("-inf"), 0.0, peak)
-    if AT_TEMPERATURE:
-        shifted = shifted / tl.where(temperature > 0, temperature, 1.0)
-    tl.store(parts + place, tl.where(damaged, float("nan"), peak))
-    tl.store(parts + num_parts + place, tl.sum(tl.exp(shifted), 0))
-    if EDITED:
-        x = _load(edited, n, edited_stride, ids, vocab)
-        x = tl.where(x != x, float("-inf"), x)
-        peak = tl.max(x, 0)
-    tl.store(parts + 2 * num_parts + place, peak)
-    tl.store(best + place, tl.min(tl.where(x == peak, ids, vocab), 0))
-    if (temperature > 0) & (top_p < 1):
-        shifted = x - tl.where(peak == float("-inf"), 0.0, peak)
-        tl.store(parts + 3 * num_parts + place, tl.sum(tl.exp2(shifted * _rate(temperature)), 0))
+    def gathered(self, x: Tensor) -> Tensor:
+        """x [n, width] of every rank -> [n, ranks * width]."""
 
-
-@jit
-def _merge_kernel(
-    raw,
-    raw_stride,
-    edited,
-    edited_stride,
-    rows,
-    table,
-    parts,
-    best,
-    num_parts,
-    splits,
-    vocab,
-    stats,
-    state,
-    ids,
-    logprobs,
-    AT_TEMPERATURE: tl.constexpr,
-    SCALE: tl.constexpr,
-    TOP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SAMPLE: tl.constexpr,
-    GROUP: tl.constexpr,
-    BINS: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """One program a row: `stats` float32 [n, 3] (peak; raw peak, logarithm of the sum) and `state` int32 [n, 6] (0
-    done, 1 draws from all, 2 from a part, 3 from one that the list did not tell; window's lowest and first higher key;
-    its tokens; last key and id)."""
-    n = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    there = split < splits
-    places = n * splits + split
-    top_k, least, top_p, temperature = _parameters(table, tl.load(rows + n))
-    raw_peaks = tl.load(parts + places, mask=there, other=float("-inf"))
-    damaged = tl.max((raw_peaks != raw_peaks).to(tl.int32), 0) > 0
-    raw_peaks = tl.where(raw_peaks != raw_peaks, float("-inf"), raw_peaks)
-    raw_peak = tl.max(raw_peaks, 0)
-    sums = tl.load(parts + num_parts + places, mask=there, other=0.0)
-    shifted = raw_peaks - tl.where(raw_peak == float("-inf"), 0.0, raw_peak)
-    if AT_TEMPERATURE:
-        shifted = shifted / tl.where(temperature > 0, temperature, 1.0)
-    log_total = tl.log(tl.sum(sums * tl.exp(shifted), 0))
-    peaks = tl.load(parts + 2 * num_parts + places, mask=there, other=float("-inf"))
-    peak = tl.max(peaks, 0)
-    first = tl.min(tl.where((peaks == peak) & there, tl.load(best + places, mask=there, other=vocab), vocab), 0)
-    failed = damaged | (raw_peak == float("-inf")) | (peak == float("-inf"))
-    value = _load(raw, n, raw_stride, first, vocab)
-    tl.store(ids + n, tl.where(damaged, -1, tl.where(failed, -2, first)).to(tl.int64))
-    tl.store(logprobs + n, tl.where(failed, 0.0, value - raw_peak - log_total))
-    tl.store(stats + 3 * n, peak)
-    tl.store(stats + 3 * n + 1, raw_peak)
-    tl.store(stats + 3 * n + 2, log_total)
-    partial = (top_k > 0) | (top_p < 1)
-    kind = tl.where(failed | (temperature == 0), 0, tl.where(partial, 2, 1))
-    tl.store(state + 6 * n, kind)
-    tl.store(state + 6 * n + 1, 0x3F800000)  # bits of 1.0: the least weight
-    tl.store(state + 6 * n + 2, 0x3F800000)
-    tl.store(state + 6 * n + 3, 0)
-    tl.store(state + 6 * n + 4, 0x3F800000)
-    tl.store(state + 6 * n + 5, vocab)
-    if kind == 2:
-        rate = _rate(temperature)
-        i = tl.arange(0, SAMPLE)
-        spread = (i // GROUP) * vocab // (SAMPLE // GROUP) + i % GROUP
-        x = _load(edited, n, edited_stride, tl.where(vocab > SAMPLE, spread, i), vocab)
-        scale = tl.maximum(vocab / SAMPLE, 1.0)  # each sampled token stands for so many
-        weights = _fractions(x, peak, rate, SCALE)
-        stays = weights >= _least(least)
-        base: tl.constexpr = (TOP >> 18) + 1 - BINS
-        bins = tl.maximum((weights.to(tl.int32, bitcast=True) >> 18) - base, 0)
-        held = tl.histogram(bins, BINS, mask=stays).to(tl.float32)
-        b = tl.arange(0, BINS)
-        edges = ((b + base) << 18).to(tl.float32, bitcast=True) * (1.0 / SCALE)
-        middles = edges * 1.015625
-        # Of the tokens below each bin, estimated: their mass over the likeliest token's, and four standard deviations.
-        # They count a token at the bin's edge that the sample may have missed.
-        mass = scale * (tl.cumsum(held * middles, 0) - held * middles)
-        squares = tl.cumsum(held * middles * middles, 0) - held * middles * middles
-        error = 4 * scale * tl.sqrt(tl.maximum(squares, 0.0) + edges * edges)
-        number = tl.sum(held, 0) - (tl.cumsum(held, 0) - held)  # in this bin and above it
-        # What top_p leaves out.
-        sums = tl.load(parts + 3 * num_parts + places, mask=there, other=0.0)  # only there for top_p
-        total = tl.sum(sums * tl.exp2((peaks - peak) * rate), 0)
-        if least > 0:
-            total -= scale * tl.sum(tl.where(stays, 0.0, weights * (1.0 / SCALE)), 0)
-        tail = (1 - top_p).to(tl.float32) * total
-        expected = top_k.to(tl.float32) / scale
-        enough = tl.where(vocab > SAMPLE, expected + 4 * tl.sqrt(expected) + 4, expected)
-        holds = tl.where(top_k > 0, number >= enough, mass + error <= tail)
-        low = tl.max(tl.where(holds, b, 0), 0)
-        # A list of a quarter of its room costs no more than a shorter one, and is right more often.
-        wide = tl.max(tl.where(holds & (number * scale >= LISTED // 4), b, 0), 0)
-        low = tl.where(tl.max(tl.where(b == wide, number, 0.0), 0) * scale <= LISTED * 0.75, wide, low)
-        fits = tl.max(tl.where(b == low, number, 0.0), 0) * scale <= LISTED * 0.75
-        high = tl.min(tl.where(mass - error > tail, b, BINS), 0)
-        endless = (top_k > 0) | fits | (high == BINS)
-        tl.store(state + 6 * n + 1, tl.where(low == 0, 0x3F800000, (low + base) << 18))
-        tl.store(state + 6 * n + 2, tl.where(endless, 0x7F800000, (high + base) << 18))
+    def gathered_drawn(self, logits: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+        """Logits [n, width of this rank] -> [n, V]; rows that are greedy by the table hold anything."""
 
 
 # ---- 3: the window
@@ -341,6 +213,7 @@ def choose(
     table: Tensor,
     *,
     at_temperature: bool = False,
+    columns: Columns | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Next tokens, int64 [n], and their log-probabilities, float32 [n], of logits `raw` [n, V] of any float dtype; and
     float32 [n, 3] of which (logit - [1]) - [2] is any token's log-probability.
@@ -349,6 +222,9 @@ def choose(
     [n]: of `table` int64 [rows, WIDTH]. `positions` int64 [n]: prompt length and tokens of output so far. A token is
     -1 where raw logits are NaN, and -2 where none is above -inf. `at_temperature`: log-probabilities of drawn tokens
     are those at the row's temperature. The vocabulary has at most 2**22 ids.
+
+    `columns`: `raw` has this rank's columns of the vocabulary only, and nothing is edited. Only the logits of rows that
+    draw their token are gathered then. Every rank calls this alike, and gets the same.
     """
     n, vocab = raw.shape
     ids, logprobs = torch.empty_like(rows), torch.empty(n, device=raw.device)
@@ -358,9 +234,23 @@ def choose(
     require_triton()
     chosen_from = raw if edited is None else edited
     assert raw.stride(1) == chosen_from.stride(1) == 1 and table.shape[1] == WIDTH and table.is_contiguous()
-    splits, spans = cdiv(vocab, CHUNK), cdiv(vocab, SPAN)
-    parts = torch.empty((4, n, splits), device=raw.device)
-    best = torch.empty((n, splits), dtype=torch.int32, device=raw.device)
+    ranks = 1 if columns is None else len(columns.widths)
+    splits = cdiv(vocab if columns is None else max(columns.widths), CHUNK)
+    kind = {"AT_TEMPERATURE": at_temperature}
+    parts = torch.empty((n, 5, splits), device=raw.device)
+    _survey_kernel[(splits, n)](
+        *(raw, raw.stride(0), chosen_from, chosen_from.stride(0), rows, table),
+        *(parts, parts.view(torch.int32), splits, vocab),
+        EDITED=edited is not None,
+        CHUNK=CHUNK,
+        **kind,
+        num_warps=8,
+    )
+    if columns is not None:
+        parts = columns.gathered(parts.view(n, -1))
+        raw = chosen_from = columns.gathered_drawn(raw, rows, table)
+        vocab = raw.shape[1]
+    spans = cdiv(vocab, SPAN)
     sums = torch.empty((2, n, spans), dtype=torch.int64, device=raw.device)
     state = torch.empty((n, 6), dtype=torch.int32, device=raw.device)
     listed = torch.empty((n, LISTED), dtype=torch.int64, device=raw.device)
@@ -368,19 +258,13 @@ def choose(
     raw_in, edited_in = (raw, raw.stride(0)), (chosen_from, chosen_from.stride(0))
     scale = {"SCALE": 2.0**bits}
     top = {"TOP": (127 + bits) << 23}
-    kind = {"AT_TEMPERATURE": at_temperature}
     lanes = {"SPANS": next_power_of_2(spans), "SPAN": SPAN}
-    _survey_kernel[(splits, n)](
-        *(*raw_in, *edited_in, rows, table, parts, best, n * splits, vocab),
-        EDITED=edited is not None,
-        CHUNK=CHUNK,
-        **kind,
-        num_warps=8,
-    )
     _merge_kernel[(n,)](
-        *(*raw_in, *edited_in, rows, table, parts, best, n * splits, splits, vocab, stats, state, ids, logprobs),
+        *(*raw_in, *edited_in, rows, table, parts, parts.view(torch.int32)),
+        *(rows if columns is None else columns.begins, splits, vocab, stats, state, ids, logprobs),
         **(kind | scale | top),
-        SPLITS=next_power_of_2(splits),
+        SPLITS=next_power_of_2(ranks * splits),
+        RANKS=ranks,
         SAMPLE=SAMPLE,
         GROUP=GROUP,
         BINS=BINS,

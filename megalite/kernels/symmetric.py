@@ -1,12 +1,14 @@
 """Memory that every GPU of a group on one host maps: who can have it, and how it is made.
 
-torch allocates and maps it (torch.distributed._symmetric_memory, without multicast); the kernels of `reduce` use it.
+torch allocates and maps it (torch.distributed._symmetric_memory, without multicast); the kernels of `reduce` and
+`gather` use it.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.kernels.gather import SLOT, gather_rows, pieces
 from megalite.kernels.jit import triton
 from megalite.kernels.reduce import MAX_WIDTH, Peers, all_reduce, all_reduce_add_norm
 
@@ -65,7 +68,6 @@ class SymmetricSum:
         max_rows = max(1, TWO_SHOT_BYTES // (width * dtype.itemsize))
         halves, total = Peers.num_bytes(self.size, width, dtype, max_rows, blocks)
         self.memory, self.handle = _mapped(total, group, device)
-        addresses = list(self.handle.buffer_ptrs)
         self.peers = Peers(
             rank=dist.get_rank(group),
             size=self.size,
@@ -73,9 +75,7 @@ class SymmetricSum:
             dtype=dtype,
             max_rows=max_rows,
             blocks=blocks,
-            buffers=torch.tensor(addresses, dtype=torch.int64, device=device),
-            flags=torch.tensor([address + halves for address in addresses], dtype=torch.int64, device=device),
-            epochs=torch.zeros(blocks, dtype=torch.int32, device=device),
+            **_addresses(self.handle, halves, blocks, device),
         )
         rate = min(rate for (rate,) in _gathered([int(self._link_rate())], group))
         if rate < MIN_LINK_RATE:
@@ -126,6 +126,52 @@ class SymmetricSum:
         return all(torch.equal(one, expected[: one.shape[0]]) for one in found)
 
 
+class SymmetricColumns:
+    """The columns of logits, cut over a group's GPUs: `sampling.Columns`. Collective to make, as `SymmetricSum`."""
+
+    def __init__(
+        self,
+        sums: SymmetricSum,
+        group: dist.ProcessGroup,
+        *,
+        widths: Sequence[int],
+        max_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        """`sums`: of the same group. `max_rows`: of a call. Unavailable, on every rank alike: there is no memory, or
+        numbers come out wrong."""
+        self.widths = list(widths)
+        blocks, rank, size = sums.peers.blocks, sums.peers.rank, sums.size
+        slots = max_rows * max(pieces(max(widths), dtype.itemsize), 1)
+        halves, total = Peers.num_bytes(size, SLOT, torch.uint8, slots, blocks)
+        self.memory, self.handle = _mapped(total, group, device)
+        at = _addresses(self.handle, halves, blocks, device)
+        self.peers = Peers(rank, size, SLOT, torch.uint8, slots, blocks, **at)
+        self.begins = torch.tensor([0, *accumulate(self.widths)], dtype=torch.int32, device=device)
+        if not all(ok for (ok,) in _gathered([self._is_right(max_rows, dtype)], group)):
+            raise Unavailable("columns of known numbers came out wrong")
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """x [n, width] of every rank -> [n, ranks * width]."""
+        return gather_rows(x, self.peers)
+
+    def gathered_drawn(self, logits: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+        """Logits [n, width of this rank] -> [n, V]; rows that are greedy by the table hold anything."""
+        return gather_rows(logits, self.peers, widths=self.widths, begins=self.begins, drawn=(rows, table))
+
+    def _is_right(self, max_rows: int, dtype: torch.dtype) -> bool:
+        """Do small integers, which every dtype holds exactly, come where they belong?"""
+        begin = sum(self.widths[: self.peers.rank])
+        right = True
+        for count in (min(max_rows, 8), 1, min(max_rows, 5)):
+            whole = torch.arange(count * sum(self.widths), device=self.memory.device).view(count, -1) % 251
+            mine = whole[:, begin : begin + self.widths[self.peers.rank]].to(dtype)
+            found = gather_rows(mine, self.peers, widths=self.widths, begins=self.begins)
+            right &= torch.equal(found, whole.to(dtype))
+        return right
+
+
 def _mapped(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Any]:
     """Zeros, uint8, and torch's handle of all ranks' memory; Unavailable on every rank if one has none."""
     memory = handle = None
@@ -143,6 +189,13 @@ def _mapped(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> t
         raise Unavailable(reason or "another rank could not make it")
     assert memory is not None
     return memory, handle
+
+
+def _addresses(handle: Any, halves: int, blocks: int, device: torch.device) -> dict[str, Tensor]:
+    """The fields of `Peers` on the device: where the ranks' buffers are, their flags behind, and no call made yet."""
+    addresses = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    epochs = torch.zeros(blocks, dtype=torch.int32, device=device)
+    return {"buffers": addresses, "flags": addresses + halves, "epochs": epochs}
 
 
 def _host() -> int:
