@@ -132,14 +132,17 @@ def prepare_columns(
     """
     if sums is None:
         return None
-    assert axis.group is not None
-    try:
-        device = sums.memory.device
-        return SymmetricColumns(sums, axis.group, widths=widths, max_rows=max_rows, dtype=dtype, device=device)
-    except Unavailable as reason:
-        if axis.is_first:
-            log.warning("logits of ranks %s are gathered by NCCL, the slower way: %s", axis.ranks, reason)
-        return None
+    key = (*widths, max_rows, dtype)
+    if key not in axis.columns:
+        assert axis.group is not None
+        try:
+            size = {"widths": widths, "max_rows": max_rows, "dtype": dtype}
+            axis.columns[key] = SymmetricColumns(sums, axis.group, **size, device=sums.memory.device)
+        except Unavailable as reason:
+            axis.columns[key] = None
+            if axis.is_first:
+                log.warning("logits of ranks %s are gathered by NCCL, the slower way: %s", axis.ranks, reason)
+    return axis.columns[key]
 
 
 def symmetric_sum(x: Tensor, axis: Axis) -> SymmetricSum | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megalite.core.layout import Layout
 from megalite.core.progress import Track, here
 from megalite.core.schedules import MessageKind
-from megalite.kernels.symmetric import SymmetricSum
+from megalite.kernels.symmetric import SymmetricColumns, SymmetricSum
 from megalite.monitor.collector import Meter
 
 COLLECTIVE_TIMEOUT = timedelta(days=7)
@@ -44,6 +44,8 @@ class Axis:
     """Counts the collectives along the axis, for the watch."""
     sums: dict[tuple[int, torch.dtype], SymmetricSum | None] = field(default_factory=dict, repr=False, compare=False)
     """Sums without NCCL, by width and dtype of the rows; None: NCCL sums these. See `prepare_sums`."""
+    columns: dict[tuple[Any, ...], SymmetricColumns | None] = field(default_factory=dict, repr=False, compare=False)
+    """Gathers of columns without NCCL, by what `prepare_columns` was asked for; None: NCCL gathers these."""
 
     @property
     def size(self) -> int:
