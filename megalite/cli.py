@@ -361,7 +361,8 @@ def _check_input(config: Config) -> None:
     which would cost a run these only; CheckpointError: the tokenizer is damaged."""
     if not isinstance(config, GeneratingConfig):
         return
-    from megalite.inference.io.inputs import PromptLimits, input_problems
+    from megalite.inference.io.inputs import PromptLimits
+    from megalite.inference.io.job_input import input_problems
     from megalite.weights.folder import ModelFolder  # imports tokenizers, which --help has no need of
 
     assert config.model.path is not None, "refused before"

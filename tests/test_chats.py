@@ -11,7 +11,8 @@ from tokenizer_family import FAMILY
 
 from megalite.config.schema import DataSection, InputSection, SamplingParams
 from megalite.hybrid.tasks import load_examples
-from megalite.inference.io.inputs import PromptLimits, read_inputs
+from megalite.inference.io.inputs import PromptLimits
+from megalite.inference.io.job_input import read_inputs
 from megalite.text.chat_template import TemplateError
 from megalite.text.tokenizer import Tokenizer
 from megalite.train.data.examples import encode_answer, encode_chat

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer as Backend
 
 from megalite.config.schema import InputSection, SamplingParams
 from megalite.errors import ConfigError
-from megalite.inference.io.inputs import InputBatch, PromptLimits, derived_seed, input_problems, read_inputs
+from megalite.inference.io.inputs import PromptLimits, derived_seed
+from megalite.inference.io.job_input import InputBatch, input_problems, read_inputs
 from megalite.text.tokenizer import MAX_TOKEN, Tokenizer
 
 CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{{ raise_exception('no') if x }}"

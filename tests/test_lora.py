@@ -17,7 +17,8 @@ from megalite.convert.convert import convert
 from megalite.convert.merge import merge
 from megalite.core.layout import Layout
 from megalite.errors import CheckpointError, ConfigError
-from megalite.inference.io.inputs import PromptLimits, read_inputs
+from megalite.inference.io.inputs import PromptLimits
+from megalite.inference.io.job_input import read_inputs
 from megalite.model.families import read
 from megalite.weights.folder import ModelFolder
 from megalite.weights.lora import chosen_modules, read_adapter

@@ -18,7 +18,7 @@ from megalite.core.agreement import broadcast_bytes
 from megalite.core.collectives import gather_reports
 from megalite.errors import EXIT_DONE, EXIT_PROMPTS_FAILED
 from megalite.inference.engine import Hooks
-from megalite.inference.io.inputs import InputBatch, read_inputs
+from megalite.inference.io.job_input import InputBatch, read_inputs
 from megalite.inference.io.output_file import OutputFile, fingerprint
 from megalite.inference.io.printing import Printer, StreamPrinter
 from megalite.inference.outputs import RequestOutput, TokenDelta
