@@ -98,7 +98,7 @@ def forks(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(pytestconfig):
-    """`tiny(name)` is the folder of a tiny random checkpoint, see tiny_models.VARIANTS; kept between runs."""
+    """`tiny(name)`, `tiny(name, layers)`: folder of a tiny random checkpoint, see TinyModels; kept between runs."""
     from tiny_models import TinyModels
 
     return TinyModels(pytestconfig.cache.mkdir("tiny_models"))

@@ -93,7 +93,7 @@ def check_chain(folder: Path, model: Path, chain: list[Layout], *, jobs: int = 1
         assert (folder / "back" / name).read_bytes() == (model / name).read_bytes()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     values=st.builds(drawn, st.sampled_from(sorted(families.FAMILIES)), st.integers(0, 10**6)),
     dtype=st.sampled_from(["BF16", "F16", "F32"]),
@@ -435,9 +435,7 @@ def test_an_unfinished_folder_is_not_taken_for_another_work(forks, model, out):
     assert verify(out, model).findings == []
 
 
-@pytest.mark.parametrize(
-    ("tool", "jobs", "more"), [("convert", 2, []), ("export", 1, []), ("export", 2, ["--max-shard-size", "40KB"])]
-)
+@pytest.mark.parametrize(("tool", "jobs", "more"), [("convert", 1, []), ("export", 2, ["--max-shard-size", "40KB"])])
 def test_killed_again_and_again_until_it_is_through(tool, jobs, more, forks, tmp_path, out):
     """Killed at the first step, run again and killed at the second, and so on: each change to the folder is the last
     of some run. What a reader takes for whole is whole every time, and so is the result."""

@@ -86,7 +86,7 @@ CHECKS = [check for *_, check in _ASKED]
 
 @pytest.fixture(scope="module")
 def talking(tiny, tmp_path_factory) -> Path:
-    return with_tokenizer(tiny("llama3"), tmp_path_factory.mktemp("talking") / "model")
+    return with_tokenizer(tiny("llama3", 2), tmp_path_factory.mktemp("talking") / "model")
 
 
 @pytest.fixture(scope="module")

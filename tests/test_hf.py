@@ -224,7 +224,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(header=st.dictionaries(st.text(max_size=8), VALUES | st.just(entry()), max_size=3), data=st.binary(max_size=32))
 def test_whatever_a_header_says_the_answer_is_tensors_or_a_message(tmp_path_factory, header, data):
     file = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -350,9 +350,11 @@ FILES = {
 }
 NEEDED = sorted(["config.json", "tokenizer.json", "chat_template.jinja", "m-1.safetensors", "m-2.safetensors", INDEX])
 SCRIPT = """
-import sys
+import os, sys
 from megalite.errors import CheckpointError
+from megalite.weights import hf
 from megalite.weights.hf import read_headers, resolve
+hf.HUB_TIMEOUT = float(os.environ.get("SECONDS_FOR_THE_HUB", hf.HUB_TIMEOUT))
 repo, revision, weights = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "weights"
 try:
     folder = resolve(repo, revision, weights=weights)
@@ -425,7 +427,7 @@ def test_a_hub_that_refuses_connections(load):
 @pytest.mark.slow
 def test_a_hub_that_never_answers(hub, load):
     hub.hang.set()
-    _, error = load()
+    _, error = load(SECONDS_FOR_THE_HUB="0.5")
     assert "the hub can't be asked for it" in error
 
 

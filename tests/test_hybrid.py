@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPE = {
     "model_type": "qwen3",
     "hidden_size": 32,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -48,6 +48,7 @@ SHAPE = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
+FOUR_LAYERS = {**SHAPE, "num_hidden_layers": 4}
 LLAMA = {**SHAPE, "model_type": "llama", "tie_word_embeddings": False}
 OPTIMIZER = OptimizerSection(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=1)
 
@@ -95,7 +96,7 @@ def layout(tp: int = 1, pp: int = 1, dp: int = 1, **more) -> ParallelSection:
 PAIRS = {
     "the same": (2, layout(tp=2), layout(tp=2), {}),
     "tp4 to async dp2": (4, layout(tp=4), layout(tp=2, dp=2, dp_mode="async"), {"shape": LLAMA}),
-    "pp2 in four pieces to tp2": (2, layout(pp=2, interleave=2), layout(tp=2), {}),
+    "pp2 in four pieces to tp2": (2, layout(pp=2, interleave=2), layout(tp=2), {"shape": FOUR_LAYERS}),
     "zero3 with sequence parallel to pp2dp2": (
         4,
         layout(tp=2, dp=2, sequence_parallel=True),

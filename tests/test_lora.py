@@ -63,7 +63,7 @@ def adapters(tiny, tmp_path_factory):
     }
     expected = {}
     for seed, (name, how) in enumerate(settings.items()):
-        expected[name] = make_adapter(tiny("llama3"), folder / name, seed, **how)
+        expected[name] = make_adapter(tiny("llama3", 2), folder / name, seed, **how)
     with expected["first"].disable_adapter():
         plain = [greedy(expected["first"], prompt) for prompt in PROMPTS]
     wanted = [plain[place] if not name else greedy(expected[name], PROMPTS[place]) for place, name in enumerate(CHOSEN)]
@@ -101,7 +101,7 @@ def test_mixed_batches_are_those_of_peft(layout, tiny, adapters, ranks):
     """6 heads over 4 ranks and 2 KV heads over 3 are uneven."""
     folders, wanted, _ = adapters
     layout = Layout(*layout)
-    for found in ranks(layout.size).run(run_mixed, tiny("llama3"), layout, folders, CHOSEN):
+    for found in ranks(layout.size).run(run_mixed, tiny("llama3", 2), layout, folders, CHOSEN):
         for (tokens, scores), (expected, logprobs) in zip(found, wanted * 2, strict=True):
             assert tokens == expected
             torch.testing.assert_close(scores, logprobs, atol=1e-4, rtol=0)
@@ -110,7 +110,7 @@ def test_mixed_batches_are_those_of_peft(layout, tiny, adapters, ranks):
 def test_the_same_prompt_shares_no_cache_between_adapters(tiny, adapters, ranks):
     """Long enough for whole blocks, one request after the other."""
     folders, _, _ = adapters
-    [found] = ranks(1).run(cached_tokens, tiny("llama3"), folders)
+    [found] = ranks(1).run(cached_tokens, tiny("llama3", 2), folders)
     assert found == [0, 0, 16, 16, 0]
 
 
@@ -154,7 +154,7 @@ def test_what_is_more_than_lora_is_refused_with_the_reason(changes, message, tin
     config = json.loads((source / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(CheckpointError, match=message):
-        read_adapter(tmp_path, read(tiny("llama3")))
+        read_adapter(tmp_path, read(tiny("llama3", 2)))
 
 
 def test_tensors_that_are_not_the_models_are_refused(tiny, adapters, tmp_path):
@@ -173,7 +173,7 @@ def test_tensors_that_are_not_the_models_are_refused(tiny, adapters, tmp_path):
     ):
         save_file(changed, tmp_path / "adapter_model.safetensors")
         with pytest.raises(CheckpointError, match=message):
-            read_adapter(tmp_path, read(tiny("llama3")))
+            read_adapter(tmp_path, read(tiny("llama3", 2)))
     with pytest.raises(CheckpointError, match="layers.0.mlp.experts|experts and routers"):
         chosen_modules(["experts"], read(tiny("mixtral")))
 
@@ -182,11 +182,11 @@ def test_targets_are_those_of_peft(tiny):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(tiny("llama3"))
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama3", 2))
     for targets in (["q_proj", "mlp.up_proj"], r".*layers\.[02]\..*(k|down)_proj", "all-linear"):
         adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
         names = {name.partition(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
-        mine = {f"base_model.model.{name}" for name in chosen_modules(targets, read(tiny("llama3")))}
+        mine = {f"base_model.model.{name}" for name in chosen_modules(targets, read(tiny("llama3", 2)))}
         adapted.unload()
         assert mine == names
 
@@ -219,7 +219,7 @@ def test_from_python(tiny, adapters):
 
     folders, wanted, plain = adapters
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
-    with LLM(tiny("llama3"), dtype="float32", device="cpu", lora={"first": folders["first"]}) as llm:
+    with LLM(tiny("llama3", 2), dtype="float32", device="cpu", lora={"first": folders["first"]}) as llm:
 
         def tokens(prompts, lora):
             outputs = llm.generate([list(prompt) for prompt in prompts], params, lora_request=lora, use_tqdm=False)
@@ -241,7 +241,7 @@ def test_lines_name_their_adapters(tiny, adapters, tmp_path):
     (tmp_path / "in.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": [1], "lora": 3}])
     )
-    model, (folders, *_) = ModelFolder.open(tiny("llama3")), adapters
+    model, (folders, *_) = ModelFolder.open(tiny("llama3", 2)), adapters
     limits = PromptLimits(tokenizer=None, vocab_size=model.model.vocab_size, max_model_len=64, adapters=tuple(folders))
     batch = read_inputs(InputSection(file=str(tmp_path / "in.jsonl")), SamplingParams(), limits)
     assert [request.lora for request in batch.requests] == CHOSEN[:4]

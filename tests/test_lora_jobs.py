@@ -62,7 +62,7 @@ OPTIMIZER = OptimizerSection(learning_rate=1e-2, min_learning_rate=1e-2, warmup_
 
 @pytest.fixture(scope="module")
 def base(tiny, tmp_path_factory) -> Path:
-    return with_tokenizer(tiny("llama3"), tmp_path_factory.mktemp("lora_base") / "model")
+    return with_tokenizer(tiny("llama3", 2), tmp_path_factory.mktemp("lora_base") / "model")
 
 
 # ---- beginning -------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def save(trainer: Trainer, model: Path, folder: Path) -> None:
 
 
 def load_newest(trainer: Trainer, folder: Path) -> None:
-    load_state(trainer, newest_state(folder)[0])
+    load_state(trainer, *newest_state(folder))
 
 
 def only(folder: Path) -> Path:
@@ -172,24 +172,25 @@ def train(rank: int, model: Path, folders: list[Path], layout: Layout, zero: int
 
 
 RESUMES = {
-    "tied": ("llama_tied", (Layout(tp=2, pp=2), 1), [(Layout(pp=2, dp=2, interleave=2), 1)]),
-    "shared-rows": ("qwen3", (Layout(tp=4), 1), [(Layout(tp=2, dp=2), 3)]),
-    "interleaved": ("qwen3_moe", (Layout(pp=2, dp=2, interleave=2), 1), [(Layout(pp=4), 1)]),
-    "cut parameters": ("qwen3", (Layout(tp=2, dp=2), 3), []),
+    "tied": ("llama_tied", 4, (Layout(tp=2, pp=2), 1), [(Layout(pp=2, dp=2, interleave=2), 1)]),
+    "shared-rows": ("qwen3", 2, (Layout(tp=4), 1), [(Layout(tp=2, dp=2), 3)]),
+    "interleaved": ("qwen3_moe", 4, (Layout(pp=2, dp=2, interleave=2), 1), [(Layout(pp=4), 1)]),
+    "cut parameters": ("qwen3", 2, (Layout(dp=2), 3), []),
 }
 
 
 @pytest.mark.parametrize("case", RESUMES)
 def test_a_resumed_run_equals_one_without_a_break(case, tiny, ranks, tmp_path):
     """Bit for bit in its own layout, and within the rounding of float32 through another."""
-    name, own, others = RESUMES[case]
+    name, layers, own, others = RESUMES[case]
+    model, run = tiny(name, layers), ranks(own[0].size).run
     broken, whole, moved = (tmp_path / folder for folder in ("broken", "whole", "moved"))
-    ranks(4).run(train, tiny(name), [broken, whole], *own)
+    run(train, model, [broken, whole], *own)
     shutil.copytree(broken, moved)
-    ranks(4).run(train, tiny(name), [broken], *own)
+    run(train, model, [broken], *own)
     same_tensors(only(broken), only(whole), rtol=0, atol=0)
     for layout, zero in others:
-        ranks(4).run(train, tiny(name), [moved], layout, zero)
+        run(train, model, [moved], layout, zero)
     if others:
         for folder in (whole, moved):
             reshard(only(folder), Layout(), folder / "one")

@@ -37,7 +37,7 @@ PARAMS = [
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory) -> Path:
-    return with_tokenizer(tiny("llama3"), tmp_path_factory.mktemp("streaming") / "model")
+    return with_tokenizer(tiny("llama3", 2), tmp_path_factory.mktemp("streaming") / "model")
 
 
 @pytest.fixture(scope="module")

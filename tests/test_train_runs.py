@@ -78,7 +78,8 @@ def job(source, tmp_path):
     """`job(name, **changes)`: the config of a small run into a folder of that name."""
 
     def make(name: str, *, shape=None, parallel=None, **train) -> TrainConfig:
-        train = {"steps": 8, "micro_batch_size": 4, "eval_every": 4, "save_every": 3, "log_every": 1, **train}
+        often = {"eval_every": 4, "eval_batches": 8, "save_every": 3, "log_every": 1}
+        train = {"steps": 8, "micro_batch_size": 4, **often, **train}
         return TrainConfig(
             model=NewModelSection(config={**SHAPE, **(shape or {})}, dtype="float32"),
             tokenizer=TokenizerSection(vocab_size=300),

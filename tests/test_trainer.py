@@ -75,7 +75,7 @@ def score(rank: int, folder: Path, layout: Layout, sequence_parallel: bool, zero
 )
 def test_every_rank_knows_the_log_probabilities(layout, sequence_parallel, zero_stage, tiny, ranks):
     """Of micro batches of any length, which sequence parallel has to pad."""
-    folder = tiny("qwen3")
+    folder = tiny("qwen3", max(2, layout.pp * layout.interleave))
     results = ranks(layout.size).run(score, folder, layout, sequence_parallel, zero_stage)
     decoder = build_from(folder, ParallelState(Layout()))
     wanted = torch.cat(
@@ -120,7 +120,7 @@ def two_steps(rank: int, folder: Path):
 
 def test_every_rank_reads_the_loss_and_its_metrics_and_recomputes_blocks_where_asked(tiny, ranks):
     counts = [length - 1 for length in LENGTHS]
-    for results in ranks(2).run(two_steps, tiny("llama_tied")):
+    for results in ranks(2).run(two_steps, tiny("llama_tied", 2)):
         for (before, read, calls, after), passes in zip(results, (1, 2), strict=True):
             assert read["loss"] == pytest.approx(before / 2, rel=1e-5)
             assert read["position"] == pytest.approx(sum(n * (n - 1) / 2 for n in counts) / sum(counts))
@@ -163,7 +163,8 @@ def test_a_shorter_step_gives_what_that_of_deepspeed_gives(model, layout, tiny, 
 
     The first step is the same but for the last digit; by it, weights are rounded to bfloat16 differently after that.
     """
-    results = [ranks(layout.size).run(shortened_steps, tiny(model), layout, shortened) for shortened in (False, True)]
+    folder, run = tiny(model, 2), ranks(layout.size).run
+    results = [run(shortened_steps, folder, layout, shortened) for shortened in (False, True)]
     for (norms, first, last), (short_norms, short_first, short_last) in zip(*results, strict=True):
         assert norms[0] > 1, "nothing was clipped"
         assert short_norms[0] == pytest.approx(norms[0], rel=1e-5)
@@ -190,7 +191,7 @@ def bad_step(rank: int, folder: Path, zero_stage: int):
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_a_step_whose_gradient_is_not_finite_is_left_out(zero_stage, tiny, ranks):
-    [(norm, same, good)] = ranks(1).run(bad_step, tiny("qwen3"), zero_stage)
+    [(norm, same, good)] = ranks(1).run(bad_step, tiny("qwen3", 2), zero_stage)
     assert norm == float("inf") and same and 0 < good < float("inf")
 
 
@@ -212,7 +213,7 @@ def tied_copies(rank: int, folder: Path, layout: Layout, dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", [Layout(pp=2, dp=2), Layout(tp=2, pp=2)], ids=str)
 def test_tied_copies_stay_the_same_to_the_bit(layout, dtype, tiny, ranks):
-    results = ranks(layout.size).run(tied_copies, tiny("llama_tied"), layout, dtype)
+    results = ranks(layout.size).run(tied_copies, tiny("llama_tied", 2), layout, dtype)
     for replica in layout.replicas():
         for one, other in zip(replica[: layout.tp], replica[-layout.tp :], strict=True):
             for mine, theirs in zip(results[one], results[other], strict=True):
@@ -273,12 +274,12 @@ def long_accumulation(rank: int, folder: Path, layout: Layout, zero_stage: int, 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_small_gradients_are_not_lost_beside_large_ones(zero_stage, tiny, ranks):
-    for error, norm in ranks(2).run(long_accumulation, tiny("qwen3"), Layout(dp=2), zero_stage, "float32"):
+    for error, norm in ranks(2).run(long_accumulation, tiny("qwen3", 2), Layout(dp=2), zero_stage, "float32"):
         assert error < 2e-3 and norm == pytest.approx(1, abs=2e-3)
 
 
 def test_gradients_in_bfloat16_are_there_for_who_asks(tiny, ranks):
-    [(error, _)] = ranks(1).run(long_accumulation, tiny("qwen3"), Layout(), 1, "bfloat16")
+    [(error, _)] = ranks(1).run(long_accumulation, tiny("qwen3", 2), Layout(), 1, "bfloat16")
     assert error > 0.02
 
 
@@ -301,7 +302,7 @@ def give_room(rank: int, folder: Path, zero_stage: int) -> None:
         one, other = (make_trainer(build_from(folder, state), zero_stage=zero_stage) for _ in range(2))
         params = dict(one.decoder.named_parameters())
         whole = {name: get_whole(param, WEIGHT) for name, param in params.items()}
-        names = ["embed.tokens.weight", "layers.2.attn.qkv.weight", "norm.weight"]
+        names = ["embed.tokens.weight", "layers.1.attn.qkv.weight", "norm.weight"]
         with one.gathered(names):
             assert all(torch.equal(params[name], whole[name]) for name in names)
         assert (params[names[1]].numel() == 0) == (zero_stage == 3)
@@ -321,7 +322,7 @@ def give_room(rank: int, folder: Path, zero_stage: int) -> None:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_parameters_are_whole_while_gathered_and_optimizer_state_comes_back_as_it_went(zero_stage, tiny, ranks):
-    ranks(2).run(give_room, tiny("qwen3"), zero_stage)
+    ranks(2).run(give_room, tiny("qwen3", 2), zero_stage)
 
 
 def offloaded(rank: int, folder: Path, zero_stage: int) -> None:
@@ -342,7 +343,7 @@ def offloaded(rank: int, folder: Path, zero_stage: int) -> None:
 
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_an_offloaded_optimizer_takes_the_same_steps_and_what_deepspeed_refuses_is_the_configs(zero_stage, tiny, ranks):
-    ranks(1).run(offloaded, tiny("qwen3"), zero_stage)
+    ranks(1).run(offloaded, tiny("qwen3", 2), zero_stage)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

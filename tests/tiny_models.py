@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -422,15 +422,19 @@ class TinyModels:
         self.folder = cache / hashlib.sha256(made_by).hexdigest()[:16]
         self.folder.mkdir(exist_ok=True)
 
-    def __call__(self, name: str) -> Path:
-        """The folder of a variant; `gpt2_bare` is gpt2 as the hub has it, without `transformer.` in the names."""
-        folder = self.folder / name
+    def __call__(self, name: str, layers: int = 0) -> Path:
+        """The folder of a variant; `gpt2_bare` is gpt2 as the hub has it, without `transformer.` in the names.
+
+        `layers`: so many instead of its own, for tests that need no more.
+        """
+        folder = self.folder / (f"{name}-{layers}" if layers else name)
         if not folder.exists():
             part = Path(tempfile.mkdtemp(dir=self.folder))
             if name == "gpt2_bare":
                 _write_bare(self("gpt2"), part)
             else:
-                _write(VARIANTS[name], part)
+                own = {"num_hidden_layers": layers} if layers else {}
+                _write(replace(VARIANTS[name], changes={**VARIANTS[name].changes, **own}), part)
             try:
                 os.rename(part, folder)
             except OSError:  # another process was faster

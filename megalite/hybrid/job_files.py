@@ -140,7 +140,7 @@ class JobFiles:
         if not isinstance(progress, dict) or progress.keys() != {field.name for field in fields(HybridProgress)}:
             raise CheckpointError(f"{path}: not the state of a hybrid job; to start from it, set model.path to it")
         if trainer is not None:
-            load_state(trainer, path)
+            load_state(trainer, path, manifest)
         return HybridProgress(**progress)
 
     def save_reference(self, trainer: Trainer) -> None:

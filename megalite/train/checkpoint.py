@@ -276,17 +276,18 @@ def remove_unfinished(folder: Path) -> None:
             _remove(path)
 
 
-def load_state(trainer: Trainer, path: Path) -> None:
-    """Continue from a state that was saved in any layout. Collective. CheckpointError if it is damaged.
+def load_state(trainer: Trainer, path: Path, manifest: Manifest) -> None:
+    """Continue from a state that was saved in any layout, and its manifest. Collective. CheckpointError if it is
+    damaged.
 
     Every rank reads what it needs by itself, see `read_parameters`; one parameter is in memory at a time. In the layout
     of the saved run weights and moments are then what they were, bit for bit.
     """
     state = trainer.state
-    step = _step(path, shards.open_manifest(path))
+    step = _step(path, manifest)
     params = dict(trainer.decoder.named_parameters())
     for kind in KINDS:
-        for name, value in read_parameters(path, trainer.table, state.layout, state.rank, kind):
+        for name, value in read_parameters(path, trainer.table, state.layout, state.rank, kind, manifest):
             value = _rescaled(trainer, name, kind, value, stored=False).float()
             set_whole(params[name], kind, value.to(trainer.device))
     finish_setting(trainer.optimizer, trainer.engine.optimizer, trainer.zero_stage, step)

@@ -160,7 +160,7 @@ class Job:
         self.trained.check(manifest)
         if manifest.training.get("data") != self.corpus.digest:
             raise CheckpointError(f"{path}: the run read other text than {self.corpus.folder} holds now")
-        load_state(self.trainer, path)
+        load_state(self.trainer, path, manifest)
         self.history = card.RunHistory(**manifest.training["progress"])
         self._say(f"going on after step {self.trainer.steps_done}, from {path}")
         order = manifest.training.get("order", self._order())

@@ -92,16 +92,19 @@ def open_checkpoint(path: str | Path, revision: str | None = None) -> Checkpoint
     return _open_shards(folder) if is_sharded(folder) else _open_hf(folder)
 
 
-def extents_for(folder: Path, model: Weights, layout: Layout, rank: int, kind: str = WEIGHT) -> list[Extent]:
+def extents_for(
+    folder: Path, model: Weights, layout: Layout, rank: int, kind: str = WEIGHT, manifest: Manifest | None = None
+) -> list[Extent]:
     """Where the parts of which `rank` of `layout` holds something lie: in a Hugging Face folder, or in rank shards.
 
     Shards may be cut for any layout; where they are cut for this one, the rank's own file holds everything. Headers are
-    checked, of those files only. CheckpointError: the folder is damaged, unfinished or of another model.
+    checked, of those files only. `manifest`: that of the shards, where it has been read already. CheckpointError: the
+    folder is damaged, unfinished or of another model.
     """
-    if not is_sharded(folder):
+    if manifest is None and not is_sharded(folder):
         assert isinstance(model, ModelConfig), "adapters in Hugging Face layout are read by `lora_training`"
         return hf_extents(model, read_weights(folder, model).tensors)
-    manifest = open_manifest(folder)
+    manifest = manifest or open_manifest(folder)
     files = [file for file in manifest.files.values() if file.kind == kind]
     if manifest.layout == stored_layout(layout):
         place = layout.coord(rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -46,7 +47,7 @@ Digest = Annotated[str, "must be a digest, 32 hexadecimal digits", re.compile("[
 Kind = Annotated[str, "is a damaged kind", re.compile("[a-z][a-z0-9_]{0,40}").fullmatch]
 Count = Annotated[int, "must be a whole number", lambda value: 0 <= value <= 1 << 56]
 Dtype = Annotated[str, f"must be one of {', '.join(STORAGE)}", STORAGE.__contains__]
-"""Type, rule in words, and the rule: see `_take`."""
+"""Type, rule in words, and the rule: see `_reader`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,34 +209,84 @@ def decode(content: bytes, path: Path) -> Manifest:
 
 
 class _Broken(Exception):
-    """Where a value breaks a rule, and which."""
+    """A rule, in words, that a value breaks; `path`: the keys that lead to the value, innermost first."""
+
+    def __init__(self, rule: str):
+        self.rule, self.path = rule, list[str]()
+
+    def __str__(self) -> str:
+        return f"{'.'.join(['it', *reversed(self.path)])[:200]} {self.rule}"
+
+    def under(self, key: str) -> _Broken:
+        self.path.append(key)
+        return self
 
 
-def _take(kind: Any, value: Any, where: str) -> Any:
-    """A JSON value converted to the type of a manifest's field, or _Broken."""
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """What converts a JSON value to the type of a manifest's field, or raises _Broken: a function of the type, as a
+    manifest has a hundred thousand values."""
     if kind is Any:
-        return value
+        return lambda value: value
     if kind is Layout:
-        return _layout(value, where)
+        return _layout
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        base, rule, good = arguments
-        if not (type(value) is base and good(value)):
-            raise _Broken(f"{where[:200]} {rule}")
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_take(arguments[0], one, where) for one in value)
-    if origin is dict and isinstance(value, dict):
-        key, each = arguments
-        return {_take(key, name, where): _take(each, one, f"{where}.{name}") for name, one in value.items()}
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        hints = _hints(kind)
-        if value.keys() != hints.keys():
-            raise _Broken(f"{where[:200]} must have exactly {', '.join(hints)}")
-        return kind(**{name: _take(each, value[name], f"{where}.{name}") for name, each in hints.items()})
+        return _checked(*arguments)
+    if origin is tuple:
+        each = _reader(arguments[0])
+        return lambda value: tuple(map(each, _typed(list, value)))
+    if origin is dict:
+        return _mapped(*map(_reader, arguments))
+    if is_dataclass(kind):
+        return _built(kind)
+    return lambda value: _typed(kind, value)
+
+
+def _typed(kind: type, value: Any) -> Any:
     if type(value) is not kind:
-        raise _Broken(f"{where[:200]} is of the wrong type")
+        raise _Broken("is of the wrong type")
     return value
+
+
+def _checked(base: type, rule: str, good: Callable[[Any], object]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is base and good(value):
+            return value
+        raise _Broken(rule)
+
+    return read
+
+
+def _mapped(key: Callable[[Any], Any], each: Callable[[Any], Any]) -> Callable[[Any], dict[Any, Any]]:
+    def read(value: Any) -> dict[Any, Any]:
+        made = {}
+        for name, one in _typed(dict, value).items():
+            key(name)
+            try:
+                made[name] = each(one)
+            except _Broken as error:
+                raise error.under(name) from None
+        return made
+
+    return read
+
+
+def _built(kind: Any) -> Callable[[Any], Any]:
+    readers = {name: _reader(each) for name, each in _hints(kind).items()}
+
+    def read(value: Any) -> Any:
+        if _typed(dict, value).keys() != readers.keys():
+            raise _Broken(f"must have exactly {', '.join(readers)}")
+        made = {}
+        for name, each in readers.items():
+            try:
+                made[name] = each(value[name])
+            except _Broken as error:
+                raise error.under(name) from None
+        return kind(**made)
+
+    return read
 
 
 @cache
@@ -243,18 +294,21 @@ def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
-def _layout(value: Any, where: str) -> Layout:
+def _layout(value: Any) -> Layout:
     stages: tuple[int, ...] = ()
     if isinstance(value, dict) and "layers" in value:
         value = dict(value)
-        stages = _take(tuple[int, ...], value.pop("layers"), f"{where}.layers")
-    sizes = _take(dict[str, Annotated[int, f"must be a whole number from 1 to {MAX_RANKS}", _ranks]], value, where)
+        try:
+            stages = _reader(tuple[int, ...])(value.pop("layers"))
+        except _Broken as error:
+            raise error.under("layers") from None
+    sizes = _reader(dict[str, Annotated[int, f"must be a whole number from 1 to {MAX_RANKS}", _ranks]])(value)
     if not {"tp", "pp"} <= sizes.keys() <= {"tp", "pp", "interleave"} or sizes["tp"] * sizes["pp"] > MAX_RANKS:
-        raise _Broken(f"{where} must be tp and pp, of at most {MAX_RANKS} ranks")
+        raise _Broken(f"must be tp and pp, of at most {MAX_RANKS} ranks")
     if sizes.get("interleave", 1) > 1 and sizes["pp"] == 1:
-        raise _Broken(f"{where}.interleave must be 1 where pp is 1")
+        raise _Broken("must be 1 where pp is 1").under("interleave")
     if stages and (len(stages) != sizes["pp"] or min(stages) < 1 or sizes.get("interleave", 1) > 1):
-        raise _Broken(f"{where}.layers must be one number of layers for each stage")
+        raise _Broken("must be one number of layers for each stage").under("layers")
     return Layout(**sizes, stages=stages)
 
 
@@ -263,10 +317,12 @@ def _ranks(value: int) -> bool:
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:
-    manifest: Manifest = _take(Manifest, {key: one for key, one in values.items() if key not in _OF_THE_TEXT}, "it")
+    manifest: Manifest = _reader(Manifest)({key: one for key, one in values.items() if key not in _OF_THE_TEXT})
     layout = manifest.layout
     expected = {file_name(rank, kind) for kind in {WEIGHT, *manifest.kinds} for rank in layout.ranks}
     misnamed = {name for name, file in manifest.files.items() if file.name != name}
     if wrong := sorted(misnamed | manifest.files.keys() ^ expected):
-        raise _Broken(f"files must list one file a rank of {layout.tp} x {layout.pp}; {wrong[0][:100]!r} is wrong")
+        raise _Broken(f"must list one file a rank of {layout.tp} x {layout.pp}; {wrong[0][:100]!r} is wrong").under(
+            "files"
+        )
     return manifest

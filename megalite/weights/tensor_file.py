@@ -101,7 +101,7 @@ def stored_bytes(info: TensorInfo) -> bytearray:
 
 def is_plain_name(name: str) -> bool:
     """Whether a tensor name can't be mistaken for a path: no separators, no `..`, nothing unprintable."""
-    return bool(name) and name.isprintable() and ".." not in name and not set(name) & set("/\\")
+    return bool(name) and name.isprintable() and ".." not in name and "/" not in name and "\\" not in name
 
 
 def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:

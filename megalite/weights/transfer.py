@@ -25,6 +25,7 @@ from megalite.model.layers.softmax import Attention
 from megalite.weights.checkpoint import extents_for
 from megalite.weights.copying import OpenFiles, in_parallel, matrices, overlap
 from megalite.weights.dtypes import torch_dtype
+from megalite.weights.manifest import Manifest
 from megalite.weights.moves import Extent, Move, by_part, reading
 from megalite.weights.table import Piece, Range, Weights, expected, owned
 from megalite.weights.upload import InPlace, Ring, uploading
@@ -33,6 +34,8 @@ INIT_STD = 0.02
 """Standard deviation of new weights (GPT-2, Llama)."""
 READERS = 4
 """Threads that read a rank's files."""
+FEW_BYTES = 1 << 20
+"""So many are read by the thread that asks."""
 
 
 def build(config: ModelConfig, state: ParallelState, *, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -102,8 +105,12 @@ def fill(params: Mapping[str, Tensor], ranges: Iterable[Range], extents: Iterabl
 
         # In a forked process the first thread that computes starts torch's threads anew, and only one may.
         torch.set_num_threads(torch.get_num_threads())
-        moves = files.expecting([move for move, *_ in work])
-        in_parallel(copy, zip(moves, work, strict=True), READERS)
+        items = zip(files.expecting([move for move, *_ in work]), work, strict=True)
+        if sum(view.nbytes for *_, view in work) <= FEW_BYTES:  # sooner read than threads are started
+            for item in items:
+                copy(item)
+        else:
+            in_parallel(copy, items, READERS)
 
 
 def _lies_as_stored(move: Move, one: Range, view: Tensor) -> bool:
@@ -127,14 +134,15 @@ def _copy(files: OpenFiles, move: Move, one: Range, view: Tensor, ring: Ring | N
 
 
 def read_parameters(
-    folder: Path, config: Weights, layout: Layout, rank: int, kind: str
+    folder: Path, config: Weights, layout: Layout, rank: int, kind: str, manifest: Manifest | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and values, on the CPU and in the stored dtype, of each parameter that `rank` holds, one after the other.
 
     Out of rank shards of any layout, whose digests are all checked: a rank reads each range whole of which it needs
-    some rows. With twice the tp of the files that is twice the bytes. CheckpointError if a file is damaged.
+    some rows. With twice the tp of the files that is twice the bytes. `manifest`: see `extents_for`. CheckpointError
+    if a file is damaged.
     """
-    extents = by_part(extents_for(folder, config, layout, rank, kind))
+    extents = by_part(extents_for(folder, config, layout, rank, kind, manifest))
     for name, (shape, ranges) in expected(config, layout, rank).items():
         mine = [extent for one in ranges for extent in extents[one.piece.hf, one.piece.hf_start, kind]]
         values = torch.empty(shape, dtype=torch_dtype(mine[0].info.dtype))
