@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -274,18 +274,31 @@ def _read_text(path: Path) -> str:
 def _build(schema: type, values: dict[str, Any]) -> Any:
     """The frozen config; `values` have been checked. Free text goes around OmegaConf, which would expand it.
 
-    Merged through OmegaConf, so that every class of the schema is one that its users can take as a structured config.
+    Merged through OmegaConf, so that every class of the schema is one that its users can take as a structured config;
+    by section, since that takes its time for each key, and most sections are left as they are.
     """
-    from omegaconf import OmegaConf  # slow to import, and a config made in Python needs none of it
-
-    free = [key for key in values if mentions(hints(schema)[key], Any) or key in LITERAL_KEYS]
+    free = [key for key in values if "." not in key or mentions(hints(schema)[key], Any) or key in LITERAL_KEYS]
     settled: dict[str, Any] = {}
     for key in values.keys() - set(free):
         settled = _put(settled, key.split("."), values[key])
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), settled))
+    config = replace(schema(), **{name: _merged(sections(schema)[name], settled[name]) for name in settled})
     for key in free:
         config = _with(config, key.split("."), values[key])
     return config
+
+
+def _merged(section: type, values: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf  # slow to import, and a config made in Python needs none of it
+
+    return OmegaConf.to_object(OmegaConf.merge(_structured(section), values))
+
+
+@cache
+def _structured(section: type) -> Any:
+    """A section at its defaults, as OmegaConf has it; merging copies it."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.structured(section)
 
 
 def _with(config: Any, path: list[str], value: Any) -> Any:
