@@ -9,6 +9,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from megalite.config import yaml_lines
 from megalite.config.explain import explain, table
@@ -47,6 +48,11 @@ def test_an_empty_file_is_all_defaults_and_frozen(write):
     assert yaml_lines.read(loaded.given, "t") == {}
     with pytest.raises(FrozenInstanceError):
         loaded.config.parallel.tp = 3
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_every_class_is_a_structured_config(kind):
+    assert OmegaConf.to_object(OmegaConf.structured(SCHEMAS[kind])) == SCHEMAS[kind]()
 
 
 def test_every_value_has_its_origin(write):

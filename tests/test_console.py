@@ -1,5 +1,6 @@
 """The chat in the terminal."""
 
+import codecs
 import fcntl
 import io
 import json
@@ -127,12 +128,12 @@ def test_at_a_terminal(backend, url, tmp_path):
     )
     os.close(terminal)
     os.set_blocking(control, False)
-    said = ""
+    said, text = "", codecs.getincrementaldecoder("utf-8")()
 
     def seen(what: str) -> bool:
         nonlocal said
         try:
-            said += os.read(control, 1 << 16).decode()
+            said += text.decode(os.read(control, 1 << 16))
         except BlockingIOError:
             pass
         return what in said

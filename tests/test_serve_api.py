@@ -599,10 +599,10 @@ def test_what_is_not_taken_says_when_to_come_again(refusal, status, code, stream
         ) as client:
             await client.get("/health")
             least = 9.0
-            for _ in range(5):  # one of them is not held up by what else the machine does
-                begun = time.monotonic()
+            for _ in range(5):  # the first may import something
+                begun = time.process_time()  # what else the machine does is not counted
                 answer = await client.post("/v1/completions", json={"prompt": SECRET * 20, "stream": stream})
-                least = min(least, time.monotonic() - begun)
+                least = min(least, time.process_time() - begun)
             return answer, least
 
     answer, seconds = asyncio.run(asked())
