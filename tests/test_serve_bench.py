@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from serve_fakes import request
 from waiting import PATIENCE
 
 from megalite.errors import ConfigError
+from megalite.serve.frames import Frames, frame
+from megalite.serve.link import Link
+from megalite.serve.messages import Hello, Leave, Step, Submit
+from megalite.tools.benchmarks.fake_replica import FakeReplica
 from megalite.tools.benchmarks.http_load import BadAnswer, Exchange, Server, exchange
 from megalite.tools.benchmarks.serve import Bench, Figures, Load, line, percentile
+from megalite.tools.benchmarks.serve_parts import measure_control
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 TEXTS = ["a", "", "data: b\n\n", "é" * 200]
@@ -102,6 +109,33 @@ def test_a_server_of_any_kind_is_measured() -> None:
     assert [row["what"] for row in rows] == ["HTTP", "HTTP, streamed", "200 requests/s"] and reached > 0
     assert "first_token_p99_ms" in rows[1] and "first_token_p50_ms" not in rows[0] and "of_offline" not in rows[0]
     assert line(rows[1]).count("|") == line(rows[0]).count("|")
+
+
+def test_a_fake_replica_speaks_the_protocol() -> None:
+    near, far = socket.socketpair()
+    frames, messages = Frames.of_replica(), []
+    replica = threading.Thread(target=lambda: FakeReplica(Link(near, patience=PATIENCE)).serve(0.0))
+    replica.start()
+    with far:
+        for name, stream in (("a", True), ("b", False)):
+            far.sendall(frame([Submit(request(id=name, max_tokens=3, stream=stream))]))
+        while sum(len(one.outputs) for one in messages if isinstance(one, Step)) < 2:
+            messages += frames.feed(far.recv(1 << 16))
+        far.sendall(frame([Leave()]))
+        replica.join(PATIENCE)
+    assert not replica.is_alive() and isinstance(messages[0], Hello)
+    steps = [one for one in messages if isinstance(one, Step)]
+    deltas = [delta for one in steps for delta in one.deltas]
+    [whole] = [one.outputs[0] for step in steps for one in step.outputs if one.request_id == "a"]
+    assert {one.request_id for one in deltas} == {"a"} and deltas[-1].finish_reason == "length"
+    assert "".join(one.text for one in deltas) == whole.text
+    assert [token for one in deltas for token in one.token_ids] == whole.token_ids
+
+
+@pytest.mark.parametrize("kind", ["offline", "whole", "streamed"])
+def test_a_control_rank_without_a_device(kind: str) -> None:
+    found = measure_control(Namespace(requests=4, prompt=20, new=24, rounds=1), kind, None)
+    assert found["what"] == f"control rank, {kind}" and {"request_us", "token_us"} < found.keys()
 
 
 def test_figures() -> None:

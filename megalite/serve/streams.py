@@ -100,9 +100,9 @@ class Merged:
     def _unread(self) -> list[Gain]:
         found: list[Gain] = []
         for place, job in enumerate(self._jobs):
-            if job.unread:
-                found += [(place, delta) for delta in job.unread]
-                job.unread.clear()
+            unread = job.unread
+            while unread:
+                found.append((place, unread.popleft()))
         return found
 
     def give_to(self, write: Callable[[list[Gain]], object], is_ready: Callable[[], bool]) -> None:

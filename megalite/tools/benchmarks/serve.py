@@ -6,11 +6,13 @@ all requests at once, token ids in, text out, greedy, end-of-sequence ignored, n
 at random (Poisson) at shares of the rate that was reached, or at --rates. Ratios to offline are by the clock, and by
 processor time of all processes but the client, which other work on the machine disturbs less; times between tokens are
 those between events of a stream. With --url the server is one that runs already, of any make, with nothing beside it.
+With --parts no model runs: see serve_parts.py.
 
 example:
   python tools/bench.py serve
   python tools/bench.py serve --device cuda --shape qwen3-0.6B
   python tools/bench.py serve --url http://127.0.0.1:8000 --rates 1 4 16
+  python tools/bench.py serve --parts
 """
 
 from __future__ import annotations

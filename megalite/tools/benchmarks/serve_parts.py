@@ -1,8 +1,9 @@
 """`bench serve --parts`: what the two sides of the server's socket cost, each alone, without a model.
 
 The HTTP process is the real one, with a replica that speaks the protocol and computes nothing, and a client in a third
-process. Processor time is told apart by two lengths of answers: what grows with them is a token's, the rest a
-request's.
+process. The control rank is a real engine and worker over a device that takes no time; offline is the engine alone.
+Processor time is told apart by two lengths of answers: what grows with them is a token's, the rest a request's. Least
+of --rounds, since other work on the machine only adds.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,8 +70,10 @@ def run(args: argparse.Namespace) -> int:
         print(row(found["what"], *cells), flush=True)
         write_figures(rows, args.json)
 
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = ModelFolder.open(Path(make_task(args, Path(folder)).folder)).tokenizer
     for kind in ("offline", "whole", "streamed"):
-        tell(measure_control(args, kind))
+        tell(measure_control(args, kind, tokenizer))
     with http_process(args) as (server, pid):
         for stream in (False, True):
             tell(measure_http(args, server, pid, stream=stream))
@@ -129,8 +131,7 @@ class _NoResults:
     """Results of a step that computes nothing: tokens by a rule."""
 
     def __init__(self, plan: StepPlan):
-        self._count = len(plan.sampled)
-        self._step = plan.step
+        self._count, self._step = len(plan.sampled), plan.step
 
     def wait(self) -> SampledRows:
         ids = [LOWEST_ID + (self._step * 131 + place * 17) % (HIGHEST_ID - LOWEST_ID) for place in range(self._count)]
@@ -146,93 +147,71 @@ class _NoRunner:
     def execute(self, plan: StepPlan, on_prompt: object) -> _NoResults | None:
         return _NoResults(plan) if plan.rows else None
 
-    def close(self) -> None:
-        pass
 
+class _ControlRank:
+    """An engine without a device, its worker, and a thread that reads what the worker sends."""
 
-def control_rank(args: argparse.Namespace, tokenizer: Tokenizer | None) -> tuple[Engine, Worker, socket.socket]:
-    """An engine without a device, its worker, and the other end of the worker's connection."""
-    longest = args.prompt + args.new
-    blocks = (args.requests + 8) * (longest // 16 + 2)
-    scheduler = Scheduler(
-        num_blocks=blocks,
-        block_size=16,
-        max_num_seqs=args.requests,
-        max_num_batched_tokens=8192,
-        max_model_len=longest,
-        contiguous=False,
-    )
-    state = ParallelState(Layout(tp=1, pp=1, dp=1))
-    engine = Engine(state, _NoRunner(), scheduler, OutputProcessor(tokenizer), Meter(), overlap=True)  # type: ignore[arg-type]
-    near, far = socket.socketpair()
-    return engine, Worker(engine, Link(near, patience=60.0)), far
-
-
-def measure_control(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """Microseconds of a control rank's thread a request and a token; `kind`: offline, whole, streamed."""
-    tokenizer = ModelFolder.open(
-        Path(
-            make_task(
-                args,
-                Path("."),
-            ).folder
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer | None):
+        longest = args.prompt + args.new
+        scheduler = Scheduler(
+            num_blocks=(args.requests + 8) * (longest // 16 + 2),
+            block_size=16,
+            max_num_seqs=args.requests,
+            max_num_batched_tokens=8192,
+            max_model_len=longest,
+            contiguous=False,
         )
-    ).tokenizer
-    params = SamplingParams(temperature=0, max_tokens=args.new, ignore_eos=True)
-    costs: list[tuple[float, float]] = []
-    for turn in range(1 + args.rounds):
-        engine, worker, far = control_rank(args, tokenizer)
-        read = threading.Thread(target=_read_all, args=(far,))
-        read.start()
-        spent = {}
-        for new in (SHORT, args.new):
-            prompts = Load(args.requests, args.prompt, new, random.Random(turn * 7 + new)).prompts()
-            requests = [
-                Request(
-                    id=f"cmpl-{new}-{place:032}",
-                    prompt_token_ids=tuple(one),
-                    params=params,
-                    seed=0,
-                    max_tokens=new,
-                    stream=kind == "streamed",
-                )
-                for place, one in enumerate(prompts)
-            ]
-            if kind == "offline":
-                news = partial(_once, [News(requests=tuple(requests))])
+        state, runner = ParallelState(Layout(tp=1, pp=1, dp=1)), _NoRunner()
+        self._engine = Engine(state, runner, scheduler, OutputProcessor(tokenizer), Meter(), overlap=True)  # type: ignore[arg-type]
+        near, self._far = socket.socketpair()
+        self._worker = Worker(self._engine, Link(near, patience=60.0))
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self._far:
+            while self._far.recv(1 << 20):
+                pass
+
+    def close(self) -> None:
+        self._worker.link.close()
+        self._reader.join()
+
+    def seconds(self, requests: Sequence[Request], *, serve: bool) -> float:
+        """Processor seconds of this thread for these requests, from their arrival to their results; not `serve`: as a
+        batch job has them, without worker and socket."""
+        given = [News(requests=tuple(requests))]
+        if serve:
+            threading.Thread(target=self._far.sendall, args=(frame([Submit(one) for one in requests]),)).start()
+        before, left = time.thread_time(), len(requests)
+        while left:
+            if serve:
+                self._worker.wait()
+                events = self._engine.step(self._worker.news)
+                self._worker.tell(events)
             else:
-                threading.Thread(target=far.sendall, args=(frame([Submit(one) for one in requests]),)).start()
-                news = worker.news
-            before, left = time.thread_time(), len(requests)
-            while left:
-                if kind != "offline":
-                    worker.wait()
-                events = engine.step(news)
-                left -= len(events.outputs)
-                if kind != "offline":
-                    worker.tell(events)
-            spent[new] = (time.thread_time() - before) / args.requests
-        while worker.link._unsent:
-            worker.link.wait(1.0)
-            worker.link.send()
-        worker.link.close()
-        read.join()
-        far.close()
-        costs.append((spent[SHORT], spent[args.new]))
-    short, long = (min(one) for one in zip(*costs[1:], strict=True))
+                events = self._engine.step(lambda room: given.pop() if given else News())
+            left -= len(events.outputs)
+        return time.thread_time() - before
+
+
+def measure_control(args: argparse.Namespace, kind: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Microseconds of a control rank's thread a request and a token; `kind`: offline, whole, streamed."""
+    costs: dict[int, list[float]] = {SHORT: [], args.new: []}
+    with closing(_ControlRank(args, tokenizer)) as rank:
+        for turn in range(1 + args.rounds):
+            for new, found in costs.items():
+                prompts = Load(args.requests, args.prompt, new, random.Random(1000 * turn + new)).prompts()
+                name = f"cmpl-{turn:032}-{new}"
+                requests = [_request(f"{name}-{place}", one, new, kind) for place, one in enumerate(prompts)]
+                found.append(rank.seconds(requests, serve=kind != "offline") / args.requests)
+    short, long = (min(found[1:]) for found in costs.values())
     per_token = (long - short) / (args.new - SHORT)
-    return {
-        "what": f"control rank, {kind}",
-        "request_us": 1e6 * (short - SHORT * per_token),
-        "token_us": 1e6 * per_token,
-    }
+    request_us = 1e6 * (short - SHORT * per_token)
+    return {"what": f"control rank, {kind}", "request_us": request_us, "token_us": 1e6 * per_token}
 
 
-def _once(given: list[News], room: int) -> News:
-    return given.pop() if given else News()
-
-
-def _read_all(far: socket.socket) -> None:
-    with suppress(OSError):
-        while far.recv(1 << 20):
-            pass
+def _request(name: str, prompt: list[int], new: int, kind: str) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    ids, stream = tuple(prompt), kind == "streamed"
+    return Request(id=name, prompt_token_ids=ids, params=params, seed=0, max_tokens=new, stream=stream)
