@@ -136,8 +136,9 @@ def prepare_columns(
     if key not in axis.columns:
         assert axis.group is not None
         try:
-            size = {"widths": widths, "max_rows": max_rows, "dtype": dtype}
-            axis.columns[key] = SymmetricColumns(sums, axis.group, **size, device=sums.memory.device)
+            axis.columns[key] = SymmetricColumns(
+                sums, axis.group, widths=widths, max_rows=max_rows, dtype=dtype, device=sums.memory.device
+            )
         except Unavailable as reason:
             axis.columns[key] = None
             if axis.is_first:

@@ -7,6 +7,7 @@ call needs to know of the one before is in device memory. The kernel knows witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,11 +25,20 @@ SLOT = 8192
 def _wanted(rows, table, row, DRAWN: tl.constexpr):
     """1 if a row is gathered, else 0: with DRAWN only those that draw their tokens."""
     if DRAWN:
-        _, _, _, temperature = _parameters(table, tl.load(rows + row))
+        top_k, least, top_p, temperature = _parameters(table, tl.load(rows + row))
         wanted = (temperature > 0).to(tl.int32)
     else:
         wanted = (row >= 0).to(tl.int32)
     return wanted
+
+
+@jit
+def _width(begins, width, rank, ALIGN: tl.constexpr, EVEN: tl.constexpr):
+    """Width of a rank's part."""
+    found = width
+    if not EVEN:
+        found = tl.load(begins + rank + 1) - tl.load(begins + rank)
+    return tl.multiple_of(found, ALIGN)
 
 
 @jit
@@ -51,19 +61,19 @@ def _gather_kernel(
     CHUNK: tl.constexpr,
     PIECES: tl.constexpr,
     MAX_BLOCKS: tl.constexpr,
+    ALIGN: tl.constexpr,
     DRAWN: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Program b has the pieces b, b + MAX_BLOCKS, ... of all rows; PIECES make a rank's part of a row."""
+    """Program b has the pieces b, b + MAX_BLOCKS, ... of all rows; PIECES make a rank's part of a row, whose widths
+    ALIGN divides."""
     block = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     epoch = tl.load(epochs + block) + 1
     half = (epoch & 1).to(tl.int64) * half_size
     element: tl.constexpr = x.dtype.element_ty
     turns = tl.cdiv(num_rows * PIECES - block, MAX_BLOCKS)
-    own = width
-    if not EVEN:
-        own = tl.load(begins + RANK + 1) - tl.load(begins + RANK)
+    own = _width(begins, width, RANK, ALIGN, EVEN)
     some = block * 0
     for turn in range(0, turns):
         piece = block + turn * MAX_BLOCKS
@@ -83,14 +93,12 @@ def _gather_kernel(
             column = (piece % PIECES) * CHUNK + lane
             for peer in tl.static_range(SIZE):
                 begin = peer * width
-                end = begin + width
                 if not EVEN:
                     begin = tl.load(begins + peer)
-                    end = tl.load(begins + peer + 1)
-                mask = (begin + column < end) & (wanted > 0)
+                mask = (column < _width(begins, width, peer, ALIGN, EVEN)) & (wanted > 0)
                 theirs = _row(buffers, peer, half + piece.to(tl.int64) * CHUNK, element, 16)
                 value = tl.load(theirs + lane, mask=mask, cache_modifier=".cg")
-                tl.store(out + row * out_stride + begin + column, value, mask=mask)
+                tl.store(out + row * out_stride + tl.multiple_of(begin, ALIGN) + column, value, mask=mask)
         tl.store(epochs + block, epoch)
 
 
@@ -125,6 +133,7 @@ def gather_rows(
             CHUNK=SLOT // size,
             PIECES=count,
             MAX_BLOCKS=peers.blocks,
+            ALIGN=math.gcd(16, *widths),
             DRAWN=drawn is not None,
             EVEN=begins is None,
             num_warps=8,

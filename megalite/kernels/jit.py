@@ -57,7 +57,7 @@ def quick_launches() -> Any:
 
     runtime = triton.knobs.runtime
 
-    class Kernel(triton.runtime.JITFunction):
+    class Kernel(triton.runtime.JITFunction):  # type: ignore[misc]
         def __init__(self, *args: Any, **options: Any):
             super().__init__(*args, **options)
             self.compiled: dict[tuple[Any, ...], Any] = {}
