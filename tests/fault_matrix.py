@@ -169,11 +169,11 @@ CODES = {"raise": 1, "kill": 70, "stop": 70, "exit": 70, "hang": 70, "memory": 4
 def says(case: Case) -> str:
     """What the user must be told: which rank, where it was, and why; a regular expression."""
     place, other = PLACES[case.place], RANKS - 1 - case.rank
-    anywhere = f"({'|'.join(PLACES.values())})"  # the other rank may not have come so far yet, or gone on
     full = r"File too large\. Free some space, or write to another disk\.$"
     own = rf"^\[rank {case.rank} on \S+, {place}\] "
-    lost = rf"^error: rank {case.rank} \(pid \d+ on \S+\) was lost: "
-    when = rf"\), when rank {other} was in {anywhere}\. The other ranks were stopped\.$"
+    lost = rf"^error: rank {case.rank} \(pid \d+( on \S+)?\) was lost: "
+    # The other rank may not have come so far yet, or gone on.
+    when = rf"\), when rank {other} (was in [\w ]+|had finished)\. The other ranks were stopped\.$"
     return (
         "(?m)"
         + {
@@ -182,7 +182,8 @@ def says(case: Case) -> str:
             "disk": rf"^\[rank {case.rank} on [^\]]+\] error: \S+: {full}",
             "kill": rf"{lost}ended without a word \(killed, out of memory or crashed{when}",
             "exit": rf"{lost}ended without a word \(killed, out of memory or crashed{when}",
-            "stop": rf"{lost}no sign of life for 1 s \(stopped or cut off{when}",
+            # The door sees it too, and is first where the other rank's watch does not get its turn.
+            "stop": rf"{lost}(no sign of life for 1 s \(stopped or cut off{when}|stopped for 2 s\.$)",
             "hang": rf"^error: rank {case.rank} .*has not (entered|sent|received) .*; it is in {place}, for \d+ s\.",
         }[case.fault]
     )

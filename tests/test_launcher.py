@@ -106,7 +106,14 @@ DOORS = {
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory):
+def missing(forks, tmp_path_factory):
+    """Two ranks that join, of which one never comes. The door has patience with it, so it is started first."""
+    path = a_config(tmp_path_factory.mktemp("missing"), steps=2, start_timeout=1)
+    return forks.start(DOOR, 2, "no", JOINED, "--config", path, MEGALITE_FAULT="start@1=hang")
+
+
+@pytest.fixture(scope="module")
+def doors(missing, tmp_path_factory):
     """The runs under the door by name, all at once, over torch-free ranks: once it has ended; its code; PID."""
     folder, runs = tmp_path_factory.mktemp("doors"), []
 
@@ -169,8 +176,8 @@ def test_a_run_whose_groups_never_go_is_done_all_the_same(joined, tmp_path):
     assert sorted(run.err.splitlines()) == [f"rank {rank}: {why}" for rank in range(2)]
 
 
-def test_a_missing_rank(joined, tmp_path):
-    run = joined(a_config(tmp_path, steps=2, start_timeout=1), MEGALITE_FAULT="start@1=hang")
+def test_a_missing_rank(missing):
+    run = missing.ended()
     assert run.code == 70
     [line] = run.err.splitlines()
     assert line.startswith("error: ") and "rank 1 never came within 1 s (of 2; here are 0 on" in line

@@ -25,9 +25,9 @@ from megalite.run.status import TOLD
 _TICK = 0.05
 """Seconds between two looks at the ranks."""
 _LEFTOVERS = 8.0
-"""Seconds that the others have to end by themselves when a rank has failed."""
+"""Seconds that the others have to end by themselves when a rank has failed, and one of them to say why."""
 _FAREWELL = 1.5
-"""Seconds that they have where it is known already how the run ended, or it had not begun."""
+"""Seconds that they have where a signal ended it before the run began, of which none of them knows."""
 _AGAIN = 0.3
 """Seconds after which a signal counts as a second one; a terminal and a shell may both send the first."""
 _KILL = 5.0
@@ -125,8 +125,9 @@ class _Door:
             if self._again():
                 return self._stopped("at once; unfinished work is given up")
             if self._failed is not None:
-                known = self._end() or not self._heard
-                if now - self._failed[0] > (_FAREWELL if known else _LEFTOVERS):
+                at, rank = self._failed
+                killed = not self._heard and not 0 <= (self._ranks[rank].returncode or 0) <= 128
+                if now - at > (_FAREWELL if killed else _LEFTOVERS):
                     break
             elif (rank := self._standing(now, looked)) is not None:
                 self._say(f"error: {self._name_of(rank)} was lost: stopped for {self._stopped_timeout:g} s")

@@ -63,7 +63,7 @@ _HANDSHAKE = 20.0
 """Seconds for a stranger to prove itself."""
 _LINGER = 1.0
 """Seconds the hub stays after the end so that the others hear of it."""
-_LAST_WORDS = 5.0
+_LAST_WORDS = 10.0
 """Seconds a rank has to print its error and leave by itself."""
 
 
@@ -172,7 +172,7 @@ class Watchdog:
     def finish(self, code: int = 0) -> End:
         """This rank's work is done (`code`: 0, or 128 + the signal it drained for). Waits until all ranks say so.
 
-        Returns the end: leave with its code within five seconds, and if `end.speaker` is this rank, say why. Does not
+        Returns the end: leave with its code within ten seconds, and if `end.speaker` is this rank, say why. Does not
         return when the run ends because something was lost: the process is gone then. Without peers and launcher the
         process may go on after any end."""
         return self._report(partial(self._referee.finished, self._rank, code), "finish", code)
