@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from megalite.config.structured import StructuredOutputsParams as StructuredOutputsParams
     from megalite.inference.balancer import LoadBalancer as LoadBalancer
     from megalite.inference.llm import LLM as LLM
+
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+"""On a CPU: MKL gives back what it packs for a product, measured as fast; it reads this when torch is loaded."""
 
 __version__ = "0.7.0"
 __all__ = ["LLM", "LoadBalancer", "SamplingParams", "StructuredOutputsParams"]

@@ -17,7 +17,15 @@ from megalite.monitor.collector import Meter
 from megalite.monitor.memory import peak_memory, reset_peak_memory
 from megalite.monitor.metrics import PHASES, RankReport
 from megalite.monitor.report import format_report
-from megalite.monitor.words import COLUMNS, format_bytes, format_count, format_duration, format_rate, wrapped
+from megalite.monitor.words import (
+    COLUMNS,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_rate,
+    format_seconds,
+    wrapped,
+)
 
 MIB = 2**20
 
@@ -120,6 +128,12 @@ def test_a_report_travels_as_json():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_seconds_have_three_digits_and_their_unit():
+    given = (0.0, 3.27e-6, 0.00099949, 0.0125, 0.9999, 29.741, 12345.6)
+    words = ["0 s", "3.27 us", "999 us", "12.5 ms", "1 s", "29.7 s", "12,346 s"]
+    assert [format_seconds(one) for one in given] == words
+
+
 def test_peak_memory_sees_what_was_freed_again():
     held = bytearray(64 * MIB)
     held[::4096] = b"x" * len(held[::4096])

@@ -102,15 +102,17 @@ def test_experts_in_codes_are_read_by_each_row_and_written_out_for_many():
     assert reading == pytest.approx((4e8 + 2 * 16e8) / 1e12)
 
 
-def test_a_process_on_a_cpu_holds_packed_inputs_and_messages_on_their_way():
-    config, mib = shape("llama-34M"), 2**20  # of inputs the widest is 1,408
+def test_the_heap_of_a_process_on_a_cpu_holds_layers_or_sampling_and_messages_on_their_way():
+    config, mib = shape("llama-34M"), 2**20
     first, last = (RankMemory(config, Layout(1, 2, 1), rank, 4) for rank in (0, 1))
-    both = [one.process(max_tokens=512, threads=2) - one.process(max_tokens=512, threads=1) for one in (first, last)]
-    assert both == [4 * 512 * 1408 * 4] * 2
-    assert RankMemory(config, Layout(4), 0, 4).process(max_tokens=512, threads=1) == 28 * mib + 4 * 512 * 512 * 4
-    layers = 512 * (3 * 512 + 4 * 1408) * 4
+    layers = 512 * (3 * 512 + 3 * 1536) * 4  # attention; gate, up and what they become are less: 3 x 1,408
     assert last.activations(max_tokens=512) == layers == first.activations(max_tokens=512) - 512 * 2 * 512 * 4
-    assert first.step(max_tokens=512, max_rows=16) == int(HOLES * (layers + 2 * mib))
+    assert first.step(max_tokens=512, max_rows=16) == int(HOLES * (layers + mib)), "a message more, the update less"
+    assert last.step(max_tokens=512, max_rows=16) == int(HOLES * (layers - mib)), "sampling takes less"
+    sampling = 512 * 512 * 4 + 1000 * 8192 * 4 + 25 * 2**17
+    assert last.step(max_tokens=512, max_rows=1000) == int(HOLES * sampling)
+    tp = RankMemory(config, Layout(2), 0, 4)
+    assert tp.step(max_tokens=512, max_rows=16) == int(HOLES * (tp.activations(max_tokens=512) + mib)), "two segments"
 
 
 @pytest.mark.parametrize(
@@ -312,6 +314,36 @@ def test_ranks_of_a_cpu_are_one_device_of_a_device_map():
     cpu, load = replace(named("cpu"), cores=2), Workload(concurrency=8)
     found = device_map.compare(shape("qwen3-10M"), Cluster(cpu, 4), load, itemsize=4)
     assert found.layers == (8,) and found.idle == (0.0,)
+
+
+def test_a_first_token_waits_for_its_whole_prompt_on_every_stage():
+    """A prompt is in one cohort: stages share its layers, and not its tokens."""
+    load, cluster = Workload(concurrency=64), Cluster(named("h100"), 4)
+    whole, staged = (
+        predict(shape("llama-8B"), layout, cluster, load, EngineSection(), itemsize=2)
+        for layout in (Layout(1, 1, 4), Layout(1, 4, 1))
+    )
+    assert whole.first_token < staged.first_token < 1.2 * whole.first_token
+    assert staged.first_token == pytest.approx(staged.spent_first.total)
+    first, *others = search(shape("llama-8B"), cluster, load, EngineSection(), itemsize=2, objective="first_token")
+    assert "the least time to the first token" in first.reason
+    assert all("of the first token beside" in one.reason for one in others)
+
+
+def test_no_more_requests_are_at_work_than_there_are():
+    for load in (Workload(concurrency=64), parse("requests=64")):
+        one = predict(shape("llama-8B"), Layout(1, 1, 3), Cluster(named("h100"), 3), load, EngineSection(), itemsize=2)
+        assert one.concurrency == 64
+        alone = replace(load, concurrency=22, requests=load.requests and 22)
+        third = predict(shape("llama-8B"), Layout(), Cluster(named("h100"), 1), alone, EngineSection(), itemsize=2)
+        assert one.throughput == pytest.approx(third.throughput * 64 / 22)
+
+
+def test_a_cache_on_a_cpu_is_as_large_as_the_work_needs():
+    engine, load = EngineSection(max_num_seqs=4), parse("input=20,output=10,requests=4")
+    cpu = Cluster(replace(named("cpu"), memory=2**34), 1)
+    one = predict(shape("qwen3-10M"), Layout(), cpu, load, engine, itemsize=4)
+    assert one.memory[0].kv == 4 * 32 * 8 * 2 * 2 * 64 * 4 and one.fits > 1000, "two blocks of 16 each"
 
 
 def test_ranks_beyond_the_cores_take_turns():

@@ -17,11 +17,12 @@ from megalite.core.parallel_state import ParallelState
 from megalite.errors import MegaliteError
 from megalite.inference import draws
 from megalite.inference.choice import FAILURES, PLAIN, Needs
-from megalite.inference.host_sampler import CPU_CHUNK, FEW
+from megalite.inference.host_sampler import FEW
 from megalite.inference.matchers import Masks
 from megalite.inference.request import Request
 from megalite.inference.sampler import Sampler
 from megalite.inference.vocabulary import Vocabulary
+from megalite.planner.memory import CPU_CHUNK
 
 VOCAB = 24
 """Of the comparison over all options."""

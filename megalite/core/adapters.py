@@ -120,7 +120,8 @@ class Adapted(_Beside):
         return self.adapters.tokens is None
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.addmm(y, F.linear(x, self.a) * self.adapters.mask(self.owners, x), self.b.t())
+        update = F.linear(x, self.a) * self.adapters.mask(self.owners, x)
+        return y.addmm_(update, self.b.t()) if y.is_inference() else torch.addmm(y, update, self.b.t())
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,7 +149,7 @@ def _gated(hidden: Tensor, activation: str) -> Tensor:
     if by_kernels(hidden):
         return gate_kernels.gate(hidden, activation, pdl=launches_dependents(hidden.device))
     gate, up = hidden.chunk(2, -1)
-    return ACTIVATIONS[activation](gate) * up
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
 class _Gated(torch.autograd.Function):

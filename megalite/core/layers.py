@@ -126,11 +126,15 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], weight, self.bias, self.eps)
 
 
+def _adds_in_place(x: Tensor) -> bool:
+    return by_kernels(x) or x.is_inference()
+
+
 class Residual:
     """The residual stream of a forward pass, [T, D] ([T/tp, D] under sequence parallelism), and its latest update.
 
-    The update waits for the norm that reads the stream next, whose kernel adds it. Where kernels run, the sum is made
-    in `x` itself.
+    The update waits for the norm that reads the stream next, whose kernel adds it. Where kernels run, and in
+    inference, the sum is made in `x` itself.
     """
 
     def __init__(self, x: Tensor):
@@ -159,7 +163,7 @@ class Residual:
         if self.update is not None and self.sums is not None:
             self.update, self.sums = self.sums(self.update), None
         if self.update is not None:
-            self.x = self.x.add_(self.update) if by_kernels(self.x) else self.x + self.update
+            self.x = self.x.add_(self.update) if _adds_in_place(self.x) else self.x + self.update
             self.update = None
         return self.x
 
@@ -188,7 +192,7 @@ class Beside(Residual):
 
     def __init__(self, stream: Residual):
         x = stream.total()
-        super().__init__(x.clone() if by_kernels(x) else x)  # they add to the stream in place
+        super().__init__(x.clone() if _adds_in_place(x) else x)
         self.stream = stream
 
     def add_partial(self, update: Tensor, state: ParallelState) -> None:

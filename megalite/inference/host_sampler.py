@@ -18,10 +18,8 @@ from megalite.inference.choice import NO_TOKEN, Choice, Details, Needs
 from megalite.inference.edits import Edits, Penalties, Send
 from megalite.inference.matchers import Masks
 from megalite.inference.vocabulary import Largest, Vocabulary
-from megalite.planner.memory import SAMPLING_CHUNK
+from megalite.planner.memory import CPU_CHUNK, SAMPLING_CHUNK
 
-CPU_CHUNK = 2**17
-"""Logits worked on at once on a CPU: what stays in its cache."""
 FEW = 12
 """Rows up to which penalties cost less one after the other than at once."""
 LARGEST = 2.0**100

@@ -50,6 +50,14 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def format_seconds(seconds: float) -> str:
+    """To three digits: `0 s`, `3.27 us`, `12.5 ms`, `29.7 s`."""
+    for limit, scale, unit in ((0.9995e-3, 1e6, "us"), (0.9995, 1e3, "ms")):
+        if 0 < seconds < limit:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:,.0f} s"
+
+
 def aligned(rows: Sequence[Mapping[str, str]], *, missing: str = "", left: bool = False) -> list[str]:
     """Rows of cells as the lines of a table under a head, right-aligned or left; `missing`: a cell that a row lacks."""
     names = list(dict.fromkeys(name for row in rows for name in row))

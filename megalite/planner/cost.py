@@ -369,13 +369,15 @@ class StageCosts:
         steps = [self.step(stage, batch, busy=min(1.0, cohorts / pp)) for stage in range(pp)]
         numbers = batch.tokens * self.config.hidden_size * self.itemsize
         hops = sum(self.cluster.hop(numbers, across=across) for across in self.crossings)
-        path = sum(step.total for step in steps) + hops
+        along = Times(waiting=hops)
+        for step in steps:
+            along.add(step)
         busiest = max(steps, key=lambda times: times.total)
-        seconds = max(cohorts * busiest.total, path)
+        seconds = max(cohorts * busiest.total, along.total)
         spent = Times()
         spent.add(busiest, cohorts)
         spent.waiting += seconds - cohorts * busiest.total
-        return Round(seconds, path, spent, tuple(1 - cohorts * times.total / seconds for times in steps))
+        return Round(seconds, along, spent, tuple(1 - cohorts * times.total / seconds for times in steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,8 +385,8 @@ class Round:
     """What a round of all cohorts takes."""
 
     seconds: float
-    path: float
-    """From the first stage to the last, of the slowest cohort."""
+    along: Times
+    """From the first stage to the last, of one cohort; waiting: for messages."""
     spent: Times
     """By the busiest stage, and what it waits."""
     idle: tuple[float, ...]

@@ -17,7 +17,7 @@ from megalite.core.layout import Layout
 from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.planner.cost import Batch, Cluster, Round, StageCosts, Times
-from megalite.planner.memory import Footprint, RankMemory, blocks_for, fitting_blocks
+from megalite.planner.memory import PROCESS, Footprint, RankMemory, blocks_for, fitting_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,8 @@ class Prediction:
     """Share of a decoding round that each stage waits."""
     spent: Times = field(default_factory=Times)
     """Of the time an output token takes, of the whole cluster: seconds of the busiest stage."""
+    spent_first: Times = field(default_factory=Times)
+    """Of the time to the first token."""
 
 
 def predict(
@@ -147,24 +149,23 @@ def _stage_ranks(costs: StageCosts) -> list[RankMemory]:
 def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> tuple[tuple[Footprint, ...], int, float]:
     """The fullest rank of each stage, the bytes that one has too few, and the tokens that every cache holds.
 
-    The engine takes what is left for its cache, on a GPU; see `Replica`.
+    The engine takes what is left for its cache on a GPU, and on a CPU what its requests need; see `Replica`.
     """
     device = costs.cluster.device
     ranks_here = min(costs.cluster.per_host, costs.layout.size) if device.shared else 1
     room = device.memory // ranks_here
-    threads = max(1, device.cores // ranks_here)
     most = max(stage.elements for stage in costs.stages)
+    wanted = engine.max_num_seqs * blocks_for(longest, engine.block_size)
     found, short, tokens = [], 0, math.inf
     for rank, stage in zip(_stage_ranks(costs), costs.stages, strict=True):
         weights = stage.nbytes
-        process = rank.process(max_tokens=engine.max_num_batched_tokens, threads=threads) if device.shared else 0
+        process = PROCESS if device.shared else 0
         captures = device.kind == "cuda" and not engine.enforce_eager
         longest_here = longest if device.kind == "cuda" else 0
         beside = rank.beside(engine, stage_weights=most, captures=captures, longest=longest_here)
         left = room - weights - process
         budget = left * engine.gpu_memory_utilization - beside.total
         block = rank.kv_block(engine.block_size)
-        wanted = engine.max_num_seqs * blocks_for(longest, engine.block_size)
         blocks = engine.num_kv_blocks or fitting_blocks(budget, block, most=wanted)
         tokens = min(tokens, blocks * engine.block_size)
         reserve = int(left * (1 - engine.gpu_memory_utilization)) + process
@@ -172,6 +173,8 @@ def stage_memory(costs: StageCosts, engine: EngineSection, *, longest: int) -> t
         if budget < block:
             short = max(short, int((block - budget) if left >= 0 else block + beside.total - left))
     blocks = int(tokens // engine.block_size)
+    if device.shared and engine.num_kv_blocks is None:
+        blocks = min(blocks, wanted)
     return tuple(replace(one, kv=blocks * block) for one, block in found), short, tokens
 
 
@@ -203,8 +206,10 @@ class _Play:
         prompt, output = load.input.mean, load.output.mean
         rows = self.rows
         context = prompt + output / 2
+        cohorts = self.cohorts(rows)
         plain = self.round(*self.batch(rows, context))
-        room = max(1.0, self.cohorts(rows) * (self.engine.max_num_batched_tokens - rows / self.cohorts(rows)))
+        alone = max(1.0, self.engine.max_num_batched_tokens - rows / cohorts)
+        room = cohorts * alone
         fresh = min(room, rows * prompt)
         mixed = self.round(*self.batch(rows, context, fresh, prompt))
         count = rows * prompt / fresh
@@ -212,10 +217,14 @@ class _Play:
         spent = Times()
         spent.add(mixed.spent, count)
         spent.add(plain.spent, max(0.0, output - count))
-        arriving = self.round(*self.batch(rows, context, min(prompt, room), prompt))
-        first = plain.seconds / 2 + arriving.path + (math.ceil(prompt / room) - 1) * arriving.seconds
+        decoding, _ = self.batch(rows, context)
+        chunk = min(prompt, alone)  # of a prompt, which is in one cohort
+        batch = replace(decoding, fresh=chunk, fresh_keys=chunk * prompt / 2, sampled=decoding.sampled + 1)
+        arriving = self.round(batch, cohorts)
+        waited = Times(waiting=plain.seconds / 2)
+        waited.add(arriving.along, math.ceil(prompt / alone))
         tokens = rows * output
-        return self._prediction(tokens, seconds, spent, plain, first=first, per_token=seconds / output)
+        return self._prediction(tokens, seconds, spent, plain, first=waited, per_token=seconds / output)
 
     def job(self, requests: int) -> Prediction:
         """All requests at the start; the lengths are drawn evenly from their spans."""
@@ -249,26 +258,31 @@ class _Play:
             produced += count * len(running)
             running = [[length + count, left - count] for length, left in running if left > count]
         per_token = decoding / max(1, produced - requests)
-        plan = self._prediction(produced, clock, spent, full, first=first / requests, per_token=per_token)
+        until = Times()
+        until.add(spent, first / requests / clock)
+        plan = self._prediction(produced, clock, spent, full, first=until, per_token=per_token)
         return replace(plan, seconds=clock)
 
     def _prediction(
-        self, tokens: float, seconds: float, spent: Times, plain: Round, *, first: float, per_token: float
+        self, tokens: float, seconds: float, spent: Times, plain: Round, *, first: Times, per_token: float
     ) -> Prediction:
         costs, layout = self.costs, self.costs.layout
+        asked = self.workload.requests or self.workload.concurrency
+        there = min(1.0, asked / (-(-asked // layout.dp) * layout.dp))  # replicas get no more than there are
         each = Times()
-        each.add(spent, 1 / (tokens * layout.dp))
+        each.add(spent, 1 / (tokens * layout.dp * there))
         decode, _ = self.batch(1, 0)
         sent = max(costs.sent(stage, decode) for stage in range(layout.pp))
         sent += sent * self.workload.input.mean / self.workload.output.mean
         return Prediction(
             layout=layout,
             memory=(),
-            concurrency=self.rows * layout.dp,
-            throughput=tokens * layout.dp / seconds,
-            first_token=first,
+            concurrency=min(self.rows * layout.dp, asked),
+            throughput=tokens * layout.dp * there / seconds,
+            first_token=first.total,
             per_token=per_token,
             sent=sent,
             idle=plain.idle,
             spent=each,
+            spent_first=first,
         )

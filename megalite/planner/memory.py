@@ -21,20 +21,20 @@ GIB = 2**30
 SCORED_LOGITS = 2**24
 """Logits of scored prompts that exist at a time, where those of the sampled rows are not more already."""
 SAMPLING_CHUNK = 2**23
-"""Logits that the sampler works on at once on an accelerator (on a CPU fewer), with about 25 bytes for each."""
+"""Logits that the sampler works on at once on an accelerator, with about 25 bytes for each."""
 GRAPH_OVERHEAD = 12 << 20
 """Bytes left for what the driver keeps of a captured graph."""
 ROW_OVERHEAD = 256
 """Bytes of a row's sampling parameters."""
 
-CODE = 18 << 20
-"""Bytes of torch's and gloo's code that a process on a CPU reads in once it works,"""
-OBJECTS = 10 << 20
-"""of its Python objects, and of what loading leaves of the heap in pieces;"""
-PACKED, MOST_PACKED = 4, 24 << 20
-"""Times a step's widest inputs that MKL keeps for each thread, packed for matmuls, and bytes of it at most."""
-HOLES = 2.0
-"""Times what is alive at once that the heap holds, as sizes do not fit the holes of others: 1.2 to 2.2, measured."""
+PROCESS = 27 << 20
+"""Bytes of torch's and gloo's code (18 MiB) that a process on a CPU reads in once it works, and of Python's objects
+with the pieces in which they leave the heap."""
+HOLES = 1.6
+"""Times what is alive at once that the heap holds: glibc's aligned allocations do not fit the holes that their equals
+left. 1.3 to 2.1, measured."""
+CPU_CHUNK = 2**17
+"""Logits that the sampler works on at once on a CPU: what stays in its cache."""
 SEGMENT = 1 << 20
 """Bytes that gloo sums at a time, of which it keeps two."""
 
@@ -219,23 +219,17 @@ class RankMemory:
         pp = self.layout.pp
         return 0 if self.layout.coord(self.rank).pp == pp - 1 else pp * self.config.hidden_size * self.itemsize
 
-    def process(self, *, max_tokens: int, threads: int) -> int:
-        """What a process on a CPU takes of `threads` threads that compute, beside weights, cache and what a step
-        needs."""
-        hidden, place = self.config.hidden_size, self.layout.coord(self.rank)
-        rows = (row for layer in self.config.layers for kind in set(layer.kinds) for row in kind.rows(hidden))
-        inputs = {(row.split, row.other, row.dim) for row in rows if row.linear}
-        widest = max(width(split, self.layout.tp, place.tp) if dim else other[0] for split, other, dim in inputs)
-        packed = min(MOST_PACKED, PACKED * max_tokens * widest * self.itemsize)
-        return CODE + OBJECTS + threads * packed
-
     def step(self, *, max_tokens: int, max_rows: int) -> int:
         """What the heap of a process on a CPU holds of the steps of an engine: layers and sampling work one after the
-        other."""
-        sampling = self.logits(max_tokens=max_tokens, max_rows=max_rows, scores=False)
-        sampling -= max_rows * sampled_row(self.config.vocab_size) if sampling else 0  # of kernels on a GPU
-        summed = min(SEGMENT, max_tokens * self.config.hidden_size * self.itemsize) if self.layout.tp > 1 else 0
-        return int(HOLES * max(self.activations(max_tokens=max_tokens) + 2 * summed, sampling))
+        other. An update is added to the residual stream at once, so one hidden state less is alive than elsewhere."""
+        hidden = max_tokens * self.config.hidden_size * self.itemsize
+        summed = min(SEGMENT, hidden) if self.layout.tp > 1 else 0
+        layers = self.activations(max_tokens=max_tokens) - hidden + 2 * summed
+        if self.layout.coord(self.rank).pp < self.layout.pp - 1:
+            return int(HOLES * layers)
+        vocab = self.config.vocab_size
+        logits = max_rows * vocab * (self.itemsize if self.layout.tp == 1 else 2 * 4)
+        return int(HOLES * max(layers, hidden + logits + 25 * max(CPU_CHUNK, vocab)))
 
     def states_in_use(self, *, max_rows: int) -> int:
         """States of one layer on their way through a step: as they were, decayed, and what is written."""

@@ -9,11 +9,11 @@ from typing import Literal
 from megalite.config.schema import EngineSection
 from megalite.core.layout import Layout
 from megalite.model.config import ModelConfig
-from megalite.monitor.words import format_bytes
+from megalite.monitor.words import format_bytes, format_count, format_seconds
 from megalite.planner import generation, training
 from megalite.planner.cost import Cluster, Times
 from megalite.planner.generation import Prediction, Workload
-from megalite.planner.training import TrainingWork
+from megalite.planner.training import TrainingPrediction, TrainingWork
 
 Objective = Literal["throughput", "per_token", "first_token"]
 """What a layout is chosen by: most tokens a second, or least seconds between tokens, or to the first."""
@@ -106,22 +106,25 @@ def _shortfall(one: Prediction) -> str:
     """By how much a layout does not fit."""
     fullest = max(one.memory, key=lambda stage: stage.total - stage.kv)
     largest = max(fullest.items().items(), key=lambda item: item[1])
+    less = ""
+    if not isinstance(one, TrainingPrediction) and one.short < (fullest.activations + fullest.graphs) / 2:
+        less = "; a smaller engine.max_num_batched_tokens may be enough"
     return (
         f"does not fit: {format_bytes(one.short)} too little on a rank, of which {largest[0]} take "
-        f"{format_bytes(largest[1])}"
+        f"{format_bytes(largest[1])}{less}"
     )
 
 
 WORDS = {
-    "weights": "reading weights takes {mine} of the time of a token where it takes {best}: each rank holds {held}",
-    "products": "its matmuls take {mine} of a token beside {best}",
-    "attention": "reading cached keys and values takes {mine} of a token beside {best}",
-    "elements": "norms and gates, which tp does not divide, take {mine} of a token beside {best}",
-    "kernels": "launching its smaller kernels takes {mine} of a token beside {best}",
-    "sampling": "the head and sampling take {mine} of a token beside {best}",
-    "sums": "sums over tp take {mine} of a token beside {best}",
-    "host": "the devices wait for the host for {mine} of a token beside {best}",
-    "waiting": "stages wait for each other for {mine} of a token beside {best}",
+    "weights": "reading weights takes {mine} of {what} beside {best}: {held}",
+    "products": "its matmuls take {mine} of {what} beside {best}",
+    "attention": "reading cached keys and values takes {mine} of {what} beside {best}",
+    "elements": "norms and gates, which tp does not divide, take {mine} of {what} beside {best}",
+    "kernels": "launching its smaller kernels takes {mine} of {what} beside {best}",
+    "sampling": "the head and sampling take {mine} of {what} beside {best}",
+    "sums": "sums over tp take {mine} of {what} beside {best}",
+    "host": "the devices wait for the host for {mine} of {what} beside {best}",
+    "waiting": "stages wait for each other for {mine} of {what} beside {best}",
 }
 """What makes a layout slower than the first, by the field of `Times`."""
 
@@ -129,36 +132,45 @@ WORDS = {
 def _reason(one: Prediction, first: Prediction, asked: int, objective: Objective) -> str:
     if one is first:
         return _praise(one, objective)
-    lost = {kind.name: getattr(one.spent, kind.name) - getattr(first.spent, kind.name) for kind in fields(Times)}
+    mine, best = _spent(one, objective), _spent(first, objective)
+    lost = {kind.name: getattr(mine, kind.name) - getattr(best, kind.name) for kind in fields(Times)}
     worst = max(lost, key=lambda name: lost[name])
     ratio = one.throughput / first.throughput
     how = f"{ratio:.0%} of the first's speed"
     if objective != "throughput":
-        mine, best = getattr(one, objective), getattr(first, objective)
-        how = f"{mine * 1e3:.3g} ms where the first takes {best * 1e3:.3g}"
+        took = [format_seconds(getattr(each, objective)) for each in (one, first)]
+        how = f"{took[0]} where the first takes {took[1]}"
     elif ratio > 1 - NEAR:
         how = f"as fast as the first within {NEAR:.0%}"
     if one.concurrency < min(first.concurrency, asked):
         return f"{how}: only {one.concurrency} of {asked} sequences fit at once"
     if lost[worst] <= 0:
         return f"{how}: a request's own tokens come slower, though all together do not"
+    held = f"a rank holds {format_bytes(max(stage.weights for stage in one.memory))}"
+    if isinstance(one, TrainingPrediction):
+        held += " of them"
+    else:
+        rows = one.concurrency / one.layout.dp / one.layout.pp
+        held += f" and reads them for {format_count(max(1, round(rows)), 'sequence')} at a time"
     words = WORDS[worst].format(
-        mine=_micro(getattr(one.spent, worst)),
-        best=_micro(getattr(first.spent, worst)),
-        held=format_bytes(max(stage.weights for stage in one.memory)),
+        mine=format_seconds(getattr(mine, worst)),
+        best=format_seconds(getattr(best, worst)),
+        what="the first token" if objective == "first_token" else "a token",
+        held=held,
     )
     return f"{how}: {words}"
 
 
+def _spent(one: Prediction, objective: Objective) -> Times:
+    return one.spent_first if objective == "first_token" else one.spent
+
+
 def _praise(one: Prediction, objective: Objective) -> str:
     """What the time of the first goes into."""
-    shares = {kind.name: getattr(one.spent, kind.name) / one.spent.total for kind in fields(Times)}
+    spent = _spent(one, objective)
+    shares = {kind.name: getattr(spent, kind.name) / spent.total for kind in fields(Times)}
     most = sorted(shares, key=lambda name: -shares[name])[:2]
     names = {"products": "matmuls", "elements": "norms and gates", "kernels": "small kernels"}
     parts = " and ".join(f"{names.get(name, name)} {shares[name]:.0%}" for name in most)
     least = {"throughput": "the most tokens a second", "per_token": "the least time a token"}
     return f"{least.get(objective, 'the least time to the first token')}; its time: {parts}"
-
-
-def _micro(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} us"

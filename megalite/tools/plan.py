@@ -25,7 +25,7 @@ from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.quantization import as_applied
-from megalite.monitor.words import aligned, format_bytes
+from megalite.monitor.words import aligned, format_bytes, format_rate, format_seconds
 from megalite.planner.cost import Cluster
 from megalite.planner.device_map import compare
 from megalite.planner.devices import named, visible_gpus
@@ -240,8 +240,8 @@ def _cells(one: Prediction) -> dict[str, str]:
         return {
             **shown,
             "fit": "recomputing" if one.recompute else "yes",
-            "tokens/s": f"{one.throughput:,.0f}",
-            "a step": f"{one.seconds:.3g} s",
+            "tokens/s": format_rate(one.throughput, 1),
+            "a step": format_seconds(one.seconds or 0.0),
             "bubble": f"{one.bubble:.1%}",
             "activations": format_bytes(one.kept),
             "recomputed": format_bytes(one.recomputed),
@@ -253,9 +253,9 @@ def _cells(one: Prediction) -> dict[str, str]:
         **shown,
         "fit": str(one.fits),
         "at once": str(one.concurrency),
-        "tokens/s": f"{one.throughput:,.0f}",
-        "first token": f"{one.first_token * 1e3:,.0f} ms",
-        "a token": f"{one.per_token * 1e3:.3g} ms",
+        "tokens/s": format_rate(one.throughput, 1),
+        "first token": format_seconds(one.first_token),
+        "a token": format_seconds(one.per_token),
         "sent a token": format_bytes(int(one.sent)),
         "idle": " ".join(idle if len(idle) <= 4 else [idle[0], idle[1], "..", idle[-1]]),
     }

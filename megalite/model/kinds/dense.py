@@ -45,7 +45,8 @@ class DenseMLP(LayerKind):
         return (3 if self.gated else 2) * hidden * self.intermediate_size
 
     def widest(self, tp: int, tp_rank: int) -> int:
-        return 2 * width(self.inner, tp, tp_rank) * (2 if self.gated else 1)
+        copies = (2, 1) if self.gated else (1, 1)  # what the weight makes, and what the activation makes of that
+        return width(self.inner, tp, tp_rank) * (sum(copies) + copies[0] * self.bias)  # codes add it to a copy
 
     def kept(self, tp: int, tp_rank: int) -> int:
         return (3 if self.gated else 2) * width(self.inner, tp, tp_rank)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from megalite.model import families
 from megalite.planner.cost import Cluster
 from megalite.planner.devices import Device, named, visible_gpus
 from megalite.planner.generation import Prediction, Span, Workload, predict
-from megalite.planner.memory import RankMemory
+from megalite.planner.memory import PROCESS, RankMemory
 from megalite.planner.search import layouts
 from megalite.tools.benchmarks import published
 from megalite.tools.benchmarks.frame import LayoutTask, head, row, write_figures
@@ -149,11 +148,8 @@ def _kept(task: Task, predicted: Prediction, layout: Layout, rank: dict[str, Any
     if task.device == "cuda":
         return stage.total - stage.kv - stage.reserve + int(rank["kv"])
     memory = RankMemory(families.read(task.folder), layout, rank["rank"], 4)
-    threads = max(1, len(os.sched_getaffinity(0)) // task.ranks)
     rows = -(-engine_keys(task)["max_num_seqs"] // task.pp)
-    beside = memory.process(max_tokens=task.batched_tokens, threads=threads)
-    beside += memory.step(max_tokens=task.batched_tokens, max_rows=rows)
-    return memory.weights + beside + int(rank["kv"])
+    return memory.weights + PROCESS + memory.step(max_tokens=task.batched_tokens, max_rows=rows) + int(rank["kv"])
 
 
 def foresee(task: Task, device: Device) -> Prediction:
