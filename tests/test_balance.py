@@ -96,7 +96,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_balance_is_that_of_transformers(name, tiny, ranks, monkeypatch):
     case = CASES[name]
-    folder = tiny(case.model)
+    folder = tiny(case.model, case.layers)
     loss, balance, gradients = plainly(folder, monkeypatch)
     whole = in_parts(families.read(folder), Layout(), 0, gradients)
     for found, parts in ranks(case.layout.size).run(by_trainer, folder, case):
@@ -110,7 +110,7 @@ def test_a_model_of_transformers_has_the_same_balance(tiny, ranks):
     """Its own forward pass, on sequences of one length."""
     from transformers import AutoModelForCausalLM
 
-    folder = tiny("mixtral")
+    folder = tiny("mixtral", 2)
     windows = torch.randint(families.read(folder).vocab_size, (3, 10), generator=torch.Generator().manual_seed(3))
     wanted = AutoModelForCausalLM.from_pretrained(folder)(windows[:, :-1], output_router_logits=True).aux_loss.detach()
     [found] = ranks(1).run(balance_of, folder, windows)

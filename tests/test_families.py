@@ -307,7 +307,7 @@ VALUES = (
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     base=st.sampled_from([LLAMA, QWEN2, QWEN3_MOE, MIXTRAL, GEMMA2, GPT2, PHI3, MISTRAL]),
     changes=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=3),

@@ -47,7 +47,7 @@ def first_stop(text: str, stops: list[str]) -> tuple[str, int] | None:
     return None
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(letters, max_size=8), stop_lists)
 def test_first_stop_whatever_the_pieces(pieces, stops):
     """And what is held back before it is what could become a stop."""

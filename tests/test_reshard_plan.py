@@ -74,7 +74,7 @@ def received(transfers) -> Counter[int]:
     return +counts
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(cases(), st.integers(1, 2000))
 def test_every_element_goes_where_the_weight_table_wants_it(case, bucket_bytes):
     """By the plan, and by its rounds, which are bounded; and a rank gets no more than it lacks."""

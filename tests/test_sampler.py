@@ -185,7 +185,7 @@ sampled_rows = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(rows_of_logits, sampled_rows), min_size=1, max_size=6))
 def test_equals_reference_for_every_combination_of_options(cases):
     logits = [values for values, _ in cases]

@@ -325,7 +325,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), value=JSON)
 def test_fuzzed_manifests_end_in_a_reason(sound, data, value):
     """Any value in any place: understood or refused, never a crash. Headers are fuzzed in test_hf."""

@@ -130,16 +130,6 @@ CASES = {
 }
 
 
-LAYER_BY_LAYER = {"gpt2", "qwen3_5_text", "granitemoehybrid"}
-"""Families whose config names each layer's kind, or has its own word for their number."""
-
-
-def folder_of(case: Case, tiny) -> Path:
-    """Two layers, if the stages have enough with these."""
-    short = case.layout.pp * case.layout.interleave <= 2 and case.model not in LAYER_BY_LAYER
-    return tiny(case.model, 2) if short else tiny(case.model)
-
-
 def is_key_bias(model: str, hf: str, start: int) -> bool:
     """Whether a part of a tensor, from `start` on, is the bias of keys that are not rotated, or in part."""
     heads_apart = model == "gpt_neox" and start % 24 == 8
@@ -150,7 +140,7 @@ def is_key_bias(model: str, hf: str, start: int) -> bool:
 @pytest.mark.parametrize("name", CASES)
 def test_training_equals_plain_pytorch(name, tiny, ranks):
     case = CASES[name]
-    folder = folder_of(case, tiny)
+    folder = tiny(case.model, case.layers)
     steps, weights_of = train_plainly(folder)
     assert steps[0][1] > 2 * OPTIMIZER.gradient_clipping, "clipping is part of what is compared"
     check_training(ranks(case.layout.size).run(train_in_layout, folder, case), case.model, steps, weights_of)

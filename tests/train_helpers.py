@@ -91,6 +91,10 @@ def same_tensors(one: Path, other: Path, **tolerance: float) -> None:
         torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
 
 
+LAYER_BY_LAYER = {"gpt2", "qwen3_5_text", "granitemoehybrid"}
+"""Families whose config names each layer's kind, or has its own word for their number."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One way to train one model."""
@@ -102,6 +106,11 @@ class Case:
     """Micro batches of a step, on each replica."""
     sequence_parallel: bool = False
     recompute: bool = False
+
+    @property
+    def layers(self) -> int:
+        """For `tiny`: two, if the stages have enough with these."""
+        return 2 if self.layout.pp * self.layout.interleave <= 2 and self.model not in LAYER_BY_LAYER else 0
 
     def trainer(self, folder: Path, optimizer: OptimizerSection, *, steps: int, balance: float) -> Trainer:
         """Of the model in `folder`, on this rank of the layout. `balance`: weight of the load-balancing loss."""
