@@ -82,6 +82,7 @@ def _log_requests() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says them
 
 
 def starter(loaded: Loaded[ServeConfig], options: Options, stack: ExitStack) -> Start:

@@ -6,7 +6,6 @@ Belongs to the HTTP process; torch-free.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from bisect import bisect_left
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
+import msgspec
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import (
@@ -364,7 +364,7 @@ def log_request(
         "finish_reason": [one.finish_reason for one in output.outputs] or ["error"],
         "replica": output.replica,
     }
-    access.info("request %s", json.dumps(said))
+    access.info("request %s", msgspec.json.encode(said).decode())
 
 
 def metrics_router(metrics: ServeMetrics, router: RouterView) -> APIRouter:
