@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from quantized_models import write
 from safetensors.torch import load_file
-from train_helpers import as_run, build_from
+from train_helpers import as_run, build_from, layers_for
 
 from megalite.config.schema import LoraSection, OptimizerSection
 from megalite.core.dropout import Dropout
@@ -127,13 +127,13 @@ def train_with_peft(model: Path, folder: Path, settings: dict, rate: float = 0.0
 
 @pytest.fixture(scope="module")
 def plain(tiny, tmp_path_factory):
-    """`plain(model, settings, rate)`: by PEFT, once for each."""
-    known: dict[tuple[str, str, float], Plain] = {}
+    """`plain(folder, settings, rate)`: by PEFT, once for each."""
+    known: dict[tuple[Path, str, float], Plain] = {}
 
-    def find(model: str, settings: str, rate: float = 0.0) -> Plain:
+    def find(model: Path, settings: str, rate: float = 0.0) -> Plain:
         if (model, settings, rate) not in known:
             folder = tmp_path_factory.mktemp("peft")
-            known[model, settings, rate] = train_with_peft(tiny(model), folder, SETTINGS[settings], rate)
+            known[model, settings, rate] = train_with_peft(model, folder, SETTINGS[settings], rate)
         return known[model, settings, rate]
 
     return find
@@ -199,9 +199,10 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_training_is_that_of_peft(name, plain, tiny, ranks, tmp_path):
     case = CASES[name]
-    wanted = plain(case.model, case.settings, case.dropout)
+    model = tiny(case.model, layers_for(case.model, case.layout))
+    wanted = plain(model, case.settings, case.dropout)
     out = tmp_path / "adapter_model.safetensors"
-    results = ranks(case.layout.size).run(train_in_layout, tiny(case.model), wanted.start, case, out)
+    results = ranks(case.layout.size).run(train_in_layout, model, wanted.start, case, out)
     assert wanted.steps[0][1] > 2 * OPTIMIZER.gradient_clipping, "clipping is part of what is compared"
     for steps, _, _ in results:
         for (loss, norm), (wanted_loss, wanted_norm) in zip(steps, wanted.steps, strict=True):
@@ -247,8 +248,9 @@ def test_what_is_dropped_is_the_right_share_and_depends_on_all_that_it_should():
 
 @pytest.mark.parametrize("model", ["llama3", "phi3"])
 def test_gradients_are_those_of_peft(model, plain, tiny):
-    wanted = plain(model, "all")
-    decoder = build_from(tiny(model), ParallelState(Layout()))
+    folder = tiny(model, 2)
+    wanted = plain(folder, "all")
+    decoder = build_from(folder, ParallelState(Layout()))
     table = table_of(LoraSection(path=str(wanted.start)), decoder.config)
     lora_training.attach(decoder, table)
     lora_training.load(decoder, table, wanted.start)

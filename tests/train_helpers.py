@@ -91,8 +91,13 @@ def same_tensors(one: Path, other: Path, **tolerance: float) -> None:
         torch.testing.assert_close(got[key], values, **tolerance, msg=lambda text, key=key: f"{key}: {text}")
 
 
-LAYER_BY_LAYER = {"gpt2", "qwen3_5_text", "granitemoehybrid"}
+LAYER_BY_LAYER = {"gpt2", "qwen3_5_text", "qwen3_next", "granitemoehybrid"}
 """Families whose config names each layer's kind, or has its own word for their number."""
+
+
+def layers_for(model: str, layout: Layout) -> int:
+    """For `tiny`: two, if the stages have enough with these."""
+    return 2 if layout.pp * layout.interleave <= 2 and model not in LAYER_BY_LAYER else 0
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,8 @@ class Case:
 
     @property
     def layers(self) -> int:
-        """For `tiny`: two, if the stages have enough with these."""
-        return 2 if self.layout.pp * self.layout.interleave <= 2 and self.model not in LAYER_BY_LAYER else 0
+        """For `tiny`."""
+        return layers_for(self.model, self.layout)
 
     def trainer(self, folder: Path, optimizer: OptimizerSection, *, steps: int, balance: float) -> Trainer:
         """Of the model in `folder`, on this rank of the layout. `balance`: weight of the load-balancing loss."""
