@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -73,7 +74,8 @@ class Connection(HttpToolsProtocol):
         self._is_whole = False
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
-            self.scope.setdefault("extensions", {})[BODY] = Body(self.cycle)  # type: ignore[typeddict-item]
+            scope: Any = self.scope  # uvicorn's own extensions are dicts
+            scope.setdefault("extensions", {})[BODY] = Body(self.cycle)
 
     def on_message_complete(self) -> None:
         self._has_rest()
