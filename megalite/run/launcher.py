@@ -125,8 +125,8 @@ class _Door:
             if self._again():
                 return self._stopped("at once; unfinished work is given up")
             if self._failed is not None:
-                at, rank = self._failed
-                killed = not self._heard and not 0 <= (self._ranks[rank].returncode or 0) <= 128
+                at, failed = self._failed
+                killed = not self._heard and not 0 <= (self._ranks[failed].returncode or 0) <= 128
                 if now - at > (_FAREWELL if killed else _LEFTOVERS):
                     break
             elif (rank := self._standing(now, looked)) is not None:
