@@ -105,11 +105,14 @@ def test_a_request_that_ended(metrics, caplog):
         "vllm:request_generation_tokens": 8,
     }
     assert {name: value(metrics, f"{name}_sum", engine="0") for name in expected} == pytest.approx(expected)
+    metrics.request_finished(ended, arrival=9.0, first_token=None, end=13.0, endpoint="/v1/completions")
+    whole = ended.metrics.first_token_ts - 9.0  # not streamed: when the replica had it
+    assert value(metrics, "vllm:time_to_first_token_seconds_sum", engine="0") == pytest.approx(2.5 + whole)
     assert value(metrics, "vllm:request_params_n_sum") == 2
     assert value(metrics, "vllm:request_params_max_tokens_sum") == 16
     for reason in ("stop", "length"):
-        assert value(metrics, "vllm:request_success_total", engine="0", finished_reason=reason) == 1
-    assert value(metrics, "megalite_requests_total", endpoint="/v1/completions") == 1
+        assert value(metrics, "vllm:request_success_total", engine="0", finished_reason=reason) == 2
+    assert value(metrics, "megalite_requests_total", endpoint="/v1/completions") == 2
 
     (record,) = caplog.records
     line = record.getMessage()

@@ -296,9 +296,12 @@ class ServeMetrics:
     ) -> None:
         """A request ended, for whatever reason; also writes its line of the access log.
 
-        Times are by `time.monotonic`: when the client's request came, when its first token was there (None: not known,
-        or there was none), and when its last was. `endpoint`: the path that was asked for, e.g. /v1/completions.
+        Times are by `time.monotonic`: when the client's request came, when its first token was sent (None: it was not
+        streamed; what counts is when the replica had it), and when its last was. `endpoint`: the path that was asked
+        for, e.g. /v1/completions.
         """
+        if first_token is None and output.metrics is not None:
+            first_token = output.metrics.first_token_ts or None
         self._requests.labels(self.model_name, endpoint).inc()
         replica = output.replica or 0
         label = str(replica)
