@@ -11,7 +11,7 @@ from megalite.errors import ConfigError, Problem
 from megalite.model.config import ModelConfig
 from megalite.model.kinds.softmax import SoftmaxAttention
 from megalite.model.quantization import as_applied
-from megalite.monitor.words import aligned, format_bytes
+from megalite.monitor.words import aligned, format_bytes, format_count
 from megalite.planner.memory import STATES_NOTE, RankMemory, TrainingMemory
 from megalite.preflight import layouts_of
 from megalite.run import placement
@@ -67,7 +67,8 @@ def _table(model: ModelConfig, purpose: str, layout: Layout, sized: tuple[Column
     columns, notes = sized
     shown = layout.ranks[: layout.size if layout.size <= MOST_ROWS else layout.tp * layout.pp]
     total = local_elements(model, Layout(), 0)
-    title = f"{model.family}, {model.num_layers} layers, {total:,} parameters, on {layout}: {layout.size} ranks"
+    ranks = format_count(layout.size, "rank")
+    title = f"{model.family}, {model.num_layers} layers, {total:,} parameters, on {layout}: {ranks}"
     if len(shown) < layout.size:
         notes = [*notes, f"the other {layout.dp - 1} replicas hold the same as the first"]
     named = _place_columns(model, layout, shown) | columns(model, layout, shown)

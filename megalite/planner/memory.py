@@ -27,12 +27,12 @@ GRAPH_OVERHEAD = 12 << 20
 ROW_OVERHEAD = 256
 """Bytes of a row's sampling parameters."""
 
-PROCESS = 27 << 20
+PROCESS = 22 << 20
 """Bytes of torch's and gloo's code (18 MiB) that a process on a CPU reads in once it works, and of Python's objects
 with the pieces in which they leave the heap."""
-HOLES = 1.6
+HOLES = 2.0
 """Times what is alive at once that the heap holds: glibc's aligned allocations do not fit the holes that their equals
-left. 1.3 to 2.1, measured."""
+left. 1.3 to 2.8, measured."""
 CPU_CHUNK = 2**17
 """Logits that the sampler works on at once on a CPU: what stays in its cache."""
 SEGMENT = 1 << 20
