@@ -11,7 +11,6 @@ import signal
 import threading
 import weakref
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import llm_rank
@@ -19,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 from reference import score
+from started import Started
 from tiny_models import edit_config
 from tiny_tokenizer import with_tokenizer
 from tqdm import tqdm
-from waiting import wait_until
+from waiting import PATIENCE, wait_until
 
 from megalite import LLM, SamplingParams
 from megalite.errors import CheckpointError, ConfigError
@@ -464,22 +464,20 @@ def launched(folder, forks, tmp_path_factory):
         for place, sizes in zip(places.values(), LAUNCHERS.values(), strict=True)
     ]
     (places["torchrun"] / "go on").touch()
-    torchrun = find_spec("torch.distributed.run").origin
-    real = forks.start(torchrun, "--nproc-per-node", 2, *scripts[0], preload=("torch.distributed.run",))
+    real = Started(places["torchrun"], ["torchrun", "--nproc-per-node", 2, *scripts[0]])
     runs = real, forks.start(HERE / "door.py", 2, "no", *scripts[1])
     yield {name: (places[name], run) for name, run in zip(LAUNCHERS, runs, strict=True)}
-    (places["torchrun"] / "go on").unlink()
+    real.kill()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_rank_gets_all_under(launcher, launched, folder):
     place, run = launched[launcher]
     if launcher == "torchrun":  # stopped in the middle of a call: every rank hears of it, whichever got the signal
-        wait_until(lambda: len(list(place.glob("ready-*"))) == 2 or not run.runs, "both ranks generate")
+        run.ready(2)
         os.kill(int((place / "ready-1").read_text()), signal.SIGTERM)
-        ended = run.ended()
-        assert ended.code != 0
-        assert [(place / f"stopped-{rank}").read_text() for rank in range(2)] == ["143", "143"], ended.err
+        assert run.process.wait(PATIENCE) != 0
+        assert [(place / f"stopped-{rank}").read_text() for rank in range(2)] == ["143", "143"], run.err
     else:
         ended = run.ended()
         assert ended.code == 0, ended.err
