@@ -25,7 +25,7 @@ from megalite.errors import ConfigError, Problem, ResourceError
 from megalite.model import families
 from megalite.model.config import ModelConfig
 from megalite.model.quantization import as_applied
-from megalite.monitor.words import aligned, format_bytes, format_rate, format_seconds
+from megalite.monitor.words import aligned, format_bytes, format_seconds
 from megalite.planner.cost import Cluster
 from megalite.planner.device_map import compare
 from megalite.planner.devices import named, visible_gpus
@@ -240,7 +240,7 @@ def _cells(one: Prediction) -> dict[str, str]:
         return {
             **shown,
             "fit": "recomputing" if one.recompute else "yes",
-            "tokens/s": format_rate(one.throughput, 1),
+            "tokens/s": _rate(one.throughput),
             "a step": format_seconds(one.seconds or 0.0),
             "bubble": f"{one.bubble:.1%}",
             "activations": format_bytes(one.kept),
@@ -253,12 +253,16 @@ def _cells(one: Prediction) -> dict[str, str]:
         **shown,
         "fit": str(one.fits),
         "at once": str(one.concurrency),
-        "tokens/s": format_rate(one.throughput, 1),
+        "tokens/s": _rate(one.throughput),
         "first token": format_seconds(one.first_token),
         "a token": format_seconds(one.per_token),
         "sent a token": format_bytes(int(one.sent)),
         "idle": " ".join(idle if len(idle) <= 4 else [idle[0], idle[1], "..", idle[-1]]),
     }
+
+
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 99.95 else f"{tokens:.3g}"
 
 
 def _memory(one: Prediction) -> list[dict[str, str]]:
