@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 """On a CPU: MKL gives back what it packs for a product, measured as fast; it reads this when torch is loaded."""
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 __all__ = ["LLM", "LoadBalancer", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
