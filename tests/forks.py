@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRELOAD = ("cli", "inference.job", "serve.worker", "tools.convert", "tools.describe", "tools.export")
 """What the server imports of megalite when it starts."""
 TRAINING = (
-    *("megalite.hybrid.job", "deepspeed", "torch._dynamo", "torch.utils.tensorboard"),
+    *("megalite.hybrid.job", "deepspeed", "torch._dynamo"),
     "deepspeed.ops.op_builder.all_ops",
     *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer"),
 )
