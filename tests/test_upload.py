@@ -98,7 +98,7 @@ def failed_forks(rank: int, folder: Path) -> int:
     torch.set_num_threads(32)  # the pool of so many takes a while to make anew
     decoder = transfer.build(families.read(folder), ParallelState(Layout()), dtype=torch.bfloat16, device=CPU)
     torch.ones(1 << 16).bfloat16()  # from here on this thread takes them as made
-    copy, met = transfer._copy, set()
+    copy, few, met = transfer._copy, transfer.FEW_BYTES, set()
     meeting = threading.Barrier(transfer.READERS)
 
     def copy_together(*args):
@@ -107,7 +107,7 @@ def failed_forks(rank: int, folder: Path) -> int:
             meeting.wait(PATIENCE)
         copy(*args)
 
-    transfer._copy = copy_together
+    transfer._copy, transfer.FEW_BYTES = copy_together, 0
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     failed = 0
     try:
@@ -121,7 +121,7 @@ def failed_forks(rank: int, folder: Path) -> int:
             failed += os.waitpid(pid, 0)[1] != 0
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        transfer._copy = copy
+        transfer._copy, transfer.FEW_BYTES = copy, few
         torch.set_num_threads(1)
     return failed
 
