@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,5 +375,9 @@ def test_what_was_measured_is_kept_and_used(monkeypatch, tmp_path):
     after = named("NVIDIA H200")
     assert after.read == 1e12 and after.matmul == before.matmul and "measured on this machine" in after.source
     assert named("h100").read == devices.PROFILES["h100"].read
+    devices.keep("cpu", {"read": 1e12})
+    assert named("cpu").read == 1e12
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(1000)})  # another host of the same home
+    assert named("cpu").read == devices.processor().read
     devices.calibration_file().write_text("{")
     assert named("h200") == before

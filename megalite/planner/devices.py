@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,7 @@ def named(name: str) -> Device:
         names = ", ".join(known)
         rule = f"no profile of this name; there are {names}"
         raise ConfigError(Problem(key="--device", rule=rule, value=name, fix="Run --calibrate on such a machine."))
-    measured: dict[str, Any] = dict(_calibrations().get(found.name, {}))
+    measured: dict[str, Any] = dict(_calibrations().get(_kept_as(found.name), {}))
     source = f"{', '.join(measured)} measured on this machine ({calibration_file()}); else {found.source}"
     return replace(found, **measured, source=source) if measured else found
 
@@ -211,6 +212,17 @@ def calibration_file() -> Path:
     return Path(base) / "megalite" / "devices.json"
 
 
+def _kept_as(name: str) -> str:
+    """What a device's measurements are kept under: a processor's belong to its model and to so many of its cores, since
+    hosts that share a home differ in these."""
+    if name != "cpu":
+        return name
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"cpu: {name}, {len(os.sched_getaffinity(0))} cores"
+
+
 def _calibrations() -> dict[str, dict[str, float]]:
     """Fields of devices that were measured here, by name; a file that can't be read counts as none."""
     try:
@@ -224,5 +236,5 @@ def keep(name: str, values: dict[str, float]) -> Path:
     """Keep what was measured of a device, fields of MEASURED; gives the file."""
     path = calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**_calibrations(), name: values})
+    write_json(path, {**_calibrations(), _kept_as(name): values})
     return path
