@@ -165,13 +165,9 @@ class _Sample:
     def gained(self) -> str:
         """Text that is certain to stay and has not been given out."""
         count = len(self.kept_back)
-        if not self.checker.stops:
-            gained, self.kept_back = self.kept_back, ""
-            self.given_out += count
-            return gained
         if self.match is not None:
             count = max(0, self._match_end(self.match) - self.given_out)
-        elif self.finish_reason is None and self.checker.stops:
+        elif self.checker.stops and self.finish_reason is None:
             count -= min(count, self.checker.held_back)
         gained, self.kept_back = self.kept_back[:count], self.kept_back[count:]
         self.given_out += len(gained)

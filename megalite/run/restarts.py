@@ -33,7 +33,6 @@ _SETTLED = {
     EXIT_PROMPTS_FAILED,
     EXIT_SIGINT,
     EXIT_SIGTERM,
-    FAULT_VARIABLE,
     128 + signal.SIGHUP,
 }
 """Exit codes of runs that would end so again, or were meant to end."""
